@@ -1,0 +1,28 @@
+"""Spiking blocks for transformers that add instead of multiply: neurons, attention, models, analysis."""
+
+from .attention import SpikeDrivenSelfAttention
+from .checkpoint import convert_released_state_dict, load_model, load_released_checkpoint, save_model
+from .mlp import SpikingMLP
+from .neuron import LIF, ParametricLIF
+from .patch import SpikingPatchSplitting
+from .shortcut import MembraneShortcut
+from .transformer import SpikeDrivenBlock, SpikeDrivenTransformer, create_model, list_models
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LIF",
+    "MembraneShortcut",
+    "ParametricLIF",
+    "SpikeDrivenBlock",
+    "SpikeDrivenSelfAttention",
+    "SpikeDrivenTransformer",
+    "SpikingMLP",
+    "SpikingPatchSplitting",
+    "convert_released_state_dict",
+    "create_model",
+    "list_models",
+    "load_model",
+    "load_released_checkpoint",
+    "save_model",
+]

@@ -1,0 +1,87 @@
+"""Spike-driven self-attention (SDSA)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .functional import check_multiple, check_sequence, normalize_and_fire, per_frame
+from .neuron import LIF, NeuronFactory, make_neuron
+
+ATTENTION_THRESHOLD = 0.5
+"""Threshold of the neuron on the summed k * v: with tau = 2 one coincidence makes h = 0.5, which fires."""
+
+
+class SpikeDrivenSelfAttention(nn.Module):
+    """Self-attention by mask and addition alone (Yao et al., 2023, https://arxiv.org/abs/2307.01694).
+
+        s = LIF(u);   q, k, v = LIF(BN(W s))
+        a = LIF_0.5(sum over tokens of k * v)        one spike a channel
+        result = BN(W' (q * a))
+
+    What is called (k, v, q) here, as in the released weights, is (Q, K, V) in the paper's text. `num_heads` changes nothing
+    without `event_pooling`: channel c belongs to head c // (dim / num_heads). With `event_pooling` (the released CIFAR10-DVS
+    setting) a 3x3 maximum is taken of k and v over (H, W), and of k * v and q * a over (tokens, channels of a head).
+
+    The submodules `coincidences` and `masked` do nothing: k * v and q * a pass through them, so that hooks can see them.
+
+    Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
+
+    Raises `ValueError` where num_heads does not divide dim.
+
+    >>> SpikeDrivenSelfAttention(64)(torch.randn(4, 2, 64, 8, 8)).shape
+    torch.Size([4, 2, 64, 8, 8])
+    """
+
+    def __init__(
+        self, dim: int, *, num_heads: int = 8, neuron: str | NeuronFactory = LIF, event_pooling: bool = False
+    ) -> None:
+        super().__init__()
+        if num_heads < 1:
+            raise ValueError(f"num_heads must be positive, got {num_heads}")
+        check_multiple(dim, num_heads, "dim (for this number of heads)")
+        self.dim, self.num_heads, self.event_pooling = dim, num_heads, event_pooling
+        self.neuron = make_neuron(neuron, channels=dim)
+        for name in "qkv":
+            self.add_module(f"{name}_conv", nn.Conv2d(dim, dim, 1, bias=False))
+            self.add_module(f"{name}_norm", nn.BatchNorm2d(dim))
+            self.add_module(f"{name}_neuron", make_neuron(neuron, channels=dim))
+        self.coincidences = nn.Identity()
+        self.attention_neuron = make_neuron(neuron, channels=dim, threshold=ATTENTION_THRESHOLD)
+        self.masked = nn.Identity()
+        self.proj_conv = nn.Conv2d(dim, dim, 1)
+        self.proj_norm = nn.BatchNorm2d(dim)
+
+    def forward(self, membrane: Tensor) -> Tensor:
+        check_sequence(membrane, self.dim, "SpikeDrivenSelfAttention")
+        s = self.neuron(membrane)
+        q = normalize_and_fire(self.q_norm, self.q_neuron, per_frame(self.q_conv, s))
+        k = normalize_and_fire(self.k_norm, self.k_neuron, per_frame(self.k_conv, s))
+        v = normalize_and_fire(self.v_norm, self.v_neuron, per_frame(self.v_conv, s))
+        return per_frame(self.proj_norm, per_frame(self.proj_conv, self.attend(q, k, v)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`q * LIF_0.5(sum over tokens of k * v)` for spikes `[T, B, dim, H, W]`, same shape."""
+        if self.event_pooling:
+            k, v = max_pool_plane(k), max_pool_plane(v)
+        kv = k * v
+        if self.event_pooling:
+            kv = self._pool_tokens(kv)
+        kv = self.coincidences(kv)
+        a = self.attention_neuron(kv.sum((-2, -1), keepdim=True))
+        qa = q * a
+        if self.event_pooling:
+            qa = self._pool_tokens(qa)
+        masked: Tensor = self.masked(qa)
+        return masked
+
+    def _pool_tokens(self, spikes: Tensor) -> Tensor:
+        height, width = spikes.shape[-2:]
+        heads = rearrange(spikes, "t b (heads d) h w -> t b heads (h w) d", heads=self.num_heads)
+        return rearrange(max_pool_plane(heads), "t b heads (h w) d -> t b (heads d) h w", h=height, w=width)
+
+
+def max_pool_plane(x: Tensor) -> Tensor:
+    """3x3 maximum, stride 1, over the last two axes of x `[T, B, C, H, W]`."""
+    return F.max_pool2d(x.flatten(0, 1), 3, stride=1, padding=1).unflatten(0, x.shape[:2])

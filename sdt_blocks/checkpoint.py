@@ -1,0 +1,232 @@
+"""Checkpoints: the released files in, safetensors in and out. No file is ever unpickled in full."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .transformer import SpikeDrivenTransformer, model_options
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+# Released names on the left; what the forward pass never used on the next line.
+_RENAMES = [
+    (r"patch_embed\.proj_(conv|bn|lif)(\d?)\.", lambda m: f"patch.{_PATCH_LISTS[m[1]]}.{m[2] or 0}."),
+    (r"patch_embed\.rpe_(conv|bn)\.", lambda m: f"patch.position_{_PARTS[m[1]]}."),
+    (r"block\.(\d+)\.attn\.(q|k|v|proj)_(conv|bn|lif)\.", lambda m: f"{_attention(m[1])}{m[2]}_{_PARTS[m[3]]}."),
+    (r"block\.(\d+)\.attn\.shortcut_lif\.", lambda m: f"{_attention(m[1])}neuron."),
+    (r"block\.(\d+)\.attn\.talking_heads_lif\.", lambda m: f"{_attention(m[1])}attention_neuron."),
+    (r"block\.(\d+)\.mlp\.fc([12])_(conv|bn|lif)\.", lambda m: f"blocks.{m[1]}.mlp.branch.{_PARTS[m[3]]}{m[2]}."),
+    (r"head_lif\.", lambda m: "head_neuron."),
+    (r"head\.", lambda m: "head."),
+]  # type: list[tuple[str, Callable[[re.Match[str]], str]]]
+_UNUSED = re.compile(r"block\.\d+\.attn\.(talking_heads\.weight|attn_lif\.w)|patch_embed\.rpe_lif\.w")
+_PARTS = {"conv": "conv", "bn": "norm", "lif": "neuron"}
+_PATCH_LISTS = {"conv": "convs", "bn": "norms", "lif": "neurons"}
+
+
+def _attention(block: str) -> str:
+    return f"blocks.{block}.attention.branch."
+
+
+def convert_released_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The released models' state_dict under this kit's names; `module.` prefixes and the never-used entries are dropped.
+
+    Raises `ValueError` that lists every key that is not of a released model.
+    """
+    converted: dict[str, Tensor] = {}
+    unexpected = []
+    for key, value in state_dict.items():
+        name = key.removeprefix("module.")
+        if _UNUSED.fullmatch(name):
+            continue
+        for pattern, rename in _RENAMES:
+            match = re.match(pattern, name)
+            if match:
+                converted[rename(match) + name[match.end() :]] = value
+                break
+        else:
+            unexpected.append(key)
+    if unexpected:
+        raise ValueError(f"not the state_dict of a released Spike-Driven Transformer; unexpected: {_listed(unexpected)}")
+    return converted
+
+
+def load_released_checkpoint(
+    path: str | os.PathLike[str], *, ema: bool = False, **overrides: Any
+) -> SpikeDrivenTransformer:
+    """The model of a released `.pth.tar`, or of a bare state_dict in a file, in eval mode.
+
+    The architecture is read from the weights' shapes and the file's training arguments; `overrides` (options of
+    `SpikeDrivenTransformer`, such as `time_steps=4` or `event_pooling=True`) win. `ema=True` takes `state_dict_ema`.
+
+    Only tensors and one `argparse.Namespace` are unpickled. Raises `FileNotFoundError`; `ValueError` naming the file and the
+    cause where it is damaged, wants another class, or does not match the architecture.
+    """
+    path = Path(path)
+    content = _load_weights_only(path)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: expected a checkpoint or a state_dict, found {type(content).__name__}")
+    args: dict[str, Any] = {}
+    state_dict = content
+    if "state_dict" in content or ema:
+        wanted = "state_dict_ema" if ema else "state_dict"
+        if not isinstance(content.get(wanted), Mapping):
+            raise ValueError(f"{path}: has no {wanted!r}; it holds {_listed(content)}")
+        args = vars(content["args"]) if isinstance(content.get("args"), argparse.Namespace) else {}
+        state_dict = content[wanted]
+    try:
+        released = {str(key).removeprefix("module."): value for key, value in state_dict.items()}
+        converted = convert_released_state_dict(released)
+        model = SpikeDrivenTransformer(**{**_infer_config(released, args), **overrides})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    _load_strictly(model, converted, path)
+    return model.eval()
+
+
+def _load_weights_only(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give the path of a released .pth.tar")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
+        if wanted:
+            raise ValueError(
+                f"{path}: refused, it wants to run {wanted[1]}; only tensors and one argparse.Namespace are read"
+            ) from None
+        raise ValueError(f"{path}: refused or damaged ({str(error).splitlines()[0]})") from None
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError, AttributeError, IndexError, TypeError) as error:
+        raise ValueError(f"{path}: truncated or not a torch file ({str(error).splitlines()[0]})") from None
+
+
+def _infer_config(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
+    def shape(key: str) -> torch.Size:
+        if key not in state_dict:
+            raise ValueError(f"the architecture cannot be read from the weights: {key} is missing")
+        return state_dict[key].shape
+
+    blocks = {int(m[1]) for key in state_dict if (m := re.match(r"block\.(\d+)\.", key))}
+    dim = shape("patch_embed.proj_conv3.weight")[0]
+    config: dict[str, Any] = {
+        "depth": max(blocks, default=-1) + 1,
+        "dim": dim,
+        "in_channels": shape("patch_embed.proj_conv.weight")[1],
+        "num_classes": state_dict["head.weight"].shape[0] if "head.weight" in state_dict else 0,
+        "neuron": "plif" if "head_lif.w" in state_dict else "lif",
+    }
+    if blocks:
+        config["mlp_ratio"] = shape("block.0.mlp.fc1_conv.weight")[0] / dim
+    heads = state_dict.get("block.0.attn.talking_heads.weight")
+    if heads is not None:
+        config["num_heads"] = heads.shape[0]
+    elif "num_heads" in args:
+        config["num_heads"] = args["num_heads"]
+    for ours, theirs in {"time_steps": "time_steps", "pooling": "pooling_stat", "per_step": "TET"}.items():
+        if args.get(theirs) is not None:
+            config[ours] = args[theirs]
+    if args.get("dvs_mode") is not None:
+        config["event_pooling"] = bool(args["dvs_mode"])
+    return config
+
+
+def _load_strictly(model: torch.nn.Module, state_dict: Mapping[str, Tensor], path: Path) -> None:
+    expected = model.state_dict()
+    missing = [key for key in expected if key not in state_dict]
+    unexpected = [key for key in state_dict if key not in expected]
+    wrong = [
+        f"{key} is {list(state_dict[key].shape)}, the model has {list(expected[key].shape)}"
+        for key in expected
+        if key in state_dict and state_dict[key].shape != expected[key].shape
+    ]
+    faults = [
+        f"{what}: {_listed(keys)}"
+        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+        if keys
+    ]
+    if faults:
+        raise ValueError(f"{path}: the weights do not match the model; {'; '.join(faults)}")
+    model.load_state_dict(state_dict)
+
+
+def _listed(names: Any, most: int = 12) -> str:
+    names = [str(name) for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def save_model(model: SpikeDrivenTransformer, folder: str | os.PathLike[str]) -> None:
+    """Writes `model.safetensors` and `config.json` into the folder, each whole or not at all.
+
+    Raises `ValueError` where the neuron is a factory that cannot be written down: use the names "lif" or "plif".
+    """
+    config = model.config
+    if not isinstance(config["neuron"], str):
+        raise ValueError(
+            f"a model with the neuron factory {config['neuron']!r} cannot be written to {CONFIG}; save its state_dict(), or "
+            f'build it with neuron="lif" or "plif"'
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {key: value.detach().contiguous().cpu() for key, value in model.state_dict().items()}
+    write_atomically(folder / WEIGHTS, lambda temporary: save_file(weights, temporary, {"format": "pt"}))
+    text = json.dumps({"model": "SpikeDrivenTransformer", **config}, indent=2) + "\n"
+    write_atomically(folder / CONFIG, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
+    """Calls `write(temporary name)` and renames the result to `path`, so that a reader never sees half a file."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def load_model(folder: str | os.PathLike[str], **overrides: Any) -> SpikeDrivenTransformer:
+    """The model that `save_model` wrote, in eval mode. A recipe's run folder gives its best model, else its last.
+
+    `overrides` are options of `SpikeDrivenTransformer`. Raises `FileNotFoundError` or `ValueError` naming file and cause.
+    """
+    folder = Path(folder)
+    candidates = [folder, folder / "best", folder / "last"]
+    found = next((c for c in candidates if (c / CONFIG).is_file() and (c / WEIGHTS).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"{folder}: no {WEIGHTS} with its {CONFIG} here, nor in best/ or last/")
+    try:
+        config = json.loads((found / CONFIG).read_text(encoding="utf-8"))
+        options = {key: value for key, value in config.items() if key in model_options()}
+        model = SpikeDrivenTransformer(**{**options, **overrides})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{found / CONFIG}: {error}") from None
+    try:
+        weights = load_file(found / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{found / WEIGHTS}: truncated or not a safetensors file ({error})") from None
+    _load_strictly(model, weights, found / WEIGHTS)
+    return model.eval()

@@ -1,0 +1,197 @@
+"""LIF and ParametricLIF: snnTorch neurons that take a whole sequence."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import snntorch
+import torch
+from snntorch._neurons.neurons import SpikingNeuron
+from torch import Tensor, nn
+
+from .ops import lif
+from .surrogate import Surrogate, SurrogateLike, fire, resolve
+
+NeuronFactory = Callable[..., nn.Module]
+
+
+class LIF(snntorch.Leaky):
+    """Leaky integrate-and-fire over the leading time axis, without state between calls.
+
+        h[t] = v[t-1] + (x[t] - v[t-1]) / tau;   s[t] = h[t] >= threshold;   v[t] = reset(h[t], s[t])
+
+    It is snnTorch's `Leaky` with `beta = 1 - 1 / tau` and the input scaled by `1 / tau`; unlike there, a neuron at the
+    threshold fires (`strict=True` restores snnTorch's `>`). Resets are snnTorch's: "zero", "subtract" (one threshold off the
+    next membrane) and "none". `surrogate` is a name, a `Surrogate`, or any snnTorch `spike_grad`.
+
+    Shapes: `[T, ...] -> [T, ...]`. The state is float32 under mixed precision.
+
+    Raises `ValueError` where tau < 1, threshold <= 0 or the reset is unknown.
+
+    >>> LIF(tau=2.0)(torch.ones(4, 8, 16)).shape
+    torch.Size([4, 8, 16])
+    """
+
+    def __init__(
+        self,
+        *,
+        tau: float = 2.0,
+        threshold: float = 1.0,
+        reset: str = "zero",
+        surrogate: SurrogateLike = "sigmoid",
+        detach_reset: bool = True,
+        strict: bool = False,
+    ) -> None:
+        if not tau >= 1:
+            raise ValueError(f"tau must be at least 1 (one time step), got {tau!r}")
+        if not (threshold > 0 and math.isfinite(threshold)):
+            raise ValueError(f"threshold must be a positive finite number, got {threshold!r}")
+        if reset not in SpikingNeuron.reset_dict:
+            raise ValueError(f"reset {reset!r} is unknown; choose one of {', '.join(SpikingNeuron.reset_dict)}")
+        chosen = resolve(surrogate)
+        super().__init__(
+            beta=1 - 1 / tau,
+            threshold=threshold,
+            spike_grad=_SpikeGradient(chosen, strict),
+            reset_mechanism=reset,
+        )
+        # snnTorch's class-wide list would keep this module alive, and its memory with it.
+        SpikingNeuron.instances[:] = [other for other in SpikingNeuron.instances if other is not self]
+        self.tau = float(tau)
+        self.surrogate = chosen
+        self.detach_reset = detach_reset
+        self.strict = strict
+
+    # snnTorch keeps its constants in buffers of the state_dict. Here they are plain numbers: no read-back from a device,
+    # nothing a half-precision cast could round, nothing in a checkpoint that is not learnt.
+    def _threshold_buffer(self, threshold: float, learn_threshold: bool) -> None:
+        self.threshold = float(threshold)
+
+    def _graded_spikes_buffer(self, graded_spikes_factor: float, learn_graded_spikes_factor: bool) -> None:
+        self.graded_spikes_factor = float(graded_spikes_factor)
+
+    def _reset_mechanism_buffer(self, reset_mechanism: str) -> None:
+        self.reset_mechanism_val = SpikingNeuron.reset_dict[reset_mechanism]
+
+    def _beta_buffer(self, beta: float, learn_beta: bool) -> None:
+        pass
+
+    @property
+    def inv_tau(self) -> float | Tensor:
+        """`1 / tau`, the share of the input in the new membrane."""
+        return 1 / self.tau
+
+    @property
+    def beta(self) -> Tensor:
+        """snnTorch's decay rate, `1 - 1 / tau`."""
+        return torch.as_tensor(1 - self.inv_tau)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, membrane: Tensor | None = None, *, return_membrane: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Spikes `[T, ...]` for x `[T, ...]`; with `return_membrane` also the last membrane `x.shape[1:]`.
+
+        The membrane is snnTorch's `mem`: the value before the reset. Handed to the next call it continues the sequence
+        exactly. Raises `ValueError` for an empty sequence or a membrane of another shape.
+        """
+        return lif(
+            x,
+            self.inv_tau,
+            membrane,
+            threshold=self.threshold,
+            reset=self.reset_mechanism,
+            surrogate=self.surrogate,
+            detach_reset=self.detach_reset,
+            strict=self.strict,
+            return_membrane=return_membrane,
+        )
+
+    def step(self, x: Tensor, membrane: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """snnTorch's own single step: `(spikes, membrane)` for one x `[...]` and the membrane of the step before."""
+        inv_tau = self.inv_tau
+        if isinstance(inv_tau, Tensor) and inv_tau.ndim:
+            raise ValueError("snnTorch's single step has one time constant a layer; run a sequence of length 1 instead")
+        try:
+            spikes, membrane = snntorch.Leaky.forward(
+                self, x * inv_tau, torch.zeros_like(x) if membrane is None else membrane
+            )
+        finally:
+            self.mem = torch.zeros(0)
+            self.reset = None
+        return spikes, membrane
+
+    def extra_repr(self) -> str:
+        return f"tau={self.tau:g}, threshold={self.threshold:g}, reset={self.reset_mechanism!r}"
+
+
+class ParametricLIF(LIF):
+    """LIF whose time constant is learnt: `1 / tau = sigmoid(w)` (Fang et al., 2021, https://arxiv.org/abs/2007.05785).
+
+    One scalar `w` a layer, as released, or with `channels=C` one for each channel of `[T, B, C, ...]`.
+
+    Raises `ValueError` where init_tau <= 1, for which no finite `w` exists.
+
+    >>> ParametricLIF(init_tau=2.0).w
+    Parameter containing:
+    tensor(0., requires_grad=True)
+    """
+
+    def __init__(self, *, init_tau: float = 2.0, channels: int | None = None, **options: Any) -> None:
+        if not (init_tau > 1 and math.isfinite(init_tau)):
+            raise ValueError(f"init_tau must be a finite number above 1, got {init_tau!r}")
+        if channels is not None and channels < 1:
+            raise ValueError(f"channels must be a positive number or None, got {channels!r}")
+        super().__init__(tau=init_tau, **options)
+        w = -math.log(init_tau - 1) + 0.0
+        self.w = nn.Parameter(torch.full(() if channels is None else (channels,), w))
+
+    @property
+    def inv_tau(self) -> Tensor:
+        return self.w.sigmoid()
+
+    def extra_repr(self) -> str:
+        shape = "scalar" if self.w.ndim == 0 else f"{self.w.numel()} channels"
+        return f"w: {shape}, threshold={self.threshold:g}, reset={self.reset_mechanism!r}"
+
+
+class _SpikeGradient:
+    """The chosen surrogate as a snnTorch `spike_grad`; a class, since a closure could not be pickled."""
+
+    def __init__(self, surrogate: Surrogate | Callable[[Tensor], Tensor], strict: bool) -> None:
+        self.surrogate, self.strict = surrogate, strict
+
+    def __call__(self, shift: Tensor) -> Tensor:
+        return fire(shift, self.surrogate, self.strict)
+
+
+NEURONS: dict[str, NeuronFactory] = {"lif": LIF, "plif": ParametricLIF}
+
+
+def make_neuron(factory: str | NeuronFactory, *, channels: int, threshold: float = 1.0) -> nn.Module:
+    """One neuron layer from "lif", "plif" or a factory.
+
+    A factory is called with `threshold=`; one that has a `channels` argument without a default gets the layer's width too.
+    Raises `ValueError` for an unknown name and `TypeError` for a factory that cannot be called so.
+    """
+    if isinstance(factory, str):
+        if factory not in NEURONS:
+            raise ValueError(f"neuron {factory!r} is unknown; choose one of {', '.join(NEURONS)} or pass a factory")
+        factory = NEURONS[factory]
+    if not callable(factory) or isinstance(factory, nn.Module):
+        raise TypeError(
+            f"neuron must be a name or a factory that makes a new module for each layer (a class, a functools.partial, a "
+            f"function taking threshold=), got {type(factory).__name__}"
+        )
+    make = partial(factory, threshold=threshold)
+    parameters = inspect.signature(factory).parameters
+    if "channels" in parameters and parameters["channels"].default is inspect.Parameter.empty:
+        make = partial(make, channels=channels)
+    try:
+        inspect.signature(factory).bind(**make.keywords)
+    except TypeError as error:
+        raise TypeError(f"the neuron factory {factory!r} must accept threshold= as a keyword: {error}") from None
+    return make()

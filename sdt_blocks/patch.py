@@ -1,0 +1,90 @@
+"""Spiking patch splitting (SPS)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .functional import check_multiple, normalize_and_fire, per_frame
+from .neuron import LIF, NeuronFactory, make_neuron
+
+WIDTHS = (8, 4, 2, 1)
+"""The four stages have dim / 8, dim / 4, dim / 2 and dim channels."""
+
+
+class SpikingPatchSplitting(nn.Module):
+    """Four 3x3 convolution stages from frames to membranes of tokens, and a convolutional relative position embedding.
+
+        stages 0-2: conv -> BN -> LIF -> max pool where pooling[i] is "1"
+        stage 3:    conv -> BN -> max pool where pooling[3] is "1" = f;   result = f + BN(conv(LIF(f)))
+
+    Each pooling halves height and width (rounded up). For a still image give `time_steps`: x `[1, B, C, H, W]` is shown at
+    every step, and the first convolution and BN, which see the same frame each time, are computed once.
+
+    Shapes: x `[T, B, in_channels, H, W] -> [T, B, dim, H', W']`.
+
+    Raises `ValueError` where dim is no multiple of 8, pooling is not four flags, or x does not fit.
+
+    >>> SpikingPatchSplitting(64, pooling="0011")(torch.rand(4, 2, 3, 32, 32)).shape
+    torch.Size([4, 2, 64, 8, 8])
+    """
+
+    def __init__(
+        self, dim: int, *, in_channels: int = 3, pooling: str = "1111", neuron: str | NeuronFactory = LIF
+    ) -> None:
+        super().__init__()
+        check_multiple(dim, WIDTHS[0], "dim")
+        if in_channels < 1:
+            raise ValueError(f"in_channels must be positive, got {in_channels}")
+        if len(str(pooling)) != len(WIDTHS) or set(str(pooling)) - set("01"):
+            raise ValueError(f'pooling must be four flags of 0 and 1 such as "1111" or "0011", got {pooling!r}')
+        self.dim, self.in_channels, self.pooling = dim, in_channels, str(pooling)
+        channels = [in_channels, *(dim // width for width in WIDTHS)]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(before, after, 3, padding=1, bias=False)
+            for before, after in zip(channels, channels[1:], strict=False)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(after) for after in channels[1:])
+        self.neurons = nn.ModuleList(make_neuron(neuron, channels=after) for after in channels[1:])
+        self.pools = nn.ModuleList(nn.MaxPool2d(3, 2, 1) if flag == "1" else nn.Identity() for flag in self.pooling)
+        self.position_conv = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
+        self.position_norm = nn.BatchNorm2d(dim)
+
+    def forward(self, x: Tensor, time_steps: int | None = None) -> Tensor:
+        if x.ndim != 5 or x.shape[2] != self.in_channels or 0 in x.shape:
+            raise ValueError(f"SpikingPatchSplitting expects [T, B, {self.in_channels}, H, W], got {list(x.shape)}")
+        if time_steps is not None and (x.shape[0] != 1 or time_steps < 1):
+            raise ValueError(
+                f"time_steps repeats a single frame: x must be [1, B, C, H, W] and time_steps >= 1, got "
+                f"{list(x.shape)} and {time_steps}"
+            )
+        x = per_frame(self.convs[0], x)
+        if time_steps is None or time_steps == 1:
+            x = normalize_and_fire(self.norms[0], self.neurons[0], x)
+        else:
+            x = self.neurons[0](repeat_frame(self.norms[0], x, time_steps))
+        x = per_frame(self.pools[0], x)
+        for stage in (1, 2):
+            x = per_frame(self.convs[stage], x)
+            x = per_frame(self.pools[stage], normalize_and_fire(self.norms[stage], self.neurons[stage], x))
+        x = per_frame(self.pools[3], per_frame(self.norms[3], per_frame(self.convs[3], x)))
+        return x + per_frame(self.position_norm, per_frame(self.position_conv, self.neurons[3](x)))
+
+
+def repeat_frame(norm: nn.Module, x: Tensor, time_steps: int) -> Tensor:
+    """`norm` of the frame x `[1, B, C, H, W]` as if it came at every step: a view `[time_steps, B, C, H, W]`.
+
+    Mean and biased variance of a repeated batch are those of the batch; the running variance alone depends on the number of
+    repetitions, by its factor n / (n - 1), and is set to what the repeated batch would give.
+    """
+    variance = getattr(norm, "running_var", None)
+    before = variance.clone() if norm.training and variance is not None else None
+    y = per_frame(norm, x)
+    if before is not None:
+        n = x.numel() // x.shape[2]
+        total = n * time_steps
+        with torch.no_grad():
+            momentum = norm.momentum if norm.momentum is not None else 1 / int(norm.num_batches_tracked)
+            new = norm.running_var - (1 - momentum) * before
+            norm.running_var.sub_(new * (1 - (n - 1) / n * total / (total - 1)))
+    return y.expand(time_steps, *y.shape[1:])

@@ -1,0 +1,119 @@
+"""Surrogate gradients: one definition each, shared by the reference op and the fused kernels.
+
+A spike is a step function of the membrane; its derivative is zero almost everywhere. Training replaces it by a smooth
+surrogate (Neftci et al., 2019, https://arxiv.org/abs/1901.09948). Every surrogate here is finite for any finite input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+KINDS = ("sigmoid", "atan", "fast_sigmoid", "triangular", "straight_through")
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """A surrogate derivative of the spike with respect to `shift = membrane - threshold`.
+
+    Called like a snnTorch `spike_grad`, it returns `1` where `shift >= 0`, else `0`.
+
+    Raises `ValueError` for an unknown `kind` or an `alpha` that is not a positive finite number.
+    """
+
+    kind: str = "sigmoid"
+    alpha: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"surrogate {self.kind!r} is unknown; choose one of {', '.join(KINDS)}")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"surrogate alpha must be a positive finite number, got {self.alpha!r}")
+
+    def derivative(self, shift: Tensor) -> Tensor:
+        """The surrogate's value at `shift`, same shape and dtype."""
+        a = self.alpha
+        if self.kind == "sigmoid":
+            p = torch.sigmoid(a * shift)
+            return a * p * (1 - p)
+        if self.kind == "atan":
+            return (a / 2) / (1 + (math.pi / 2 * a * shift) ** 2)
+        if self.kind == "fast_sigmoid":
+            return 1 / (a * shift.abs() + 1) ** 2
+        if self.kind == "triangular":
+            return a * (1 - a * shift.abs()).clamp(min=0)
+        return torch.ones_like(shift)
+
+    def __call__(self, shift: Tensor) -> Tensor:
+        return fire(shift, self)
+
+
+class _Spike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, shift: Tensor, surrogate: Surrogate, strict: bool) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(shift)
+        ctx.surrogate = surrogate
+        return heaviside(shift, strict)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (shift,) = ctx.saved_tensors
+        return grad * ctx.surrogate.derivative(shift), None, None
+
+
+def heaviside(shift: Tensor, strict: bool = False) -> Tensor:
+    """`1` where `shift >= 0` (`shift > 0` if `strict`), else `0`, in the dtype of `shift`."""
+    return (shift > 0 if strict else shift >= 0).to(shift.dtype)
+
+
+def fire(shift: Tensor, surrogate: Surrogate | Callable[[Tensor], Tensor], strict: bool = False) -> Tensor:
+    """Spikes of `shift`, with the gradient of a `Surrogate` or of any snnTorch `spike_grad`."""
+    if isinstance(surrogate, Surrogate):
+        spikes: Tensor = _Spike.apply(shift, surrogate, strict)  # type: ignore[no-untyped-call]
+        return spikes
+    soft = surrogate(shift)
+    return soft + (heaviside(shift, strict) - soft).detach()
+
+
+def sigmoid(alpha: float = 4.0) -> Surrogate:
+    """`alpha * p * (1 - p)` with `p = sigmoid(alpha * shift)`: the released models' surrogate."""
+    return Surrogate("sigmoid", alpha)
+
+
+def atan(alpha: float = 2.0) -> Surrogate:
+    """`(alpha / 2) / (1 + (pi / 2 * alpha * shift)^2)` (Fang et al., 2021, https://arxiv.org/abs/2007.05785)."""
+    return Surrogate("atan", alpha)
+
+
+def fast_sigmoid(alpha: float = 25.0) -> Surrogate:
+    """`1 / (1 + alpha * |shift|)^2` (Zenke & Ganguli, 2018, https://arxiv.org/abs/1705.11146)."""
+    return Surrogate("fast_sigmoid", alpha)
+
+
+def triangular(alpha: float = 1.0) -> Surrogate:
+    """`alpha * max(0, 1 - alpha * |shift|)` (Bellec et al., 2018, https://arxiv.org/abs/1803.09574)."""
+    return Surrogate("triangular", alpha)
+
+
+def straight_through() -> Surrogate:
+    """`1` everywhere (Bengio et al., 2013, https://arxiv.org/abs/1308.3432)."""
+    return Surrogate("straight_through", 1.0)
+
+
+SurrogateLike = str | Surrogate | Callable[[Tensor], Tensor]
+
+
+def resolve(surrogate: SurrogateLike) -> Surrogate | Callable[[Tensor], Tensor]:
+    """A name (`"atan"`), a `Surrogate` or any snnTorch `spike_grad` callable, as something callable."""
+    if isinstance(surrogate, str):
+        if surrogate not in KINDS:
+            raise ValueError(f"surrogate {surrogate!r} is unknown; choose one of {', '.join(KINDS)}")
+        made: Surrogate = globals()[surrogate]()
+        return made
+    if not callable(surrogate):
+        raise TypeError(f"surrogate must be a name, a Surrogate or a snnTorch spike_grad callable, got {surrogate!r}")
+    return surrogate

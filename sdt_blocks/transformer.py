@@ -1,0 +1,208 @@
+"""The Spike-Driven Transformer (V1) and its published variants."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from torch import Tensor, nn
+
+from .attention import SpikeDrivenSelfAttention
+from .functional import check_multiple
+from .mlp import SpikingMLP
+from .neuron import LIF, NeuronFactory, make_neuron
+from .patch import SpikingPatchSplitting
+from .shortcut import MembraneShortcut
+
+
+class SpikeDrivenBlock(nn.Module):
+    """Encoder block: SDSA and spiking MLP, each within a membrane shortcut.
+
+    Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int = 8,
+        mlp_ratio: float = 4,
+        neuron: str | NeuronFactory = LIF,
+        event_pooling: bool = False,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.attention = MembraneShortcut(
+            SpikeDrivenSelfAttention(dim, num_heads=num_heads, neuron=neuron, event_pooling=event_pooling),
+            drop_path=drop_path,
+        )
+        self.mlp = MembraneShortcut(
+            SpikingMLP(dim, hidden=int(dim * mlp_ratio), neuron=neuron),
+            drop_path=drop_path,
+        )
+
+    def forward(self, membrane: Tensor) -> Tensor:
+        result: Tensor = self.mlp(self.attention(membrane))
+        return result
+
+
+class SpikeDrivenTransformer(nn.Module):
+    """Spike-Driven Transformer (Yao et al., NeurIPS 2023, https://arxiv.org/abs/2307.01694).
+
+    Patch splitting, `depth` encoder blocks, mean over tokens, LIF, linear head, mean over time steps.
+
+    Input: images `[B, in_channels, H, W]`, shown `time_steps` times, or frames `[B, T, in_channels, H, W]` with any T >= 1.
+    Output: logits `[B, num_classes]`, or with `per_step` (TET training, Deng et al., 2022) `[T, B, num_classes]`.
+    `num_classes=0` leaves the head out: the output is the mean of the head neuron's spikes.
+    `drop_path` is the rate of the last block; it grows linearly from 0 at the first.
+
+    Raises `ValueError` for dimensions that do not fit each other, and for input of another shape.
+
+    >>> SpikeDrivenTransformer(depth=2, dim=64, num_classes=10, pooling="0011")(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+
+    # Blocks stay whole when FSDP or device maps shard the model.
+    _no_split_modules = ("SpikeDrivenBlock",)
+
+    def __init__(
+        self,
+        *,
+        depth: int,
+        dim: int,
+        num_heads: int = 8,
+        mlp_ratio: float = 4,
+        in_channels: int = 3,
+        num_classes: int = 1000,
+        time_steps: int = 4,
+        pooling: str = "1111",
+        neuron: str | NeuronFactory = "lif",
+        event_pooling: bool = False,
+        per_step: bool = False,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if depth < 0 or time_steps < 1 or num_classes < 0:
+            raise ValueError(
+                f"depth and num_classes must not be negative and time_steps must be positive, got depth={depth}, "
+                f"num_classes={num_classes}, time_steps={time_steps}"
+            )
+        check_multiple(dim, num_heads, "dim (for this number of heads)")
+        self.config: dict[str, Any] = {
+            "depth": depth,
+            "dim": dim,
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "in_channels": in_channels,
+            "num_classes": num_classes,
+            "time_steps": time_steps,
+            "pooling": str(pooling),
+            "neuron": neuron,
+            "event_pooling": event_pooling,
+            "per_step": per_step,
+            "drop_path": drop_path,
+        }
+        self.in_channels, self.num_classes, self.time_steps, self.per_step = in_channels, num_classes, time_steps, per_step
+        self.patch = SpikingPatchSplitting(dim, in_channels=in_channels, pooling=pooling, neuron=neuron)
+        self.blocks = nn.Sequential(
+            *(
+                SpikeDrivenBlock(
+                    dim,
+                    num_heads=num_heads,
+                    mlp_ratio=mlp_ratio,
+                    neuron=neuron,
+                    event_pooling=event_pooling,
+                    drop_path=drop_path * i / max(depth - 1, 1),
+                )
+                for i in range(depth)
+            )
+        )
+        self.head_neuron = make_neuron(neuron, channels=dim)
+        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        self.apply(_initialize)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Membranes of the tokens, `[T, B, dim, H', W']`."""
+        if x.ndim not in (4, 5) or x.shape[-3] != self.in_channels or 0 in x.shape:
+            raise ValueError(
+                f"expected images [B, {self.in_channels}, H, W] or frames [B, T, {self.in_channels}, H, W], "
+                f"got {list(x.shape)}"
+            )
+        if x.ndim == 4:
+            membrane = self.patch(x.unsqueeze(0), time_steps=self.time_steps)
+        else:
+            membrane = self.patch(x.transpose(0, 1))
+        result: Tensor = self.blocks(membrane)
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.forward_features(x).mean((-2, -1))
+        logits: Tensor = self.head(self.head_neuron(tokens))
+        return logits if self.per_step else logits.mean(0)
+
+
+def _initialize(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sdt_8_384": {"depth": 8, "dim": 384},
+    "sdt_10_384": {"depth": 10, "dim": 384},
+    "sdt_6_512": {"depth": 6, "dim": 512},
+    "sdt_8_512": {"depth": 8, "dim": 512},
+    "sdt_10_512": {"depth": 10, "dim": 512},
+    "sdt_8_768": {"depth": 8, "dim": 768},
+    "sdt_2_256": {"depth": 2, "dim": 256, "pooling": "0011", "num_classes": 10},
+    "sdt_2_512": {"depth": 2, "dim": 512, "pooling": "0011", "num_classes": 10},
+    "sdt_2_256_dvs": {
+        "depth": 2,
+        "dim": 256,
+        "pooling": "0011",
+        "num_classes": 10,
+        "in_channels": 2,
+        "time_steps": 16,
+        "event_pooling": True,
+    },
+    "sdt_2_256_gesture": {
+        "depth": 2,
+        "dim": 256,
+        "pooling": "0111",
+        "num_classes": 11,
+        "in_channels": 2,
+        "time_steps": 16,
+    },
+}
+"""Published variants: what differs from the defaults of `SpikeDrivenTransformer`."""
+
+
+def list_models() -> list[str]:
+    """The names that `create_model` knows."""
+    return list(VARIANTS)
+
+
+def create_model(name: str, **overrides: Any) -> SpikeDrivenTransformer:
+    """A published variant by name; keyword arguments of `SpikeDrivenTransformer` override its values.
+
+    Raises `ValueError` for an unknown name (the message lists the near ones) and `TypeError` for an unknown option.
+
+    >>> create_model("sdt_2_256", num_classes=100).num_classes
+    100
+    """
+    if name not in VARIANTS:
+        near = difflib.get_close_matches(name, VARIANTS, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(VARIANTS)}"
+        raise ValueError(f"model {name!r} is unknown; {hint}")
+    options = {**VARIANTS[name], **overrides}
+    unknown = sorted(set(options) - set(model_options()))
+    if unknown:
+        raise TypeError(f"unknown model option {', '.join(unknown)}; the options are {', '.join(model_options())}")
+    return SpikeDrivenTransformer(**options)
+
+
+def model_options() -> list[str]:
+    """The keyword arguments of `SpikeDrivenTransformer`."""
+    annotations = SpikeDrivenTransformer.__init__.__annotations__
+    return [name for name in annotations if name != "return"]
