@@ -24,7 +24,8 @@ class SpikeDrivenSelfAttention(nn.Module):
     without `event_pooling`: channel c belongs to head c // (dim / num_heads). With `event_pooling` (the released CIFAR10-DVS
     setting) a 3x3 maximum is taken of k and v over (H, W), and of k * v and q * a over (tokens, channels of a head).
 
-    The submodules `coincidences` and `masked` do nothing: k * v and q * a pass through them, so that hooks can see them.
+    Hooks see everything: k and v as they are used pass through `k_pool` and `v_pool`, k * v through `coincidences` and q * a
+    through `masked`, submodules that do nothing where there is no pooling.
 
     Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
 
@@ -47,6 +48,8 @@ class SpikeDrivenSelfAttention(nn.Module):
             self.add_module(f"{name}_conv", nn.Conv2d(dim, dim, 1, bias=False))
             self.add_module(f"{name}_norm", nn.BatchNorm2d(dim))
             self.add_module(f"{name}_neuron", make_neuron(neuron, channels=dim))
+        self.k_pool = PlanePool() if event_pooling else nn.Identity()
+        self.v_pool = PlanePool() if event_pooling else nn.Identity()
         self.coincidences = nn.Identity()
         self.attention_neuron = make_neuron(neuron, channels=dim, threshold=ATTENTION_THRESHOLD)
         self.masked = nn.Identity()
@@ -63,25 +66,26 @@ class SpikeDrivenSelfAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`q * LIF_0.5(sum over tokens of k * v)` for spikes `[T, B, dim, H, W]`, same shape."""
-        if self.event_pooling:
-            k, v = max_pool_plane(k), max_pool_plane(v)
-        kv = k * v
-        if self.event_pooling:
-            kv = self._pool_tokens(kv)
-        kv = self.coincidences(kv)
-        a = self.attention_neuron(kv.sum((-2, -1), keepdim=True))
-        qa = q * a
-        if self.event_pooling:
-            qa = self._pool_tokens(qa)
-        masked: Tensor = self.masked(qa)
+        kv = self.coincidences(self.k_pool(k) * self.v_pool(v))
+        a = self.attention_neuron(self._pool_tokens(kv).sum((-2, -1), keepdim=True))
+        masked: Tensor = self.masked(self._pool_tokens(q * a))
         return masked
 
     def _pool_tokens(self, spikes: Tensor) -> Tensor:
+        if not self.event_pooling:
+            return spikes
         height, width = spikes.shape[-2:]
         heads = rearrange(spikes, "t b (heads d) h w -> t b heads (h w) d", heads=self.num_heads)
         return rearrange(max_pool_plane(heads), "t b heads (h w) d -> t b (heads d) h w", h=height, w=width)
 
 
+class PlanePool(nn.Module):
+    """3x3 maximum, stride 1, over the last two axes of `[T, B, C, H, W]`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return max_pool_plane(x)
+
+
 def max_pool_plane(x: Tensor) -> Tensor:
-    """3x3 maximum, stride 1, over the last two axes of x `[T, B, C, H, W]`."""
+    """3x3 maximum, stride 1, over the last two axes of x `[T, B, ...]`."""
     return F.max_pool2d(x.flatten(0, 1), 3, stride=1, padding=1).unflatten(0, x.shape[:2])

@@ -86,5 +86,6 @@ def repeat_frame(norm: nn.Module, x: Tensor, time_steps: int) -> Tensor:
         with torch.no_grad():
             momentum = norm.momentum if norm.momentum is not None else 1 / int(norm.num_batches_tracked)
             new = norm.running_var - (1 - momentum) * before
-            norm.running_var.sub_(new * (1 - (n - 1) / n * total / (total - 1)))
+            # `.data`: autograd has noted the buffer's version, though the backward of a training pass never reads it.
+            norm.running_var.data.sub_(new * (1 - (n - 1) / n * total / (total - 1)))
     return y.expand(time_steps, *y.shape[1:])
