@@ -1,0 +1,204 @@
+"""Augmentation and evaluation transforms of images through timm, with every random draw tied to a key."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torchvision.transforms import Compose
+
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "random")
+
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in a grey image (ITU-R BT.601), as Pillow's own conversion has them."""
+
+# timm ignores a section it does not know, and stops inside on others; this is the grammar of what it understands.
+_NUMBER = r"\d+(\.\d+)?"
+_AUTO_AUGMENT = re.compile(
+    rf"rand(-(m\d+|n\d+|p{_NUMBER}|mstd{_NUMBER}|mmax\d+|inc[01]|t(weights|3a|3aw)))*"
+    rf"|augmix(-(m\d+|w\d+|d\d+|a{_NUMBER}|b[01]|mstd{_NUMBER}))*"
+    rf"|(v0|v0r|original|originalr|3a)(-mstd{_NUMBER})?"
+)
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+@contextlib.contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Python's, NumPy's and torch's CPU generators drawn from `key` inside the block, and put back after it.
+
+    timm's transforms draw from all three. Raises `ValueError` for a negative key.
+    """
+    words = np.random.SeedSequence(key).generate_state(4)
+    saved = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - timm draws from this one
+    try:
+        random.seed(int(words[0]))
+        np.random.seed(words)  # noqa: NPY002
+        torch.random.default_generator.manual_seed(int(words[1]) << 32 | int(words[2]))
+        yield
+    finally:
+        random.setstate(saved[0])
+        np.random.set_state(saved[1])  # noqa: NPY002
+        torch.set_rng_state(saved[2])
+
+
+class Finish:
+    """The end of every pipeline: an RGB image to a normalised tensor, `[3, H, W]` uint8 -> float32 `[C, H, W]`.
+
+    One channel is the luma of the three. Random erasing, if asked for, sets a rectangle to 0, the mean.
+    """
+
+    def __init__(
+        self, *, in_channels: int, mean: Sequence[float], std: Sequence[float], random_erasing: float = 0.0
+    ) -> None:
+        self.in_channels = in_channels
+        self.mean = _per_channel("mean", mean, in_channels)
+        self.std = _per_channel("std", std, in_channels)
+        if not bool((self.std > 0).all()):
+            raise ValueError(f"std must be positive in each channel, got {list(std)}")
+        self.erase = RandomErasing(random_erasing, mode="const", device="cpu") if random_erasing else None
+
+    def __call__(self, image: Tensor) -> Tensor:
+        x = image.to(torch.float32).div_(255)
+        if self.in_channels == 1:
+            x = (x * torch.tensor(LUMA).view(3, 1, 1)).sum(0, keepdim=True)
+        x = (x - self.mean) / self.std
+        return self.erase(x) if self.erase else x
+
+
+def build_transforms(
+    *,
+    img_size: int,
+    in_channels: int = 3,
+    mean: Sequence[float],
+    std: Sequence[float],
+    crop_pct: float = 1.0,
+    interpolation: str = "bicubic",
+    scale: Sequence[float] = (1.0, 1.0),
+    ratio: Sequence[float] = (1.0, 1.0),
+    hflip: float = 0.0,
+    color_jitter: float = 0.0,
+    auto_augment: str | None = None,
+    random_erasing: float = 0.0,
+) -> tuple[Transform, Transform]:
+    """The training and the evaluation transform, RGB image -> float32 `[in_channels, img_size, img_size]`.
+
+    Training: a random crop of `scale` of the area and of aspect `ratio`, resized; flip; auto-augment, or where there is
+    none color jitter (timm's rule, and so the released models'; only 3a takes both); random erasing. Evaluation:
+    resize the shorter side to `img_size / crop_pct`, crop the centre. Each call draws from the global generators: see
+    `seeded`.
+
+    Raises `ValueError` that names the value for anything out of range.
+    """
+    check_auto_augment(auto_augment)
+    _check_ranges(
+        img_size=img_size, in_channels=in_channels, crop_pct=crop_pct, scale=scale, ratio=ratio, hflip=hflip,
+        color_jitter=color_jitter, random_erasing=random_erasing,
+    )  # fmt: skip
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation {interpolation!r} is unknown; choose one of {', '.join(INTERPOLATIONS)}")
+    # Colour operations fill with the mean; they see RGB also where the network sees grey.
+    fill_mean = tuple(mean) if len(mean) == 3 else (mean[0],) * 3
+    augment = create_transform(
+        img_size,
+        is_training=True,
+        scale=tuple(scale),
+        ratio=tuple(ratio),
+        hflip=hflip,
+        color_jitter=color_jitter or None,
+        auto_augment=auto_augment or None,
+        interpolation=interpolation,
+        mean=fill_mean,
+        normalize=False,
+    )
+    resize = create_transform(
+        img_size,
+        crop_pct=crop_pct,
+        interpolation="bicubic" if interpolation == "random" else interpolation,
+        normalize=False,
+    )
+    finish = Finish(in_channels=in_channels, mean=mean, std=std)
+    erase = Finish(in_channels=in_channels, mean=mean, std=std, random_erasing=random_erasing)
+    train, evaluation = Compose([augment, erase]), Compose([resize, finish])
+    with seeded(0):
+        try:
+            train(Image.new("RGB", (img_size, img_size), (128, 64, 32)))
+        except Exception as error:  # whatever an option makes timm stumble over, said before training starts
+            raise ValueError(f"the augmentation cannot be applied (auto_augment={auto_augment!r}): {error}") from error
+    return train, evaluation
+
+
+def check_auto_augment(auto_augment: str | None) -> None:
+    """Raises `ValueError` for a string that timm would not understand, or would quietly read as something else."""
+    if auto_augment and not _AUTO_AUGMENT.fullmatch(auto_augment):
+        raise ValueError(
+            f"auto_augment {auto_augment!r} is unknown; write rand followed by any of -m9 -n2 -p0.5 -mstd0.5 -mmax10 "
+            f"-inc1 -tweights (as in rand-m9-n1-mstd0.4-inc1), augmix with -m -w -d -a -b -mstd, or v0, v0r, original, "
+            f"originalr, 3a with -mstd"
+        )
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The decoded image in RGB: grey repeated, transparency dropped, 16 bits reduced to 8.
+
+    Raises `OSError` where the file is damaged and `ValueError` for pixels without a fixed range.
+    """
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image).astype(np.int64)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError(f"pixels of mode {image.mode} outside 0 ... 65535")
+        image = Image.fromarray((pixels // 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels; store the image with 8 or 16 bits")
+    return image.convert("RGB")
+
+
+def _per_channel(name: str, values: Sequence[float], in_channels: int) -> Tensor:
+    """`[C, 1, 1]` from one value for all channels, from one each, or from three for the luma of an RGB image."""
+    tensor = torch.tensor([float(value) for value in values])
+    if len(tensor) == 3 and in_channels == 1:
+        tensor = (tensor * torch.tensor(LUMA)).sum(0, keepdim=True)
+    elif len(tensor) == 1:
+        tensor = tensor.repeat(in_channels)
+    if len(tensor) != in_channels or not bool(tensor.isfinite().all()):
+        raise ValueError(
+            f"{name} needs one finite value, or one for each of {in_channels} channels, got {list(values)}"
+        )
+    return tensor.view(in_channels, 1, 1)
+
+
+def _check_ranges(
+    *,
+    img_size: int,
+    in_channels: int,
+    crop_pct: float,
+    scale: Sequence[float],
+    ratio: Sequence[float],
+    hflip: float,
+    color_jitter: float,
+    random_erasing: float,
+) -> None:
+    if img_size < 1:
+        raise ValueError(f"img_size must be a positive number of pixels, got {img_size}")
+    if in_channels not in (1, 3):
+        raise ValueError(f"images have 1 channel (grey) or 3 (RGB), got in_channels={in_channels}")
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct must be above 0 and at most 1, got {crop_pct}")
+    for name, pair, most in (("scale", scale, 1.0), ("ratio", ratio, float("inf"))):
+        if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most:
+            raise ValueError(
+                f"{name} must be (least, most) with 0 < least <= most{' <= 1' * (most == 1)}, got {list(pair)}"
+            )
+    for name, value in (("hflip", hflip), ("random_erasing", random_erasing)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is a probability, got {value}")
+    if not 0 <= color_jitter < float("inf"):
+        raise ValueError(f"color_jitter must be 0 (off) or positive, got {color_jitter}")
