@@ -1,0 +1,153 @@
+"""Augmentations of event frames, one operation for all frames of a sample, and the names by which a recipe picks them.
+
+Each is a callable ``(frames, rng) -> frames`` on float frames ``[T, C, H, W]``; the generator alone decides what it
+does, so a sample's augmentation can be drawn again from its seed. The originals of the kind are Cutout
+(arXiv:1708.04552) and SNNAugment (Neuromorphic Data Augmentation, arXiv:2203.06145).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sdt_datasets.events import DropAtRandom, DropByArea, DropByTime, EventDrop
+
+EventAugmentation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+FrameAugmentation = Callable[[Tensor, np.random.Generator], Tensor]
+
+
+OPERATION_LIMITS = {"identity": 0.0, "shear_x": 0.3, "translate_x": 5.0, "translate_y": 5.0, "rotate": 30.0}
+MAGNITUDE_BINS = 31
+
+
+class HorizontalFlip:
+    """Mirrors left and right with the given probability: ``[T, C, H, W]`` -> ``[T, C, H, W]``."""
+
+    def __init__(self, probability: float = 0.5) -> None:
+        if not 0 <= probability <= 1:
+            raise ValueError(f"probability must be within [0, 1], got {probability!r}")
+        self.probability = probability
+
+    def __call__(self, frames: Tensor, rng: np.random.Generator) -> Tensor:
+        return frames.flip(-1) if rng.random() < self.probability else frames
+
+
+class Roll:
+    """Shifts by up to ``max_shift`` pixels each way, what leaves one border enters at the other.
+
+    ``[T, C, H, W]`` -> ``[T, C, H, W]``.
+    """
+
+    def __init__(self, max_shift: int = 5) -> None:
+        if max_shift < 0:
+            raise ValueError(f"max_shift must be >= 0 pixels, got {max_shift!r}")
+        self.max_shift = max_shift
+
+    def __call__(self, frames: Tensor, rng: np.random.Generator) -> Tensor:
+        down, right = rng.integers(-self.max_shift, self.max_shift + 1, size=2).tolist()
+        return frames.roll((down, right), dims=(-2, -1))
+
+
+class Cutout:
+    """Sets ``holes`` squares of ``length`` pixels to zero, their centres anywhere in the frame (arXiv:1708.04552).
+
+    ``[T, C, H, W]`` -> ``[T, C, H, W]``; a square that reaches over the border is clipped there.
+    """
+
+    def __init__(self, holes: int = 1, length: int = 16) -> None:
+        if holes < 1 or length < 1:
+            raise ValueError(f"holes and length must be >= 1, got {holes!r} and {length!r}")
+        self.holes, self.length = holes, length
+
+    def __call__(self, frames: Tensor, rng: np.random.Generator) -> Tensor:
+        frames = frames.clone()
+        height, width = frames.shape[-2:]
+        for _ in range(self.holes):
+            top, left = (int(rng.integers(side)) - self.length // 2 for side in (height, width))
+            frames[..., max(top, 0) : top + self.length, max(left, 0) : left + self.length] = 0
+        return frames
+
+
+class RandomOperation:
+    """One operation, drawn at random, with one of 31 magnitudes (SNNAugment, arXiv:2203.06145).
+
+    ``[T, C, H, W]`` -> ``[T, C, H, W]``, nearest neighbour about the centre, zeros from outside. The operations and
+    the largest magnitude of each: ``identity``; ``shear_x`` by an angle of 0.3 rad; ``translate_x`` and
+    ``translate_y`` by 5 whole pixels; ``rotate`` by 30 degrees.
+    """
+
+    def __init__(self, operations: Sequence[str] = ("identity", "shear_x", "translate_x", "rotate")) -> None:
+        unknown = set(operations) - set(OPERATION_LIMITS)
+        if unknown or not operations:
+            raise ValueError(f"operations must be among {', '.join(OPERATION_LIMITS)}, got {tuple(operations)!r}")
+        self.operations = tuple(operations)
+
+    def __call__(self, frames: Tensor, rng: np.random.Generator) -> Tensor:
+        operation = self.operations[rng.integers(len(self.operations))]
+        magnitude = OPERATION_LIMITS[operation] * float(
+            np.linspace(-1, 1, MAGNITUDE_BINS)[rng.integers(MAGNITUDE_BINS)]
+        )
+        return transform_frames(frames, operation, magnitude)
+
+
+def transform_frames(frames: Tensor, operation: str, magnitude: float) -> Tensor:
+    """Applies one operation of `RandomOperation` at the given magnitude to all frames ``[T, C, H, W]`` alike.
+
+    A positive magnitude turns counter-clockwise, moves right or down, and shears the upper half to the right.
+    """
+    if operation == "identity":
+        return frames
+    if operation.startswith("translate"):
+        return _translate(frames, int(magnitude), -1 if operation == "translate_x" else -2)
+    if operation == "shear_x":
+        source = torch.tensor([[1.0, math.tan(magnitude)], [0.0, 1.0]])
+    else:
+        cos, sin = math.cos(math.radians(magnitude)), math.sin(math.radians(magnitude))
+        source = torch.tensor([[cos, -sin], [sin, cos]])
+    height, width = frames.shape[-2:]
+    scale = torch.tensor([width, height], dtype=torch.float32)
+    theta = F.pad(source * scale / scale[:, None], (0, 1))
+    grid = F.affine_grid(theta.expand(len(frames), 2, 3), list(frames.shape), align_corners=False)
+    return F.grid_sample(frames, grid, mode="nearest", padding_mode="zeros", align_corners=False)
+
+
+def _translate(frames: Tensor, shift: int, dim: int) -> Tensor:
+    size = frames.shape[dim]
+    shift = max(-size, min(shift, size))
+    moved = torch.zeros_like(frames)
+    kept = frames.narrow(dim, max(-shift, 0), size - abs(shift))
+    moved.narrow(dim, max(shift, 0), size - abs(shift)).copy_(kept)
+    return moved
+
+
+EVENT_AUGMENTATIONS: dict[str, Callable[[tuple[int, int, int]], EventAugmentation]] = {
+    "drop_by_time": lambda sensor_size: DropByTime(),
+    "drop_by_area": lambda sensor_size: DropByArea(sensor_size=sensor_size),
+    "drop_at_random": lambda sensor_size: DropAtRandom(),
+    "event_drop": lambda sensor_size: EventDrop(sensor_size=sensor_size),
+}
+FRAME_AUGMENTATIONS: dict[str, Callable[[], FrameAugmentation]] = {
+    "hflip": HorizontalFlip,
+    "roll": Roll,
+    "cutout": Cutout,
+    "random_op": RandomOperation,
+}
+
+
+def build_augmentations(
+    names: Sequence[str], sensor_size: tuple[int, int, int]
+) -> tuple[list[EventAugmentation], list[FrameAugmentation]]:
+    """The named augmentations, those of events and those of frames, each group in the order given.
+
+    Raises ValueError for a name that is in neither `EVENT_AUGMENTATIONS` nor `FRAME_AUGMENTATIONS`.
+    """
+    known = [*EVENT_AUGMENTATIONS, *FRAME_AUGMENTATIONS]
+    unknown = [name for name in names if name not in known]
+    if isinstance(names, str) or unknown:
+        raise ValueError(f"augment must be a list of names among {', '.join(known)}; got {names!r}")
+    of_events = [EVENT_AUGMENTATIONS[name](sensor_size) for name in names if name in EVENT_AUGMENTATIONS]
+    of_frames = [FRAME_AUGMENTATIONS[name]() for name in names if name in FRAME_AUGMENTATIONS]
+    return of_events, of_frames

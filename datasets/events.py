@@ -1,0 +1,216 @@
+"""Tonic-style transforms on structured event arrays: events to frames, and event-level augmentation.
+
+An event array is a one-dimensional structured NumPy array with the fields ``t`` (time), ``x``, ``y`` (pixels) and
+``p`` (polarity: 0/1, -1/1 or bool), as Tonic's data sets hand out. Every transform here is a callable that composes
+with Tonic's own in ``tonic.transforms.Compose``.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+SPLITS = ("number", "time")
+
+# A chunk of events is gathered, indexed and counted while it still lies in the processor's second-level cache.
+_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventsToFrames:
+    """Counts the events of a recording into ``time_steps`` frames, per polarity and pixel.
+
+    By number (the frames that the released models were trained on), ``N`` events and ``d = N // T``: frame ``i``
+    counts the events ``[i * d, (i + 1) * d)`` in the order of the recording, the last frame runs to ``N``. By time,
+    with ``d = (t_last - t_first) // T``: frame ``i`` counts the times ``[t_first + i * d, t_first + (i + 1) * d)``,
+    and the last frame again takes all that is left. Both rules are SpikingJelly's; both put everything into the last
+    frame where ``d`` is 0. No event is dropped: the frames add up to ``N``.
+
+    Args:
+        sensor_size: ``(W, H, 2)`` as in Tonic.
+        time_steps: number of frames T.
+        split_by: ``"number"`` or ``"time"``.
+
+    Shapes: structured events ``[N]`` -> float32 frames ``[T, 2, H, W]``, OFF events in channel 0 and ON in channel 1.
+    Counts are exact up to 2**24 events on one pixel of one frame.
+
+    Raises:
+        ValueError: for a setting out of range, or for events that lie outside the sensor.
+        TypeError: for an input that is not a structured event array.
+
+    Example:
+        >>> to_frames = EventsToFrames(sensor_size=(128, 128, 2), time_steps=10)
+        >>> frames = to_frames(events)  # [10, 2, 128, 128]
+    """
+
+    sensor_size: tuple[int, int, int]
+    time_steps: int
+    split_by: str = "number"
+
+    def __post_init__(self) -> None:
+        size = tuple(self.sensor_size)
+        if len(size) != 3 or size[2] != 2 or any(int(side) != side or side < 1 for side in size):
+            raise ValueError(f"sensor_size must be (width, height, 2) in whole pixels, got {self.sensor_size!r}")
+        if isinstance(self.time_steps, bool) or int(self.time_steps) != self.time_steps or self.time_steps < 1:
+            raise ValueError(f"time_steps must be a whole number >= 1, got {self.time_steps!r}")
+        if self.split_by not in SPLITS:
+            raise ValueError(f"split_by must be one of {', '.join(SPLITS)}, got {self.split_by!r}")
+
+    def __call__(self, events: np.ndarray) -> np.ndarray:
+        fields = ("x", "y", "p") if self.split_by == "number" else ("t", "x", "y", "p")
+        check_events(events, fields)
+        width, height, _ = self.sensor_size
+        if self.split_by == "time":
+            events, edges = _edges_by_time(events, self.time_steps)
+        else:
+            edges = np.arange(self.time_steps + 1) * (len(events) // self.time_steps)
+            edges[-1] = len(events)
+
+        pixels = 2 * height * width
+        frames = np.zeros((self.time_steps, pixels), dtype=np.float32)
+        for frame, start, stop in zip(frames, edges[:-1], edges[1:], strict=True):
+            chunks = (events[first : min(first + _CHUNK, stop)] for first in range(start, stop, _CHUNK))
+            frame[:] = sum(np.bincount(_pixel_index(chunk, width, height), minlength=pixels) for chunk in chunks)
+        return frames.reshape(self.time_steps, 2, height, width)
+
+
+def check_events(events: np.ndarray, fields: tuple[str, ...]) -> None:
+    """Raises TypeError where ``events`` is not a one-dimensional structured array with these fields."""
+    names = getattr(getattr(events, "dtype", None), "names", None)
+    if names is None or events.ndim != 1 or not set(fields) <= set(names):
+        got = f"a {type(events).__name__} of dtype {getattr(events, 'dtype', None)}"
+        raise TypeError(f"expected a one-dimensional structured array with the fields {', '.join(fields)}, got {got}")
+
+
+def _pixel_index(events: np.ndarray, width: int, height: int) -> np.ndarray:
+    """The flat index ``(p * H + y) * W + x`` of each event; ValueError where one lies outside."""
+    x, y, polarity = (np.ascontiguousarray(events[field]) for field in ("x", "y", "p"))
+    for name, values, bound in (("x", x, width), ("y", y, height)):
+        if values.dtype.kind not in "iu":
+            raise TypeError(f"pixel coordinates must be integers, {name} is {values.dtype}")
+        smallest, largest = int(values.min()), int(values.max())
+        if smallest < 0 or largest >= bound:
+            worst = smallest if smallest < 0 else largest
+            raise ValueError(f"an event at {name}={worst} lies outside the sensor of {width} x {height} pixels (W x H)")
+    if polarity.dtype.kind != "b":
+        if polarity.min() < -1 or polarity.max() > 1:
+            raise ValueError(f"polarity must be 0/1 or -1/1, found {polarity.min()} to {polarity.max()}")
+        polarity = polarity > 0
+    index = polarity.astype(np.intp)
+    index *= height
+    index += y
+    index *= width
+    index += x
+    return index
+
+
+def _edges_by_time(events: np.ndarray, time_steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Events in order of time, and the ``[T + 1]`` positions at which the frames begin and end."""
+    edges = np.zeros(time_steps + 1, dtype=np.intp)
+    if len(events) == 0:
+        return events, edges
+    times = np.ascontiguousarray(events["t"])
+    if times.dtype.kind in "iu":
+        times = times.astype(np.int64)
+    if np.any(times[1:] < times[:-1]):
+        order = np.argsort(times, kind="stable")
+        events, times = events[order], times[order]
+    duration = (times[-1] - times[0]) // time_steps
+    edges[:-1] = np.searchsorted(times, times[0] + duration * np.arange(time_steps))
+    edges[-1] = len(events)
+    return events, edges
+
+
+def _globally_seeded() -> np.random.Generator:
+    """A generator that follows ``np.random.seed``, as Tonic's own transforms do."""
+    return np.random.default_rng(np.random.randint(2**31))  # noqa: NPY002
+
+
+class _Drop:
+    """What the event-level augmentations share: a ratio drawn from a range, and never an empty result."""
+
+    def __init__(self, ratio: float | tuple[float, float]) -> None:
+        low, high = (ratio, ratio) if isinstance(ratio, int | float) else ratio
+        if not 0 <= low <= high < 1:
+            raise ValueError(f"ratio must be a number, or a (low, high) pair, within [0, 1), got {ratio!r}")
+        self.ratio = (float(low), float(high))
+
+    def __call__(self, events: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+        check_events(events, ("t", "x", "y", "p"))
+        if len(events) == 0:
+            return events
+        rng = _globally_seeded() if rng is None else rng
+        kept = events[self._keep(events, rng.uniform(*self.ratio), rng)]
+        return kept if len(kept) else events
+
+    def _keep(self, events: np.ndarray, ratio: float, rng: np.random.Generator) -> np.ndarray:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(ratio={self.ratio})"
+
+
+class DropByTime(_Drop):
+    """Drops the events of one random interval that lasts ``ratio`` of the recording (EventDrop, arXiv:2106.05836).
+
+    Structured events ``[N]`` -> ``[M]``, 1 <= M <= N; an empty recording stays empty. ``ratio`` is a number or a
+    ``(low, high)`` range to draw from. ``rng`` decides; without it NumPy's global generator does.
+    """
+
+    def __init__(self, ratio: float | tuple[float, float] = (0.1, 0.9)) -> None:
+        super().__init__(ratio)
+
+    def _keep(self, events: np.ndarray, ratio: float, rng: np.random.Generator) -> np.ndarray:
+        elapsed = events["t"].astype(np.float64)
+        elapsed -= elapsed.min()
+        duration = ratio * elapsed.max()
+        start = rng.uniform(0, elapsed.max() - duration)
+        return (elapsed < start) | (elapsed >= start + duration)
+
+
+class DropByArea(_Drop):
+    """Drops the events of one random box whose sides are ``ratio`` of the sensor's (EventDrop, arXiv:2106.05836).
+
+    Structured events ``[N]`` -> ``[M]``, 1 <= M <= N. ``sensor_size`` is ``(W, H, 2)``.
+    """
+
+    def __init__(self, ratio: float | tuple[float, float] = (0.05, 0.25), *, sensor_size: tuple[int, int, int]) -> None:
+        super().__init__(ratio)
+        self.sensor_size = sensor_size
+
+    def _keep(self, events: np.ndarray, ratio: float, rng: np.random.Generator) -> np.ndarray:
+        outside = np.zeros(len(events), dtype=bool)
+        for name, side in (("x", self.sensor_size[0]), ("y", self.sensor_size[1])):
+            length = round(ratio * side)
+            start = rng.integers(0, side - length + 1)
+            outside |= (events[name] < start) | (events[name] >= start + length)
+        return outside
+
+
+class DropAtRandom(_Drop):
+    """Drops ``ratio`` of the events, drawn at random; the order stays (EventDrop, arXiv:2106.05836).
+
+    Structured events ``[N]`` -> ``[M]``, M = N - round(ratio * N).
+    """
+
+    def __init__(self, ratio: float | tuple[float, float] = (0.1, 0.9)) -> None:
+        super().__init__(ratio)
+
+    def _keep(self, events: np.ndarray, ratio: float, rng: np.random.Generator) -> np.ndarray:
+        keep = np.ones(len(events), dtype=bool)
+        keep[rng.choice(len(events), round(ratio * len(events)), replace=False)] = False
+        return keep
+
+
+class EventDrop:
+    """Leaves a recording alone or drops events by time, by area or at random, each with equal chance.
+
+    The policy of EventDrop (arXiv:2106.05836): structured events ``[N]`` -> ``[M]``, 1 <= M <= N.
+    """
+
+    def __init__(self, *, sensor_size: tuple[int, int, int]) -> None:
+        self.operations = (None, DropByTime(), DropByArea(sensor_size=sensor_size), DropAtRandom())
+
+    def __call__(self, events: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+        rng = _globally_seeded() if rng is None else rng
+        operation = self.operations[rng.integers(len(self.operations))]
+        return events if operation is None else operation(events, rng)
