@@ -1,0 +1,8 @@
+"""What all data sets share in saying that data are missing or unfit."""
+
+IGNORED = -1
+"""The label of an evaluation sample that could not be read: leave the sample out of the count."""
+
+
+class DataError(ValueError):
+    """The data is missing or unfit; the message is one paragraph that says what was expected and what to do."""
