@@ -20,12 +20,12 @@ class SpikeDrivenSelfAttention(nn.Module):
         a = LIF_0.5(sum over tokens of k * v)        one spike a channel
         result = BN(W' (q * a))
 
-    What is called (k, v, q) here, as in the released weights, is (Q, K, V) in the paper's text. `num_heads` changes nothing
-    without `event_pooling`: channel c belongs to head c // (dim / num_heads). With `event_pooling` (the released CIFAR10-DVS
+    What is called (k, v, q) here, as in the released weights, is (Q, K, V) in the paper's text. Without `event_pooling`
+    `num_heads` changes nothing: channel c belongs to head c // (dim / num_heads). With it (the released CIFAR10-DVS
     setting) a 3x3 maximum is taken of k and v over (H, W), and of k * v and q * a over (tokens, channels of a head).
 
-    Hooks see everything: k and v as they are used pass through `k_pool` and `v_pool`, k * v through `coincidences` and q * a
-    through `masked`, submodules that do nothing where there is no pooling.
+    Hooks see everything: k and v as they are used pass through `k_pool` and `v_pool`, k * v through `coincidences`
+    and q * a through `masked`, submodules that do nothing where there is no pooling.
 
     Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
 
@@ -44,10 +44,15 @@ class SpikeDrivenSelfAttention(nn.Module):
         check_multiple(dim, num_heads, "dim (for this number of heads)")
         self.dim, self.num_heads, self.event_pooling = dim, num_heads, event_pooling
         self.neuron = make_neuron(neuron, channels=dim)
-        for name in "qkv":
-            self.add_module(f"{name}_conv", nn.Conv2d(dim, dim, 1, bias=False))
-            self.add_module(f"{name}_norm", nn.BatchNorm2d(dim))
-            self.add_module(f"{name}_neuron", make_neuron(neuron, channels=dim))
+        self.q_conv = nn.Conv2d(dim, dim, 1, bias=False)
+        self.q_norm = nn.BatchNorm2d(dim)
+        self.q_neuron = make_neuron(neuron, channels=dim)
+        self.k_conv = nn.Conv2d(dim, dim, 1, bias=False)
+        self.k_norm = nn.BatchNorm2d(dim)
+        self.k_neuron = make_neuron(neuron, channels=dim)
+        self.v_conv = nn.Conv2d(dim, dim, 1, bias=False)
+        self.v_norm = nn.BatchNorm2d(dim)
+        self.v_neuron = make_neuron(neuron, channels=dim)
         self.k_pool = PlanePool() if event_pooling else nn.Identity()
         self.v_pool = PlanePool() if event_pooling else nn.Identity()
         self.coincidences = nn.Identity()

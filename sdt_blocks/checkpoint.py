@@ -21,18 +21,6 @@ from .transformer import SpikeDrivenTransformer, model_options
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
-# Released names on the left; what the forward pass never used on the next line.
-_RENAMES = [
-    (r"patch_embed\.proj_(conv|bn|lif)(\d?)\.", lambda m: f"patch.{_PATCH_LISTS[m[1]]}.{m[2] or 0}."),
-    (r"patch_embed\.rpe_(conv|bn)\.", lambda m: f"patch.position_{_PARTS[m[1]]}."),
-    (r"block\.(\d+)\.attn\.(q|k|v|proj)_(conv|bn|lif)\.", lambda m: f"{_attention(m[1])}{m[2]}_{_PARTS[m[3]]}."),
-    (r"block\.(\d+)\.attn\.shortcut_lif\.", lambda m: f"{_attention(m[1])}neuron."),
-    (r"block\.(\d+)\.attn\.talking_heads_lif\.", lambda m: f"{_attention(m[1])}attention_neuron."),
-    (r"block\.(\d+)\.mlp\.fc([12])_(conv|bn|lif)\.", lambda m: f"blocks.{m[1]}.mlp.branch.{_PARTS[m[3]]}{m[2]}."),
-    (r"head_lif\.", lambda m: "head_neuron."),
-    (r"head\.", lambda m: "head."),
-]  # type: list[tuple[str, Callable[[re.Match[str]], str]]]
-_UNUSED = re.compile(r"block\.\d+\.attn\.(talking_heads\.weight|attn_lif\.w)|patch_embed\.rpe_lif\.w")
 _PARTS = {"conv": "conv", "bn": "norm", "lif": "neuron"}
 _PATCH_LISTS = {"conv": "convs", "bn": "norms", "lif": "neurons"}
 
@@ -41,8 +29,23 @@ def _attention(block: str) -> str:
     return f"blocks.{block}.attention.branch."
 
 
+# Released prefixes, and what they are called here.
+_RENAMES: list[tuple[str, Callable[[re.Match[str]], str]]] = [
+    (r"patch_embed\.proj_(conv|bn|lif)(\d?)\.", lambda m: f"patch.{_PATCH_LISTS[m[1]]}.{m[2] or 0}."),
+    (r"patch_embed\.rpe_(conv|bn)\.", lambda m: f"patch.position_{_PARTS[m[1]]}."),
+    (r"block\.(\d+)\.attn\.(q|k|v|proj)_(conv|bn|lif)\.", lambda m: f"{_attention(m[1])}{m[2]}_{_PARTS[m[3]]}."),
+    (r"block\.(\d+)\.attn\.shortcut_lif\.", lambda m: f"{_attention(m[1])}neuron."),
+    (r"block\.(\d+)\.attn\.talking_heads_lif\.", lambda m: f"{_attention(m[1])}attention_neuron."),
+    (r"block\.(\d+)\.mlp\.fc([12])_(conv|bn|lif)\.", lambda m: f"blocks.{m[1]}.mlp.branch.{_PARTS[m[3]]}{m[2]}."),
+    (r"head_lif\.", lambda m: "head_neuron."),
+    (r"head\.", lambda m: "head."),
+]
+# In the released state_dict, but never used in its forward pass.
+_UNUSED = re.compile(r"block\.\d+\.attn\.(talking_heads\.weight|attn_lif\.w)|patch_embed\.rpe_lif\.w")
+
+
 def convert_released_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The released models' state_dict under this kit's names; `module.` prefixes and the never-used entries are dropped.
+    """The released models' state_dict under this kit's names, without `module.` prefixes and never-used entries.
 
     Raises `ValueError` that lists every key that is not of a released model.
     """
@@ -60,7 +63,7 @@ def convert_released_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, T
         else:
             unexpected.append(key)
     if unexpected:
-        raise ValueError(f"not the state_dict of a released Spike-Driven Transformer; unexpected: {_listed(unexpected)}")
+        raise ValueError(f"not the state_dict of a released model; unexpected: {_listed(unexpected)}")
     return converted
 
 
@@ -72,15 +75,15 @@ def load_released_checkpoint(
     The architecture is read from the weights' shapes and the file's training arguments; `overrides` (options of
     `SpikeDrivenTransformer`, such as `time_steps=4` or `event_pooling=True`) win. `ema=True` takes `state_dict_ema`.
 
-    Only tensors and one `argparse.Namespace` are unpickled. Raises `FileNotFoundError`; `ValueError` naming the file and the
-    cause where it is damaged, wants another class, or does not match the architecture.
+    Only tensors and one `argparse.Namespace` are unpickled. Raises `FileNotFoundError`; `ValueError` naming the file
+    and the cause where it is damaged, wants another class, or does not match the architecture.
     """
     path = Path(path)
     content = _load_weights_only(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected a checkpoint or a state_dict, found {type(content).__name__}")
-    args: dict[str, Any] = {}
-    state_dict = content
+    args: Mapping[str, Any] = {}
+    state_dict: Any = content
     if "state_dict" in content or ema:
         wanted = "state_dict_ema" if ema else "state_dict"
         if not isinstance(content.get(wanted), Mapping):
@@ -109,9 +112,13 @@ def _load_weights_only(path: Path) -> Any:
             raise ValueError(
                 f"{path}: refused, it wants to run {wanted[1]}; only tensors and one argparse.Namespace are read"
             ) from None
-        raise ValueError(f"{path}: refused or damaged ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path}: refused or damaged ({_first_line(error)})") from None
     except (RuntimeError, EOFError, KeyError, ValueError, OSError, AttributeError, IndexError, TypeError) as error:
-        raise ValueError(f"{path}: truncated or not a torch file ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path}: truncated or not a torch file ({_first_line(error)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _infer_config(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,8 +183,8 @@ def save_model(model: SpikeDrivenTransformer, folder: str | os.PathLike[str]) ->
     config = model.config
     if not isinstance(config["neuron"], str):
         raise ValueError(
-            f"a model with the neuron factory {config['neuron']!r} cannot be written to {CONFIG}; save its state_dict(), or "
-            f'build it with neuron="lif" or "plif"'
+            f"a model with the neuron factory {config['neuron']!r} cannot be written to {CONFIG}; save its "
+            f'state_dict(), or build it with neuron="lif" or "plif"'
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -211,7 +218,8 @@ def _umask() -> int:
 def load_model(folder: str | os.PathLike[str], **overrides: Any) -> SpikeDrivenTransformer:
     """The model that `save_model` wrote, in eval mode. A recipe's run folder gives its best model, else its last.
 
-    `overrides` are options of `SpikeDrivenTransformer`. Raises `FileNotFoundError` or `ValueError` naming file and cause.
+    `overrides` are options of `SpikeDrivenTransformer`. Raises `FileNotFoundError` or `ValueError` naming file and
+    cause.
     """
     folder = Path(folder)
     candidates = [folder, folder / "best", folder / "last"]

@@ -11,8 +11,8 @@ from .neuron import LIF, NeuronFactory, make_neuron
 class SpikingMLP(nn.Module):
     """Two 1x1 convolutions, each fed by spikes: `BN(W2 LIF(m))` with `m = BN(W1 LIF(u))`.
 
-    Where the hidden width equals `dim`, the first half has a membrane shortcut of its own, as in the released models: with
-    `m = u + BN(W1 LIF(u))` the result is `m - u + BN(W2 LIF(m))`, which a `MembraneShortcut` adds to `u`.
+    Where the hidden width equals `dim`, the first half has a membrane shortcut of its own, as in the released models:
+    with `m = u + BN(W1 LIF(u))` the result is `m - u + BN(W2 LIF(m))`, which a `MembraneShortcut` adds to `u`.
 
     Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
 

@@ -24,9 +24,9 @@ class LIF(snntorch.Leaky):
 
         h[t] = v[t-1] + (x[t] - v[t-1]) / tau;   s[t] = h[t] >= threshold;   v[t] = reset(h[t], s[t])
 
-    It is snnTorch's `Leaky` with `beta = 1 - 1 / tau` and the input scaled by `1 / tau`; unlike there, a neuron at the
-    threshold fires (`strict=True` restores snnTorch's `>`). Resets are snnTorch's: "zero", "subtract" (one threshold off the
-    next membrane) and "none". `surrogate` is a name, a `Surrogate`, or any snnTorch `spike_grad`.
+    It is snnTorch's `Leaky` with `beta = 1 - 1 / tau` and the input scaled by `1 / tau`; unlike there, a neuron at
+    the threshold fires (`strict=True` restores snnTorch's `>`). Resets are snnTorch's: "zero", "subtract" (one
+    threshold off the next membrane) and "none". `surrogate` is a name, a `Surrogate`, or any snnTorch `spike_grad`.
 
     Shapes: `[T, ...] -> [T, ...]`. The state is float32 under mixed precision.
 
@@ -66,8 +66,8 @@ class LIF(snntorch.Leaky):
         self.detach_reset = detach_reset
         self.strict = strict
 
-    # snnTorch keeps its constants in buffers of the state_dict. Here they are plain numbers: no read-back from a device,
-    # nothing a half-precision cast could round, nothing in a checkpoint that is not learnt.
+    # snnTorch keeps its constants in buffers of the state_dict. Here they are plain numbers: no read-back from a
+    # device, nothing a half-precision cast could round, nothing in a checkpoint that is not learnt.
     def _threshold_buffer(self, threshold: float, learn_threshold: bool) -> None:
         self.threshold = float(threshold)
 
@@ -174,8 +174,8 @@ NEURONS: dict[str, NeuronFactory] = {"lif": LIF, "plif": ParametricLIF}
 def make_neuron(factory: str | NeuronFactory, *, channels: int, threshold: float = 1.0) -> nn.Module:
     """One neuron layer from "lif", "plif" or a factory.
 
-    A factory is called with `threshold=`; one that has a `channels` argument without a default gets the layer's width too.
-    Raises `ValueError` for an unknown name and `TypeError` for a factory that cannot be called so.
+    A factory is called with `threshold=`; one that has a `channels` argument without a default gets the layer's width
+    too. Raises `ValueError` for an unknown name and `TypeError` for a factory that cannot be called so.
     """
     if isinstance(factory, str):
         if factory not in NEURONS:
@@ -183,8 +183,8 @@ def make_neuron(factory: str | NeuronFactory, *, channels: int, threshold: float
         factory = NEURONS[factory]
     if not callable(factory) or isinstance(factory, nn.Module):
         raise TypeError(
-            f"neuron must be a name or a factory that makes a new module for each layer (a class, a functools.partial, a "
-            f"function taking threshold=), got {type(factory).__name__}"
+            f"neuron must be a name or a factory that makes a new module for each layer (a class, a "
+            f"functools.partial, a function taking threshold=), got {type(factory).__name__}"
         )
     make = partial(factory, threshold=threshold)
     parameters = inspect.signature(factory).parameters

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,8 +21,8 @@ class SpikingPatchSplitting(nn.Module):
         stages 0-2: conv -> BN -> LIF -> max pool where pooling[i] is "1"
         stage 3:    conv -> BN -> max pool where pooling[3] is "1" = f;   result = f + BN(conv(LIF(f)))
 
-    Each pooling halves height and width (rounded up). For a still image give `time_steps`: x `[1, B, C, H, W]` is shown at
-    every step, and the first convolution and BN, which see the same frame each time, are computed once.
+    Each pooling halves height and width (rounded up). For a still image give `time_steps`: x `[1, B, C, H, W]` is
+    shown at every step, and the first convolution and BN, which see the same frame each time, are computed once.
 
     Shapes: x `[T, B, in_channels, H, W] -> [T, B, dim, H', W']`.
 
@@ -41,8 +44,7 @@ class SpikingPatchSplitting(nn.Module):
         self.dim, self.in_channels, self.pooling = dim, in_channels, str(pooling)
         channels = [in_channels, *(dim // width for width in WIDTHS)]
         self.convs = nn.ModuleList(
-            nn.Conv2d(before, after, 3, padding=1, bias=False)
-            for before, after in zip(channels, channels[1:], strict=False)
+            nn.Conv2d(before, after, 3, padding=1, bias=False) for before, after in pairwise(channels)
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(after) for after in channels[1:])
         self.neurons = nn.ModuleList(make_neuron(neuron, channels=after) for after in channels[1:])
@@ -71,11 +73,11 @@ class SpikingPatchSplitting(nn.Module):
         return x + per_frame(self.position_norm, per_frame(self.position_conv, self.neurons[3](x)))
 
 
-def repeat_frame(norm: nn.Module, x: Tensor, time_steps: int) -> Tensor:
+def repeat_frame(norm: Any, x: Tensor, time_steps: int) -> Tensor:
     """`norm` of the frame x `[1, B, C, H, W]` as if it came at every step: a view `[time_steps, B, C, H, W]`.
 
-    Mean and biased variance of a repeated batch are those of the batch; the running variance alone depends on the number of
-    repetitions, by its factor n / (n - 1), and is set to what the repeated batch would give.
+    Mean and biased variance of a repeated batch are those of the batch; the running variance alone depends on the
+    number of repetitions, by its factor n / (n - 1), and is set to what the repeated batch would give.
     """
     variance = getattr(norm, "running_var", None)
     before = variance.clone() if norm.training and variance is not None else None

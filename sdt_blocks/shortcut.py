@@ -8,8 +8,8 @@ from torch import Tensor, nn
 class MembraneShortcut(nn.Module):
     """`u + drop_path(branch(u))`: the branch starts with a neuron and ends in a membrane, so spikes stay binary.
 
-    `drop_path` is the probability of leaving the branch out, drawn once a sample for all time steps (Huang et al., 2016,
-    https://arxiv.org/abs/1603.09382); what is kept is scaled by `1 / (1 - drop_path)`.
+    `drop_path` is the probability of leaving the branch out, drawn once a sample for all time steps (Huang et al.,
+    2016, https://arxiv.org/abs/1603.09382); what is kept is scaled by `1 / (1 - drop_path)`.
 
     Shapes: `[T, B, ...] -> [T, B, ...]`.
 

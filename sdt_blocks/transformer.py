@@ -51,9 +51,9 @@ class SpikeDrivenTransformer(nn.Module):
 
     Patch splitting, `depth` encoder blocks, mean over tokens, LIF, linear head, mean over time steps.
 
-    Input: images `[B, in_channels, H, W]`, shown `time_steps` times, or frames `[B, T, in_channels, H, W]` with any T >= 1.
-    Output: logits `[B, num_classes]`, or with `per_step` (TET training, Deng et al., 2022) `[T, B, num_classes]`.
-    `num_classes=0` leaves the head out: the output is the mean of the head neuron's spikes.
+    Input: images `[B, in_channels, H, W]`, shown `time_steps` times, or frames `[B, T, in_channels, H, W]` with any T
+    >= 1. Output: logits `[B, num_classes]`, or with `per_step` (TET training, Deng et al., 2022) `[T, B,
+    num_classes]`. `num_classes=0` leaves the head out: the output is the mean of the head neuron's spikes.
     `drop_path` is the rate of the last block; it grows linearly from 0 at the first.
 
     Raises `ValueError` for dimensions that do not fit each other, and for input of another shape.
@@ -102,7 +102,8 @@ class SpikeDrivenTransformer(nn.Module):
             "per_step": per_step,
             "drop_path": drop_path,
         }
-        self.in_channels, self.num_classes, self.time_steps, self.per_step = in_channels, num_classes, time_steps, per_step
+        self.in_channels, self.num_classes = in_channels, num_classes
+        self.time_steps, self.per_step = time_steps, per_step
         self.patch = SpikingPatchSplitting(dim, in_channels=in_channels, pooling=pooling, neuron=neuron)
         self.blocks = nn.Sequential(
             *(

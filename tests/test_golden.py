@@ -67,7 +67,7 @@ def test_every_layer_spikes_alike(golden):
 
 @pytest.mark.parametrize("observed", [False, True])
 def test_training_step(golden, observed):
-    """With hooks on the neurons the layers run one by one, without them fused: both are held to the released figures."""
+    """With hooks the layers run one by one, without them fused: both are held to the released figures."""
     model = golden.model().train()
     if observed:
         for module in model.modules():

@@ -77,7 +77,7 @@ def test_float64(tau, reset):
 
 
 def test_equation_by_hand():
-    """tau 2, threshold 1: h = 0.75 silent; 0.75 / 2 + 1 / 2 = 0.875 silent; 0.4375 + 0.6 = 1.0375 fires and resets; 1.0 fires."""
+    """h = 0.75, silent; 0.375 + 0.5, silent; 0.4375 + 0.6 = 1.0375, fires and resets; 1.0, fires."""
     x = torch.tensor([1.5, 1.0, 1.2, 2.0]).view(4, 1)
     spikes, membrane = LIF()(x, return_membrane=True)
     assert spikes.flatten().tolist() == [0, 0, 1, 1]
@@ -94,7 +94,7 @@ def test_half_precision_keeps_a_float32_state(dtype):
 
 
 def test_detached_reset_is_the_closed_form():
-    """Two steps, reset to zero, the first fires: with the reset detached x[0] reaches s[1] only through 1 - s[0] = 0."""
+    """Two steps, the first fires: with the reset detached, x[0] reaches s[1] only through 1 - s[0] = 0."""
     derivative = LIF().surrogate.derivative
     x = torch.tensor([[3.0], [1.0]], requires_grad=True)
     (grad,) = torch.autograd.grad(LIF()(x)[1].sum(), x)

@@ -1,0 +1,196 @@
+"""Attention, MLP, patch splitting and shortcut, each alone."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from sdt_blocks import LIF, MembraneShortcut, ParametricLIF, SpikeDrivenSelfAttention, SpikingMLP, SpikingPatchSplitting
+from sdt_blocks.patch import repeat_frame
+
+
+def record(module):
+    seen = []
+    module.register_forward_hook(lambda m, args, output: seen.append((args[0], output)))
+    return seen
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    time_steps=st.integers(1, 4),
+    batch=st.integers(1, 3),
+    heads=st.sampled_from([1, 2, 5]),
+    width=st.integers(1, 3),
+    size=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    event_pooling=st.booleans(),
+)
+def test_attention_is_mask_and_addition(time_steps, batch, heads, width, size, event_pooling):
+    """The equation as plain loops over spikes, head by head, for any size."""
+    dim = heads * width
+    block = SpikeDrivenSelfAttention(dim, num_heads=heads, event_pooling=event_pooling).eval()
+    q, k, v = (torch.randint(0, 2, (time_steps, batch, dim, *size)).float() for _ in "qkv")
+    got = block.attend(q, k, v)
+
+    def pool(x):
+        return F.max_pool2d(x, 3, 1, 1)
+
+    def by_head(x):  # [B, dim, H, W] -> [B, heads, N, width]
+        return x.flatten(2).unflatten(1, (heads, width)).transpose(-1, -2)
+
+    membrane = torch.zeros(batch, heads, width)
+    for t in range(time_steps):
+        k_t, v_t = (pool(k[t]), pool(v[t])) if event_pooling else (k[t], v[t])
+        kv = by_head(k_t) * by_head(v_t)
+        kv = pool(kv) if event_pooling else kv
+        membrane = membrane + (kv.sum(2) - membrane) / 2
+        fired = (membrane >= 0.5).float()
+        membrane = membrane * (1 - fired)
+        qa = by_head(q[t]) * fired.unsqueeze(2)
+        qa = pool(qa) if event_pooling else qa
+        expected = qa.transpose(-1, -2).reshape(batch, dim, *size)
+        assert torch.equal(got[t], expected)
+
+
+def test_one_coincidence_is_enough():
+    block = SpikeDrivenSelfAttention(8)
+    spike = torch.zeros(1, 1, 8, 2, 2)
+    spike[0, 0, 3, 1, 1] = 1
+    masked = block.attend(torch.ones_like(spike), spike, spike)
+    assert masked[0, 0, 3].eq(1).all() and masked.sum() == 4
+
+
+def test_attention_hooks_see_every_spike():
+    block = SpikeDrivenSelfAttention(16, num_heads=4)
+    seen = {name: record(getattr(block, name)) for name in ("q_neuron", "k_pool", "v_pool", "coincidences", "masked")}
+    block(torch.randn(3, 2, 16, 4, 4) * 3)
+    q, k, v, kv, qa = (seen[name][0][1] for name in seen)
+    assert torch.equal(kv, k * v) and kv.sum() > 0
+    assert set(qa.unique().tolist()) == {0.0, 1.0} and (qa <= q).all()
+
+
+@pytest.mark.parametrize("hidden", [None, 12, 16])
+def test_mlp_equation(hidden):
+    torch.manual_seed(0)
+    block = SpikingMLP(16, hidden=hidden).eval()
+    assert block.conv1.out_channels == (hidden or 64)
+    u = torch.randn(4, 2, 16, 3, 5).mul(2)
+
+    def linear(conv, norm, s):
+        y = torch.einsum("oi,tbihw->tbohw", conv.weight[..., 0, 0], s) + conv.bias.view(-1, 1, 1)
+        return y / (1 + norm.eps) ** 0.5
+
+    m = linear(block.conv1, block.norm1, LIF()(u))
+    if hidden == 16:  # the inner shortcut: u + m, then u + m + second half
+        expected = m + linear(block.conv2, block.norm2, LIF()(u + m))
+    else:
+        expected = linear(block.conv2, block.norm2, LIF()(m))
+    torch.testing.assert_close(block(u), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "size"), [("1111", (2, 3)), ("0011", (8, 9)), ("0111", (4, 5)), ("0000", (32, 35))]
+)
+def test_patch_splitting_sizes_and_binary_convolution_inputs(pooling, size):
+    patch = SpikingPatchSplitting(16, in_channels=2, pooling=pooling)
+    inputs = [record(conv) for conv in [*patch.convs[1:], patch.position_conv]]
+    x = torch.rand(3, 2, 2, 32, 35)
+    assert patch(x).shape == (3, 2, 16, *size)
+    for seen in inputs:
+        assert set(seen[0][0].unique().tolist()) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_still_image_is_computed_once_and_equals_the_repeated_one(training):
+    torch.manual_seed(0)
+    x = torch.rand(1, 3, 3, 16, 16)
+    once = SpikingPatchSplitting(16).train(training)
+    repeated = SpikingPatchSplitting(16).train(training)
+    repeated.load_state_dict(once.state_dict())
+    calls = record(once.convs[0])
+    a, b = once(x, time_steps=5), repeated(x.expand(5, -1, -1, -1, -1))
+    assert len(calls) == 1 and calls[0][0].shape[0] == 3
+    torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
+    weight = torch.randn_like(a)
+    (a * weight).sum().backward()
+    (b * weight).sum().backward()
+    for (name, p), other in zip(once.named_parameters(), repeated.parameters(), strict=True):
+        assert (p.grad - other.grad).norm() <= 1e-4 * other.grad.norm() + 1e-6, name
+    for (name, p), other in zip(once.named_buffers(), repeated.buffers(), strict=True):
+        torch.testing.assert_close(p, other, atol=1e-6, rtol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.5, None])
+def test_repeated_running_variance_is_exact(momentum):
+    norm, other = nn.BatchNorm2d(4, momentum=momentum), nn.BatchNorm2d(4, momentum=momentum)
+    for _ in range(3):
+        x = torch.randn(1, 2, 4, 3, 3)
+        repeat_frame(norm, x, 4)
+        other(x.expand(4, -1, -1, -1, -1).flatten(0, 1))
+        torch.testing.assert_close(norm.running_var, other.running_var)
+        torch.testing.assert_close(norm.running_mean, other.running_mean)
+
+
+def test_drop_path_keeps_or_leaves_whole_samples():
+    torch.manual_seed(0)
+    shortcut = MembraneShortcut(nn.Identity(), drop_path=0.25)
+    u = torch.ones(3, 2000, 4)
+    change = shortcut(u) - u
+    assert torch.equal(change[0], change[1]) and torch.equal(change[..., 0], change[..., 3])
+    kept = change[0, :, 0]
+    torch.testing.assert_close(kept.unique(), torch.tensor([0, 1 / 0.75]))
+    assert abs((kept > 0).float().mean() - 0.75) < 0.04
+    assert torch.equal(shortcut.eval()(u), 2 * u)
+
+
+def test_neuron_is_injected_everywhere():
+    made = []
+
+    def factory(threshold):
+        made.append(ParametricLIF(threshold=threshold, init_tau=3.0))
+        return made[-1]
+
+    blocks = [
+        SpikeDrivenSelfAttention(16, neuron=factory),
+        SpikingMLP(16, neuron=factory),
+        SpikingPatchSplitting(16, neuron=factory),
+    ]
+    assert [m for b in blocks for m in b.modules() if isinstance(m, LIF)] and len(made) == 5 + 2 + 4
+    assert [n.threshold for n in made].count(0.5) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: SpikeDrivenSelfAttention(20, num_heads=8), "positive multiple of 8, got 20"),
+        (lambda: SpikeDrivenSelfAttention(16, num_heads=0), "num_heads must be positive, got 0"),
+        (lambda: SpikeDrivenSelfAttention(16)(torch.zeros(2, 16, 4, 4)), r"\[T, B, 16, H, W\].*got \[2, 16, 4, 4\]"),
+        (lambda: SpikingMLP(16)(torch.zeros(0, 1, 16, 4, 4)), "T >= 1"),
+        (lambda: SpikingMLP(16, hidden=0), "must be positive, got 16 and 0"),
+        (lambda: SpikingPatchSplitting(12), "positive multiple of 8, got 12"),
+        (lambda: SpikingPatchSplitting(16, pooling="111"), "four flags"),
+        (lambda: SpikingPatchSplitting(16, pooling="0021"), "four flags"),
+        (lambda: SpikingPatchSplitting(16)(torch.zeros(4, 1, 2, 8, 8)), r"\[T, B, 3, H, W\]"),
+        (lambda: SpikingPatchSplitting(16)(torch.zeros(2, 1, 3, 8, 8), time_steps=4), "single frame"),
+        (lambda: MembraneShortcut(nn.Identity(), drop_path=1.0), r"probability in \[0, 1\), got 1.0"),
+        (lambda: MembraneShortcut(nn.Linear(4, 1))(torch.zeros(2, 3, 4)), "must keep the shape"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_blocks_mix_with_other_modules():
+    net = nn.Sequential(
+        SpikingPatchSplitting(32, in_channels=1, pooling="0001", neuron=partial(LIF, tau=1.5, surrogate="atan")),
+        MembraneShortcut(SpikingMLP(32, hidden=32)),
+        MembraneShortcut(SpikeDrivenSelfAttention(32, num_heads=4, neuron="plif"), drop_path=0.1),
+    )
+    out = net(torch.rand(2, 3, 1, 10, 7))
+    assert out.shape == (2, 3, 32, 5, 4)
+    out.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())

@@ -1,0 +1,135 @@
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from sdt_blocks import LIF, SpikeDrivenTransformer, create_model, list_models
+from sdt_blocks.transformer import model_options
+
+PUBLISHED = {
+    "sdt_8_384": 16_816_536,
+    "sdt_10_384": 20_374_040,
+    "sdt_6_512": 23_373_736,
+    "sdt_8_512": 29_689_896,
+    "sdt_10_512": 36_006_056,
+    "sdt_8_768": 66_339_144,
+}
+TINY = {"depth": 1, "dim": 16, "num_heads": 2, "num_classes": 5, "pooling": "0011", "time_steps": 2}
+
+
+@pytest.mark.parametrize(("name", "count"), PUBLISHED.items())
+def test_parameter_counts_are_the_published_ones_less_the_unused(name, count):
+    with torch.device("meta"):
+        model = create_model(name)
+    unused_talking_heads = 64 * len(model.blocks)
+    assert sum(p.numel() for p in model.parameters()) == count - unused_talking_heads
+
+
+def test_names():
+    assert list_models() == [*PUBLISHED, "sdt_2_256", "sdt_2_512", "sdt_2_256_dvs", "sdt_2_256_gesture"]
+    with pytest.raises(ValueError, match=r"'sdt_8_348' is unknown; did you mean .*sdt_8_384"):
+        create_model("sdt_8_348")
+    with pytest.raises(TypeError, match="unknown model option widht; the options are depth, dim"):
+        create_model("sdt_8_384", widht=3)
+    assert {"depth", "pooling", "neuron", "drop_path"} <= set(model_options())
+
+
+@pytest.mark.parametrize("name", ["sdt_2_256", "sdt_2_256_dvs", "sdt_2_256_gesture"])
+@torch.no_grad()
+def test_small_variants_run(name):
+    model = create_model(name, time_steps=2).eval()
+    x = torch.rand(1, 3, 32, 32) if name == "sdt_2_256" else torch.rand(1, 3, 2, 32, 32)
+    assert model(x).shape == (1, model.num_classes)
+    assert model.config["event_pooling"] == (name == "sdt_2_256_dvs")
+
+
+def test_image_equals_its_repetition_and_event_frames_take_any_number_of_steps():
+    model = SpikeDrivenTransformer(**TINY).eval()
+    images = torch.rand(2, 3, 16, 20)
+    torch.testing.assert_close(model(images), model(images.unsqueeze(1).expand(-1, 2, -1, -1, -1)))
+    for steps in (1, 7):
+        assert model(torch.rand(2, steps, 3, 16, 20)).shape == (2, 5)
+
+
+def test_per_step_logits_average_to_the_mean():
+    x = torch.rand(2, 3, 16, 16)
+    model = SpikeDrivenTransformer(**TINY, per_step=True).eval()
+    per_step = model(x)
+    assert per_step.shape == (2, 2, 5)
+    model.per_step = False
+    torch.testing.assert_close(model(x), per_step.mean(0))
+
+
+def test_headless_and_features():
+    model = SpikeDrivenTransformer(**{**TINY, "num_classes": 0}).eval()
+    x = torch.rand(2, 3, 16, 16)
+    assert model(x).shape == (2, 16) and model.forward_features(x).shape == (2, 2, 16, 4, 4)
+    assert not [key for key in model.state_dict() if key.startswith("head.")]
+
+
+def test_drop_path_grows_with_depth():
+    model = SpikeDrivenTransformer(**{**TINY, "depth": 3}, drop_path=0.2)
+    assert [block.attention.drop_path for block in model.blocks] == pytest.approx([0, 0.1, 0.2])
+
+
+def test_deepcopy_pickle_and_neuron_factory():
+    model = SpikeDrivenTransformer(**TINY, neuron=partial(LIF, tau=1.5))
+    x = torch.rand(2, 3, 16, 16)
+    model(x).sum().backward()
+    model.eval()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), model(x))
+    assert {m.tau for m in model.modules() if isinstance(m, LIF)} == {1.5}
+
+
+def test_autocast_keeps_the_neuron_state_in_float32():
+    model = SpikeDrivenTransformer(**TINY)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(torch.rand(2, 3, 16, 16))
+    logits.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert model.eval().to(torch.bfloat16)(torch.rand(2, 3, 16, 16).bfloat16()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depth": -1}, "depth=-1"),
+        ({"time_steps": 0}, "time_steps=0"),
+        ({"dim": 24, "num_heads": 16}, "multiple of 16, got 24"),
+        ({"neuron": "izhikevich"}, "'izhikevich' is unknown"),
+        ({"drop_path": 1.5}, "drop_path"),
+    ],
+)
+def test_impossible_models_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SpikeDrivenTransformer(**{**TINY, "depth": 2, **options})
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 1, 16, 16), (2, 3, 1, 16, 16), (0, 3, 16, 16)])
+def test_input_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match=r"expected images \[B, 3, H, W\] or frames \[B, T, 3, H, W\]"):
+        SpikeDrivenTransformer(**TINY)(torch.rand(shape))
+
+
+def test_learns_to_tell_two_patterns():
+    """A handful of updates: the loss of bright against dark images falls to a fraction."""
+    torch.manual_seed(0)
+    model = SpikeDrivenTransformer(**{**TINY, "num_classes": 2, "in_channels": 1})
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    losses = []
+    for _ in range(30):
+        labels = torch.arange(16) % 2
+        stripes = torch.arange(8).view(1, 1, 8, 1).expand(16, 1, 8, 8) % 2
+        x = torch.where(labels.view(-1, 1, 1, 1) == 1, stripes, stripes.transpose(2, 3)).float() + 0.1 * torch.randn(
+            16, 1, 8, 8
+        )
+        loss = nn.functional.cross_entropy(model(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
