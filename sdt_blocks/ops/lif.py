@@ -31,9 +31,9 @@ def lif_reference(
         h[t] = u[t] + (x[t] - u[t]) / tau - r[t] * threshold (reset "subtract" only)
         s[t] = 1 if h[t] >= threshold else 0               (`>` if strict)
 
-    As in snnTorch, the membrane that is handed in and out is `h`, before its reset, and `r` is recomputed from it: so two
-    halves of a sequence give what the whole gives, and snnTorch's own step can go on from it. The state is float32 for
-    half-precision input, else of the input's dtype.
+    As in snnTorch, the membrane that is handed in and out is `h`, before its reset, and `r` is recomputed from it: so
+    two halves of a sequence give what the whole gives, and snnTorch's own step can go on from it. The state is
+    float32 for half-precision input, else of the input's dtype.
 
     Shapes: x `[T, ...]`; inv_tau a number, a 0-d tensor, or `[C]` for x `[T, B, C, ...]`; membrane `x.shape[1:]`.
     Returns spikes like x, and the last membrane `x.shape[1:]` in the state's dtype.
