@@ -1,0 +1,214 @@
+"""Timing in turn, parity gates, and the rows every suite writes: what all suites share."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).with_name("results")
+COLUMNS = (
+    "suite,figure,setting,contestant,unit,median,p20,p80,runs,baseline,ratio,parity,"
+    "device,machine,torch,snntorch,spikingjelly,threads,allocator,date"
+).split(",")
+
+# Fresh pages cost more than a neuron's arithmetic: large blocks are kept by the process instead of going back to the kernel.
+REUSED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1099511627776", "MALLOC_TOP_PAD_": "268435456"}
+ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "reused": REUSED}
+"""Environment of a suite's process: glibc's defaults, and freed memory kept for reuse."""
+
+
+class ParityError(AssertionError):
+    """A contestant's answer differs from the reference: its time is not worth reporting."""
+
+
+@dataclass
+class Sample:
+    """Seconds (or another unit) of one contestant, one value a round."""
+
+    values: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    def percentile(self, share: float) -> float:
+        ordered = sorted(self.values)
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+@dataclass
+class Bench:
+    """What a suite is handed: where it runs, how long it may take, and where its rows go."""
+
+    suite: str
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    allocator: str = "default"
+    seconds: float = 8.0
+    options: frozenset[str] = frozenset()
+    rows: list[dict[str, str]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def race(
+        self,
+        figure: str,
+        setting: str,
+        contestants: dict[str, Callable[[], object]],
+        *,
+        baseline: str,
+        parity: dict[str, Callable[[], str]] | None = None,
+        rounds: int = 30,
+        warmup: int = 2,
+    ) -> dict[str, Sample]:
+        """Times the contestants in turn, round by round, so that a slow moment of the machine strikes all of them.
+
+        `ratio` is the median over the rounds of time / time of `baseline` in the same round. `parity` maps a contestant to a
+        check that returns what it found ("equal") or raises `ParityError`; who fails is not timed.
+        """
+        checked = {}
+        for name in list(contestants):
+            check = (parity or {}).get(name)
+            try:
+                checked[name] = check() if check else "not checked"
+            except ParityError as error:
+                self._fail(figure, setting, name, str(error))
+                contestants = {other: f for other, f in contestants.items() if other != name}
+        if baseline not in contestants:
+            raise ValueError(f"the baseline {baseline!r} is not among the contestants {', '.join(contestants)}")
+        for function in contestants.values():
+            for _ in range(warmup):
+                function()
+        samples = {name: Sample([]) for name in contestants}
+        start = time.perf_counter()
+        for done in range(rounds):
+            if done >= 3 and time.perf_counter() - start > self.seconds:
+                break
+            for name, function in contestants.items():
+                self.synchronize()
+                begin = time.perf_counter()
+                function()
+                self.synchronize()
+                samples[name].values.append(time.perf_counter() - begin)
+        for name, sample in samples.items():
+            pairs = zip(sample.values, samples[baseline].values, strict=True)
+            ratio = statistics.median(own / other for own, other in pairs)
+            self.record(figure, setting, name, sample, baseline=baseline, ratio=ratio, parity=checked[name])
+        return samples
+
+    def record(
+        self,
+        figure: str,
+        setting: str,
+        contestant: str,
+        sample: Sample | float,
+        *,
+        unit: str = "s",
+        baseline: str = "",
+        ratio: float | None = None,
+        parity: str = "not checked",
+    ) -> None:
+        """Adds one row and prints it."""
+        sample = Sample([float(sample)]) if isinstance(sample, int | float) else sample
+        row = {
+            "figure": figure,
+            "setting": setting,
+            "contestant": contestant,
+            "unit": unit,
+            "median": f"{sample.median:.6g}",
+            "p20": f"{sample.percentile(0.2):.6g}",
+            "p80": f"{sample.percentile(0.8):.6g}",
+            "runs": str(len(sample.values)),
+            "baseline": baseline,
+            "ratio": "" if ratio is None else f"{ratio:.4g}",
+            "parity": parity,
+        }
+        self._add(row)
+        against = f"{float(row['ratio']):8.2f} x {baseline}" if ratio is not None else ""
+        print(f"  {figure:34} {contestant:38} {float(row['median']):11.5g} {unit:8}{against}", flush=True)
+
+    def _fail(self, figure: str, setting: str, contestant: str, found: str) -> None:
+        self.failures.append(f"{self.suite}: {figure}, {setting}: {contestant}: {found}")
+        self._add({"figure": figure, "setting": setting, "contestant": contestant, "parity": f"FAILED: {found}"})
+        print(f"  {figure:34} {contestant:38} NOT TIMED, wrong answer: {found}", flush=True)
+
+    def _add(self, row: dict[str, str]) -> None:
+        self.rows.append({"suite": self.suite, **row, **facts(self.device, self.allocator)})
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def facts(device: torch.device, allocator: str) -> dict[str, str]:
+    """Machine, versions, threads and allocator: what a figure means nothing without."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {
+        "device": device.type,
+        "machine": name,
+        "torch": torch.__version__,
+        "snntorch": package_version("snntorch"),
+        "spikingjelly": package_version("spikingjelly"),
+        "threads": str(torch.get_num_threads()),
+        "allocator": allocator,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor by its name, and the wide instructions it has: virtual machines often hide the model."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    fields = dict(line.split("\t", 1) for line in info.splitlines() if "\t" in line)
+    name = fields.get("model name", platform.processor()).lstrip("\t: ") or platform.machine()
+    flags = set(fields.get("flags", "").split())
+    wide = [label for flag, label in (("avx512f", "AVX-512"), ("avx512_bf16", "AVX-512 BF16"), ("amx_bf16", "AMX")) if flag in flags]
+    return f"{name}, {os.cpu_count()} cores" + (f" ({', '.join(wide)})" if wide else "")
+
+
+def package_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def write_rows(rows: Sequence[dict[str, str]], path: Path) -> None:
+    """Writes the rows of one suite as CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def same_spikes(found: torch.Tensor, expected: torch.Tensor, most: float = 1e-6) -> str:
+    """Parity of spike tensors: the share that differs may be `most`, room for ties at the threshold alone."""
+    if found.shape != expected.shape:
+        raise ParityError(f"shape {list(found.shape)}, expected {list(expected.shape)}")
+    share = (found.float() != expected.float()).float().mean().item()
+    if not share <= most:
+        raise ParityError(f"{share:.2e} of the spikes differ, allowed {most:.0e}")
+    return "equal" if share == 0 else f"{share:.1e} of the spikes differ"
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> str:
+    """Parity of real values: the largest difference, as a share of the largest expected value."""
+    if found.shape != expected.shape:
+        raise ParityError(f"shape {list(found.shape)}, expected {list(expected.shape)}")
+    error = ((found.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+    if not error <= tolerance:
+        raise ParityError(f"relative error {error:.2e}, allowed {tolerance:.0e}")
+    return f"relative error {error:.1e}"

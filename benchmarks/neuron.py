@@ -1,0 +1,134 @@
+"""One multi-step LIF layer against the memory traffic it cannot avoid, and against other kits' neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import snntorch
+import torch
+from harness import Bench, close, same_spikes
+from torch import Tensor
+
+from sdt_blocks import LIF
+from sdt_blocks.ops import lif_reference
+
+ALLOCATORS = ["default", "reused"]
+TAU, ALPHA = 2.0, 4.0
+
+
+def run(bench: Bench) -> None:
+    settings = [((4, 16, 96, 56, 56), torch.float32)] if bench.device.type == "cpu" else GPU_SETTINGS
+    for shape, dtype in settings:
+        setting = f"T={shape[0]}, {torch.Size(shape[1:]).numel() / 1e6:.1f} M neurons, {str(dtype).removeprefix('torch.')}"
+        x = torch.randn(shape, device=bench.device, dtype=dtype) * 0.8 + 0.4
+        forward(bench, setting, x)
+        forward_backward(bench, setting, x)
+
+
+GPU_SETTINGS = [
+    ((steps, 32, 96, 56, 56), dtype) for steps in (4, 16) for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+def forward(bench: Bench, setting: str, x: Tensor) -> None:
+    out = torch.empty_like(x)
+    expected = lif_reference(x, 1 / TAU)[0]
+    neurons = contestants(bench)
+
+    def timed(neuron: Callable[[Tensor], Tensor]) -> Callable[[], object]:
+        @torch.no_grad()
+        def call() -> object:
+            return neuron(x)
+
+        return call
+
+    def checked(neuron: Callable[[Tensor], Tensor]) -> Callable[[], str]:
+        return lambda: same_spikes(neuron(x), expected)
+
+    bench.race(
+        "LIF forward",
+        setting,
+        {"floor: one read, one write": lambda: out.copy_(x), **{name: timed(n) for name, n in neurons.items()}},
+        baseline="floor: one read, one write",
+        parity={name: checked(neuron) for name, neuron in neurons.items()},
+    )
+
+
+def forward_backward(bench: Bench, setting: str, x: Tensor) -> None:
+    out, weights = torch.empty_like(x), torch.randn_like(x)
+    neurons = contestants(bench)
+
+    def gradient(neuron: Callable[[Tensor], Tensor]) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        neuron(leaf).backward(weights)
+        assert leaf.grad is not None
+        return leaf.grad
+
+    expected = gradient(lambda leaf: lif_reference(leaf, 1 / TAU)[0])
+    tolerance = 1e-5 if x.dtype == torch.float32 else 2e-2
+    bench.race(
+        "LIF forward + backward",
+        setting,
+        {"floor: one read, one write": lambda: out.copy_(x)}
+        | {name: lambda neuron=neuron: gradient(neuron) for name, neuron in neurons.items()},
+        baseline="floor: one read, one write",
+        parity={name: lambda n=neuron: close(gradient(n), expected, tolerance) for name, neuron in neurons.items()},
+    )
+    for name, neuron in neurons.items():
+        kept = kept_bytes(neuron, x) / x.numel()
+        bench.record("kept for the backward", setting, name, kept, unit="B/elem")
+
+
+def kept_bytes(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """Bytes of all tensors that autograd keeps for the backward pass, the input and the output included, each once."""
+    storages: dict[int, tuple[object, int]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = (tensor, storage.nbytes())
+        return tensor
+
+    leaf = x.detach().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        function(leaf)
+    return sum(size for _, size in storages.values())
+
+
+def contestants(bench: Bench) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Neurons of the same equations: input scaled by 1 / tau, hard reset, sigmoid surrogate with alpha 4, reset detached."""
+    found: dict[str, Callable[[Tensor], Tensor]] = {
+        "sdt_blocks LIF": LIF(tau=TAU),
+        "sdt_blocks reference": lambda x: lif_reference(x, 1 / TAU)[0],
+        "snnTorch Leaky in a loop": snntorch_loop(),
+    }
+    try:
+        from spikingjelly.activation_based import functional, surrogate
+    except ImportError:
+        print('  spikingjelly is not installed: pip install -e ".[bench]"')
+        return found
+
+    def step(x: Tensor, v: Tensor) -> Tensor:
+        spikes: Tensor = functional.lif_multi_step(x, v, TAU, True, 1.0, 0.0, surrogate.Sigmoid(ALPHA), True, False)[0]
+        return spikes
+
+    compiled = torch.compile(step, dynamic=False)
+    found["SpikingJelly eager"] = lambda x: step(x, torch.zeros_like(x[0]))
+    found["SpikingJelly compiled"] = lambda x: compiled(x, torch.zeros_like(x[0]))
+    return found
+
+
+def snntorch_loop() -> Callable[[Tensor], Tensor]:
+    """snnTorch's Leaky, reset "zero", stepped over time; its own surrogate fires above the threshold, not at it."""
+    leaky = snntorch.Leaky(
+        beta=1 - 1 / TAU, spike_grad=LIF(tau=TAU).spike_grad, reset_mechanism="zero", init_hidden=False
+    )
+
+    def loop(x: Tensor) -> Tensor:
+        membrane = torch.zeros_like(x[0])
+        spikes = []
+        for frame in x:
+            spike, membrane = leaky(frame / TAU, membrane)
+            spikes.append(spike)
+        return torch.stack(spikes)
+
+    return loop

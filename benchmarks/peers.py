@@ -1,0 +1,159 @@
+"""What the models are measured against: the bare convolutions, the authors' arrangement, SpikingJelly's own model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdt_blocks import SpikeDrivenTransformer, create_model
+
+
+@torch.no_grad()
+def firing_model(name: str, images: Tensor, **options: Any) -> SpikeDrivenTransformer:
+    """A published variant with random weights in eval mode, its norms fitted to `images` so that every layer fires."""
+    model = create_model(name, **options).to(images.device)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+            nn.init.uniform_(module.weight, 0.6, 1.4)
+            nn.init.normal_(module.bias, 0.0, 0.2)
+    model.train()(images)
+    return model.eval()
+
+
+class ConvolutionFloor:
+    """The bare convolutions of a Spike-Driven Transformer: channels-last, every 1x1 as a convolution, the first layer once.
+
+    No norm, no neuron, no pooling, no mask, no head: whoever computes the products densely cannot do with less. Every layer
+    reads one buffer of its input's shape.
+    """
+
+    def __init__(self, model: SpikeDrivenTransformer, images: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        self.calls: list[tuple[Tensor, Tensor, int]] = []
+        buffers: dict[torch.Size, Tensor] = {}
+        hooks = []
+
+        def note(module: nn.Conv2d, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+            shape = inputs[0].shape
+            if shape not in buffers:
+                frames = (inputs[0] != 0) if len(self.calls) else inputs[0]
+                buffers[shape] = frames.to(dtype).to(memory_format=torch.channels_last)
+            weight = module.weight.detach().to(dtype).to(memory_format=torch.channels_last)
+            self.calls.append((buffers[shape], weight, module.padding[0]))
+
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                hooks.append(module.register_forward_hook(note))
+        with torch.no_grad():
+            model(images)
+        for hook in hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        for frames, weight, padding in self.calls:
+            F.conv2d(frames, weight, padding=padding)
+
+    @property
+    def multiply_adds(self) -> int:
+        return sum(
+            frames.shape[0] * frames.shape[2] * frames.shape[3] * weight.numel() for frames, weight, _ in self.calls
+        )
+
+
+class AuthorsArrangement(nn.Module):
+    """The order of work of the released model, on SpikingJelly's neurons: frames `[T * B, C, H, W]` in PyTorch's default
+    layout, the image repeated T times before the first convolution, three convolutions for q, k and v, nothing folded.
+
+    Takes its layers from one of our models, so that both compute the same thing; the input of `forward` is `[B, C, H, W]`.
+    """
+
+    def __init__(self, model: SpikeDrivenTransformer) -> None:
+        super().__init__()
+        if model.config["event_pooling"] or model.config["neuron"] != "lif":
+            raise ValueError("the authors' arrangement is written for images and LIF neurons without event pooling")
+        self.time_steps, self.per_step, self.heads = model.time_steps, model.per_step, model.config["num_heads"]
+        self.patch, self.blocks, self.head = model.patch, model.blocks, model.head
+        self.neurons = nn.ModuleDict(
+            {
+                name.replace(".", "_"): _spikingjelly_lif(module.threshold)
+                for name, module in model.named_modules()
+                if hasattr(module, "threshold")
+            }
+        )
+
+    def _fire(self, name: str, frames: Tensor) -> Tensor:
+        sequence = frames.view(self.time_steps, -1, *frames.shape[1:])
+        spikes: Tensor = self.neurons[name.replace(".", "_")](sequence)
+        return spikes.flatten(0, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        for neuron in self.neurons.values():
+            neuron.reset()
+        patch = self.patch
+        x = images.unsqueeze(0).repeat(self.time_steps, 1, 1, 1, 1).flatten(0, 1)
+        for stage in range(3):
+            x = patch.norms[stage](patch.convs[stage](x))
+            x = patch.pools[stage](self._fire(f"patch.neurons.{stage}", x))
+        x = patch.pools[3](patch.norms[3](patch.convs[3](x)))
+        x = x + patch.position_norm(patch.position_conv(self._fire("patch.neurons.3", x)))
+        for index in range(len(self.blocks)):
+            x = self._block(index, x)
+        tokens = self._fire("head_neuron", x.flatten(-2).mean(-1))
+        logits: Tensor = self.head(tokens).view(self.time_steps, -1, self.head.out_features)
+        return logits if self.per_step else logits.mean(0)
+
+    def _block(self, index: int, x: Tensor) -> Tensor:
+        attention, mlp = self.blocks[index].attention.branch, self.blocks[index].mlp.branch
+        name = f"blocks.{index}.attention.branch"
+        spikes = self._fire(f"{name}.neuron", x)
+        frames, channels, height, width = x.shape
+
+        def heads(letter: str) -> Tensor:
+            y = getattr(attention, f"{letter}_norm")(getattr(attention, f"{letter}_conv")(spikes))
+            y = self._fire(f"{name}.{letter}_neuron", y).flatten(-2).transpose(-1, -2)
+            return y.reshape(frames, height * width, self.heads, channels // self.heads).permute(0, 2, 1, 3).contiguous()
+
+        q, k, v = heads("q"), heads("k"), heads("v")
+        kv = k.mul(v).sum(-2, keepdim=True)
+        masked = q.mul(self._fire(f"{name}.attention_neuron", kv))
+        masked = masked.transpose(2, 3).reshape(frames, channels, height, width).contiguous()
+        x = x + attention.proj_norm(attention.proj_conv(masked))
+
+        name = f"blocks.{index}.mlp.branch"
+        hidden = mlp.norm1(mlp.conv1(self._fire(f"{name}.neuron1", x)))
+        return x + mlp.norm2(mlp.conv2(self._fire(f"{name}.neuron2", hidden)))
+
+
+def _spikingjelly_lif(threshold: float) -> nn.Module:
+    from spikingjelly.activation_based import neuron, surrogate
+
+    lif: nn.Module = neuron.LIFNode(
+        tau=2.0,
+        v_threshold=threshold,
+        surrogate_function=surrogate.Sigmoid(4.0),
+        detach_reset=True,
+        step_mode="m",
+    )
+    return lif
+
+
+def spikingjelly_model(**options: int) -> Callable[[Tensor], Tensor]:
+    """SpikingJelly 2.0's own sdt_8_384, freshly initialised, its state reset before every call."""
+    from spikingjelly.activation_based import functional, model
+
+    net = model.sdt_8_384(**options)
+
+    def call(images: Tensor) -> Tensor:
+        functional.reset_net(net)
+        logits: Tensor = net(images)
+        return logits
+
+    call.net = net  # type: ignore[attr-defined]
+    return call
