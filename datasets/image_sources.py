@@ -1,4 +1,4 @@
-"""Where images come from: folders, arrays, Hugging Face data sets, WebDataset shards.
+"""Where images come from: folders, and arrays out of packages and torchvision's layouts.
 
 A source is a list of labelled images: `len(source.targets)`, `source.load(i)` and `source.describe(i)`.
 """
@@ -6,18 +6,16 @@ A source is a list of labelled images: `len(source.targets)`, `source.load(i)` a
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
+from sdt_datasets.errors import DataError
 from sdt_datasets.image_transforms import to_rgb
-
-
-class DataError(ValueError):
-    """The data is missing or unfit; the message is one paragraph that says what was expected and what to do."""
 
 
 class Source(Protocol):
@@ -150,3 +148,104 @@ def split_arrays(
         ArrayImages(images[train], targets[train], classes, f"{name} (train)"),
         ArrayImages(images[test], targets[test], classes, f"{name} (test)"),
     )
+
+
+def load_mnist(name: str, root: Path, download: bool) -> tuple[Source, Source]:
+    """MNIST or Fashion-MNIST from `root/MNIST/raw` or `root/FashionMNIST/raw`, as torchvision lays them out."""
+    from torchvision.datasets import MNIST, FashionMNIST
+
+    kind = {"mnist": MNIST, "fashion_mnist": FashionMNIST}[name]
+    folder = root / kind.__name__ / "raw"
+    files = [f"{part}-{content}-ubyte" for part in ("train", "t10k") for content in ("images-idx3", "labels-idx1")]
+    if not download and (missing := [file for file in files if not (folder / file).is_file()]):
+        raise DataError(
+            f"data.name={name}: {folder} lacks {', '.join(missing)}; lay the four files there (gunzipped), or set "
+            f"data.download=true to fetch them"
+        )
+    sources = []
+    for train in (True, False):
+        try:
+            data = kind(root, train=train, download=download)
+        except Exception as error:  # asserts and reshapes of torchvision's reader, or whatever the network raises
+            raise DataError(f"data.name={name}: cannot read the files in {folder} ({error or 'damaged'})") from error
+        split = f"{kind.__name__} ({'train' if train else 'test'})"
+        sources.append(ArrayImages(data.data.numpy(), data.targets.numpy(), kind.classes, split))
+    return sources[0], sources[1]
+
+
+def load_cifar(name: str, root: Path, download: bool) -> tuple[Source, Source]:
+    """CIFAR-10 from `root/cifar-10-batches-py` or CIFAR-100 from `root/cifar-100-python`, the authors' Python archives.
+
+    Raises `DataError` where a file is missing, damaged, or a pickle of anything but arrays, lists and text.
+    """
+    from torchvision.datasets import CIFAR10, CIFAR100
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    ten = name == "cifar10"
+    train_files = [f"data_batch_{i}" for i in range(1, 6)] if ten else ["train"]
+    test_files, meta_file = (["test_batch"], "batches.meta") if ten else (["test"], "meta")
+    label_key, names_key = ("labels", "label_names") if ten else ("fine_labels", "fine_label_names")
+    folder = root / kind.base_folder
+    missing = [file for file in (*train_files, *test_files, meta_file) if not (folder / file).is_file()]
+    if missing and download:
+        try:
+            download_and_extract_archive(kind.url, root, filename=kind.filename, md5=kind.tgz_md5)
+        except Exception as error:
+            raise DataError(f"data.name={name}: cannot fetch {kind.url} into {root} ({error})") from error
+    elif missing:
+        raise DataError(
+            f"data.name={name}: {folder} lacks {', '.join(missing)}; unpack {kind.filename} in {root}, or set "
+            f"data.download=true to fetch it"
+        )
+    classes = _read_pickle(folder / meta_file).get(names_key)
+    if not isinstance(classes, list):
+        raise DataError(f"{folder / meta_file} holds no list of {names_key}; unpack {kind.filename} again")
+    train, test = (_read_cifar(folder, files, label_key) for files in (train_files, test_files))
+    names = [str(label) for label in classes]
+    return ArrayImages(*train, names, f"{folder} (train)"), ArrayImages(*test, names, f"{folder} (test)")
+
+
+def _read_cifar(folder: Path, files: Sequence[str], label_key: str) -> tuple[np.ndarray, list[int]]:
+    images: list[np.ndarray] = []
+    labels: list[int] = []
+    for file in files:
+        content = _read_pickle(folder / file)
+        data, targets = content.get("data"), content.get(label_key)
+        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * 32 * 32:
+            raise DataError(f"{folder / file}: expected data as uint8 [N, 3072], found {type(data).__name__}")
+        if not isinstance(targets, list) or not all(isinstance(target, int) for target in targets):
+            raise DataError(f"{folder / file}: expected {label_key} as a list of whole numbers")
+        images.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        labels += targets
+    return np.ascontiguousarray(np.concatenate(images)), labels
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads arrays, lists, dictionaries, numbers and text; any other class is refused before anything of it runs."""
+
+    allowed = (
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy.core.numeric", "_frombuffer"),
+        ("numpy._core.numeric", "_frombuffer"),
+        ("_codecs", "encode"),
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.allowed:
+            raise pickle.UnpicklingError(f"it wants {module}.{name}, which no image archive needs")
+        return super().find_class(module, name)
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            content = _ArrayUnpickler(file, encoding="latin1").load()
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise DataError(f"{path} cannot be read as a pickle of arrays ({error}); unpack the archive again") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a dictionary, found {type(content).__name__}")
+    return {key.decode("latin1") if isinstance(key, bytes) else str(key): value for key, value in content.items()}

@@ -110,10 +110,10 @@ def build_transforms(
     augment = create_transform(
         img_size,
         is_training=True,
-        scale=tuple(scale),
-        ratio=tuple(ratio),
+        scale=(scale[0], scale[1]),
+        ratio=(ratio[0], ratio[1]),
         hflip=hflip,
-        color_jitter=color_jitter or None,
+        color_jitter=color_jitter,
         auto_augment=auto_augment or None,
         interpolation=interpolation,
         mean=fill_mean,

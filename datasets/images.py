@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sdt_datasets.image_sources import DataError, Source, load_digits_images, load_folder, load_mnist_5k
+from sdt_datasets.errors import IGNORED, DataError
+from sdt_datasets.image_sources import (
+    Source,
+    load_cifar,
+    load_digits_images,
+    load_folder,
+    load_mnist,
+    load_mnist_5k,
+)
 from sdt_datasets.image_transforms import Transform, build_transforms, seeded
+from sdt_datasets.timm_sources import load_hub, load_shards
 
-NAMES = ("digits", "folder", "mnist_5k")
-IGNORED = -1
-"""The label of an evaluation image that could not be read: leave the sample out of the count."""
+NAMES = ("digits", "folder", "cifar10", "cifar100", "mnist", "fashion_mnist", "mnist_5k", "hfds/NAME", "wds/NAME")
+"""What `data.name` can be; digits and mnist_5k come out of packages, the others need `data.root`."""
+LAYOUTS = {
+    "folder": "train/CLASS/IMAGE.jpg and val/CLASS/IMAGE.jpg",
+    "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+    "mnist": "MNIST/raw",
+    "fashion_mnist": "FashionMNIST/raw",
+    "wds": "the shards, *train*.tar and *val*.tar or those that _info.json lists",
+}
+"""What lies in `data.root`."""
 
 
 class UnreadableImageError(DataError):
@@ -81,18 +100,13 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
                     ) from error
                 self._unreadable[position] = True
                 if not self.training:
-                    return torch.zeros_like(self._blank()), IGNORED
+                    return torch.zeros_like(self.transform(Image.new("RGB", (8, 8)))), IGNORED
                 continue
             if not self.training:
                 return self.transform(image), int(self.targets[position])
             with seeded(self.seed, int(self._epoch), index):
                 return self.transform(image), int(self.targets[position])
         raise UnreadableImageError(f"none of the {len(self)} images can be read, {self.source.describe(0)} for one")
-
-    def _blank(self) -> Tensor:
-        from PIL import Image
-
-        return self.transform(Image.new("RGB", (8, 8)))
 
 
 def build_image_datasets(
@@ -164,19 +178,25 @@ def check_batch(dataset: ImageDataset, *, batch_size: int, processes: int = 1) -
 
 
 def _open(name: str, root: Path | None, download: bool) -> tuple[Source, Source]:
-    if name == "digits":
+    kind = name.partition("/")[0].lower() if "/" in name else name
+    if kind == "digits":
         return load_digits_images()
-    if name == "mnist_5k":
+    if kind == "mnist_5k":
         return load_mnist_5k()
-    if name == "folder":
-        return load_folder(_needed(name, root, "train/CLASS/IMAGE.jpg and val/CLASS/IMAGE.jpg"))
-    raise DataError(f"data.name={name!r} is unknown; choose one of {', '.join(NAMES)}")
-
-
-def _needed(name: str, root: Path | None, layout: str) -> Path:
+    if kind == "hfds":
+        return load_hub(name, root, download)
+    if kind not in LAYOUTS:
+        near = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f"did you mean {near[0]}? The names are" if near else "choose one of"
+        raise DataError(f"data.name={name!r} is unknown; {hint} {', '.join(NAMES)}")
     if root is None:
-        raise DataError(f"data.name={name} needs data.root=DIR, a folder that holds {layout}")
-    return root
+        raise DataError(f"data.name={name} needs data.root=DIR, the folder that holds {LAYOUTS[kind]}")
+    if kind == "wds":
+        return load_shards(name, root)
+    if kind == "folder":
+        return load_folder(root)
+    load = load_mnist if kind in ("mnist", "fashion_mnist") else load_cifar
+    return load(kind, root, download)
 
 
 def _check_classes(train: Source, test: Source) -> None:

@@ -144,10 +144,10 @@ def build_loss(
 ) -> Loss:
     """The training loss, called as `loss(logits, targets)`; computed in float32.
 
-    Logits are `[B, num_classes]`; targets are class indices `[B]`, smoothed here, or soft ones `[B, num_classes]`, taken
-    as they are (the mixer has smoothed them). "ce" is cross entropy, "bce" binary cross entropy averaged over samples
-    and classes. With `tet` (temporal efficient training, Deng et al., 2022, https://arxiv.org/abs/2202.11946) logits are
-    `[T, B, num_classes]` and
+    Logits are `[B, num_classes]`; targets are class indices `[B]`, smoothed here, or soft ones `[B, num_classes]`,
+    taken as they are (the mixer has smoothed them). "ce" is cross entropy, "bce" binary cross entropy averaged over
+    samples and classes. With `tet` (temporal efficient training, Deng et al., 2022, https://arxiv.org/abs/2202.11946)
+    logits are `[T, B, num_classes]` and
 
         loss = (1 - tet_lambda) * mean_t ce(logits[t], targets) + tet_lambda * mean((logits - tet_means)^2)
 
