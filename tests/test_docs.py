@@ -1,0 +1,52 @@
+"""The examples of the docstrings and of the README do what they say."""
+
+import doctest
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sdt_blocks
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = [m.name for m in pkgutil.walk_packages(sdt_blocks.__path__, "sdt_blocks.")]
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_docstring_examples():
+    torch.manual_seed(0)
+    attempted = failed = 0
+    names = {"torch": torch, **{name: getattr(sdt_blocks, name) for name in sdt_blocks.__all__}}
+    for name in ["sdt_blocks", *MODULES]:
+        module = importlib.import_module(name)
+        result = doctest.testmod(module, extraglobs=names)
+        attempted, failed = attempted + result.attempted, failed + result.failed
+    assert failed == 0 and attempted >= 8
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=[e.strip().splitlines()[0][:40] for e in EXAMPLES])
+def test_readme_examples(example, tmp_path, released_file):
+    (tmp_path / "8_384.pth.tar").write_bytes(released_file.read_bytes())
+    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_kit_stays_light():
+    code = (
+        "import sys, sdt_blocks; "
+        "print([m for m in ('matplotlib', 'timm', 'torchvision', 'accelerate', 'tonic', 'numba') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_datasets_folder_does_not_shadow_the_package_of_that_name():
+    code = "import importlib.util as u; s = u.find_spec('datasets'); print(s and s.origin)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and str(ROOT) not in done.stdout
