@@ -32,6 +32,10 @@ class ConfigError(ValueError):
     """What the user asked for cannot be done; the message is one paragraph that says why and what would work."""
 
 
+class RunError(RuntimeError):
+    """A run cannot go on; the message is one paragraph that says why and what is safe."""
+
+
 def option(default: Any, help: str, **bounds: Any) -> Any:
     """A field with its help text and bounds: `choices`, `least`, `most`, `above`, `below`, `length`."""
     metadata = {"help": help, **bounds}
@@ -120,7 +124,7 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    epochs: int = option(300, "epochs, warm-up included, cool-down not", least=0, most=10**6)
+    epochs: int = option(300, "epochs, warm-up included, cool-down not", least=1, most=10**6)
     warmup_epochs: int = option(20, "epochs of linear warm-up", least=0, most=10**6)
     cooldown_epochs: int = option(10, "epochs at min_lr after the cosine", least=0, most=10**6)
     batch_size: int = option(64, "samples of a process in one forward pass", least=1, most=10**6)
@@ -175,6 +179,7 @@ class Config:
         "auto", "auto: the newest good checkpoint of output_dir; none: start anew; or the path of a checkpoint"
     )
     tracker: str = option("auto", "auto: TensorBoard if installed", choices=("auto", "tensorboard", "wandb", "none"))
+    threads: int | None = option(None, "CPU threads of a process; null divides the cores", least=1, most=1024)
     analyze: bool = option(False, "firing rates and energy of the final model at the end")
     derived: Derived = field(default_factory=Derived)
 
@@ -182,8 +187,8 @@ class Config:
 def load_config(arguments: Sequence[str], *, default: str) -> Config:
     """The configuration of a command line.
 
-    `config=NAME` (a file of recipes/configs) or `config=FILE.yaml` replaces the recipe's `default`; `key=value` overrides what
-    it says. Raises `ConfigError`.
+    `config=NAME` (a file of recipes/configs) or `config=FILE.yaml` replaces the recipe's `default`; any `key=value`
+    overrides what it says. Raises `ConfigError`.
     """
     overrides: list[tuple[str, str]] = []
     source = default
@@ -376,6 +381,26 @@ def _check_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> None:
 def _range(bounds: Mapping[str, Any]) -> str:
     words = {"least": "of at least", "above": "above", "most": "at most", "below": "below"}
     return " and ".join(f"{word} {bounds[name]:g}" for name, word in words.items() if name in bounds)
+
+
+# What a resumed run may change: it moves, watches or ends the run, and the weights at a given step stay the same.
+_FREE = {
+    "data.root", "data.workers", "data.download", "data.on_error", "data.test_samples", "data.crop_pct", "events.cache",
+    "train.batch_size", "train.accumulate", "train.max_steps", "train.init_checkpoint", "train.skip_nonfinite",
+    "train.checkpoint_every", "train.checkpoint_steps", "train.keep_checkpoints", "train.eval_every",
+    "train.channels_last", "train.compile", "output_dir", "resume", "tracker", "threads", "analyze",
+}  # fmt: skip
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every dotted key with its value, those of `derived` included."""
+    values = {key: _get(config, key) for key, _, _ in _walk(Config)}
+    return values | {f"derived.{key}": value for key, value in dataclasses.asdict(config.derived).items()}
+
+
+def trajectory(config: Config) -> dict[str, Any]:
+    """The settings that the weights at a given step depend on."""
+    return {key: value for key, value in flatten(config).items() if key not in _FREE and not key.startswith("derived")}
 
 
 def help_text(recipe: str, default: str) -> str:

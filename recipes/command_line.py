@@ -1,0 +1,78 @@
+"""How every recipe starts and ends: arguments in, one-paragraph errors and conventional exit codes out."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+from config import ConfigError, RunError, help_text, load_config
+
+
+class StopRequest:
+    """Turns SIGTERM and SIGINT into a request that the loop answers at its next step boundary.
+
+    `request.signal` is the number received, or 0. A second signal ends the process at once. On exit the handlers are as
+    they were.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+def main(recipe: str, default: str) -> None:
+    """Trains with the configuration of the command line, on top of the recipe's default one.
+
+    Exit codes: 0 done, 1 the run failed, 2 the configuration or the data is unfit, 128 + N stopped by signal N.
+    """
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(help_text(recipe, default))
+        return
+    with one_paragraph():
+        config = load_config(arguments, default=default)
+        # Imported late: what is wrong with the arguments is said within a moment.
+        from engine import train
+        from set_up import set_up
+
+        train(set_up(config))
+
+
+@contextmanager
+def one_paragraph() -> Iterator[None]:
+    """Ends the process with the message and the exit code of a `ConfigError` (2) or a `RunError` (1)."""
+    try:
+        yield
+    except (ConfigError, RunError) as error:
+        # All processes refuse a configuration alike; one of them says so. A run may fail on any.
+        if isinstance(error, RunError) or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+def use_cores(processes_here: int, loaders: int, threads: int | None) -> int:
+    """Sets the threads of this process on a CPU: as asked, else the machine's cores divided among the processes.
+
+    The environment's OMP_NUM_THREADS wins where it exceeds 1; 1 is what the launcher sets by itself.
+    """
+    given = int(os.environ.get("OMP_NUM_THREADS") or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = threads or (given if given > 1 else max(1, cores // processes_here - loaders))
+    torch.set_num_threads(share)
+    return share

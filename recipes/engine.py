@@ -1,0 +1,331 @@
+"""The training loop of every recipe: set up, update by update, evaluate at each epoch's end, save, sum up."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
+from command_line import StopRequest
+from config import Config, RunError
+from evaluation import evaluate
+from loading import EpochBatches, UnreadableSample, fetch
+from models import plain_state
+from optim import BatchMixer, learning_rate, set_learning_rate
+from progress import Display, append_metrics, draw_curves, peak_memory, read_metrics
+from run_state import Position, last_good, save_checkpoint, seed_step, sha256, state_digest
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from sdt_blocks import save_model
+from sdt_blocks.checkpoint import WEIGHTS, write_atomically
+
+
+@dataclass
+class Run:
+    """All that the loop works with; `set_up.set_up` makes it."""
+
+    config: Config
+    accelerator: Accelerator
+    folder: Path
+    model: Any
+    """As prepared by Accelerate; `plain` is the same module without its wrapper."""
+    plain: Any
+    ema: Any
+    optimizer: Any
+    loss: Callable[[Tensor, Tensor], Tensor]
+    mixer: BatchMixer | None
+    batches: EpochBatches
+    train_loader: DataLoader[Any]
+    test_loader: DataLoader[Any]
+    position: Position
+    display: Display
+    stop: StopRequest = field(default_factory=StopRequest)
+    stopping: bool = False
+    """Some process was asked to stop: all of them know, and stop at this step."""
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch under way, from 0."""
+        return self.position.closed // self.batches.updates
+
+    @property
+    def seconds(self) -> float:
+        return self.position.seconds + time.monotonic() - self.started
+
+
+class Clock:
+    """Where the time of an epoch goes."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.waited, self.updates = 0.0, 0
+
+    def next(self, batches: Iterator[Any]) -> Any:
+        """The next batch; the time it takes counts as waiting for data."""
+        before = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - before
+        return batch
+
+    @property
+    def total(self) -> float:
+        return time.perf_counter() - self.started
+
+
+def train(run: Run) -> None:
+    """Trains from the run's position to its end and sums up.
+
+    Raises `RunError` where it cannot go on; exits with 128 + N where signal N asked for a stop, after saving.
+    """
+    total = run.config.derived.total_steps
+    try:
+        with run.stop, run.display:
+            while run.position.closed < total and not run.stopping:
+                clock = train_epoch(run)
+                if not run.stopping:
+                    close_epoch(run, clock)
+            if run.stopping:
+                save(run)
+    except UnreadableSample as error:
+        raise RunError(f"{error}; {last_good(run.folder)}") from error
+    if run.stopping:
+        run.display.say(f"stopped at step {run.position.step}; the same command goes on from there")
+        run.accelerator.end_training()
+        sys.exit(128 + (run.stop.signal or 15))
+    finish(run)
+
+
+def train_epoch(run: Run) -> Clock:
+    """The updates from the run's position to the end of the epoch, to the last step of the run, or to a stop."""
+    config, position, epoch = run.config, run.position, run.epoch
+    first = epoch * run.batches.updates
+    last = min(first + run.batches.updates, config.derived.total_steps)
+    run.train_loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
+    run.batches.seek(epoch, position.step - first)
+    clock = Clock()
+    batches = fetch(run.train_loader)
+    while position.step < last and not run.stopping:
+        loss = update(run, batches, clock, epoch)
+        position.step += 1
+        clock.updates += 1
+        if math.isfinite(loss):
+            position.loss_sum += loss
+            position.loss_count += 1
+        rate = clock.updates * config.derived.total_batch / clock.total
+        run.display.advance(position.step, epoch=epoch, loss=loss, rate=rate)
+        every = config.train.checkpoint_steps
+        if every and position.step % every == 0 and position.step < last and not run.stopping:
+            save(run)
+    return clock
+
+
+def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]], clock: Clock, epoch: int) -> float:
+    """One step of the optimiser; the mean loss over its samples on all processes."""
+    config, accelerator, step = run.config, run.accelerator, run.position.step
+    set_learning_rate(run.optimizer, learning_rate_at(config, step))
+    # In linear probing the frozen part keeps its batch statistics as well.
+    run.model.train(not config.train.linear_probe)
+    before = [buffer.clone() for buffer in run.plain.buffers()] if config.train.skip_nonfinite else []
+    total = torch.zeros((), device=accelerator.device)
+    for part in range(config.train.accumulate):
+        inputs, targets = clock.next(batches)
+        draw = step * config.train.accumulate + part
+        inputs = inputs.to(accelerator.device, non_blocking=True)
+        targets = targets.to(accelerator.device, non_blocking=True)
+        if run.mixer is not None:
+            inputs, targets = run.mixer(inputs, targets, step=draw, epoch=epoch)
+        if config.train.channels_last and inputs.ndim == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        seed_step(config.seed, draw, accelerator.process_index)
+        with accelerator.accumulate(run.model):
+            loss = run.loss(run.model(inputs), targets)
+            accelerator.backward(loss)
+        total += loss.detach() / config.train.accumulate
+    # One exchange for both: the processes must agree on stopping, and on whether this update counts.
+    shared = torch.stack([total, torch.full_like(total, float(run.stop.signal > 0))])
+    mean, stops = (accelerator.reduce(shared, "sum") / torch.tensor([accelerator.num_processes, 1]).to(shared)).tolist()
+    run.stopping = stops > 0
+    if not math.isfinite(mean):
+        skip_update(run, before, mean)
+        return mean
+    if config.optim.clip_grad is not None:
+        accelerator.clip_grad_norm_(run.model.parameters(), config.optim.clip_grad)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    if run.ema is not None:
+        run.ema.update(run.plain, step=step + 1)
+    return mean
+
+
+def learning_rate_at(config: Config, step: int) -> float:
+    """The learning rate of an update, scaled to the total batch."""
+    return learning_rate(
+        step,
+        steps_per_epoch=config.derived.steps_per_epoch,
+        epochs=config.train.epochs,
+        warmup_epochs=config.train.warmup_epochs,
+        lr=config.derived.lr,
+        min_lr=config.derived.min_lr,
+        warmup_lr=config.derived.warmup_lr,
+    )
+
+
+def skip_update(run: Run, buffers: list[Tensor], loss: float) -> None:
+    """Leaves an update with a non-finite loss out, or raises `RunError` where no more are allowed."""
+    position = run.position
+    position.nonfinite += 1
+    allowed = run.config.train.skip_nonfinite
+    lr = learning_rate_at(run.config, position.step)
+    if position.nonfinite > allowed:
+        raise RunError(
+            f"the loss is {loss} at step {position.step} (epoch {run.epoch + 1}, learning rate {lr:.3g}); "
+            f"{last_good(run.folder)}. Lower optim.lr, set optim.clip_grad, or leave up to K such steps out: "
+            f"train.skip_nonfinite=K"
+        )
+    run.optimizer.zero_grad()
+    # The forward pass has put the non-finite values into the batch statistics already.
+    for buffer, value in zip(run.plain.buffers(), buffers, strict=True):
+        buffer.copy_(value)
+    run.display.say(f"step {position.step} left out: the loss is {loss} ({position.nonfinite} of at most {allowed})")
+
+
+def close_epoch(run: Run, clock: Clock) -> None:
+    """Evaluation, a line of metrics, best model and checkpoint at the end of an epoch."""
+    config, position, accelerator = run.config, run.position, run.accelerator
+    at_end = position.step >= config.derived.total_steps
+    number = -(-position.step // run.batches.updates)
+    line: dict[str, Any] = {
+        "epoch": number,
+        "step": position.step,
+        "lr": learning_rate_at(config, position.step - 1),
+        "train_loss": position.loss_sum / position.loss_count if position.loss_count else None,
+        "images_per_second": round(clock.updates * config.derived.total_batch / clock.total, 1),
+        "data_wait": round(clock.waited / clock.total, 4),
+        "peak_memory_mib": peak_memory(accelerator.device),
+    }
+    if at_end or number % config.train.eval_every == 0:
+        for prefix, model in (("", run.plain), ("ema_", run.ema and run.ema.module)):
+            if model is None:
+                continue
+            broadcast_buffers(accelerator, model)
+            result = evaluate(model, run.test_loader, accelerator, stop=run.stop)
+            if result is None:
+                run.stopping = True
+                return
+            line |= {f"{prefix}test_{key}": result[key] for key in ("loss", "top1", "top5")}
+            line["firing_rate"] = line.get("firing_rate", result["firing_rate"])
+            line["test_samples"] = result["samples"]
+            if result["top1"] > position.best_top1:
+                position.best_top1, position.best_epoch = result["top1"], number
+                save_weights(run, "best", averaged=bool(prefix))
+    line |= {"nonfinite_steps": position.nonfinite, "seconds": round(run.seconds, 2)}
+    if config.data.on_error == "skip":
+        line["unreadable"] = count_unreadable(run)
+    position.closed, position.loss_sum, position.loss_count = position.step, 0.0, 0
+    if accelerator.is_main_process:
+        append_metrics(run.folder, line)
+    accelerator.log({key: value for key, value in line.items() if isinstance(value, int | float)}, step=position.step)
+    run.display.say(describe(line, config.train.epochs + config.train.cooldown_epochs))
+    if at_end or number % config.train.checkpoint_every == 0:
+        save(run)
+
+
+def describe(line: dict[str, Any], epochs: int) -> str:
+    """A line of metrics in words."""
+    parts = [f"epoch {line['epoch']}/{epochs}", f"lr {line['lr']:.2e}"]
+    if line["train_loss"] is not None:
+        parts.append(f"loss {line['train_loss']:.4f}")
+    for prefix, name in (("", "test"), ("ema_", "averaged")):
+        if f"{prefix}test_top1" in line:
+            parts.append(f"{name} top-1 {line[f'{prefix}test_top1']:.2f} % top-5 {line[f'{prefix}test_top5']:.2f} %")
+    return " | ".join([*parts, f"{line['images_per_second']:.0f} images/s"])
+
+
+def count_unreadable(run: Run) -> int:
+    """Samples that no process could read so far, one that two processes met counting twice."""
+    here = sum(len(loader.dataset.unreadable) for loader in (run.train_loader, run.test_loader))  # type: ignore
+    count: Tensor = run.accelerator.reduce(torch.tensor(here, device=run.accelerator.device), "sum")  # type: ignore
+    return int(count)
+
+
+def broadcast_buffers(accelerator: Accelerator, model: Any) -> None:
+    """The first process's batch statistics to all, as the next forward pass would do: all evaluate the same model."""
+    if accelerator.num_processes > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
+def save(run: Run) -> None:
+    """A checkpoint of the position reached."""
+    plain, optimizer_state = plain_state(run.accelerator, run.config, run.model, run.optimizer)
+    if run.accelerator.is_main_process:
+        scaler = run.accelerator.scaler
+        save_checkpoint(
+            run.folder,
+            replace(run.position, seconds=run.seconds),
+            model=plain,
+            ema=run.ema and run.ema.module,
+            optimizer_state=optimizer_state,
+            scaler_state=scaler.state_dict() if scaler else None,
+            keep=run.config.train.keep_checkpoints,
+        )
+    run.accelerator.wait_for_everyone()
+
+
+def save_weights(run: Run, name: str, *, averaged: bool = False) -> None:
+    """The model, or its average, into a folder of the run folder that `sdt_blocks.load_model` reads."""
+    model = run.ema.module if averaged else plain_state(run.accelerator, run.config, run.model, run.optimizer)[0]
+    if run.accelerator.is_main_process:
+        try:
+            save_model(model, run.folder / name)
+        except OSError as error:
+            raise RunError(f"{run.folder / name} cannot be written ({error}); {last_good(run.folder)}") from error
+
+
+def finish(run: Run) -> None:
+    """Final weights, summary.json and curves; checks that all processes hold the same weights."""
+    accelerator, config, folder = run.accelerator, run.config, run.folder
+    if accelerator.distributed_type != DistributedType.FSDP:
+        digests = gather_object([state_digest(run.plain)])
+        if len(set(digests)) > 1:
+            raise RunError(f"the processes ended with different weights ({', '.join(d[:8] for d in digests)})")
+    save_weights(run, "last")
+    if run.ema is not None:
+        save_weights(run, "ema", averaged=True)
+    if accelerator.is_main_process:
+        line = read_metrics(folder)[-1]
+        summary = {
+            "model": config.model.name,
+            "data": config.data.name,
+            **{
+                key: line.get(key)
+                for key in ("test_top1", "test_top5", "ema_test_top1", "ema_test_top5")
+                if key in line
+            },
+            "loss": line.get("test_loss"),
+            "train_loss": line["train_loss"],
+            "best_top1": run.position.best_top1,
+            "best_epoch": run.position.best_epoch,
+            "epochs": line["epoch"],
+            "steps": run.position.step,
+            "params": sum(p.numel() for p in run.plain.parameters()),
+            "seconds": line["seconds"],
+            "processes": accelerator.num_processes,
+            "seed": config.seed,
+            "weights_sha256": sha256(folder / "last" / WEIGHTS),
+        }
+        text = json.dumps(summary, indent=2) + "\n"
+        write_atomically(folder / "summary.json", lambda name: Path(name).write_text(text, encoding="utf-8"))
+        draw_curves(folder)
+        run.display.say(f"test top-1 {summary['test_top1']:.2f} % after {summary['seconds']:.0f} s; all in {folder}")
+    accelerator.end_training()

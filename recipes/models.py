@@ -1,0 +1,98 @@
+"""The model of a configuration, its initial weights, and its state under each way of spreading it over processes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from config import Config, ConfigError
+from torch import nn
+
+from sdt_blocks import create_model, load_model, load_released_checkpoint
+
+HEAD = "head."
+
+
+def build_model(config: Config, *, in_channels: int, num_classes: int) -> Any:
+    """The named variant with the configured overrides, for data with so many channels and classes.
+
+    The channels and classes are written into `config.model`. Raises `ConfigError` where the two do not agree.
+    """
+    for key, of_data in (("in_channels", in_channels), ("num_classes", num_classes)):
+        asked = getattr(config.model, key)
+        if asked not in (None, of_data):
+            raise ConfigError(f"model.{key}={asked}, but the data has {of_data}; leave model.{key} out")
+        setattr(config.model, key, of_data)
+    if config.train.tet:
+        config.model.per_step = True
+    options = {key: value for key, value in asdict(config.model).items() if key != "name" and value is not None}
+    torch.manual_seed(config.seed)
+    try:
+        return create_model(config.model.name, **options)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model.name={config.model.name}: {error}") from error
+
+
+def load_initial_weights(model: nn.Module, source: str) -> str:
+    """Fills the model from a run folder, a saved model or a released checkpoint; returns a sentence on what was taken.
+
+    The head stays as initialised where its shape differs, as in fine-tuning for another number of classes.
+    Raises `ConfigError` where anything else does not fit.
+    """
+    path = Path(source)
+    try:
+        given = (load_model(path) if path.is_dir() else load_released_checkpoint(path)).state_dict()
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"train.init_checkpoint: {error}") from error
+    expected = model.state_dict()
+    new_head = any(k.startswith(HEAD) and given.get(k, v).shape != v.shape for k, v in expected.items())
+    if new_head:
+        given = {key: value for key, value in given.items() if not key.startswith(HEAD)}
+    wrong = [
+        key
+        for key in {**expected, **given}
+        if not (new_head and key.startswith(HEAD))
+        and (key not in given or key not in expected or given[key].shape != expected[key].shape)
+    ]
+    if wrong:
+        raise ConfigError(
+            f"train.init_checkpoint={source} is of another architecture: {len(wrong)} weights are missing, unexpected or "
+            f"of another shape ({', '.join(wrong[:4])} ...); set model.name, model.dim and the like to its values"
+        )
+    model.load_state_dict(given, strict=False)
+    return f"weights from {source}" + (", head anew for the data's classes" if new_head else "")
+
+
+def freeze_all_but_head(model: nn.Module) -> None:
+    """Linear probing: only the head's parameters keep their gradients."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(HEAD))
+
+
+def plain_state(accelerator: Accelerator, config: Config, model: Any, optimizer: Any) -> tuple[Any, dict[str, Any]]:
+    """The model in one piece and the optimiser's state; called by every process, used by the one that saves."""
+    plain = accelerator.unwrap_model(model)
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return plain, optimizer.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, state = get_state_dict(model, optimizer.optimizer, options=options)
+    whole = build_model(config, in_channels=plain.in_channels, num_classes=plain.num_classes)
+    if accelerator.is_main_process:
+        whole.load_state_dict(weights)
+    return whole, state
+
+
+def restore_optimizer(accelerator: Accelerator, model: Any, optimizer: Any, state: dict[str, Any]) -> None:
+    """Puts the state from `plain_state` back, sharded where the model is."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        optimizer.load_state_dict(state)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    set_optimizer_state_dict(model, optimizer.optimizer, state, options=StateDictOptions(full_state_dict=True))

@@ -1,0 +1,158 @@
+"""What a run shows and records: a live bar on a terminal, plain lines elsewhere, metrics.jsonl, curves.png."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from config import ConfigError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from sdt_blocks.checkpoint import write_atomically
+
+SECONDS_BETWEEN_LINES = 30
+METRICS = "metrics.jsonl"
+
+
+class Display:
+    """Progress through the updates of a run; silent where `active` is false, as on all processes but the first.
+
+    Use it as a context manager: `with display: display.advance(...)`.
+    """
+
+    def __init__(self, total: int, done: int, *, active: bool) -> None:
+        self.total, self.first, self.active = total, done, active
+        self.started = self.last_line = time.monotonic()
+        console = Console()
+        self.live = active and console.is_terminal
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self.live,
+        )
+        self.task = self.bar.add_task("starting", total=total, completed=done)
+
+    def __enter__(self) -> Display:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def advance(self, step: int, *, epoch: int, loss: float, rate: float) -> None:
+        """One update done: `rate` is in images a second."""
+        text = f"epoch {epoch + 1} | loss {loss:.4f} | {rate:.0f} images/s"
+        if self.live:
+            self.bar.update(self.task, completed=step, description=text)
+        elif self.active and time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+            self.last_line = time.monotonic()
+            left = (self.last_line - self.started) / max(step - self.first, 1) * (self.total - step)
+            self.say(f"{text} | step {step}/{self.total} | {_duration(left)} left")
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the bar where there is one."""
+        if self.live:
+            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        elif self.active:
+            print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    """A line on standard error, from the first process of each machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours:d}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory this process has held so far, in MiB: of the GPU where there is one, else resident."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / 2**20 if sys.platform == "darwin" else peak / 2**10, 1)
+
+
+def append_metrics(folder: Path, line: dict[str, Any]) -> None:
+    """One line of metrics.jsonl, on disk when this returns."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
+    }
+    with (folder / METRICS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(finite) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl; one that a crash cut short is left out."""
+    path = folder / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    metrics = []
+    for line in lines:
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return metrics
+
+
+def rewind_metrics(folder: Path, step: int) -> None:
+    """Drops the lines of epochs after `step`, which a resumed run will write again."""
+    if (folder / METRICS).is_file():
+        kept = "".join(json.dumps(line) + "\n" for line in read_metrics(folder) if line["step"] <= step)
+        write_atomically(folder / METRICS, lambda name: Path(name).write_text(kept, encoding="utf-8"))
+
+
+def draw_curves(folder: Path) -> None:
+    """Loss and accuracy over the epochs, from metrics.jsonl to curves.png."""
+    from matplotlib.figure import Figure
+
+    metrics = read_metrics(folder)
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    for axes, keys in ((loss, ("train_loss", "test_loss")), (accuracy, ("test_top1", "ema_test_top1"))):
+        for key in keys:
+            points = [(line["epoch"], line[key]) for line in metrics if line.get(key) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker=".", label=key)
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    loss.set_ylabel("loss")
+    accuracy.set_ylabel("top-1 (%)")
+    write_atomically(folder / "curves.png", lambda name: figure.savefig(name, format="png", dpi=120))
+
+
+def choose_tracker(name: str) -> str | None:
+    """The tracker for Accelerate's `log_with`, or None. Raises `ConfigError` for one that is not installed."""
+    packages = {"tensorboard": "tensorboard", "wandb": "wandb"}
+    if name == "auto":
+        return "tensorboard" if find_spec("tensorboard") else None
+    if name == "none":
+        return None
+    if not find_spec(packages[name]):
+        raise ConfigError(
+            f"tracker={name} needs the package {packages[name]}: pip install {packages[name]}, or tracker=none"
+        )
+    return name

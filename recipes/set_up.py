@@ -1,0 +1,240 @@
+"""From a configuration to a run that is ready to train: everything that can be refused is refused here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
+from command_line import use_cores
+from config import Config, ConfigError, Derived, flatten, to_yaml, trajectory
+from engine import Run
+from loading import EpochBatches, ShardBatches, build_datasets, build_loader
+from models import build_model, freeze_all_but_head, load_initial_weights, restore_optimizer
+from optim import BatchMixer, batch_scale, build_loss, build_optimizer, check_even_batch
+from progress import Display, choose_tracker, rewind_metrics, warn
+from run_state import Position, check_settings, load_checkpoint, open_folder, set_aside_newer
+from torch import Tensor, nn
+
+from sdt_blocks.checkpoint import write_atomically
+
+T = TypeVar("T")
+
+
+def set_up(config: Config) -> Run:
+    """The run of a configuration, at the position that `resume` says. Raises `ConfigError`."""
+    folder = Path(config.output_dir)
+    accelerator = build_accelerator(config, folder)
+    train_set, test_set = at_the_door(build_datasets, config)
+    sample = at_the_door(train_set.__getitem__, 0)[0]
+    num_classes = len(train_set.classes)
+    batches = build_batches(config, accelerator, len(train_set))
+    config.derived = derive(config, accelerator, batches)
+    plain = build_model(config, in_channels=sample.shape[-3], num_classes=num_classes)
+    at_the_door(dry_run, plain, sample)
+    mixer = build_mixer(config, accelerator, sample, num_classes)
+    keep = config.train.keep_checkpoints
+    # Weights, two moments and perhaps an average, in each checkpoint and in the one being written; best and last.
+    copies = (3 + (config.train.ema_decay is not None)) * (keep + 1) + 2
+    needed = copies * sum(value.nbytes for value in plain.state_dict().values())
+    checkpoint = agreed(accelerator, lambda: open_folder(folder, config.resume, needed=needed))
+    if checkpoint is None and config.train.init_checkpoint is not None:
+        note = load_initial_weights(plain, config.train.init_checkpoint)
+    else:
+        note = f"from {checkpoint}" if checkpoint else "new weights"
+    model, plain, ema, optimizer, position = prepare(config, accelerator, plain, checkpoint, batches)
+    if accelerator.is_main_process:
+        set_aside_newer(folder, position.step)
+        rewind_metrics(folder, position.closed)
+        write_atomically(folder / "config.yaml", lambda name: Path(name).write_text(to_yaml(config), encoding="utf-8"))
+    accelerator.init_trackers("sdt", config={key: str(value) for key, value in flatten(config).items()})
+    display = Display(config.derived.total_steps, position.step, active=accelerator.is_main_process)
+    display.say(describe(config, accelerator, plain, note))
+    workers, pin = config.data.workers, accelerator.device.type == "cuda"
+    shard = ShardBatches(
+        len(test_set),
+        batch_size=config.train.batch_size,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        folder=folder,
+        model=model,
+        plain=plain,
+        ema=ema,
+        optimizer=optimizer,
+        loss=build_loss(
+            config.train.loss,
+            label_smoothing=config.train.label_smoothing,
+            tet=config.train.tet,
+            tet_lambda=config.train.tet_lambda,
+            tet_means=config.train.tet_means,
+        ),
+        mixer=mixer,
+        batches=batches,
+        train_loader=build_loader(train_set, batches, workers=workers, pin=pin),
+        test_loader=build_loader(test_set, shard, workers=workers, pin=pin),
+        position=position,
+        display=display,
+    )
+
+
+def build_accelerator(config: Config, folder: Path) -> Accelerator:
+    """Accelerate's view of this process. Raises `ConfigError` for a precision or a tracker that cannot be had."""
+    precision = config.train.mixed_precision
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", precision):
+        warn(f"the launcher's mixed precision {launched} is not used; train.mixed_precision={precision} decides")
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            gradient_accumulation_steps=config.train.accumulate,
+            log_with=choose_tracker(config.tracker),
+            project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
+        )
+    except ValueError as error:
+        raise ConfigError(f"train.mixed_precision={precision}: {error}") from error
+    if accelerator.device.type == "cpu":
+        use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), config.data.workers, config.threads)
+        if config.train.sync_bn:
+            raise ConfigError("train.sync_bn: synchronised batch norm runs on GPUs only; leave it out on a CPU")
+    if config.train.ema_decay is not None and accelerator.distributed_type == DistributedType.FSDP:
+        raise ConfigError(
+            "train.ema_decay: averaged weights are not kept under FSDP; leave it out or launch without FSDP"
+        )
+    return accelerator
+
+
+def build_batches(config: Config, accelerator: Accelerator, samples: int) -> EpochBatches:
+    """This process's share of the training samples."""
+    return EpochBatches(
+        samples,
+        batch_size=config.train.batch_size,
+        accumulate=config.train.accumulate,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+        seed=config.seed,
+    )
+
+
+def derive(config: Config, accelerator: Accelerator, batches: EpochBatches) -> Derived:
+    """What follows from the number of processes and samples, the learning rates scaled to the total batch among it."""
+    total_batch = accelerator.num_processes * config.train.accumulate * config.train.batch_size
+    scale = batch_scale(total_batch, config.optim.lr_batch)
+    steps = (config.train.epochs + config.train.cooldown_epochs) * batches.updates
+    return Derived(
+        processes=accelerator.num_processes,
+        total_batch=total_batch,
+        steps_per_epoch=batches.updates,
+        total_steps=min(steps, config.train.max_steps or steps),
+        lr=config.optim.lr * scale,
+        min_lr=config.optim.min_lr * scale,
+        warmup_lr=config.optim.warmup_lr * scale,
+    )
+
+
+def build_mixer(config: Config, accelerator: Accelerator, sample: Tensor, num_classes: int) -> BatchMixer | None:
+    """Mixup and cutmix, or None where both are off."""
+    data = config.data
+    if not (data.mixup or data.cutmix):
+        return None
+    if data.cutmix and sample.ndim != 3:
+        raise ConfigError("data.cutmix pastes a rectangle of an image; it is not defined on event frames, set it to 0")
+    at_the_door(check_even_batch, config.train.batch_size)
+    return BatchMixer(
+        mixup=data.mixup,
+        cutmix=data.cutmix,
+        prob=data.mixup_prob,
+        switch_prob=data.mixup_switch_prob,
+        off_epoch=data.mixup_off_epoch,
+        label_smoothing=config.train.label_smoothing,
+        num_classes=num_classes,
+        seed=config.seed,
+        process=accelerator.process_index,
+    )
+
+
+def dry_run(model: nn.Module, sample: Tensor) -> None:
+    """One sample through the model: what does not fit together is said before training starts."""
+    with torch.no_grad():
+        model.eval()(sample[None])
+
+
+def prepare(
+    config: Config, accelerator: Accelerator, plain: Any, checkpoint: Path | None, batches: EpochBatches
+) -> tuple[Any, Any, Any, Any, Position]:
+    """Model, the same without its wrapper, averaged model, optimiser and position; all as the checkpoint has them."""
+    settings = {"total_batch": config.derived.total_batch, "samples": batches.samples, "settings": trajectory(config)}
+    ema = None
+    if config.train.ema_decay is not None:
+        from timm.utils import ModelEmaV3
+
+        plain.to(accelerator.device)
+        ema = ModelEmaV3(plain, decay=config.train.ema_decay)
+    training = None
+    if checkpoint is not None:
+        training = load_checkpoint(checkpoint, plain, ema and ema.module)
+        check_settings(training["position"], source=checkpoint, **settings)
+    if config.train.linear_probe:
+        freeze_all_but_head(plain)
+    if config.train.sync_bn:
+        plain = nn.SyncBatchNorm.convert_sync_batchnorm(plain)
+    if config.train.channels_last:
+        plain.to(memory_format=torch.channels_last)
+    if config.train.compile:
+        plain.compile()
+    optimizer = at_the_door(
+        build_optimizer,
+        plain,
+        name=config.optim.name,
+        lr=config.derived.lr,
+        weight_decay=config.optim.weight_decay,
+        eps=config.optim.eps,
+        betas=config.optim.betas,
+    )
+    model, optimizer = accelerator.prepare(plain, optimizer)
+    if training is None:
+        return model, accelerator.unwrap_model(model), ema, optimizer, Position(**settings)
+    restore_optimizer(accelerator, model, optimizer, training["optimizer"])
+    if accelerator.scaler is not None and training["scaler"] is not None:
+        accelerator.scaler.load_state_dict(training["scaler"])
+    return model, accelerator.unwrap_model(model), ema, optimizer, training["position"]
+
+
+def describe(config: Config, accelerator: Accelerator, plain: Any, note: str) -> str:
+    """The first line of a run."""
+    derived = config.derived
+    params = sum(p.numel() for p in plain.parameters())
+    return (
+        f"{config.model.name} ({params:,} parameters, {note}) on {config.data.name}: {derived.total_steps} steps of "
+        f"{derived.total_batch} samples ({derived.processes} x {config.train.accumulate} x {config.train.batch_size}), "
+        f"learning rate {derived.lr:.3g}, {accelerator.device.type}, {torch.get_num_threads()} thread(s)"
+    )
+
+
+def at_the_door(make: Callable[..., T], *args: Any, **options: Any) -> T:
+    """`make(...)`, with what it refuses turned into a `ConfigError`."""
+    try:
+        return make(*args, **options)
+    except (ValueError, OSError, ImportError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+
+
+def agreed(accelerator: Accelerator, decide: Callable[[], T]) -> T:
+    """What the first process decides, or its `ConfigError`, on all of them."""
+    answer: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = decide()
+        except ConfigError as error:
+            answer[1] = str(error)
+    broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise ConfigError(answer[1])
+    return answer[0]  # type: ignore[no-any-return]
