@@ -1,0 +1,121 @@
+"""Arrays kept on disk under a key that holds everything they were made from."""
+
+import hashlib
+import json
+import logging
+import os
+import uuid
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+_log = logging.getLogger(__name__)
+_DAMAGE = (zipfile.BadZipFile, ValueError, KeyError, EOFError, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """What a cache folder holds."""
+
+    entries: int
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.entries} entries, {self.bytes / 1e6:.1f} MB"
+
+
+class ArrayCache:
+    """A folder of arrays, one file a key.
+
+    An entry is written under a temporary name and moved into place, so that any number of processes may fill one cold
+    cache at once. It carries its key and a checksum: an entry that is damaged or belongs to another key is made again,
+    with a warning. A folder may be deleted at any time; nothing in it is ever unpickled.
+
+    Args:
+        folder: made where it is missing.
+
+    Raises:
+        OSError: where the folder cannot be made or written; the message says what to do.
+
+    Example:
+        >>> cache = ArrayCache("frames_cache")
+        >>> frames = cache.get({"file": "a.aedat4", "time_steps": 10}, make_frames)
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.folder = Path(folder).expanduser().resolve()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self._temporary(self.folder / "probe")
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise type(error)(
+                error.errno,
+                f"cannot write the cache folder {self.folder} ({error.strerror}); "
+                "name another one with events.cache=FOLDER, or turn the cache off with events.cache=none",
+            ) from error
+        self._full = False
+
+    def get(self, key: Mapping[str, object], make: Callable[[], np.ndarray]) -> np.ndarray:
+        """The array of ``key``, read from disk or else made by ``make`` and kept.
+
+        Float32 counts come back as float32, whatever narrower type they were kept in.
+        """
+        text = json.dumps(key, sort_keys=True)
+        path = self._path(text)
+        try:
+            with np.load(path, allow_pickle=False) as entry:
+                if str(entry["key"]) == text:
+                    array = entry["array"]
+                    return array.astype(np.float32) if array.dtype.kind == "u" else array
+                raise ValueError("it belongs to another key")
+        except FileNotFoundError:
+            pass
+        except _DAMAGE as error:
+            _log.warning("cache entry %s is damaged (%s): it is made again", path, error)
+        array = make()
+        self._write(path, array, text)
+        return array
+
+    def __contains__(self, key: Mapping[str, object]) -> bool:
+        return self._path(json.dumps(key, sort_keys=True)).exists()
+
+    def size(self) -> CacheSize:
+        """The number and total size of the entries, counted on disk."""
+        sizes = [path.stat().st_size for path in self.folder.glob("??/*.npz")]
+        return CacheSize(entries=len(sizes), bytes=sum(sizes))
+
+    def _path(self, text: str) -> Path:
+        name = hashlib.sha256(text.encode()).hexdigest()
+        return self.folder / name[:2] / f"{name}.npz"
+
+    def _write(self, path: Path, array: np.ndarray, text: str) -> None:
+        temporary = self._temporary(path)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with open(temporary, "wb") as file:
+                np.savez(file, array=_narrowed(array), key=np.array(text))
+            os.replace(temporary, path)
+        except OSError as error:
+            if not self._full:
+                _log.warning("cannot write to the cache %s (%s): going on without it", self.folder, error.strerror)
+            self._full = True
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @staticmethod
+    def _temporary(path: Path) -> Path:
+        return path.with_name(f".{path.stem[:16]}-{uuid.uuid4().hex}.tmp")
+
+
+def _narrowed(array: np.ndarray) -> np.ndarray:
+    """Float32 counts in the narrowest unsigned type that holds them exactly; any other array as it is."""
+    if array.dtype == np.float32 and array.size and array.min() >= 0:
+        for dtype in (np.uint8, np.uint16):
+            if array.max() <= np.iinfo(dtype).max and np.array_equal(narrow := array.astype(dtype), array):
+                return narrow
+    return array

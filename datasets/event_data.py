@@ -1,0 +1,306 @@
+"""Event data sets for the recipes: every sample, augmentation included, follows from (seed, epoch, index) alone."""
+
+import logging
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sdt_datasets.augment import build_augmentations
+from sdt_datasets.cache import ArrayCache
+from sdt_datasets.errors import IGNORED, DataError
+from sdt_datasets.events import EventsToFrames
+from sdt_datasets.layouts import Part, open_layout
+from sdt_datasets.recordings import Source
+
+_log = logging.getLogger(__name__)
+RELEASED_SIZE = {"cifar10_dvs": 64, "cifar10_dvs_tet": 64}
+"""Side in pixels to which the released models' frames were resized; the other data sets keep the sensor's own."""
+
+_CACHE_VERSION = 1
+
+
+class UnreadableRecordingError(DataError):
+    """A recording cannot be read or does not fit; the message names its file."""
+
+
+class EventDataset(Dataset[tuple[Tensor, int]]):
+    """`dataset[i]` is (float32 frames `[T, 2, H, W]`, class index); OFF events are channel 0, ON events channel 1.
+
+    Training samples are augmented with draws from (seed, epoch, i) and from nothing else, so that neither the number of
+    loader processes nor a resumed run changes them; `set_epoch` reaches loader processes that are already running.
+
+    A recording that cannot be read, or holds no event, raises `UnreadableRecordingError` with the name of its file, or
+    with `on_error="skip"` is listed in `.unreadable`: in training the next readable recording stands in for it; in
+    evaluation, where a stand-in would be counted twice, the frames are blank and the label is `IGNORED`.
+
+    Args:
+        part: the recordings.
+        time_steps, split_by: see `EventsToFrames`.
+        size: side of the square frames in pixels; None keeps the sensor's.
+        augment: names of `EVENT_AUGMENTATIONS` and `FRAME_AUGMENTATIONS`.
+        cache: keeps the frames, or the events where those are augmented, on disk.
+    """
+
+    in_channels = 2
+
+    def __init__(
+        self,
+        part: Part,
+        *,
+        time_steps: int,
+        split_by: str = "number",
+        size: int | None = None,
+        augment: Sequence[str] = (),
+        training: bool = False,
+        cache: ArrayCache | None = None,
+        on_error: str = "raise",
+        seed: int = 0,
+    ) -> None:
+        self.source, self._rows = part.source, part.rows
+        self.training, self.skip, self.seed, self.cache = training, on_error == "skip", seed, cache
+        self.classes = list(self.source.classes)
+        self.targets = np.array(self.source.targets, dtype=np.int64)[self._rows]
+        self.sensor_size = _sensor_size(self.source, self._rows, time_steps)
+        self.to_frames = EventsToFrames(sensor_size=self.sensor_size, time_steps=time_steps, split_by=split_by)
+        self.frame_size = (size, size) if size else (self.sensor_size[1], self.sensor_size[0])
+        self._of_events, self._of_frames = build_augmentations(augment, self.sensor_size)
+        if self._of_events and self.source.holds != "events":
+            raise DataError(f"augment={list(augment)} drops events, but {self.source.data[0]} holds frames already")
+        # In shared memory, since persistent loader processes hold a copy of the rest of this object.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._unreadable = torch.zeros(len(self._rows), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the augmentation of the samples drawn from now on."""
+        self._epoch.fill_(epoch)
+
+    @property
+    def unreadable(self) -> list[str]:
+        """The files that could not be read so far, in the order of the data set."""
+        return [self.source.data[self._rows[i]] for i in self._unreadable.nonzero().flatten().tolist()]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        index = int(index) % len(self)
+        for candidate in range(index, index + len(self)):
+            position = candidate % len(self)
+            try:
+                array = self._load(self._rows[position])
+            except UnreadableRecordingError:
+                if not self.skip:
+                    raise
+                self._unreadable[position] = True
+                if not self.training:
+                    return torch.zeros(self.to_frames.time_steps, self.in_channels, *self.frame_size), IGNORED
+                continue
+            return self._augmented(array, index), int(self.targets[position])
+        raise UnreadableRecordingError(
+            f"none of the {len(self)} recordings can be read, {self.source.data[self._rows[index]]} for one"
+        )
+
+    def _augmented(self, array: np.ndarray, index: int) -> Tensor:
+        rng = np.random.default_rng([self.seed, int(self._epoch), index])
+        if self._of_events:
+            for augment_events in self._of_events:
+                array = augment_events(array, rng)
+            array = self._frames(array)
+        frames = torch.from_numpy(array)
+        for augment_frames in self._of_frames:
+            frames = augment_frames(frames, rng)
+        return frames
+
+    def _load(self, row: int) -> np.ndarray:
+        """The events of a recording where they are augmented, else its frames; from the cache if it has them."""
+        if self.cache is None:
+            return self._read(row)
+        return self.cache.get(self._key(row), lambda: self._read(row))
+
+    def _read(self, row: int) -> np.ndarray:
+        path = self.source.data[row]
+        try:
+            array = self.source[row][0]
+            if self.source.holds == "events" and len(array) == 0:
+                raise ValueError("it holds no event")
+            frames = self._frames(array)  # also where the events are kept: it finds those outside the sensor
+            return array if self._of_events else frames
+        except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+            raise
+        except BaseException as error:  # the AEDAT4 decoder's panic is no Exception
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UnreadableRecordingError(
+                f"{path} cannot be read ({reason}); replace or remove the file, or set data.on_error=skip to go on "
+                f"without it"
+            ) from error
+
+    def _frames(self, array: np.ndarray) -> np.ndarray:
+        if self.source.holds == "events":
+            array = self.to_frames(array)
+        width, height, _ = self.sensor_size
+        expected = (self.to_frames.time_steps, self.in_channels, height, width)
+        if array.shape != expected:
+            raise ValueError(f"expected frames of shape {expected}, found {array.shape}")
+        return resize_frames(array, self.frame_size)
+
+    def _key(self, row: int) -> dict[str, object]:
+        path = Path(self.source.data[row]).absolute()
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise UnreadableRecordingError(f"{path} cannot be read ({error.strerror})") from error
+        key: dict[str, object] = {
+            "version": _CACHE_VERSION,
+            "file": str(path),
+            "bytes": status.st_size,
+            "modified": status.st_mtime_ns,
+            "reader": f"{type(self.source).__name__}/{self.source.holds}",
+        }
+        if not self._of_events:
+            settings = self.to_frames
+            key |= {"time_steps": settings.time_steps, "split_by": settings.split_by}
+            key |= {"sensor_size": list(self.sensor_size), "frame_size": list(self.frame_size)}
+        return key
+
+
+def resize_frames(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bilinear, without antialiasing: float32 `[T, C, H, W]` -> `[T, C, *size]`.
+
+    From 128 to 64 pixels each new pixel is the mean of four, as in the frames of the released CIFAR10-DVS models.
+    """
+    if frames.shape[-2:] == tuple(size):
+        return frames
+    return F.interpolate(torch.from_numpy(frames), size=size, mode="bilinear", align_corners=False).numpy()
+
+
+def build_event_datasets(
+    name: str,
+    root: str | os.PathLike | None,
+    *,
+    time_steps: int,
+    split_by: str = "number",
+    size: int | None = None,
+    augment: Sequence[str] | str | None = (),
+    cache: bool | str | None = True,
+    on_error: str = "raise",
+    train_samples: int | None = None,
+    test_samples: int | None = None,
+    sensor_size: tuple[int, int] | None = None,
+    seed: int = 0,
+) -> tuple[EventDataset, EventDataset]:
+    """The training and the validation set of an event data set, whichever of its layouts lies under `root`.
+
+    Args:
+        name: `dvs128_gesture`, `cifar10_dvs`, `cifar10_dvs_tet`, `n_mnist` or `event_folder`.
+        root: the folder that Tonic was given as `save_to`, or the data set's own folder, or one of the layouts of the
+            original (`frames_number_T_split_by_number`, `events_np`, `train/N.pt`).
+        time_steps: frames a recording is divided into, T.
+        split_by: `"number"` of events, or `"time"`.
+        size: side of the square frames in pixels; None takes 64 for CIFAR10-DVS, as released, else the sensor's own.
+        augment: names, in a list or separated by commas, for training: `hflip`, `roll`, `cutout`, `random_op`,
+            `drop_by_time`, `drop_by_area`, `drop_at_random`, `event_drop`.
+        cache: True or `"auto"` keeps the frames in `root/.frames_cache`, a path in that folder, False or `"none"`
+            nowhere.
+        on_error: `"raise"` or `"skip"`; see `EventDataset`.
+        train_samples, test_samples: keep the first so many recordings, of each class in turn.
+        sensor_size: `(W, H)` of an `event_folder`; None takes the AEDAT4 header's or the smallest that fits.
+        seed: decides the augmentation.
+
+    Gesture labels are Tonic's 0..10; in SpikingJelly's layout they are, as there, the positions of the folder names in
+    the alphabet (0, 1, 10, 2, ...). `classes` names them in either case.
+
+    Raises `DataError` (a `ValueError`) for missing or unfit data, `ValueError` for a setting out of range.
+
+    >>> train, test = build_event_datasets("dvs128_gesture", "data", time_steps=16)
+    >>> frames, label = train[0]  # [16, 2, 128, 128]
+    """
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error must be raise or skip, got {on_error!r}")
+    if size is not None and (isinstance(size, bool) or int(size) != size or size < 1):
+        raise ValueError(f"size must be a whole number of pixels >= 1, got {size!r}")
+    if seed < 0:
+        raise ValueError(f"seed must be >= 0, got {seed!r}")
+    names = [part.strip() for part in augment.split(",") if part.strip()] if isinstance(augment, str) else augment or ()
+    # Settings are refused before anything is read.
+    of_events, _ = build_augmentations(names, (1, 1, 2))
+    EventsToFrames(sensor_size=(1, 1, 2), time_steps=time_steps, split_by=split_by)
+    if name == "dvs128_gesture" and "hflip" in names:
+        _log.warning("hflip turns left-hand gestures into right-hand ones and cw into ccw, but not their labels")
+
+    train, validation = open_layout(
+        name,
+        root,
+        time_steps=time_steps,
+        split_by=split_by,
+        sensor_size=sensor_size,
+        needs_events=bool(of_events),
+    )
+    store = _open_cache(cache, Path(os.fspath(root or ".")))
+    dataset = partial(
+        EventDataset,
+        time_steps=time_steps,
+        split_by=split_by,
+        size=size or RELEASED_SIZE.get(name),
+        cache=store,
+        on_error=on_error,
+        seed=seed,
+    )
+    return (
+        dataset(_first(train, train_samples), augment=names, training=True),
+        dataset(_first(validation, test_samples)),
+    )
+
+
+def _open_cache(cache: bool | str | None, root: Path) -> ArrayCache | None:
+    if cache in (False, None, "none"):
+        return None
+    folder = root / ".frames_cache" if cache in (True, "auto") else Path(str(cache))
+    try:
+        store = ArrayCache(folder)
+    except OSError as error:
+        raise DataError(str(error.strerror)) from error
+    _log.info("frames are kept in %s: %s", store.folder, store.size())
+    return store
+
+
+def _sensor_size(source: Source, rows: Sequence[int], time_steps: int) -> tuple[int, int, int]:
+    """``(W, H, 2)``; that of frames from the first that can be read, which must have as many steps as are asked for."""
+    if source.holds == "events":
+        return tuple(source.sensor_size)
+    for row in rows:
+        try:
+            frames = source[row][0]
+        except Exception:  # it is named where it is read for use
+            continue
+        if frames.ndim != 4 or frames.shape[:2] != (time_steps, 2):
+            raise DataError(
+                f"{source.data[row]} holds frames of shape {list(frames.shape)}, expected [{time_steps}, 2, H, W]; set "
+                f"events.time_steps to the number of frames in the files, or use recordings that hold events"
+            )
+        return frames.shape[3], frames.shape[2], 2
+    raise UnreadableRecordingError(f"none of the {len(rows)} recordings can be read, {source.data[rows[0]]} for one")
+
+
+def _first(part: Part, samples: int | None) -> Part:
+    """The first so many recordings, taking the classes in turn."""
+    if samples is None:
+        return part
+    if not 1 <= samples <= len(part.rows):
+        raise DataError(f"{samples} samples were asked for, but there are {len(part.rows)} recordings")
+    turns: dict[int, int] = {}
+    ranked = []
+    for row in part.rows:
+        label = part.source.targets[row]
+        turns[label] = turns.get(label, 0) + 1
+        ranked.append((turns[label], label, row))
+    chosen = {row for _, _, row in sorted(ranked)[:samples]}
+    return Part(part.source, [row for row in part.rows if row in chosen])

@@ -1,0 +1,297 @@
+"""Which event data lie under a folder, and how they are divided into training and validation."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import tonic
+
+from sdt_datasets.errors import DataError
+from sdt_datasets.recordings import (
+    CIFAR10DVSFiles,
+    ClassFolders,
+    DVSGestureFiles,
+    NMNISTFiles,
+    Source,
+    TETFrames,
+    aedat4_sensor_size,
+    list_files,
+    read_events,
+    read_frames_npz,
+)
+
+_log = logging.getLogger(__name__)
+NAMES = ("dvs128_gesture", "cifar10_dvs", "cifar10_dvs_tet", "n_mnist", "event_folder")
+"""The event data sets, as `build_event_datasets` names them."""
+
+_EVENT_FILES = (".aedat4", ".npy", ".npz")
+_GESTURE = tonic.datasets.DVSGesture
+_CIFAR10_DVS = tonic.datasets.CIFAR10DVS
+_NMNIST = tonic.datasets.NMNIST
+_SPIKINGJELLY = (
+    "a folder of SpikingJelly's is read as it is: point the root at the one that holds "
+    "frames_number_{time_steps}_split_by_{split_by} or events_np"
+)
+_WANTED = {
+    "dvs128_gesture": (
+        f"DVS128 Gesture is needed as {{root}}/DVSGesture/ibmGestureTrain/userNN_LIGHT/LABEL.npy, and ibmGestureTest "
+        f"beside it: download {_GESTURE.train_filename} from {_GESTURE.train_url} and {_GESTURE.test_filename} from "
+        f"{_GESTURE.test_url}, and extract both in {{root}}/DVSGesture; {_SPIKINGJELLY}"
+    ),
+    "cifar10_dvs": (
+        f"CIFAR10-DVS is needed as {{root}}/CIFAR10DVS/CLASS/*.aedat4: download {_CIFAR10_DVS.filename} from "
+        f"{_CIFAR10_DVS.url}, and extract it and the ten archives in it in {{root}}/CIFAR10DVS; {_SPIKINGJELLY}; and "
+        f"so are TET's frames, train/N.pt and test/N.pt"
+    ),
+    "cifar10_dvs_tet": (
+        "TET's frames of CIFAR10-DVS are needed as {root}/train/N.pt and {root}/test/N.pt, each a tuple of frames "
+        "[2, H, W, T] and a label"
+    ),
+    "n_mnist": (
+        f"N-MNIST is needed as {{root}}/NMNIST/Train/DIGIT/*.bin and {{root}}/NMNIST/Test/DIGIT/*.bin: download "
+        f"{_NMNIST.train_filename} from {_NMNIST.train_url} and {_NMNIST.test_filename} from {_NMNIST.test_url}, and "
+        f"extract both in {{root}}/NMNIST"
+    ),
+    "event_folder": (
+        "recordings are needed as {root}/train/CLASS/FILE and {root}/test/CLASS/FILE, or as {root}/CLASS/FILE, where "
+        "the first 90 % of each class train; a FILE is .aedat4, .npy (columns x, y, p, t) or .npz (arrays t, x, y, p)"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """The recordings of a source that train, or that validate: their positions in it, in order."""
+
+    source: Source
+    rows: list[int]
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What the caller asked for, so far as it decides which files are read."""
+
+    name: str
+    root: Path
+    time_steps: int
+    split_by: str
+    sensor_size: tuple[int, int] | None
+    needs_events: bool
+
+    def missing(self, found: str) -> DataError:
+        wanted = _WANTED[self.name].format(root=self.root, time_steps=self.time_steps, split_by=self.split_by)
+        return DataError(f"data.name={self.name}: {found}. {wanted[0].upper()}{wanted[1:]}")
+
+
+def open_layout(
+    name: str,
+    root: str | Path | None,
+    *,
+    time_steps: int,
+    split_by: str,
+    sensor_size: tuple[int, int] | None = None,
+    needs_events: bool = False,
+) -> tuple[Part, Part]:
+    """The training and the validation part of a data set, in whichever of its layouts lies under ``root``.
+
+    Raises DataError where the data are missing, incomplete or there in two layouts; it says what to put where.
+    """
+    if name not in _OPENERS:
+        raise DataError(f"data.name={name!r} is unknown; the event data sets are {', '.join(NAMES)}")
+    if root is None:
+        raise DataError(f"data.name={name} needs data.root=DIR, the folder that holds the recordings")
+    wish = _Wish(name, Path(root).expanduser(), time_steps, split_by, sensor_size, needs_events)
+    if not wish.root.is_dir():
+        raise wish.missing(f"data.root={wish.root} is not a folder")
+    train, validation = _OPENERS[name](wish)
+    for part, what in ((train, "training"), (validation, "validation")):
+        if not part.rows:
+            raise wish.missing(f"{wish.root} holds no {what} recordings")
+    if list(train.source.classes) != list(validation.source.classes):
+        differing = sorted(set(train.source.classes) ^ set(validation.source.classes))
+        raise DataError(
+            f"data.name={name}: training and validation in {wish.root} must hold the same classes; only one of them "
+            f"has {', '.join(differing)}"
+        )
+    return train, validation
+
+
+_Found = tuple[Path, Callable[[], tuple[Part, Part]]]
+"""Where a layout was found, and what opens it."""
+
+
+def _whole(source: Source) -> Part:
+    return Part(source, list(range(len(source.data))))
+
+
+def _first_share(source: Source) -> tuple[Part, Part]:
+    """The first 90 % of each class train (rounded up, as the original does), but never all of them."""
+    targets = np.array(source.targets)
+    train: list[int] = []
+    validation: list[int] = []
+    for label, name in enumerate(source.classes):
+        rows = np.flatnonzero(targets == label).tolist()
+        if len(rows) == 1:
+            raise DataError(f"class {name} has one recording, {source.data[rows[0]]}; training and validation need two")
+        count = min(-(-9 * len(rows) // 10), len(rows) - 1)
+        train += rows[:count]
+        validation += rows[count:]
+    return Part(source, train), Part(source, validation)
+
+
+def _bases(root: Path, *names: str) -> list[Path]:
+    return [path for path in (root, *(root / name for name in names)) if path.is_dir()]
+
+
+def _only_one(wish: _Wish, found: list[_Found], looked: Sequence[Path]) -> tuple[Part, Part]:
+    """Opens the one layout found, and refuses to guess between several."""
+    if not found:
+        archives = [
+            path for base in looked for ending in ("zip", "tar.gz") for path in sorted(base.glob(f"*.{ending}"))
+        ]
+        hint = f"; {archives[0]} is there, but not extracted" if archives else ""
+        raise wish.missing(f"no recordings were found in {' or '.join(map(str, looked))}{hint}")
+    if len(found) > 1:
+        places = ", ".join(str(path) for path, _ in found)
+        raise DataError(
+            f"data.name={wish.name}: {wish.root} holds the data more than once ({places}); point data.root at the one "
+            f"to use, or move the others away"
+        )
+    return found[0][1]()
+
+
+def _open_gesture(wish: _Wish) -> tuple[Part, Part]:
+    bases = _bases(wish.root, "DVSGesture", "DVSGesturedataset", "DVS128Gesture")
+    found: list[_Found] = []
+    for base in bases:
+        splits = base / "ibmGestureTrain", base / "ibmGestureTest"
+        if any(split.is_dir() for split in splits):
+            found.append((base, partial(_open_splits, wish, *splits, DVSGestureFiles)))
+        if folder := _spikingjelly_folder(wish, base):
+            found.append((folder, partial(_open_splits, wish, folder / "train", folder / "test", _spikingjelly)))
+    return _only_one(wish, found, bases)
+
+
+def _open_cifar10_dvs(wish: _Wish) -> tuple[Part, Part]:
+    bases = _bases(wish.root, "CIFAR10DVS", "cifar10-dvs", "cifar10-dvs-tet")
+    found: list[_Found] = []
+    for base in bases:
+        folders = [base / name for name in _CIFAR10_DVS.classes if (base / name).is_dir()]
+        if any(list_files(folder, [".aedat4"]) for folder in folders):
+            found.append((base, partial(_open_and_divide, base, CIFAR10DVSFiles)))
+        if folder := _spikingjelly_folder(wish, base):
+            found.append((folder, partial(_open_and_divide, folder, _spikingjelly)))
+    return _only_one(wish, found + _find_tet(wish, bases), bases)
+
+
+def _open_tet(wish: _Wish) -> tuple[Part, Part]:
+    bases = _bases(wish.root, "cifar10-dvs-tet")
+    return _only_one(wish, _find_tet(wish, bases), bases)
+
+
+def _find_tet(wish: _Wish, bases: Sequence[Path]) -> list[_Found]:
+    splits = [(base / "train", base / "test") for base in bases]
+    there = [pair for pair in splits if any(split.is_dir() and list_files(split, [".pt"]) for split in pair)]
+    return [(train.parent, partial(_open_splits, wish, train, test, TETFrames)) for train, test in there]
+
+
+def _open_nmnist(wish: _Wish) -> tuple[Part, Part]:
+    bases = _bases(wish.root, "NMNIST")
+    splits = [(base / "Train", base / "Test") for base in bases]
+    there = [pair for pair in splits if any(split.is_dir() for split in pair)]
+    found: list[_Found] = [(pair[0].parent, partial(_open_splits, wish, *pair, NMNISTFiles)) for pair in there]
+    return _only_one(wish, found, bases)
+
+
+def _open_splits(wish: _Wish, train: Path, test: Path, source: Callable[[Path], Source]) -> tuple[Part, Part]:
+    for split in (train, test):
+        if not split.is_dir():
+            raise wish.missing(f"{split} is not there")
+    return _whole(source(train)), _whole(source(test))
+
+
+def _open_and_divide(folder: Path, source: Callable[[Path], Source]) -> tuple[Part, Part]:
+    return _first_share(source(folder))
+
+
+def _spikingjelly_folder(wish: _Wish, base: Path) -> Path | None:
+    """The folder of frames that were made with these settings, else that of events; both hold the same recordings."""
+    frames = base / f"frames_number_{wish.time_steps}_split_by_{wish.split_by}"
+    events = base / "events_np"
+    for folder in (events, frames) if wish.needs_events else (frames, events):
+        if folder.is_dir():
+            return folder
+    others = sorted(path.name for path in base.glob("frames_number_*_split_by_*"))
+    if others:
+        raise wish.missing(f"{base} holds {', '.join(others)}, but neither {frames.name} nor events_np")
+    return None
+
+
+def _spikingjelly(folder: Path) -> ClassFolders:
+    """Class indices are those of SpikingJelly: positions in the alphabet, where gesture 10 comes before gesture 2."""
+
+    def name(folder_name: str) -> str:
+        return _GESTURE.classes[int(folder_name)] if folder_name in map(str, range(11)) else folder_name
+
+    holds_frames = any(part.startswith("frames_number_") for part in folder.parts[-2:])
+    if holds_frames:
+        return ClassFolders(folder, [".npz"], read=read_frames_npz, holds="frames", names=name)
+    return ClassFolders(folder, [".npz"], read=read_events, sensor_size=(128, 128, 2), names=name)
+
+
+def _open_folder(wish: _Wish) -> tuple[Part, Part]:
+    root = wish.root
+    if (root / "train").is_dir():
+        test = next((root / name for name in ("test", "val", "validation") if (root / name).is_dir()), None)
+        if test is None:
+            raise wish.missing(f"{root} holds train, but no test")
+        sources = [ClassFolders(folder, _EVENT_FILES) for folder in (root / "train", test)]
+        parts = _whole(sources[0]), _whole(sources[1])
+    else:
+        sources = [ClassFolders(root, _EVENT_FILES)]
+        if not sources[0].data:
+            raise wish.missing(f"{root} holds no recordings")
+        parts = _first_share(sources[0])
+    sensor_size = (*wish.sensor_size, 2) if wish.sensor_size else _find_sensor_size(sources)
+    for source in sources:
+        source.sensor_size = sensor_size
+    return parts
+
+
+def _find_sensor_size(sources: Sequence[ClassFolders]) -> tuple[int, int, int]:
+    """From the header of the first AEDAT4 file; failing that, the smallest that holds every event."""
+    paths = [path for source in sources for path in source.data]
+    for path in paths:
+        if path.endswith(".aedat4"):
+            try:
+                return aedat4_sensor_size(path)
+            except Exception as error:
+                _log.warning("the sensor size of %s cannot be read: %s", path, error)
+    width = height = 0
+    for path in paths:
+        try:
+            events = read_events(path)
+            width, height = max(width, int(events["x"].max()) + 1), max(height, int(events["y"].max()) + 1)
+        except Exception as error:  # it is named again where it is read for use
+            _log.warning("%s cannot be read: %s", path, error)
+    if not width:
+        raise DataError(f"none of the {len(paths)} recordings can be read, {paths[0]} for one")
+    _log.warning(
+        "the sensor is taken to have %d x %d pixels (W x H), the smallest that holds every event; "
+        "events.sensor_size=[W,H] says otherwise",
+        width,
+        height,
+    )
+    return width, height, 2
+
+
+_OPENERS: dict[str, Callable[[_Wish], tuple[Part, Part]]] = {
+    "dvs128_gesture": _open_gesture,
+    "cifar10_dvs": _open_cifar10_dvs,
+    "cifar10_dvs_tet": _open_tet,
+    "n_mnist": _open_nmnist,
+    "event_folder": _open_folder,
+}
