@@ -167,16 +167,6 @@ def build_image_datasets(
     )
 
 
-def check_batch(dataset: ImageDataset, *, batch_size: int, processes: int = 1) -> None:
-    """Raises `DataError` where the training set cannot fill one batch on each process."""
-    total = batch_size * processes
-    if len(dataset) < total:
-        on = f" on each of {processes} processes" if processes > 1 else ""
-        most = len(dataset) // processes
-        hint = f"lower train.batch_size to {most} or less" if most else "start fewer processes"
-        raise DataError(f"{len(dataset)} training images do not fill one batch of {batch_size}{on}; {hint}")
-
-
 def _open(name: str, root: Path | None, download: bool) -> tuple[Source, Source]:
     kind = name.partition("/")[0].lower() if "/" in name else name
     if kind == "digits":
