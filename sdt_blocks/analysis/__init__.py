@@ -1,0 +1,23 @@
+"""See inside a model: firing rates, energy, what multiplies and what only adds, attention maps, membranes."""
+
+from .audit import Audit, NotSpikeDrivenError, audit
+from .dataflow import Product
+from .energy import E_AC, E_MAC, AttentionEnergy, EnergyReport, LayerEnergy, energy, energy_from_rates
+from .rates import FiringRates, LayerRates, firing_rates
+
+__all__ = [
+    "E_AC",
+    "E_MAC",
+    "AttentionEnergy",
+    "Audit",
+    "EnergyReport",
+    "FiringRates",
+    "LayerEnergy",
+    "LayerRates",
+    "NotSpikeDrivenError",
+    "Product",
+    "audit",
+    "energy",
+    "energy_from_rates",
+    "firing_rates",
+]

@@ -1,0 +1,121 @@
+"""Is a network spike-driven? Every product of one forward pass, what it multiplies, and why that is allowed or not."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .dataflow import ADDS, FIRST, FOLDS, LEAKS, MASKS, MULTIPLIES, SCALES, Follower, Product
+from .probe import Forward, Probe
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+VERDICTS = {
+    FIRST: "multiplies the analog input, in the first layer",
+    ADDS: "one operand is spikes: weights are added, not multiplied",
+    MASKS: "one operand is spikes: the other is passed or blocked",
+    FOLDS: "batch normalisation that folds into the layer before it",
+    SCALES: "a constant factor that weights or thresholds absorb",
+    LEAKS: "a neuron's own membrane, once a step",
+    MULTIPLIES: "a real multiplication",
+}
+"""What a product can be found to be. Only the last breaks the property."""
+
+
+class NotSpikeDrivenError(ValueError):
+    """Raised where a strict audit finds a real multiplication."""
+
+
+@dataclass
+class Audit:
+    """The products of one forward pass; the network is `spike_driven` where none of them is a violation."""
+
+    products: list[Product]
+
+    @property
+    def violations(self) -> list[Product]:
+        return self.of(MULTIPLIES)
+
+    @property
+    def spike_driven(self) -> bool:
+        return not self.violations
+
+    def of(self, verdict: str) -> list[Product]:
+        """The products with this verdict, a key of `VERDICTS`."""
+        return [product for product in self.products if product.verdict == verdict]
+
+    def raise_for_violations(self) -> None:
+        """Raises `NotSpikeDrivenError`, listing the real multiplications, if there are any."""
+        if self.violations:
+            listed = "\n".join(f"  {p.module or 'the model'}, {p.operation}: {p.reason}" for p in self.violations)
+            raise NotSpikeDrivenError(f"the network is not spike-driven; it multiplies in\n{listed}")
+
+    def summary(self) -> list[str]:
+        """The finding, then a line for each verdict with the number of its products."""
+        found = "spike-driven" if self.spike_driven else "NOT spike-driven"
+        counts = [(len(self.of(verdict)), verdict, why) for verdict, why in VERDICTS.items()]
+        return [f"The network is {found}.", *(f"{n:4d} {verdict}: {why}" for n, verdict, why in counts if n)]
+
+    def table(self) -> Table:
+        """A table for rich, violations in red."""
+        from rich.table import Table
+
+        table = Table(title="Products of one forward pass")
+        for name in ("module", "operation", "operands", "verdict", "why"):
+            table.add_column(name, overflow="fold")
+        for p in self.products:
+            style = "bold red" if p.verdict == MULTIPLIES else None
+            table.add_row(p.module or "(model)", p.operation, p.operands, p.verdict, p.reason, style=style)
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        text = io.StringIO()
+        Console(file=text, width=160).print(self.table())
+        return "\n".join([*self.summary(), "", text.getvalue()])
+
+
+def audit(
+    model: nn.Module,
+    batch: Any,
+    *,
+    strict: bool = False,
+    neurons: Sequence[type[nn.Module]] = (),
+    forward: Forward | None = None,
+) -> Audit:
+    """Follows the spikes through one forward pass and judges every product by what its operands are by construction.
+
+    Neurons emit spikes. Max pooling, reshaping, selecting and products of spikes keep them spikes; a sum or a mean does
+    not, whatever values it happens to have. A convolution or matrix product with spikes only adds; the first layer may
+    multiply the analog input; batch normalisation after a convolution folds into it; constant factors are absorbed.
+    Everything else is a violation: analog values in a later layer, softmax, layer normalisation, a product of two
+    analog values, and any operation that is not known to be free of multiplications. That the neurons really emit
+    zeros and one other value is checked on the batch. What happens inside of a neuron is listed, not judged.
+
+    `neurons` names further types of neurons, which take `[T, B, ...]`; `forward` runs the batch where that is not
+    `model(x)`. With `strict`, raises `NotSpikeDrivenError` where the network is not spike-driven.
+
+    >>> audit(create_model("sdt_2_256"), torch.rand(1, 3, 32, 32)).spike_driven
+    True
+    """
+    with Probe(model, neurons, forward) as probe:
+        follower = Follower(probe)
+
+        def followed(model: nn.Module, x: Tensor) -> Any:
+            with follower:
+                follower.start(x)
+                return model(x) if forward is None else forward(model, x)
+
+        probe.forward = followed
+        for _ in probe.run([batch]):
+            pass
+    result = Audit(list(follower.products.values()))
+    if strict:
+        result.raise_for_violations()
+    return result

@@ -1,0 +1,242 @@
+"""What every analysis shares: batches through a model under hooks, time steps told apart, processes added up."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import snntorch
+import torch
+from snntorch._neurons.neurons import SpikingNeuron
+from torch import Tensor, nn
+
+from ..attention import SpikeDrivenSelfAttention
+from ..neuron import LIF
+
+Forward = Callable[[nn.Module, Tensor], Any]
+"""How one batch goes through the model, where it is not just `model(x)`: a loop over steps outside it, for instance."""
+
+Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]
+"""Called with a module, its inputs and its output."""
+
+Batches = Tensor | Iterable[Any]
+"""A tensor (one batch), or an iterable of tensors or of tuples whose first entry is the input."""
+
+SEQUENCE_NEURONS: tuple[type[nn.Module], ...] = (
+    LIF,
+    snntorch.StateLeaky,
+    snntorch.LeakyParallel,
+    snntorch.AssociativeLeaky,
+)
+"""Neurons that take `[T, B, ...]` at once; every other snnTorch neuron takes one step."""
+
+T_ = TypeVar("T_")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile` and data-parallel wrappers, where hooks see every layer."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def find_neurons(model: nn.Module, extra: Sequence[type[nn.Module]] = ()) -> dict[str, nn.Module]:
+    """The neuron layers by name: the kit's, snnTorch's, and modules of the types in `extra`."""
+    kinds = (SpikingNeuron, *SEQUENCE_NEURONS, *extra)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def find_attention(model: nn.Module) -> dict[str, SpikeDrivenSelfAttention]:
+    """The spike-driven self-attention modules by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, SpikeDrivenSelfAttention)}
+
+
+def takes_sequence(neuron: nn.Module) -> bool:
+    """Whether the neuron takes `[T, B, ...]` in one call; a foreign one may say so by `step_mode`, "m" or "s"."""
+    if isinstance(neuron, SpikingNeuron) and not isinstance(neuron, SEQUENCE_NEURONS):
+        return False
+    return getattr(neuron, "step_mode", "m") != "s"
+
+
+def spikes_of(output: Any) -> Tensor:
+    """The spikes in a neuron's output: itself, or the first of a tuple."""
+    spikes: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return spikes
+
+
+class Clock:
+    """How many time steps and samples one forward pass had, told from the neurons' own tensors.
+
+    `split` then sorts the calls of a layer that knows nothing of time: one call with `T * B` rows, T calls with B rows,
+    or one call with B rows (a still image's first layer, computed once for all steps).
+    """
+
+    def __init__(self) -> None:
+        self._steps: Counter[int] = Counter()
+        self._batches: Counter[int] = Counter()
+        self._calls: Counter[str] = Counter()
+
+    @property
+    def started(self) -> bool:
+        """Whether any neuron has been called yet."""
+        return bool(self._batches)
+
+    def see(self, name: str, neuron: nn.Module, spikes: Tensor) -> None:
+        """Notes one call of a neuron."""
+        sequence = takes_sequence(neuron)
+        if sequence:
+            self._steps[spikes.shape[0]] += 1
+        else:
+            self._calls[name] += 1
+        self._batches[spikes.shape[1] if sequence and spikes.ndim > 1 else spikes.shape[0] if spikes.ndim else 1] += 1
+
+    def stop(self, x: Tensor) -> None:
+        """Fixes `steps`, `batch` and `looped` once the forward pass of the input x has ended."""
+        steps = self._steps + Counter(self._calls.values())
+        self.steps = steps.most_common(1)[0][0] if steps else 1
+        self.looped = bool(self._calls)
+        leading = x.shape[0] if x.ndim else 1
+        known = not self._batches or leading in self._batches
+        self.batch = leading if known else self._batches.most_common(1)[0][0]
+
+    def split(self, calls: Sequence[Tensor], name: str) -> Tensor:
+        """Values per row, one tensor a call, as sums per step `[T]`; `[1]` for a layer computed once for all steps."""
+        flat = [self._rows(call) for call in calls]
+        per_step = len(flat) % self.steps == 0 and all(len(rows) % self.batch == 0 for rows in flat)
+        if per_step and (self.looped or self.steps == 1):
+            return torch.stack([rows.sum() for rows in flat]).view(self.steps, -1).sum(1)
+        if all(len(rows) % (self.steps * self.batch) == 0 for rows in flat):
+            return torch.stack([rows.view(self.steps, -1).sum(1) for rows in flat]).sum(0)
+        if per_step:
+            return torch.stack([rows.sum() for rows in flat]).view(self.steps, -1).sum(1)
+        if any(len(rows) % self.batch for rows in flat):
+            warnings.warn(
+                f"{name}: its calls with {[len(rows) for rows in flat]} rows cannot be told apart into {self.steps} "
+                f"steps of {self.batch} samples; they count as one value for all steps",
+                stacklevel=2,
+            )
+        return torch.stack([rows.sum() for rows in flat]).sum(0, keepdim=True)
+
+    def _rows(self, call: Tensor) -> Tensor:
+        """`[d0]`, or `[d0, d1]` of a layer that acts on the last axis, as one row for each frame."""
+        if call.ndim < 2:
+            return call.reshape(-1)
+        if call.shape[:2] == (self.steps, self.batch):
+            return call.flatten(0, 1)
+        return call.sum(1)
+
+
+class Probe:
+    """Hooks on a model for the length of a `with` block; batches run through it in eval mode, without gradients."""
+
+    def __init__(
+        self, model: nn.Module, neurons: Sequence[type[nn.Module]] = (), forward: Forward | None = None
+    ) -> None:
+        self.model = unwrap(model)
+        self.neurons = find_neurons(self.model, neurons)
+        self.forward = forward
+        self.clock = Clock()
+        self.path: list[str] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Probe:
+        for name, neuron in self.neurons.items():
+            self.watch(neuron, self._clocked(name))
+        return self
+
+    def _clocked(self, name: str) -> Hook:
+        return lambda neuron, inputs, output: self.clock.see(name, neuron, spikes_of(output))
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def watch(self, module: nn.Module, hook: Hook) -> None:
+        """Calls `hook(module, inputs, output)` after each call of the module, until the block ends."""
+
+        def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            hook(module, (*args, *kwargs.values()), output)
+
+        self._handles.append(module.register_forward_hook(call, with_kwargs=True))
+
+    def follow(self, entered: Callable[[str], Any]) -> None:
+        """Keeps `path`, the names of the modules being run, outermost first; calls `entered` at each."""
+
+        def enter(name: str) -> Callable[[nn.Module, Any], None]:
+            def hook(module: nn.Module, args: Any) -> None:
+                self.path.append(name)
+                entered(name)
+
+            return hook
+
+        for name, module in self.model.named_modules():
+            self._handles.append(module.register_forward_pre_hook(enter(name)))
+            self._handles.append(module.register_forward_hook(lambda *args: self.path.pop() and None, always_call=True))
+
+    def run(self, batches: Batches) -> Iterator[Tensor]:
+        """Runs each batch and yields its input, with the hooks' findings and a stopped `clock` at hand."""
+        where = next(self.model.parameters(), None)
+        with evaluating(self.model):
+            for batch in [batches] if isinstance(batches, Tensor) else batches:
+                x = input_of(batch)
+                if where is not None:
+                    x = x.to(where.device, where.dtype if x.is_floating_point() else x.dtype)
+                self.clock = Clock()
+                for neuron in self.neurons.values():
+                    if isinstance(neuron, SpikingNeuron) and neuron.init_hidden and hasattr(neuron, "reset_mem"):
+                        neuron.reset_mem()
+                with torch.no_grad():
+                    if self.forward is None:
+                        self.model(x)
+                    else:
+                        self.forward(self.model, x)
+                self.clock.stop(x)
+                yield x
+
+
+def input_of(batch: Any) -> Tensor:
+    """The input of a batch: a tensor itself, or the first of a tuple. Raises `TypeError` for anything else."""
+    x = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(x, Tensor):
+        raise TypeError(f"a batch must be a tensor or a tuple that starts with one, got {type(batch).__name__}")
+    if x.numel() == 0:
+        raise ValueError(f"a batch must not be empty, got the shape {list(x.shape)}")
+    return x
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, each module's own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def add_at(total: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """The sum of two arrays of any lengths, the shorter one filled up with zeros."""
+    longest = max(len(total), len(value))
+    return np.pad(total, (0, longest - len(total))) + np.pad(value, (0, longest - len(value)))
+
+
+def gather(value: T_) -> list[T_]:
+    """`value` of every process, in order of rank, where `torch.distributed` runs; else of this one."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return [value]
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values

@@ -1,0 +1,213 @@
+"""Firing rates: for each neuron layer and time step the share of its outputs that are spikes."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from .probe import Batches, Clock, Forward, Probe, add_at, find_attention, gather, spikes_of, takes_sequence
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SATURATED = 0.95
+"""A channel that fires at this share of its chances or more says nothing any more."""
+
+
+@dataclass
+class LayerRates:
+    """The firing rates of one layer.
+
+    `rate` holds one value a step; `silent` and `saturated` are the shares of its channels that never fired, and that
+    fired at 95 % of all positions, steps and samples or more.
+    """
+
+    name: str
+    rate: list[float]
+    channel_rate: list[float]
+
+    @property
+    def mean(self) -> float:
+        """The mean over the steps."""
+        return float(np.mean(self.rate))
+
+    @property
+    def silent(self) -> float:
+        return float(np.mean(np.asarray(self.channel_rate) == 0))
+
+    @property
+    def saturated(self) -> float:
+        return float(np.mean(np.asarray(self.channel_rate) >= SATURATED))
+
+
+@dataclass
+class FiringRates:
+    """Firing rates of a model by layer name, in the order of the forward pass; `rates["head_neuron"].rate[0]`."""
+
+    layers: dict[str, LayerRates]
+    samples: int
+
+    def __getitem__(self, name: str) -> LayerRates:
+        return self.layers[name]
+
+    @property
+    def steps(self) -> int:
+        """The most time steps any layer had."""
+        return max((len(layer.rate) for layer in self.layers.values()), default=0)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Writes one line a layer: its name, mean, silent and saturated channels, and the rate at every step."""
+        header = ["layer", "mean", "silent", "saturated", *(f"step_{t}" for t in range(self.steps))]
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(header)
+            for layer in self.layers.values():
+                writer.writerow([layer.name, layer.mean, layer.silent, layer.saturated, *layer.rate])
+
+    def table(self) -> Table:
+        """A table for rich."""
+        from rich.table import Table
+
+        table = Table(title=f"Firing rates over {self.samples} samples")
+        table.add_column("layer", overflow="fold")
+        for name in ("mean", "silent", "saturated", *(f"step {t}" for t in range(self.steps))):
+            table.add_column(name, justify="right")
+        for layer in self.layers.values():
+            shares = (f"{share:.1%}" for share in (layer.silent, layer.saturated))
+            table.add_row(layer.name, f"{layer.mean:.4f}", *shares, *(f"{rate:.4f}" for rate in layer.rate))
+        return table
+
+
+@dataclass
+class _Totals:
+    """Spikes and chances to spike, per step and per channel, in float64."""
+
+    spikes: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    chances: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    channel_spikes: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    channel_chances: float = 0.0
+
+    def add(self, other: _Totals) -> None:
+        self.spikes = add_at(self.spikes, other.spikes)
+        self.chances = add_at(self.chances, other.chances)
+        self.channel_spikes = add_at(self.channel_spikes, other.channel_spikes)
+        self.channel_chances += other.channel_chances
+
+
+@dataclass
+class _Call:
+    """One call of a layer: spikes per step, in total where it took one step, and per channel; entries of both."""
+
+    sequence: bool
+    spikes: Tensor
+    chances: int
+    channel_spikes: Tensor
+    channel_chances: int
+
+
+def firing_rates(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    neurons: Sequence[type[nn.Module]] = (),
+    forward: Forward | None = None,
+) -> FiringRates:
+    """Firing rates of every neuron layer at every time step, a mean over all samples of all batches and processes.
+
+    Counts are summed in float64 and divided at the end: a short last batch weighs what it holds, and memory does not
+    grow with the number of batches. Beside the neurons, `coincidences` (k * v) and `masked` (q * a) of a spike-driven
+    self-attention are layers, and with event pooling `k_pool` and `v_pool`. A rate is the share of non-zero entries.
+
+    `model` runs in eval mode; `neurons` are further types of modules to count, called with `[T, B, ...]`; `forward`
+    runs one batch where that is not `model(x)`. Under `torch.distributed` each process calls this with its own share.
+
+    Raises `ValueError` where there is no neuron layer or no batch.
+
+    >>> rates = firing_rates(create_model("sdt_2_256"), torch.rand(8, 3, 32, 32))
+    >>> len(rates["head_neuron"].rate)  # one value a step
+    4
+    """
+    totals: dict[str, _Totals] = {}
+    samples = 0
+    with Probe(model, neurons, forward) as probe:
+        if not probe.neurons:
+            owner = type(probe.model).__name__
+            raise ValueError(f"{owner} has no neuron layer that is known; name the types of its neurons in neurons=")
+        calls: dict[str, list[_Call]] = {}
+        for name, module in _watched(probe).items():
+            sequence = name not in probe.neurons or takes_sequence(module)
+
+            def note(_: nn.Module, args: Any, output: Any, name: str = name, sequence: bool = sequence) -> None:
+                calls.setdefault(name, []).append(_count(spikes_of(output), sequence))
+
+            probe.watch(module, note)
+        for _ in probe.run(batches):
+            samples += probe.clock.batch
+            for name, layer_calls in calls.items():
+                totals.setdefault(name, _Totals()).add(_sum(layer_calls, probe.clock))
+            calls.clear()
+    return _merge(gather((totals, samples)))
+
+
+def _watched(probe: Probe) -> dict[str, nn.Module]:
+    layers = dict(probe.neurons)
+    for name, attention in find_attention(probe.model).items():
+        parts = ["coincidences", "masked"] + ["k_pool", "v_pool"] * attention.event_pooling
+        layers |= {f"{name}.{part}".lstrip("."): attention.get_submodule(part) for part in parts}
+    return layers
+
+
+def _count(spikes: Tensor, sequence: bool) -> _Call:
+    channel = (2 if sequence else 1) if spikes.ndim > (2 if sequence else 1) else None
+    others = [axis for axis in range(spikes.ndim) if axis != channel]
+    per_channel = spikes.count_nonzero() if channel is None else spikes.count_nonzero(dim=others)
+    per_channel = per_channel.reshape(-1)
+    return _Call(
+        sequence,
+        spikes.flatten(1).count_nonzero(dim=1) if sequence and spikes.ndim > 1 else spikes.count_nonzero(),
+        spikes.numel() // (spikes.shape[0] if sequence else 1),
+        per_channel,
+        spikes.numel() // len(per_channel),
+    )
+
+
+def _sum(calls: list[_Call], clock: Clock) -> _Totals:
+    """The calls of one forward pass. A neuron called step by step has one call a step, or more if it is shared."""
+    result = _Totals()
+    steps = clock.steps if len(calls) % clock.steps == 0 else len(calls)
+    for i, call in enumerate(calls):
+        if call.sequence:
+            spikes = call.spikes.reshape(-1).cpu().numpy().astype(np.float64)
+            chances = np.full(len(spikes), float(call.chances))
+        else:
+            spikes, chances = np.zeros(steps), np.zeros(steps)
+            step = i * steps // len(calls)
+            spikes[step], chances[step] = float(call.spikes), float(call.chances)
+        channels = call.channel_spikes.cpu().numpy().astype(np.float64)
+        result.add(_Totals(spikes, chances, channels, float(call.channel_chances)))
+    return result
+
+
+def _merge(parts: list[tuple[dict[str, _Totals], int]]) -> FiringRates:
+    merged: dict[str, _Totals] = {}
+    for totals, _ in parts:
+        for name, layer in totals.items():
+            merged.setdefault(name, _Totals()).add(layer)
+    samples = sum(count for _, count in parts)
+    if samples == 0:
+        raise ValueError("there was no batch to run; check that the data is not empty")
+    layers = {
+        name: LayerRates(
+            name,
+            [float(rate) for rate in layer.spikes / layer.chances],
+            [float(rate) for rate in layer.channel_spikes / layer.channel_chances],
+        )
+        for name, layer in merged.items()
+    }
+    return FiringRates(layers, samples)

@@ -1,0 +1,224 @@
+"""The audit on V1 and on blocks that break the property, each of which it must name."""
+
+import re
+
+import pytest
+import snntorch
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sdt_blocks import LIF, MembraneShortcut, SpikeDrivenTransformer, SpikingMLP
+from sdt_blocks.analysis import NotSpikeDrivenError, audit
+
+
+def test_v1_multiplies_in_the_first_convolution_only(golden):
+    result = audit(golden.model(), golden.tensors["input"])
+    assert result.spike_driven
+    assert [product.module for product in result.of("MAC")] == ["patch.convs.0"]
+    convolutions = [n for n, m in golden.model().named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert [product.module for product in result.of("AC")] == convolutions[1:]
+    assert {product.verdict for product in result.products} == {"MAC", "AC", "mask", "fold", "scale", "leak"}
+    # k * v and q * a, in each block.
+    assert [product.calls for product in result.of("mask")] == [2] * golden.config["depth"]
+
+
+class Net(nn.Module):
+    """Convolution, neuron, the part under test, convolution."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.conv, self.neuron = nn.Conv2d(3, 8, 3, padding=1), LIF()
+        self.part, self.last = part, nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        spikes = self.neuron(3 * self.conv(x).expand(4, *x.shape[:1], 8, *x.shape[2:]))
+        return self.last(self.part(spikes.flatten(0, 1)))
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, spikes):
+        return self.function(spikes)
+
+
+class LayerNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.neuron = nn.LayerNorm(8), LIF()
+
+    def forward(self, spikes):
+        return self.neuron(self.norm(spikes.transpose(1, -1)).transpose(1, -1).unsqueeze(0))[0]
+
+
+class SoftmaxAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.neuron = nn.MultiheadAttention(8, 2, batch_first=True), LIF()
+
+    def forward(self, spikes):
+        tokens = spikes.flatten(2).transpose(1, 2)
+        mixed, _ = self.attention(tokens, tokens, tokens, need_weights=False)
+        return self.neuron(mixed.transpose(1, 2).reshape(spikes.shape).unsqueeze(0))[0]
+
+
+class SpikeResidual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.neuron = nn.Conv2d(8, 8, 1), LIF()
+
+    def forward(self, spikes):
+        return spikes + self.neuron(self.conv(spikes).unsqueeze(0))[0]
+
+
+class Squeeze(nn.Module):
+    """Squeeze and excitation: a gate of real numbers times spikes."""
+
+    def forward(self, spikes):
+        return spikes * spikes.mean((-2, -1), keepdim=True).sigmoid()
+
+
+@torch.no_grad()
+def run(part):
+    torch.manual_seed(0)
+    return audit(Net(part).eval(), torch.rand(2, 3, 8, 8))
+
+
+BROKEN = {
+    "layer norm": (LayerNorm(), "part.norm", "standard deviation"),
+    "softmax attention": (SoftmaxAttention(), "part.attention", ""),
+    "residual of spikes": (SpikeResidual(), "last", "a sum of spikes in part, which can exceed 1"),
+    "average pool": (nn.AvgPool2d(2), "last", "avg_pool2d of spikes in part"),
+    "global average": (nn.AdaptiveAvgPool2d(1), "last", "mean of spikes in part"),
+    "gate": (Squeeze(), "part", "sigmoid|not known"),
+    "no neuron": (nn.Conv2d(8, 8, 1), "last", "no neuron since part"),
+    "instance norm": (nn.Sequential(nn.InstanceNorm2d(8)), "part.0", "standard deviation"),
+    "group norm": (nn.GroupNorm(2, 8), "part", "standard deviation"),
+    "bn of spikes": (nn.BatchNorm2d(8), "last", "batch_norm of spikes in part"),
+    "gelu": (nn.Sequential(nn.Conv2d(8, 8, 1), nn.GELU()), "part.1", "not known"),
+    "integers": (Function(lambda s: s.cumsum(1)), "last", "cumsum of spikes"),
+    "product": (Function(lambda s: s.cumsum(1) * s.cumsum(2)), "part", "neither is spikes"),
+    "quotient": (Function(lambda s: s / (s.sum() + 1)), "part", "divides by a value that depends on the input"),
+    "own copy": (Function(lambda s: torch.zeros_like(s).copy_(s.cumsum(1))), "last", "cumsum of spikes"),
+    "written in parts": (Function(lambda s: _written(s)), "last", "cumsum of spikes|written together"),
+}
+
+
+def _written(spikes):
+    whole = torch.zeros_like(spikes)
+    whole[0], whole[1] = spikes[0], spikes[1].cumsum(0)
+    return whole
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_blocks(name):
+    part, where, why = BROKEN[name]
+    result = run(part)
+    assert not result.spike_driven
+    found = [product for product in result.violations if product.module.startswith(where)]
+    assert any(re.search(why, product.reason) for product in found), result.violations
+    with pytest.raises(NotSpikeDrivenError, match=f"it multiplies in(.|\n)*{where}"):
+        result.raise_for_violations()
+
+
+SOUND = {
+    "nothing": nn.Identity(),
+    "max pool": nn.MaxPool2d(3, 2, 1),
+    "mask": Function(lambda s: s * s.flip(0)),
+    "complement": Function(lambda s: 1 - s),
+    "scale": Function(lambda s: s * 0.5),
+    "cat": Function(lambda s: torch.cat([s[:, 4:], s[:, :4]], 1)),
+    "pad": nn.ZeroPad2d(1),
+    "own neuron": Function(lambda s: (s.cumsum(1) >= 2).float()),
+    "buffer": Function(lambda s: torch.zeros_like(s).copy_(s)),
+    "nearest": nn.Upsample(scale_factor=2),
+    "pool then neuron": nn.Sequential(nn.AvgPool2d(2), nn.Unflatten(0, (4, 2)), LIF(), nn.Flatten(0, 1)),
+    "weights of its own": Function(lambda s: F.conv2d(s, torch.ones(8, 8, 1, 1)).ge(1).to(s.dtype)),
+    "memory format": Function(lambda s: s.view(s.shape).contiguous(memory_format=torch.channels_last)),
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_sound_blocks(name):
+    result = run(SOUND[name])
+    assert result.spike_driven, result.violations
+    assert any(product.module == "last" for product in result.of("AC"))
+    result.raise_for_violations()
+
+
+def test_scaled_spikes_are_told_apart():
+    result = run(SOUND["scale"])
+    assert [p.operands for p in result.of("AC") if p.module == "last"] == ["scaled spikes x constant"]
+    assert [p.operation for p in result.of("scale") if p.module == "part"] == ["mul"]
+
+
+def test_a_block_mixed_into_v1_is_caught():
+    model = SpikeDrivenTransformer(depth=1, dim=32, num_classes=5, pooling="0011", time_steps=3)
+    assert audit(model, torch.rand(1, 3, 16, 16), strict=True).spike_driven
+    model.blocks.append(MembraneShortcut(nn.Sequential(SpikingMLP(32), nn.AdaptiveAvgPool3d((32, None, None)))))
+    model.blocks.append(MembraneShortcut(Residual()))
+    with pytest.raises(NotSpikeDrivenError, match=r"blocks\.2\.branch\.conv"):
+        audit(model, torch.rand(1, 3, 16, 16), strict=True)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.neuron, self.conv = LIF(), nn.Conv3d(3, 3, 1)
+
+    def forward(self, u):
+        return self.conv((u + self.neuron(u)).transpose(0, 1)).transpose(0, 1)
+
+
+def test_plain_snntorch_loop():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.lif1 = nn.Linear(6, 8), snntorch.Leaky(beta=0.9, init_hidden=True)
+            self.fc2, self.lif2 = nn.Linear(8, 3), snntorch.Leaky(beta=0.8)
+
+        def forward(self, x):
+            membrane, out = self.lif2.init_leaky(), []
+            for _ in range(4):
+                spikes, membrane = self.lif2(self.fc2(self.lif1(self.fc1(x))), membrane)
+                out.append(spikes)
+            return torch.stack(out).sum(0)
+
+    result = audit(Loop(), torch.rand(2, 6))
+    assert result.spike_driven
+    assert [(p.module, p.calls) for p in result.of("MAC") + result.of("AC")] == [("fc1", 4), ("fc2", 4)]
+
+
+def test_a_neuron_that_emits_more_than_spikes():
+    class Graded(LIF):
+        def forward(self, x):
+            return super().forward(x) * x
+
+    net = Net(nn.Identity())
+    net.neuron = Graded()
+    result = audit(net, torch.rand(2, 3, 8, 8))
+    assert [p.module for p in result.violations] == ["last"]
+    assert "neuron, a neuron that emits other values" in result.violations[0].reason
+
+
+def test_foreign_neurons_by_type():
+    class Foreign(nn.Module):
+        def forward(self, x):
+            soft = torch.sigmoid(4 * (x - 1))
+            return (x >= 1).to(x.dtype).detach() + soft - soft.detach()
+
+    net = Net(nn.Identity())
+    net.neuron = Foreign()
+    assert not audit(net, torch.rand(2, 3, 8, 8)).spike_driven
+    result = audit(net, torch.rand(2, 3, 8, 8), neurons=[Foreign])
+    assert [p.module for p in result.of("leak")] == ["neuron"]
+
+
+def test_text():
+    result = run(BROKEN["average pool"][0])
+    text = str(result)
+    assert text.startswith("The network is NOT spike-driven.")
+    assert "1 violation: a real multiplication" in text and "avg_pool2d of spikes in part" in text
