@@ -8,4 +8,4 @@ DIR holds cifar-10-batches-py or cifar-100-python; `data.download=true` fetches 
 from command_line import main
 
 if __name__ == "__main__":
-    main("cifar", "cifar10_2_256")
+    main("cifar10_2_256")

@@ -36,14 +36,13 @@ class StopRequest:
         signal.signal(number, signal.SIG_DFL)
 
 
-def main(recipe: str, default: str) -> None:
-    """Trains with the configuration of the command line, on top of the recipe's default one.
+def main(default: str) -> None:
+    """Trains with the configuration of the command line, on top of the named one.
 
     Exit codes: 0 done, 1 the run failed, 2 the configuration or the data is unfit, 128 + N stopped by signal N.
     """
     arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        print(help_text(recipe, default))
+    if print_help(arguments, default):
         return
     with one_paragraph():
         config = load_config(arguments, default=default)
@@ -52,6 +51,14 @@ def main(recipe: str, default: str) -> None:
         from set_up import set_up
 
         train(set_up(config))
+
+
+def print_help(arguments: list[str], default: str) -> bool:
+    """Prints what the recipe says of itself and every key with its meaning, where `--help` is asked for."""
+    wanted = bool({"-h", "--help"} & set(arguments))
+    if wanted:
+        print(f"{sys.modules['__main__'].__doc__}\n{help_text(default)}")
+    return wanted
 
 
 @contextmanager
@@ -66,13 +73,16 @@ def one_paragraph() -> Iterator[None]:
         sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 
-def use_cores(processes_here: int, loaders: int, threads: int | None) -> int:
-    """Sets the threads of this process on a CPU: as asked, else the machine's cores divided among the processes.
+def use_cores(*, processes: int, on_cpu: bool, loaders: int, threads: int | None) -> int:
+    """Shares the cores of a machine among its training processes, and on a CPU between arithmetic and loading.
 
-    The environment's OMP_NUM_THREADS wins where it exceeds 1; 1 is what the launcher sets by itself.
+    Sets the threads of this process and returns how many loader processes it may have, at most `loaders`. `threads`, or else
+    an OMP_NUM_THREADS above 1 (1 is what the launcher sets by itself), decides where given.
     """
-    given = int(os.environ.get("OMP_NUM_THREADS") or 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = threads or (given if given > 1 else max(1, cores // processes_here - loaders))
-    torch.set_num_threads(share)
-    return share
+    share = max(1, cores // processes)
+    loaders = min(loaders, share // 2 if on_cpu else share)
+    given = int(os.environ.get("OMP_NUM_THREADS") or 1)
+    if on_cpu:
+        torch.set_num_threads(threads or (given if given > 1 else max(1, share - loaders)))
+    return loaders

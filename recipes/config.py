@@ -403,11 +403,11 @@ def trajectory(config: Config) -> dict[str, Any]:
     return {key: value for key, value in flatten(config).items() if key not in _FREE and not key.startswith("derived")}
 
 
-def help_text(recipe: str, default: str) -> str:
-    """What `--help` prints: the usage and every key with its meaning and default."""
+def help_text(default: str) -> str:
+    """Every key with its meaning and default, for `--help`."""
     lines = [
-        f"usage: accelerate launch recipes/{recipe}.py [config=NAME|FILE.yaml] [key=value ...]",
-        f"Starts from config={default}; recipes/configs holds the released settings. The keys and their defaults:",
+        f"Starts from config={default}; config=NAME takes another file of recipes/configs, config=FILE.yaml any file.",
+        "The keys, with the value where no file says otherwise:",
     ]
     defaults = Config()
     for key, _, item in _walk(Config):

@@ -9,4 +9,4 @@ Hugging Face and WebDataset data. Continue a stopped run with the same command.
 from command_line import main
 
 if __name__ == "__main__":
-    main("imagenet", "imagenet_8_384")
+    main("imagenet_8_384")

@@ -28,7 +28,7 @@ T = TypeVar("T")
 def set_up(config: Config) -> Run:
     """The run of a configuration, at the position that `resume` says. Raises `ConfigError`."""
     folder = Path(config.output_dir)
-    accelerator = build_accelerator(config, folder)
+    accelerator = build_accelerator(config)
     train_set, test_set = at_the_door(build_datasets, config)
     sample = at_the_door(train_set.__getitem__, 0)[0]
     num_classes = len(train_set.classes)
@@ -85,12 +85,20 @@ def set_up(config: Config) -> Run:
     )
 
 
-def build_accelerator(config: Config, folder: Path) -> Accelerator:
-    """Accelerate's view of this process. Raises `ConfigError` for a precision or a tracker that cannot be had."""
+def build_accelerator(config: Config) -> Accelerator:
+    """Accelerate's view of this process; the cores of its machine are shared out.
+
+    fp16 on a CPU becomes float32, with a warning. Raises `ConfigError` for what cannot be had otherwise.
+    """
+    launcher_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    if config.train.mixed_precision == "fp16" and (launcher_cpu or not torch.accelerator.is_available()):
+        warn("train.mixed_precision=fp16 needs a GPU; training goes on in float32 (train.mixed_precision=no)")
+        config.train.mixed_precision = "no"
     precision = config.train.mixed_precision
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", precision):
         warn(f"the launcher's mixed precision {launched} is not used; train.mixed_precision={precision} decides")
+    folder = Path(config.output_dir)
     try:
         accelerator = Accelerator(
             mixed_precision=precision,
@@ -100,10 +108,13 @@ def build_accelerator(config: Config, folder: Path) -> Accelerator:
         )
     except ValueError as error:
         raise ConfigError(f"train.mixed_precision={precision}: {error}") from error
-    if accelerator.device.type == "cpu":
-        use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), config.data.workers, config.threads)
-        if config.train.sync_bn:
-            raise ConfigError("train.sync_bn: synchronised batch norm runs on GPUs only; leave it out on a CPU")
+    on_cpu = accelerator.device.type == "cpu"
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    config.data.workers = use_cores(
+        processes=processes, on_cpu=on_cpu, loaders=config.data.workers, threads=config.threads
+    )
+    if on_cpu and config.train.sync_bn:
+        raise ConfigError("train.sync_bn: synchronised batch norm runs on GPUs only; leave it out on a CPU")
     if config.train.ema_decay is not None and accelerator.distributed_type == DistributedType.FSDP:
         raise ConfigError(
             "train.ema_decay: averaged weights are not kept under FSDP; leave it out or launch without FSDP"
@@ -214,7 +225,7 @@ def describe(config: Config, accelerator: Accelerator, plain: Any, note: str) ->
     return (
         f"{config.model.name} ({params:,} parameters, {note}) on {config.data.name}: {derived.total_steps} steps of "
         f"{derived.total_batch} samples ({derived.processes} x {config.train.accumulate} x {config.train.batch_size}), "
-        f"learning rate {derived.lr:.3g}, {accelerator.device.type}, {torch.get_num_threads()} thread(s)"
+        f"learning rate {derived.lr:.3g}, {accelerator.device.type}, {torch.get_num_threads()} thread(s), {config.data.workers} loader process(es)"
     )
 
 
