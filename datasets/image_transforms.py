@@ -6,10 +6,13 @@ import contextlib
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from PIL import Image
+from timm.data import auto_augment as timm_ops
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -107,18 +110,20 @@ def build_transforms(
         raise ValueError(f"interpolation {interpolation!r} is unknown; choose one of {', '.join(INTERPOLATIONS)}")
     # Colour operations fill with the mean; they see RGB also where the network sees grey.
     fill_mean = tuple(mean) if len(mean) == 3 else (mean[0],) * 3
-    augment = create_transform(
-        img_size,
-        is_training=True,
-        scale=(scale[0], scale[1]),
-        ratio=(ratio[0], ratio[1]),
-        hflip=hflip,
-        color_jitter=color_jitter,
-        auto_augment=auto_augment or None,
-        interpolation=interpolation,
-        mean=fill_mean,
-        normalize=False,
-    )
+    posterize = {name: _posterize for name, operation in timm_ops.NAME_TO_OP.items() if operation is timm_ops.posterize}
+    with mock.patch.dict(timm_ops.NAME_TO_OP, posterize):
+        augment = create_transform(
+            img_size,
+            is_training=True,
+            scale=(scale[0], scale[1]),
+            ratio=(ratio[0], ratio[1]),
+            hflip=hflip,
+            color_jitter=color_jitter,
+            auto_augment=auto_augment or None,
+            interpolation=interpolation,
+            mean=fill_mean,
+            normalize=False,
+        )
     resize = create_transform(
         img_size,
         crop_pct=crop_pct,
@@ -144,6 +149,14 @@ def check_auto_augment(auto_augment: str | None) -> None:
             f"-inc1 -tweights (as in rand-m9-n1-mstd0.4-inc1), augmix with -m -w -d -a -b -mstd, or v0, v0r, original, "
             f"originalr, 3a with -mstd"
         )
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
+    """timm's operation; where no bit is kept the image is black, as it was before Pillow refused to keep none."""
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    result: Image.Image = timm_ops.posterize(image, bits_to_keep, **options)
+    return result
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

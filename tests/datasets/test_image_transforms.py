@@ -124,6 +124,18 @@ def test_strings_that_timm_would_misread_are_refused(text):
         check_auto_augment(text)
 
 
+@pytest.mark.parametrize("auto_augment", ["rand-m10-n1-p1.0-inc1", "rand-m0-n1-p1.0", "rand-m15-mmax20-n1-p1.0-inc1"])
+def test_every_operation_works_at_its_strongest(photograph, auto_augment):
+    """Among them posterize with no bit left, which recent Pillow refuses: the image is black."""
+    transform, _ = build_transforms(img_size=16, mean=(0.0,), std=(1.0,), auto_augment=auto_augment)
+    results = []
+    for key in range(150):
+        with seeded(key):
+            results.append(transform(photograph("flower", key, (16, 16))))
+    assert all(result.isfinite().all() for result in results)
+    assert any(not result.any() for result in results)
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
