@@ -11,17 +11,26 @@ from types import FrameType
 
 import torch
 from config import ConfigError, RunError, help_text, load_config
+from cpu_processes import start_cpu_processes
 
 
 class StopRequest:
     """Turns SIGTERM and SIGINT into a request that the loop answers at its next step boundary.
 
-    `request.signal` is the number received, or 0. A second signal ends the process at once. On exit the handlers are as
-    they were.
+    `request.signal` is the number received, or 0. A launcher that has ended counts as SIGTERM: it would not pass one
+    on. A second signal ends the process at once. On exit the handlers are as they were.
     """
 
     def __init__(self) -> None:
-        self.signal = 0
+        self._received = 0
+        launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
+        self._launcher = os.getppid() if launched else None
+
+    @property
+    def signal(self) -> int:
+        if not self._received and self._launcher not in (None, os.getppid()):
+            self._received = signal.SIGTERM
+        return self._received
 
     def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -32,7 +41,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
+        self._received = number
         signal.signal(number, signal.SIG_DFL)
 
 
@@ -46,6 +55,7 @@ def main(default: str) -> None:
         return
     with one_paragraph():
         config = load_config(arguments, default=default)
+        start_cpu_processes()
         # Imported late: what is wrong with the arguments is said within a moment.
         from engine import train
         from set_up import set_up
@@ -76,8 +86,8 @@ def one_paragraph() -> Iterator[None]:
 def use_cores(*, processes: int, on_cpu: bool, loaders: int, threads: int | None) -> int:
     """Shares the cores of a machine among its training processes, and on a CPU between arithmetic and loading.
 
-    Sets the threads of this process and returns how many loader processes it may have, at most `loaders`. `threads`, or else
-    an OMP_NUM_THREADS above 1 (1 is what the launcher sets by itself), decides where given.
+    Sets the threads of this process and returns how many loader processes it may have, at most `loaders`. `threads`,
+    or else an OMP_NUM_THREADS above 1 (1 is what the launcher sets by itself), decides where given.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(1, cores // processes)

@@ -22,6 +22,7 @@ from models import plain_state
 from optim import BatchMixer, learning_rate, set_learning_rate
 from progress import Display, append_metrics, draw_curves, peak_memory, read_metrics
 from run_state import Position, last_good, save_checkpoint, seed_step, sha256, state_digest
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -88,6 +89,8 @@ def train(run: Run) -> None:
     Raises `RunError` where it cannot go on; exits with 128 + N where signal N asked for a stop, after saving.
     """
     total = run.config.derived.total_steps
+    if run.position.closed >= total:
+        run.display.say("the run is complete; nothing is left to train")
     try:
         with run.stop, run.display:
             while run.position.closed < total and not run.stopping:
@@ -98,6 +101,8 @@ def train(run: Run) -> None:
                 save(run)
     except UnreadableSample as error:
         raise RunError(f"{error}; {last_good(run.folder)}") from error
+    except OSError as error:
+        raise RunError(f"the run folder cannot be written ({error}); {last_good(run.folder)}") from error
     if run.stopping:
         run.display.say(f"stopped at step {run.position.step}; the same command goes on from there")
         run.accelerator.end_training()
@@ -288,7 +293,7 @@ def save_weights(run: Run, name: str, *, averaged: bool = False) -> None:
     if run.accelerator.is_main_process:
         try:
             save_model(model, run.folder / name)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise RunError(f"{run.folder / name} cannot be written ({error}); {last_good(run.folder)}") from error
 
 

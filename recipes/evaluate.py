@@ -3,9 +3,9 @@
     accelerate launch recipes/evaluate.py checkpoint=8_768.pth.tar data.root=DIR img_size=288
     accelerate launch recipes/evaluate.py checkpoint=runs/digits
 
-For a run folder the data is the run's own unless said otherwise, else that of config=imagenet_8_384. `img_size=288` resizes to
-320 and crops 288, as published; `ema=true` takes the averaged weights; `model.time_steps=6` and the like override what
-the checkpoint says.
+For a run folder the data is the run's own unless said otherwise, else that of config=imagenet_8_384. `img_size=288`
+resizes to 320 and crops 288, as published; `ema=true` takes the averaged weights; `model.time_steps=6` and the like
+override what the checkpoint says.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from command_line import one_paragraph, print_help
 from config import ConfigError, load_config
+from cpu_processes import start_cpu_processes
 
 PUBLISHED_CROP = {"288": "0.9"}
 """Evaluation sizes with their own share of the resized image: 288 of 320."""
@@ -64,6 +65,7 @@ def main(arguments: list[str]) -> None:
     checkpoint, averaged, rest = read_arguments(arguments)
     asked = {argument.partition("=")[0].removeprefix("model.") for argument in rest if argument.startswith("model.")}
     config = load_config(rest, default="imagenet_8_384")
+    start_cpu_processes()
     from evaluation import evaluate
     from loading import ShardBatches, build_datasets, build_loader
     from set_up import at_the_door, build_accelerator

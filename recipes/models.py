@@ -60,8 +60,8 @@ def load_initial_weights(model: nn.Module, source: str) -> str:
     ]
     if wrong:
         raise ConfigError(
-            f"train.init_checkpoint={source} is of another architecture: {len(wrong)} weights are missing, unexpected or "
-            f"of another shape ({', '.join(wrong[:4])} ...); set model.name, model.dim and the like to its values"
+            f"train.init_checkpoint={source} is of another architecture: {len(wrong)} weights are missing, unexpected "
+            f"or of another shape ({', '.join(wrong[:4])} ...); set model.name, model.dim and the like to its values"
         )
     model.load_state_dict(given, strict=False)
     return f"weights from {source}" + (", head anew for the data's classes" if new_head else "")

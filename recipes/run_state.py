@@ -28,6 +28,7 @@ import torch
 from accelerate.utils import set_seed
 from config import ConfigError, RunError
 from progress import warn
+from safetensors import SafetensorError
 from torch import nn
 
 from sdt_blocks import load_model, save_model
@@ -94,7 +95,7 @@ def save_checkpoint(
             shutil.rmtree(target)
         os.replace(temporary, target)
         _sync(parent)
-    except OSError as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as the last
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(

@@ -225,7 +225,8 @@ def describe(config: Config, accelerator: Accelerator, plain: Any, note: str) ->
     return (
         f"{config.model.name} ({params:,} parameters, {note}) on {config.data.name}: {derived.total_steps} steps of "
         f"{derived.total_batch} samples ({derived.processes} x {config.train.accumulate} x {config.train.batch_size}), "
-        f"learning rate {derived.lr:.3g}, {accelerator.device.type}, {torch.get_num_threads()} thread(s), {config.data.workers} loader process(es)"
+        f"learning rate {derived.lr:.3g}; {accelerator.device.type}, {torch.get_num_threads()} thread(s) and "
+        f"{config.data.workers} loader process(es) each"
     )
 
 

@@ -1,0 +1,50 @@
+"""`accelerate launch --cpu --num_processes N` as it reads: N processes.
+
+Accelerate starts several processes on GPUs; on CPUs it leaves that to MPI, and without a host file it starts one
+process whatever N says (https://github.com/huggingface/accelerate/issues/2741). So the one process that it starts here
+becomes torch's launcher of N, as Accelerate uses it for GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+_RANKED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_LAUNCHERS = ("launch", "accelerate.commands.launch", "accelerate-launch", "launch.py")
+
+
+def start_cpu_processes() -> None:
+    """Returns where this process trains; replaces it by a launcher where several CPU processes were asked for."""
+    # Accelerate sets the port where it was asked for more than one process, and a rank where it started them itself.
+    if "MASTER_PORT" not in os.environ or any(name in os.environ for name in _RANKED):
+        return
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.accelerator.is_available()
+    processes = asked_processes() if on_cpu else 1
+    if processes > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        sys.stdout.flush()
+        os.execv(sys.executable, [*launcher, *sys.argv])
+
+
+def asked_processes() -> int:
+    """N of the `accelerate launch` that started this process, from its arguments or its configuration file."""
+    import psutil
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    words = psutil.Process(os.getppid()).cmdline()
+    start = next((i for i, word in enumerate(words) if os.path.basename(word) in _LAUNCHERS), None)
+    if start is None:
+        return 1
+    arguments, _ = launch_command_parser().parse_known_args(words[start + 1 :])
+    if arguments.num_machines not in (None, 1):
+        return 1
+    if arguments.num_processes is not None:
+        return int(arguments.num_processes)
+    try:
+        return int(load_config_from_file(arguments.config_file).num_processes)
+    except (OSError, ValueError, AttributeError):
+        return 1
