@@ -56,7 +56,7 @@ class ArrayCache:
             raise type(error)(
                 error.errno,
                 f"cannot write the cache folder {self.folder} ({error.strerror}); "
-                "name another one with events.cache=FOLDER, or turn the cache off with events.cache=none",
+                "name another one with events.cache=FOLDER, or turn the cache off with events.cache=null",
             ) from error
         self._full = False
 

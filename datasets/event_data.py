@@ -194,7 +194,7 @@ def build_event_datasets(
     on_error: str = "raise",
     train_samples: int | None = None,
     test_samples: int | None = None,
-    sensor_size: tuple[int, int] | None = None,
+    sensor_size: Sequence[int] | None = None,
     seed: int = 0,
 ) -> tuple[EventDataset, EventDataset]:
     """The training and the validation set of an event data set, whichever of its layouts lies under `root`.

@@ -78,7 +78,7 @@ class _Wish:
     root: Path
     time_steps: int
     split_by: str
-    sensor_size: tuple[int, int] | None
+    sensor_size: Sequence[int] | None
     needs_events: bool
 
     def missing(self, found: str) -> DataError:
@@ -92,7 +92,7 @@ def open_layout(
     *,
     time_steps: int,
     split_by: str,
-    sensor_size: tuple[int, int] | None = None,
+    sensor_size: Sequence[int] | None = None,
     needs_events: bool = False,
 ) -> tuple[Part, Part]:
     """The training and the validation part of a data set, in whichever of its layouts lies under ``root``.
@@ -255,7 +255,9 @@ def _open_folder(wish: _Wish) -> tuple[Part, Part]:
         if not sources[0].data:
             raise wish.missing(f"{root} holds no recordings")
         parts = _first_share(sources[0])
-    sensor_size = (*wish.sensor_size, 2) if wish.sensor_size else _find_sensor_size(sources)
+    if wish.sensor_size and len(wish.sensor_size) != 2:
+        raise DataError(f"sensor_size must be the sensor's width and height in pixels, got {list(wish.sensor_size)}")
+    sensor_size = (wish.sensor_size[0], wish.sensor_size[1], 2) if wish.sensor_size else _find_sensor_size(sources)
     for source in sources:
         source.sensor_size = sensor_size
     return parts

@@ -158,12 +158,14 @@ class CIFAR10DVSFiles(tonic.datasets.CIFAR10DVS):
 
     def __init__(self, folder: Path) -> None:
         tonic.dataset.Dataset.__init__(self, str(folder))
+        absent = []
         for name, label in self.classes.items():
             found = list_files(folder / name, [".aedat4"]) if (folder / name).is_dir() else []
-            if not found:
-                _log.warning("CIFAR10-DVS in %s has no recording of the class %s", folder, name)
             self.data += [str(path) for path in found]
             self.targets += [label] * len(found)
+            absent += [] if found else [name]
+        if absent:
+            _log.warning("CIFAR10-DVS in %s has no recording of %s", folder, ", ".join(absent))
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         events, target = super().__getitem__(index)

@@ -46,7 +46,7 @@ def option(default: Any, help: str, **bounds: Any) -> Any:
 
 @dataclass
 class DataConfig:
-    name: str = option("folder", "digits, folder, cifar10, ..., hfds/NAME, wds/NAME, or an event data set")
+    name: str = option("folder", "digits, folder, cifar10, ..., hfds/NAME, wds/NAME, dvs128_gesture, event_folder, ...")
     root: str | None = option(None, "the folder that holds the data")
     img_size: int = option(224, "side of the square image in pixels", least=1, most=4096)
     mean: list[float] = option([0.485, 0.456, 0.406], "mean of each channel, or one for all")
@@ -78,10 +78,17 @@ class EventsConfig:
     time_steps: int = option(10, "frames a recording is divided into", least=1, most=4096)
     split_by: str = option("number", "equal frames by number of events or by time", choices=("number", "time"))
     size: int | None = option(
-        None, "side of the square frame in pixels; the sensor's own where null", least=1, most=4096
+        None, "side of the square frame in pixels; null: 64 for CIFAR10-DVS, else the sensor's own", least=1, most=4096
     )
-    augment: str | None = option(None, "event augmentation of the training samples")
-    cache: str | None = option(None, "folder that keeps the frames between runs")
+    augment: str | None = option(
+        None,
+        "of the training samples, separated by commas: hflip, roll, cutout, random_op, drop_by_time, drop_by_area, "
+        "drop_at_random, event_drop",
+    )
+    cache: str | None = option("auto", "folder that keeps the frames; auto: data.root/.frames_cache; null: none does")
+    sensor_size: list[int] | None = option(
+        None, "width and height of the sensor of an event_folder; null: as the files say", length=2, least=1, most=4096
+    )
 
 
 @dataclass

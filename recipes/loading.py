@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sdt_datasets.images import build_image_datasets
 
-EVENT_DATA_SETS = ("cifar10dvs", "dvsgesture")
+EVENT_DATA_SETS = ("dvs128_gesture", "cifar10_dvs", "cifar10_dvs_tet", "n_mnist", "event_folder")
 
 
 def build_datasets(config: Config) -> tuple[Dataset[Any], Dataset[Any]]:
@@ -31,6 +31,7 @@ def build_datasets(config: Config) -> tuple[Dataset[Any], Dataset[Any]]:
             size=config.events.size,
             augment=config.events.augment,
             cache=config.events.cache,
+            sensor_size=config.events.sensor_size,
             train_samples=data.train_samples,
             test_samples=data.test_samples,
             on_error=data.on_error,

@@ -97,7 +97,7 @@ def test_pickles_are_not_loaded(tmp_path):
 
 def test_an_unwritable_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match=r"cannot write the cache folder .*events\.cache=none"):
+    with pytest.raises(OSError, match=r"cannot write the cache folder .*events\.cache=null"):
         ArrayCache(tmp_path / "file")
     (tmp_path / "a").mkdir()
     with pytest.raises(DataError, match="cannot write the cache folder"):
