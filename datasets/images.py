@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,8 +49,8 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     loader processes nor a resumed run changes them; `set_epoch` reaches loader processes that are already running.
 
     An image that cannot be read raises `UnreadableImageError` with the name of its file, or with `on_error="skip"` is
-    listed in `.unreadable`: in training the next readable image stands in for it; in evaluation, where a stand-in
-    would be counted twice, the sample is blank and its label `IGNORED`.
+    named in a warning and in `.unreadable`: in training the next readable image stands in for it; in evaluation, where
+    a stand-in would be counted twice, the sample is blank and its label `IGNORED`.
     """
 
     def __init__(
@@ -98,6 +99,8 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
                         f"{self.source.describe(row)} cannot be read ({error}); replace or remove the file, or set "
                         f"data.on_error=skip to go on without it"
                     ) from error
+                if not self._unreadable[position]:
+                    warnings.warn(f"{self.source.describe(row)} cannot be read ({error}); it is left out", stacklevel=2)
                 self._unreadable[position] = True
                 if not self.training:
                     return torch.zeros_like(self.transform(Image.new("RGB", (8, 8)))), IGNORED

@@ -29,7 +29,7 @@ def set_up(config: Config) -> Run:
     """The run of a configuration, at the position that `resume` says. Raises `ConfigError`."""
     folder = Path(config.output_dir)
     accelerator = build_accelerator(config)
-    train_set, test_set = at_the_door(build_datasets, config)
+    train_set, test_set = open_data(config, accelerator)
     sample = at_the_door(train_set.__getitem__, 0)[0]
     num_classes = len(train_set.classes)
     batches = build_batches(config, accelerator, len(train_set))
@@ -83,6 +83,17 @@ def set_up(config: Config) -> Run:
         position=position,
         display=display,
     )
+
+
+def open_data(config: Config, accelerator: Accelerator) -> tuple[Any, Any]:
+    """The training and the evaluation set. Raises `ConfigError`."""
+    if config.data.download and accelerator.num_processes > 1:
+
+        def fetch() -> None:
+            at_the_door(build_datasets, config)
+
+        agreed(accelerator, fetch)  # the first process fetches, the others find it there
+    return at_the_door(build_datasets, config)
 
 
 def build_accelerator(config: Config) -> Accelerator:

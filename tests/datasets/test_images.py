@@ -255,7 +255,9 @@ def test_skipping_replaces_in_training_and_leaves_out_in_evaluation(tree):
     for path in damaged:
         path.write_bytes(b"")
     train, val = build_image_datasets("folder", tree, on_error="skip", **PLAIN)
-    images, labels = zip(*(train[i] for i in range(len(train))), strict=True)
+    with pytest.warns(UserWarning, match=r"china.5\.png cannot be read") as warned:
+        images, labels = zip(*(train[i] for i in range(len(train))), strict=True)
+    assert len(warned) == 2
     # Two in a row are damaged: the next readable one, of the next class, stands in for both.
     assert labels == (0,) * 5 + (1,) * 7
     assert torch.equal(images[5], images[7])
@@ -266,6 +268,7 @@ def test_skipping_replaces_in_training_and_leaves_out_in_evaluation(tree):
     assert val.unreadable == [str(damaged[2])]
 
 
+@pytest.mark.filterwarnings("ignore:.*cannot be read")
 def test_what_loader_processes_skip_is_counted(tree):
     (tree / "train" / "china" / "3.png").write_bytes(b"")
     train, _ = build_image_datasets("folder", tree, on_error="skip", **PLAIN)
@@ -275,6 +278,7 @@ def test_what_loader_processes_skip_is_counted(tree):
     assert torch.equal(parallel, stacked(train))
 
 
+@pytest.mark.filterwarnings("ignore:.*cannot be read")
 def test_when_nothing_can_be_read_the_error_says_so(tree):
     for path in (tree / "train").rglob("*.png"):
         path.write_bytes(b"")
