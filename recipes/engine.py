@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from command_line import StopRequest
 from config import Config, RunError
 from evaluation import evaluate
 from loading import EpochBatches, UnreadableSample, fetch
-from models import plain_state
+from models import optimizer_state, whole_model
 from optim import BatchMixer, learning_rate, set_learning_rate
 from progress import Display, append_metrics, draw_curves, peak_memory, read_metrics
 from run_state import Position, last_good, save_checkpoint, seed_step, sha256, state_digest
@@ -219,10 +219,12 @@ def close_epoch(run: Run, clock: Clock) -> None:
         "peak_memory_mib": peak_memory(accelerator.device),
     }
     if at_end or number % config.train.eval_every == 0:
-        for prefix, model in (("", run.plain), ("ema_", run.ema and run.ema.module)):
-            if model is None:
-                continue
-            broadcast_buffers(accelerator, model)
+        broadcast_buffers(accelerator, run.plain)
+        models = {"": whole_model(accelerator, config, run.model)}
+        if run.ema is not None:
+            broadcast_buffers(accelerator, run.ema.module)
+            models["ema_"] = run.ema.module
+        for prefix, model in models.items():
             result = evaluate(model, run.test_loader, accelerator, stop=run.stop)
             if result is None:
                 run.stopping = True
@@ -232,7 +234,7 @@ def close_epoch(run: Run, clock: Clock) -> None:
             line["test_samples"] = result["samples"]
             if result["top1"] > position.best_top1:
                 position.best_top1, position.best_epoch = result["top1"], number
-                save_weights(run, "best", averaged=bool(prefix))
+                save_weights(run, "best", model)
     line |= {"nonfinite_steps": position.nonfinite, "seconds": round(run.seconds, 2)}
     if config.data.on_error == "skip":
         line["unreadable"] = count_unreadable(run)
@@ -272,24 +274,24 @@ def broadcast_buffers(accelerator: Accelerator, model: Any) -> None:
 
 def save(run: Run) -> None:
     """A checkpoint of the position reached."""
-    plain, optimizer_state = plain_state(run.accelerator, run.config, run.model, run.optimizer)
+    model = whole_model(run.accelerator, run.config, run.model)
+    state = optimizer_state(run.accelerator, run.model, run.optimizer)
     if run.accelerator.is_main_process:
         scaler = run.accelerator.scaler
         save_checkpoint(
             run.folder,
             replace(run.position, seconds=run.seconds),
-            model=plain,
+            model=model,
             ema=run.ema and run.ema.module,
-            optimizer_state=optimizer_state,
+            optimizer_state=state,
             scaler_state=scaler.state_dict() if scaler else None,
             keep=run.config.train.keep_checkpoints,
         )
     run.accelerator.wait_for_everyone()
 
 
-def save_weights(run: Run, name: str, *, averaged: bool = False) -> None:
-    """The model, or its average, into a folder of the run folder that `sdt_blocks.load_model` reads."""
-    model = run.ema.module if averaged else plain_state(run.accelerator, run.config, run.model, run.optimizer)[0]
+def save_weights(run: Run, name: str, model: Any) -> None:
+    """The model into a folder of the run folder that `sdt_blocks.load_model` reads."""
     if run.accelerator.is_main_process:
         try:
             save_model(model, run.folder / name)
@@ -300,13 +302,13 @@ def save_weights(run: Run, name: str, *, averaged: bool = False) -> None:
 def finish(run: Run) -> None:
     """Final weights, summary.json and curves; checks that all processes hold the same weights."""
     accelerator, config, folder = run.accelerator, run.config, run.folder
-    if accelerator.distributed_type != DistributedType.FSDP:
-        digests = gather_object([state_digest(run.plain)])
-        if len(set(digests)) > 1:
-            raise RunError(f"the processes ended with different weights ({', '.join(d[:8] for d in digests)})")
-    save_weights(run, "last")
+    model = whole_model(accelerator, config, run.model)
+    digests = gather_object([state_digest(model)])
+    if len(set(digests)) > 1:
+        raise RunError(f"the processes ended with different weights ({', '.join(d[:8] for d in digests)})")
+    save_weights(run, "last", model)
     if run.ema is not None:
-        save_weights(run, "ema", averaged=True)
+        save_weights(run, "ema", run.ema.module)
     if accelerator.is_main_process:
         line = read_metrics(folder)[-1]
         summary = {
@@ -323,7 +325,7 @@ def finish(run: Run) -> None:
             "best_epoch": run.position.best_epoch,
             "epochs": line["epoch"],
             "steps": run.position.step,
-            "params": sum(p.numel() for p in run.plain.parameters()),
+            "params": sum(p.numel() for p in model.parameters()),
             "seconds": line["seconds"],
             "processes": accelerator.num_processes,
             "seed": config.seed,

@@ -73,23 +73,34 @@ def freeze_all_but_head(model: nn.Module) -> None:
         parameter.requires_grad_(name.startswith(HEAD))
 
 
-def plain_state(accelerator: Accelerator, config: Config, model: Any, optimizer: Any) -> tuple[Any, dict[str, Any]]:
-    """The model in one piece and the optimiser's state; called by every process, used by the one that saves."""
+def whole_model(accelerator: Accelerator, config: Config, model: Any) -> Any:
+    """The model in one piece on this process: without its wrapper, and gathered where FSDP has divided it.
+
+    Evaluation and checkpoints use it; in evaluation the processes may so differ in their number of batches.
+    """
     plain = accelerator.unwrap_model(model)
     if accelerator.distributed_type != DistributedType.FSDP:
-        return plain, optimizer.state_dict()
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+        return plain
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    whole = build_model(config, in_channels=plain.in_channels, num_classes=plain.num_classes)
+    whole.load_state_dict(weights)
+    return whole.to(accelerator.device)
+
+
+def optimizer_state(accelerator: Accelerator, model: Any, optimizer: Any) -> dict[str, Any]:
+    """The optimiser's state, gathered where FSDP has divided it; all processes call this, one saves it."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return optimizer.state_dict()  # type: ignore[no-any-return]
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights, state = get_state_dict(model, optimizer.optimizer, options=options)
-    whole = build_model(config, in_channels=plain.in_channels, num_classes=plain.num_classes)
-    if accelerator.is_main_process:
-        whole.load_state_dict(weights)
-    return whole, state
+    return get_optimizer_state_dict(model, optimizer.optimizer, options=options)
 
 
 def restore_optimizer(accelerator: Accelerator, model: Any, optimizer: Any, state: dict[str, Any]) -> None:
-    """Puts the state from `plain_state` back, sharded where the model is."""
+    """Puts what `optimizer_state` gave back, divided where the model is."""
     if accelerator.distributed_type != DistributedType.FSDP:
         optimizer.load_state_dict(state)
         return

@@ -1,0 +1,105 @@
+"""Two processes on a CPU, started as the README says."""
+
+from __future__ import annotations
+
+import pytest
+from launching import TINY, read_lines, read_summary, steps_saved, wait_for
+from omegaconf import OmegaConf
+
+TWO = ("--num_processes", "2", "--cpu")
+# The same samples an update as one process with batches of 32.
+SHARED = (*TINY, "train.batch_size=16", "train.checkpoint_steps=3", "optim.lr_batch=16")
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """The folder of a run of two processes that nothing disturbed."""
+    from launching import Launcher
+
+    launcher = Launcher(tmp_path_factory.mktemp("two"))
+    try:
+        launcher.train("digits", *SHARED, "output_dir=run", launch=TWO)
+    finally:
+        launcher.clean_up()
+    return launcher.folder / "run"
+
+
+def test_two_processes_train_one_model_and_write_once(two_processes):
+    # The run compares the digests of all processes' weights itself and fails where they differ.
+    summary = read_summary(two_processes)
+    assert summary["processes"] == 2 and summary["steps"] == 24
+    assert [line["epoch"] for line in read_lines(two_processes)] == [1, 2, 3]
+    derived = OmegaConf.load(two_processes / "config.yaml").derived
+    assert derived.processes == 2 and derived.total_batch == 32 and derived.steps_per_epoch == 8
+    assert derived.lr == pytest.approx(2 * 3e-3), "the learning rate stated for 16 samples, scaled to 32"
+
+
+def test_the_divided_evaluation_is_that_of_one_process(two_processes):
+    from accelerate import Accelerator
+    from config import load_config
+    from evaluation import evaluate
+    from loading import ShardBatches, build_datasets, build_loader
+
+    from sdt_blocks import load_model
+
+    config = load_config([f"config={two_processes / 'config.yaml'}"], default="digits")
+    _, test_set = build_datasets(config)
+    assert len(test_set) % 2 == 1, "the shares must be uneven"
+    loader = build_loader(test_set, ShardBatches(len(test_set), batch_size=7), workers=0, pin=False)
+    alone = evaluate(load_model(two_processes / "last"), loader, Accelerator(cpu=True))
+    shared = read_lines(two_processes)[-1]
+    assert shared["test_samples"] == alone["samples"] == 101
+    assert shared["test_top1"] == alone["top1"] and shared["test_top5"] == alone["top5"]
+    assert shared["test_loss"] == pytest.approx(alone["loss"], rel=1e-5)
+
+
+def test_a_process_that_dies_ends_the_run_which_resumes_exactly(launcher, tmp_path, two_processes):
+    run = tmp_path / "run"
+    process = launcher.start("digits", *SHARED, "output_dir=run", launch=TWO)
+    wait_for(lambda: max(steps_saved(run), default=0) >= 3, process)
+    workers = [child for child in launcher.started[-1].children(recursive=True) if "LOCAL_RANK" in child.environ()]
+    second = next(worker for worker in workers if worker.environ()["LOCAL_RANK"] == "1")
+    second.kill()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "digits.py FAILED" in err and "-9" in err
+    assert not any(worker.is_running() for worker in workers)
+    resumed = launcher.train("digits", *SHARED, "output_dir=run", launch=TWO)
+    assert resumed["weights_sha256"] == read_summary(two_processes)["weights_sha256"]
+    assert len(read_lines(run)) == 3
+
+
+def test_batches_of_both_processes_are_those_of_one(two_processes):
+    from loading import EpochBatches, ShardBatches
+
+    alone = EpochBatches(260, batch_size=32, seed=42)
+    shares = [EpochBatches(260, batch_size=16, rank=rank, processes=2, seed=42) for rank in (0, 1)]
+    for epoch in range(2):
+        for batches in (alone, *shares):
+            batches.seek(epoch, 0)
+        together = [first + second for first, second in zip(*shares, strict=True)]
+        assert together == list(alone)
+    covered = [i for rank in (0, 1) for batch in ShardBatches(101, batch_size=7, rank=rank, processes=2) for i in batch]
+    assert sorted(covered) == list(range(101))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("accelerate", "launch", "--cpu", "--num_processes", "3", "digits.py", "seed=1"), 3),
+        (("python", "-m", "accelerate.commands.launch", "--num_processes=2", "--cpu", "digits.py"), 2),
+        (("accelerate-launch", "--config_file", "FILE", "digits.py"), 4),
+        (("bash", "-c", "python digits.py"), 1),
+    ],
+)
+def test_the_number_of_processes_is_read_from_the_launcher(words, expected, tmp_path, monkeypatch):
+    import psutil
+    from cpu_processes import asked_processes
+
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: 4\nuse_cpu: true\n"
+    )
+    words = [str(file) if word == "FILE" else word for word in words]
+    monkeypatch.setattr(psutil.Process, "cmdline", lambda self: words)
+    assert asked_processes() == expected
