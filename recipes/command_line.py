@@ -53,7 +53,7 @@ def main(default: str) -> None:
     arguments = sys.argv[1:]
     if print_help(arguments, default):
         return
-    with one_paragraph():
+    with short_errors():
         config = load_config(arguments, default=default)
         start_cpu_processes()
         # Imported late: what is wrong with the arguments is said within a moment.
@@ -72,14 +72,14 @@ def print_help(arguments: list[str], default: str) -> bool:
 
 
 @contextmanager
-def one_paragraph() -> Iterator[None]:
+def short_errors() -> Iterator[None]:
     """Ends the process with the message and the exit code of a `ConfigError` (2) or a `RunError` (1)."""
     try:
         yield
     except (ConfigError, RunError) as error:
         # All processes refuse a configuration alike; one of them says so. A run may fail on any.
         if isinstance(error, RunError) or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 

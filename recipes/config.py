@@ -31,9 +31,15 @@ CONFIGS = Path(__file__).with_name("configs")
 class ConfigError(ValueError):
     """What the user asked for cannot be done; the message is one paragraph that says why and what would work."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(one_paragraph(message))
+
 
 class RunError(RuntimeError):
     """A run cannot go on; the message is one paragraph that says why and what is safe."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_paragraph(message))
 
 
 def option(default: Any, help: str, **bounds: Any) -> Any:
@@ -50,27 +56,31 @@ class DataConfig:
     root: str | None = option(None, "the folder that holds the data")
     img_size: int = option(224, "side of the square image in pixels", least=1, most=4096)
     mean: list[float] = option([0.485, 0.456, 0.406], "mean of each channel, or one for all")
-    std: list[float] = option([0.229, 0.224, 0.225], "standard deviation of each channel, or one for all", above=0)
+    std: list[float] = option(
+        [0.229, 0.224, 0.225], "standard deviation of each channel, or one for all", above=0, most=1e6
+    )
     crop_pct: float = option(0.95, "evaluation: resize to img_size / crop_pct, then crop the centre", above=0, most=1)
     interpolation: str = option("bicubic", "resampling", choices=("bicubic", "bilinear", "nearest", "random"))
     scale: list[float] = option([0.08, 1.0], "area of the random crop, least and most", length=2, above=0, most=1)
-    ratio: list[float] = option([0.75, 4 / 3], "aspect ratio of the random crop, least and most", length=2, above=0)
+    ratio: list[float] = option(
+        [0.75, 4 / 3], "aspect ratio of the random crop, least and most", length=2, above=0, most=100
+    )
     hflip: float = option(0.5, "probability of a horizontal flip", least=0, most=1)
     color_jitter: float = option(0.4, "strength of color jitter (not used beside auto_augment)", least=0, most=1)
     auto_augment: str | None = option(None, "timm's string: rand-m9-n1-mstd0.4-inc1, augmix-m5-w4, v0, ...")
     random_erasing: float = option(0.0, "probability of random erasing", least=0, most=1)
-    mixup: float = option(0.0, "alpha of mixup; 0 turns it off", least=0)
-    cutmix: float = option(0.0, "alpha of cutmix; 0 turns it off", least=0)
+    mixup: float = option(0.0, "alpha of mixup; 0 turns it off", least=0, most=1000)
+    cutmix: float = option(0.0, "alpha of cutmix; 0 turns it off", least=0, most=1000)
     mixup_prob: float = option(1.0, "probability that a batch is mixed at all", least=0, most=1)
     mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on", least=0, most=1)
-    mixup_off_epoch: int = option(0, "epoch from which mixup and cutmix are off; 0: never", least=0)
+    mixup_off_epoch: int = option(0, "epoch from which mixup and cutmix are off; 0: never", least=0, most=10**6)
     workers: int = option(4, "loader processes beside each training process; 0 loads within it", least=0, most=256)
     download: bool = option(False, "fetch the data into data.root if it is not there")
     on_error: str = option(
         "raise", "an unreadable sample stops the run, or is skipped and counted", choices=("raise", "skip")
     )
-    train_samples: int | None = option(None, "train on the first N samples only", least=1)
-    test_samples: int | None = option(None, "evaluate on the first N samples only", least=1)
+    train_samples: int | None = option(None, "train on the first N samples only", least=1, most=10**12)
+    test_samples: int | None = option(None, "evaluate on the first N samples only", least=1, most=10**12)
 
 
 @dataclass
@@ -98,10 +108,10 @@ class ModelConfig:
     name: str = option("sdt_8_384", "a published variant", choices=tuple(list_models()))
     depth: int | None = option(None, "encoder blocks", least=0, most=1000)
     dim: int | None = option(None, "channels of a token", least=8, most=65536)
-    num_heads: int | None = option(None, "attention heads", least=1)
+    num_heads: int | None = option(None, "attention heads", least=1, most=65536)
     mlp_ratio: float | None = option(None, "hidden width of the MLP over dim", above=0, most=64)
-    in_channels: int | None = option(None, "channels of the input; null takes the data's", least=1)
-    num_classes: int | None = option(None, "null takes the data's", least=1)
+    in_channels: int | None = option(None, "channels of the input; null takes the data's", least=1, most=65536)
+    num_classes: int | None = option(None, "null takes the data's", least=1, most=10**7)
     time_steps: int | None = option(None, "times an image is shown", least=1, most=1024)
     pooling: str | None = option(None, 'four flags, quoted in YAML: "0011"')
     neuron: str | None = option(None, "spiking neuron", choices=("lif", "plif"))
@@ -113,20 +123,21 @@ class ModelConfig:
 @dataclass
 class OptimConfig:
     name: str = option("adamw", "optimiser", choices=("adamw", "lamb", "sgd"))
-    lr: float = option(1e-3, "peak learning rate", above=0)
+    lr: float = option(1e-3, "peak learning rate", above=0, most=1e4)
     lr_batch: int | None = option(
         None,
         "total batch that lr, min_lr and warmup_lr are stated for: all three are scaled by total batch / lr_batch",
         least=1,
+        most=10**9,
     )
-    min_lr: float = option(1e-5, "learning rate at the end of the cosine", least=0)
-    warmup_lr: float = option(1e-6, "learning rate at the first step of the warm-up", least=0)
-    weight_decay: float = option(0.05, "weight decay; biases and norms are left out", least=0)
-    eps: float = option(1e-8, "the optimiser's epsilon", above=0)
+    min_lr: float = option(1e-5, "learning rate at the end of the cosine", least=0, most=1e4)
+    warmup_lr: float = option(1e-6, "learning rate at the first step of the warm-up", least=0, most=1e4)
+    weight_decay: float = option(0.05, "weight decay; biases and norms are left out", least=0, most=1e4)
+    eps: float = option(1e-8, "the optimiser's epsilon", above=0, most=1)
     betas: list[float] = option(
         [0.9, 0.999], "the optimiser's decay rates (sgd: momentum is the first)", length=2, least=0, below=1
     )
-    clip_grad: float | None = option(None, "largest norm of the gradient", above=0)
+    clip_grad: float | None = option(None, "largest norm of the gradient", above=0, most=1e9)
 
 
 @dataclass
@@ -136,12 +147,12 @@ class TrainConfig:
     cooldown_epochs: int = option(10, "epochs at min_lr after the cosine", least=0, most=10**6)
     batch_size: int = option(64, "samples of a process in one forward pass", least=1, most=10**6)
     accumulate: int = option(1, "forward passes added up into one update", least=1, most=10**6)
-    max_steps: int | None = option(None, "stop after this many updates", least=1)
+    max_steps: int | None = option(None, "stop after this many updates", least=1, most=10**12)
     label_smoothing: float = option(0.1, "label smoothing", least=0, below=1)
     loss: str = option("ce", "cross entropy, or binary cross entropy per class", choices=("ce", "bce"))
     tet: bool = option(False, "temporal efficient training: the loss at every time step")
     tet_lambda: float = option(0.001, "weight of TET's mean squared error", least=0, most=1)
-    tet_means: float = option(1.0, "target of TET's mean squared error")
+    tet_means: float = option(1.0, "target of TET's mean squared error", least=-1e6, most=1e6)
     ema_decay: float | None = option(
         None, "decay of the averaged weights, evaluated beside the model's", above=0, below=1
     )
@@ -153,11 +164,13 @@ class TrainConfig:
     init_checkpoint: str | None = option(
         None, "start from these weights: a run folder, a saved model, a released .pth.tar"
     )
-    skip_nonfinite: int = option(0, "updates with a non-finite loss that are left out before the run stops", least=0)
-    checkpoint_every: int = option(1, "epochs between checkpoints", least=1)
-    checkpoint_steps: int | None = option(None, "also a checkpoint every N updates", least=1)
-    keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept", least=1)
-    eval_every: int = option(1, "epochs between evaluations", least=1)
+    skip_nonfinite: int = option(
+        0, "updates with a non-finite loss that are left out before the run stops", least=0, most=10**9
+    )
+    checkpoint_every: int = option(1, "epochs between checkpoints", least=1, most=10**9)
+    checkpoint_steps: int | None = option(None, "also a checkpoint every N updates", least=1, most=10**9)
+    keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept", least=1, most=10**9)
+    eval_every: int = option(1, "epochs between evaluations", least=1, most=10**9)
 
 
 @dataclass
@@ -217,7 +230,7 @@ def load_config(arguments: Sequence[str], *, default: str) -> Config:
             _set(config, key, _parse(key, text))
         result: Config = OmegaConf.to_object(config)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
-        raise ConfigError(_one_paragraph(error)) from None
+        raise ConfigError(one_paragraph(error)) from None
     validate(result)
     return result
 
@@ -237,7 +250,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a readable YAML file ({_one_paragraph(error)})") from None
+        raise ConfigError(f"{path}: not a readable YAML file ({one_paragraph(error)})") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping such as `train: {{epochs: 10}}`, found {type(content).__name__}")
     return {str(key): value for key, value in content.items()}
@@ -279,7 +292,7 @@ def _parse(key: str, text: str) -> Any:
         # OmegaConf's reader takes 3e-4 for the number it is.
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=True)["value"]  # type: ignore
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{key}={text}: cannot be read ({_one_paragraph(error)})") from None
+        raise ConfigError(f"{key}={text}: cannot be read ({one_paragraph(error)})") from None
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:
@@ -329,6 +342,8 @@ def validate(config: Config) -> None:
     for key, _, item in _walk(Config):
         value = _get(config, key)
         for single in value if isinstance(value, list) else [value]:
+            if isinstance(value, list) and not isinstance(single, int | float):
+                raise ConfigError(f"{key}: expected a list of numbers such as [0.1, 0.9], got {value}")
             _check_bounds(key, single, item.metadata)
         length = item.metadata.get("length")
         if isinstance(value, list) and (not value or (length and len(value) != length)):
@@ -429,5 +444,6 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def _one_paragraph(error: object) -> str:
+def one_paragraph(error: object) -> str:
+    """The message of an error without its line breaks."""
     return " ".join(str(error).split())

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from command_line import one_paragraph, print_help
+from command_line import print_help, short_errors
 from config import ConfigError, load_config
 from cpu_processes import start_cpu_processes
 
@@ -98,5 +98,5 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     if not print_help(sys.argv[1:], "imagenet_8_384"):
-        with one_paragraph():
+        with short_errors():
             main(sys.argv[1:])

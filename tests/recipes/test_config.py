@@ -1,0 +1,179 @@
+"""Every key typed and bounded; whatever else a user writes ends in one paragraph."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import string
+
+import pytest
+from config import CONFIGS, Config, ConfigError, all_keys, flatten, help_text, load_config, to_yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sdt_blocks import SpikeDrivenTransformer
+
+KEYS = all_keys()
+NUMBERS = [key for key, value in flatten(Config()).items() if type(value) in (int, float) and key in KEYS]
+NUMBERS += ["train.max_steps", "model.depth", "optim.clip_grad", "data.test_samples"]
+CHOICES = ["data.interpolation", "data.on_error", "model.name", "model.neuron", "optim.name", "train.loss", "tracker"]
+
+
+def refused(arguments: list[str]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(arguments, default="digits")
+    message = str(caught.value)
+    assert message.strip() and "\n" not in message and "Traceback" not in message
+    return message
+
+
+def test_the_keys_every_recipe_has():
+    wanted = (
+        "data.name data.root model.name train.epochs train.max_steps train.batch_size optim.lr seed output_dir resume"
+    )
+    assert set(wanted.split()) <= set(KEYS)
+
+
+def test_every_model_keyword_is_a_key():
+    keywords = set(inspect.signature(SpikeDrivenTransformer).parameters)
+    assert {key.removeprefix("model.") for key in KEYS if key.startswith("model.")} == keywords | {"name"}
+
+
+def test_arguments_override_files_and_files_override_defaults(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text('optim: {lr: 3e-4, betas: [0.8, 0.9]}\nmodel: {pooling: "0011"}\ndata: {root: null}\n')
+    config = load_config([f"config={file}", "optim.betas=[0.7,0.95]", "model.pooling=0001", "seed=7"], default="digits")
+    assert config.optim.lr == 3e-4
+    assert config.optim.betas == [0.7, 0.95]
+    assert config.model.pooling == "0001"
+    assert config.seed == 7 and config.data.root is None and config.train.epochs == Config().train.epochs
+
+
+def test_a_resolved_configuration_reads_back_the_same(tmp_path):
+    config = load_config(
+        ["data.root=some where/a=b", "train.ema_decay=0.999", "optim.lr=1e-3"], default="cifar10_2_256"
+    )
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert dataclasses.asdict(load_config([f"config={file}"], default="digits")) == dataclasses.asdict(config)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_every_configuration_starts_with_the_command_that_runs_it(name):
+    first = (CONFIGS / f"{name}.yaml").read_text().splitlines()[0]
+    assert first.startswith("# accelerate launch recipes/")
+    recipe = first.split()[3]
+    assert (CONFIGS.parent.parent / recipe).is_file()
+    load_config([], default=name)
+
+
+def test_help_names_every_key():
+    text = help_text("digits")
+    assert all(f"  {key}=" in text for key in KEYS)
+
+
+@pytest.mark.parametrize(
+    ("argument", "parts"),
+    [
+        ("optim.lrr=1", ["'optim.lrr'", "did you mean optim.lr?", "optim has name, lr,"]),
+        ("learning_rate=1", ["'learning_rate'", "the top level has data, events, model"]),
+        ("optim.lr=fast", ["optim.lr: expected a number, got 'fast'"]),
+        ("optim.lr=0", ["optim.lr: expected a value above 0 and at most 10000, got 0.0"]),
+        ("optim.lr=nan", ["optim.lr: expected a finite number"]),
+        ("train.epochs=1.5", ["train.epochs: expected a whole number, got 1.5"]),
+        ("train.compile=maybe", ["train.compile: expected true or false, got 'maybe'"]),
+        ("data.scale=[0.5]", ["data.scale: expected 2 number(s)"]),
+        ("data.scale=[0.9,0.1]", ["data.scale: the first value must not exceed the second"]),
+        ("data.mean=[0.1,0.2]", ["data.mean has 2 values and data.std 1"]),
+        ("optim.lr=[", ["optim.lr=[: cannot be read"]),
+        ("model.name=sdt_8_385", ["'sdt_8_385' is unknown; did you mean sdt_8_384?"]),
+        ("model.pooling=11", ["four flags", "'11'"]),
+        ("data=3", ["data is a section", "data.name"]),
+        ("seed.x=3", ["'seed.x'", "seed is a single value"]),
+        ("derived.lr=3", ["derived.lr is computed"]),
+        ("optim.min_lr=1", ["optim.min_lr=1.0 exceeds optim.lr"]),
+        ("train.warmup_epochs=99", ["train.warmup_epochs=99 exceeds train.epochs"]),
+        ("config=nowhere", ["config=nowhere: no such file", "digits"]),
+        ("words", ["'words'", "key=value"]),
+        ("output_dir=", ["output_dir: expected the path of a folder"]),
+        ("train.linear_probe=true", ["name it in train.init_checkpoint"]),
+        ("tracker=tensorbord", ["'tensorbord' is unknown; did you mean tensorboard?"]),
+    ],
+)
+def test_a_wrong_key_or_value_is_refused_with_the_valid_ones(argument, parts):
+    message = refused([argument])
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("optim: {lr: 1e-3", "not a readable YAML file"),
+        ("- a\n- b\n", "expected a mapping"),
+        ("optim:\n  lrr: 1\n", "did you mean optim.lr?"),
+        ("model:\n  pooling: 0011\n", "quoted in YAML"),
+        ("optim: 3\n", "optim is a section"),
+        ("train: {epochs: ${nothing}}\n", "not a readable YAML file"),
+        ("\x00\x01", "not a readable YAML file"),
+    ],
+)
+def test_a_malformed_file_is_refused(tmp_path, content, part):
+    file = tmp_path / "bad.yaml"
+    file.write_text(content)
+    message = refused([f"config={file}"])
+    assert part in message
+
+
+# Malformed by construction: each kind of argument is wrong whatever is drawn.
+_words = st.text(string.ascii_letters + string.digits + "._-[]{}$!&*#|>%@`'\": ,\\é\n\t", min_size=1, max_size=30)
+_unknown_key = st.builds("{}=1".format, _words.filter(lambda w: "=" not in w and w.strip() not in {*KEYS, "config"}))
+_no_value = _words.filter(lambda w: "=" not in w)
+_not_a_number = st.builds(
+    "{}={}".format,
+    st.sampled_from(NUMBERS),
+    st.one_of(
+        _words.map(lambda w: f"x{w}"),
+        st.sampled_from(["nan", "-inf", "[1]", "{a: 1}", "true!", "1e", "0x", "null", ""]),
+    ),
+)
+_out_of_bounds = st.builds(
+    "{}={}".format, st.sampled_from(NUMBERS), st.sampled_from([-(10**30), 10**30, 1e300, -1e300])
+)
+_no_choice = st.builds("{}={}".format, st.sampled_from(CHOICES), _words.map(lambda w: f"no{w}"))
+_not_a_list = st.builds(
+    "{}={}".format,
+    st.sampled_from(["data.mean", "data.scale", "optim.betas"]),
+    st.one_of(
+        _words.map(lambda w: f"x{w}"), st.sampled_from(["3", "[]", "[a]", "[1,[2]]", "{}", "[nan,1]", "[-1,2]", "null"])
+    ),
+).filter(lambda a: a not in ("data.mean=[-1,2]",))
+_section = st.builds("{}={}".format, st.sampled_from(["data", "model", "optim", "train", "events"]), _words)
+_unclosed = st.builds("{}=${{{}".format, st.sampled_from(KEYS), _words)
+_malformed = st.one_of(
+    _unknown_key, _no_value, _not_a_number, _out_of_bounds, _no_choice, _not_a_list, _section, _unclosed
+)
+
+
+@settings(max_examples=200, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@given(
+    _malformed,
+    st.lists(st.sampled_from(["seed=3", "optim.lr=1e-3", "train.epochs=20", "model.pooling=0101"]), max_size=2),
+)
+def test_200_malformed_command_lines_end_in_one_paragraph(malformed, valid):
+    refused([*valid, malformed])
+
+
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(
+    st.text(max_size=60) | st.dictionaries(_words, st.recursive(_words, st.lists, max_leaves=4), min_size=1).map(str)
+)
+def test_malformed_files_end_in_one_paragraph(tmp_path_factory, content):
+    file = tmp_path_factory.getbasetemp() / "malformed.yaml"
+    file.write_text(content, encoding="utf-8", errors="surrogateescape")
+    try:
+        loaded = load_config([f"config={file}"], default="digits")
+    except ConfigError as error:
+        assert "\n" not in str(error) and "Traceback" not in str(error)
+    else:
+        assert loaded == Config(), "nothing but an empty file or comments may be read as nothing"
