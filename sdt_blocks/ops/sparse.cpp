@@ -1,0 +1,448 @@
+// Products, neurons, pooling and attention on packed spikes: one bit each, 64 channels a word, lowest channel first.
+//
+// A product with spikes is a sum of weight rows. The outputs are cut into tiles of LANES channels whose weights fit the
+// first-level cache. A task lists the active inputs of its rows once, sorts rows of like length into groups of ROWS, and
+// then, tile by tile, adds up a group at a time with every sum in registers. The neuron follows while the sums are in the
+// cache, so that real values reach memory only where they are asked for.
+//
+// Sums run over taps, then channels, in ascending order, one rounding an addition.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16, VECTORS = 2, ROWS = 8;
+#elif defined(__AVX__)
+constexpr int WIDTH = 8, VECTORS = 2, ROWS = 4;
+#else
+constexpr int WIDTH = 4, VECTORS = 4, ROWS = 4;
+#endif
+constexpr int LANES = WIDTH * VECTORS;
+constexpr int64_t BLOCK_ROWS = 256;            // rows whose sums of one tile stay in the cache between product and neuron
+constexpr int64_t LIST_BYTES = 8 << 20;        // room for the lists of a task
+constexpr int64_t TASK_ROWS = 4096;
+constexpr int LIST_SLACK = 32;                 // entries that a list may be overwritten by, behind its end
+
+typedef float Vector __attribute__((vector_size(4 * WIDTH)));
+
+inline Vector load(const float* from) {
+    Vector v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+inline void store(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
+inline Vector broadcast(float x) { return x - Vector{}; }
+
+// a * b + c, rounded once.
+inline Vector multiply_add(Vector a, Vector b, Vector c) {
+#if defined(__AVX512F__)
+    return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+    return _mm256_fmadd_ps(a, b, c);
+#else
+    for (int i = 0; i < WIDTH; i++) a[i] = std::fma(a[i], b[i], c[i]);
+    return a;
+#endif
+}
+
+// Bit i is set where a[i] >= b[i].
+inline uint32_t at_least(Vector a, Vector b) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);
+#elif defined(__AVX__)
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ));
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < WIDTH; i++) bits |= uint32_t(a[i] >= b[i]) << i;
+    return bits;
+#endif
+}
+
+// Memory of a thread that outlives the call: fresh pages would cost more than the work.
+template <class T>
+struct Buffer {
+    T* data = nullptr;
+    int64_t size = 0;
+    T* reserve(int64_t wanted) {
+        if (wanted > size) {
+            std::free(data);
+            size = (wanted * int64_t(sizeof(T)) + 4095) / 4096 * 4096 / int64_t(sizeof(T));
+            data = static_cast<T*>(std::aligned_alloc(4096, (size * sizeof(T) + 4095) / 4096 * 4096));
+        }
+        return data;
+    }
+    ~Buffer() { std::free(data); }
+};
+
+// Spikes [steps, images, height, width, words of channels]; one step is `step` words from the next.
+struct Frames {
+    const uint64_t* words;
+    int64_t step, steps, images, height, width, channels;
+    int64_t stride() const { return (channels + 63) / 64; }
+    int64_t pixels() const { return images * height * width; }
+};
+
+// What becomes of a sum: u = residual + (sum + bias) * scale + shift, kept in `membrane` and handed to a neuron, where
+// these are wanted. `constants` has bias, scale, shift and 1 / tau of every tile.
+struct Epilogue {
+    const float* constants;
+    int64_t channels;
+    const float* residual;
+    int64_t residual_step;
+    float* membrane;
+    int64_t membrane_step;
+    uint64_t* spikes;
+    int64_t spikes_step;  // from one time step to the next, in elements, as above
+    float threshold;
+    int reset;  // 0 zero, 1 subtract, 2 none
+    bool strict;
+    int64_t stride() const { return (channels + 63) / 64; }
+    int64_t tiles() const { return (channels + LANES - 1) / LANES; }
+};
+
+using Mask = std::conditional_t<LANES == 32, uint32_t, uint16_t>;
+
+// One tile of an epilogue.
+struct Tile {
+    Vector bias[VECTORS], scale[VECTORS], shift[VECTORS], inv_tau[VECTORS];
+    Vector fires_at, subtracted;
+    bool resets_to_zero;
+
+    Tile(const Epilogue& e, int64_t tile) {
+        const float* c = e.constants + tile * 4 * LANES;
+        for (int v = 0; v < VECTORS; v++) {
+            bias[v] = load(c + v * WIDTH);
+            scale[v] = load(c + LANES + v * WIDTH);
+            shift[v] = load(c + 2 * LANES + v * WIDTH);
+            inv_tau[v] = load(c + 3 * LANES + v * WIDTH);
+        }
+        fires_at = broadcast(e.strict ? std::nextafterf(e.threshold, INFINITY) : e.threshold);
+        subtracted = broadcast(e.reset == 1 ? e.threshold : 0.0f);
+        resets_to_zero = e.reset == 0;
+    }
+
+    // One pixel over all time steps; residual, membrane and spikes may be null.
+    void pixel(int64_t steps, const float* sums, int64_t sums_step, const float* residual, int64_t residual_step,
+               float* membrane, int64_t membrane_step, char* spikes, int64_t spikes_step) const {
+        const Vector zero{};
+        Vector h[VECTORS] = {};
+        for (int64_t t = 0; t < steps; t++) {
+            Mask fired = 0;
+            for (int v = 0; v < VECTORS; v++) {
+                Vector u = multiply_add(load(sums + v * WIDTH) + bias[v], scale[v], shift[v]);
+                if (residual) u = load(residual + v * WIDTH) + u;
+                if (membrane) store(membrane + v * WIDTH, u);
+                auto resets = h[v] >= fires_at;
+                Vector before = resets_to_zero ? (resets ? zero : h[v]) : h[v];
+                h[v] = before + (u - before) * inv_tau[v] - (resets ? subtracted : zero);
+                fired |= Mask(at_least(h[v], fires_at)) << (v * WIDTH);
+            }
+            if (spikes) {
+                std::memcpy(spikes, &fired, sizeof fired);
+                spikes += spikes_step;
+            }
+            sums += sums_step;
+            if (residual) residual += residual_step;
+            if (membrane) membrane += membrane_step;
+        }
+    }
+};
+
+// The epilogue of `count` consecutive pixels in one tile, whose sums lie `sums_pixel` and `sums_step` apart.
+void finish(const Epilogue& e, int64_t tile, int64_t steps, int64_t first, int64_t count, const float* sums,
+            int64_t sums_pixel, int64_t sums_step) {
+    static thread_local Buffer<float> copies;
+    const Tile constants(e, tile);
+    const int64_t from = tile * LANES, lanes = std::min<int64_t>(LANES, e.channels - from);
+    const bool whole = lanes == LANES || (!e.residual && !e.membrane);
+    float* copy = whole ? nullptr : copies.reserve(2 * steps * LANES);
+    for (int64_t q = 0; q < count; q++) {
+        const int64_t at = (first + q) * e.channels + from;
+        const float* residual = e.residual ? e.residual + at : nullptr;
+        float* membrane = e.membrane ? e.membrane + at : nullptr;
+        char* spikes = nullptr;
+        if (e.spikes) spikes = reinterpret_cast<char*>(e.spikes + (first + q) * e.stride()) + tile * sizeof(Mask);
+        const float* sum = sums + q * sums_pixel;
+        if (whole) {
+            constants.pixel(steps, sum, sums_step, residual, e.residual_step, membrane, e.membrane_step, spikes,
+                            8 * e.spikes_step);
+            continue;
+        }
+        // The last tile is narrower than LANES: its real values go through a copy.
+        for (int64_t t = 0; residual && t < steps; t++)
+            std::memcpy(copy + t * LANES, residual + t * e.residual_step, lanes * sizeof(float));
+        constants.pixel(steps, sum, sums_step, residual ? copy : nullptr, LANES, copy + steps * LANES, LANES, spikes,
+                        8 * e.spikes_step);
+        for (int64_t t = 0; membrane && t < steps; t++)
+            std::memcpy(membrane + t * e.membrane_step, copy + (steps + t) * LANES, lanes * sizeof(float));
+    }
+}
+
+// Writes base + UNIT * i for every set bit i; may write up to LIST_SLACK entries behind the end that it returns.
+template <int UNIT>
+inline uint16_t* list_bits(uint32_t bits, uint32_t base, uint16_t* to) {
+#if defined(__AVX512VBMI2__)
+    alignas(64) static constexpr uint16_t STEPS[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                                       16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+    const __m512i steps = _mm512_mullo_epi16(_mm512_load_si512(STEPS), _mm512_set1_epi16(UNIT));
+    const __m512i entries = _mm512_add_epi16(_mm512_set1_epi16(short(base)), steps);
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi16(bits, entries));
+    return to + __builtin_popcount(bits);
+#else
+    for (; bits; bits &= bits - 1) *to++ = uint16_t(base + UNIT * __builtin_ctz(bits));
+    return to;
+#endif
+}
+
+// The active inputs of one output pixel: entry tap * channels + channel, times UNIT.
+template <int UNIT>
+int64_t list_inputs(const Frames& in, int radius, int64_t step, int64_t pixel, uint16_t* list) {
+    const int64_t x = radius ? pixel % in.width : 0, y = radius ? pixel / in.width % in.height : 0;
+    const uint64_t* centre = in.words + step * in.step + pixel * in.stride();
+    uint16_t* to = list;
+    uint32_t base = 0;
+    for (int64_t dy = -radius; dy <= radius; dy++)
+        for (int64_t dx = -radius; dx <= radius; dx++, base += UNIT * uint32_t(in.channels)) {
+            if (radius && (y + dy < 0 || y + dy >= in.height || x + dx < 0 || x + dx >= in.width)) continue;
+            const uint64_t* words = centre + (dy * in.width + dx) * in.stride();
+            for (int64_t c = 0; c < in.channels; c += 32) {
+                const uint32_t bits = uint32_t(words[c / 64] >> (c % 64));
+                to = list_bits<UNIT>(bits, base + UNIT * uint32_t(c), to);
+            }
+        }
+    return to - list;
+}
+
+// sums[row] = the sum of the listed weight rows, for ROWS rows whose lists have `count` entries each.
+template <int UNIT>
+inline void add_up(const float* weights, const uint16_t* lists, int64_t list_stride, const int32_t* rows, int64_t count,
+                   float* sums) {
+    const uint16_t* list[ROWS];
+    Vector sum[ROWS][VECTORS] = {};
+    for (int r = 0; r < ROWS; r++) list[r] = lists + rows[r] * list_stride;
+    const char* base = reinterpret_cast<const char*>(weights);
+    for (int64_t i = 0; i < count; i++)
+        for (int r = 0; r < ROWS; r++) {
+            const float* row = reinterpret_cast<const float*>(base + size_t(list[r][i]) * (4 * LANES / UNIT));
+            for (int v = 0; v < VECTORS; v++) sum[r][v] += load(row + v * WIDTH);
+        }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) store(sums + rows[r] * LANES + v * WIDTH, sum[r][v]);
+}
+
+// Rows in ascending order of their counts.
+void sort_rows(const int32_t* counts, int64_t n, int64_t most, int32_t* starts, int32_t* rows) {
+    std::fill(starts, starts + most + 2, 0);
+    for (int64_t r = 0; r < n; r++) starts[counts[r] + 1]++;
+    for (int64_t c = 0; c < most; c++) starts[c + 1] += starts[c];
+    for (int64_t r = 0; r < n; r++) rows[starts[counts[r]]++] = int32_t(r);
+}
+
+struct Task {
+    Buffer<uint16_t> lists;
+    Buffer<int32_t> counts, starts, rows, groups;
+    Buffer<float> sums;
+};
+
+template <int UNIT>
+void run_task(Task& task, const Frames& in, int radius, const float* weights, const Epilogue& e, int64_t first,
+              int64_t last, int64_t block) {
+    const int64_t inputs = in.channels * (2 * radius + 1) * (2 * radius + 1), steps = in.steps;
+    const int64_t stride = inputs + LIST_SLACK, block_rows = block * steps;
+    const int64_t blocks = (last - first + block - 1) / block, groups_a_block = (block_rows + ROWS - 1) / ROWS;
+    uint16_t* lists = task.lists.reserve((last - first) * steps * stride);
+    int32_t* counts = task.counts.reserve(block_rows);
+    int32_t* starts = task.starts.reserve(inputs + 2);
+    int32_t* rows = task.rows.reserve(blocks * groups_a_block * ROWS);
+    int32_t* groups = task.groups.reserve(blocks * groups_a_block);
+    float* sums = task.sums.reserve(block_rows * LANES);
+
+    for (int64_t b = 0; b < blocks; b++) {
+        const int64_t start = first + b * block, pixels = std::min(block, last - start), n = pixels * steps;
+        uint16_t* list = lists + b * block_rows * stride;
+        int32_t* order = rows + b * groups_a_block * ROWS;
+        int64_t most = 0;
+        for (int64_t t = 0; t < steps; t++)
+            for (int64_t q = 0; q < pixels; q++) {
+                const int64_t row = t * pixels + q;
+                counts[row] = int32_t(list_inputs<UNIT>(in, radius, t, start + q, list + row * stride));
+                most = std::max<int64_t>(most, counts[row]);
+            }
+        sort_rows(counts, n, most, starts, order);
+        for (int64_t i = 0; i < n; i += ROWS) {
+            const int64_t end = std::min(i + ROWS, n), longest = counts[order[end - 1]];
+            for (int64_t j = i; j < end; j++) {
+                uint16_t* mine = list + order[j] * stride;
+                // The weights have a row of zeros behind the last input.
+                std::fill(mine + counts[order[j]], mine + longest, uint16_t(inputs * UNIT));
+            }
+            std::fill(order + end, order + i + ROWS, order[end - 1]);
+            groups[b * groups_a_block + i / ROWS] = int32_t(longest);
+        }
+    }
+    for (int64_t tile = 0; tile < e.tiles(); tile++)
+        for (int64_t b = 0; b < blocks; b++) {
+            const int64_t start = first + b * block, pixels = std::min(block, last - start);
+            const uint16_t* list = lists + b * block_rows * stride;
+            for (int64_t g = 0; g < (pixels * steps + ROWS - 1) / ROWS; g++)
+                add_up<UNIT>(weights + tile * (inputs + 1) * LANES, list, stride, rows + (b * groups_a_block + g) * ROWS,
+                             groups[b * groups_a_block + g], sums);
+            finish(e, tile, steps, start, pixels, sums, LANES, pixels * LANES);
+        }
+}
+
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class T, class Larger>
+void pool(const T* in, T* out, int64_t frames, int64_t height, int64_t width, int64_t channels, int threads, Larger larger) {
+    const int64_t rows = (height + 1) / 2, columns = (width + 1) / 2;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < frames * rows; row++) {
+        const int64_t frame = row / rows, y = row % rows;
+        for (int64_t x = 0; x < columns; x++) {
+            T* to = out + (row * columns + x) * channels;
+            const T* centre = in + ((frame * height + 2 * y) * width + 2 * x) * channels;
+            std::copy(centre, centre + channels, to);
+            for (int64_t dy = -1; dy <= 1; dy++)
+                for (int64_t dx = -1; dx <= 1; dx++) {
+                    if (2 * y + dy < 0 || 2 * y + dy >= height || 2 * x + dx < 0 || 2 * x + dx >= width) continue;
+                    const T* from = centre + (dy * width + dx) * channels;
+                    for (int64_t c = 0; c < channels; c++) to[c] = larger(to[c], from[c]);
+                }
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+int spike_lanes() { return LANES; }
+
+void spike_product(const Frames* spikes, int64_t radius, const float* weights, const Epilogue* epilogue, int threads) {
+    const Frames& in = *spikes;
+    const Epilogue& e = *epilogue;
+    const int64_t channels = in.channels, steps = in.steps;
+    const int64_t inputs = channels * (2 * radius + 1) * (2 * radius + 1), pixels = in.pixels();
+    const int64_t block = std::max<int64_t>(1, BLOCK_ROWS / steps);
+    const int64_t fitting = std::min(TASK_ROWS, LIST_BYTES / (2 * (inputs + LIST_SLACK))) / steps / block;
+    const int64_t most = std::max<int64_t>(1, fitting) * block;
+    int64_t tasks = ceil_divide(pixels, most);
+    tasks = std::min(pixels, ceil_divide(tasks, threads) * threads);
+    const int64_t share = ceil_divide(pixels, tasks);
+    constexpr int UNIT = 4 * LANES / 8;  // entries are row offsets in units of 8 bytes where 16 bits hold these
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t i = 0; i < tasks; i++) {
+        static thread_local Task task;
+        const int64_t first = i * share, last = std::min(first + share, pixels);
+        if (first >= last) continue;
+        if ((inputs + 1) * UNIT <= 65536)
+            run_task<UNIT>(task, in, int(radius), weights, e, first, last, block);
+        else
+            run_task<1>(task, in, int(radius), weights, e, first, last, block);
+    }
+}
+
+// The epilogue alone: x is [frames, pixels, channels] with frames = steps, or one frame that is shown at every step (then
+// step = 0); one frame is `step` values from the next.
+void spike_neuron(const float* x, int64_t frames, int64_t step, int64_t steps, int64_t pixels, const Epilogue* epilogue,
+                  int threads) {
+    const Epilogue& e = *epilogue;
+    const int64_t channels = e.channels;
+    constexpr int64_t BLOCK = 32;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t block = 0; block < ceil_divide(pixels, BLOCK); block++) {
+        static thread_local Buffer<float> copies;
+        const int64_t first = block * BLOCK, count = std::min(BLOCK, pixels - first);
+        for (int64_t tile = 0; tile < e.tiles(); tile++) {
+            const float* from = x + first * channels + tile * LANES;
+            const int64_t lanes = std::min<int64_t>(LANES, channels - tile * LANES);
+            if (lanes == LANES) {
+                finish(e, tile, steps, first, count, from, channels, step);
+                continue;
+            }
+            float* copy = copies.reserve(frames * count * LANES);
+            for (int64_t t = 0; t < frames; t++)
+                for (int64_t q = 0; q < count; q++)
+                    std::memcpy(copy + (t * count + q) * LANES, from + t * step + q * channels, lanes * sizeof(float));
+            finish(e, tile, steps, first, count, copy, LANES, step ? count * LANES : 0);
+        }
+    }
+}
+
+// Maximum over 3x3 windows, stride 2, padding 1, of `frames` frames: words of spikes by OR, or real values.
+void spike_pool(const uint64_t* in, uint64_t* out, int64_t frames, int64_t height, int64_t width, int64_t words,
+                int threads) {
+    pool(in, out, frames, height, width, words, threads, [](uint64_t a, uint64_t b) { return a | b; });
+}
+
+void real_pool(const float* in, float* out, int64_t frames, int64_t height, int64_t width, int64_t channels, int threads) {
+    pool(in, out, frames, height, width, channels, threads, [](float a, float b) { return a > b ? a : b; });
+}
+
+// q & neuron(sum over tokens of k & v), for rows [steps, images, tokens] of three times `words` words: q, k, v.
+void spike_attention(const uint64_t* qkv, uint64_t* out, int64_t steps, int64_t images, int64_t tokens, int64_t words,
+                     const float* inv_tau, float threshold, int64_t reset, int64_t strict, int threads) {
+    const float fires_at = strict ? std::nextafterf(threshold, INFINITY) : threshold;
+    const float subtracted = reset == 1 ? threshold : 0.0f;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t column = 0; column < images * words; column++) {
+        const int64_t image = column / words, word = column % words;
+        float h[64] = {};
+        for (int64_t t = 0; t < steps; t++) {
+            const int64_t row = (t * images + image) * tokens;
+            // Counters of 64 channels, bit by bit: plane i holds bit i of every count.
+            uint64_t planes[40] = {};
+            int used = 0;
+            for (int64_t token = 0; token < tokens; token++) {
+                const uint64_t* at = qkv + (row + token) * 3 * words + word;
+                uint64_t carry = at[words] & at[2 * words];
+                for (int i = 0; carry; i++) {
+                    const uint64_t both = planes[i] & carry;
+                    planes[i] ^= carry;
+                    carry = both;
+                    used = std::max(used, i + 1);
+                }
+            }
+            uint64_t fired = 0;
+            for (int c = 0; c < 64; c++) {
+                int64_t count = 0;
+                for (int i = 0; i < used; i++) count |= int64_t(planes[i] >> c & 1) << i;
+                const bool resets = h[c] >= fires_at;
+                const float before = resets && reset == 0 ? 0.0f : h[c];
+                h[c] = before + (float(count) - before) * inv_tau[word * 64 + c] - (resets ? subtracted : 0.0f);
+                fired |= uint64_t(h[c] >= fires_at) << c;
+            }
+            for (int64_t token = 0; token < tokens; token++)
+                out[(row + token) * words + word] = qkv[(row + token) * 3 * words + word] & fired;
+        }
+    }
+}
+
+// Spikes as zeros and ones, row after row, without the padding of the words.
+void spike_expand(const uint64_t* words, float* out, int64_t rows, int64_t channels, int threads) {
+    const int64_t stride = ceil_divide(channels, 64);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t c = 0; c < channels; c++) out[row * channels + c] = float(words[row * stride + c / 64] >> (c % 64) & 1);
+}
+
+int64_t spike_count(const uint64_t* words, int64_t count, int threads) {
+    int64_t total = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : total)
+    for (int64_t i = 0; i < count; i++) total += __builtin_popcountll(words[i]);
+    return total;
+}
+
+}  // extern "C"

@@ -1,0 +1,401 @@
+"""Event-driven inference on a CPU: spikes at one bit each, and ops that work only where there are some.
+
+A product with spikes is a sum of weight rows, so a silent input costs nothing. Every op has its equation beside it as
+`..._reference`, in PyTorch on unpacked spikes, with the same signature. There are no gradients.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import c_float, c_int, c_int64, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import cpu_build
+from .lif import lif_reference
+from .spec import RESETS, NeuronSpec
+
+WORD = 64
+"""Spikes in a word."""
+
+
+@dataclass(frozen=True)
+class PackedSpikes:
+    """Spikes of `channels` channels at one bit each: words `[T, B, H, W, ceil(channels / 64)]` of int64.
+
+    Channel c is bit `c % 64` of word `c // 64`; the bits behind the last channel are zero.
+    """
+
+    words: Tensor
+    channels: int
+
+    @staticmethod
+    def pack(spikes: Tensor) -> PackedSpikes:
+        """Packs `[T, B, C, H, W]`, of any dtype, whose values are all 0 or 1; raises `ValueError` for others.
+
+        >>> PackedSpikes.pack(torch.ones(4, 1, 3, 2, 2)).words.unique()
+        tensor([7])
+        """
+        if spikes.ndim != 5 or 0 in spikes.shape:
+            raise ValueError(f"spikes must be [T, B, C, H, W] with no empty axis, got {list(spikes.shape)}")
+        bits = spikes != 0
+        if not torch.equal(bits.to(spikes.dtype), spikes):
+            raise ValueError("spikes must be 0 or 1; a membrane or an image has to go through a neuron first")
+        channels = spikes.shape[2]
+        padded = F.pad(bits.movedim(2, -1), (0, -channels % WORD))
+        words = np.packbits(padded.contiguous().numpy(), axis=-1, bitorder="little").view(np.int64)
+        return PackedSpikes(torch.from_numpy(words), channels)
+
+    def unpack(self) -> Tensor:
+        """Zeros and ones `[T, B, C, H, W]` in float32; the channels are the innermost axis in memory."""
+        words = self.words.contiguous()
+        frames = torch.empty(*words.shape[:-1], self.channels)
+        _call("spike_expand", words, frames, words[..., 0].numel(), self.channels)
+        return frames.movedim(-1, 2)
+
+    def unpack_reference(self) -> Tensor:
+        """The same in PyTorch."""
+        bits = (self.words.unsqueeze(-1) >> torch.arange(WORD)) & 1
+        return bits.flatten(-2)[..., : self.channels].movedim(-1, 2).float()
+
+    def images(self, first: int, last: int) -> PackedSpikes:
+        """The spikes of the images from `first` to before `last`: a view."""
+        return PackedSpikes(self.words[:, first:last], self.channels)
+
+    def count(self) -> int:
+        """The number of spikes."""
+        words = self.words.contiguous()
+        return _call("spike_count", words, words.numel())
+
+    def rate(self) -> float:
+        """The share of ones."""
+        return self.count() / (self.words[..., 0].numel() * self.channels)
+
+
+class EventWeight:
+    """The weight `[out, in, k, k]` (k = 1 or 3) of a convolution of stride 1 that keeps the frame's size, tiled for the CPU.
+
+    Raises `ValueError` for another kernel or more inputs than an entry of a list can name.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        if weight.ndim != 4 or weight.shape[2:] not in ((1, 1), (3, 3)):
+            raise ValueError(f"the weight must be [out, in, 1, 1] or [out, in, 3, 3], got {list(weight.shape)}")
+        rows = weight.detach().float().permute(2, 3, 1, 0).flatten(0, 2)
+        if len(rows) >= 1 << 16:
+            raise ValueError(f"an output may have at most {(1 << 16) - 1} inputs, got {len(rows)}")
+        self.weight = weight.detach().float()
+        # The row of zeros behind the last input is what shorter lists of a group are filled up with.
+        self.tiles = _tiled(F.pad(rows, (0, 0, 0, 1)))
+
+    @property
+    def radius(self) -> int:
+        return self.weight.shape[-1] // 2
+
+
+class Epilogue:
+    """What becomes of the sums of a product: `u = residual + (sum + bias) * scale + shift`, and a neuron on u.
+
+    `bias`, `scale` and `shift` are `[channels]`; `inv_tau`, a number or `[channels]`, replaces that of `neuron`. Without a
+    neuron no spikes are made. `(sum + bias) * scale + shift` is rounded as PyTorch's batch normalization rounds it.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        bias: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        neuron: NeuronSpec | None = None,
+        inv_tau: Tensor | None = None,
+    ) -> None:
+        self.channels, self.neuron = channels, neuron
+        of_neuron = 0.0 if neuron is None else neuron.inv_tau
+        constants = ((bias, 0.0), (scale, 1.0), (shift, 0.0), (inv_tau, of_neuron))
+        rows = [torch.full((channels,), default) if given is None else given.detach().float() for given, default in constants]
+        self.bias, self.scale, self.shift, self.inv_tau = (row.expand(channels) for row in rows)
+        self.tiles = _tiled(torch.stack([self.bias, self.scale, self.shift, self.inv_tau]))
+
+    def reference(
+        self, sums: Tensor, residual: Tensor | None, steps: int, membrane: bool
+    ) -> tuple[Tensor | None, PackedSpikes | None]:
+        """The equations on sums `[T or 1, B, H, W, channels]`."""
+        u = torch.addcmul(self.shift.double(), sums + self.bias, self.scale.double()).float()
+        u = u.expand(steps, *u.shape[1:])
+        if residual is not None:
+            u = residual + u
+        spikes = None
+        if self.neuron is not None:
+            neuron = self.neuron
+            fired, _ = lif_reference(
+                u.movedim(-1, 2),
+                self.inv_tau,
+                threshold=neuron.threshold,
+                reset=neuron.reset,
+                strict=neuron.strict,
+            )
+            spikes = PackedSpikes.pack(fired)
+        return (u if membrane else None), spikes
+
+
+Result = tuple[Tensor | None, PackedSpikes | None]
+"""The membrane `[T, B, H, W, out]`, if it was asked for, and the spikes, if there is a neuron."""
+
+
+def spike_product(
+    spikes: PackedSpikes,
+    weight: EventWeight,
+    epilogue: Epilogue,
+    *,
+    residual: Tensor | None = None,
+    membrane: bool | Tensor = False,
+) -> Result:
+    """The convolution of spikes with a weight, and its epilogue: additions of the weights of active inputs alone.
+
+    `residual` is `[T, B, H, W, out]`. `membrane` asks for u, and may be the tensor to write it to, `residual` itself too.
+
+    >>> weight, neuron = torch.rand(8, 16, 1, 1), NeuronSpec()
+    >>> spikes = PackedSpikes.pack(torch.ones(4, 1, 16, 2, 2))
+    >>> spike_product(spikes, EventWeight(weight), Epilogue(8, neuron=neuron))[1].unpack().shape
+    torch.Size([4, 1, 8, 2, 2])
+    """
+    _check_product(spikes, weight, epilogue)
+    steps, images, height, width, _ = spikes.words.shape
+    words = _frames(spikes.words)
+    kept, fired, arguments = _outputs(epilogue, (steps, images, height, width), residual, membrane)
+    frames = _Frames(words.data_ptr(), words.stride(0), steps, images, height, width, spikes.channels)
+    _call("spike_product", ctypes.byref(frames), weight.radius, weight.tiles, ctypes.byref(arguments))
+    return kept, fired
+
+
+def spike_product_reference(
+    spikes: PackedSpikes,
+    weight: EventWeight,
+    epilogue: Epilogue,
+    *,
+    residual: Tensor | None = None,
+    membrane: bool | Tensor = False,
+) -> Result:
+    """`spike_product` as a dense convolution."""
+    _check_product(spikes, weight, epilogue)
+    frames = spikes.unpack_reference()
+    sums = F.conv2d(
+        frames.flatten(0, 1).contiguous(memory_format=torch.channels_last),
+        weight.weight.contiguous(memory_format=torch.channels_last),
+        padding=weight.radius,
+    )
+    sums = sums.unflatten(0, frames.shape[:2]).movedim(2, -1)
+    return epilogue.reference(sums, residual, len(frames), membrane is not False)
+
+
+def spike_neuron(
+    x: Tensor, epilogue: Epilogue, steps: int, *, residual: Tensor | None = None, membrane: bool | Tensor = False
+) -> Result:
+    """The epilogue alone, on x `[T or 1, B, H, W, C]`: a single frame is shown at each of the `steps`."""
+    _check_neuron(x, epilogue, steps)
+    x = _frames(x)
+    frames, *places, _ = x.shape
+    kept, fired, arguments = _outputs(epilogue, (steps, *places), residual, membrane)
+    step = 0 if frames == 1 else x.stride(0)
+    _call("spike_neuron", x, frames, step, steps, x[0, ..., 0].numel(), ctypes.byref(arguments))
+    return kept, fired
+
+
+def spike_neuron_reference(
+    x: Tensor, epilogue: Epilogue, steps: int, *, residual: Tensor | None = None, membrane: bool | Tensor = False
+) -> Result:
+    """`spike_neuron` in PyTorch."""
+    _check_neuron(x, epilogue, steps)
+    return epilogue.reference(x, residual, steps, membrane is not False)
+
+
+def spike_pool(spikes: PackedSpikes) -> PackedSpikes:
+    """3x3 maximum, stride 2, padding 1, which for spikes is OR."""
+    words = spikes.words.contiguous()
+    return PackedSpikes(_pool("spike_pool", words), spikes.channels)
+
+
+def spike_pool_reference(spikes: PackedSpikes) -> PackedSpikes:
+    """`spike_pool` on unpacked spikes."""
+    frames = spikes.unpack_reference()
+    return PackedSpikes.pack(F.max_pool2d(frames.flatten(0, 1), 3, 2, 1).unflatten(0, frames.shape[:2]))
+
+
+def real_pool(x: Tensor) -> Tensor:
+    """3x3 maximum, stride 2, padding 1, of x `[T, B, H, W, C]`."""
+    return _pool("real_pool", x.float().contiguous())
+
+
+def real_pool_reference(x: Tensor) -> Tensor:
+    """`real_pool` in PyTorch."""
+    return F.max_pool2d(x.flatten(0, 1).movedim(-1, 1), 3, 2, 1).movedim(1, -1).unflatten(0, x.shape[:2])
+
+
+def spike_attention(qkv: PackedSpikes, neuron: NeuronSpec, inv_tau: Tensor | None = None) -> PackedSpikes:
+    """Spike-driven self-attention, `q AND neuron(number of tokens with k AND v)`, of packed q, k and v one after the other.
+
+    qkv has `3 * channels` channels, channels a multiple of 64 (`pad_to_words` makes weights for that); inv_tau is a number or
+    `[channels]`. The result has `channels` channels.
+    """
+    channels = _attention_channels(qkv)
+    words = qkv.words.contiguous()
+    steps, images, height, width, _ = words.shape
+    out = torch.empty(steps, images, height, width, channels // WORD, dtype=torch.int64)
+    leak = torch.full((channels,), neuron.inv_tau) if inv_tau is None else inv_tau.detach().float().expand(channels)
+    _call(
+        "spike_attention",
+        words,
+        out,
+        steps,
+        images,
+        height * width,
+        channels // WORD,
+        leak.contiguous(),
+        c_float(neuron.threshold),
+        RESETS.index(neuron.reset),
+        int(neuron.strict),
+    )
+    return PackedSpikes(out, channels)
+
+
+def spike_attention_reference(qkv: PackedSpikes, neuron: NeuronSpec, inv_tau: Tensor | None = None) -> PackedSpikes:
+    """`spike_attention` on unpacked spikes."""
+    _attention_channels(qkv)
+    q, k, v = qkv.unpack_reference().chunk(3, dim=2)
+    counts = (k * v).sum((-2, -1), keepdim=True)
+    leak = neuron.inv_tau if inv_tau is None else inv_tau
+    a, _ = lif_reference(counts, leak, threshold=neuron.threshold, reset=neuron.reset, strict=neuron.strict)
+    return PackedSpikes.pack(q * a)
+
+
+def pad_to_words(x: Tensor) -> Tensor:
+    """x `[C, ...]` with zeros behind it, up to a multiple of 64 along the first axis."""
+    return torch.cat([x, x.new_zeros(-len(x) % WORD, *x.shape[1:])])
+
+
+def kernels_problem() -> str | None:
+    """Why the kernels cannot run on this machine, or None where they can."""
+    try:
+        _library()
+    except cpu_build.BuildError as error:
+        return str(error)
+    return None
+
+
+# ---- from tensors to the kernels' arguments
+
+
+class _Frames(ctypes.Structure):
+    _fields_ = [
+        ("words", c_void_p),
+        *((name, c_int64) for name in ("step", "steps", "images", "height", "width", "channels")),
+    ]
+
+
+class _Epilogue(ctypes.Structure):
+    _fields_ = [
+        ("constants", c_void_p),
+        ("channels", c_int64),
+        ("residual", c_void_p),
+        ("residual_step", c_int64),
+        ("membrane", c_void_p),
+        ("membrane_step", c_int64),
+        ("spikes", c_void_p),
+        ("spikes_step", c_int64),
+        ("threshold", c_float),
+        ("reset", c_int),
+        ("strict", ctypes.c_bool),
+    ]
+
+
+def _outputs(
+    epilogue: Epilogue, places: tuple[int, ...], residual: Tensor | None, membrane: bool | Tensor
+) -> tuple[Tensor | None, PackedSpikes | None, _Epilogue]:
+    shape = (*places, epilogue.channels)
+    kept = torch.empty(shape) if membrane is True else membrane if isinstance(membrane, Tensor) else None
+    for name, real in (("residual", residual), ("membrane", kept)):
+        if real is None:
+            continue
+        if real.shape != shape or real.dtype != torch.float32 or not real[0].is_contiguous():
+            raise ValueError(
+                f"{name} must be float32 {list(shape)} with frames without gaps, got {real.dtype} {list(real.shape)}"
+            )
+    neuron = epilogue.neuron
+    words = None
+    if neuron is not None:
+        words = torch.empty(*places, -(-epilogue.channels // WORD), dtype=torch.int64)
+        if epilogue.tiles.shape[0] * epilogue.tiles.shape[2] < words.shape[-1] * WORD:
+            words.zero_()
+    arguments = _Epilogue(epilogue.tiles.data_ptr(), epilogue.channels)
+    for name, tensor in (("residual", residual), ("membrane", kept), ("spikes", words)):
+        if tensor is not None:
+            setattr(arguments, name, tensor.data_ptr())
+            setattr(arguments, f"{name}_step", tensor.stride(0))
+    if neuron is not None:
+        arguments.threshold, arguments.strict = neuron.threshold, neuron.strict
+        arguments.reset = RESETS.index(neuron.reset)
+    return kept, None if words is None else PackedSpikes(words, epilogue.channels), arguments
+
+
+def _frames(x: Tensor) -> Tensor:
+    """x itself where every frame `x[t]` lies without gaps, else a copy."""
+    return x if x[0].is_contiguous() else x.contiguous()
+
+
+def _pool(kernel: str, x: Tensor) -> Tensor:
+    steps, images, height, width, channels = x.shape
+    pooled = x.new_empty(steps, images, (height + 1) // 2, (width + 1) // 2, channels)
+    _call(kernel, x, pooled, steps * images, height, width, channels)
+    return pooled
+
+
+def _tiled(rows: Tensor) -> Tensor:
+    """rows `[n, out]` -> `[tiles, n, lanes]`, zeros behind the last output."""
+    lanes = _library().spike_lanes()
+    padded = F.pad(rows, (0, -rows.shape[1] % lanes))
+    return padded.unflatten(1, (-1, lanes)).transpose(0, 1).contiguous()
+
+
+def _check_product(spikes: PackedSpikes, weight: EventWeight, epilogue: Epilogue) -> None:
+    out, into = weight.weight.shape[:2]
+    if spikes.channels != into or epilogue.channels != out:
+        raise ValueError(
+            f"the weight takes {into} channels to {out}, but the spikes have {spikes.channels} and the epilogue "
+            f"{epilogue.channels}"
+        )
+
+
+def _check_neuron(x: Tensor, epilogue: Epilogue, steps: int) -> None:
+    if x.ndim != 5 or x.shape[-1] != epilogue.channels or x.shape[0] not in (1, steps) or x.dtype != torch.float32:
+        raise ValueError(
+            f"expected float32 [{steps} or 1, B, H, W, {epilogue.channels}], got {x.dtype} {list(x.shape)}"
+        )
+
+
+def _attention_channels(qkv: PackedSpikes) -> int:
+    if qkv.channels % (3 * WORD):
+        raise ValueError(f"q, k and v must each have a multiple of {WORD} channels, got {qkv.channels} / 3")
+    return qkv.channels // 3
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = cpu_build.library(Path(__file__).with_name("sparse.cpp"))
+    library.spike_count.restype = c_int64
+    return library
+
+
+def _call(name: str, *arguments: object) -> int:
+    """Calls a kernel with tensors as their addresses and numbers in 64 bits, and behind them the number of threads."""
+    values = [
+        c_void_p(a.data_ptr()) if isinstance(a, Tensor) else c_int64(a) if isinstance(a, int) else a for a in arguments
+    ]
+    result: int = getattr(_library(), name)(*values, c_int(torch.get_num_threads()))
+    return result
