@@ -134,7 +134,7 @@ _not_a_number = st.builds(
     st.sampled_from(NUMBERS),
     st.one_of(
         _words.map(lambda w: f"x{w}"),
-        st.sampled_from(["nan", "-inf", "[1]", "{a: 1}", "true!", "1e", "0x", "null", ""]),
+        st.sampled_from(["nan", "-inf", "[1]", "{a: 1}", "true!", "1e", "0x"]),
     ),
 )
 _out_of_bounds = st.builds(
