@@ -8,9 +8,11 @@ version = next(
     if line.startswith("__version__")
 )
 
-train = ["accelerate>=1.2", "omegaconf>=2.3", "timm>=1.0.12", "torchvision", "scikit-learn", "matplotlib>=3.7", "tensorboard"]
+train = ["accelerate>=1.2", "omegaconf>=2.3", "timm>=1.0.12", "torchvision", "scikit-learn", "matplotlib>=3.7"]
+train += ["tensorboard"]
 events = ["tonic>=1.5", "aedat>=2.0"]
-test = ["pytest>=8", "pytest-xdist", "hypothesis", "mypy", "ruff", "dv-processing", "neurobench", "types-PyYAML"]
+data = ["datasets>=4", "mlxtend>=0.23", "webdataset>=0.2.86"]
+test = [*data, "pytest>=8", "pytest-xdist", "hypothesis", "mypy", "ruff", "dv-processing", "neurobench", "types-PyYAML"]
 
 setup(
     name="sdt_blocks",
@@ -36,6 +38,7 @@ setup(
         *events,
     ],
     extras_require={
+        "data": data,
         "test": test,
         "bench": ["spikingjelly>=2.0"],
     },

@@ -101,10 +101,12 @@ def _splits(name: str, available: Any) -> tuple[str, str]:
 
 def _columns(name: str, features: Any, hub: Any) -> tuple[str, str]:
     image = next((key for key, kind in features.items() if isinstance(kind, hub.Image)), None)
-    labels = [key for key, kind in features.items() if isinstance(kind, hub.ClassLabel)]
-    label = "label" if "label" in features else next(iter(labels), None)
+    named = [key for key, kind in features.items() if isinstance(kind, hub.ClassLabel)]
+    whole = [key for key, kind in features.items() if str(getattr(kind, "dtype", "")).startswith(("int", "uint"))]
+    label = "label" if "label" in whole else next(iter(named), None)
     if image is None or label is None:
-        raise DataError(f"data.name={name} needs a column of images and one of labels, it has {', '.join(features)}")
+        columns = ", ".join(f"{key} ({kind})" for key, kind in features.items())
+        raise DataError(f"data.name={name} needs a column of images and one of class labels, it has {columns}")
     return image, label
 
 

@@ -238,6 +238,29 @@ def test_hugging_face_folders_are_read(tmp_path, tree, photograph):
     assert "2.png" in val.source.describe(5)
 
 
+@pytest.mark.parametrize("kind", ["named", "numbers", "text", "other name"])
+def test_columns_of_hugging_face_tables_are_found(tmp_path, photograph, kind):
+    hub = pytest.importorskip("datasets")
+    names = ["tea", "rose"]
+    label = {"numbers": hub.Value("int64"), "text": hub.Value("string")}.get(kind, hub.ClassLabel(names=names))
+    key = "species" if kind == "other name" else "label"
+    features = hub.Features({"picture": hub.Image(), key: label})
+    labels = [names[i % 2] if kind == "text" else i % 2 for i in range(4)]
+    rows = {"picture": [photograph("flower", i) for i in range(4)], key: labels}
+    for split in ("train", "test"):
+        (tmp_path / "table").mkdir(exist_ok=True)
+        hub.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "table" / f"{split}.parquet")
+    arguments = (f"hfds/{tmp_path / 'table'}", tmp_path / "cache")
+    if kind == "text":
+        with pytest.raises(DataError, match=r"needs a column of images and one of class labels, it has picture"):
+            build_image_datasets(*arguments, **PLAIN)
+        return
+    train, test = build_image_datasets(*arguments, **PLAIN)
+    assert train.classes == (["0", "1"] if kind == "numbers" else names)
+    assert train.targets.tolist() == [0, 1, 0, 1]
+    assert torch.equal(train[2][0], test[2][0])
+
+
 def test_a_hugging_face_name_that_is_not_here_is_not_fetched(tmp_path):
     pytest.importorskip("datasets")
     with pytest.raises(DataError, match=r"hfds/no-such/thing cannot be loaded .* unless data\.download=true"):
