@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from torch.utils.data import DataLoader
 
 from sdt_blocks import save_model
 from sdt_blocks.checkpoint import WEIGHTS, write_atomically
+
+ANALYZED = 256
+"""Samples of each process that `analyze=true` looks at."""
 
 
 @dataclass
@@ -156,20 +160,30 @@ def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]], clock: Clock, epo
             loss = run.loss(run.model(inputs), targets)
             accelerator.backward(loss)
         total += loss.detach() / config.train.accumulate
-    # One exchange for both: the processes must agree on stopping, and on whether this update counts.
-    shared = torch.stack([total, torch.full_like(total, float(run.stop.signal > 0))])
-    mean, stops = (accelerator.reduce(shared, "sum") / torch.tensor([accelerator.num_processes, 1]).to(shared)).tolist()
+    # Without a bound the norm is taken all the same: a spike hides a NaN from the loss, but not from the gradient.
+    bound = math.inf if config.optim.clip_grad is None else config.optim.clip_grad
+    norm = accelerator.clip_grad_norm_(run.model.parameters(), bound)
+    mean, norm, stops = exchange(accelerator, total, norm, float(run.stop.signal > 0))
     run.stopping = stops > 0
-    if not math.isfinite(mean):
-        skip_update(run, before, mean)
-        return mean
-    if config.optim.clip_grad is not None:
-        accelerator.clip_grad_norm_(run.model.parameters(), config.optim.clip_grad)
+    # With a gradient scaler an infinite gradient is no fault: the scaler leaves the update out and lowers its scale.
+    if not math.isfinite(mean) or (accelerator.scaler is None and not math.isfinite(norm)):
+        skip_update(run, before, mean, norm)
+        return math.nan
     run.optimizer.step()
     run.optimizer.zero_grad()
     if run.ema is not None:
         run.ema.update(run.plain, step=step + 1)
     return mean
+
+
+def exchange(accelerator: Accelerator, loss: Tensor, norm: Any, stop: float) -> list[float]:
+    """The mean of the loss, the norm of the gradient and the number of stop requests, the same on every process."""
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    shared = torch.stack(
+        [loss / accelerator.num_processes, norm.to(loss) / accelerator.num_processes, loss.new_tensor(stop)]
+    )
+    values: Tensor = accelerator.reduce(shared, "sum")  # type: ignore[assignment]
+    return values.tolist()  # type: ignore[no-any-return]
 
 
 def learning_rate_at(config: Config, step: int) -> float:
@@ -185,23 +199,25 @@ def learning_rate_at(config: Config, step: int) -> float:
     )
 
 
-def skip_update(run: Run, buffers: list[Tensor], loss: float) -> None:
-    """Leaves an update with a non-finite loss out, or raises `RunError` where no more are allowed."""
+def skip_update(run: Run, buffers: list[Tensor], loss: float, norm: float) -> None:
+    """Leaves a non-finite update out, or raises `RunError` where no more are allowed."""
     position = run.position
     position.nonfinite += 1
     allowed = run.config.train.skip_nonfinite
-    lr = learning_rate_at(run.config, position.step)
+    fault = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient is {norm} (the loss is {loss:.4g})"
     if position.nonfinite > allowed:
+        lr = learning_rate_at(run.config, position.step)
         raise RunError(
-            f"the loss is {loss} at step {position.step} (epoch {run.epoch + 1}, learning rate {lr:.3g}); "
-            f"{last_good(run.folder)}. Lower optim.lr, set optim.clip_grad, or leave up to K such steps out: "
-            f"train.skip_nonfinite=K"
+            f"{fault} at step {position.step} (epoch {run.epoch + 1}, learning rate {lr:.3g}); "
+            f"{last_good(run.folder)}. Lower optim.lr, set optim.clip_grad, or leave up to K such steps out: train.skip_nonfinite=K"
         )
+    if run.accelerator.scaler is not None:
+        run.optimizer.step()  # which the scaler turns into a lower scale
     run.optimizer.zero_grad()
     # The forward pass has put the non-finite values into the batch statistics already.
     for buffer, value in zip(run.plain.buffers(), buffers, strict=True):
         buffer.copy_(value)
-    run.display.say(f"step {position.step} left out: the loss is {loss} ({position.nonfinite} of at most {allowed})")
+    run.display.say(f"step {position.step} left out: {fault} ({position.nonfinite} of at most {allowed})")
 
 
 def close_epoch(run: Run, clock: Clock) -> None:
@@ -302,13 +318,18 @@ def save_weights(run: Run, name: str, model: Any) -> None:
 def finish(run: Run) -> None:
     """Final weights, summary.json and curves; checks that all processes hold the same weights."""
     accelerator, config, folder = run.accelerator, run.config, run.folder
-    model = whole_model(accelerator, config, run.model)
+    model = whole_model(accelerator, config, run.model).eval()
     digests = gather_object([state_digest(model)])
     if len(set(digests)) > 1:
         raise RunError(f"the processes ended with different weights ({', '.join(d[:8] for d in digests)})")
     save_weights(run, "last", model)
     if run.ema is not None:
         save_weights(run, "ema", run.ema.module)
+    if config.analyze:
+        from analyze import analyze_model
+
+        few = list(islice(fetch(run.test_loader), max(1, ANALYZED // config.train.batch_size)))
+        analyze_model(model, few, folder / "analysis", title=f"{config.model.name} on {config.data.name}")
     if accelerator.is_main_process:
         line = read_metrics(folder)[-1]
         summary = {

@@ -1,0 +1,316 @@
+"""What a step of training does, against closed forms and sums made by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from config import ConfigError, RunError, load_config
+from launching import TINY, read_lines, read_summary
+from omegaconf import OmegaConf
+from torch.nn import functional as F
+
+from sdt_blocks import load_model, load_released_checkpoint
+
+QUIET = ("threads=1", "tracker=none")
+PLAIN = (*TINY, "data.mixup=0", "data.cutmix=0", "data.auto_augment=null", "model.drop_path=0", "train.ema_decay=null")
+
+
+@pytest.fixture
+def set_up(tmp_path, monkeypatch):
+    """`set_up(*arguments)` makes a run in this process, in an empty working directory."""
+    import set_up as module
+    from accelerate.state import AcceleratorState, GradientState
+
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+
+    def make(*arguments: str, default: str = "digits"):
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        return module.set_up(load_config(arguments, default=default))
+
+    yield make
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def train(set_up):
+    """`train(*arguments)` trains in this process and gives the finished run."""
+    from engine import train
+
+    def go(*arguments: str, default: str = "digits"):
+        run = set_up(*arguments, default=default)
+        train(run)
+        return run
+
+    return go
+
+
+def one_update(run):
+    from engine import Clock, update
+    from loading import fetch
+
+    run.train_loader.dataset.set_epoch(0)
+    run.batches.seek(0, run.position.step)
+    loss = update(run, fetch(run.train_loader), Clock(), 0)
+    run.position.step += 1
+    return loss
+
+
+def state(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def test_the_run_folder_holds_what_the_readme_says(train, tmp_path):
+    run = train(*TINY, "output_dir=run", "train.epochs=2", "tracker=tensorboard")
+    folder = tmp_path / "run"
+    summary, lines = read_summary(folder), read_lines(folder)
+    assert [line["epoch"] for line in lines] == [1, 2]
+    for key in ("lr", "train_loss", "images_per_second", "data_wait", "peak_memory_mib", "firing_rate", "test_loss"):
+        assert math.isfinite(lines[-1][key]), key
+    assert 0 <= lines[-1]["data_wait"] <= 1 and 0 <= lines[-1]["firing_rate"] <= 1
+    assert summary["test_top1"] == lines[-1]["test_top1"] and summary["loss"] == lines[-1]["test_loss"]
+    assert summary["epochs"] == 2 and summary["steps"] == 16
+    assert summary["params"] == sum(p.numel() for p in load_model(folder / "last").parameters())
+    from hashlib import sha256
+
+    assert summary["weights_sha256"] == sha256((folder / "last" / "model.safetensors").read_bytes()).hexdigest()
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list(folder.glob("tensorboard/sdt/events.out.tfevents.*"))
+    resolved = OmegaConf.load(folder / "config.yaml")
+    assert resolved.model.num_classes == 10 and resolved.model.in_channels == 1
+    assert resolved.derived.total_batch == 32 and resolved.derived.total_steps == 16
+    assert load_model(folder).num_classes == 10
+    assert run.position.best_top1 == max(max(line["test_top1"], line["ema_test_top1"]) for line in lines)
+
+
+def test_the_reported_accuracy_is_that_of_the_saved_weights(train, tmp_path):
+    run = train(*PLAIN, "output_dir=run", "train.epochs=2", "data.test_samples=50")
+    model = load_model(tmp_path / "run" / "last")
+    images, targets = zip(*(run.test_loader.dataset[i] for i in range(50)), strict=True)
+    with torch.no_grad():
+        logits = model(torch.stack(images))
+    targets = torch.tensor(targets)
+    summary = read_summary(tmp_path / "run")
+    assert summary["test_top1"] == pytest.approx(100 * (logits.argmax(1) == targets).double().mean().item())
+    in_five = (logits.argsort(1, descending=True)[:, :5] == targets[:, None]).any(1)
+    assert summary["test_top5"] == pytest.approx(100 * in_five.double().mean().item())
+    assert summary["loss"] == pytest.approx(F.cross_entropy(logits.double(), targets).item(), rel=1e-5)
+
+
+def test_the_average_follows_its_recurrence(set_up):
+    run = set_up(*PLAIN, "output_dir=run", "train.ema_decay=0.7")
+    expected = {key: value.double() for key, value in state(run.plain).items()}
+    for step in range(4):
+        one_update(run)
+        # timm starts the average with the weights after the first update.
+        decay = 0.7 if step else 0.0
+        for key, value in run.plain.state_dict().items():
+            expected[key] = decay * expected[key] + (1 - decay) * value.double()
+    for key, value in run.ema.module.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), expected[key], rtol=1e-5, atol=1e-7)
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(set_up, train, tmp_path):
+    # The batch statistics are frozen in linear probing, so that a sample's gradient does not depend on its batch.
+    train(*PLAIN, "output_dir=first", "train.epochs=2")
+    probe = (*PLAIN, "train.linear_probe=true", "train.init_checkpoint=first", "resume=none")
+    whole = set_up(*probe, "output_dir=whole", "train.batch_size=32")
+    expected = [one_update(whole) for _ in range(3)]
+    parts = set_up(*probe, "output_dir=parts", "train.batch_size=8", "train.accumulate=4")
+    assert parts.config.derived.total_batch == 32
+    assert [one_update(parts) for _ in range(3)] == pytest.approx(expected, rel=1e-5)
+    for a, b in zip(whole.plain.head.parameters(), parts.plain.head.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_clipping_bounds_what_an_update_moves(set_up):
+    options = ("optim.name=sgd", "optim.betas=[0.5,0.9]", "optim.weight_decay=0", "optim.warmup_lr=3e-3")
+    moved = {}
+    for clip in ("null", "1e-3"):
+        run = set_up(*PLAIN, *options, f"optim.clip_grad={clip}", f"output_dir={clip}")
+        before = torch.cat([p.detach().flatten().clone() for p in run.plain.parameters()])
+        one_update(run)
+        after = torch.cat([p.detach().flatten() for p in run.plain.parameters()])
+        moved[clip] = (after - before).norm().item()
+    # Nesterov's first step is (1 + momentum) times the gradient.
+    assert moved["1e-3"] == pytest.approx(3e-3 * 1.5 * 1e-3, rel=1e-2)
+    assert moved["null"] > 10 * moved["1e-3"]
+
+
+def test_fine_tuning_replaces_the_head_only_where_the_classes_differ(set_up, train, tmp_path, photographs):
+    train(*PLAIN, "output_dir=first", "train.epochs=2")
+    folder = ("data.name=folder", f"data.root={photographs}", "model.in_channels=1")
+    tuned = set_up(*PLAIN, *folder, "data.train_samples=null", "data.test_samples=null", "train.batch_size=8",
+                   "train.init_checkpoint=first", "output_dir=tuned")  # fmt: skip
+    old, new = load_model(tmp_path / "first").state_dict(), tuned.plain.state_dict()
+    assert new["head.weight"].shape[0] == 2
+    assert all(torch.equal(old[key], new[key]) for key in old if not key.startswith("head."))
+    same = set_up(*PLAIN, "train.init_checkpoint=first", "output_dir=same")
+    assert all(torch.equal(value, old[key]) for key, value in same.plain.state_dict().items())
+
+
+def test_linear_probing_moves_the_head_and_nothing_else(set_up, train):
+    train(*PLAIN, "output_dir=first", "train.epochs=2")
+    run = set_up(*PLAIN, "train.linear_probe=true", "train.init_checkpoint=first", "output_dir=probe")
+    before = state(run.plain)
+    for _ in range(2):
+        one_update(run)
+    for key, value in run.plain.state_dict().items():
+        assert torch.equal(value, before[key]) != key.startswith("head."), key
+
+
+def test_a_released_checkpoint_can_be_fine_tuned_and_another_architecture_is_refused(set_up, released_file):
+    config = load_released_checkpoint(released_file).config
+    same = [f"model.{key}={config[key]}" for key in ("depth", "dim", "num_heads", "mlp_ratio", "pooling", "time_steps")]
+    options = ("data.img_size=64", f"train.init_checkpoint={released_file}", *QUIET, "data.train_samples=128")
+    run = set_up(*same, *options, "model.in_channels=3", "output_dir=a", "data.mean=[0.3]", "data.std=[0.3]")
+    weights = load_released_checkpoint(released_file).state_dict()
+    key = "patch.convs.0.weight"
+    assert torch.equal(run.plain.state_dict()[key], weights[key])
+    with pytest.raises(ConfigError, match=r"another architecture: .* set model.name"):
+        set_up(*options, "output_dir=b")
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_non_finite_step_stops_with_its_number_rate_and_checkpoint(set_up, what):
+    from engine import train
+
+    run = set_up(*PLAIN, "output_dir=run", "train.checkpoint_steps=2")
+    spoil(run, at=[5], output=what == "loss")
+    with pytest.raises(RunError) as caught:
+        train(run)
+    message = str(caught.value)
+    assert message.startswith(f"the {what} is nan")
+    assert "at step 5 (epoch 1, learning rate 0.00" in message
+    assert "the last good checkpoint is run/checkpoints/step_00000004." in message
+    assert "train.skip_nonfinite=K" in message
+
+
+def test_non_finite_steps_can_be_skipped_and_leave_no_trace(set_up, tmp_path):
+    from engine import train
+
+    run = set_up(*PLAIN, "output_dir=run", "train.skip_nonfinite=2", "train.max_steps=8")
+    spoil(run, at=[3, 5], output=False)
+    train(run)
+    assert read_lines(tmp_path / "run")[-1]["nonfinite_steps"] == 2
+    assert all(value.isfinite().all() for value in load_model(tmp_path / "run" / "last").state_dict().values())
+    run = set_up(*PLAIN, "output_dir=more", "train.skip_nonfinite=2")
+    spoil(run, at=[3, 5, 6], output=True)
+    with pytest.raises(RunError, match="at step 6"):
+        train(run)
+
+
+def spoil(run, at, *, output):
+    """Makes what goes into the model at these updates NaN, which no spike shows, or else what comes out."""
+    forward = run.model.forward
+
+    def spoilt(inputs):
+        if not run.model.training or run.position.step not in at:
+            return forward(inputs)
+        return forward(inputs) * math.nan if output else forward(inputs * math.nan)
+
+    run.model.forward = spoilt
+
+
+def test_weights_that_are_not_finite_are_never_saved(set_up):
+    from engine import save
+
+    run = set_up(*PLAIN, "output_dir=run")
+    with torch.no_grad():
+        run.plain.head.weight[0, 0] = math.inf
+    with pytest.raises(RunError, match=r"head.weight is no longer finite; there is no earlier checkpoint"):
+        save(run)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("train.mixed_precision=bf16",),
+        ("train.channels_last=true", "optim.name=lamb", "data.random_erasing=0.5"),
+        ("train.tet=true", "train.tet_lambda=0.05"),
+        ("train.loss=bce", "data.mixup=0.2", "data.cutmix=1.0", "model.neuron=plif"),
+        pytest.param(("train.compile=true",), marks=pytest.mark.slow),
+    ],
+    ids=lambda options: options[0],
+)
+def test_options_train_and_save_float32_weights(train, tmp_path, options):
+    train(*PLAIN, *options, "output_dir=run", "train.epochs=1", "train.warmup_epochs=0", "train.cooldown_epochs=1")
+    lines = read_lines(tmp_path / "run")
+    assert lines[1]["train_loss"] < lines[0]["train_loss"]
+    model = load_model(tmp_path / "run" / "last")
+    assert all(value.dtype in (torch.float32, torch.int64) for value in model.state_dict().values())
+
+
+def test_fp16_without_a_gpu_is_said_and_becomes_float32(set_up, capsys):
+    run = set_up(*PLAIN, "train.mixed_precision=fp16", "output_dir=run")
+    assert "train.mixed_precision=fp16 needs a GPU" in capsys.readouterr().err
+    assert OmegaConf.load(run.folder / "config.yaml").train.mixed_precision == "no"
+
+
+def test_a_corrupt_image_names_its_file_or_is_counted(train, photographs, tmp_path):
+    root = shutil.copytree(photographs, tmp_path / "photographs")
+    for broken in ("train/china/3.jpg", "val/flower/2.jpg"):
+        content = (root / broken).read_bytes()
+        (root / broken).write_bytes(content[: len(content) // 3])
+    options = (*PLAIN, "data.name=folder", f"data.root={root}", "data.train_samples=null", "data.test_samples=null",
+               "train.batch_size=8", "train.epochs=1", "output_dir=run")  # fmt: skip
+    with pytest.raises(RunError, match=r"china/3\.jpg cannot be read .*data\.on_error=skip"):
+        train(*options)
+    train(*options, "data.on_error=skip")
+    (line,) = read_lines(tmp_path / "run")
+    assert line["unreadable"] == 2
+    assert line["test_samples"] == 13
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("data.name=folder",), "data.root=DIR"),
+        (("data.name=digit",), "did you mean digits?"),
+        (("data.auto_augment=rnd-m5",), "'rnd-m5' is unknown"),
+        (("train.batch_size=2000",), "do not fill one batch of train.batch_size=2000; lower it to 260 or less"),
+        (("train.batch_size=31", "data.mixup=0.5"), "must be even, got 31"),
+        (("model.num_classes=7",), "model.num_classes=7, but the data has 10"),
+        (("model.dim=20",), "dim"),
+        (("train.sync_bn=true",), "runs on GPUs only"),
+        (("tracker=wandb",), "pip install wandb"),
+        (("train.init_checkpoint=nowhere",), "train.init_checkpoint: nowhere: no such file"),
+        (("resume=nowhere",), "resume=nowhere: not a good checkpoint"),
+        (("data.train_samples=5000",), "5000 samples were asked for"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(set_up, tmp_path, arguments, message):
+    with pytest.raises(ConfigError) as caught:
+        set_up(*PLAIN, "output_dir=run", *arguments)
+    assert message in str(caught.value)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_too_little_space_is_said_before_training(set_up, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ConfigError, match=r"output_dir=run: the checkpoints need about .* MB are free"):
+        set_up(*PLAIN, "output_dir=run")
+
+
+def test_the_manifest_lists_every_file_with_its_digest(train, tmp_path):
+    train(*TINY, "output_dir=run", "train.max_steps=2")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    assert set(manifest) == files - {"manifest.json"}
+    from run_state import damage
+
+    assert damage(checkpoint) == ""
+    for name in manifest:
+        (checkpoint / name).rename(tmp_path / "away")
+        assert damage(checkpoint) == f"{name} is missing"
+        (tmp_path / "away").rename(checkpoint / name)
