@@ -269,6 +269,17 @@ def test_skipping_replaces_in_training_and_leaves_out_in_evaluation(tree):
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be read")
+def test_a_stand_in_is_augmented_as_the_sample_it_stands_for(tree):
+    (tree / "train" / "china" / "3.png").write_bytes(b"")
+    train, _ = build_image_datasets("folder", tree, on_error="skip", **HEAVY)
+    (stand_in, label), (own, _) = train[3], train[4]
+    assert label == 0
+    assert not torch.equal(stand_in, own)
+    with seeded(0, 0, 3):
+        assert torch.equal(stand_in, train.transform(train.source.load(4)))
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be read")
 def test_what_loader_processes_skip_is_counted(tree):
     (tree / "train" / "china" / "3.png").write_bytes(b"")
     train, _ = build_image_datasets("folder", tree, on_error="skip", **PLAIN)
