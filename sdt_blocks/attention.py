@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .functional import check_multiple, check_sequence, normalize_and_fire, per_frame
+from .functional import check_multiple, check_sequence, convolve_spikes, keep_bits, normalize_and_fire, per_frame
 from .neuron import LIF, NeuronFactory, make_neuron
 
 ATTENTION_THRESHOLD = 0.5
@@ -64,10 +64,13 @@ class SpikeDrivenSelfAttention(nn.Module):
     def forward(self, membrane: Tensor) -> Tensor:
         check_sequence(membrane, self.dim, "SpikeDrivenSelfAttention")
         s = self.neuron(membrane)
-        q = normalize_and_fire(self.q_norm, self.q_neuron, per_frame(self.q_conv, s))
-        k = normalize_and_fire(self.k_norm, self.k_neuron, per_frame(self.k_conv, s))
-        v = normalize_and_fire(self.v_norm, self.v_neuron, per_frame(self.v_conv, s))
-        return per_frame(self.proj_norm, per_frame(self.proj_conv, self.attend(q, k, v)))
+        with keep_bits(self.neuron, s):
+            q, k, v = per_frame(self.q_conv, s), per_frame(self.k_conv, s), per_frame(self.v_conv, s)
+        q = normalize_and_fire(self.q_norm, self.q_neuron, q)
+        k = normalize_and_fire(self.k_norm, self.k_neuron, k)
+        v = normalize_and_fire(self.v_norm, self.v_neuron, v)
+        masked = self.attend(q, k, v)
+        return per_frame(self.proj_norm, convolve_spikes(self.proj_conv, self.q_neuron, masked))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`q * LIF_0.5(sum over tokens of k * v)` for spikes `[T, B, dim, H, W]`, same shape."""

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+
+from .neuron import LIF, ParametricLIF
+from .ops import batch_norm_lif
+from .ops.bits import SpikesAsBits
+from .ops.dispatch import fused
+from .surrogate import Surrogate
+
+NEURONS = (LIF, ParametricLIF)
 
 
 def per_frame(module: nn.Module, x: Tensor) -> Tensor:
@@ -11,10 +23,93 @@ def per_frame(module: nn.Module, x: Tensor) -> Tensor:
     return frames.unflatten(0, x.shape[:2])
 
 
-def normalize_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor) -> Tensor:
-    """`neuron(norm(x))` for x `[T, B, C, H, W]`."""
-    spikes: Tensor = neuron(per_frame(norm, x))
+def keep_bits(neuron: nn.Module, spikes: Tensor) -> AbstractContextManager[Any]:
+    """Within it the gradient keeps one bit for each of the spikes that `neuron` has made, if it is one of the kit's."""
+    if torch.is_grad_enabled() and fused(spikes) and type(neuron) in NEURONS:
+        return SpikesAsBits(spikes)
+    return nullcontext()
+
+
+def convolve_spikes(conv: nn.Module, neuron: nn.Module, spikes: Tensor) -> Tensor:
+    """`per_frame(conv, spikes)` for the spikes of `neuron`, which the gradient keeps at one bit each."""
+    with keep_bits(neuron, spikes):
+        return per_frame(conv, spikes)
+
+
+def normalize_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, time_steps: int | None = None) -> Tensor:
+    """`neuron(norm(x))` for x `[T, B, C, H, W]`; with `time_steps`, x `[1, B, C, H, W]` is shown at every step.
+
+    One fused op does both where `norm` is an `nn.BatchNorm2d`, `neuron` one of the kit's and neither has a hook.
+    """
+    if fused(x) and is_plain(norm, nn.BatchNorm2d) and is_plain(neuron, *NEURONS):
+        assert isinstance(norm, nn.BatchNorm2d) and isinstance(neuron, LIF)
+        if isinstance(neuron.surrogate, Surrogate) and x.shape[2] == norm.num_features < x.numel():
+            return _fused_normalize_and_fire(norm, neuron, x, time_steps)
+    repeated = time_steps is not None and time_steps != x.shape[0]
+    spikes: Tensor = neuron(repeat_frame(norm, x, time_steps or 1) if repeated else per_frame(norm, x))
     return spikes
+
+
+def repeat_frame(norm: Any, x: Tensor, time_steps: int) -> Tensor:
+    """`norm` of the frame x `[1, B, C, H, W]` as if it came at every step: a view `[time_steps, B, C, H, W]`.
+
+    Mean and biased variance of a repeated batch are those of the batch; the running variance alone depends on the
+    number of repetitions, by its factor n / (n - 1), and is set to what the repeated batch would give.
+    """
+    variance = getattr(norm, "running_var", None)
+    before = variance.clone() if norm.training and variance is not None else None
+    y = per_frame(norm, x)
+    if before is not None:
+        n = x.numel() // x.shape[2]
+        total = n * time_steps
+        with torch.no_grad():
+            momentum = norm.momentum if norm.momentum is not None else 1 / int(norm.num_batches_tracked)
+            new = norm.running_var - (1 - momentum) * before
+            # `.data`: autograd has noted the buffer's version, though the backward of a training pass never reads it.
+            norm.running_var.data.sub_(new * (1 - (n - 1) / n * total / (total - 1)))
+    return y.expand(time_steps, *y.shape[1:])
+
+
+def is_plain(module: nn.Module, *types: type[nn.Module]) -> bool:
+    """Whether a module does what one of `types` does and nothing more: no subclass, no hook, no replaced forward."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return (
+        type(module) in types
+        and not any(hooks)
+        and not nn.modules.module._has_any_global_hook()
+        and "forward" not in module.__dict__
+    )
+
+
+def _fused_normalize_and_fire(norm: nn.BatchNorm2d, neuron: LIF, x: Tensor, time_steps: int | None) -> Tensor:
+    momentum = norm.momentum or 0.0
+    tracked = norm.track_running_stats or not norm.training
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            momentum = 1 / int(norm.num_batches_tracked)
+    return batch_norm_lif(
+        x,
+        norm.running_mean if tracked else None,
+        norm.running_var if tracked else None,
+        norm.weight,
+        norm.bias,
+        neuron.inv_tau,
+        training=norm.training or norm.running_mean is None,
+        momentum=momentum,
+        eps=norm.eps,
+        time_steps=time_steps,
+        threshold=neuron.threshold,
+        reset=neuron.reset_mechanism,
+        surrogate=neuron.surrogate,
+        detach_reset=neuron.detach_reset,
+        strict=neuron.strict,
+    )
 
 
 def check_sequence(x: Tensor, channels: int, owner: str) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .functional import check_multiple, normalize_and_fire, per_frame
+from .functional import check_multiple, convolve_spikes, keep_bits, normalize_and_fire, per_frame
 from .neuron import LIF, NeuronFactory, make_neuron
 
 WIDTHS = (8, 4, 2, 1)
@@ -61,33 +59,12 @@ class SpikingPatchSplitting(nn.Module):
                 f"{list(x.shape)} and {time_steps}"
             )
         x = per_frame(self.convs[0], x)
-        if time_steps is None or time_steps == 1:
-            x = normalize_and_fire(self.norms[0], self.neurons[0], x)
-        else:
-            x = self.neurons[0](repeat_frame(self.norms[0], x, time_steps))
-        x = per_frame(self.pools[0], x)
-        for stage in (1, 2):
-            x = per_frame(self.convs[stage], x)
-            x = per_frame(self.pools[stage], normalize_and_fire(self.norms[stage], self.neurons[stage], x))
-        x = per_frame(self.pools[3], per_frame(self.norms[3], per_frame(self.convs[3], x)))
-        return x + per_frame(self.position_norm, per_frame(self.position_conv, self.neurons[3](x)))
-
-
-def repeat_frame(norm: Any, x: Tensor, time_steps: int) -> Tensor:
-    """`norm` of the frame x `[1, B, C, H, W]` as if it came at every step: a view `[time_steps, B, C, H, W]`.
-
-    Mean and biased variance of a repeated batch are those of the batch; the running variance alone depends on the
-    number of repetitions, by its factor n / (n - 1), and is set to what the repeated batch would give.
-    """
-    variance = getattr(norm, "running_var", None)
-    before = variance.clone() if norm.training and variance is not None else None
-    y = per_frame(norm, x)
-    if before is not None:
-        n = x.numel() // x.shape[2]
-        total = n * time_steps
-        with torch.no_grad():
-            momentum = norm.momentum if norm.momentum is not None else 1 / int(norm.num_batches_tracked)
-            new = norm.running_var - (1 - momentum) * before
-            # `.data`: autograd has noted the buffer's version, though the backward of a training pass never reads it.
-            norm.running_var.data.sub_(new * (1 - (n - 1) / n * total / (total - 1)))
-    return y.expand(time_steps, *y.shape[1:])
+        for stage in range(3):
+            neuron = self.neurons[stage]
+            spikes = normalize_and_fire(self.norms[stage], neuron, x, time_steps if stage == 0 else None)
+            with keep_bits(neuron, spikes):
+                spikes = per_frame(self.pools[stage], spikes)
+            x = convolve_spikes(self.convs[stage + 1], neuron, spikes)
+        x = per_frame(self.pools[3], per_frame(self.norms[3], x))
+        change = convolve_spikes(self.position_conv, self.neurons[3], self.neurons[3](x))
+        return x + per_frame(self.position_norm, change)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sdt_blocks import LIF, MembraneShortcut, ParametricLIF, SpikeDrivenSelfAttention, SpikingMLP, SpikingPatchSplitting
-from sdt_blocks.patch import repeat_frame
+from sdt_blocks.functional import repeat_frame
 
 
 def record(module):
@@ -64,6 +64,7 @@ def test_one_coincidence_is_enough():
 
 
 def test_attention_hooks_see_every_spike():
+    torch.manual_seed(2)
     block = SpikeDrivenSelfAttention(16, num_heads=4)
     seen = {name: record(getattr(block, name)) for name in ("q_neuron", "k_pool", "v_pool", "coincidences", "masked")}
     block(torch.randn(3, 2, 16, 4, 4) * 3)

@@ -1,5 +1,6 @@
 """Functions without parameters: the equations beside their fused versions, one signature each."""
 
+from .batch_norm import batch_norm_lif, batch_norm_lif_reference
 from .lif import lif, lif_reference
 
-__all__ = ["lif", "lif_reference"]
+__all__ = ["batch_norm_lif", "batch_norm_lif_reference", "lif", "lif_reference"]

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..surrogate import Surrogate, fire, sigmoid
-
-RESETS = ("zero", "subtract", "none")
-SIGMOID = sigmoid()
+from ..surrogate import KINDS, Surrogate, fire
+from .dispatch import fall_back, fused
+from .fused import lif_op
+from .spec import RESETS, SIGMOID, NeuronSpec, state_dtype
 
 
 def lif_reference(
@@ -93,14 +93,46 @@ def lif(
         )
     if reset not in RESETS:
         raise ValueError(f"reset {reset!r} is unknown; choose one of {', '.join(RESETS)}")
-    spikes, last = lif_reference(
-        x,
-        inv_tau,
-        membrane,
-        threshold=threshold,
-        reset=reset,
-        surrogate=surrogate,
-        detach_reset=detach_reset,
-        strict=strict,
-    )
+    spec = constants(inv_tau, threshold, reset, surrogate, detach_reset, strict)
+    if spec is not None and x.numel() and fused(x):
+        dtype = state_dtype(x)
+        spikes, last = lif_op(
+            x,
+            x.shape[0],
+            spec.encode(),
+            inv_tau.to(dtype) if isinstance(inv_tau, Tensor) else None,
+            None if membrane is None else membrane.to(dtype),
+            return_membrane,
+        )
+    else:
+        spikes, last = lif_reference(
+            x,
+            inv_tau,
+            membrane,
+            threshold=threshold,
+            reset=reset,
+            surrogate=surrogate,
+            detach_reset=detach_reset,
+            strict=strict,
+        )
     return (spikes, last) if return_membrane else spikes
+
+
+def constants(
+    inv_tau: float | Tensor,
+    threshold: float = 1.0,
+    reset: str = "zero",
+    surrogate: Surrogate | Callable[[Tensor], Tensor] = SIGMOID,
+    detach_reset: bool = True,
+    strict: bool = False,
+) -> NeuronSpec | None:
+    """What a fused kernel is told of the neurons; `None`, with a warning, for a surrogate that no kernel knows."""
+    if not isinstance(surrogate, Surrogate):
+        name = getattr(surrogate, "__qualname__", type(surrogate).__qualname__)
+        fall_back(
+            f"the surrogate gradient {name} is not one of sdt_blocks.surrogate, of which {', '.join(KINDS)} are fused"
+        )
+        return None
+    return NeuronSpec(
+        threshold, reset, surrogate, detach_reset, strict, 0.0 if isinstance(inv_tau, Tensor) else float(inv_tau)
+    )

@@ -1,0 +1,115 @@
+"""Batch normalization and the neurons behind it, as one op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import fused
+from .fused import channel_statistics, lif_op
+from .lif import constants, lif_reference
+from .spec import state_dtype
+
+
+def batch_norm_lif_reference(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    inv_tau: float | Tensor,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    time_steps: int | None = None,
+    **neuron: Any,
+) -> Tensor:
+    """`lif(F.batch_norm(x), inv_tau, **neuron)` over the frames x `[T, B, C, ...]`; running statistics change in place.
+
+    With `time_steps`, x `[1, B, C, ...]` is shown at every step.
+    """
+    if time_steps is not None:
+        x = x.expand(time_steps, *x.shape[1:])
+    frames = F.batch_norm(x.flatten(0, 1), running_mean, running_var, weight, bias, training, momentum, eps)
+    return lif_reference(frames.unflatten(0, x.shape[:2]), inv_tau, **neuron)[0]
+
+
+def batch_norm_lif(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    inv_tau: float | Tensor,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    time_steps: int | None = None,
+    **neuron: Any,
+) -> Tensor:
+    """What `batch_norm_lif_reference` computes; x alone is kept for the backward pass.
+
+    >>> x = torch.randn(4, 2, 8, 5, 5)
+    >>> batch_norm_lif(x, None, None, None, None, inv_tau=0.5, training=True, threshold=1.0).shape
+    torch.Size([4, 2, 8, 5, 5])
+    """
+    spec = constants(inv_tau, **neuron)
+    if spec is None or x.numel() == 0 or not fused(x):
+        return batch_norm_lif_reference(
+            x,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            inv_tau,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            time_steps=time_steps,
+            **neuron,
+        )
+    steps = time_steps or x.shape[0]
+    dtype = state_dtype(x)
+    mean, inv_std = _statistics(x, running_mean, running_var, training, momentum, eps, steps // x.shape[0])
+    spikes, _ = lif_op(
+        x,
+        steps,
+        spec.encode(),
+        inv_tau=inv_tau.to(dtype) if isinstance(inv_tau, Tensor) else None,
+        mean=mean.to(dtype),
+        inv_std=inv_std.to(dtype),
+        weight=None if weight is None else weight.to(dtype),
+        bias=None if bias is None else bias.to(dtype),
+        of_batch=training,
+    )
+    result: Tensor = spikes
+    return result
+
+
+@torch.no_grad()
+def _statistics(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    repeats: int,
+) -> tuple[Tensor, Tensor]:
+    """Mean and inverse deviation to normalize by; updates the running statistics when training."""
+    if not training:
+        if running_mean is None or running_var is None:
+            raise ValueError("evaluation needs running_mean and running_var; give both, or training=True")
+        return running_mean, (running_var + eps).rsqrt()
+    mean, variance = channel_statistics(x)
+    if running_mean is not None and running_var is not None:
+        # A frame shown again and again changes the unbiased variance alone.
+        n = x.numel() // x.shape[2] * repeats
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_((variance * (n / (n - 1))).to(running_var.dtype), momentum)
+    return mean, (variance + eps).rsqrt()

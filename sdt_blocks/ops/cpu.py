@@ -1,0 +1,155 @@
+"""The CPU kernels of `kernels.cpp` as functions of tensors; `gpu.py` has the same functions for Triton."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import c_double, c_int, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..surrogate import KINDS
+from .cpu_build import library
+from .spec import RESETS, Layout, NeuronSpec, state_dtype
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# Elements from which a second thread pays.
+_WORTH_SHARING = 1 << 15
+
+
+def lif_forward(
+    x: Tensor,
+    layout: Layout,
+    neuron: NeuronSpec,
+    *,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    inv_tau: Tensor | None,
+    membrane: Tensor | None,
+    keep_membrane: bool = False,
+    as_bytes: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Spikes `[steps, ...]` for the input `x * scale + shift`, in x's dtype or as bytes, and the last membrane."""
+    spikes = layout.empty(x, layout.steps, torch.uint8 if as_bytes else x.dtype)
+    last = layout.empty_frame(x, state_dtype(x)) if keep_membrane else None
+    constants = 0 if inv_tau is None else inv_tau.numel()
+    before = None if membrane is None else layout.frame(membrane)
+    inputs = (x, scale, shift, inv_tau, constants, before)
+    _call("lif_forward", x, layout, _neuron(neuron), *inputs, spikes, as_bytes, last)
+    return spikes, last
+
+
+def lif_backward(
+    grad: Tensor | None,
+    grad_last: Tensor | None,
+    x: Tensor,
+    layout: Layout,
+    neuron: NeuronSpec,
+    *,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    center: Tensor | None,
+    inv_tau: Tensor | None,
+    membrane: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of `x * scale + shift` (like x), of the first membrane, and sums `[3, channels]` in float64.
+
+    The sums are over all neurons of a channel and all steps, of the gradient of the input times: what multiplies it in
+    the gradient of `inv_tau`; 1; and, where `center` is given, `x - center`.
+    """
+    grad_x = layout.empty(x, x.shape[0])
+    before = None if membrane is None else layout.frame(membrane)
+    grad_before = None if before is None else torch.empty_like(before)
+    sums = x.new_empty(3, layout.channels, dtype=torch.float64)
+    constants = 0 if inv_tau is None else inv_tau.numel()
+    grad = None if grad is None else layout.frames(grad)
+    grad_step = 0 if grad is None else grad.stride(0)
+    grad_last = None if grad_last is None else layout.frame(grad_last)
+    inputs = (grad, grad_step, grad_last, x, scale, shift, center, inv_tau, constants, before)
+    _call("lif_backward", x, layout, _neuron(neuron), *inputs, grad_x, grad_before, sums)
+    return grad_x, grad_before, sums
+
+
+def channel_statistics(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel `[channels]`, in float64."""
+    mean, variance = (x.new_empty(layout.channels, dtype=torch.float64) for _ in range(2))
+    _call("channel_statistics", x, layout, x, mean, variance)
+    return mean, variance
+
+
+def channel_combine(grad: Tensor, x: Tensor, layout: Layout, a: Tensor, b: Tensor, d: Tensor) -> None:
+    """`grad = a * grad + b * x + d` in place, with a, b and d `[channels]`."""
+    _call("channel_combine", x, layout, grad, x, a, b, d)
+
+
+def pack_bits(x: Tensor) -> Tensor | None:
+    """One bit for each element of x in the order of memory, `[ceil(n / 8)]`; `None` where x is not all 0 and 1."""
+    bits, binary = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8), c_int()
+    _run("pack_bits", x, x.data_ptr(), x.numel(), _threads(x.numel()), bits.data_ptr(), ctypes.byref(binary))
+    return bits if binary.value else None
+
+
+def unpack_bits(bits: Tensor, x: Tensor) -> None:
+    """Fills x with the elements that `pack_bits` packed."""
+    _run("unpack_bits", x, bits.data_ptr(), x.numel(), _threads(x.numel()), x.data_ptr())
+
+
+_FIELDS = ("steps", "size", "chunk", "chunk_stride", "x_step", "repeat", "channels", "inner")
+
+
+class _Layout(ctypes.Structure):
+    _fields_ = tuple((name, c_int64) for name in (*_FIELDS, "threads"))
+
+
+class _Neuron(ctypes.Structure):
+    _fields_ = (
+        *((name, c_double) for name in ("inv_tau", "threshold", "alpha")),
+        *((name, c_int64) for name in ("reset", "detach_reset", "strict", "surrogate")),
+    )
+
+
+_P, _I = c_void_p, c_int64
+_ARGUMENTS = {
+    "lif_forward": (_P, _P, _P, _P, _P, _P, _I, _P, _P, _I, _P),
+    "lif_backward": (_P, _P, _P, _I, _P, _P, _P, _P, _P, _P, _I, _P, _P, _P, _P),
+    "channel_statistics": (_P, _P, _P, _P),
+    "channel_combine": (_P, _P, _P, _P, _P, _P),
+    "pack_bits": (_P, _I, _I, _P, _P),
+    "unpack_bits": (_P, _I, _I, _P),
+}
+
+
+@functools.cache
+def _function(name: str) -> Any:
+    function = getattr(library(), name)
+    function.argtypes = (c_int, *_ARGUMENTS[name])
+    return function
+
+
+def _run(name: str, x: Tensor, *arguments: Any) -> None:
+    if _function(name)(_DTYPES[x.dtype], *arguments):
+        raise TypeError(f"the compiler that built the CPU kernels has no type for {x.dtype}")
+
+
+def _call(name: str, x: Tensor, layout: Layout, *arguments: Any) -> None:
+    pointers = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+    _run(name, x, _layout(layout, _threads(layout.size * layout.steps)), *pointers)
+
+
+def _threads(elements: int) -> int:
+    return torch.get_num_threads() if elements > _WORTH_SHARING else 1
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(layout: Layout, threads: int) -> Any:
+    fields = [getattr(layout, name) for name in _FIELDS]
+    return ctypes.pointer(_Layout(*fields, threads))
+
+
+@functools.lru_cache(maxsize=256)
+def _neuron(neuron: NeuronSpec) -> Any:
+    constants = (neuron.inv_tau, neuron.threshold, neuron.surrogate.alpha)
+    reset, surrogate = RESETS.index(neuron.reset), KINDS.index(neuron.surrogate.kind)
+    return ctypes.pointer(_Neuron(*constants, reset, neuron.detach_reset, neuron.strict, surrogate))

@@ -1,0 +1,98 @@
+"""Builds the C++ kernels with the compiler of the machine, once: a few seconds, then read from a cache."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-shared",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)
+# Without OpenMP (a macOS clang, say) the kernels run on one thread, still vectorized.
+THREADING = ("-fopenmp", "-fopenmp-simd")
+
+
+class BuildError(RuntimeError):
+    """The kernels could not be built; the message says why and what to do."""
+
+
+@functools.cache
+def library(source: Path = SOURCE) -> ctypes.CDLL:
+    """The built kernels of one C++ file.
+
+    The compiler is `$CXX`, or the first of c++, g++ and clang++ on the path. The result is kept in
+    `$SDT_BLOCKS_CACHE` (default: `sdt_blocks` in `$XDG_CACHE_HOME` or `~/.cache`) under a name made of the source, the
+    compiler and the processor, so that one folder can serve several machines.
+
+    Raises `BuildError` where there is no compiler or it fails.
+    """
+    compiler = _compiler()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    identity = "\n".join([source.read_text(), *FLAGS, *THREADING, compiler, version, _processor()])
+    name = f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    folder = _cache_folder()
+    if not (folder / name).is_file():
+        _build(compiler, source, folder / name)
+    try:
+        return ctypes.CDLL(str(folder / name))
+    except OSError as error:
+        raise BuildError(f"{folder / name} cannot be loaded ({error}); delete it to have it built again") from None
+
+
+def _compiler() -> str:
+    asked = os.environ.get("CXX")
+    for name in [asked] if asked else ["c++", "g++", "clang++"]:
+        path = shutil.which(name)
+        if path:
+            return path
+    missing = f"the C++ compiler {asked!r} (from CXX) was not found" if asked else "no C++ compiler was found"
+    raise BuildError(f"{missing}; install g++ or clang++, or name one in CXX")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return f"{platform.machine()} {platform.processor()}"
+
+
+def _cache_folder() -> Path:
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdt_blocks"
+    folder = Path(os.environ.get("SDT_BLOCKS_CACHE") or default)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    # A folder of this process alone: a shared temporary one could hold somebody else's code.
+    return Path(tempfile.mkdtemp(prefix="sdt_blocks-"))
+
+
+def _build(compiler: str, source: Path, target: Path) -> None:
+    partial = target.with_name(f"{target.stem}-{os.getpid()}.part")
+    for threading in THREADING:
+        command = [compiler, *FLAGS, threading, str(source), "-o", str(partial)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode == 0:
+            # Processes that build at the same time each put a whole file in place.
+            os.replace(partial, target)
+            return
+    partial.unlink(missing_ok=True)
+    raise BuildError(f"{compiler} failed: {result.stderr.strip()[:500] or f'exit status {result.returncode}'}")

@@ -1,0 +1,93 @@
+"""Which version of an op runs: the equations, the CPU kernels or the Triton kernels."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "compiled", "triton")
+"""The equations in PyTorch; the C++ kernels for CPU tensors; the Triton kernels for CUDA tensors."""
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def fused(x: Tensor) -> bool:
+    """Whether a fused kernel runs for x, or the reference.
+
+    `SDT_BLOCKS_BACKEND` forces a backend: "reference", "compiled" (CPU tensors) or "triton" (CUDA tensors; under
+    `TRITON_INTERPRET=1` CPU tensors too). Without it CUDA tensors take Triton and CPU tensors the compiled kernels.
+    Where these cannot run, one warning says why and the reference runs. While `torch.compile` traces CPU code it is
+    shown the reference, which it fuses with what stands beside it.
+
+    Raises `ValueError` for an unknown backend or one that does not run on the tensor's device, and `RuntimeError` where
+    a forced backend cannot run.
+    """
+    if torch.compiler.is_compiling() and x.device.type == "cpu":
+        return False
+    return _backend(x.device.type, x.dtype) != "reference"
+
+
+def kernels(x: Tensor) -> ModuleType:
+    """The module with the kernels for x, where `fused(x)`."""
+    return _module(_backend(x.device.type, x.dtype))
+
+
+@torch.compiler.assume_constant_result
+def fall_back(reason: str) -> None:
+    """One visible warning for each reason to run the reference."""
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"the unfused reference runs instead of a fused kernel: {reason}", stacklevel=4)
+
+
+_warned: set[str] = set()
+
+
+@torch.compiler.assume_constant_result
+def _backend(device: str, dtype: torch.dtype) -> str:
+    forced = os.environ.get("SDT_BLOCKS_BACKEND") or None
+    if forced is not None and forced not in BACKENDS:
+        raise ValueError(f"SDT_BLOCKS_BACKEND={forced!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    backend = forced or {"cpu": "compiled", "cuda": "triton"}.get(device, "reference")
+    if backend == "reference" or device == "meta":
+        return "reference"
+    if backend == "compiled" and device != "cpu":
+        raise ValueError(f"SDT_BLOCKS_BACKEND=compiled runs on CPU tensors, got one on {device!r}")
+    if backend == "triton" and device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        raise ValueError(
+            f"SDT_BLOCKS_BACKEND=triton runs on CUDA tensors (and under TRITON_INTERPRET=1, slowly, on CPU tensors), "
+            f"got one on {device!r}"
+        )
+    problem = _problem(backend) if dtype in DTYPES else f"none is written for {dtype}"
+    if problem is None:
+        return backend
+    if forced:
+        raise RuntimeError(f"SDT_BLOCKS_BACKEND={backend} cannot run: {problem}")
+    fall_back(problem)
+    return "reference"
+
+
+@functools.cache
+def _problem(backend: str) -> str | None:
+    if backend == "triton":
+        return None if importlib.util.find_spec("triton") else "Triton is not installed"
+    from . import cpu_build
+
+    try:
+        cpu_build.library()
+    except cpu_build.BuildError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _module(backend: str) -> ModuleType:
+    # Imported late: Triton may be missing, and reads TRITON_INTERPRET when it is imported.
+    return importlib.import_module({"compiled": ".cpu", "triton": ".gpu"}[backend], __package__)

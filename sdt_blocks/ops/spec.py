@@ -1,0 +1,155 @@
+"""What the fused ops are told: a neuron's constants, and how a sequence lies in memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..surrogate import KINDS, Surrogate, sigmoid
+
+RESETS = ("zero", "subtract", "none")
+SIGMOID = sigmoid()
+
+# Shorter runs of consecutive elements are copied into place instead of read where they are.
+SHORTEST_CHUNK = 16
+
+
+def state_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the membrane: float32 for half precision."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class NeuronSpec:
+    """The constants of a layer of neurons; `inv_tau` stands for a time constant that is no tensor."""
+
+    threshold: float = 1.0
+    reset: str = "zero"
+    surrogate: Surrogate = SIGMOID
+    detach_reset: bool = True
+    strict: bool = False
+    inv_tau: float = 0.5
+
+    def encode(self) -> list[float]:
+        """As numbers, which is what a registered op can take."""
+        return [
+            self.threshold,
+            RESETS.index(self.reset),
+            KINDS.index(self.surrogate.kind),
+            self.surrogate.alpha,
+            self.detach_reset,
+            self.strict,
+            self.inv_tau,
+        ]
+
+    @staticmethod
+    def decode(numbers: Sequence[float]) -> NeuronSpec:
+        """The inverse of `encode`."""
+        return _decode(tuple(numbers))
+
+
+@functools.lru_cache(maxsize=256)
+def _decode(numbers: tuple[float, ...]) -> NeuronSpec:
+    threshold, reset, kind, alpha, detach_reset, strict, inv_tau = numbers
+    surrogate = Surrogate(KINDS[int(kind)], alpha)
+    return NeuronSpec(threshold, RESETS[int(reset)], surrogate, bool(detach_reset), bool(strict), inv_tau)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How x `[T, ...]` and the results lie in memory.
+
+    Neuron i of a frame is the element `i // chunk * chunk_stride + i % chunk` of that frame of x, and element i of a
+    frame of the results, which have the same order of axes without gaps. Its channel is `i // inner % channels`.
+    """
+
+    steps: int
+    size: int
+    chunk: int
+    chunk_stride: int
+    x_step: int
+    """From one time step of x to the next."""
+    repeat: bool
+    """Whether x is one frame `[1, ...]`, shown at every step."""
+    channels: int
+    inner: int
+    frame_strides: tuple[int, ...]
+
+    def empty(self, x: Tensor, frames: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialized result `[frames, ...]`."""
+        return x.new_empty_strided((frames, *x.shape[1:]), (self.size, *self.frame_strides), dtype=dtype)
+
+    def empty_frame(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """An uninitialized result like one frame of x."""
+        return x.new_empty_strided(x.shape[1:], self.frame_strides, dtype=dtype)
+
+    def frame(self, frame: Tensor) -> Tensor:
+        """`frame` (of `x.shape[1:]`) in this order of axes, copied only where it lies otherwise."""
+        if frame.stride() == self.frame_strides:
+            return frame
+        return frame.new_empty_strided(frame.shape, self.frame_strides).copy_(frame)
+
+    def frames(self, frames: Tensor) -> Tensor:
+        """Like `frame`, for `[T, ...]`; the time steps may lie any distance apart."""
+        if frames.stride()[1:] == self.frame_strides:
+            return frames
+        return frames.new_empty_strided(frames.shape, (self.size, *self.frame_strides)).copy_(frames)
+
+
+def arrange(x: Tensor, steps: int, per_channel: bool) -> tuple[Tensor, Layout]:
+    """The layout of x `[T or 1, ...]`, and x itself, copied where its gaps or overlaps have no layout.
+
+    With `per_channel` the channels are the third axis of x.
+    """
+    layout = _layout(tuple(x.shape), x.stride(), steps, per_channel)
+    if layout is None:
+        strides = _dense(x.shape[1:], _order(x.shape[1:], x.stride()[1:]))
+        x = x.new_empty_strided(x.shape, (x[0].numel(), *strides)).copy_(x)
+        layout = _layout(tuple(x.shape), x.stride(), steps, per_channel)
+        assert layout is not None
+    return x, layout
+
+
+def _order(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """The axes from the outermost in memory to the innermost."""
+    if any(stride == 0 and size > 1 for size, stride in zip(shape, strides, strict=True)):
+        return list(range(len(shape)))
+    return sorted(range(len(shape)), key=lambda axis: -strides[axis])
+
+
+def _dense(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
+    strides, stride = [0] * len(shape), 1
+    for axis in reversed(order):
+        strides[axis] = stride
+        stride *= max(shape[axis], 1)
+    return tuple(strides)
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(x_shape: tuple[int, ...], x_strides: tuple[int, ...], steps: int, per_channel: bool) -> Layout | None:
+    shape, strides = x_shape[1:], x_strides[1:]
+    order = _order(shape, strides)
+    chunk, outer = 1, list(order)
+    while outer and (shape[outer[-1]] == 1 or strides[outer[-1]] == chunk):
+        chunk *= shape[outer.pop()]
+    chunk_stride = expected = strides[outer[-1]] if outer else chunk
+    size = chunk
+    for axis in reversed(outer):
+        if shape[axis] != 1 and strides[axis] != expected:
+            return None
+        expected *= shape[axis]
+        size *= shape[axis]
+    channels = inner = 1
+    if per_channel:
+        channels = shape[1]
+        for axis in order[order.index(1) + 1 :]:
+            inner *= shape[axis]
+    if outer and (chunk < SHORTEST_CHUNK or chunk_stride < chunk or chunk % (inner if inner > 1 else channels)):
+        return None
+    repeat = x_shape[0] != steps
+    x_step = 0 if repeat else x_strides[0]
+    return Layout(steps, size, chunk, chunk_stride, x_step, repeat, channels, inner, _dense(shape, order))
