@@ -209,7 +209,8 @@ def skip_update(run: Run, buffers: list[Tensor], loss: float, norm: float) -> No
         lr = learning_rate_at(run.config, position.step)
         raise RunError(
             f"{fault} at step {position.step} (epoch {run.epoch + 1}, learning rate {lr:.3g}); "
-            f"{last_good(run.folder)}. Lower optim.lr, set optim.clip_grad, or leave up to K such steps out: train.skip_nonfinite=K"
+            f"{last_good(run.folder)}. Lower optim.lr, set optim.clip_grad, or leave up to K such steps out: "
+            f"train.skip_nonfinite=K"
         )
     if run.accelerator.scaler is not None:
         run.optimizer.step()  # which the scaler turns into a lower scale

@@ -18,9 +18,10 @@ import psutil
 RECIPES = Path(__file__).parents[2] / "recipes"
 TIMEOUT = 240
 
+QUIET = ("threads=1", "tracker=none")
 # Eight updates of 32 an epoch, with augmentation, mixup, stochastic depth and an average to lose by a wrong resume.
 TINY = (
-    "threads=1", "tracker=none", "model.dim=16", "model.depth=1", "model.pooling=0001", "model.drop_path=0.2",
+    *QUIET, "model.dim=16", "model.depth=1", "model.pooling=0001", "model.drop_path=0.2",
     "data.img_size=8", "data.train_samples=260", "data.test_samples=101", "data.mixup=0.5", "data.cutmix=0.5",
     "data.auto_augment=rand-m5-n1", "train.batch_size=32", "train.epochs=3", "train.warmup_epochs=1",
     "train.ema_decay=0.9",
@@ -41,14 +42,22 @@ class Launcher:
         )
         return [*prefix, str(RECIPES / f"{recipe}.py"), *arguments]
 
-    def start(self, recipe: str, *arguments: str, launch: tuple[str, ...] | None = None, **options: Any) -> Any:
+    def start(
+        self,
+        recipe: str,
+        *arguments: str,
+        launch: tuple[str, ...] | None = None,
+        tty: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """The running process, its output in pipes, or on the terminal `tty`."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         process = subprocess.Popen(
             self.command(recipe, *arguments, launch=launch),
             cwd=self.folder,
             env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=tty or subprocess.PIPE,
+            stderr=tty or subprocess.PIPE,
             text=True,
             start_new_session=True,
             **options,

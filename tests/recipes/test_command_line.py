@@ -1,0 +1,147 @@
+"""The recipes started as the README says, through Accelerate's launcher."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from config import load_config
+from launching import QUIET, read_lines, read_summary, wait_for
+
+from sdt_blocks import load_model, load_released_checkpoint
+
+ONE = ("--num_processes=1",)
+SMALL = (*QUIET, "model.dim=32", "model.depth=1", "data.img_size=64", "train.batch_size=4")
+
+
+def test_digits_reach_ninety_six_percent_with_the_default_recipe(launcher, tmp_path):
+    summary = launcher.train("digits", "output_dir=run", launch=())
+    assert summary["test_top1"] >= 96
+    assert summary["params"] == sum(p.numel() for p in load_model(tmp_path / "run").parameters())
+    assert len(read_lines(tmp_path / "run")) == summary["epochs"] == 15
+
+
+def test_an_image_folder_trains_and_is_evaluated(launcher, tmp_path, photographs):
+    data = f"data.root={photographs}"
+    summary = launcher.train("imagenet", data, *SMALL, "train.max_steps=4", "output_dir=run", launch=ONE)
+    assert summary["model"] == "sdt_8_384" and summary["steps"] == 4
+    config = load_config([f"config={tmp_path / 'run' / 'config.yaml'}"], default="digits")
+    assert config.data.auto_augment == "rand-m5-mstd0.5-inc1" and config.optim.name == "lamb"
+    assert config.derived.lr == 0 and config.model.num_classes == 2
+    done = launcher.run("evaluate", "checkpoint=run", *QUIET, launch=ONE)
+    assert done.returncode == 0, done.stderr
+    assert (
+        f"top-1 {summary['test_top1']:.2f} % | top-5 100.00 % | loss {summary['loss']:.4f} | 14 images" in done.stdout
+    )
+
+
+@pytest.fixture
+def evaluate_here(capsys, monkeypatch):
+    """`evaluate.py` in this process: its output, or its exit code and error."""
+    import evaluate
+    from accelerate.state import AcceleratorState, GradientState
+    from command_line import short_errors
+
+    def go(*arguments: str) -> tuple[int, str]:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        code = 0
+        try:
+            with short_errors():
+                evaluate.main([*arguments, "threads=1"])
+        except SystemExit as end:
+            code = end.code
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return go
+
+
+def test_a_released_checkpoint_is_evaluated_at_its_size_and_at_288(
+    evaluate_here, released_file, tmp_path, photographs, monkeypatch
+):
+    ten = tmp_path / "ten"
+    for split in ("train", "val"):
+        for number in range(10):
+            source = photographs / split / ("china" if number % 2 else "flower")
+            (ten / split / str(number)).parent.mkdir(parents=True, exist_ok=True)
+            (ten / split / str(number)).symlink_to(source)
+    arguments = (f"checkpoint={released_file}", f"data.root={ten}")
+    code, at_64 = evaluate_here(*arguments, "img_size=64")
+    assert code == 0 and "70 images at 64 x 64" in at_64
+    shape = []
+    forward = type(load_released_checkpoint(released_file)).forward
+    monkeypatch.setattr(
+        type(load_released_checkpoint(released_file)),
+        "forward",
+        lambda self, x: shape.append(x.shape) or forward(self, x),
+    )
+    code, at_288 = evaluate_here(*arguments, "img_size=288", "data.test_samples=10", "model.time_steps=1")
+    assert code == 0 and "10 images at 288 x 288" in at_288
+    assert shape[0][-2:] == (288, 288)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ((), "checkpoint=FILE.pth.tar or checkpoint=FOLDER"),
+        (("checkpoint=nowhere",), "nowhere: no such file"),
+        (("checkpoint={released}", "data.root={photographs}"), "tells 10 classes apart, the data has 2"),
+        (("checkpoint={released}",), "needs data.root=DIR"),
+        (("checkpoint={released}", "img_size=big"), "data.img_size: expected a whole number, got 'big'"),
+        (("checkpoint={released}", "ema=true", "data.root={photographs}"), "has no 'state_dict_ema'"),
+        (("checkpoint={damaged}", "data.root={photographs}"), "truncated or not a torch file"),
+    ],
+)
+def test_evaluation_refuses_what_cannot_work(evaluate_here, released_file, photographs, tmp_path, arguments, part):
+    damaged = tmp_path / "damaged.pth.tar"
+    damaged.write_bytes(released_file.read_bytes()[:1000])
+    places = {"released": released_file, "photographs": photographs, "damaged": damaged}
+    code, output = evaluate_here(*(argument.format(**places) for argument in arguments))
+    assert code == 2
+    assert part in output and output.count("\n") == 1 and output.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "part"),
+    [
+        ("digits", ("optim.lrr=3",), "unknown key 'optim.lrr': did you mean optim.lr?"),
+        ("imagenet", (), "data.root=DIR, the folder that holds train/CLASS/IMAGE.jpg and val/CLASS/IMAGE.jpg"),
+        ("cifar", ("data.root=nowhere",), "nowhere"),
+    ],
+)
+def test_a_mistake_costs_one_paragraph(launcher, recipe, arguments, part):
+    done = launcher.run(recipe, *arguments)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and part in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_help_says_how_to_start_and_names_the_keys(launcher):
+    done = launcher.run("imagenet", "--help")
+    assert done.returncode == 0
+    assert "accelerate launch recipes/imagenet.py data.root=DIR" in done.stdout
+    assert "optim.lr=" in done.stdout and "config=imagenet_8_384" in done.stdout
+
+
+def test_a_terminal_gets_a_bar_and_a_file_gets_lines(launcher, tmp_path):
+    import os
+    import pty
+
+    master, slave = pty.openpty()
+    arguments = (*QUIET, "model.dim=16", "data.train_samples=64", "data.test_samples=10", "train.max_steps=1")
+    process = launcher.start("digits", *arguments, "output_dir=run", tty=slave)
+    wait_for(lambda: (tmp_path / "run" / "summary.json").exists(), process)
+    process.wait(timeout=60)
+    os.close(slave)
+    shown = b""
+    try:
+        while block := os.read(master, 65536):
+            shown += block
+    except OSError:
+        pass
+    os.close(master)
+    assert re.search(rb"epoch 1 \| loss \d\.\d+ \| \d+ images/s", shown)
+    assert b"1/1" in shown and b"\x1b[" in shown
+    assert read_summary(tmp_path / "run")["steps"] == 1
