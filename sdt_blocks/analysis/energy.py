@@ -281,6 +281,20 @@ def _within(name: str, module: str) -> bool:
     return name == module or not module or name.startswith(f"{module}.")
 
 
+def suitable_unit(millijoule: float) -> tuple[str, float]:
+    """The unit in which an energy given in mJ reads well, and how many of it are one mJ."""
+    for unit, factor in (("mJ", 1.0), ("µJ", 1e3), ("nJ", 1e6)):
+        if millijoule * factor >= 1:
+            return unit, factor
+    return "pJ", 1e9
+
+
+def millijoules(value: float) -> str:
+    """An energy given in mJ as text, in a suitable unit."""
+    unit, factor = suitable_unit(value)
+    return f"{value * factor:.3g} {unit}"
+
+
 def _ratio(reference: float, value: float) -> Any:
     """`reference / value`, or None where nothing was spent."""
     return reference / value if value else None

@@ -25,12 +25,14 @@ class LayerRates:
     """The firing rates of one layer.
 
     `rate` holds one value a step; `silent` and `saturated` are the shares of its channels that never fired, and that
-    fired at 95 % of all positions, steps and samples or more.
+    fired at 95 % of all positions, steps and samples or more. `neurons` is its size for one sample, 0 where the layer
+    is a product of spikes.
     """
 
     name: str
     rate: list[float]
     channel_rate: list[float]
+    neurons: int
 
     @property
     def mean(self) -> float:
@@ -60,6 +62,12 @@ class FiringRates:
     def steps(self) -> int:
         """The most time steps any layer had."""
         return max((len(layer.rate) for layer in self.layers.values()), default=0)
+
+    @property
+    def mean(self) -> float:
+        """The share of all neurons that fire at a step, a mean over steps and samples."""
+        neurons = sum(layer.neurons for layer in self.layers.values())
+        return sum(layer.neurons * layer.mean for layer in self.layers.values()) / neurons
 
     def to_csv(self, path: str | Path) -> None:
         """Writes one line a layer: its name, mean, silent and saturated channels, and the rate at every step."""
@@ -152,7 +160,8 @@ def firing_rates(
             for name, layer_calls in calls.items():
                 totals.setdefault(name, _Totals()).add(_sum(layer_calls, probe.clock))
             calls.clear()
-    return _merge(gather((totals, samples)))
+        names = set(probe.neurons)
+    return _merge(gather((totals, samples)), names)
 
 
 def _watched(probe: Probe) -> dict[str, nn.Module]:
@@ -194,7 +203,7 @@ def _sum(calls: list[_Call], clock: Clock) -> _Totals:
     return result
 
 
-def _merge(parts: list[tuple[dict[str, _Totals], int]]) -> FiringRates:
+def _merge(parts: list[tuple[dict[str, _Totals], int]], neurons: set[str]) -> FiringRates:
     merged: dict[str, _Totals] = {}
     for totals, _ in parts:
         for name, layer in totals.items():
@@ -207,6 +216,7 @@ def _merge(parts: list[tuple[dict[str, _Totals], int]]) -> FiringRates:
             name,
             [float(rate) for rate in layer.spikes / layer.chances],
             [float(rate) for rate in layer.channel_spikes / layer.channel_chances],
+            round(layer.chances[0] / samples) if name in neurons else 0,
         )
         for name, layer in merged.items()
     }

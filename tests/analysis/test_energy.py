@@ -9,23 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sdt_blocks import LIF, SpikeDrivenTransformer, create_model
+from sdt_blocks import LIF, create_model
 from sdt_blocks.analysis import E_AC, E_MAC, energy, energy_from_rates
 
 PJ = 1e-9
-
-
-def small(**options):
-    torch.manual_seed(0)
-    defaults = {"depth": 1, "dim": 32, "num_classes": 5, "pooling": "0011", "time_steps": 3}
-    model = SpikeDrivenTransformer(**{**defaults, **options}).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 1, 3)
-            nn.init.uniform_(module.bias, 0, 1)
-        if isinstance(module, nn.Conv2d):
-            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-    return model
 
 
 def on_meta(name, **options):
@@ -34,7 +21,7 @@ def on_meta(name, **options):
 
 
 def multiply_accumulates(dim, depth, size, classes=1000, in_channels=3, ratio=4):
-    """FL of every convolution of a V1 model with pooling 1111, from the paper's formula `k * k * Cin * Cout * H * W`."""
+    """FL of every convolution of a V1 model with pooling 1111, by the paper's `k * k * Cin * Cout * H * W`."""
     d, s, n = dim, size, (size // 16) ** 2
     first = 9 * in_channels * (d // 8) * s**2
     splitting = 9 * (
@@ -73,7 +60,7 @@ def test_published_first_convolution():
     assert report.total_mj == report["patch.convs.0"].energy_mj
 
 
-def test_rates_are_those_of_the_real_input():
+def test_rates_are_those_of_the_real_input(small):
     """After the max pooling, which hands on more spikes than the neuron fired."""
     model, x = small(), torch.rand(4, 3, 16, 16)
     inputs = {}
@@ -96,7 +83,7 @@ def test_rates_are_those_of_the_real_input():
 
 
 @pytest.mark.parametrize("event_pooling", [False, True])
-def test_attention_counts_the_additions(event_pooling):
+def test_attention_counts_the_additions(small, event_pooling):
     model = small(event_pooling=event_pooling)
     attention = model.blocks[0].attention.branch
     sums = []
@@ -112,7 +99,7 @@ def test_attention_counts_the_additions(event_pooling):
         assert layer.energy_mj < layer.bound_mj
 
 
-def test_batches_add_up():
+def test_batches_add_up(small):
     model, x = small(), torch.rand(7, 3, 16, 16)
     whole, parts = energy(model, x), energy(model, [x[:3], x[3:6], x[6:]])
     assert parts.samples == 7
@@ -122,7 +109,7 @@ def test_batches_add_up():
         assert a.name == b.name and a.rate == pytest.approx(b.rate, rel=1e-12)
 
 
-def test_folding_batch_normalisation_changes_nothing():
+def test_folding_batch_normalisation_changes_nothing(small):
     model, x = small(), torch.rand(4, 3, 16, 16)
     before = energy(model, x)
     model.patch.convs[0] = fuse_conv_bn_eval(model.patch.convs[0], model.patch.norms[0])
@@ -135,7 +122,7 @@ def test_folding_batch_normalisation_changes_nothing():
     assert [layer.macs for layer in after.layers] == [layer.macs for layer in before.layers]
 
 
-def test_event_frames_charge_what_is_not_zero():
+def test_event_frames_charge_what_is_not_zero(small):
     model = small(in_channels=2)
     frames = torch.poisson(torch.full((2, 5, 2, 16, 16), 0.3))
     layer = energy(model, frames)["patch.convs.0"]
@@ -145,7 +132,7 @@ def test_event_frames_charge_what_is_not_zero():
     assert layer.once_mj == layer.energy_mj
 
 
-def test_silent_model_spends_on_its_first_layer_only():
+def test_silent_model_spends_on_its_first_layer_only(small):
     model = small()
     for module in model.modules():
         if isinstance(module, LIF):
@@ -157,14 +144,14 @@ def test_silent_model_spends_on_its_first_layer_only():
 
 
 @pytest.mark.parametrize("options", [{"time_steps": 1}, {"time_steps": 16}, {"neuron": "plif"}, {"per_step": True}])
-def test_settings(options):
+def test_settings(small, options):
     report = energy(small(**options), torch.rand(2, 3, 16, 16))
     assert all(len(layer.rate) == report.steps for layer in report.layers)
     assert [layer.kind for layer in report.layers] == ["MAC"] + ["AC"] * (len(report.layers) - 1)
     assert 0 < report.total_once_mj <= report.total_mj
 
 
-def test_half_precision():
+def test_half_precision(small):
     report = energy(small().bfloat16(), torch.rand(2, 3, 16, 16))
     assert [layer.kind for layer in report.layers] == ["MAC"] + ["AC"] * (len(report.layers) - 1)
 
@@ -272,7 +259,7 @@ def test_shared_layer_counts_each_time():
     assert report["fc"].macs == 2 * 36
 
 
-def test_json_and_table(tmp_path):
+def test_json_and_table(small, tmp_path):
     from rich.console import Console
 
     report = energy(small(), torch.rand(2, 3, 16, 16))
@@ -301,13 +288,13 @@ def test_given_rates_by_name_and_pattern():
     assert frames["patch.convs.0"].energy_mj == pytest.approx(3 * PJ * 16 * 0.2 * 9 * 2 * 32 * 64 * 64)
 
 
-def test_errors():
+def test_errors(small):
     model = on_meta("sdt_2_256")
     with pytest.raises(ValueError, match="no layer is called heads; the layers are patch"):
         energy_from_rates(model, {"*": 0.1, "heads": 1}, (3, 32, 32))
     with pytest.raises(ValueError, match="no rate fits the layer"):
         energy_from_rates(model, {"head": 0.1}, (3, 32, 32))
-    with pytest.raises(ValueError, match="between 0 and 1, got 1.5"):
+    with pytest.raises(ValueError, match="between 0 and 1, got"):
         energy_from_rates(model, 1.5, (3, 32, 32))
     with pytest.raises(ValueError, match="expected 4 rates, one a step, got 2"):
         energy_from_rates(model, {"*": [0.1, 0.2]}, (3, 32, 32))

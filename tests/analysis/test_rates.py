@@ -11,7 +11,7 @@ import snntorch
 import torch
 from torch import nn
 
-from sdt_blocks import LIF, SpikeDrivenTransformer
+from sdt_blocks import LIF
 from sdt_blocks.analysis import energy, firing_rates
 
 
@@ -32,20 +32,6 @@ def our_layers(theirs, depth):
     return names[theirs]
 
 
-def small(**options):
-    torch.manual_seed(0)
-    defaults = {"depth": 1, "dim": 32, "num_classes": 5, "pooling": "0011", "time_steps": 3}
-    model = SpikeDrivenTransformer(**{**defaults, **options})
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            # So that layers fire: an untrained network is nearly silent.
-            nn.init.uniform_(module.weight, 1, 3)
-            nn.init.uniform_(module.bias, 0, 1)
-        if isinstance(module, nn.Conv2d):
-            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-    return model
-
-
 def test_released_rates(golden):
     rates = firing_rates(golden.model(), golden.tensors["input"])
     for theirs, expected in golden.firing_rates.items():
@@ -56,7 +42,7 @@ def test_released_rates(golden):
         assert rates[ours].rate == pytest.approx(expected, abs=1e-3), theirs
 
 
-def test_batches_of_any_size_add_up():
+def test_batches_of_any_size_add_up(small):
     model, x = small(), torch.rand(7, 3, 16, 16)
     whole = firing_rates(model, x)
     parts = firing_rates(model, [x[:3], (x[3:6], torch.zeros(3)), [x[6:], None]])
@@ -68,7 +54,7 @@ def test_batches_of_any_size_add_up():
     assert whole["head_neuron"].mean > 0
 
 
-def test_recordings_of_unequal_length():
+def test_recordings_of_unequal_length(small):
     model, x = small(), torch.rand(2, 5, 3, 16, 16)
     rates = firing_rates(model, [x, x[:, :2]])
     long, short = firing_rates(model, x), firing_rates(model, x[:, :2])
@@ -78,7 +64,7 @@ def test_recordings_of_unequal_length():
 
 
 @pytest.mark.parametrize("options", [{"time_steps": 1}, {"time_steps": 16}, {"neuron": "plif"}, {"per_step": True}])
-def test_settings(options):
+def test_settings(small, options):
     model, x = small(**options), torch.rand(2, 3, 16, 16)
     seen = {}
     model.mlp_neuron = model.blocks[0].mlp.branch.neuron1
@@ -89,7 +75,7 @@ def test_settings(options):
     assert rates.steps == model.time_steps
 
 
-def test_half_precision():
+def test_half_precision(small):
     model = small().bfloat16()
     rates = firing_rates(model, torch.rand(2, 3, 16, 16))
     assert all(0 <= rate <= 1 for layer in rates.layers.values() for rate in layer.rate)
@@ -113,7 +99,7 @@ def test_silent_and_saturated_channels():
     assert (layer.silent, layer.saturated) == (0.25, 0.5)
 
 
-def test_all_silent():
+def test_all_silent(small):
     model = small()
     for module in model.modules():
         if isinstance(module, LIF):
@@ -172,7 +158,7 @@ def test_loop_outside_of_the_network():
     assert rates.samples == 2
 
 
-def test_model_is_left_as_it_was():
+def test_model_is_left_as_it_was(small):
     model = small().train()
     model.patch.norms[0].eval()
     before = {name: module.training for name, module in model.named_modules()}
@@ -183,7 +169,7 @@ def test_model_is_left_as_it_was():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_csv(tmp_path):
+def test_csv(small, tmp_path):
     rates = firing_rates(small(), torch.rand(2, 3, 16, 16))
     rates.to_csv(tmp_path / "rates.csv")
     with open(tmp_path / "rates.csv", encoding="utf-8") as file:
@@ -192,7 +178,7 @@ def test_csv(tmp_path):
     assert float(rows[0]["step_2"]) == rates["patch.neurons.0"].rate[2]
 
 
-def test_errors():
+def test_errors(small):
     with pytest.raises(ValueError, match="no neuron layer"):
         firing_rates(nn.Linear(2, 2), torch.rand(1, 2))
     with pytest.raises(ValueError, match="no batch"):
@@ -206,7 +192,7 @@ def test_errors():
 TWO = """
 import sys, json, torch
 sys.path.insert(0, sys.argv[1])
-from test_rates import small
+from conftest import lively as small
 from sdt_blocks.analysis import energy, firing_rates
 rank = int(sys.argv[2])
 torch.set_num_threads(1)
@@ -219,7 +205,7 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_count_as_one(tmp_path):
+def test_two_processes_count_as_one(small, tmp_path):
     arguments = [sys.executable, "-c", TWO, str(Path(__file__).parent)]
     workers = [
         subprocess.Popen([*arguments, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE, text=True)

@@ -1,0 +1,263 @@
+"""Looks inside a model: firing rates, energy in millijoules, what multiplies and what only adds, attention maps.
+
+    accelerate launch recipes/analyze.py checkpoint=runs/digits
+    accelerate launch recipes/analyze.py checkpoint=8_512.pth.tar data.root=DIR samples=1024
+
+It writes a folder (output_dir=, by default `analysis` in the run's): rates.csv, energy.json, audit.txt, plots as PNG,
+and index.html, one page that shows it all. For a run folder the data is the run's own unless said otherwise, else that
+of config=imagenet_8_384. Keys of its own: samples, batch_size, images, layer, output_dir, neurobench (see the end).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from command_line import print_help, short_errors
+from config import ConfigError, RunError, load_config, option
+from cpu_processes import start_cpu_processes
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from sdt_blocks.analysis import EnergyReport, FiringRates, attention_maps, audit, energy, firing_rates, plots, record
+from sdt_blocks.analysis.energy import millijoules
+from sdt_blocks.analysis.page import write_page
+from sdt_blocks.analysis.probe import find_attention, find_neurons, input_of, unwrap
+
+
+@dataclass
+class Options:
+    """What this recipe adds to the keys of a training run."""
+
+    checkpoint: str | None = option(None, "a run folder, a saved model, or a released .pth.tar")
+    samples: int = option(256, "how many samples of the evaluation set are looked at", least=1)
+    batch_size: int = option(32, "samples of a process in one forward pass", least=1)
+    images: int = option(4, "how many images get attention overlays", least=0)
+    layer: str | None = option(None, "the neuron layer whose membranes are drawn; null takes the last")
+    output_dir: str | None = option(None, "the folder to write; null makes `analysis` beside the checkpoint")
+    neurobench: bool = option(False, "also NeuroBench's metrics, into neurobench.json")
+
+
+def analyze_model(
+    model: nn.Module,
+    batches: Iterable[Any],
+    output_dir: str | Path,
+    *,
+    title: str = "",
+    layer: str | None = None,
+    images: int = 4,
+) -> tuple[FiringRates, EnergyReport]:
+    """Analyses a model on batches of (inputs, targets) and writes the folder; returns the rates and the energy.
+
+    Every process calls this with its own share of the samples, `batches` being read more than once; the first one
+    writes. `layer` is the neuron layer to draw (the last by default), `images` the number of overlays.
+    """
+    model = unwrap(model)
+    rates, report = firing_rates(model, batches), energy(model, batches)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        return rates, report
+    folder = Path(output_dir)
+    (folder / "overlays").mkdir(parents=True, exist_ok=True)
+    first = input_of(next(iter(batches)))
+    found = audit(model, first[:2])
+    rates.to_csv(folder / "rates.csv")
+    report.to_json(folder / "energy.json")
+    (folder / "audit.txt").write_text(str(found), encoding="utf-8")
+    plots.energy_bars(report).savefig(folder / "energy.png", dpi=120)
+    plots.rate_map(rates).savefig(folder / "rates.png", dpi=120)
+    figures = {
+        "Attention": draw_attention(model, first[:images], folder),
+        "A neuron layer": draw_neurons(model, first, layer or list(find_neurons(model))[-1], rates, folder),
+    }
+    write_page(
+        folder / "index.html",
+        title=title or type(model).__name__,
+        subtitle=f"{rates.samples} samples, {report.steps} time steps, input {' x '.join(map(str, first.shape[1:]))}",
+        rates=rates,
+        report=report,
+        audit=found,
+        figures=figures,
+    )
+    print_summary(rates, report, found.summary()[0], folder)
+    return rates, report
+
+
+def draw_attention(model: nn.Module, images: Tensor, folder: Path) -> list[tuple[Path, str]]:
+    """Overlays of the last block by step, and of all blocks; one PNG for each image too. Empty without attention."""
+    if not find_attention(model) or not len(images):
+        return []
+    by_step = attention_maps(model, images, per_step=True)
+    steps = [f"t={t}" for t in range(len(by_step))]
+    plots.attention_figure(images, by_step[:8], steps).savefig(folder / "attention_steps.png", dpi=120)
+    drawn = [(folder / "attention_steps.png", "Where q * a spikes in the last block, by time step")]
+    by_block = attention_maps(model, images, block=None)
+    if len(by_block) > 1:
+        blocks = [f"block {i}" for i in range(len(by_block))]
+        plots.attention_figure(images, by_block, blocks).savefig(folder / "attention_blocks.png", dpi=120)
+        drawn.append((folder / "attention_blocks.png", "The same by block, a mean over time steps"))
+    for i, (image, attention) in enumerate(zip(images, by_block[-1], strict=True)):
+        plots.overlay_figure(image, attention).savefig(folder / "overlays" / f"image_{i}.png", dpi=120)
+    return drawn
+
+
+def draw_neurons(
+    model: nn.Module, inputs: Tensor, layer: str, rates: FiringRates, folder: Path
+) -> list[tuple[Path, str]]:
+    """Raster, membranes and spread of rates of one neuron layer; of those for whose neurons they can be had."""
+    plots.rate_histogram(rates, layer).savefig(folder / "rate_histogram.png", dpi=120)
+    drawn = [(folder / "rate_histogram.png", f"{layer}: firing rates of its channels over all samples")]
+    try:
+        recording = record(model, inputs[:1], layer)
+    except ValueError as error:
+        print(f"no membranes are drawn: {error}", file=sys.stderr)
+        return drawn
+    plots.raster(recording).savefig(folder / "raster.png", dpi=120)
+    plots.membrane_trace(recording).savefig(folder / "membrane.png", dpi=120)
+    drawn.append((folder / "raster.png", f"{layer}: spikes of the first sample"))
+    drawn.append((folder / "membrane.png", f"{layer}: membranes of four neurons; a dot is a spike"))
+    return drawn
+
+
+def print_summary(rates: FiringRates, report: EnergyReport, verdict: str, folder: Path) -> None:
+    """The findings on the terminal."""
+    console = Console(highlight=False, soft_wrap=True)
+    layers = list(rates.layers.values())
+    silent = [layer.name for layer in layers if layer.silent == 1]
+    console.print(verdict, style="green" if "NOT" not in verdict else "bold red")
+    console.print(
+        f"{millijoules(report.total_mj)} an inference ({millijoules(report.ann_mj)} as an ANN), mean firing rate "
+        f"{rates.mean:.1%} over {rates.samples} samples and {report.steps} steps"
+    )
+    if report.attention and report.attention.sdsa_mj:
+        ratio = report.attention.vanilla_mj / report.attention.sdsa_mj
+        console.print(f"attention alone: {ratio:,.1f} times less than softmax attention of its size")
+    for layer in sorted(report.layers, key=lambda layer: -layer.energy_mj)[:5]:
+        share = layer.energy_mj / (report.total_mj or 1.0)
+        console.print(f"  {share:6.1%}  {millijoules(layer.energy_mj):>9}  {layer.kind:3}  {layer.name}")
+    if silent:
+        console.print(f"never fires: {', '.join(silent)}", style="yellow")
+    console.print(f"all in {folder / 'index.html'}")
+
+
+def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
+    """This recipe's options, and the arguments that `load_config` takes. Raises `ConfigError`."""
+    names = {item.name for item in fields(Options)}
+    own = [argument for argument in arguments if argument.partition("=")[0] in names]
+    rest = [argument for argument in arguments if argument not in own]
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(own))
+        options: Options = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{' '.join(own)}: {error}") from None
+    for item in fields(Options):
+        value, least = getattr(options, item.name), item.metadata.get("least")
+        if least is not None and value < least:
+            raise ConfigError(f"{item.name}: expected a value of at least {least}, got {value}")
+    if options.checkpoint is None:
+        raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar")
+    written = Path(options.checkpoint) / "config.yaml"
+    if written.is_file() and not any(argument.startswith("config=") for argument in rest):
+        rest.insert(0, f"config={written}")
+    return options, ["train.mixed_precision=no", "tracker=none", f"data.test_samples={options.samples}", *rest]
+
+
+class ReadableBatches:
+    """The batches of a loader without the samples that could not be read, as often as they are asked for."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader, self.dataset = loader, loader.dataset
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        from loading import fetch
+
+        for inputs, targets in fetch(self.loader):
+            readable = targets >= 0
+            if readable.any():
+                yield inputs[readable], targets[readable]
+
+
+def run_neurobench(model: nn.Module, batches: ReadableBatches, folder: Path) -> None:
+    """NeuroBench's view of the same model, on this process's samples, into neurobench.json."""
+    from neurobench import metrics
+    from neurobench.benchmarks import Benchmark
+
+    from sdt_blocks.analysis.neurobench_adapter import neurobench_model
+
+    static = [metrics.static.Footprint, metrics.static.ConnectionSparsity, metrics.static.ParameterCount]
+    workload = [metrics.workload.ActivationSparsity, metrics.workload.SynapticOperations]
+    found = Benchmark(neurobench_model(model), batches, [], [], [static, workload]).run(quiet=True)
+    text = json.dumps(found, indent=2, default=float) + "\n"
+    (folder / "neurobench.json").write_text(text, encoding="utf-8")
+    print(text, end="")
+
+
+def main(arguments: list[str]) -> None:
+    options, rest = read_arguments(arguments)
+    checkpoint = Path(options.checkpoint or "")
+    asked = {argument.partition("=")[0].removeprefix("model.") for argument in rest if argument.startswith("model.")}
+    config = load_config(rest, default="imagenet_8_384")
+    start_cpu_processes()
+    from evaluate import load
+    from loading import ShardBatches, UnreadableSample, build_loader
+    from set_up import build_accelerator, open_data
+
+    model = load(checkpoint, averaged=False, overrides={k: v for k, v in asdict(config.model).items() if k in asked})
+    config.model.in_channels = model.in_channels
+    neurons = find_neurons(model)
+    if options.layer is not None and options.layer not in neurons:
+        raise ConfigError(f"layer={options.layer}: no such neuron layer; the model has {', '.join(neurons)}")
+    accelerator = build_accelerator(config)
+    _, test_set = open_data(config, accelerator)
+    shard = ShardBatches(
+        min(len(test_set), options.samples),
+        batch_size=options.batch_size,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
+    loader = build_loader(test_set, shard, workers=config.data.workers, pin=accelerator.device.type == "cuda")
+    batches = ReadableBatches(loader)
+    folder = Path(options.output_dir or default_folder(checkpoint))
+    model.to(accelerator.device)
+    try:
+        title = f"{checkpoint.name} on {config.data.name}"
+        analyze_model(model, batches, folder, title=title, layer=options.layer, images=options.images)
+        if options.neurobench and accelerator.is_main_process:
+            run_neurobench(model, batches, folder)
+    except (ValueError, OSError, ImportError, UnreadableSample) as error:
+        raise RunError(str(error)) from error
+    accelerator.end_training()
+
+
+def default_folder(checkpoint: Path) -> Path:
+    """`analysis` in a run folder, or beside a released file under its name."""
+    if checkpoint.is_dir():
+        return checkpoint / "analysis"
+    return checkpoint.with_name(f"{checkpoint.name.removesuffix('.tar').removesuffix('.pth')}_analysis")
+
+
+def print_own_help() -> None:
+    """The keys that this recipe adds to those of training."""
+    defaults = Options()
+    for item in fields(Options):
+        value = getattr(defaults, item.name)
+        print(f"  {item.name}={'null' if value is None else value}: {item.metadata['help']}")
+
+
+if __name__ == "__main__":
+    if print_help(sys.argv[1:], "imagenet_8_384"):
+        print("Keys of this recipe alone:")
+        print_own_help()
+    else:
+        with short_errors():
+            main(sys.argv[1:])

@@ -1,0 +1,155 @@
+"""Plots of what the other modules find; each returns a matplotlib `Figure`, drawn without any window system."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .attention_maps import overlay
+from .energy import EnergyReport, millijoules, suitable_unit
+from .rates import FiringRates
+from .record import Recording
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS = {"MAC": "#d1495b", "AC": "#00798c"}
+RATE_COLORMAP = "viridis"
+
+
+def short(name: str) -> str:
+    """A layer's name without the parts that say nothing."""
+    return name.replace(".branch", "") or "model"
+
+
+def energy_bars(report: EnergyReport) -> Figure:
+    """Energy of every layer, one bar each, multiply-accumulates and accumulates in different colours."""
+    figure, axes = _figure(7.5, 1.2 + 0.2 * len(report.layers))
+    names = [short(layer.name) for layer in report.layers]
+    unit, factor = suitable_unit(max((layer.energy_mj for layer in report.layers), default=0.0))
+    energies = [layer.energy_mj * factor for layer in report.layers]
+    axes.barh(names, energies, color=[COLORS[layer.kind] for layer in report.layers])
+    for kind, color in COLORS.items():
+        axes.barh([0], [0], color=color, label={"MAC": "multiplies (MAC)", "AC": "only adds (AC)"}[kind])
+    axes.legend(frameon=False, loc="lower right")
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.set_xlabel(f"{unit} an inference")
+    axes.set_title(f"{millijoules(report.total_mj)} an inference of {report.steps} steps")
+    return figure
+
+
+def rate_map(rates: FiringRates) -> Figure:
+    """Firing rate of every layer at every step, as colours with the numbers written in where they fit."""
+    layers = list(rates.layers.values())
+    figure, axes = _figure(4.2 + 0.5 * rates.steps, 1.2 + 0.22 * len(layers))
+    values = np.full((len(layers), rates.steps), np.nan)
+    for row, layer in enumerate(layers):
+        values[row, : len(layer.rate)] = layer.rate
+    image = axes.imshow(values, aspect="auto", cmap=RATE_COLORMAP, vmin=0)
+    if rates.steps <= 8:
+        middle = np.nanmax(values) / 2
+        for (row, step), value in np.ndenumerate(values):
+            color = "white" if value < middle else "black"
+            axes.text(step, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize=6.5)
+    axes.set_yticks(range(len(layers)), [short(layer.name) for layer in layers])
+    axes.set_xticks(range(rates.steps))
+    axes.set_xlabel("time step")
+    axes.set_title("Firing rates")
+    figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
+    return figure
+
+
+def rate_histogram(rates: FiringRates, layer: str) -> Figure:
+    """How the firing rates of one layer's channels are spread."""
+    figure, axes = _figure(5, 3)
+    found = rates[layer]
+    axes.hist(found.channel_rate, bins=np.linspace(0, 1, 41).tolist(), color=COLORS["AC"])
+    axes.axvline(found.mean, color=COLORS["MAC"], linestyle="--", label=f"mean {found.mean:.3f}")
+    axes.legend(frameon=False)
+    axes.set_xlabel("firing rate of a channel")
+    axes.set_ylabel("channels")
+    axes.set_title(f"{short(layer)}: {found.silent:.0%} of {len(found.channel_rate)} channels silent")
+    return figure
+
+
+def raster(recording: Recording, sample: int = 0, neurons: int = 200) -> Figure:
+    """The spikes of up to that many neurons of one sample, a mark for each."""
+    figure, axes = _figure(5, 3.4)
+    spikes = recording.spikes[:, sample].float().cpu().flatten(1)[:, :neurons]
+    step, neuron = spikes.nonzero(as_tuple=True)
+    axes.scatter(step, neuron, marker=".", s=14, color=COLORS["AC"])
+    axes.set_xlim(-0.5, len(spikes) - 0.5)
+    axes.set_ylim(-1, spikes.shape[1])
+    _time_axis(axes, len(spikes))
+    axes.set_ylabel("neuron")
+    axes.set_title(f"{short(recording.name)}: {spikes.mean():.1%} of {spikes.numel()} fire")
+    return figure
+
+
+def membrane_trace(recording: Recording, sample: int = 0, units: Sequence[int] | None = None) -> Figure:
+    """Membranes of a few neurons of one sample, a dot for each spike; by default four that fire half of the time."""
+    figure, axes = _figure(5, 3.4)
+    membrane = recording.membrane[:, sample].float().cpu().flatten(1)
+    spikes = recording.spikes[:, sample].float().cpu().flatten(1)
+    if units is None:
+        units = (spikes.mean(0) - 0.5).abs().argsort(stable=True)[:4].tolist()
+    steps = range(len(membrane))
+    for unit in units:
+        (line,) = axes.plot(steps, membrane[:, unit], marker=".", label=f"neuron {unit}")
+        fired = spikes[:, unit].nonzero().flatten()
+        axes.scatter(fired, membrane[fired, unit], s=45, color=line.get_color(), zorder=3)
+    axes.axhline(recording.threshold, color="black", linestyle="--", linewidth=1, label="threshold")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
+    _time_axis(axes, len(membrane))
+    axes.set_ylabel("membrane before its reset")
+    axes.set_title(short(recording.name))
+    return figure
+
+
+def attention_figure(images: Tensor, maps: Tensor, titles: Sequence[str] | None = None) -> Figure:
+    """Images in rows; beside each the overlays of its maps `[K, B, H', W']`, such as one a step or one a block."""
+    rows, columns = len(images), 1 + len(maps)
+    figure, _ = _figure(1.25 * columns, 1.35 * rows + 0.3, axes=False)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    headings = ["input", *(titles or [str(k) for k in range(len(maps))])]
+    for row, image in enumerate(images):
+        still = torch.zeros(1, 1)
+        for column, attention in enumerate([still, *maps[:, row]]):
+            axes = grid[row][column]
+            axes.imshow(overlay(image, attention).numpy())
+            axes.set_axis_off()
+            if row == 0:
+                axes.set_title(headings[column], fontsize=8)
+    return figure
+
+
+def overlay_figure(image: Tensor, attention: Tensor, title: str = "") -> Figure:
+    """One image under its attention map."""
+    figure, axes = _figure(3, 3.2)
+    axes.imshow(overlay(image, attention).numpy())
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=9)
+    return figure
+
+
+def _figure(width: float, height: float, axes: bool = True) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    if not axes:
+        return figure, None
+    made = figure.subplots()
+    made.tick_params(labelsize=8)
+    made.spines[["top", "right"]].set_visible(False)
+    return figure, made
+
+
+def _time_axis(axes: Axes, steps: int) -> None:
+    axes.set_xticks(range(0, steps, max(1, steps // 16)))
+    axes.set_xlabel("time step")

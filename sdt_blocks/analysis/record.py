@@ -1,0 +1,73 @@
+"""The membrane and the spikes of one neuron layer over time, for plots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from snntorch._neurons.neurons import SpikingNeuron
+from torch import Tensor, nn
+
+from ..neuron import LIF
+from .probe import Forward, Probe, spikes_of
+
+
+@dataclass
+class Recording:
+    """`membrane` and `spikes` of one neuron layer, `[T, B, ...]`; the membrane before its reset, as in snnTorch."""
+
+    name: str
+    membrane: Tensor
+    spikes: Tensor
+    threshold: float
+
+
+def record(model: nn.Module, batch: Any, layer: str, *, forward: Forward | None = None) -> Recording:
+    """Runs one batch and keeps membrane and spikes of the neuron layer of that name, one of the kit's or snnTorch's.
+
+    Raises `ValueError` where there is no such neuron layer, or where its membrane cannot be seen.
+
+    >>> record(create_model("sdt_2_256"), torch.rand(2, 3, 32, 32), "head_neuron").membrane.shape
+    torch.Size([4, 2, 256])
+    """
+    with Probe(model, forward=forward) as probe:
+        if layer not in probe.neurons:
+            raise ValueError(f"no neuron layer is called {layer!r}; there are {', '.join(probe.neurons) or 'none'}")
+        neuron: Any = probe.neurons[layer]
+        steps: list[tuple[Tensor, Tensor]] = []
+        inputs: list[Tensor] = []
+
+        def note(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(neuron, LIF):
+                inputs.append(args[0])
+            elif isinstance(output, tuple | list):
+                steps.append((output[1], output[0]))
+            elif isinstance(neuron, SpikingNeuron) and neuron.init_hidden:
+                steps.append((neuron.mem.clone(), spikes_of(output)))
+            else:
+                raise ValueError(f"{layer}: a {type(neuron).__name__} does not show its membrane")
+
+        probe.watch(neuron, note)
+        for _ in probe.run([batch]):
+            pass
+    if not (inputs or steps):
+        raise ValueError(f"{layer} took no part in the forward pass")
+    if isinstance(neuron, LIF):
+        membrane, spikes = trajectory(neuron, torch.cat(inputs))
+    else:
+        membrane, spikes = (torch.stack(parts) for parts in zip(*steps, strict=True))
+    return Recording(layer, membrane.detach(), spikes.detach(), float(neuron.threshold))
+
+
+@torch.no_grad()
+def trajectory(neuron: LIF, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer run over its input again, step by step, each going on from the membrane before."""
+    membrane: Tensor | None = None
+    membranes, spikes = [], []
+    for x_t in x.split(1):
+        # `forward` itself: hooks have seen this input already.
+        fired, membrane = neuron.forward(x_t, membrane, return_membrane=True)  # type: ignore[misc]
+        membranes.append(membrane)
+        spikes.append(fired[0])
+    return torch.stack(membranes), torch.stack(spikes)

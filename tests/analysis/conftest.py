@@ -1,0 +1,29 @@
+"""A small network whose layers all fire; untrained ones are nearly silent."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sdt_blocks import SpikeDrivenTransformer
+
+
+def lively(**options) -> SpikeDrivenTransformer:
+    """The same network each time: one block of 32 channels, three steps, five classes, unless said otherwise."""
+    torch.manual_seed(0)
+    defaults = {"depth": 1, "dim": 32, "num_classes": 5, "pooling": "0011", "time_steps": 3}
+    model = SpikeDrivenTransformer(**{**defaults, **options}).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 1, 3)
+            nn.init.uniform_(module.bias, 0, 1)
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    return model
+
+
+@pytest.fixture
+def small():
+    """Makes the network of `lively`."""
+    return lively

@@ -1,0 +1,153 @@
+"""The analysis recipe on a run, a released file, events and plain networks: what it writes, and what it refuses."""
+
+import csv
+import json
+
+import pytest
+import snntorch
+import torch
+from torch import nn
+
+from sdt_blocks import SpikeDrivenTransformer, save_model
+from sdt_blocks.analysis import energy, firing_rates
+from sdt_datasets.images import build_image_datasets
+
+FILES = {
+    "attention_blocks.png", "attention_steps.png", "audit.txt", "energy.json", "energy.png", "index.html",
+    "membrane.png", "overlays", "raster.png", "rate_histogram.png", "rates.csv", "rates.png",
+}  # fmt: skip
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """What a training run leaves behind, without the training."""
+    from config import load_config, to_yaml
+
+    torch.manual_seed(0)
+    model = SpikeDrivenTransformer(depth=2, dim=16, in_channels=1, num_classes=10, pooling="0011").eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 1, 3)
+            nn.init.uniform_(module.bias, 0, 1)
+    folder = tmp_path / "run"
+    save_model(model, folder / "best")
+    config = load_config(["data.img_size=8", "threads=1", "tracker=none"], default="digits")
+    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    return folder
+
+
+def direct(run_folder, samples):
+    """The library's figures for the first images of the evaluation set, in one batch."""
+    from sdt_blocks import load_model
+
+    _, test = build_image_datasets(
+        "digits", img_size=8, mean=[0.3], std=[0.35], interpolation="bilinear", test_samples=samples
+    )
+    images = torch.stack([test[i][0] for i in range(samples)])
+    model = load_model(run_folder)
+    return firing_rates(model, images), json.loads(energy(model, images).to_json())
+
+
+def check_figures(folder, rates, report):
+    found = json.loads((folder / "energy.json").read_text())
+    assert found["samples"] == report["samples"]
+    assert found["total_mj"] == pytest.approx(report["total_mj"], rel=1e-9)
+    with open(folder / "rates.csv", encoding="utf-8") as file:
+        rows = {row["layer"]: row for row in csv.DictReader(file)}
+    assert rows.keys() == rates.layers.keys()
+    for name, layer in rates.layers.items():
+        assert [float(rows[name][f"step_{t}"]) for t in range(4)] == pytest.approx(layer.rate, rel=1e-9)
+
+
+def test_a_run(launcher, run_folder):
+    done = launcher.run(
+        "analyze", "checkpoint=run", "samples=50", "batch_size=16", "images=3", "neurobench=true", launch=("--cpu",)
+    )
+    assert done.returncode == 0, done.stderr
+    folder = run_folder / "analysis"
+    assert {path.name for path in folder.iterdir()} == FILES | {"neurobench.json"}
+    assert len(list((folder / "overlays").glob("*.png"))) == 3
+    rates, report = direct(run_folder, 50)
+    check_figures(folder, rates, report)
+    assert (folder / "audit.txt").read_text(encoding="utf-8").startswith("The network is spike-driven.")
+    assert "The network is spike-driven." in done.stdout and "run/analysis/index.html" in done.stdout
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 5 and "50 samples, 4 time steps, input 1 x 8 x 8" in page
+    neurobench = json.loads((folder / "neurobench.json").read_text())
+    assert neurobench["ActivationSparsity"] == pytest.approx(1 - rates.mean)
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_figures_of_one(launcher, run_folder):
+    done = launcher.run(
+        "analyze", "checkpoint=run", "samples=37", "output_dir=two", launch=("--cpu", "--num_processes", "2")
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("The network is") == 1
+    check_figures(launcher.folder / "two", *direct(run_folder, 37))
+
+
+def test_a_released_file_with_other_steps(launcher, released_file, photographs):
+    done = launcher.run(
+        "analyze", f"checkpoint={released_file}", f"data.root={photographs}", "data.img_size=64", "data.workers=0",
+        "samples=4", "model.time_steps=2", "layer=patch.neurons.0", "output_dir=out", "threads=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((launcher.folder / "out" / "energy.json").read_text())
+    assert found["steps"] == 2 and found["samples"] == 4
+    assert "patch.neurons.0: spikes of the first sample" in (launcher.folder / "out" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["checkpoint=FOLDER"]),
+        (["checkpoint=nowhere"], ["nowhere", "no such file"]),
+        (["checkpoint=run", "samples=0"], ["samples", "at least 1", "got 0"]),
+        (["checkpoint=run", "samples=many"], ["samples", "many"]),
+        (["checkpoint=run", "layer=head"], ["layer=head", "head_neuron"]),
+        (["checkpoint=run", "sample=3"], ["sample"]),
+    ],
+)
+def test_refusals(run_folder, monkeypatch, arguments, words):
+    import analyze
+    from config import ConfigError
+
+    monkeypatch.chdir(run_folder.parent)
+    with pytest.raises(ConfigError) as refused:
+        analyze.main(arguments)
+    assert all(word in str(refused.value) for word in words) and "\n" not in str(refused.value)
+    assert not (run_folder / "analysis").exists()
+
+
+def test_help(launcher):
+    done = launcher.run("analyze", "--help")
+    assert done.returncode == 0 and "neurobench=False" in done.stdout and "data.root" in done.stdout
+
+
+def test_event_frames_and_event_pooling(golden, tmp_path):
+    import analyze
+
+    x = golden.tensors["input"]
+    rates, report = analyze.analyze_model(golden.model(), [x[:1], x[1:]], tmp_path, images=2)
+    assert rates.samples == len(x) and report.steps == golden.config["T"]
+    assert (tmp_path / "index.html").stat().st_size > 50_000
+    assert golden.config["depth"] == 1 or (tmp_path / "attention_blocks.png").exists()
+
+
+def test_a_plain_snntorch_network(tmp_path, capsys):
+    import analyze
+
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.norm, self.lif = nn.Linear(6, 8), nn.LayerNorm(8), snntorch.Leaky(beta=0.9, init_hidden=True)
+            self.out = nn.Linear(8, 2)
+
+        def forward(self, x):
+            return sum(self.out(self.lif(self.norm(self.fc(x)))) for _ in range(4))
+
+    analyze.analyze_model(Loop(), [torch.rand(5, 6)], tmp_path)
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == FILES - {"attention_steps.png", "attention_blocks.png"}
+    assert "NOT spike-driven" in (tmp_path / "audit.txt").read_text() and "NOT spike-driven" in capsys.readouterr().out
