@@ -6,3 +6,7 @@ IGNORED = -1
 
 class DataError(ValueError):
     """The data is missing or unfit; the message is one paragraph that says what was expected and what to do."""
+
+
+class UnreadableError(DataError):
+    """A sample cannot be read or does not fit; the message names its file."""

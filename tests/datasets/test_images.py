@@ -10,9 +10,9 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 from torchvision.transforms import functional as TF
 
-from sdt_datasets.errors import IGNORED, DataError
+from sdt_datasets.errors import IGNORED, DataError, UnreadableError
 from sdt_datasets.image_transforms import seeded
-from sdt_datasets.images import UnreadableImageError, build_image_datasets
+from sdt_datasets.images import build_image_datasets
 
 PLAIN = {"img_size": 32, "mean": (0.5,), "std": (0.25,)}
 HEAVY = {
@@ -241,7 +241,7 @@ def test_an_unreadable_image_names_its_file(tree, damage):
     path = tree / "train" / "china" / "2.png"
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
     train, _ = build_image_datasets("folder", tree, **HEAVY)
-    with pytest.raises(UnreadableImageError, match=r"china.2\.png cannot be read .* data\.on_error=skip"):
+    with pytest.raises(UnreadableError, match=r"china.2\.png cannot be read .* data\.on_error=skip"):
         train[2]
     assert train[1][1] == 0
 
@@ -294,7 +294,7 @@ def test_when_nothing_can_be_read_the_error_says_so(tree):
     for path in (tree / "train").rglob("*.png"):
         path.write_bytes(b"")
     train, _ = build_image_datasets("folder", tree, on_error="skip", **PLAIN)
-    with pytest.raises(UnreadableImageError, match="none of the 12 images can be read"):
+    with pytest.raises(UnreadableError, match="none of the 12 images can be read"):
         train[0]
 
 

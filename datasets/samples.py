@@ -1,0 +1,99 @@
+"""What image and event data sets share: reproducible samples, and what to do with one that cannot be read."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sdt_datasets.errors import IGNORED, UnreadableError
+
+
+class SampleDataset(Dataset[tuple[Tensor, int]]):
+    """`dataset[i]` is (float32 tensor, class index); `.classes` are the names, `.targets` all indices, int64 `[N]`.
+
+    Training samples are augmented with draws from (seed, epoch, i) and from nothing else, so that neither the number of
+    loader processes nor a resumed run changes them; `set_epoch` reaches loader processes that are already running.
+
+    A sample that cannot be read raises `UnreadableError` with the name of its file, or with `on_error="skip"` is named
+    in a warning and in `.unreadable`: in training the next readable sample stands in for it; in evaluation, where a
+    stand-in would be counted twice, it is blank and its label `IGNORED`.
+
+    A data set fills in `_read`, `_sample`, `_blank` and `_name`; `rows` says which rows of its source it holds.
+    """
+
+    kind = "samples"
+
+    def __init__(
+        self,
+        *,
+        rows: np.ndarray | Sequence[int],
+        targets: np.ndarray,
+        classes: Sequence[str],
+        training: bool,
+        seed: int,
+        on_error: str,
+    ) -> None:
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error must be raise or skip, got {on_error!r}")
+        self._rows, self.targets, self.classes = np.asarray(rows, dtype=np.int64), targets, list(classes)
+        self.training, self.seed, self.skip = training, seed, on_error == "skip"
+        # In shared memory, since persistent loader processes hold a copy of the rest of this object.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._unreadable = torch.zeros(len(self._rows), dtype=torch.bool).share_memory_()
+
+    def _read(self, row: int) -> Any:
+        """What the file of a row holds. Raises `UnreadableError`."""
+        raise NotImplementedError
+
+    def _sample(self, content: Any, key: tuple[int, int, int]) -> Tensor:
+        """The tensor of what was read; in training augmented with draws from `key`."""
+        raise NotImplementedError
+
+    def _blank(self) -> Tensor:
+        """Zeros of a sample's shape."""
+        raise NotImplementedError
+
+    def _name(self, row: int) -> str:
+        """The file that holds a row."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the augmentation of the samples drawn from now on."""
+        self._epoch.fill_(epoch)
+
+    @property
+    def unreadable(self) -> list[str]:
+        """The files that could not be read so far, in the order of the data set."""
+        return [self._name(int(self._rows[i])) for i in self._unreadable.nonzero().flatten().tolist()]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        index = int(index) % len(self)
+        key = (self.seed, int(self._epoch), index)
+        for candidate in range(index, index + len(self)):
+            position = candidate % len(self)
+            try:
+                content = self._read(int(self._rows[position]))
+            except UnreadableError as error:
+                if not self.skip:
+                    hint = "replace or remove the file, or set data.on_error=skip to go on without it"
+                    raise UnreadableError(f"{error}; {hint}") from error
+                if not self._unreadable[position]:
+                    warnings.warn(f"{error}; it is left out", stacklevel=2)
+                self._unreadable[position] = True
+                if not self.training:
+                    return self._blank(), IGNORED
+                continue
+            return self._sample(content, key), int(self.targets[position])
+        first = self._name(int(self._rows[index]))
+        raise UnreadableError(f"none of the {len(self)} {self.kind} can be read, {first} for one")
