@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
-from launching import TINY, read_lines, read_summary, steps_saved, wait_for
+from launching import RECIPES, TINY, read_lines, read_summary, steps_saved, wait_for
 from omegaconf import OmegaConf
 
 TWO = ("--num_processes", "2", "--cpu")
@@ -103,3 +108,36 @@ def test_the_number_of_processes_is_read_from_the_launcher(words, expected, tmp_
     words = [str(file) if word == "FILE" else word for word in words]
     monkeypatch.setattr(psutil.Process, "cmdline", lambda self: words)
     assert asked_processes() == expected
+
+
+def test_a_divided_model_is_saved_whole_and_restored_divided(tmp_path):
+    worker = Path(__file__).with_name("fsdp_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "state.pt")], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the restored model went on alike") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "kind"),
+    [
+        ("one_gpu", 1, "NO"),
+        ("eight_gpus", 8, "MULTI_GPU"),
+        ("two_nodes", 16, "MULTI_GPU"),
+        ("fsdp", 8, "FSDP"),
+    ],
+)
+def test_accelerate_reads_the_configurations(name, processes, kind):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    from sdt_blocks import transformer
+
+    file = RECIPES / "accelerate" / f"{name}.yaml"
+    config = load_config_from_file(str(file))
+    assert config.num_processes == processes and config.distributed_type.value == kind
+    assert f"--config_file recipes/accelerate/{name}.yaml" in file.read_text().split("compute_environment")[0]
+    if kind == "FSDP":
+        assert hasattr(transformer, config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"])
