@@ -150,7 +150,9 @@ class _Recorder(TorchDispatchMode):
         inner = rows.flatten(row_axes)
         before = self.calls.get(name)
         first = before[0].kept_input is not None if before else not self.probe.clock.started
-        return _Call(kind, _nonzero(inner), inner.shape[-1], float(dense), _is_spikes(rows), rows if first else None)
+        nonzero = _nonzero(inner)
+        kept = rows if first else None
+        return _Call(kind, nonzero, inner.shape[-1], float(dense), _is_spikes(rows, nonzero), kept)
 
     def _watch_attention(self, name: str, attention: SpikeDrivenSelfAttention) -> None:
         rates: list[Tensor] = []
@@ -159,11 +161,13 @@ class _Recorder(TorchDispatchMode):
 
         def summed(module: nn.Module, inputs: tuple[Any, ...], kv: Tensor) -> None:
             added = attention._pool_tokens(kv).flatten(2)
+            nonzero = _nonzero(added)
             size = (kv.shape[-2] * kv.shape[-1], kv.shape[2])
             bound = torch.stack(rates).sum(0) if rates else None
             rates.clear()
             dense = float(kv.numel())
-            call = _Call("attention", _nonzero(added), added.shape[-1], dense, _is_spikes(kv), None, bound, size)
+            spikes = _is_spikes(added, nonzero)
+            call = _Call("attention", nonzero, added.shape[-1], dense, spikes, None, bound, size)
             self._note(name, call)
 
         self.probe.watch(attention.coincidences, summed)
@@ -188,7 +192,8 @@ class _Recorder(TorchDispatchMode):
             self._note(name, _Call("matmul", call.nonzero, call.entries, call.dense, torch.tensor(False)))
         else:
             dense = a.numel() * b.shape[-1]
-            if not bool(_is_spikes(a)) and bool(_is_spikes(b)):
+            a_adds, b_adds = (bool(_is_spikes(x, x.count_nonzero())) for x in (a, b))
+            if b_adds and not a_adds:
                 a = b.t() if b.ndim == 2 else b
             self._note(name, self._call(name, "matmul", a, 1, dense))
 
@@ -214,12 +219,12 @@ def _nonzero(rows: Tensor) -> Tensor:
     return torch.zeros(rows.shape[:-1], dtype=torch.int64) if rows.is_meta else rows.count_nonzero(dim=-1)
 
 
-def _is_spikes(x: Tensor) -> Tensor:
-    """Whether all entries are 0 or one and the same positive number."""
+def _is_spikes(x: Tensor, nonzero: Tensor) -> Tensor:
+    """Whether all entries are 0 or one and the same positive number; `nonzero` holds counts of the non-zero ones."""
     if x.is_meta:
         return torch.tensor(True)
-    top = x.amax().clamp(min=0)
-    return ((x == 0) | (x == top)).all()
+    top = x.amax()
+    return (x == top).sum().where(top > 0, 0) == nonzero.sum()
 
 
 def _sum(name: str, calls: list[_Call], clock: Clock, x: Tensor) -> _Site:

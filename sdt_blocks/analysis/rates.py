@@ -110,13 +110,11 @@ class _Totals:
 
 @dataclass
 class _Call:
-    """One call of a layer: spikes per step, in total where it took one step, and per channel; entries of both."""
+    """One call of a layer: spikes by step and channel `[t, c]`, and the chances to spike behind each number."""
 
     sequence: bool
     spikes: Tensor
     chances: int
-    channel_spikes: Tensor
-    channel_chances: int
 
 
 def firing_rates(
@@ -173,17 +171,11 @@ def _watched(probe: Probe) -> dict[str, nn.Module]:
 
 
 def _count(spikes: Tensor, sequence: bool) -> _Call:
-    channel = (2 if sequence else 1) if spikes.ndim > (2 if sequence else 1) else None
-    others = [axis for axis in range(spikes.ndim) if axis != channel]
-    per_channel = spikes.count_nonzero() if channel is None else spikes.count_nonzero(dim=others)
-    per_channel = per_channel.reshape(-1)
-    return _Call(
-        sequence,
-        spikes.flatten(1).count_nonzero(dim=1) if sequence and spikes.ndim > 1 else spikes.count_nonzero(),
-        spikes.numel() // (spikes.shape[0] if sequence else 1),
-        per_channel,
-        spikes.numel() // len(per_channel),
-    )
+    by_step = spikes if sequence else spikes.unsqueeze(0)
+    by_step = by_step if by_step.ndim > 1 else by_step.unsqueeze(1)
+    others = [axis for axis in range(1, by_step.ndim) if axis != 2]
+    counts = by_step.count_nonzero(dim=others).reshape(len(by_step), -1)
+    return _Call(sequence, counts, by_step.numel() // counts.numel())
 
 
 def _sum(calls: list[_Call], clock: Clock) -> _Totals:
@@ -191,15 +183,11 @@ def _sum(calls: list[_Call], clock: Clock) -> _Totals:
     result = _Totals()
     steps = clock.steps if len(calls) % clock.steps == 0 else len(calls)
     for i, call in enumerate(calls):
-        if call.sequence:
-            spikes = call.spikes.reshape(-1).cpu().numpy().astype(np.float64)
-            chances = np.full(len(spikes), float(call.chances))
-        else:
-            spikes, chances = np.zeros(steps), np.zeros(steps)
-            step = i * steps // len(calls)
-            spikes[step], chances[step] = float(call.spikes), float(call.chances)
-        channels = call.channel_spikes.cpu().numpy().astype(np.float64)
-        result.add(_Totals(spikes, chances, channels, float(call.channel_chances)))
+        counts = call.spikes.cpu().numpy().astype(np.float64)
+        offset = 0 if call.sequence else i * steps // len(calls)
+        spikes = np.pad(counts.sum(1), (offset, 0))
+        chances = np.pad(np.full(len(counts), float(call.chances * counts.shape[1])), (offset, 0))
+        result.add(_Totals(spikes, chances, counts.sum(0), float(call.chances * len(counts))))
     return result
 
 

@@ -9,8 +9,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sdt_blocks import LIF, create_model
-from sdt_blocks.analysis import E_AC, E_MAC, energy, energy_from_rates
+from sdt_blocks import (
+    LIF,
+    MembraneShortcut,
+    ParametricLIF,
+    SpikeDrivenSelfAttention,
+    SpikingMLP,
+    SpikingPatchSplitting,
+    create_model,
+)
+from sdt_blocks.analysis import E_AC, E_MAC, audit, energy, energy_from_rates
 
 PJ = 1e-9
 
@@ -304,3 +312,41 @@ def test_errors(small):
         energy(small(), [])
     with pytest.raises(KeyError, match="there is no layer 'x'"):
         energy(small(), torch.rand(1, 3, 16, 16))["x"]
+
+
+class TimeFirst(nn.Module):
+    """A network mixed from blocks that takes `[T, B, C, H, W]`."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = SpikingPatchSplitting(16, in_channels=1, pooling="0001", neuron=ParametricLIF)
+        self.blocks = nn.Sequential(
+            MembraneShortcut(SpikingMLP(16, hidden=16)),
+            MembraneShortcut(SpikeDrivenSelfAttention(16, num_heads=4, neuron=ParametricLIF), drop_path=0.1),
+        )
+        self.fire, self.head = LIF(tau=1.5, reset="subtract", surrogate="atan"), nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.head(self.fire(self.blocks(self.patch(x)).mean((-2, -1)))).mean(0)
+
+
+@pytest.mark.parametrize(("steps", "batch"), [(4, 3), (3, 4), (2, 4), (4, 2), (4, 4), (1, 3), (3, 1)])
+def test_a_network_mixed_from_blocks(steps, batch):
+    torch.manual_seed(0)
+    net = TimeFirst()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 1, 3)
+    inputs = {}
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(lambda m, args, output, name=name: inputs.update({name: args[0]}))
+    x = torch.rand(steps, batch, 1, 8, 8)
+    report = energy(net, x)
+    assert (report.steps, report.samples) == (steps, batch)
+    assert [layer.kind for layer in report.layers] == ["MAC"] + ["AC"] * (len(report.layers) - 1)
+    for name, value in inputs.items():
+        direct = (value != 0).double().reshape(steps, -1).mean(1).tolist()
+        assert report[name].rate == pytest.approx(direct), name
+    assert report["blocks.0.branch.conv1"].macs == 16 * 16 * 16
+    assert audit(net, x).spike_driven
