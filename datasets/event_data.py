@@ -10,14 +10,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from sdt_datasets.augment import build_augmentations
 from sdt_datasets.cache import ArrayCache
-from sdt_datasets.errors import IGNORED, DataError
+from sdt_datasets.errors import DataError, UnreadableError
 from sdt_datasets.events import EventsToFrames
 from sdt_datasets.layouts import Part, open_layout
 from sdt_datasets.recordings import Source
+from sdt_datasets.samples import SampleDataset
 
 _log = logging.getLogger(__name__)
 RELEASED_SIZE = {"cifar10_dvs": 64, "cifar10_dvs_tet": 64}
@@ -26,19 +26,11 @@ RELEASED_SIZE = {"cifar10_dvs": 64, "cifar10_dvs_tet": 64}
 _CACHE_VERSION = 1
 
 
-class UnreadableRecordingError(DataError):
-    """A recording cannot be read or does not fit; the message names its file."""
-
-
-class EventDataset(Dataset[tuple[Tensor, int]]):
+class EventDataset(SampleDataset):
     """`dataset[i]` is (float32 frames `[T, 2, H, W]`, class index); OFF events are channel 0, ON events channel 1.
 
-    Training samples are augmented with draws from (seed, epoch, i) and from nothing else, so that neither the number of
-    loader processes nor a resumed run changes them; `set_epoch` reaches loader processes that are already running.
-
-    A recording that cannot be read, or holds no event, raises `UnreadableRecordingError` with the name of its file, or
-    with `on_error="skip"` is listed in `.unreadable`: in training the next readable recording stands in for it; in
-    evaluation, where a stand-in would be counted twice, the frames are blank and the label is `IGNORED`.
+    See `SampleDataset` for what augmentation follows from and for recordings that cannot be read; one without an event
+    counts among these.
 
     Args:
         part: the recordings.
@@ -48,6 +40,7 @@ class EventDataset(Dataset[tuple[Tensor, int]]):
         cache: keeps the frames, or the events where those are augmented, on disk.
     """
 
+    kind = "recordings"
     in_channels = 2
 
     def __init__(
@@ -63,54 +56,30 @@ class EventDataset(Dataset[tuple[Tensor, int]]):
         on_error: str = "raise",
         seed: int = 0,
     ) -> None:
-        self.source, self._rows = part.source, part.rows
-        self.training, self.skip, self.seed, self.cache = training, on_error == "skip", seed, cache
-        self.classes = list(self.source.classes)
-        self.targets = np.array(self.source.targets, dtype=np.int64)[self._rows]
-        self.sensor_size = _sensor_size(self.source, self._rows, time_steps)
+        super().__init__(
+            rows=part.rows,
+            targets=np.array(part.source.targets, dtype=np.int64)[part.rows],
+            classes=part.source.classes,
+            training=training,
+            seed=seed,
+            on_error=on_error,
+        )
+        self.source, self.cache = part.source, cache
+        self.sensor_size = _sensor_size(self.source, part.rows, time_steps)
         self.to_frames = EventsToFrames(sensor_size=self.sensor_size, time_steps=time_steps, split_by=split_by)
         self.frame_size = (size, size) if size else (self.sensor_size[1], self.sensor_size[0])
         self._of_events, self._of_frames = build_augmentations(augment, self.sensor_size)
         if self._of_events and self.source.holds != "events":
             raise DataError(f"augment={list(augment)} drops events, but {self.source.data[0]} holds frames already")
-        # In shared memory, since persistent loader processes hold a copy of the rest of this object.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._unreadable = torch.zeros(len(self._rows), dtype=torch.bool).share_memory_()
 
-    def __len__(self) -> int:
-        return len(self._rows)
+    def _read(self, row: int) -> np.ndarray:
+        """The events of a recording where they are augmented, else its frames; from the cache if it has them."""
+        if self.cache is None:
+            return self._decode(row)
+        return self.cache.get(self._key(row), lambda: self._decode(row))
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the augmentation of the samples drawn from now on."""
-        self._epoch.fill_(epoch)
-
-    @property
-    def unreadable(self) -> list[str]:
-        """The files that could not be read so far, in the order of the data set."""
-        return [self.source.data[self._rows[i]] for i in self._unreadable.nonzero().flatten().tolist()]
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        index = int(index) % len(self)
-        for candidate in range(index, index + len(self)):
-            position = candidate % len(self)
-            try:
-                array = self._load(self._rows[position])
-            except UnreadableRecordingError:
-                if not self.skip:
-                    raise
-                self._unreadable[position] = True
-                if not self.training:
-                    return torch.zeros(self.to_frames.time_steps, self.in_channels, *self.frame_size), IGNORED
-                continue
-            return self._augmented(array, index), int(self.targets[position])
-        raise UnreadableRecordingError(
-            f"none of the {len(self)} recordings can be read, {self.source.data[self._rows[index]]} for one"
-        )
-
-    def _augmented(self, array: np.ndarray, index: int) -> Tensor:
-        rng = np.random.default_rng([self.seed, int(self._epoch), index])
+    def _sample(self, content: np.ndarray, key: tuple[int, int, int]) -> Tensor:
+        array, rng = content, np.random.default_rng(key)
         if self._of_events:
             for augment_events in self._of_events:
                 array = augment_events(array, rng)
@@ -120,13 +89,13 @@ class EventDataset(Dataset[tuple[Tensor, int]]):
             frames = augment_frames(frames, rng)
         return frames
 
-    def _load(self, row: int) -> np.ndarray:
-        """The events of a recording where they are augmented, else its frames; from the cache if it has them."""
-        if self.cache is None:
-            return self._read(row)
-        return self.cache.get(self._key(row), lambda: self._read(row))
+    def _blank(self) -> Tensor:
+        return torch.zeros(self.to_frames.time_steps, self.in_channels, *self.frame_size)
 
-    def _read(self, row: int) -> np.ndarray:
+    def _name(self, row: int) -> str:
+        return str(self.source.data[row])
+
+    def _decode(self, row: int) -> np.ndarray:
         path = self.source.data[row]
         try:
             array = self.source[row][0]
@@ -138,10 +107,7 @@ class EventDataset(Dataset[tuple[Tensor, int]]):
             raise
         except BaseException as error:  # the AEDAT4 decoder's panic is no Exception
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UnreadableRecordingError(
-                f"{path} cannot be read ({reason}); replace or remove the file, or set data.on_error=skip to go on "
-                f"without it"
-            ) from error
+            raise UnreadableError(f"{path} cannot be read ({reason})") from error
 
     def _frames(self, array: np.ndarray) -> np.ndarray:
         if self.source.holds == "events":
@@ -157,7 +123,7 @@ class EventDataset(Dataset[tuple[Tensor, int]]):
         try:
             status = path.stat()
         except OSError as error:
-            raise UnreadableRecordingError(f"{path} cannot be read ({error.strerror})") from error
+            raise UnreadableError(f"{path} cannot be read ({error.strerror})") from error
         key: dict[str, object] = {
             "version": _CACHE_VERSION,
             "file": str(path),
@@ -223,8 +189,6 @@ def build_event_datasets(
     >>> train, test = build_event_datasets("dvs128_gesture", "data", time_steps=16)
     >>> frames, label = train[0]  # [16, 2, 128, 128]
     """
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error must be raise or skip, got {on_error!r}")
     if size is not None and (isinstance(size, bool) or int(size) != size or size < 1):
         raise ValueError(f"size must be a whole number of pixels >= 1, got {size!r}")
     if seed < 0:
@@ -287,7 +251,7 @@ def _sensor_size(source: Source, rows: Sequence[int], time_steps: int) -> tuple[
                 f"events.time_steps to the number of frames in the files, or use recordings that hold events"
             )
         return frames.shape[3], frames.shape[2], 2
-    raise UnreadableRecordingError(f"none of the {len(rows)} recordings can be read, {source.data[rows[0]]} for one")
+    raise UnreadableError(f"none of the {len(rows)} recordings can be read, {source.data[rows[0]]} for one")
 
 
 def _first(part: Part, samples: int | None) -> Part:

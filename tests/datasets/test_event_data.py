@@ -9,9 +9,12 @@ import pytest
 import tonic
 import torch
 
-from sdt_datasets.errors import IGNORED, DataError
-from sdt_datasets.event_data import UnreadableRecordingError, build_event_datasets
+from sdt_datasets.errors import IGNORED, DataError, UnreadableError
+from sdt_datasets.event_data import build_event_datasets
 from sdt_datasets.layouts import NAMES
+
+# Skipped files are named in warnings.
+pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be read")
 
 OFF = {"cache": False}
 
@@ -195,7 +198,7 @@ def test_tet_files_are_not_unpickled(tmp_path, write, monkeypatch):
     torch.save((Evil(), 3), tmp_path / "train" / "1.pt")
     train, _ = build_event_datasets("cifar10_dvs_tet", tmp_path, time_steps=4, **OFF)
     assert train.targets.tolist() == [3, IGNORED]
-    with pytest.raises(UnreadableRecordingError, match=r"1\.pt cannot be read"):
+    with pytest.raises(UnreadableError, match=r"1\.pt cannot be read"):
         train[1]
     assert not (tmp_path / "unpickled").exists()
 
@@ -333,7 +336,7 @@ def test_damaged_files_are_named_or_skipped(tmp_path, write, suffix, kind):
             broken(type(tmp_path)(path), kind)
 
     for dataset, path in zip(build_event_datasets(name, tmp_path, **options), paths, strict=True):
-        with pytest.raises(UnreadableRecordingError, match=r"cannot be read \(.+\); replace or remove") as caught:
+        with pytest.raises(UnreadableError, match=r"cannot be read \(.+\); replace or remove") as caught:
             dataset[1]
         assert path in str(caught.value)
         assert dataset[0][0].sum() > 0
@@ -354,7 +357,7 @@ def test_recordings_without_events_are_named(tmp_path, write):
         write.npz(tmp_path / "b" / f"{sample}.npz", number=0 if sample == 1 else 50)
     train, _ = build_event_datasets("event_folder", tmp_path, time_steps=2, **OFF)
     for index in (1, 3):
-        with pytest.raises(UnreadableRecordingError, match=r"1\.(aedat4|npz) cannot be read"):
+        with pytest.raises(UnreadableError, match=r"1\.(aedat4|npz) cannot be read"):
             train[index]
 
 
@@ -385,7 +388,7 @@ def test_misfits_are_named(tmp_path, write):
         6: "allow_pickle=False",
     }
     for index, reason in reasons.items():
-        with pytest.raises(UnreadableRecordingError, match=rf"{index}\.np[yz] cannot be read .*{reason}"):
+        with pytest.raises(UnreadableError, match=rf"{index}\.np[yz] cannot be read .*{reason}"):
             train[index]
 
 
@@ -393,7 +396,7 @@ def test_nothing_readable_stops_even_a_skipping_run(tmp_path, write):
     for sample in range(3):
         write.npz(tmp_path / "a" / f"{sample}.npz", number=0)
     train, _ = build_event_datasets("event_folder", tmp_path, time_steps=2, sensor_size=(8, 8), on_error="skip", **OFF)
-    with pytest.raises(UnreadableRecordingError, match="none of the 2 recordings can be read"):
+    with pytest.raises(UnreadableError, match="none of the 2 recordings can be read"):
         train[0]
 
 

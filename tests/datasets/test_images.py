@@ -14,6 +14,9 @@ from sdt_datasets.errors import IGNORED, DataError, UnreadableError
 from sdt_datasets.image_transforms import seeded
 from sdt_datasets.images import build_image_datasets
 
+# Skipped files are named in warnings.
+pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be read")
+
 PLAIN = {"img_size": 32, "mean": (0.5,), "std": (0.25,)}
 HEAVY = {
     **PLAIN,
@@ -268,7 +271,6 @@ def test_skipping_replaces_in_training_and_leaves_out_in_evaluation(tree):
     assert val.unreadable == [str(damaged[2])]
 
 
-@pytest.mark.filterwarnings("ignore:.*cannot be read")
 def test_a_stand_in_is_augmented_as_the_sample_it_stands_for(tree):
     (tree / "train" / "china" / "3.png").write_bytes(b"")
     train, _ = build_image_datasets("folder", tree, on_error="skip", **HEAVY)
@@ -279,7 +281,6 @@ def test_a_stand_in_is_augmented_as_the_sample_it_stands_for(tree):
         assert torch.equal(stand_in, train.transform(train.source.load(4)))
 
 
-@pytest.mark.filterwarnings("ignore:.*cannot be read")
 def test_what_loader_processes_skip_is_counted(tree):
     (tree / "train" / "china" / "3.png").write_bytes(b"")
     train, _ = build_image_datasets("folder", tree, on_error="skip", **PLAIN)
@@ -289,7 +290,6 @@ def test_what_loader_processes_skip_is_counted(tree):
     assert torch.equal(parallel, stacked(train))
 
 
-@pytest.mark.filterwarnings("ignore:.*cannot be read")
 def test_when_nothing_can_be_read_the_error_says_so(tree):
     for path in (tree / "train").rglob("*.png"):
         path.write_bytes(b"")
