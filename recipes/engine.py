@@ -21,7 +21,7 @@ from evaluation import evaluate
 from loading import EpochBatches, UnreadableSample, fetch
 from models import optimizer_state, whole_model
 from optim import BatchMixer, learning_rate, set_learning_rate
-from progress import Display, append_metrics, draw_curves, peak_memory, read_metrics
+from progress import METRICS, Display, append_metrics, draw_curves, peak_memory, read_metrics
 from run_state import Position, last_good, save_checkpoint, seed_step, sha256, state_digest
 from safetensors import SafetensorError
 from torch import Tensor
@@ -332,8 +332,11 @@ def finish(run: Run) -> None:
         few = list(islice(fetch(run.test_loader), max(1, ANALYZED // config.train.batch_size)))
         analyze_model(model, few, folder / "analysis", title=f"{config.model.name} on {config.data.name}")
     if accelerator.is_main_process:
-        line = read_metrics(folder)[-1]
-        summary = {
+        lines = read_metrics(folder)
+        if not lines:
+            raise RunError(f"{folder / METRICS} holds no line of this run; resume it in its own output_dir")
+        line = lines[-1]
+        summary: dict[str, Any] = {
             "model": config.model.name,
             "data": config.data.name,
             **{

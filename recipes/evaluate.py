@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> None:
     )
     loader = build_loader(test_set, shard, workers=config.data.workers, pin=accelerator.device.type == "cuda")
     result = at_the_door(evaluate, model.to(accelerator.device), loader, accelerator)
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and result is not None:
         print(
             f"top-1 {result['top1']:.2f} % | top-5 {result['top5']:.2f} % | loss {result['loss']:.4f} | "
             f"{result['samples']} images at {config.data.img_size} x {config.data.img_size} | "

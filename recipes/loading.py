@@ -17,7 +17,7 @@ from sdt_datasets.images import build_image_datasets
 EVENT_DATA_SETS = ("dvs128_gesture", "cifar10_dvs", "cifar10_dvs_tet", "n_mnist", "event_folder")
 
 
-def build_datasets(config: Config) -> tuple[Dataset[Any], Dataset[Any]]:
+def build_datasets(config: Config) -> tuple[Any, Any]:
     """The training and the evaluation set that `data.name` asks for: `[i]` is (float32 tensor, class index)."""
     data = config.data
     if data.name in EVENT_DATA_SETS:

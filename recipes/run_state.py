@@ -91,10 +91,12 @@ def save_checkpoint(
         torch.save(training, temporary / TRAINING)
         _write_manifest(temporary)
         temporary.chmod(0o755)
+        replaced = temporary.with_name(f"{temporary.name}_replaced")
         if target.exists():
-            shutil.rmtree(target)
+            os.replace(target, replaced)
         os.replace(temporary, target)
         _sync(parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as the last
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
