@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from command_line import print_help, short_errors
 from config import ConfigError, RunError, load_config, option
 from cpu_processes import start_cpu_processes
@@ -30,7 +29,7 @@ from torch.utils.data import DataLoader
 from sdt_blocks.analysis import EnergyReport, FiringRates, attention_maps, audit, energy, firing_rates, plots, record
 from sdt_blocks.analysis.energy import millijoules
 from sdt_blocks.analysis.page import write_page
-from sdt_blocks.analysis.probe import find_attention, find_neurons, input_of, unwrap
+from sdt_blocks.analysis.probe import find_attention, find_neurons, input_of, is_first_process, unwrap
 
 
 @dataclass
@@ -62,7 +61,7 @@ def analyze_model(
     """
     model = unwrap(model)
     rates, report = firing_rates(model, batches), energy(model, batches)
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+    if not is_first_process():
         return rates, report
     folder = Path(output_dir)
     (folder / "overlays").mkdir(parents=True, exist_ok=True)

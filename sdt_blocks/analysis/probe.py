@@ -195,7 +195,8 @@ class Probe:
                 for neuron in self.neurons.values():
                     if isinstance(neuron, SpikingNeuron) and neuron.init_hidden and hasattr(neuron, "reset_mem"):
                         neuron.reset_mem()
-                with torch.no_grad():
+                # Compiled code would run past hooks that came after its compilation.
+                with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                     if self.forward is None:
                         self.model(x)
                     else:
@@ -234,9 +235,17 @@ def add_at(total: np.ndarray, value: np.ndarray) -> np.ndarray:
 
 def gather(value: T_) -> list[T_]:
     """`value` of every process, in order of rank, where `torch.distributed` runs; else of this one."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+    if not _distributed() or torch.distributed.get_world_size() == 1:
         return [value]
-    values: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
     return values
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes files."""
+    return not _distributed() or torch.distributed.get_rank() == 0
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

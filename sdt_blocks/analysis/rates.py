@@ -199,6 +199,8 @@ def _merge(parts: list[tuple[dict[str, _Totals], int]], neurons: set[str]) -> Fi
     samples = sum(count for _, count in parts)
     if samples == 0:
         raise ValueError("there was no batch to run; check that the data is not empty")
+    if not merged:
+        raise ValueError("no neuron layer took part in the forward pass; give forward= where it is not model(x)")
     layers = {
         name: LayerRates(
             name,

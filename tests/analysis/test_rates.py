@@ -158,6 +158,22 @@ def test_loop_outside_of_the_network():
     assert rates.samples == 2
 
 
+@pytest.mark.parametrize("how", ["in place", "wrapped"])
+def test_compiled_models_are_seen_through(small, how):
+    model, x = small(), torch.rand(2, 3, 16, 16)
+    expected = firing_rates(model, x)
+    if how == "in place":
+        model.compile(backend="eager")
+    else:
+        model = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        model(x)
+    found = firing_rates(model, x)
+    assert {name: layer.rate for name, layer in found.layers.items()} == {
+        name: layer.rate for name, layer in expected.layers.items()
+    }
+
+
 def test_model_is_left_as_it_was(small):
     model = small().train()
     model.patch.norms[0].eval()
@@ -185,6 +201,8 @@ def test_errors(small):
         firing_rates(small(), [])
     with pytest.raises(TypeError, match="must be a tensor"):
         firing_rates(small(), [{"x": 1}])
+    with pytest.raises(ValueError, match="took part"):
+        firing_rates(small(), [torch.rand(1, 3, 16, 16)], forward=lambda model, x: x)
     with pytest.raises(ValueError, match="must not be empty"):
         firing_rates(small(), [torch.rand(0, 3, 16, 16)])
 
