@@ -208,7 +208,7 @@ def main(arguments: list[str]) -> None:
     config = load_config(rest, default="imagenet_8_384")
     start_cpu_processes()
     from evaluate import load
-    from loading import ShardBatches, UnreadableSample, build_loader
+    from loading import ShardBatches, UnreadableSample, build_loader, stop_loaders
     from set_up import build_accelerator, open_data
 
     model = load(checkpoint, averaged=False, overrides={k: v for k, v in asdict(config.model).items() if k in asked})
@@ -235,6 +235,8 @@ def main(arguments: list[str]) -> None:
             run_neurobench(model, batches, folder)
     except (ValueError, OSError, ImportError, UnreadableSample) as error:
         raise RunError(str(error)) from error
+    finally:
+        stop_loaders(loader)
     accelerator.end_training()
 
 

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from command_line import StopRequest
 from config import Config, RunError
 from evaluation import evaluate
-from loading import EpochBatches, UnreadableSample, fetch
+from loading import EpochBatches, UnreadableSample, fetch, stop_loaders
 from models import optimizer_state, whole_model
 from optim import BatchMixer, learning_rate, set_learning_rate
 from progress import METRICS, Display, append_metrics, draw_curves, peak_memory, read_metrics
@@ -92,6 +92,14 @@ def train(run: Run) -> None:
 
     Raises `RunError` where it cannot go on; exits with 128 + N where signal N asked for a stop, after saving.
     """
+    try:
+        train_to_the_end(run)
+    finally:
+        stop_loaders(run.train_loader, run.test_loader)
+
+
+def train_to_the_end(run: Run) -> None:
+    """`train`, but for the loaders' processes, which it leaves running."""
     total = run.config.derived.total_steps
     if run.position.closed >= total:
         run.display.say("the run is complete; nothing is left to train")

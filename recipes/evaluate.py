@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> None:
     config = load_config(rest, default="imagenet_8_384")
     start_cpu_processes()
     from evaluation import evaluate
-    from loading import ShardBatches, build_datasets, build_loader
+    from loading import ShardBatches, build_datasets, build_loader, stop_loaders
     from set_up import at_the_door, build_accelerator
 
     model = load(checkpoint, averaged=averaged, overrides={k: v for k, v in asdict(config.model).items() if k in asked})
@@ -86,7 +86,10 @@ def main(arguments: list[str]) -> None:
         processes=accelerator.num_processes,
     )
     loader = build_loader(test_set, shard, workers=config.data.workers, pin=accelerator.device.type == "cuda")
-    result = at_the_door(evaluate, model.to(accelerator.device), loader, accelerator)
+    try:
+        result = at_the_door(evaluate, model.to(accelerator.device), loader, accelerator)
+    finally:
+        stop_loaders(loader)
     if accelerator.is_main_process and result is not None:
         print(
             f"top-1 {result['top1']:.2f} % | top-5 {result['top5']:.2f} % | loss {result['loss']:.4f} | "

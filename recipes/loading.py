@@ -165,6 +165,15 @@ def fetch(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         yield batch
 
 
+def stop_loaders(*loaders: DataLoader[Any]) -> None:
+    """Ends the loaders' processes. They ignore the SIGTERM with which Python would end them at exit before it waits."""
+    for loader in loaders:
+        iterator = getattr(loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
+            loader._iterator = None
+
+
 def _collate(samples: list[Any]) -> Any:
     unreadable = next((sample for sample in samples if isinstance(sample, str)), None)
     if unreadable is not None:
