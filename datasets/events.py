@@ -5,6 +5,7 @@ An event array is a one-dimensional structured NumPy array with the fields ``t``
 with Tonic's own in ``tonic.transforms.Compose``.
 """
 
+import bisect
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,12 +63,11 @@ class EventsToFrames:
         if self.split_by == "time":
             events, edges = _edges_by_time(events, self.time_steps)
         else:
-            edges = np.arange(self.time_steps + 1) * (len(events) // self.time_steps)
-            edges[-1] = len(events)
+            edges = [i * (len(events) // self.time_steps) for i in range(self.time_steps)] + [len(events)]
 
         pixels = 2 * height * width
-        frames = np.zeros((self.time_steps, pixels), dtype=np.float32)
-        for frame, start, stop in zip(frames, edges[:-1], edges[1:], strict=True):
+        frames = np.empty((self.time_steps, pixels), dtype=np.float32)
+        for frame, start, stop in zip(frames, edges, edges[1:], strict=False):
             chunks = (events[first : min(first + _CHUNK, stop)] for first in range(start, stop, _CHUNK))
             frame[:] = sum(np.bincount(_pixel_index(chunk, width, height), minlength=pixels) for chunk in chunks)
         return frames.reshape(self.time_steps, 2, height, width)
@@ -103,21 +103,23 @@ def _pixel_index(events: np.ndarray, width: int, height: int) -> np.ndarray:
     return index
 
 
-def _edges_by_time(events: np.ndarray, time_steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Events in order of time, and the ``[T + 1]`` positions at which the frames begin and end."""
-    edges = np.zeros(time_steps + 1, dtype=np.intp)
+def _edges_by_time(events: np.ndarray, time_steps: int) -> tuple[np.ndarray, list[int]]:
+    """Events in order of time, and the T + 1 positions at which the frames begin and end."""
     if len(events) == 0:
-        return events, edges
-    times = np.ascontiguousarray(events["t"])
-    if times.dtype.kind in "iu":
-        times = times.astype(np.int64)
-    if np.any(times[1:] < times[:-1]):
-        order = np.argsort(times, kind="stable")
-        events, times = events[order], times[order]
-    duration = (times[-1] - times[0]) // time_steps
-    edges[:-1] = np.searchsorted(times, times[0] + duration * np.arange(time_steps))
-    edges[-1] = len(events)
-    return events, edges
+        return events, [0] * (time_steps + 1)
+    times = events["t"]
+    if not _is_sorted(times):
+        events = events[np.argsort(times, kind="stable")]
+        times = events["t"]
+    first, last = times[0].item(), times[-1].item()
+    duration = (last - first) // time_steps
+    starts = [bisect.bisect_left(times, first + i * duration) for i in range(time_steps)]
+    return events, [*starts, len(events)]
+
+
+def _is_sorted(times: np.ndarray) -> bool:
+    chunks = (np.ascontiguousarray(times[first : first + _CHUNK + 1]) for first in range(0, len(times), _CHUNK))
+    return all(bool((chunk[1:] >= chunk[:-1]).all()) for chunk in chunks)
 
 
 def _globally_seeded() -> np.random.Generator:
