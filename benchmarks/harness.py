@@ -16,12 +16,25 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).with_name("results")
-COLUMNS = (
-    "suite,figure,setting,contestant,unit,median,p20,p80,runs,baseline,ratio,parity,"
-    "device,machine,torch,snntorch,spikingjelly,threads,allocator,date"
-).split(",")
+COLUMNS = [
+    *(
+        "suite",
+        "figure",
+        "setting",
+        "contestant",
+        "unit",
+        "median",
+        "p20",
+        "p80",
+        "runs",
+        "baseline",
+        "ratio",
+        "parity",
+    ),
+    *("device", "machine", "torch", "snntorch", "spikingjelly", "threads", "allocator", "date"),
+]
 
-# Fresh pages cost more than a neuron's arithmetic: large blocks are kept by the process instead of going back to the kernel.
+# Fresh pages cost more than a neuron's arithmetic: the process keeps large blocks instead of handing them back.
 REUSED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1099511627776", "MALLOC_TOP_PAD_": "268435456"}
 ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "reused": REUSED}
 """Environment of a suite's process: glibc's defaults, and freed memory kept for reuse."""
@@ -71,7 +84,7 @@ class Bench:
     ) -> dict[str, Sample]:
         """Times the contestants in turn, round by round, so that a slow moment of the machine strikes all of them.
 
-        `ratio` is the median over the rounds of time / time of `baseline` in the same round. `parity` maps a contestant to a
+        `ratio` is the median over the rounds of time / `baseline`'s time in that round. `parity` maps a contestant to a
         check that returns what it found ("equal") or raises `ParityError`; who fails is not timed.
         """
         checked = {}
@@ -169,7 +182,11 @@ def cpu_name() -> str:
     fields = dict(line.split("\t", 1) for line in info.splitlines() if "\t" in line)
     name = fields.get("model name", platform.processor()).lstrip("\t: ") or platform.machine()
     flags = set(fields.get("flags", "").split())
-    wide = [label for flag, label in (("avx512f", "AVX-512"), ("avx512_bf16", "AVX-512 BF16"), ("amx_bf16", "AMX")) if flag in flags]
+    wide = [
+        label
+        for flag, label in (("avx512f", "AVX-512"), ("avx512_bf16", "AVX-512 BF16"), ("amx_bf16", "AMX"))
+        if flag in flags
+    ]
     return f"{name}, {os.cpu_count()} cores" + (f" ({', '.join(wide)})" if wide else "")
 
 

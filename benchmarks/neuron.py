@@ -19,15 +19,15 @@ TAU, ALPHA = 2.0, 4.0
 def run(bench: Bench) -> None:
     settings = [((4, 16, 96, 56, 56), torch.float32)] if bench.device.type == "cpu" else GPU_SETTINGS
     for shape, dtype in settings:
-        setting = f"T={shape[0]}, {torch.Size(shape[1:]).numel() / 1e6:.1f} M neurons, {str(dtype).removeprefix('torch.')}"
+        setting = (
+            f"T={shape[0]}, {torch.Size(shape[1:]).numel() / 1e6:.1f} M neurons, {str(dtype).removeprefix('torch.')}"
+        )
         x = torch.randn(shape, device=bench.device, dtype=dtype) * 0.8 + 0.4
         forward(bench, setting, x)
         forward_backward(bench, setting, x)
 
 
-GPU_SETTINGS = [
-    ((steps, 32, 96, 56, 56), dtype) for steps in (4, 16) for dtype in (torch.float32, torch.bfloat16)
-]
+GPU_SETTINGS = [((steps, 32, 96, 56, 56), dtype) for steps in (4, 16) for dtype in (torch.float32, torch.bfloat16)]
 
 
 def forward(bench: Bench, setting: str, x: Tensor) -> None:
@@ -95,7 +95,7 @@ def kept_bytes(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
 
 
 def contestants(bench: Bench) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Neurons of the same equations: input scaled by 1 / tau, hard reset, sigmoid surrogate with alpha 4, reset detached."""
+    """Neurons of the same equations: input scaled by 1 / tau, hard and detached reset, sigmoid surrogate of alpha 4."""
     found: dict[str, Callable[[Tensor], Tensor]] = {
         "sdt_blocks LIF": LIF(tau=TAU),
         "sdt_blocks reference": lambda x: lif_reference(x, 1 / TAU)[0],

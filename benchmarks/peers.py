@@ -28,9 +28,9 @@ def firing_model(name: str, images: Tensor, **options: Any) -> SpikeDrivenTransf
 
 
 class ConvolutionFloor:
-    """The bare convolutions of a Spike-Driven Transformer: channels-last, every 1x1 as a convolution, the first layer once.
+    """The bare convolutions of a Spike-Driven Transformer: channels-last, every 1x1 as a convolution, the first once.
 
-    No norm, no neuron, no pooling, no mask, no head: whoever computes the products densely cannot do with less. Every layer
+    No norm, no neuron, no pooling, no mask, no head: what dense products in this dtype cost by themselves. Every layer
     reads one buffer of its input's shape.
     """
 
@@ -68,10 +68,10 @@ class ConvolutionFloor:
 
 
 class AuthorsArrangement(nn.Module):
-    """The order of work of the released model, on SpikingJelly's neurons: frames `[T * B, C, H, W]` in PyTorch's default
-    layout, the image repeated T times before the first convolution, three convolutions for q, k and v, nothing folded.
+    """The order of work of the released model, on SpikingJelly's neurons: frames `[T * B, C, H, W]` in PyTorch's
+    default layout, the image repeated T times before the first convolution, q, k and v apart, nothing folded.
 
-    Takes its layers from one of our models, so that both compute the same thing; the input of `forward` is `[B, C, H, W]`.
+    Takes its layers from one of our models, so that both compute the same; `forward` takes images `[B, C, H, W]`.
     """
 
     def __init__(self, model: SpikeDrivenTransformer) -> None:
@@ -118,7 +118,9 @@ class AuthorsArrangement(nn.Module):
         def heads(letter: str) -> Tensor:
             y = getattr(attention, f"{letter}_norm")(getattr(attention, f"{letter}_conv")(spikes))
             y = self._fire(f"{name}.{letter}_neuron", y).flatten(-2).transpose(-1, -2)
-            return y.reshape(frames, height * width, self.heads, channels // self.heads).permute(0, 2, 1, 3).contiguous()
+            return (
+                y.reshape(frames, height * width, self.heads, channels // self.heads).permute(0, 2, 1, 3).contiguous()
+            )
 
         q, k, v = heads("q"), heads("k"), heads("v")
         kv = k.mul(v).sum(-2, keepdim=True)

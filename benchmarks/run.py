@@ -1,7 +1,7 @@
 """Runs benchmark suites, each in a process of its own: `python benchmarks/run.py [--device cuda] [suite ...]`.
 
 A suite is a file beside this one with a function `run(bench)` (see harness.Bench); an `ALLOCATORS` list in it names the
-allocator settings it wants to be run under. Rows go to results/SUITE-DEVICE.csv; `python benchmarks/report.py` plots them.
+allocator settings it is run under. Rows go to results/SUITE-DEVICE-ALLOCATOR.csv; `benchmarks/report.py` plots them.
 """
 
 from __future__ import annotations

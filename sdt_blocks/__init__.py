@@ -2,6 +2,7 @@
 
 from .attention import SpikeDrivenSelfAttention
 from .checkpoint import convert_released_state_dict, load_model, load_released_checkpoint, save_model
+from .inference import optimize_for_inference
 from .mlp import SpikingMLP
 from .neuron import LIF, ParametricLIF
 from .patch import SpikingPatchSplitting
@@ -24,5 +25,6 @@ __all__ = [
     "list_models",
     "load_model",
     "load_released_checkpoint",
+    "optimize_for_inference",
     "save_model",
 ]

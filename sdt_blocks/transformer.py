@@ -124,11 +124,7 @@ class SpikeDrivenTransformer(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Membranes of the tokens, `[T, B, dim, H', W']`."""
-        if x.ndim not in (4, 5) or x.shape[-3] != self.in_channels or 0 in x.shape:
-            raise ValueError(
-                f"expected images [B, {self.in_channels}, H, W] or frames [B, T, {self.in_channels}, H, W], "
-                f"got {list(x.shape)}"
-            )
+        check_images(x, self.in_channels)
         if x.ndim == 4:
             membrane = self.patch(x.unsqueeze(0), time_steps=self.time_steps)
         else:
@@ -140,6 +136,14 @@ class SpikeDrivenTransformer(nn.Module):
         tokens = self.forward_features(x).mean((-2, -1))
         logits: Tensor = self.head(self.head_neuron(tokens))
         return logits if self.per_step else logits.mean(0)
+
+
+def check_images(x: Tensor, in_channels: int) -> None:
+    """Raises `ValueError` unless x is `[B, in_channels, H, W]` or `[B, T, in_channels, H, W]`, with nothing empty."""
+    if x.ndim not in (4, 5) or x.shape[-3] != in_channels or 0 in x.shape:
+        raise ValueError(
+            f"expected images [B, {in_channels}, H, W] or frames [B, T, {in_channels}, H, W], got {list(x.shape)}"
+        )
 
 
 def _initialize(module: nn.Module) -> None:

@@ -1,0 +1,276 @@
+// What stands between two products when an optimised model is evaluated, for firing.py: neurons fused with the shortcut's
+// addition, with max pooling and with the attention's mask. Frames are channels-last and contiguous.
+//
+// Neurons are walked in blocks whose state stays in the first-level cache, all time steps of a block before the next block,
+// in float32. Contraction is switched off when building, so the spikes are the reference's bit for bit.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define SIMD _Pragma("omp simd")
+
+namespace {
+
+struct bfloat16 { uint16_t bits; };
+
+inline float load(float v) { return v; }
+inline float load(bfloat16 v) {
+    uint32_t bits = uint32_t(v.bits) << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+// A spike, which every type holds exactly: 0x3f80 is one in bfloat16.
+inline void store(int32_t spike, float& out) { out = float(spike); }
+inline void store(int32_t spike, uint8_t& out) { out = uint8_t(spike); }
+inline void store(int32_t spike, bfloat16& out) { out.bits = uint16_t(spike * 0x3f80); }
+
+template <class F> void parallel(int64_t threads, F body) {
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel num_threads(int(threads))
+        body(omp_get_thread_num(), omp_get_num_threads());
+        return;
+    }
+#endif
+    body(0, 1);
+}
+
+}  // namespace
+
+// The same fields in the same order as in firing.py.
+struct Neuron {
+    const float* inv_tau;      // one for each channel, or one
+    int64_t constants;         // how many
+    float threshold;
+    int32_t to_zero, subtract, strict;
+};
+
+namespace {
+
+struct Dynamics {
+    const float* inv_tau;
+    int64_t constants;
+    float fires_at, to_zero, taken;
+
+    explicit Dynamics(const Neuron& n)
+        : inv_tau(n.inv_tau), constants(n.constants),
+          fires_at(n.strict ? std::nextafter(n.threshold, std::numeric_limits<float>::infinity()) : n.threshold),
+          to_zero(n.to_zero ? 1.f : 0.f), taken(n.subtract ? n.threshold : 0.f) {}
+    // The time constants of `width` neurons in a row, the first of which belongs to channel `first`.
+    std::vector<float> row(int64_t width, int64_t first = 0) const {
+        std::vector<float> values(width);
+        for (int64_t i = 0; i < width; ++i) values[i] = inv_tau[constants == 1 ? 0 : (first + i) % constants];
+        return values;
+    }
+};
+
+// One step: h from that of the step before, in place.
+template <class X> inline float advance(const Dynamics& d, X x, float h, float inv_tau) {
+    const float r = h >= d.fires_at ? 1.f : 0.f;
+    const float u = h * (1.f - d.to_zero * r);
+    return u + (load(x) - u) * inv_tau - r * d.taken;
+}
+
+constexpr int64_t BLOCK = 512;
+
+// ---- spikes of x, or of u + x, which `total` keeps
+
+template <class X, class Out>
+void fire(int64_t steps, int64_t size, const X* x, int64_t x_step, const float* u, float* total, const Neuron& neuron,
+          Out* out, int64_t threads) {
+    const Dynamics d(neuron);
+    const int64_t width = d.constants == 1 ? BLOCK : std::max<int64_t>(1, BLOCK / d.constants) * d.constants;
+    const int64_t count = (size + width - 1) / width;
+    parallel(threads, [&](int64_t thread, int64_t all) {
+        const std::vector<float> row = d.row(width);
+        std::vector<float> state(width);
+        const float* inv_tau = row.data();
+        float* h = state.data();
+        for (int64_t id = count * thread / all; id < count * (thread + 1) / all; ++id) {
+            const int64_t start = id * width, n = std::min(width, size - start);
+            std::fill_n(h, n, 0.f);
+            for (int64_t t = 0; t < steps; ++t) {
+                const X* in = x + t * x_step + start;
+                Out* fired = out + t * size + start;
+                if (u) {
+                    const float* before = u + t * size + start;
+                    float* sum = total + t * size + start;
+                    SIMD for (int64_t i = 0; i < n; ++i) {
+                        const float y = before[i] + load(in[i]);
+                        sum[i] = y;
+                        h[i] = advance(d, y, h[i], inv_tau[i]);
+                        store(h[i] >= d.fires_at, fired[i]);
+                    }
+                } else {
+                    SIMD for (int64_t i = 0; i < n; ++i) {
+                        h[i] = advance(d, in[i], h[i], inv_tau[i]);
+                        store(h[i] >= d.fires_at, fired[i]);
+                    }
+                }
+            }
+        }
+    });
+}
+
+// ---- spikes of x after a 3x3 maximum of stride 2: the spikes of eight time steps are the bits of a byte, pooled at once
+
+struct Frames { int64_t steps, batch, height, width, channels; };
+
+template <class X>
+void fire_row(const Frames& f, const X* x, int64_t x_step, const Dynamics& d, const float* inv_tau, uint8_t* bits) {
+    const int64_t size = f.width * f.channels;
+    float h[BLOCK];
+    int32_t byte[BLOCK];
+    for (int64_t start = 0; start < size; start += BLOCK) {
+        const int64_t n = std::min(BLOCK, size - start);
+        std::fill_n(h, n, 0.f);
+        for (int64_t t = 0; t < f.steps; t += 8) {
+            std::fill_n(byte, n, 0);
+            for (int64_t i = t; i < std::min(t + 8, f.steps); ++i) {
+                const X* in = x + i * x_step + start;
+                const int32_t bit = 1 << (i - t);
+                SIMD for (int64_t j = 0; j < n; ++j) {
+                    h[j] = advance(d, in[j], h[j], inv_tau[start + j]);
+                    byte[j] |= h[j] >= d.fires_at ? bit : 0;
+                }
+            }
+            uint8_t* to = bits + t / 8 * size + start;
+            SIMD for (int64_t j = 0; j < n; ++j) to[j] = uint8_t(byte[j]);
+        }
+    }
+}
+
+// A row of pixels to every other pixel: what the pixel and its two neighbours hold.
+void pool_row(int64_t width, int64_t channels, const uint8_t* row, uint8_t* out) {
+    for (int64_t x = 0; x < (width + 1) / 2; ++x) {
+        const uint8_t* middle = row + 2 * x * channels;
+        const uint8_t* left = x > 0 ? middle - channels : middle;
+        const uint8_t* right = 2 * x + 1 < width ? middle + channels : middle;
+        uint8_t* to = out + x * channels;
+        SIMD for (int64_t c = 0; c < channels; ++c) to[c] = middle[c] | left[c] | right[c];
+    }
+}
+
+template <class X, class Out>
+void fire_and_pool(const Frames& f, const X* x, int64_t x_step, const Neuron& neuron, Out* out, int64_t threads) {
+    const Dynamics d(neuron);
+    const int64_t rows_out = (f.height + 1) / 2, size_out = (f.width + 1) / 2 * f.channels, row_in = f.width * f.channels;
+    const int64_t bytes = (f.steps + 7) / 8, rows = f.batch * rows_out, frame_out = rows * size_out;
+    parallel(threads, [&](int64_t thread, int64_t all) {
+        const std::vector<float> inv_tau = d.row(row_in);
+        std::vector<uint8_t> bits(bytes * row_in), ring(3 * bytes * size_out);
+        int64_t ready = -1;  // the last row of the batch's frames, one below the other, that lies in the ring
+        for (int64_t row = rows * thread / all; row < rows * (thread + 1) / all; ++row) {
+            const int64_t image = row / rows_out, y = row % rows_out * 2, top = image * f.height;
+            const int64_t first = top + std::max<int64_t>(y - 1, 0), last = top + std::min(y + 1, f.height - 1);
+            for (int64_t r = std::max(first, ready + 1); r <= last; ++r, ready = r - 1) {
+                fire_row(f, x + r * row_in, x_step, d, inv_tau.data(), bits.data());
+                for (int64_t byte = 0; byte < bytes; ++byte)
+                    pool_row(f.width, f.channels, bits.data() + byte * row_in,
+                             ring.data() + (r % 3 * bytes + byte) * size_out);
+            }
+            for (int64_t t = 0; t < f.steps; ++t) {
+                const auto pooled = [&](int64_t r) { return ring.data() + (r % 3 * bytes + t / 8) * size_out; };
+                const uint8_t *above = pooled(first), *middle = pooled(top + y), *below = pooled(last);
+                Out* to = out + t * frame_out + row * size_out;
+                SIMD for (int64_t i = 0; i < size_out; ++i)
+                    store(((above[i] | middle[i] | below[i]) >> (t % 8)) & 1, to[i]);
+            }
+        }
+    });
+}
+
+// ---- the attention's mask: q where enough tokens of the channel had a spike in k and in v
+
+struct Tokens { int64_t steps, batch, tokens, channels; };
+
+template <class X, class Out>
+void attend(const Tokens& f, const X* qkv, const Neuron* neurons, Out* out, int64_t threads) {
+    constexpr int64_t WIDTH = 64;
+    const Dynamics of_q(neurons[0]), of_k(neurons[1]), of_v(neurons[2]), of_a(neurons[3]);
+    const int64_t per_image = (f.channels + WIDTH - 1) / WIDTH, count = f.batch * per_image, stride = 3 * f.channels;
+    const int64_t step_in = f.batch * f.tokens * stride, step_out = f.batch * f.tokens * f.channels;
+    parallel(threads, [&](int64_t thread, int64_t all) {
+        std::vector<float> counts(f.steps * WIDTH);
+        std::vector<int32_t> mask(f.steps * WIDTH);
+        for (int64_t id = count * thread / all; id < count * (thread + 1) / all; ++id) {
+            const int64_t image = id / per_image, first = id % per_image * WIDTH, n = std::min(WIDTH, f.channels - first);
+            const X* in = qkv + image * f.tokens * stride + first;
+            const std::vector<float> q_tau = of_q.row(n, first), k_tau = of_k.row(n, first), v_tau = of_v.row(n, first);
+            const std::vector<float> a_tau = of_a.row(n, first);
+            const float *kt = k_tau.data(), *vt = v_tau.data(), *qt = q_tau.data();
+            std::fill(counts.begin(), counts.end(), 0.f);
+            float hk[WIDTH], hv[WIDTH];
+            for (int64_t token = 0; token < f.tokens; ++token) {
+                std::fill_n(hk, n, 0.f);
+                std::fill_n(hv, n, 0.f);
+                for (int64_t t = 0; t < f.steps; ++t) {
+                    const X *k = in + t * step_in + token * stride + f.channels, *v = k + f.channels;
+                    float* sum = counts.data() + t * WIDTH;
+                    SIMD for (int64_t c = 0; c < n; ++c) {
+                        hk[c] = advance(of_k, k[c], hk[c], kt[c]);
+                        hv[c] = advance(of_v, v[c], hv[c], vt[c]);
+                        sum[c] += (hk[c] >= of_k.fires_at ? 1.f : 0.f) * (hv[c] >= of_v.fires_at ? 1.f : 0.f);
+                    }
+                }
+            }
+            std::fill_n(hk, n, 0.f);
+            for (int64_t t = 0; t < f.steps; ++t)
+                for (int64_t c = 0; c < n; ++c) {
+                    hk[c] = advance(of_a, counts[t * WIDTH + c], hk[c], a_tau[c]);
+                    mask[t * WIDTH + c] = hk[c] >= of_a.fires_at;
+                }
+            for (int64_t token = 0; token < f.tokens; ++token) {
+                std::fill_n(hk, n, 0.f);
+                for (int64_t t = 0; t < f.steps; ++t) {
+                    const X* q = in + t * step_in + token * stride;
+                    const int32_t* open = mask.data() + t * WIDTH;
+                    Out* to = out + t * step_out + (image * f.tokens + token) * f.channels + first;
+                    SIMD for (int64_t c = 0; c < n; ++c) {
+                        hk[c] = advance(of_q, q[c], hk[c], qt[c]);
+                        store((hk[c] >= of_q.fires_at ? 1 : 0) & open[c], to[c]);
+                    }
+                }
+            }
+        }
+    });
+}
+
+}  // namespace
+
+// Runs `call` with X and Out for two dtypes as numbered in firing.py: 0 float32, 1 bfloat16, 2 bytes (out alone).
+#define WITH_OUT(out, call)                                   \
+    switch (out) {                                            \
+    case 0: { using Out = float; call; return; }              \
+    case 1: { using Out = bfloat16; call; return; }           \
+    default: { using Out = uint8_t; call; return; }           \
+    }
+#define WITH_DTYPES(x, out, call)                             \
+    if (x == 0) { using X = float; WITH_OUT(out, call) }      \
+    else { using X = bfloat16; WITH_OUT(out, call) }
+
+extern "C" {
+
+void fire(int x_dtype, int out_dtype, int64_t steps, int64_t size, const void* x, int64_t x_step, const float* u, float* total,
+          const Neuron* neuron, void* out, int64_t threads) {
+    WITH_DTYPES(x_dtype, out_dtype, fire(steps, size, (const X*)x, x_step, u, total, *neuron, (Out*)out, threads))
+}
+
+void fire_and_pool(int x_dtype, int out_dtype, const Frames* frames, const void* x, int64_t x_step, const Neuron* neuron,
+                   void* out, int64_t threads) {
+    WITH_DTYPES(x_dtype, out_dtype, fire_and_pool(*frames, (const X*)x, x_step, *neuron, (Out*)out, threads))
+}
+
+void attend(int x_dtype, int out_dtype, const Tokens* tokens, const void* qkv, const Neuron* neurons, void* out,
+            int64_t threads) {
+    WITH_DTYPES(x_dtype, out_dtype, attend(*tokens, (const X*)qkv, neurons, (Out*)out, threads))
+}
+}

@@ -1,0 +1,238 @@
+"""What stands between two products in evaluation: neurons fused with addition, pooling and the attention's mask.
+
+Every function takes frames in channels-last order, `[T, B, H, W, C]`, in float32 or bfloat16, and returns spikes in a
+dtype of choice: that of the product they are for. Membranes are float32. `lif_reference` holds the neuron's equations.
+
+With `compiled` the C++ kernels of `firing.cpp` run on a CPU, and elsewhere what `torch.compile` makes of the equations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cpu_build import BuildError, library
+from .lif import lif, lif_reference
+
+
+class Neuron(NamedTuple):
+    """A layer of neurons: `inv_tau` is one float32 number or one a channel; the rest as in `lif_reference`."""
+
+    inv_tau: Tensor
+    threshold: float
+    reset: str
+    strict: bool
+
+
+def fire(
+    x: Tensor, neuron: Neuron, dtype: torch.dtype, *, shortcut: Tensor | None = None, compiled: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`(u, spikes of u)` with `u = shortcut + x` in float32; without a shortcut u is x itself.
+
+    Shapes: x, shortcut and results `[T, B, H, W, C]`; x may be one frame expanded along T.
+    """
+    if compiled and _native(x):
+        if x.stride(0) and not x.is_contiguous():
+            x = x.contiguous()
+        spikes = torch.empty(x.shape, dtype=dtype)
+        total = x if shortcut is None else torch.empty(x.shape, dtype=torch.float32)
+        u, into = (None, None) if shortcut is None else (shortcut.contiguous().data_ptr(), total.data_ptr())
+        layout = (len(x), x[0].numel(), x.data_ptr(), x.stride(0))
+        _call("fire", x, spikes, *layout, u, into, _neurons((neuron,)))
+        return total, spikes
+    run = _traced(_fire, dynamic=True) if compiled else _fire
+    flat = functools.partial(torch.flatten, start_dim=1, end_dim=-2 if neuron.inv_tau.ndim else -1)
+    total, spikes = run(flat(x), neuron, dtype, None if shortcut is None else flat(shortcut))
+    return x if shortcut is None else total.view(x.shape), spikes.view(x.shape)
+
+
+def fire_and_pool(x: Tensor, neuron: Neuron, dtype: torch.dtype, *, compiled: bool = False) -> Tensor:
+    """Spikes of x after a 3x3 maximum of stride 2, `[T, B, H, W, C] -> [T, B, ceil(H / 2), ceil(W / 2), C]`."""
+    if compiled and _native(x):
+        if x.stride(0) and not x.is_contiguous():
+            x = x.contiguous()
+        steps, batch, height, width, channels = x.shape
+        out = torch.empty(steps, batch, (height + 1) // 2, (width + 1) // 2, channels, dtype=dtype)
+        _call("fire_and_pool", x, out, _sizes(*x.shape), x.data_ptr(), x.stride(0), _neurons((neuron,)))
+        return out
+    run = _traced(_fire_and_pool) if compiled else _fire_and_pool
+    pooled: Tensor = run(x, neuron, dtype)
+    return pooled
+
+
+def attend(
+    qkv: Tensor, neurons: Sequence[Neuron], dtype: torch.dtype, *, heads: int | None = None, compiled: bool = False
+) -> Tensor:
+    """`q * LIF(sum over tokens of k * v)` from the inputs of q, k and v, `[T, B, H, W, 3 C] -> [T, B, H, W, C]`.
+
+    `neurons` are those of q, k, v and of the sum. With `heads`, k and v, k * v, and the result are pooled as in
+    `SpikeDrivenSelfAttention(event_pooling=True)`.
+    """
+    if compiled and heads is None and _native(qkv):
+        qkv = qkv.contiguous()
+        steps, batch, height, width, channels = qkv.shape
+        out = torch.empty(steps, batch, height, width, channels // 3, dtype=dtype)
+        shape = _sizes(steps, batch, height * width, channels // 3)
+        _call("attend", qkv, out, shape, qkv.data_ptr(), _neurons(tuple(neurons)))
+        return out
+    run = _traced(_attend) if compiled and not _native(qkv) else _attend
+    masked: Tensor = run(qkv, neurons, dtype, heads)
+    return masked
+
+
+def pool(x: Tensor) -> Tensor:
+    """3x3 maximum of stride 2, `[T, B, H, W, C] -> [T, B, ceil(H / 2), ceil(W / 2), C]`."""
+    pooled = F.max_pool2d(x.flatten(0, 1).permute(0, 3, 1, 2), 3, stride=2, padding=1)
+    return pooled.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+
+
+# The equations.
+
+
+def _spikes(x: Tensor, neuron: Neuron) -> Tensor:
+    options: dict[str, Any] = {"threshold": neuron.threshold, "reset": neuron.reset, "strict": neuron.strict}
+    if torch.compiler.is_compiling():
+        return lif_reference(x, neuron.inv_tau, **options)[0]
+    spikes = lif(x, neuron.inv_tau, **options)
+    assert isinstance(spikes, Tensor)
+    return spikes
+
+
+def _fire(x: Tensor, neuron: Neuron, dtype: torch.dtype, shortcut: Tensor | None) -> tuple[Tensor, Tensor]:
+    total = x if shortcut is None else shortcut + x
+    return total, _spikes(total, neuron).to(dtype)
+
+
+def _fire_and_pool(x: Tensor, neuron: Neuron, dtype: torch.dtype) -> Tensor:
+    spikes = _spikes(x.flatten(1, -2), neuron).view(x.shape)
+    return pool(spikes).to(dtype)
+
+
+def _attend(qkv: Tensor, neurons: Sequence[Neuron], dtype: torch.dtype, heads: int | None) -> Tensor:
+    batch, height, width = qkv.shape[1:-1]
+    parts = qkv.flatten(1, 3).chunk(3, -1)
+    q, k, v = (_spikes(part, neuron).unflatten(1, (batch, -1)) for part, neuron in zip(parts, neurons[:3], strict=True))
+    if heads:
+        k, v = _pool_plane(k, height), _pool_plane(v, height)
+    kv = k * v
+    if heads:
+        kv = _pool_tokens(kv, heads)
+    a = _spikes(kv.sum(2, dtype=torch.float32), neurons[3]).unsqueeze(2)
+    masked = q * a
+    if heads:
+        masked = _pool_tokens(masked, heads)
+    return masked.to(dtype).unflatten(2, (height, width))
+
+
+def _pool_plane(spikes: Tensor, height: int) -> Tensor:
+    """3x3 maximum over (H, W) of `[T, B, H * W, C]`."""
+    plane = spikes.unflatten(2, (height, -1)).movedim(-1, 2)
+    return _maximum(plane).flatten(3).movedim(2, -1)
+
+
+def _pool_tokens(spikes: Tensor, heads: int) -> Tensor:
+    """3x3 maximum over (tokens, channels of a head) of `[T, B, tokens, C]`."""
+    by_head = spikes.unflatten(-1, (heads, -1)).movedim(3, 2)
+    return _maximum(by_head).movedim(2, 3).flatten(3)
+
+
+def _maximum(plane: Tensor) -> Tensor:
+    return F.max_pool2d(plane.flatten(0, 1), 3, stride=1, padding=1).unflatten(0, plane.shape[:2])
+
+
+# What compiles.
+
+
+@functools.cache
+def _traced(function: Callable[..., Any], dynamic: bool | None = None) -> Callable[..., Any]:
+    compiled = torch.compile(function, dynamic=dynamic)
+
+    def call(*arguments: Any) -> Any:
+        if not _uncompiled:
+            try:
+                return compiled(*arguments)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                _warn_uncompiled(error)
+        return function(*arguments)
+
+    return call
+
+
+def _native(x: Tensor) -> bool:
+    """Whether the C++ kernels can run for x."""
+    if x.device.type != "cpu" or x.dtype not in _DTYPES or _uncompiled:
+        return False
+    try:
+        _library()
+    except BuildError as error:
+        _warn_uncompiled(error)
+        return False
+    return True
+
+
+_uncompiled: list[str] = []
+
+
+def _warn_uncompiled(error: Exception) -> None:
+    _uncompiled.append(str(error).splitlines()[0])
+    warnings.warn(f"nothing can be compiled, evaluation runs slower than it could: {_uncompiled[0]}", stacklevel=3)
+
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+# Elements from which a second thread pays.
+_WORTH_SHARING = 1 << 14
+
+
+class _Neuron(ctypes.Structure):
+    _fields_ = (
+        ("inv_tau", c_void_p),
+        ("constants", c_int64),
+        ("threshold", c_float),
+        *((name, c_int32) for name in ("to_zero", "subtract", "strict")),
+    )
+
+
+def _sizes(*sizes: int) -> Any:
+    return (c_int64 * len(sizes))(*sizes)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    functions = library(Path(__file__).with_name("firing.cpp"))
+    p, i = c_void_p, c_int64
+    functions.fire.argtypes = (c_int, c_int, i, i, p, i, p, p, p, p, i)
+    functions.fire_and_pool.argtypes = (c_int, c_int, p, p, i, p, p, i)
+    functions.attend.argtypes = (c_int, c_int, p, p, p, p, i)
+    for function in (functions.fire, functions.fire_and_pool, functions.attend):
+        function.restype = None
+    return functions
+
+
+def _neurons(neurons: tuple[Neuron, ...]) -> Any:
+    return _structures(
+        tuple((n.inv_tau.data_ptr(), n.inv_tau.numel(), n.threshold, n.reset, n.strict) for n in neurons)
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _structures(neurons: tuple[tuple[int, int, float, str, bool], ...]) -> Any:
+    return (_Neuron * len(neurons))(
+        *(
+            _Neuron(inv_tau, constants, threshold, reset == "zero", reset == "subtract", strict)
+            for inv_tau, constants, threshold, reset, strict in neurons
+        )
+    )
+
+
+def _call(name: str, x: Tensor, out: Tensor, *arguments: Any) -> None:
+    threads = torch.get_num_threads() if x.numel() > _WORTH_SHARING else 1
+    getattr(_library(), name)(_DTYPES[x.dtype], _DTYPES[out.dtype], *arguments, out.data_ptr(), threads)

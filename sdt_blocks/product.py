@@ -1,0 +1,227 @@
+"""The products of an optimised model: weights times frames, by whichever way is fastest on this machine."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_RUNS = 3
+_SLICE_BYTES = 6 << 20
+
+
+class Convolution:
+    """A channels-last convolution of the library."""
+
+    def __init__(self, product: Product) -> None:
+        self.product = product
+
+    @staticmethod
+    def applies(product: Product) -> bool:
+        return True
+
+    @staticmethod
+    def input_dtype(product: Product) -> torch.dtype:
+        """What the neuron in front should emit."""
+        return product.weight.dtype
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        weight = self.product.weight
+        images = frames.permute(0, 3, 1, 2)
+        return F.conv2d(images, weight, self.product.bias, padding=weight.shape[-1] // 2).permute(0, 2, 3, 1)
+
+
+class Linear(Convolution):
+    """A 1x1 convolution as a matrix product."""
+
+    @staticmethod
+    def applies(product: Product) -> bool:
+        return product.weight.shape[-1] == 1
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        return F.linear(frames, self.product.weight.flatten(1), self.product.bias)
+
+
+class Integers(Convolution):
+    """Spikes times weights that are written as three 8-bit integers a channel, `s (q1 + q2 / 254 + q3 / 254^2)`.
+
+    A spike is an integer already, and sums of integers are exact: with 24 bits of the weights kept, the result is as
+    near to the true sum as that of float32 arithmetic, while processors multiply 8-bit integers several times faster.
+    """
+
+    BASE = 254
+
+    def __init__(self, product: Product) -> None:
+        super().__init__(product)
+        weight = product.weight.double()
+        scale = weight.abs().amax((1, 2, 3)).clamp(min=1e-30) / 127
+        rest = weight / scale.view(-1, 1, 1, 1)
+        self.scales, pieces = [], []
+        for _ in range(3):
+            whole = rest.round().clamp(-127, 127)
+            pieces.append(whole.to(torch.int8))
+            self.scales.append(scale.float())
+            rest, scale = (rest - whole) * self.BASE, scale / self.BASE
+        self.zeros = torch.zeros_like(self.scales[0], dtype=torch.int32)
+        self.packed = [self._pack(piece) for piece in pieces]
+
+    @staticmethod
+    def applies(product: Product) -> bool:
+        on_cpu = product.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        wanted = product.spikes and product.weight.dtype == torch.float32
+        return on_cpu and wanted and all(hasattr(torch.ops.onednn, f"q{op}_pointwise") for op in ("linear", "conv2d"))
+
+    @staticmethod
+    def input_dtype(product: Product) -> torch.dtype:
+        return torch.uint8
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        out = self.product.weight.shape[0]
+        if self.product.weight.shape[-1] == 1:
+            x = frames.flatten(0, -2)
+            return self._sliced(x, out).view(*frames.shape[:-1], out)
+        return self._sliced(frames.permute(0, 3, 1, 2), out * frames.shape[1:3].numel()).permute(0, 2, 3, 1)
+
+    def _sliced(self, x: Tensor, out: int) -> Tensor:
+        """Slices whose sums stay in the cache while the three pieces are added up."""
+        parts = [self._sum(part) for part in x.split(max(1, _SLICE_BYTES // (4 * out)))]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _sum(self, x: Tensor) -> Tensor:
+        total: Tensor | None = None
+        for weight, scale in zip(self.packed, self.scales, strict=True):
+            total = self._add(total, x, weight, scale)
+        assert total is not None
+        return total
+
+    def _pack(self, piece: Tensor) -> Tensor:
+        if piece.shape[-1] == 1:
+            packed: Tensor = torch.ops.onednn.qlinear_prepack(piece.flatten(1), None)
+        else:
+            packed = torch.ops.onednn.qconv_prepack(piece, torch.ones(len(piece)), 1.0, 0, *self._geometry, None)
+        return packed
+
+    @property
+    def _geometry(self) -> tuple[Any, ...]:
+        around = self.product.weight.shape[-1] // 2
+        return [1, 1], [around, around], [1, 1], 1
+
+    def _add(self, total: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        """`total + x * weight * scale`, or with the bias where nothing was summed yet."""
+        op = torch.ops.onednn.qlinear_pointwise if x.ndim == 2 else torch.ops.onednn.qconv2d_pointwise
+        geometry = () if x.ndim == 2 else self._geometry
+        head, to_float = (x, 1.0, 0, weight, scale, self.zeros), (1.0, 0, torch.float32)
+        if total is None:
+            result: Tensor = op(*head, self.product.bias, *geometry, *to_float, "none", [], "")
+        else:
+            result = op.binary(*head, total, None, *geometry, *to_float, 1.0, 0, "sum", 1.0, "none", [], "")
+        return result
+
+
+PATHS: dict[str, type[Convolution]] = {"convolution": Convolution, "linear": Linear, "integers": Integers}
+"""The ways to compute a product."""
+
+
+class Product(nn.Module):
+    """A convolution of stride 1 that keeps the frame's size, with its bias, on contiguous channels-last frames.
+
+    Every product of an optimised model goes through here. `path` names the way in `PATHS`; "auto" takes the one that
+    was fastest when a shape was first met. `spikes` says that frames hold zeros and ones alone.
+
+    Shapes: frames `[N, H, W, in] -> [N, H, W, out]`, in the dtype that `input_dtype` names.
+
+    Raises `ValueError` for a path that is unknown or cannot compute this product.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        *,
+        dtype: torch.dtype = torch.float32,
+        spikes: bool = True,
+        path: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.spikes = spikes
+        self.register_buffer("weight", weight.to(dtype).contiguous(memory_format=torch.channels_last))
+        self.register_buffer("bias", bias.to(dtype))
+        self.weight: Tensor
+        self.bias: Tensor
+        possible = [name for name, way in PATHS.items() if way.applies(self)]
+        if path not in (*possible, "auto"):
+            raise ValueError(f"path {path!r} cannot compute this product; choose one of auto, {', '.join(possible)}")
+        self.paths = possible if path == "auto" else [path]
+        self._ways: dict[str, Convolution] = {}
+
+    def input_dtype(self, shape: torch.Size) -> torch.dtype:
+        """What the neuron in front should emit for frames of the shape `[N, H, W, in]`."""
+        return PATHS[self._choose(shape)].input_dtype(self)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return self._way(self._choose(frames.shape))(frames)
+
+    def _choose(self, shape: torch.Size) -> str:
+        if len(self.paths) == 1:
+            return self.paths[0]
+        kind = (*self.paths, str(self.weight.device), self.weight.dtype, torch.get_num_threads())
+        # Shapes of about the same size share a choice, so that odd last batches need no trial of their own.
+        key = (*kind, shape[:-1].numel().bit_length(), *self.weight.shape)
+        if key not in _fastest:
+            _fastest[key] = self._compare(shape)
+        return _fastest[key]
+
+    def _compare(self, shape: torch.Size) -> str:
+        """The fastest path; one that fails here, or answers differently, is out."""
+        spikes = torch.zeros(shape, device=self.weight.device, dtype=self.weight.dtype)
+        spikes.flatten()[::7] = 1
+        expected = self._way(self.paths[0])(spikes)
+        seconds = {}
+        for name in self.paths:
+            frames = spikes.to(PATHS[name].input_dtype(self))
+            try:
+                error = (self._way(name)(frames) - expected).abs().max()
+            except (RuntimeError, NotImplementedError):
+                continue
+            if error <= 1e-4 * expected.abs().max() or self.weight.dtype != torch.float32:
+                seconds[name] = self._seconds(name, frames)
+        return min(seconds, key=seconds.__getitem__)
+
+    def _way(self, name: str) -> Convolution:
+        if name not in self._ways:
+            self._ways[name] = PATHS[name](self)
+        return self._ways[name]
+
+    def _seconds(self, name: str, frames: Tensor) -> float:
+        """The best of a few runs: what disturbs a run only makes it longer."""
+        best = float("inf")
+        for _ in range(_RUNS):
+            _wait_for(frames.device)
+            start = time.perf_counter()
+            self._way(name)(frames)
+            _wait_for(frames.device)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Product:
+        self._ways = {}
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ways": {}}
+
+    def extra_repr(self) -> str:
+        out, into, kernel, _ = self.weight.shape
+        return f"{into}, {out}, kernel={kernel}, dtype={self.weight.dtype}, paths={self.paths}"
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+_fastest: dict[tuple[Any, ...], str] = {}

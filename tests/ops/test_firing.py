@@ -1,0 +1,165 @@
+"""The fused steps of evaluation against the equations, bit for bit, and against independent arithmetic."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sdt_blocks.ops import firing
+from sdt_blocks.ops.cpu_build import BuildError
+
+NEURONS = {
+    "LIF": (torch.tensor(0.5), 1.0, "zero", False),
+    "subtract": (torch.tensor(1 / 3), 0.7, "subtract", False),
+    "none": (torch.tensor(0.4), 1.0, "none", False),
+    "strict": (torch.tensor(0.5), 1.0, "zero", True),
+    "per channel": (torch.linspace(0.2, 0.9, 19), 1.0, "zero", False),
+}
+SHAPES = [(4, 2, 7, 5, 19), (1, 1, 1, 1, 19), (11, 1, 2, 9, 19), (2, 3, 40, 33, 19)]
+DTYPES = [(torch.float32, torch.float32), (torch.float32, torch.uint8), (torch.bfloat16, torch.bfloat16)]
+
+
+def membranes(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Values on a coarse grid, so that many membranes lie exactly at a threshold."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (torch.randint(-8, 17, shape, generator=generator) / 4).to(dtype)
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "out"), DTYPES)
+def test_fire(neuron: str, shape: tuple[int, ...], dtype: torch.dtype, out: torch.dtype) -> None:
+    cells, x = firing.Neuron(*NEURONS[neuron]), membranes(*shape, dtype=dtype)
+    shortcut = membranes(*shape).flip(0)
+    for options in ({}, {"shortcut": shortcut}):
+        expected_u, expected = firing.fire(x, cells, out, **options)
+        u, spikes = firing.fire(x, cells, out, compiled=True, **options)
+        assert torch.equal(spikes, expected) and torch.equal(u, expected_u) and spikes.dtype == out
+    assert u.dtype == torch.float32
+    if shape[0] > 1:
+        assert 0.02 < expected.float().mean() < 0.98
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "out"), DTYPES)
+def test_fire_and_pool(neuron: str, shape: tuple[int, ...], dtype: torch.dtype, out: torch.dtype) -> None:
+    cells, x = firing.Neuron(*NEURONS[neuron]), membranes(*shape, dtype=dtype) - 0.5
+    expected = firing.fire_and_pool(x, cells, out)
+    found = firing.fire_and_pool(x, cells, out, compiled=True)
+    assert torch.equal(found, expected) and found.dtype == out
+    frame = x[:1].expand(shape)
+    assert torch.equal(firing.fire_and_pool(frame, cells, out, compiled=True), firing.fire_and_pool(frame, cells, out))
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+@pytest.mark.parametrize("shape", [*SHAPES, (4, 3, 14, 14, 76)])
+@pytest.mark.parametrize(("dtype", "out"), DTYPES)
+def test_attend(neuron: str, shape: tuple[int, ...], dtype: torch.dtype, out: torch.dtype) -> None:
+    if neuron == "per channel" and shape[-1] != 19:
+        pytest.skip("written for 19 channels")
+    qkv = membranes(*shape[:-1], 3 * shape[-1], dtype=dtype) - 1
+    neurons = [firing.Neuron(*NEURONS[neuron])] * 3 + [firing.Neuron(torch.tensor(0.5), 0.5, "zero", False)]
+    expected = firing.attend(qkv, neurons, out)
+    found = firing.attend(qkv, neurons, out, compiled=True)
+    assert torch.equal(found, expected) and found.dtype == out
+
+
+def test_attend_counts_in_integers() -> None:
+    """One coincidence of k and v reaches the threshold exactly, and opens its channel for q."""
+    steps, tokens, channels = 3, 6, 5
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.rand(steps, 1, tokens, 1, channels, generator=generator) < share for share in (0.5, 0.3, 0.3))
+    found = firing.attend(
+        2.0 * torch.cat([q, k, v], -1),
+        [firing.Neuron(torch.tensor(1.0), 1.0, "zero", False)] * 3
+        + [firing.Neuron(torch.tensor(0.5), 0.5, "zero", False)],
+        torch.uint8,
+        compiled=True,
+    )
+    open_ = np.zeros(channels)
+    for t in range(steps):
+        counts = (k[t] & v[t]).sum((0, 1, 2)).numpy()
+        h = open_ + (counts - open_) / 2
+        fired = h >= 0.5
+        open_ = np.where(fired, 0, h)
+        assert np.array_equal(found[t].numpy(), q[t].numpy() * fired)
+    assert found.any()
+
+
+@pytest.mark.parametrize("heads", [None, 4])
+def test_attend_pools_within_heads(heads: int | None) -> None:
+    """With every neuron firing wherever its input is positive, against pooling written out in numpy."""
+    batch, height, width, channels = 2, 3, 4, 8
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.rand(1, batch, height, width, channels, generator=generator) < 0.15 for _ in range(3))
+    sure = firing.Neuron(torch.tensor(1.0), 0.5, "zero", False)
+    found = firing.attend(torch.cat([q, k, v], -1).float(), [sure] * 4, torch.float32, heads=heads)
+
+    def pooled(spikes: np.ndarray) -> np.ndarray:
+        padded = np.pad(spikes, [(0, 0)] * (spikes.ndim - 2) + [(1, 1), (1, 1)])
+        rows, columns = spikes.shape[-2:]
+        return np.max([padded[..., i : i + rows, j : j + columns] for i in range(3) for j in range(3)], axis=0)
+
+    def by_head(spikes: np.ndarray) -> np.ndarray:
+        return spikes.reshape(batch, height * width, heads, -1).transpose(0, 2, 1, 3)
+
+    a, b, c = (spikes[0].numpy() for spikes in (q, k, v))
+    if heads is None:
+        expected = a & (b & c).any((1, 2), keepdims=True)
+    else:
+        b, c = (pooled(spikes.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1) for spikes in (b, c))
+        open_ = pooled(by_head(b & c)).any(2, keepdims=True)
+        expected = pooled(by_head(a) & open_).transpose(0, 2, 1, 3).reshape(batch, height, width, channels)
+    assert np.array_equal(found[0].numpy().astype(bool), expected) and expected.any() and not expected.all()
+
+
+def test_pool_is_a_maximum_over_neighbours() -> None:
+    x = membranes(2, 3, 7, 6, 5)
+    expected = F.max_pool2d(x.movedim(-1, 2).flatten(0, 1), 3, 2, 1).unflatten(0, (2, 3)).movedim(2, -1)
+    assert torch.equal(firing.pool(x), expected)
+
+
+def test_frames_that_are_not_contiguous() -> None:
+    cells = firing.Neuron(*NEURONS["LIF"])
+    x = membranes(3, 2, 4, 19, 6).transpose(-1, -2)
+    for fused in (firing.fire_and_pool, lambda *a, **o: firing.fire(*a, **o)[1]):
+        assert torch.equal(fused(x, cells, torch.float32, compiled=True), fused(x, cells, torch.float32))
+
+
+def test_without_a_compiler_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise BuildError("no C++ compiler was found; install g++ or clang++")
+
+    monkeypatch.setattr(firing, "_library", broken)
+    monkeypatch.setattr(firing, "_uncompiled", [])
+    cells, x = firing.Neuron(*NEURONS["LIF"]), membranes(2, 1, 3, 3, 4)
+    with pytest.warns(UserWarning, match="no C.. compiler was found") as caught:
+        found = [firing.fire(x, cells, torch.float32, compiled=True)[1] for _ in range(3)]
+    assert len(caught) == 1
+    assert torch.equal(found[2], firing.fire(x, cells, torch.float32)[1])
+
+
+@pytest.mark.slow
+def test_what_torch_compile_makes_of_the_equations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of other devices, run on this one."""
+    monkeypatch.setattr(firing, "_native", lambda x: False)
+    for name in ("LIF", "per channel"):
+        cells, x = firing.Neuron(*NEURONS[name]), membranes(4, 2, 6, 5, 19)
+        assert torch.equal(
+            firing.fire_and_pool(x, cells, torch.bfloat16, compiled=True),
+            firing.fire_and_pool(x, cells, torch.bfloat16),
+        )
+        found = firing.fire(x, cells, torch.float32, shortcut=x, compiled=True)
+        expected = firing.fire(x, cells, torch.float32, shortcut=x)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        qkv, neurons = membranes(4, 2, 3, 3, 57), [cells] * 4
+        for heads in (None, 1):
+            assert torch.equal(
+                firing.attend(qkv, neurons, torch.float32, heads=heads, compiled=True),
+                firing.attend(qkv, neurons, torch.float32, heads=heads),
+            )
+    assert not firing._uncompiled
