@@ -54,18 +54,26 @@ inline Vector multiply_add(Vector a, Vector b, Vector c) {
 #endif
 }
 
-// Bit i is set where a[i] >= b[i].
-inline uint32_t at_least(Vector a, Vector b) {
+// Where a neuron fired, lane by lane.
 #if defined(__AVX512F__)
-    return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);
-#elif defined(__AVX__)
-    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ));
+typedef __mmask16 Fired;
+inline Fired at_least(Vector a, Vector b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+inline Vector choose(Fired fired, Vector a, Vector b) { return _mm512_mask_blend_ps(fired, b, a); }
+inline uint32_t bits(Fired fired) { return fired; }
+#else
+typedef decltype(Vector{} >= Vector{}) Fired;
+inline Fired at_least(Vector a, Vector b) { return a >= b; }
+inline Vector choose(Fired fired, Vector a, Vector b) { return fired ? a : b; }
+inline uint32_t bits(Fired fired) {
+#if defined(__AVX__)
+    return _mm256_movemask_ps(__m256(fired));
 #else
     uint32_t bits = 0;
-    for (int i = 0; i < WIDTH; i++) bits |= uint32_t(a[i] >= b[i]) << i;
+    for (int i = 0; i < WIDTH; i++) bits |= uint32_t(fired[i] & 1) << i;
     return bits;
 #endif
 }
+#endif
 
 // Memory of a thread that outlives the call: fresh pages would cost more than the work.
 template <class T>
@@ -91,6 +99,10 @@ struct Frames {
     int64_t pixels() const { return images * height * width; }
 };
 
+using Mask = std::conditional_t<LANES == 32, uint32_t, uint16_t>;
+
+enum Reset { ZERO, SUBTRACT, NONE };
+
 // What becomes of a sum: u = residual + (sum + bias) * scale + shift, kept in `membrane` and handed to a neuron, where
 // these are wanted. `constants` has bias, scale, shift and 1 / tau of every tile.
 struct Epilogue {
@@ -103,7 +115,7 @@ struct Epilogue {
     uint64_t* spikes;
     int64_t spikes_step;  // from one time step to the next, in elements, as above
     float threshold;
-    int reset;  // 0 zero, 1 subtract, 2 none
+    int reset;
     bool strict;
     int64_t stride() const { return (channels + 63) / 64; }
     int64_t tiles() const { return (channels + LANES - 1) / LANES; }
@@ -111,80 +123,77 @@ struct Epilogue {
 
 using Mask = std::conditional_t<LANES == 32, uint32_t, uint16_t>;
 
-// One tile of an epilogue.
-struct Tile {
-    Vector bias[VECTORS], scale[VECTORS], shift[VECTORS], inv_tau[VECTORS];
-    Vector fires_at, subtracted;
-    bool resets_to_zero;
-
-    Tile(const Epilogue& e, int64_t tile) {
-        const float* c = e.constants + tile * 4 * LANES;
-        for (int v = 0; v < VECTORS; v++) {
-            bias[v] = load(c + v * WIDTH);
-            scale[v] = load(c + LANES + v * WIDTH);
-            shift[v] = load(c + 2 * LANES + v * WIDTH);
-            inv_tau[v] = load(c + 3 * LANES + v * WIDTH);
-        }
-        fires_at = broadcast(e.strict ? std::nextafterf(e.threshold, INFINITY) : e.threshold);
-        subtracted = broadcast(e.reset == 1 ? e.threshold : 0.0f);
-        resets_to_zero = e.reset == 0;
-    }
-
-    // One pixel over all time steps; residual, membrane and spikes may be null.
-    void pixel(int64_t steps, const float* sums, int64_t sums_step, const float* residual, int64_t residual_step,
-               float* membrane, int64_t membrane_step, char* spikes, int64_t spikes_step) const {
-        const Vector zero{};
-        Vector h[VECTORS] = {};
-        for (int64_t t = 0; t < steps; t++) {
-            Mask fired = 0;
-            for (int v = 0; v < VECTORS; v++) {
-                Vector u = multiply_add(load(sums + v * WIDTH) + bias[v], scale[v], shift[v]);
-                if (residual) u = load(residual + v * WIDTH) + u;
-                if (membrane) store(membrane + v * WIDTH, u);
-                auto resets = h[v] >= fires_at;
-                Vector before = resets_to_zero ? (resets ? zero : h[v]) : h[v];
-                h[v] = before + (u - before) * inv_tau[v] - (resets ? subtracted : zero);
-                fired |= Mask(at_least(h[v], fires_at)) << (v * WIDTH);
-            }
-            if (spikes) {
-                std::memcpy(spikes, &fired, sizeof fired);
-                spikes += spikes_step;
-            }
-            sums += sums_step;
-            if (residual) residual += residual_step;
-            if (membrane) membrane += membrane_step;
-        }
-    }
+// Real values of consecutive pixels and time steps, so many elements apart; null where there are none.
+template <class T>
+struct Strided {
+    T* data;
+    int64_t pixel, step;
 };
 
-// The epilogue of `count` consecutive pixels in one tile, whose sums lie `sums_pixel` and `sums_step` apart.
-void finish(const Epilogue& e, int64_t tile, int64_t steps, int64_t first, int64_t count, const float* sums,
-            int64_t sums_pixel, int64_t sums_step) {
-    static thread_local Buffer<float> copies;
-    const Tile constants(e, tile);
-    const int64_t from = tile * LANES, lanes = std::min<int64_t>(LANES, e.channels - from);
-    const bool whole = lanes == LANES || (!e.residual && !e.membrane);
-    float* copy = whole ? nullptr : copies.reserve(2 * steps * LANES);
-    for (int64_t q = 0; q < count; q++) {
-        const int64_t at = (first + q) * e.channels + from;
-        const float* residual = e.residual ? e.residual + at : nullptr;
-        float* membrane = e.membrane ? e.membrane + at : nullptr;
-        char* spikes = nullptr;
-        if (e.spikes) spikes = reinterpret_cast<char*>(e.spikes + (first + q) * e.stride()) + tile * sizeof(Mask);
-        const float* sum = sums + q * sums_pixel;
-        if (whole) {
-            constants.pixel(steps, sum, sums_step, residual, e.residual_step, membrane, e.membrane_step, spikes,
-                            8 * e.spikes_step);
-            continue;
-        }
-        // The last tile is narrower than LANES: its real values go through a copy.
-        for (int64_t t = 0; residual && t < steps; t++)
-            std::memcpy(copy + t * LANES, residual + t * e.residual_step, lanes * sizeof(float));
-        constants.pixel(steps, sum, sums_step, residual ? copy : nullptr, LANES, copy + steps * LANES, LANES, spikes,
-                        8 * e.spikes_step);
-        for (int64_t t = 0; membrane && t < steps; t++)
-            std::memcpy(membrane + t * e.membrane_step, copy + (steps + t) * LANES, lanes * sizeof(float));
+// The epilogue of `count` pixels in one tile. As in the equations, h is the membrane before its reset, and u what it
+// continues from.
+template <int RESET>
+void finish_tile(const Epilogue& e, int64_t tile, int64_t steps, int64_t count, Strided<const float> sums,
+                 Strided<const float> residual, Strided<float> membrane, Strided<char> spikes) {
+    const Vector zero{}, threshold = broadcast(e.threshold);
+    const Vector fires_at = broadcast(e.strict ? std::nextafterf(e.threshold, INFINITY) : e.threshold);
+    Vector bias[VECTORS], scale[VECTORS], shift[VECTORS], inv_tau[VECTORS];
+    for (int v = 0; v < VECTORS; v++) {
+        const float* constants = e.constants + tile * 4 * LANES + v * WIDTH;
+        bias[v] = load(constants);
+        scale[v] = load(constants + LANES);
+        shift[v] = load(constants + 2 * LANES);
+        inv_tau[v] = load(constants + 3 * LANES);
     }
+    for (int64_t q = 0; q < count; q++) {
+        Vector u[VECTORS] = {}, lost[VECTORS] = {};
+        for (int64_t t = 0; t < steps; t++) {
+            const float* sum = sums.data + q * sums.pixel + t * sums.step;
+            const float* before = residual.data + q * residual.pixel + t * residual.step;
+            float* kept = membrane.data + q * membrane.pixel + t * membrane.step;
+            Mask mask = 0;
+            for (int v = 0; v < VECTORS; v++) {
+                Vector x = multiply_add(load(sum + v * WIDTH) + bias[v], scale[v], shift[v]);
+                if (residual.data) x = load(before + v * WIDTH) + x;
+                if (membrane.data) store(kept + v * WIDTH, x);
+                Vector h = u[v] + (x - u[v]) * inv_tau[v];
+                if (RESET == SUBTRACT) h = h - lost[v];
+                const Fired fired = at_least(h, fires_at);
+                u[v] = RESET == ZERO ? choose(fired, zero, h) : h;
+                if (RESET == SUBTRACT) lost[v] = choose(fired, threshold, zero);
+                mask |= Mask(bits(fired)) << (v * WIDTH);
+            }
+            if (spikes.data) std::memcpy(spikes.data + q * spikes.pixel + t * spikes.step, &mask, sizeof mask);
+        }
+    }
+}
+
+// The epilogue of the pixels from `first` on, in one tile.
+void finish(const Epilogue& e, int64_t tile, int64_t steps, int64_t first, int64_t count, Strided<const float> sums) {
+    static thread_local Buffer<float> copies;
+    const auto finish_tile_of = e.reset == ZERO       ? finish_tile<ZERO>
+                                : e.reset == SUBTRACT ? finish_tile<SUBTRACT>
+                                                      : finish_tile<NONE>;
+    const int64_t at = first * e.channels + tile * LANES, lanes = std::min(int64_t(LANES), e.channels - tile * LANES);
+    Strided<const float> residual{e.residual ? e.residual + at : nullptr, e.channels, e.residual_step};
+    Strided<float> membrane{e.membrane ? e.membrane + at : nullptr, e.channels, e.membrane_step};
+    Strided<char> spikes{nullptr, 8 * e.stride(), 8 * e.spikes_step};
+    if (e.spikes) spikes.data = reinterpret_cast<char*>(e.spikes + first * e.stride()) + tile * sizeof(Mask);
+    if (lanes == LANES || (!e.residual && !e.membrane)) {
+        finish_tile_of(e, tile, steps, count, sums, residual, membrane, spikes);
+        return;
+    }
+    // The last tile is narrower than LANES: its real values go through copies.
+    const Strided<float> wide{copies.reserve(count * steps * LANES), LANES, count * LANES};
+    for (int64_t t = 0; residual.data && t < steps; t++)
+        for (int64_t q = 0; q < count; q++)
+            std::memcpy(wide.data + q * wide.pixel + t * wide.step, residual.data + q * residual.pixel + t * residual.step,
+                        lanes * sizeof(float));
+    finish_tile_of(e, tile, steps, count, sums, {residual.data ? wide.data : nullptr, wide.pixel, wide.step}, wide, spikes);
+    for (int64_t t = 0; membrane.data && t < steps; t++)
+        for (int64_t q = 0; q < count; q++)
+            std::memcpy(membrane.data + q * membrane.pixel + t * membrane.step, wide.data + q * wide.pixel + t * wide.step,
+                        lanes * sizeof(float));
 }
 
 // Writes base + UNIT * i for every set bit i; may write up to LIST_SLACK entries behind the end that it returns.
@@ -222,18 +231,24 @@ int64_t list_inputs(const Frames& in, int radius, int64_t step, int64_t pixel, u
     return to - list;
 }
 
-// sums[row] = the sum of the listed weight rows, for ROWS rows whose lists have `count` entries each.
+// sums[row] = the sum of the listed weight rows, for ROWS rows whose lists have `count` entries each, an even number.
 template <int UNIT>
 inline void add_up(const float* weights, const uint16_t* lists, int64_t list_stride, const int32_t* rows, int64_t count,
                    float* sums) {
     const uint16_t* list[ROWS];
     Vector sum[ROWS][VECTORS] = {};
     for (int r = 0; r < ROWS; r++) list[r] = lists + rows[r] * list_stride;
-    const char* base = reinterpret_cast<const char*>(weights);
-    for (int64_t i = 0; i < count; i++)
+    const auto row = [=](uint32_t entry) {
+        return reinterpret_cast<const float*>(reinterpret_cast<const char*>(weights) + size_t(entry) * (4 * LANES / UNIT));
+    };
+    // Two entries at a time: loads are what limits this loop.
+    for (int64_t i = 0; i < count; i += 2)
         for (int r = 0; r < ROWS; r++) {
-            const float* row = reinterpret_cast<const float*>(base + size_t(list[r][i]) * (4 * LANES / UNIT));
-            for (int v = 0; v < VECTORS; v++) sum[r][v] += load(row + v * WIDTH);
+            uint32_t two;
+            std::memcpy(&two, list[r] + i, 4);
+            const float *one = row(two & 0xffff), *other = row(two >> 16);
+            for (int v = 0; v < VECTORS; v++) sum[r][v] += load(one + v * WIDTH);
+            for (int v = 0; v < VECTORS; v++) sum[r][v] += load(other + v * WIDTH);
         }
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
@@ -281,7 +296,7 @@ void run_task(Task& task, const Frames& in, int radius, const float* weights, co
             }
         sort_rows(counts, n, most, starts, order);
         for (int64_t i = 0; i < n; i += ROWS) {
-            const int64_t end = std::min(i + ROWS, n), longest = counts[order[end - 1]];
+            const int64_t end = std::min(i + ROWS, n), longest = (counts[order[end - 1]] + 1) / 2 * 2;
             for (int64_t j = i; j < end; j++) {
                 uint16_t* mine = list + order[j] * stride;
                 // The weights have a row of zeros behind the last input.
@@ -298,7 +313,7 @@ void run_task(Task& task, const Frames& in, int radius, const float* weights, co
             for (int64_t g = 0; g < (pixels * steps + ROWS - 1) / ROWS; g++)
                 add_up<UNIT>(weights + tile * (inputs + 1) * LANES, list, stride, rows + (b * groups_a_block + g) * ROWS,
                              groups[b * groups_a_block + g], sums);
-            finish(e, tile, steps, start, pixels, sums, LANES, pixels * LANES);
+            finish(e, tile, steps, start, pixels, {sums, LANES, pixels * LANES});
         }
 }
 
@@ -369,14 +384,14 @@ void spike_neuron(const float* x, int64_t frames, int64_t step, int64_t steps, i
             const float* from = x + first * channels + tile * LANES;
             const int64_t lanes = std::min<int64_t>(LANES, channels - tile * LANES);
             if (lanes == LANES) {
-                finish(e, tile, steps, first, count, from, channels, step);
+                finish(e, tile, steps, first, count, {from, channels, step});
                 continue;
             }
             float* copy = copies.reserve(frames * count * LANES);
             for (int64_t t = 0; t < frames; t++)
                 for (int64_t q = 0; q < count; q++)
                     std::memcpy(copy + (t * count + q) * LANES, from + t * step + q * channels, lanes * sizeof(float));
-            finish(e, tile, steps, first, count, copy, LANES, step ? count * LANES : 0);
+            finish(e, tile, steps, first, count, {copy, LANES, step ? count * LANES : 0});
         }
     }
 }
@@ -395,7 +410,7 @@ void real_pool(const float* in, float* out, int64_t frames, int64_t height, int6
 void spike_attention(const uint64_t* qkv, uint64_t* out, int64_t steps, int64_t images, int64_t tokens, int64_t words,
                      const float* inv_tau, float threshold, int64_t reset, int64_t strict, int threads) {
     const float fires_at = strict ? std::nextafterf(threshold, INFINITY) : threshold;
-    const float subtracted = reset == 1 ? threshold : 0.0f;
+    const float subtracted = reset == SUBTRACT ? threshold : 0.0f;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t column = 0; column < images * words; column++) {
         const int64_t image = column / words, word = column % words;
@@ -420,7 +435,7 @@ void spike_attention(const uint64_t* qkv, uint64_t* out, int64_t steps, int64_t 
                 int64_t count = 0;
                 for (int i = 0; i < used; i++) count |= int64_t(planes[i] >> c & 1) << i;
                 const bool resets = h[c] >= fires_at;
-                const float before = resets && reset == 0 ? 0.0f : h[c];
+                const float before = resets && reset == ZERO ? 0.0f : h[c];
                 h[c] = before + (float(count) - before) * inv_tau[word * 64 + c] - (resets ? subtracted : 0.0f);
                 fired |= uint64_t(h[c] >= fires_at) << c;
             }

@@ -11,6 +11,7 @@ import functools
 from ctypes import c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from .spec import RESETS, NeuronSpec
 
 WORD = 64
 """Spikes in a word."""
+
+Result = tuple[Any, Any]
+"""The membrane `[T, B, H, W, out]` if it was asked for, else None; `PackedSpikes` if there is a neuron, else None."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class PackedSpikes:
 
 
 class EventWeight:
-    """The weight `[out, in, k, k]` (k = 1 or 3) of a convolution of stride 1 that keeps the frame's size, tiled for the CPU.
+    """The weight `[out, in, k, k]` (k = 1 or 3) of a convolution of stride 1 that keeps the frame's size, in tiles.
 
     Raises `ValueError` for another kernel or more inputs than an entry of a list can name.
     """
@@ -102,8 +106,8 @@ class EventWeight:
 class Epilogue:
     """What becomes of the sums of a product: `u = residual + (sum + bias) * scale + shift`, and a neuron on u.
 
-    `bias`, `scale` and `shift` are `[channels]`; `inv_tau`, a number or `[channels]`, replaces that of `neuron`. Without a
-    neuron no spikes are made. `(sum + bias) * scale + shift` is rounded as PyTorch's batch normalization rounds it.
+    `bias`, `scale` and `shift` are `[channels]`; `inv_tau`, a number or `[channels]`, replaces that of `neuron`.
+    Without a neuron there are no spikes. `(sum + bias) * scale + shift` is rounded as in PyTorch's batch normalization.
     """
 
     def __init__(
@@ -119,13 +123,11 @@ class Epilogue:
         self.channels, self.neuron = channels, neuron
         of_neuron = 0.0 if neuron is None else neuron.inv_tau
         constants = ((bias, 0.0), (scale, 1.0), (shift, 0.0), (inv_tau, of_neuron))
-        rows = [torch.full((channels,), default) if given is None else given.detach().float() for given, default in constants]
+        rows = [torch.tensor(default) if given is None else given.detach().float() for given, default in constants]
         self.bias, self.scale, self.shift, self.inv_tau = (row.expand(channels) for row in rows)
         self.tiles = _tiled(torch.stack([self.bias, self.scale, self.shift, self.inv_tau]))
 
-    def reference(
-        self, sums: Tensor, residual: Tensor | None, steps: int, membrane: bool
-    ) -> tuple[Tensor | None, PackedSpikes | None]:
+    def reference(self, sums: Tensor, residual: Tensor | None, steps: int, membrane: bool) -> Result:
         """The equations on sums `[T or 1, B, H, W, channels]`."""
         u = torch.addcmul(self.shift.double(), sums + self.bias, self.scale.double()).float()
         u = u.expand(steps, *u.shape[1:])
@@ -145,10 +147,6 @@ class Epilogue:
         return (u if membrane else None), spikes
 
 
-Result = tuple[Tensor | None, PackedSpikes | None]
-"""The membrane `[T, B, H, W, out]`, if it was asked for, and the spikes, if there is a neuron."""
-
-
 def spike_product(
     spikes: PackedSpikes,
     weight: EventWeight,
@@ -159,7 +157,7 @@ def spike_product(
 ) -> Result:
     """The convolution of spikes with a weight, and its epilogue: additions of the weights of active inputs alone.
 
-    `residual` is `[T, B, H, W, out]`. `membrane` asks for u, and may be the tensor to write it to, `residual` itself too.
+    `residual` is `[T, B, H, W, out]`. `membrane` asks for u, and may be the tensor to write it to, even `residual`.
 
     >>> weight, neuron = torch.rand(8, 16, 1, 1), NeuronSpec()
     >>> spikes = PackedSpikes.pack(torch.ones(4, 1, 16, 2, 2))
@@ -229,7 +227,7 @@ def spike_pool_reference(spikes: PackedSpikes) -> PackedSpikes:
 
 
 def real_pool(x: Tensor) -> Tensor:
-    """3x3 maximum, stride 2, padding 1, of x `[T, B, H, W, C]`."""
+    """3x3 maximum, stride 2, padding 1, of x `[T, B, H, W, C]` in float32."""
     return _pool("real_pool", x.float().contiguous())
 
 
@@ -239,10 +237,10 @@ def real_pool_reference(x: Tensor) -> Tensor:
 
 
 def spike_attention(qkv: PackedSpikes, neuron: NeuronSpec, inv_tau: Tensor | None = None) -> PackedSpikes:
-    """Spike-driven self-attention, `q AND neuron(number of tokens with k AND v)`, of packed q, k and v one after the other.
+    """Spike-driven self-attention: `q AND neuron(number of tokens with k AND v)`.
 
-    qkv has `3 * channels` channels, channels a multiple of 64 (`pad_to_words` makes weights for that); inv_tau is a number or
-    `[channels]`. The result has `channels` channels.
+    qkv has `3 * channels` channels, q, k and v one after the other, with channels a multiple of 64 (`pad_to_words`
+    gives weights for that); inv_tau is a number or `[channels]`. The result has `channels` channels.
     """
     channels = _attention_channels(qkv)
     words = qkv.words.contiguous()

@@ -1,0 +1,223 @@
+"""Event-driven ops against their dense equations, bit for bit where the order of the sums allows it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sdt_blocks.ops.sparse import (
+    Epilogue,
+    EventWeight,
+    PackedSpikes,
+    pad_to_words,
+    real_pool,
+    real_pool_reference,
+    spike_attention,
+    spike_attention_reference,
+    spike_neuron,
+    spike_neuron_reference,
+    spike_pool,
+    spike_pool_reference,
+    spike_product,
+    spike_product_reference,
+)
+from sdt_blocks.ops.spec import NeuronSpec
+
+SHAPES = [
+    # steps, images, height, width, in, out, kernel
+    (4, 2, 14, 14, 64, 96, 1),
+    (4, 2, 7, 5, 48, 33, 3),
+    (1, 1, 1, 1, 1, 1, 1),
+    (1, 1, 1, 3, 7, 64, 3),
+    (3, 1, 9, 2, 65, 31, 3),
+    (16, 1, 4, 4, 130, 70, 1),
+    (300, 1, 2, 1, 5, 40, 1),
+    (2, 1, 3, 3, 500, 32, 3),  # 4500 inputs: entries of the lists in units of rows
+]
+
+
+def draw(shape: tuple[int, ...], density: float, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(shape, generator=generator) < density).float()
+
+
+def draw_layer(out: int, into: int, kernel: int, neuron: NeuronSpec | None) -> tuple[Tensor, Epilogue]:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(out, into, kernel, kernel, generator=generator) / (into * kernel**2) ** 0.5 * 3
+    bias, scale, shift, inv_tau = torch.rand(4, out, generator=generator)
+    epilogue = Epilogue(
+        out, bias=bias - 0.3, scale=scale + 0.5, shift=shift, inv_tau=inv_tau * 0.8 + 0.1, neuron=neuron
+    )
+    return weight, epilogue
+
+
+def ordered_sums(spikes: Tensor, weight: Tensor) -> Tensor:
+    """float32 sums over taps, then channels, one addition after the other, for spikes `[T, B, C, H, W]`."""
+    kernel = weight.shape[-1]
+    frames = F.pad(spikes, [kernel // 2] * 4)
+    height, width = spikes.shape[-2:]
+    sums = torch.zeros(*spikes.shape[:2], height, width, len(weight))
+    for dy, dx in itertools.product(range(kernel), repeat=2):
+        window = frames[..., dy : dy + height, dx : dx + width]
+        for channel in range(weight.shape[1]):
+            active = window[:, :, channel].unsqueeze(-1).bool()
+            sums = torch.where(active, sums + weight[:, channel, dy, dx], sums)
+    return sums
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.5, 1.0])
+def test_product_is_the_ordered_sum_of_weight_rows_bit_for_bit(shape, density):
+    steps, images, height, width, into, out, kernel = shape
+    spikes = draw((steps, images, into, height, width), density)
+    weight, _ = draw_layer(out, into, kernel, None)
+    membrane, fired = spike_product(PackedSpikes.pack(spikes), EventWeight(weight), Epilogue(out), membrane=True)
+    assert fired is None
+    assert torch.equal(membrane, ordered_sums(spikes, weight))
+
+
+@pytest.mark.parametrize("reset", ["zero", "subtract", "none"])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("shape", SHAPES[:6])
+def test_product_with_its_epilogue_agrees_with_the_reference(shape, reset, strict):
+    steps, images, height, width, into, out, kernel = shape
+    neuron = NeuronSpec(threshold=0.75, reset=reset, strict=strict)
+    weight, epilogue = draw_layer(out, into, kernel, neuron)
+    spikes = PackedSpikes.pack(draw((steps, images, into, height, width), 0.2))
+    residual = torch.randn(steps, images, height, width, out, generator=torch.Generator().manual_seed(2))
+    arguments = (spikes, EventWeight(weight), epilogue)
+    membrane, fired = spike_product(*arguments, residual=residual, membrane=True)
+    expected, expected_fired = spike_product_reference(*arguments, residual=residual, membrane=True)
+    torch.testing.assert_close(membrane, expected, rtol=0, atol=2e-6)
+    # A membrane that lies on the threshold within the rounding of its sum may fall on either side.
+    assert (fired.unpack() != expected_fired.unpack()).float().mean() <= 1e-4
+
+
+@pytest.mark.parametrize("reset", ["zero", "subtract", "none"])
+def test_the_neuron_sees_exactly_the_membrane_that_is_kept(reset):
+    neuron = NeuronSpec(threshold=0.9, reset=reset)
+    weight, epilogue = draw_layer(96, 48, 3, neuron)
+    spikes = PackedSpikes.pack(draw((4, 2, 48, 8, 8), 0.2))
+    membrane, fired = spike_product(spikes, EventWeight(weight), epilogue, membrane=True)
+    _, again = spike_neuron_reference(membrane, Epilogue(96, neuron=neuron, inv_tau=epilogue.inv_tau), 4)
+    assert torch.equal(fired.words, again.words)
+    assert 0.05 < fired.rate() < 0.95
+
+
+def test_the_membrane_may_replace_the_residual():
+    weight, epilogue = draw_layer(40, 64, 1, NeuronSpec())
+    spikes = PackedSpikes.pack(draw((4, 1, 64, 5, 5), 0.1))
+    residual = torch.randn(4, 1, 5, 5, 40)
+    apart, fired = spike_product(spikes, EventWeight(weight), epilogue, residual=residual, membrane=True)
+    written, fired_too = spike_product(spikes, EventWeight(weight), epilogue, residual=residual, membrane=residual)
+    assert written is residual
+    assert torch.equal(written, apart) and torch.equal(fired.words, fired_too.words)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("images", [1, 3])
+def test_threads_and_batch_do_not_change_a_bit(threads, images):
+    weight, epilogue = draw_layer(70, 64, 3, NeuronSpec())
+    tiled = EventWeight(weight)
+    spikes = PackedSpikes.pack(draw((4, 3, 64, 12, 11), 0.15))
+    whole = spike_product(spikes, tiled, epilogue)[1]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        part = spike_product(spikes.images(0, images), tiled, epilogue)[1]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(part.words, whole.words[:, :images])
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+@pytest.mark.parametrize("channels", [1, 32, 48, 96])
+def test_neuron_on_real_input(frames, channels):
+    x = torch.randn(frames, 3, 5, 7, channels, generator=torch.Generator().manual_seed(0)) * 2
+    epilogue = draw_layer(channels, 1, 1, NeuronSpec(threshold=0.5))[1]
+    membrane, fired = spike_neuron(x, epilogue, 4, membrane=True)
+    expected, expected_fired = spike_neuron_reference(x, epilogue, 4, membrane=True)
+    assert torch.equal(membrane, expected)
+    assert torch.equal(fired.words, expected_fired.words)
+
+
+def test_the_epilogue_rounds_as_batch_normalization_does():
+    norm = torch.nn.BatchNorm2d(96).eval()
+    torch.nn.init.normal_(norm.bias)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(2, 1, 6, 6, 96)
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    shift = (norm.bias.double() - norm.running_mean.double() * scale.double()).float()
+    found, _ = spike_neuron(x, Epilogue(96, scale=scale, shift=shift), 2, membrane=True)
+    expected = norm(x.flatten(0, 1).movedim(-1, 1)).movedim(1, -1).view_as(x)
+    torch.testing.assert_close(found, expected, rtol=2.4e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 8), (14, 13)])
+def test_pooling(size):
+    spikes = PackedSpikes.pack(draw((3, 2, 70, *size), 0.1))
+    assert torch.equal(spike_pool(spikes).words, spike_pool_reference(spikes).words)
+    x = torch.randn(3, 2, *size, 37)
+    assert torch.equal(real_pool(x), real_pool_reference(x))
+
+
+@pytest.mark.parametrize("steps,size", [(1, (1, 1)), (4, (14, 14)), (3, (5, 60))])
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.4, 1.0])
+@pytest.mark.parametrize(
+    "neuron", [NeuronSpec(threshold=0.5), NeuronSpec(threshold=7.0, reset="subtract", strict=True)]
+)
+def test_attention(steps, size, density, neuron):
+    qkv = PackedSpikes.pack(draw((steps, 2, 3 * 128, *size), density))
+    leak = torch.rand(128, generator=torch.Generator().manual_seed(3)) * 0.8 + 0.1
+    assert torch.equal(spike_attention(qkv, neuron).words, spike_attention_reference(qkv, neuron).words)
+    found, expected = spike_attention(qkv, neuron, leak), spike_attention_reference(qkv, neuron, leak)
+    assert torch.equal(found.words, expected.words)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    shape=st.tuples(*(st.integers(1, most) for most in (3, 2, 130, 4, 5))),
+    density=st.sampled_from([0.0, 0.1, 0.9, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_packing_keeps_every_spike(shape, density, seed):
+    spikes = draw(shape, density, seed)
+    packed = PackedSpikes.pack(spikes)
+    assert torch.equal(packed.unpack(), spikes) and torch.equal(packed.unpack_reference(), spikes)
+    assert packed.count() == spikes.sum() and packed.rate() == pytest.approx(spikes.mean().item())
+
+
+def test_padding_to_words():
+    padded = pad_to_words(torch.ones(65, 2))
+    assert padded.shape == (128, 2) and padded.sum() == 130
+    assert pad_to_words(torch.ones(64)).shape == (64,)
+
+
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda: PackedSpikes.pack(torch.full((1, 1, 1, 1, 1), 0.5)), "must be 0 or 1"),
+        (lambda: PackedSpikes.pack(torch.ones(1, 1, 1)), r"\[T, B, C, H, W\]"),
+        (lambda: EventWeight(torch.ones(4, 4, 5, 5)), r"\[4, 4, 5, 5\]"),
+        (lambda: EventWeight(torch.ones(1, 1 << 16, 1, 1)), "65536"),
+        (lambda: _product(into=3), "3 and the epilogue"),
+        (lambda: _product(residual=torch.ones(1, 1, 2, 2, 3)), "residual"),
+        (lambda: spike_neuron(torch.ones(2, 1, 1, 1, 4), Epilogue(4), 3), "3 or 1"),
+        (lambda: spike_attention(PackedSpikes.pack(torch.ones(1, 1, 96, 1, 1)), NeuronSpec()), "multiple of 64"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def _product(into: int = 2, residual: Tensor | None = None) -> None:
+    spikes = PackedSpikes.pack(torch.ones(1, 1, into, 2, 2))
+    spike_product(spikes, EventWeight(torch.ones(4, 2, 1, 1)), Epilogue(4), residual=residual)
