@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -53,26 +54,26 @@ inline float load(float16 v) { return float(v); }
 inline void store(float v, float16& out) { out = float16(v); }
 #endif
 
-// exp for |x| < 87 with an error of about 2e-7, in a form that compilers vectorize.
-inline float exponential(float x) {
-    x = x < -87.f ? -87.f : (x > 87.f ? 87.f : x);
-    const float magic = 12582912.f;
-    float k = (x * 1.44269504f + magic) - magic;
-    float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
-    float p = 1.f / 5040;
-    p = p * r + 1.f / 720;
-    p = p * r + 1.f / 120;
-    p = p * r + 1.f / 24;
-    p = p * r + 1.f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.f;
-    p = p * r + 1.f;
-    int32_t bits = (int32_t(k) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &bits, 4);
-    return p * scale;
+// x itself where it is of the state's type, else converted into the buffer.
+template <class X, class S> const S* widen(int64_t n, const X* x, std::vector<S>& buffer) {
+    if constexpr (std::is_same_v<X, S>) {
+        return x;
+    } else {
+        S* out = buffer.data();
+        SIMD for (int64_t i = 0; i < n; ++i) out[i] = load(x[i]);
+        return out;
+    }
 }
-inline double exponential(double x) { return std::exp(x); }
+// Where to compute what belongs into out: there, or in the buffer, from where `narrow` takes it.
+template <class X, class S> S* target(X* out, std::vector<S>& buffer) {
+    if constexpr (std::is_same_v<X, S>) return out; else return buffer.data();
+}
+template <class X, class S> void narrow(int64_t n, const std::vector<S>& buffer, X* out) {
+    if constexpr (!std::is_same_v<X, S>) {
+        const S* in = buffer.data();
+        SIMD for (int64_t i = 0; i < n; ++i) store(in[i], out[i]);
+    }
+}
 
 // ---- what Python hands over; the same fields in the same order as in cpu.py
 
@@ -106,51 +107,57 @@ template <class F> void parallel(int64_t threads, F body) {
 
 // ---- blocks of neurons
 
+constexpr int64_t WIDTH = 128;  // neurons of a block: with all their steps they fit the first-level cache
+
+// Neurons that lie together. `channel` is theirs where they share one, else that of the first.
 struct Block { int64_t start, x_start, length, channel; };
+
+// How channels and blocks meet: one channel for all, a channel for each block, part of the channels in a block (innermost and
+// many), or all channels several times over (innermost and few).
+enum Meeting { SINGLE, SHARED, PART, TILED };
 
 struct Blocks {
     const Layout& l;
-    bool by_row;                  // a block lies within one channel
-    int64_t width, run, per_run, count;
+    Meeting meeting;
+    int64_t width = WIDTH, run, per_run, count;
 
-    explicit Blocks(const Layout& layout, int64_t rows) : l(layout) {
-        by_row = l.channels > 1 && l.inner > 1;
-        run = by_row ? l.inner : l.chunk;
-        width = std::max<int64_t>(64, 1024 / std::max<int64_t>(1, rows / 16));
-        if (l.channels > 1 && !by_row) width = std::max<int64_t>(1, width / l.channels) * l.channels;
+    explicit Blocks(const Layout& layout) : l(layout) {
+        meeting = l.channels == 1 ? SINGLE : l.inner > 1 ? SHARED : l.channels > WIDTH ? PART : TILED;
+        run = meeting == SHARED ? l.inner : meeting == PART ? l.channels : l.chunk;
+        if (meeting == TILED) width = WIDTH / l.channels * l.channels;
         width = std::min(width, run);
         per_run = (run + width - 1) / width;
         count = l.size / run * per_run;
     }
-    Block operator[](int64_t id) const {
-        int64_t within = id % per_run * width, start = id / per_run * run + within;
-        return {start, start / l.chunk * l.chunk_stride + start % l.chunk, std::min(width, run - within),
-                by_row ? start / l.inner % l.channels : 0};
-    }
     template <class F> void share(int thread, int threads, F body) const {
-        for (int64_t id = count * thread / threads; id < count * (thread + 1) / threads; ++id) body((*this)[id]);
+        int64_t id = count * thread / threads, row = id / per_run, within = id % per_run * width;
+        for (const int64_t end = count * (thread + 1) / threads; id < end; ++id) {
+            const int64_t start = row * run + within;
+            const int64_t x_start = l.chunk == l.size ? start : start / l.chunk * l.chunk_stride + start % l.chunk;
+            body({start, x_start, std::min(width, run - within),
+                  meeting == SHARED ? row % l.channels : meeting == PART ? within : 0});
+            within += width;
+            if (within >= run) within = 0, ++row;
+        }
     }
 };
 
 // A value for each neuron of a block, from one number or one for each channel.
 template <class S> struct PerNeuron {
-    const Blocks& blocks;
     const S* values;
+    Meeting meeting;
     int64_t shown = -1;
     std::vector<S> tile;
 
-    PerNeuron(const Blocks& b, const S* v, int64_t count, S otherwise) : blocks(b), values(v), tile(b.width, otherwise) {
-        if (!values) return;
-        if (count == 1 || b.l.channels == 1) {
-            std::fill(tile.begin(), tile.end(), values[0]);
-            values = nullptr;
-        } else if (!b.by_row) {
-            for (int64_t i = 0; i < b.width; ++i) tile[i] = values[i % count];
-            values = nullptr;
-        }
+    PerNeuron(const Blocks& b, const S* v, int64_t count, S otherwise)
+        : values(v), meeting(values && count > 1 ? b.meeting : SINGLE),
+          tile(std::max(b.width, meeting == PART ? count : 0), values ? values[0] : otherwise) {
+        if (meeting == PART || meeting == TILED)
+            for (size_t i = 0; i < tile.size(); ++i) tile[i] = values[i % count];
     }
     const S* operator()(const Block& block) {
-        if (values && block.channel != shown) {
+        if (meeting == PART) return tile.data() + block.channel;
+        if (meeting == SHARED && block.channel != shown) {
             shown = block.channel;
             std::fill(tile.begin(), tile.end(), values[shown]);
         }
@@ -158,208 +165,238 @@ template <class S> struct PerNeuron {
     }
 };
 
-// Sums over neurons, one for each channel, float64 from block to block.
+// Sums over neurons, one for each channel, in float64 from block to block.
 template <class S> struct PerChannel {
     const Blocks& blocks;
     std::vector<S> block_sum;
-    std::vector<double> tile;
+    std::vector<double> sums;
 
     explicit PerChannel(const Blocks& b)
-        : blocks(b), block_sum(b.width, S(0)), tile(b.by_row ? b.l.channels : b.width, 0.0) {}
+        : blocks(b), block_sum(b.width, S(0)), sums(std::max(b.width, b.l.channels), 0.0) {}
     void flush(const Block& block) {
-        if (blocks.by_row) {
-            double sum = 0;
-            for (int64_t i = 0; i < block.length; ++i) sum += block_sum[i];
-            tile[block.channel] += sum;
-        } else {
-            SIMD for (int64_t i = 0; i < block.length; ++i) tile[i] += block_sum[i];
-        }
+        double* to = sums.data() + block.channel;
+        if (blocks.meeting == SHARED)
+            for (int64_t i = 0; i < block.length; ++i) *to += block_sum[i];
+        else
+            SIMD for (int64_t i = 0; i < block.length; ++i) to[i] += block_sum[i];
         std::fill(block_sum.begin(), block_sum.end(), S(0));
     }
-    void add_to(double* sums) const {
-        for (size_t i = 0; i < tile.size(); ++i) sums[i % blocks.l.channels] += tile[i];
+    void add_to(double* totals) const {
+        for (size_t i = 0; i < sums.size(); ++i) totals[i % blocks.l.channels] += sums[i];
     }
 };
 
+// Asks for memory that the next block will use, while this one is computed.
+template <int Write, class X> inline void prefetch(const X* p, int64_t n) {
+    for (const char *c = (const char*)p, *end = (const char*)(p + n); c < end; c += 64) __builtin_prefetch(c, Write, 2);
+}
+
 // ---- the neuron
 
-template <class S, class X>
-void read_input(int64_t n, const X* x, const S* scale, const S* shift, S* y) {
-    if (scale)
-        SIMD for (int64_t i = 0; i < n; ++i) y[i] = load(x[i]) * scale[i] + shift[i];
-    else
-        SIMD for (int64_t i = 0; i < n; ++i) y[i] = load(x[i]);
+inline float multiply_add(float a, float b, float c) {
+#ifdef __FP_FAST_FMAF
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
 }
 
-// h and r (what fired) of one step to those of the next; the arrays may be the same.
-template <class S>
-void advance(const Neuron& neuron, int64_t n, const S* y, const S* inv_tau, const S* h_before, const S* r_before, S* h, S* r) {
-    const S threshold = S(neuron.threshold);
-    const S fires_at = neuron.strict ? std::nextafter(threshold, std::numeric_limits<S>::infinity()) : threshold;
-    if (neuron.reset == ZERO) {
-        SIMD for (int64_t i = 0; i < n; ++i) {
-            S u = h_before[i] * (1 - r_before[i]);
-            S next = u + (y[i] - u) * inv_tau[i];
-            h[i] = next;
-            r[i] = next >= fires_at ? S(1) : S(0);
-        }
-        return;
-    }
-    const S taken = neuron.reset == SUBTRACT ? threshold : S(0);
+// exp for -87 <= x <= 0 with a relative error of about 1e-7, in a form that compilers vectorize.
+inline float exponential(float x) {
+    x = x < -87.f ? -87.f : x;
+    const float magic = 12582912.f;  // 1.5 * 2^23: what is added to it is rounded to a whole number
+    const float k = multiply_add(x, 1.44269504f, magic) - magic;
+    const float r = multiply_add(k, 2.12194440e-4f, multiply_add(k, -0.693359375f, x));
+    float p = 1.3981999e-3f;
+    p = multiply_add(p, r, 8.3333333e-3f);
+    p = multiply_add(p, r, 4.1666667e-2f);
+    p = multiply_add(p, r, 1.6666667e-1f);
+    p = multiply_add(p, r, 0.5f);
+    p = multiply_add(p, r * r, r + 1.f);
+    const int32_t bits = (int32_t(k) + 127) << 23;
+    float scale;
+    std::memcpy(&scale, &bits, 4);
+    return p * scale;
+}
+inline double exponential(double x) { return std::exp(x); }
+
+// The equations' constants; resets are told apart by factors, so that every loop has one form.
+template <class S> struct Dynamics {
+    S threshold, fires_at, to_zero, taken, alpha;
+    bool follows;  // the gradient runs through the reset
+
+    explicit Dynamics(const Neuron& neuron)
+        : threshold(S(neuron.threshold)),
+          fires_at(neuron.strict ? std::nextafter(threshold, std::numeric_limits<S>::infinity()) : threshold),
+          to_zero(neuron.reset == ZERO ? S(1) : S(0)), taken(neuron.reset == SUBTRACT ? threshold : S(0)),
+          alpha(S(neuron.alpha)), follows(!neuron.detach_reset && neuron.reset != NONE) {}
+};
+
+// h of one step from that of the step before, which may be the same array, and what fired.
+template <bool Affine, bool Fire, class S>
+void advance(const Dynamics<S>& d, int64_t n, const S* x, const S* scale, const S* shift, const S* inv_tau, const S* h_before,
+             S* h, S* spikes) {
+    const S fires_at = d.fires_at, to_zero = d.to_zero, taken = d.taken;
     SIMD for (int64_t i = 0; i < n; ++i) {
-        S u = h_before[i];
-        S next = u + (y[i] - u) * inv_tau[i];
-        next -= r_before[i] * taken;
+        const S y = Affine ? x[i] * scale[i] + shift[i] : x[i];
+        const S r = h_before[i] >= fires_at ? S(1) : S(0);
+        const S u = h_before[i] * (1 - to_zero * r);
+        const S next = u + (y - u) * inv_tau[i] - r * taken;
         h[i] = next;
-        r[i] = next >= fires_at ? S(1) : S(0);
+        if (Fire) spikes[i] = next >= fires_at ? S(1) : S(0);
     }
 }
 
-template <class S>
-void begin(const Neuron& neuron, const Block& block, const S* membrane, S* h, S* r) {
-    const S threshold = S(neuron.threshold);
-    SIMD for (int64_t i = 0; i < block.length; ++i) {
-        S m = membrane ? membrane[block.start + i] : S(0);
-        h[i] = m;
-        r[i] = membrane && (neuron.strict ? m > threshold : m >= threshold) ? S(1) : S(0);
+// The surrogate derivative at h.
+template <int Surrogate, class S> inline S slope(const Dynamics<S>& d, S h) {
+    const S a = d.alpha, shift = h - d.threshold;
+    if constexpr (Surrogate == SIGMOID) {
+        const S e = exponential(-a * std::abs(shift));
+        return a * e / ((1 + e) * (1 + e));
+    } else if constexpr (Surrogate == ATAN) {
+        const S scaled = S(1.5707963267948966) * a * shift;
+        return a / 2 / (1 + scaled * scaled);
+    } else if constexpr (Surrogate == FAST_SIGMOID) {
+        const S e = a * std::abs(shift) + 1;
+        return 1 / (e * e);
+    } else if constexpr (Surrogate == TRIANGULAR) {
+        return a * std::max(S(0), 1 - a * std::abs(shift));
+    } else {
+        return S(1);
     }
 }
 
-template <class S> void surrogate(const Neuron& neuron, int64_t n, const S* h, S* out) {
-    const S a = S(neuron.alpha), threshold = S(neuron.threshold);
-    switch (neuron.surrogate) {
-    case SIGMOID:
-        SIMD for (int64_t i = 0; i < n; ++i) {
-            S p = 1 / (1 + exponential(a * (threshold - h[i])));
-            out[i] = a * p * (1 - p);
-        }
-        break;
-    case ATAN: {
-        const S slope = S(1.5707963267948966) * a;
-        SIMD for (int64_t i = 0; i < n; ++i) {
-            S scaled = slope * (h[i] - threshold);
-            out[i] = a / 2 / (1 + scaled * scaled);
-        }
-        break;
+// One step back, from the gradient of the spikes to that of the neuron's input. `carry` holds the gradient of h that comes
+// from later steps and `fired` that of what fired; both are left as the step before needs them. `time` sums the gradient of
+// 1 / tau.
+template <int Surrogate, bool Time, bool Follows, class S>
+void retreat(const Dynamics<S>& d, int64_t n, const S* x, const S* scale, const S* shift, const S* inv_tau, const S* h_before,
+             const S* h, const S* of_spikes, S* carry, S* fired, S* of_y, S* time) {
+    const Dynamics<S> c = d;
+    SIMD for (int64_t i = 0; i < n; ++i) {
+        const S of_fired = Follows ? of_spikes[i] + fired[i] : of_spikes[i];
+        const S of_h = of_fired * slope<Surrogate>(c, h[i]) + carry[i];
+        const S kept = 1 - c.to_zero * (h_before[i] >= c.fires_at ? S(1) : S(0));
+        const S of_input = of_h * inv_tau[i];
+        const S of_u = of_h - of_input;
+        if (Time) time[i] += of_h * (x[i] * scale[i] + shift[i] - h_before[i] * kept);
+        of_y[i] = of_input;
+        carry[i] = of_u * kept;
+        if (Follows) fired[i] = -(c.to_zero * of_u * h_before[i] + c.taken * of_h);
     }
-    case FAST_SIGMOID:
-        SIMD for (int64_t i = 0; i < n; ++i) {
-            S d = a * std::abs(h[i] - threshold) + 1;
-            out[i] = 1 / (d * d);
-        }
-        break;
-    case TRIANGULAR:
-        SIMD for (int64_t i = 0; i < n; ++i) out[i] = a * std::max(S(0), 1 - a * std::abs(h[i] - threshold));
-        break;
-    default:
-        std::fill(out, out + n, S(1));
+}
+
+// Calls f with the neuron's surrogate as a constant of the compiler's.
+template <class F> void with_surrogate(int64_t surrogate, F f) {
+    switch (surrogate) {
+    case SIGMOID: return f(std::integral_constant<int, SIGMOID>());
+    case ATAN: return f(std::integral_constant<int, ATAN>());
+    case FAST_SIGMOID: return f(std::integral_constant<int, FAST_SIGMOID>());
+    case TRIANGULAR: return f(std::integral_constant<int, TRIANGULAR>());
+    default: return f(std::integral_constant<int, STRAIGHT_THROUGH>());
     }
+}
+
+// Calls f with each of the flags as a constant of the compiler's.
+template <class F> void with_flags(F f) { f(); }
+template <class F, class... Flags> void with_flags(F f, bool flag, Flags... flags) {
+    if (flag) with_flags([&](auto... known) { f(std::true_type(), known...); }, flags...);
+    else with_flags([&](auto... known) { f(std::false_type(), known...); }, flags...);
 }
 
 template <class X, class Out, class S>
 void forward(const Layout& l, const Neuron& neuron, const X* x, const S* scale, const S* shift, const S* inv_tau,
              int64_t time_constants, const S* membrane, Out* spikes, S* last) {
-    const Blocks blocks(l, 1);
+    const Blocks blocks(l);
+    const Dynamics<S> dynamics(neuron);
     parallel(l.threads, [&](int thread, int threads) {
         PerNeuron<S> scales(blocks, scale, l.channels, S(1)), shifts(blocks, shift, l.channels, S(0));
         PerNeuron<S> time(blocks, inv_tau, time_constants, S(neuron.inv_tau));
-        std::vector<S> y(blocks.width), h(blocks.width), r(blocks.width);
+        std::vector<S> wide(blocks.width), h(blocks.width), fired(blocks.width);
         blocks.share(thread, threads, [&](const Block& b) {
-            const S* block_scale = scale ? scales(b) : nullptr;
-            const S* block_shift = shifts(b);
-            const S* block_time = time(b);
-            begin(neuron, b, membrane, h.data(), r.data());
+            const int64_t n = b.length;
+            const S *block_scale = scales(b), *block_shift = shifts(b), *block_time = time(b), *x_t = nullptr;
+            if (membrane) std::copy_n(membrane + b.start, n, h.data());
+            else std::fill_n(h.data(), n, S(0));
             for (int64_t t = 0; t < l.steps; ++t) {
-                if (t == 0 || !l.repeat) read_input(b.length, x + t * l.x_step + b.x_start, block_scale, block_shift, y.data());
-                advance(neuron, b.length, y.data(), block_time, h.data(), r.data(), h.data(), r.data());
+                if (t == 0 || !l.repeat) x_t = widen(n, x + t * l.x_step + b.x_start, wide);
                 Out* out = spikes + t * l.size + b.start;
-                SIMD for (int64_t i = 0; i < b.length; ++i) store(r[i], out[i]);
+                if (!l.repeat) prefetch<0>(x + t * l.x_step + b.x_start + n, n);
+                prefetch<1>(out + n, n);
+                with_flags([&](auto affine) {
+                    advance<affine, true>(dynamics, n, x_t, block_scale, block_shift, block_time, h.data(), h.data(),
+                                          target(out, fired));
+                }, scale != nullptr);
+                narrow(n, fired, out);
             }
-            if (last) std::copy_n(h.data(), b.length, last + b.start);
+            if (last) std::copy_n(h.data(), n, last + b.start);
         });
     });
 }
 
-// What the gradient needs of one block, all steps.
-template <class S> struct Trace {
-    std::vector<S> y, h, r, slope, carry, fired;
-    Trace(int64_t steps, int64_t width)
-        : y(width), h((steps + 1) * width), r((steps + 1) * width), slope(width), carry(width), fired(width) {}
-};
-
-// One step back: from the gradient of the spikes (in `carry` that of h, in `fired` that of r) to that of y, left in `gradient`.
-template <class S>
-void retreat(const Neuron& neuron, int64_t n, const S* y, const S* inv_tau, const S* h_before, const S* r_before, const S* slope,
-             S* carry, S* fired, S* gradient, S* time_sum) {
-    const S reset_to_zero = neuron.reset == ZERO ? S(1) : S(0);
-    const S taken = neuron.reset == SUBTRACT ? S(neuron.threshold) : S(0);
-    const S follows = neuron.detach_reset ? S(0) : S(1);
-    SIMD for (int64_t i = 0; i < n; ++i) {
-        S of_h = (gradient[i] + fired[i]) * slope[i] + carry[i];
-        S kept = 1 - reset_to_zero * r_before[i];
-        S of_y = of_h * inv_tau[i];
-        S of_u = of_h - of_y;
-        time_sum[i] += of_h * (y[i] - h_before[i] * kept);
-        gradient[i] = of_y;
-        carry[i] = of_u * kept;
-        fired[i] = -follows * (reset_to_zero * of_u * h_before[i] + taken * of_h);
-    }
-}
-
 // sums: [3, channels] for 1 / tau, the shift, and the scale around `center`.
 template <class X, class S>
-void backward(const Layout& l, const Neuron& neuron, const X* grad, int64_t grad_step, const S* grad_last, const X* x, const S* scale, const S* shift,
-              const S* center, const S* inv_tau, int64_t time_constants, const S* membrane, X* grad_x, S* grad_membrane,
-              double* sums) {
-    const Blocks blocks(l, l.steps);
+void backward(const Layout& l, const Neuron& neuron, const X* grad, int64_t grad_step, const S* grad_last, const X* x,
+              const S* scale, const S* shift, const S* center, const S* inv_tau, int64_t time_constants, const S* membrane,
+              X* grad_x, S* grad_membrane, double* sums) {
+    const Blocks blocks(l);
+    const Dynamics<S> dynamics(neuron);
     std::vector<double> all(std::max<int64_t>(1, l.threads) * 3 * l.channels, 0.0);
     parallel(l.threads, [&](int thread, int threads) {
         PerNeuron<S> scales(blocks, scale, l.channels, S(1)), shifts(blocks, shift, l.channels, S(0));
         PerNeuron<S> centers(blocks, center, l.channels, S(0)), time(blocks, inv_tau, time_constants, S(neuron.inv_tau));
         PerChannel<S> of_time(blocks), of_shift(blocks), of_scale(blocks);
         const int64_t w = blocks.width;
-        Trace<S> trace(l.steps, w);
-        std::vector<S> gradient(w), total(w);
+        std::vector<S> trace((l.steps + 1) * w), carry(w), fired(w), wide(w), wide_grad(w, S(0)), of_y(w), total(w);
         blocks.share(thread, threads, [&](const Block& b) {
             const int64_t n = b.length;
-            const S* block_scale = scale ? scales(b) : nullptr;
-            const S *block_shift = shifts(b), *block_center = centers(b), *block_time = time(b);
-            begin(neuron, b, membrane, trace.h.data(), trace.r.data());
-            for (int64_t t = 0; t < l.steps; ++t) {
-                if (t == 0 || !l.repeat)
-                    read_input(n, x + t * l.x_step + b.x_start, block_scale, block_shift, trace.y.data());
-                S *h = &trace.h[t * w], *r = &trace.r[t * w];
-                advance(neuron, n, trace.y.data(), block_time, h, r, h + w, r + w);
+            const S *block_scale = scales(b), *block_shift = shifts(b), *block_center = centers(b), *block_time = time(b);
+            const S* x_t = nullptr;
+            S* h = trace.data();
+            if (membrane) std::copy_n(membrane + b.start, n, h);
+            else std::fill_n(h, n, S(0));
+            for (int64_t t = 0; t < l.steps; ++t, h += w) {
+                if (!l.repeat) prefetch<0>(x + t * l.x_step + b.x_start + n, n);
+                if (grad) prefetch<0>(grad + t * grad_step + b.start + n, n);
+                if (t == 0 || !l.repeat) x_t = widen(n, x + t * l.x_step + b.x_start, wide);
+                with_flags([&](auto affine) {
+                    advance<affine, false>(dynamics, n, x_t, block_scale, block_shift, block_time, h, h + w, (S*)nullptr);
+                }, scale != nullptr);
             }
-            SIMD for (int64_t i = 0; i < n; ++i) trace.carry[i] = grad_last ? grad_last[b.start + i] : S(0);
-            std::fill(trace.fired.begin(), trace.fired.end(), S(0));
-            std::fill(total.begin(), total.end(), S(0));
-            for (int64_t t = l.steps - 1; t >= 0; --t) {
-                const X* x_t = x + t * l.x_step + b.x_start;
-                if (!l.repeat) read_input(n, x_t, block_scale, block_shift, trace.y.data());
-                SIMD for (int64_t i = 0; i < n; ++i)
-                    gradient[i] = grad ? load(grad[t * grad_step + b.start + i]) : S(0);
-                surrogate(neuron, n, &trace.h[(t + 1) * w], trace.slope.data());
-                retreat(neuron, n, trace.y.data(), block_time, &trace.h[t * w], &trace.r[t * w], trace.slope.data(),
-                        trace.carry.data(), trace.fired.data(), gradient.data(), of_time.block_sum.data());
+            if (grad_last) std::copy_n(grad_last + b.start, n, carry.data());
+            else std::fill_n(carry.data(), n, S(0));
+            std::fill_n(fired.data(), n, S(0));
+            for (int64_t t = l.steps - 1; t >= 0; --t, h -= w) {
+                if (!l.repeat) prefetch<1>(grad_x + t * l.size + b.start + n, n);
+                if (!l.repeat) x_t = widen(n, x + t * l.x_step + b.x_start, wide);
+                const S* of_spikes = grad ? widen(n, grad + t * grad_step + b.start, wide_grad) : wide_grad.data();
+                X* out = grad_x + t * l.size + b.start;
+                S* of_input = l.repeat ? of_y.data() : target(out, of_y);
+                with_surrogate(neuron.surrogate, [&](auto surrogate) {
+                    with_flags([&](auto sum, auto follows) {
+                        retreat<surrogate, sum, follows>(dynamics, n, x_t, block_scale, block_shift, block_time, h - w, h,
+                                                         of_spikes, carry.data(), fired.data(), of_input,
+                                                         of_time.block_sum.data());
+                    }, inv_tau != nullptr, dynamics.follows);
+                });
                 if (center)
                     SIMD for (int64_t i = 0; i < n; ++i) {
-                        of_shift.block_sum[i] += gradient[i];
-                        of_scale.block_sum[i] += gradient[i] * (load(x_t[i]) - block_center[i]);
+                        of_shift.block_sum[i] += of_input[i];
+                        of_scale.block_sum[i] += of_input[i] * (x_t[i] - block_center[i]);
                     }
-                if (!l.repeat)
-                    SIMD for (int64_t i = 0; i < n; ++i) store(gradient[i], grad_x[t * l.size + b.start + i]);
+                if (!l.repeat) narrow(n, of_y, out);
                 else
-                    SIMD for (int64_t i = 0; i < n; ++i) total[i] += gradient[i];
+                    SIMD for (int64_t i = 0; i < n; ++i) total[i] = (t == l.steps - 1 ? S(0) : total[i]) + of_y[i];
             }
             if (l.repeat)
                 SIMD for (int64_t i = 0; i < n; ++i) store(total[i], grad_x[b.start + i]);
             if (grad_membrane) {
-                surrogate(neuron, n, trace.h.data(), trace.slope.data());
-                SIMD for (int64_t i = 0; i < n; ++i)
-                    grad_membrane[b.start + i] = trace.carry[i] + trace.fired[i] * trace.slope[i];
+                with_surrogate(neuron.surrogate, [&](auto surrogate) {
+                    SIMD for (int64_t i = 0; i < n; ++i)
+                        grad_membrane[b.start + i] = carry[i] + fired[i] * slope<surrogate>(dynamics, h[i]);
+                });
             }
-            of_time.flush(b);
+            if (inv_tau) of_time.flush(b);
             if (center) of_shift.flush(b), of_scale.flush(b);
         });
         double* own = all.data() + thread * 3 * l.channels;
@@ -373,7 +410,7 @@ void backward(const Layout& l, const Neuron& neuron, const X* grad, int64_t grad
 
 // Mean and biased variance of every channel, summed around the channel's first value so that a large mean costs no precision.
 template <class X, class S> void statistics(const Layout& l, const X* x, double* mean, double* variance) {
-    const Blocks blocks(l, 1);
+    const Blocks blocks(l);
     std::vector<S> first(l.channels);
     for (int64_t c = 0; c < l.channels; ++c) {
         const int64_t i = c * l.inner;
@@ -387,6 +424,7 @@ template <class X, class S> void statistics(const Layout& l, const X* x, double*
             const S* origin = firsts(b);
             for (int64_t t = 0; t < l.steps; ++t) {
                 const X* x_t = x + t * l.x_step + b.x_start;
+                prefetch<0>(x_t + b.length, b.length);
                 SIMD for (int64_t i = 0; i < b.length; ++i) {
                     S d = load(x_t[i]) - origin[i];
                     sum.block_sum[i] += d;
@@ -410,7 +448,7 @@ template <class X, class S> void statistics(const Layout& l, const X* x, double*
 // gradient = a * gradient + b * x + d for each channel, in place: the last step of a normalization's gradient.
 template <class X, class S>
 void combine(const Layout& l, X* gradient, const X* x, const S* a, const S* b, const S* d) {
-    const Blocks blocks(l, 1);
+    const Blocks blocks(l);
     parallel(l.threads, [&](int thread, int threads) {
         PerNeuron<S> as(blocks, a, l.channels, S(0)), bs(blocks, b, l.channels, S(0)), ds(blocks, d, l.channels, S(0));
         blocks.share(thread, threads, [&](const Block& block) {

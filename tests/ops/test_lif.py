@@ -26,13 +26,15 @@ def run(function, x, inv_tau, membrane, **options):
 
 
 def assert_same(got, expected, rtol):
-    """Spikes and membranes equal to the bit, gradients within rounding."""
+    """Spikes and membranes equal to the bit, gradients within rounding: of the largest, as that of a time constant is a sum
+    in which much cancels."""
+    largest = max(gradient.norm().item() for gradient in expected[2:])
     for a, b in zip(got[:2], expected[:2], strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
     for a, b in zip(got[2:], expected[2:], strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
-        assert (a - b).norm() <= rtol * b.norm() + 1e-12
+        assert (a - b).norm() <= rtol * largest
 
 
 @pytest.mark.parametrize("kind", KINDS)
