@@ -229,7 +229,7 @@ def main(arguments: list[str]) -> None:
     folder = Path(options.output_dir or default_folder(checkpoint))
     model.to(accelerator.device)
     try:
-        title = f"{checkpoint.name} on {config.data.name}"
+        title = f"{checkpoint} on {config.data.name}"
         analyze_model(model, batches, folder, title=title, layer=options.layer, images=options.images)
         if options.neurobench and accelerator.is_main_process:
             run_neurobench(model, batches, folder)

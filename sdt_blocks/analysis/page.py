@@ -36,7 +36,7 @@ p { margin: .3rem 0 .8rem; }
 .number { font-variant-numeric: tabular-nums; }
 section, dl div { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem; }
 section { margin-top: 1rem; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem; margin: 1rem 0 0; }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .8rem; margin: 1rem 0 0; }
 dl div { padding: .7rem .9rem; }
 dt { font-size: .8rem; }
 dd { margin: 0; font-size: 1.3rem; font-weight: 600; }
