@@ -26,8 +26,10 @@ def run(function, x, inv_tau, membrane, **options):
 
 
 def assert_same(got, expected, rtol):
-    """Spikes and membranes equal to the bit, gradients within rounding: of the largest, as that of a time constant is a sum
-    in which much cancels."""
+    """Spikes and membranes equal to the bit, gradients within rounding of the largest of them.
+
+    The gradient of a time constant is a sum in which much cancels.
+    """
     largest = max(gradient.norm().item() for gradient in expected[2:])
     for a, b in zip(got[:2], expected[:2], strict=True):
         assert a.dtype == b.dtype
