@@ -95,7 +95,7 @@ def draw_attention(model: nn.Module, images: Tensor, folder: Path) -> list[tuple
         return []
     by_step = attention_maps(model, images, per_step=True)
     steps = [f"t={t}" for t in range(len(by_step))]
-    plots.attention_figure(images, by_step[:8], steps).savefig(folder / "attention_steps.png", dpi=120)
+    plots.attention_figure(images, by_step[:8], steps, by_step=True).savefig(folder / "attention_steps.png", dpi=120)
     drawn = [(folder / "attention_steps.png", "Where q * a spikes in the last block, by time step")]
     by_block = attention_maps(model, images, block=None)
     if len(by_block) > 1:

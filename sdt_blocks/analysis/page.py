@@ -180,9 +180,12 @@ def _rates(rates: FiringRates) -> str:
 def _figures(images: Sequence[tuple[str | Path, str]]) -> str:
     parts = []
     for path, caption in images:
-        data = base64.b64encode(Path(path).read_bytes()).decode("ascii")
-        image = f'<img src="data:image/png;base64,{data}" alt="{escape(caption)}">'
-        parts.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
+        content = Path(path).read_bytes()
+        # Where the PNG format keeps them.
+        width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
+        image = f'<img src="data:image/png;base64,{base64.b64encode(content).decode("ascii")}" alt="{escape(caption)}">'
+        css = ' class="wide"' if width > 1.6 * height else ""
+        parts.append(f"<figure{css}>{image}<figcaption>{escape(caption)}</figcaption></figure>")
     return f'<div class="figures">{"".join(parts)}</div>'
 
 

@@ -67,7 +67,7 @@ def rate_map(rates: FiringRates) -> Figure:
 
 def rate_histogram(rates: FiringRates, layer: str) -> Figure:
     """How the firing rates of one layer's channels are spread."""
-    figure, axes = _figure(5, 3)
+    figure, axes = _figure(5, 3.4)
     found = rates[layer]
     axes.hist(found.channel_rate, bins=np.linspace(0, 1, 41).tolist(), color=COLORS["AC"])
     axes.axvline(found.mean, color=COLORS["MAC"], linestyle="--", label=f"mean {found.mean:.3f}")
@@ -112,8 +112,13 @@ def membrane_trace(recording: Recording, sample: int = 0, units: Sequence[int] |
     return figure
 
 
-def attention_figure(images: Tensor, maps: Tensor, titles: Sequence[str] | None = None) -> Figure:
-    """Images in rows; beside each the overlays of its maps `[K, B, H', W']`, such as one a step or one a block."""
+def attention_figure(
+    images: Tensor, maps: Tensor, titles: Sequence[str] | None = None, *, by_step: bool = False
+) -> Figure:
+    """Images in rows; beside each the overlays of its maps `[K, B, H', W']`, such as one a step or one a block.
+
+    Of frames `[B, T, C, H, W]` the overlays show the mean, or with `by_step` each the frame of its own step.
+    """
     rows, columns = len(images), 1 + len(maps)
     figure, _ = _figure(1.25 * columns, 1.35 * rows + 0.3, axes=False)
     grid = figure.subplots(rows, columns, squeeze=False)
@@ -122,7 +127,8 @@ def attention_figure(images: Tensor, maps: Tensor, titles: Sequence[str] | None 
         still = torch.zeros(1, 1)
         for column, attention in enumerate([still, *maps[:, row]]):
             axes = grid[row][column]
-            axes.imshow(overlay(image, attention).numpy())
+            own = image[column - 1] if by_step and image.ndim == 4 and column else image
+            axes.imshow(overlay(own, attention).numpy())
             axes.set_axis_off()
             if row == 0:
                 axes.set_title(headings[column], fontsize=8)

@@ -34,6 +34,9 @@ SEQUENCE_NEURONS: tuple[type[nn.Module], ...] = (
 )
 """Neurons that take `[T, B, ...]` at once; every other snnTorch neuron takes one step."""
 
+REBUILT = ("sdt_blocks.inference", "sdt_blocks.event_driven")
+"""Modules whose networks compute several layers at once, where no hook would see all of them."""
+
 T_ = TypeVar("T_")
 
 
@@ -143,6 +146,12 @@ class Probe:
         self, model: nn.Module, neurons: Sequence[type[nn.Module]] = (), forward: Forward | None = None
     ) -> None:
         self.model = unwrap(model)
+        for module in self.model.modules():
+            if type(module).__module__ in REBUILT:
+                raise TypeError(
+                    f"{type(module).__name__} is rebuilt for speed and has no layers to look at; analyse the model "
+                    f"that it was made from"
+                )
         self.neurons = find_neurons(self.model, neurons)
         self.forward = forward
         self.clock = Clock()

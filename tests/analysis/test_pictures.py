@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdt_blocks.analysis import attention_maps, audit, energy, firing_rates, plots, record
+from sdt_blocks.analysis import attention_maps, audit, energy, firing_rates, overlay, plots, record
 from sdt_blocks.analysis.energy import millijoules
 from sdt_blocks.analysis.page import quantity, write_page
 
@@ -65,6 +65,14 @@ def test_attention_figure(findings):
     figure = plots.attention_figure(x, attention_maps(model, x, per_step=True), ["a", "b", "c"])
     assert len(figure.axes) == 3 * 4
     assert [axes.get_title() for axes in figure.axes[:4]] == ["input", "a", "b", "c"]
+
+
+def test_attention_figure_of_frames():
+    frames, maps = torch.rand(2, 3, 2, 8, 8), torch.rand(3, 2, 4, 4)
+    shown = plots.attention_figure(frames, maps, by_step=True).axes[5].images[0].get_array()
+    assert np.allclose(shown, overlay(frames[1, 0], maps[0, 1]))
+    shown = plots.attention_figure(frames, maps).axes[5].images[0].get_array()
+    assert np.allclose(shown, overlay(frames[1], maps[0, 1]))
 
 
 class Page(HTMLParser):
