@@ -100,19 +100,22 @@ class FolderImages:
         return str(self.root / os.fsdecode(self.paths[index]))
 
 
-def load_folder(root: Path) -> tuple[Source, Source]:
+def load_folder(root: Path, *, evaluation_only: bool = False) -> tuple[Source, Source]:
     """An ImageNet-style tree: `root/train/CLASS/...` and `root/val/CLASS/...` (or `root/validation`).
 
-    Raises `DataError` that says what to lay where.
+    With `evaluation_only` the validation part stands for both, and `root/train` is not looked at. Raises `DataError`
+    that says what to lay where.
     """
     layout = f"lay the images out as {root}/train/CLASS/IMAGE.jpg and {root}/val/CLASS/IMAGE.jpg"
     if not root.is_dir():
         raise DataError(f"data.root={root} is not a folder; {layout}")
     validation = next((root / name for name in ("val", "validation") if (root / name).is_dir()), None)
-    missing = [name for name, there in (("train", (root / "train").is_dir()), ("val", validation)) if not there]
+    found = {"train": evaluation_only or (root / "train").is_dir(), "val": validation is not None}
+    missing = [name for name, there in found.items() if not there]
     if validation is None or missing:
         raise DataError(f"data.root={root} has no folder {' and no folder '.join(missing)}; {layout}")
-    return FolderImages(root / "train"), FolderImages(validation)
+    images = FolderImages(validation)
+    return (images if evaluation_only else FolderImages(root / "train")), images
 
 
 def load_digits_images() -> tuple[Source, Source]:

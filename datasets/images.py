@@ -94,12 +94,14 @@ def build_image_datasets(
     train_samples: int | None = None,
     test_samples: int | None = None,
     seed: int = 0,
+    evaluation_only: bool = False,
     **transforms: Any,
 ) -> tuple[ImageDataset, ImageDataset]:
     """The training and the evaluation set of a data set by name; `transforms` are the options of `build_transforms`.
 
     `in_channels=None` takes the data's own: 1 for grey arrays, else 3. `train_samples` and `test_samples` keep the
-    first so many images; where the data lies class by class, the first of each class in turn.
+    first so many images; where the data lies class by class, the first of each class in turn. With `evaluation_only` a
+    folder needs no training part; the first of the two sets is of no use then.
 
     Raises `DataError` (a `ValueError`) for missing or unfit data, `ValueError` for a setting out of range; the message
     is one paragraph.
@@ -108,7 +110,7 @@ def build_image_datasets(
     >>> len(train), len(test), train[0][0].shape
     (1437, 360, torch.Size([1, 32, 32]))
     """
-    train, test = _open(name, Path(root) if root is not None else None, download)
+    train, test = _open(name, Path(root) if root is not None else None, download, evaluation_only)
     _check_classes(train, test)
     augment, resize = build_transforms(in_channels=in_channels or train.channels, **transforms)
     return (
@@ -117,7 +119,7 @@ def build_image_datasets(
     )
 
 
-def _open(name: str, root: Path | None, download: bool) -> tuple[Source, Source]:
+def _open(name: str, root: Path | None, download: bool, evaluation_only: bool) -> tuple[Source, Source]:
     kind = name.partition("/")[0].lower() if "/" in name else name
     if kind == "digits":
         return load_digits_images()
@@ -134,7 +136,7 @@ def _open(name: str, root: Path | None, download: bool) -> tuple[Source, Source]
     if kind == "wds":
         return load_shards(name, root)
     if kind == "folder":
-        return load_folder(root)
+        return load_folder(root, evaluation_only=evaluation_only)
     load = load_mnist if kind in ("mnist", "fashion_mnist") else load_cifar
     return load(kind, root, download)
 

@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> None:
     config.model.in_channels = model.in_channels
     config.tracker = "none"
     accelerator = build_accelerator(config)
-    _, test_set = at_the_door(build_datasets, config)
+    _, test_set = at_the_door(build_datasets, config, evaluation_only=True)
     if len(test_set.classes) != model.num_classes:
         raise ConfigError(
             f"checkpoint={checkpoint} tells {model.num_classes} classes apart, the data has {len(test_set.classes)}"

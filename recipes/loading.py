@@ -17,8 +17,11 @@ from sdt_datasets.images import build_image_datasets
 EVENT_DATA_SETS = ("dvs128_gesture", "cifar10_dvs", "cifar10_dvs_tet", "n_mnist", "event_folder")
 
 
-def build_datasets(config: Config) -> tuple[Any, Any]:
-    """The training and the evaluation set that `data.name` asks for: `[i]` is (float32 tensor, class index)."""
+def build_datasets(config: Config, *, evaluation_only: bool = False) -> tuple[Any, Any]:
+    """The training and the evaluation set that `data.name` asks for: `[i]` is (float32 tensor, class index).
+
+    With `evaluation_only` an image folder needs no training part, and the first of the two is of no use.
+    """
     data = config.data
     if data.name in EVENT_DATA_SETS:
         from sdt_datasets.event_data import build_event_datasets
@@ -54,9 +57,10 @@ def build_datasets(config: Config) -> tuple[Any, Any]:
         random_erasing=data.random_erasing,
         download=data.download,
         on_error=data.on_error,
-        train_samples=data.train_samples,
+        train_samples=None if evaluation_only else data.train_samples,
         test_samples=data.test_samples,
         seed=config.seed,
+        evaluation_only=evaluation_only,
     )
 
 

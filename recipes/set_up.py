@@ -192,7 +192,11 @@ def prepare(
     config: Config, accelerator: Accelerator, plain: Any, checkpoint: Path | None, batches: EpochBatches
 ) -> tuple[Any, Any, Any, Any, Position]:
     """Model, the same without its wrapper, averaged model, optimiser and position; all as the checkpoint has them."""
-    settings: dict[str, Any] = {"total_batch": config.derived.total_batch, "samples": batches.samples, "settings": trajectory(config)}
+    settings: dict[str, Any] = {
+        "total_batch": config.derived.total_batch,
+        "samples": batches.samples,
+        "settings": trajectory(config),
+    }
     ema = None
     if config.train.ema_decay is not None:
         from timm.utils import ModelEmaV3

@@ -61,11 +61,9 @@ def test_a_released_checkpoint_is_evaluated_at_its_size_and_at_288(
     evaluate_here, released_file, tmp_path, photographs, monkeypatch
 ):
     ten = tmp_path / "ten"
-    for split in ("train", "val"):
-        for number in range(10):
-            source = photographs / split / ("china" if number % 2 else "flower")
-            (ten / split / str(number)).parent.mkdir(parents=True, exist_ok=True)
-            (ten / split / str(number)).symlink_to(source)
+    (ten / "val").mkdir(parents=True)  # a validation part is enough
+    for number in range(10):
+        (ten / "val" / str(number)).symlink_to(photographs / "val" / ("china" if number % 2 else "flower"))
     arguments = (f"checkpoint={released_file}", f"data.root={ten}")
     code, at_64 = evaluate_here(*arguments, "img_size=64")
     assert code == 0 and "70 images at 64 x 64" in at_64
