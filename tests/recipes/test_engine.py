@@ -314,3 +314,9 @@ def test_the_manifest_lists_every_file_with_its_digest(train, tmp_path):
         (checkpoint / name).rename(tmp_path / "away")
         assert damage(checkpoint) == f"{name} is missing"
         (tmp_path / "away").rename(checkpoint / name)
+
+
+def test_analyze_writes_its_page_into_the_run_folder(train, tmp_path):
+    train(*PLAIN, "output_dir=run", "train.max_steps=2", "analyze=true", "data.test_samples=40")
+    written = {path.name for path in (tmp_path / "run" / "analysis").iterdir()}
+    assert {"index.html", "energy.json", "rates.csv", "audit.txt"} <= written
