@@ -8,7 +8,11 @@ becomes torch's launcher of N, as Accelerate uses it for GPUs.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+import time
+from typing import NoReturn
 
 import torch
 
@@ -17,16 +21,40 @@ _LAUNCHERS = ("launch", "accelerate.commands.launch", "accelerate-launch", "laun
 
 
 def start_cpu_processes() -> None:
-    """Returns where this process trains; replaces it by a launcher where several CPU processes were asked for."""
+    """Returns where this process trains; does not where several CPU processes were asked for and it launched them."""
     # Accelerate sets the port where it was asked for more than one process, and a rank where it started them itself.
     if "MASTER_PORT" not in os.environ or any(name in os.environ for name in _RANKED):
         return
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.accelerator.is_available()
     processes = asked_processes() if on_cpu else 1
     if processes > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        sys.stdout.flush()
-        os.execv(sys.executable, [*launcher, *sys.argv])
+        launch(processes)
+
+
+def launch(processes: int) -> NoReturn:
+    """Starts this command in so many processes, waits, and ends with the exit code of the first that failed."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    try:
+        main(["--standalone", f"--nproc-per-node={processes}", *sys.argv])
+    except SignalException as stop:
+        sys.exit(128 + stop.sigval)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        # One that refuses the configuration has said why.
+        if failure.exitcode != 2:
+            print(f"error: process {rank} of {processes} ended with code {failure.exitcode}", file=sys.stderr)
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+    sys.exit(0)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)  # passed on to the processes, which save and end
 
 
 def asked_processes() -> int:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from launching import RECIPES, TINY, read_lines, read_summary, steps_saved, wait_for
 from omegaconf import OmegaConf
@@ -67,11 +68,23 @@ def test_a_process_that_dies_ends_the_run_which_resumes_exactly(launcher, tmp_pa
     second.kill()
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "digits.py FAILED" in err and "-9" in err
+    assert "error: process 1 of 2 ended with code -9" in err
     assert not any(worker.is_running() for worker in workers)
     resumed = launcher.train("digits", *SHARED, "output_dir=run", launch=TWO)
     assert resumed["weights_sha256"] == read_summary(two_processes)["weights_sha256"]
     assert len(read_lines(run)) == 3
+
+
+def test_a_stopped_launcher_stops_both_processes_which_save(launcher, tmp_path):
+    run = tmp_path / "run"
+    process = launcher.start("digits", *SHARED, "train.epochs=400", "output_dir=run", launch=TWO)
+    wait_for(lambda: max(steps_saved(run), default=0) >= 3, process)
+    children = launcher.started[-1].children(recursive=True)
+    process.terminate()
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+    out, _ = process.communicate()
+    assert f"stopped at step {max(steps_saved(run))}" in out
 
 
 def test_batches_of_both_processes_are_those_of_one(two_processes):
