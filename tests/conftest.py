@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Read when Triton is imported, and torch may import it: without a GPU its kernels run in its interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidiactl") else "1")
+
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -65,13 +65,17 @@ def test_every_layer_spikes_alike(golden):
         assert (spikes == expected).float().mean() >= 0.9999, name
 
 
-@pytest.mark.parametrize("observed", [False, True])
-def test_training_step(golden, observed):
-    """With hooks the layers run one by one, without them fused: both are held to the released figures."""
+@pytest.mark.parametrize("path", ["reference", "compiled", "triton", "observed"])
+def test_training_step(golden, path, monkeypatch):
+    """Every path is held to the released figures; with hooks the layers run one by one, without them fused."""
+    if path == "triton" and golden.name not in ("sdt_lif_static_64", "sdt_plif_static_32"):
+        pytest.skip("ten seconds each in Triton's interpreter")
     model = golden.model().train()
-    if observed:
+    if path == "observed":
         for module in model.modules():
             module.register_forward_hook(lambda *args: None)
+    else:
+        monkeypatch.setenv("SDT_BLOCKS_BACKEND", path)
     logits = model(golden.tensors["input"])
     torch.testing.assert_close(logits, golden.tensors["logits_train"], atol=1e-4, rtol=0)
     loss = loss_of(logits, golden.tensors["target"], golden.config["TET"])
