@@ -1,0 +1,60 @@
+"""The Triton kernels build for a GPU that need not be there: what the interpreter accepts a compiler may not."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+BUILD = """
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from sdt_blocks.ops import gpu
+
+element, state = {dtypes!r}
+integers = "size chunk chunk_stride x_step grad_step channels inner blocks STEPS".split()
+elements = "x spikes grad grad_x".split()
+constants = dict(K=0.5, THRESHOLD=1.0, STRICT=False, ALPHA=4.0, GRAD=True, BLOCK=1024)
+constants["STATE"] = tl.float64 if state == "fp64" else tl.float32
+
+
+def build(kernel, **options):
+    values = dict(constants, **options)
+    signature = {{
+        name: "constexpr"
+        if name in values
+        else "i32"
+        if name in integers
+        else "*u8"
+        if name == "bits"
+        else f"*{{element if name in elements else state}}"
+        for name in kernel.arg_names
+    }}
+    given = {{name: values[name] for name in kernel.arg_names if name in values}}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=given)
+    assert ".entry" in triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["ptx"]
+    print("built")
+
+
+for reset, affine, tau, before in ((0, True, 2, False), (1, False, 1, True), (2, False, 0, True)):
+    options = dict(RESET=reset, AFFINE=affine, TAU=tau, BEFORE=before, LAST=before, DENSE=not before)
+    build(gpu._forward, **options)
+    for kind in (reset, reset + 2):
+        build(gpu._backward, **options, KIND=kind, DETACH=affine, REPEAT=kind == 1)
+build(gpu._combine)
+build(gpu._pack)
+build(gpu._unpack)
+"""
+
+
+@pytest.mark.parametrize("dtypes", [("fp32", "fp32"), ("bf16", "fp32"), ("fp64", "fp64")])
+def test_kernels_build_for_a_gpu(dtypes, tmp_path):
+    pytest.importorskip("triton.backends.nvidia", reason="Triton with its NVIDIA backend builds them")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    script = tmp_path / "build.py"
+    script.write_text(BUILD.format(dtypes=dtypes))
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("built") == 12
