@@ -54,6 +54,8 @@ def set_up(config: Config) -> Run:
     accelerator.init_trackers("sdt", config={key: str(value) for key, value in flatten(config).items()})
     display = Display(config.derived.total_steps, position.step, active=accelerator.is_main_process)
     display.say(describe(config, accelerator, plain, note))
+    if cache := getattr(train_set, "cache", None):
+        display.say(f"frames are kept in {cache.folder}: {cache.size()}")
     workers, pin = config.data.workers, accelerator.device.type == "cuda"
     shard = ShardBatches(
         len(test_set),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from config import CONFIGS, load_config
-from launching import read_lines
+from launching import read_lines, read_summary
 from loading import EVENT_DATA_SETS
 from moving_shapes import DIRECTIONS, SIDE, STEPS, draw_recording, write_recordings
 from PIL import Image
@@ -75,7 +75,10 @@ FEW = (
 
 def test_gesture_recipe_on_gesture_files(tmp_path, launcher):
     Writer().gestures(tmp_path / "data", train=["user01_led", "user02_lab"], number=900)
-    summary = launcher.train("gesture", *FEW, "data.root=data", "events.size=32", "data.workers=2", launch=("--cpu",))
+    done = launcher.run("gesture", *FEW, "data.root=data", "events.size=32", "data.workers=2", launch=("--cpu",))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"frames are kept in {tmp_path / 'data' / '.frames_cache'}: " in done.stdout
+    summary = read_summary(tmp_path / "run")
     assert (summary["data"], summary["steps"]) == ("dvs128_gesture", 2)
     assert summary["loss"] > 0
     (line,) = read_lines(tmp_path / "run")
