@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -35,3 +36,37 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 y, x = rng.integers(0, [photograph.shape[0] - 200, photograph.shape[1] - 200])
                 Image.fromarray(photograph[y : y + 200, x : x + 200]).save(folder / f"{i}.jpg")
     return root
+
+
+@pytest.fixture
+def set_up(tmp_path, monkeypatch):
+    """`set_up(*arguments)` makes a run in this process, in an empty working directory."""
+    import set_up as module
+    from accelerate.state import AcceleratorState, GradientState
+    from config import load_config
+
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+
+    def make(*arguments: str, default: str = "digits"):
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        return module.set_up(load_config(arguments, default=default))
+
+    yield make
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def train(set_up):
+    """`train(*arguments)` trains in this process and gives the finished run."""
+    from engine import train
+
+    def go(*arguments: str, default: str = "digits"):
+        run = set_up(*arguments, default=default)
+        train(run)
+        return run
+
+    return go

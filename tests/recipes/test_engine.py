@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from config import ConfigError, RunError, load_config
+from config import ConfigError, RunError
 from launching import TINY, read_lines, read_summary
 from omegaconf import OmegaConf
 from torch.nn import functional as F
@@ -17,39 +17,6 @@ from sdt_blocks import load_model, load_released_checkpoint
 
 QUIET = ("threads=1", "tracker=none")
 PLAIN = (*TINY, "data.mixup=0", "data.cutmix=0", "data.auto_augment=null", "model.drop_path=0", "train.ema_decay=null")
-
-
-@pytest.fixture
-def set_up(tmp_path, monkeypatch):
-    """`set_up(*arguments)` makes a run in this process, in an empty working directory."""
-    import set_up as module
-    from accelerate.state import AcceleratorState, GradientState
-
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-
-    def make(*arguments: str, default: str = "digits"):
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        return module.set_up(load_config(arguments, default=default))
-
-    yield make
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def train(set_up):
-    """`train(*arguments)` trains in this process and gives the finished run."""
-    from engine import train
-
-    def go(*arguments: str, default: str = "digits"):
-        run = set_up(*arguments, default=default)
-        train(run)
-        return run
-
-    return go
 
 
 def one_update(run):

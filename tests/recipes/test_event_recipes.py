@@ -75,7 +75,8 @@ FEW = (
 
 def test_gesture_recipe_on_gesture_files(tmp_path, launcher):
     Writer().gestures(tmp_path / "data", train=["user01_led", "user02_lab"], number=900)
-    done = launcher.run("gesture", *FEW, "data.root=data", "events.size=32", "data.workers=2", launch=("--cpu",))
+    arguments = (*FEW, "data.root=data", "events.size=32", "events.time_steps=5", "data.workers=2")
+    done = launcher.run("gesture", *arguments, launch=("--cpu",))
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"frames are kept in {tmp_path / 'data' / '.frames_cache'}: " in done.stdout
     summary = read_summary(tmp_path / "run")
@@ -84,7 +85,7 @@ def test_gesture_recipe_on_gesture_files(tmp_path, launcher):
     (line,) = read_lines(tmp_path / "run")
     assert line["test_samples"] == 11
     model = load_model(tmp_path / "run" / "last")
-    assert model.config["time_steps"] == 16
+    assert model.config["time_steps"] == 5
     assert (model.in_channels, model.num_classes, model.per_step) == (2, 11, False)
     # Two updates of four, what the loader read ahead, and the evaluation: each recording's frames once.
     assert 19 <= len(list((tmp_path / "data" / ".frames_cache").glob("??/*.npz"))) <= 33

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 import signal
 
 import pytest
+from config import ConfigError
 from launching import TINY, kill_session, read_lines, read_summary, steps_saved, wait_for
 
 EVERY = "train.checkpoint_steps=3"
+
+
+def digest(folder) -> str:
+    return read_summary(folder)["weights_sha256"]
 
 
 def without_time(lines: list[dict]) -> list[dict]:
@@ -36,11 +40,11 @@ def test_killed_three_times_a_run_ends_bit_for_bit_like_an_undisturbed_one(launc
     assert without_time(read_lines(killed)) == without_time(read_lines(tmp_path / "whole"))
 
 
-def test_a_stop_at_any_step_and_other_loaders_change_nothing(launcher):
-    whole = launcher.train("digits", *TINY, "output_dir=whole", "train.max_steps=13")
-    launcher.train("digits", *TINY, "output_dir=parts", "train.max_steps=5")
-    parts = launcher.train("digits", *TINY, "output_dir=parts", "train.max_steps=13", "data.workers=1")
-    assert parts["weights_sha256"] == whole["weights_sha256"]
+def test_a_stop_at_any_step_and_other_loaders_change_nothing(train, tmp_path):
+    train(*TINY, "output_dir=whole", "train.max_steps=13")
+    train(*TINY, "output_dir=parts", "train.max_steps=5")
+    train(*TINY, "output_dir=parts", "train.max_steps=13", "data.workers=1")
+    assert digest(tmp_path / "parts") == digest(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -69,9 +73,9 @@ def test_the_end_of_the_launcher_counts_as_a_stop(launcher, tmp_path):
     assert f"stopped at step {max(steps_saved(tmp_path / 'run'))}" in out
 
 
-def test_damaged_checkpoints_are_skipped_with_a_warning_and_never_pickled(launcher, tmp_path):
-    whole = launcher.train("digits", *TINY, EVERY, "output_dir=whole")
-    launcher.train("digits", *TINY, EVERY, "output_dir=run", "train.max_steps=12", "train.keep_checkpoints=3")
+def test_damaged_checkpoints_are_skipped_with_a_warning(train, tmp_path, capsys):
+    train(*TINY, EVERY, "output_dir=whole")
+    train(*TINY, EVERY, "output_dir=run", "train.max_steps=12", "train.keep_checkpoints=3")
     assert steps_saved(tmp_path / "run") == [8, 9, 12]
     newest, older = (tmp_path / "run" / "checkpoints" / f"step_{step:08d}" for step in (12, 9))
     weights = newest / "model.safetensors"
@@ -80,23 +84,24 @@ def test_damaged_checkpoints_are_skipped_with_a_warning_and_never_pickled(launch
     content = bytearray(training.read_bytes())
     content[len(content) // 2] ^= 1
     training.write_bytes(bytes(content))
-    done = launcher.run("digits", *TINY, EVERY, "output_dir=run")
-    assert done.returncode == 0, done.stderr
-    assert "step_00000012 is damaged and skipped: model.safetensors has" in done.stderr
-    assert "step_00000009 is damaged and skipped: training.pt has another content" in done.stderr
-    assert "from" in done.stdout and "step_00000008" in done.stdout
-    assert read_summary(tmp_path / "run")["weights_sha256"] == whole["weights_sha256"]
+    capsys.readouterr()
+    train(*TINY, EVERY, "output_dir=run")
+    said = capsys.readouterr()
+    assert "step_00000012 is damaged and skipped: model.safetensors has" in said.err
+    assert "step_00000009 is damaged and skipped: training.pt has another content" in said.err
+    assert "from run/checkpoints/step_00000008" in said.out
+    assert digest(tmp_path / "run") == digest(tmp_path / "whole")
 
 
-def test_only_the_newest_checkpoints_are_kept(launcher, tmp_path):
-    launcher.train("digits", *TINY, "train.checkpoint_steps=2", "train.keep_checkpoints=3", "output_dir=run")
+def test_only_the_newest_checkpoints_are_kept(train, tmp_path):
+    train(*TINY, "train.checkpoint_steps=2", "train.keep_checkpoints=3", "output_dir=run")
     assert steps_saved(tmp_path / "run") == [20, 22, 24]
     assert not list((tmp_path / "run" / "checkpoints").glob(".writing_*"))
 
 
-def test_a_full_disk_ends_the_run_and_spares_the_last_good_checkpoint(launcher, tmp_path):
-    whole = launcher.train("digits", *TINY, EVERY, "output_dir=run", "train.max_steps=9")
-    shutil.copytree(tmp_path / "run", tmp_path / "before")
+def test_a_full_disk_ends_the_run_and_spares_the_last_good_checkpoint(launcher, train, tmp_path):
+    train(*TINY, EVERY, "output_dir=run", "train.max_steps=9")
+    before = digest(tmp_path / "run")
 
     def no_file_above_20_kb() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -107,30 +112,29 @@ def test_a_full_disk_ends_the_run_and_spares_the_last_good_checkpoint(launcher, 
     assert "the last good checkpoint is run/checkpoints/step_00000009" in done.stderr
     assert "Traceback" not in done.stderr
     assert steps_saved(tmp_path / "run") == [8, 9]
-    again = launcher.train("digits", *TINY, EVERY, "output_dir=run", "train.max_steps=9")
-    assert again["weights_sha256"] == whole["weights_sha256"]
+    train(*TINY, EVERY, "output_dir=run", "train.max_steps=9")
+    assert digest(tmp_path / "run") == before
 
 
-def test_a_run_with_other_settings_is_not_mixed_into_an_old_one(launcher, tmp_path):
-    first = launcher.train("digits", *TINY, "output_dir=run", "train.max_steps=3")
-    refused = launcher.run("digits", *TINY, "output_dir=run", "train.max_steps=5", "seed=7")
-    assert refused.returncode == 2
-    assert "seed is 7 and was 42" in refused.stderr and "resume=none" in refused.stderr
-    assert read_summary(tmp_path / "run") == first
-    anew = launcher.train("digits", *TINY, "output_dir=run", "train.max_steps=3", "seed=7", "resume=none")
-    assert anew["seed"] == 7 and anew["weights_sha256"] != first["weights_sha256"]
+def test_a_run_with_other_settings_is_not_mixed_into_an_old_one(train, tmp_path):
+    train(*TINY, "output_dir=run", "train.max_steps=3")
+    first = digest(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"seed is 7 and was 42.*resume=none"):
+        train(*TINY, "output_dir=run", "train.max_steps=5", "seed=7")
+    assert digest(tmp_path / "run") == first
+    train(*TINY, "output_dir=run", "train.max_steps=3", "seed=7", "resume=none")
+    assert digest(tmp_path / "run") != first
     assert steps_saved(tmp_path / "run") == [3]
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
-def test_an_unwritable_folder_is_refused_before_training(launcher, tmp_path):
+def test_an_unwritable_folder_is_refused_before_training(set_up, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
-    done = launcher.run("digits", *TINY, "output_dir=locked/run")
-    assert done.returncode == 2 and "no files can be written there" in done.stderr
+    with pytest.raises(ConfigError, match="no files can be written there"):
+        set_up(*TINY, "output_dir=locked/run")
 
 
-def test_a_folder_that_cannot_be_made_is_refused_before_training(launcher, tmp_path):
+def test_a_folder_that_cannot_be_made_is_refused_before_training(set_up, tmp_path):
     (tmp_path / "file").touch()
-    done = launcher.run("digits", *TINY, "output_dir=file/run")
-    assert done.returncode == 2
-    assert "output_dir=file/run: no files can be written there" in done.stderr
+    with pytest.raises(ConfigError, match="output_dir=file/run: no files can be written there"):
+        set_up(*TINY, "output_dir=file/run")

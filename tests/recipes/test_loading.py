@@ -1,0 +1,81 @@
+"""Which samples come when, from the position alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from config import ConfigError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loading import EpochBatches, ShardBatches, UnreadableSample, build_loader, fetch
+
+_sizes = st.tuples(st.integers(1, 200), st.integers(1, 9), st.integers(1, 3), st.integers(1, 4), st.integers(0, 99))
+
+
+@settings(deadline=None)
+@given(_sizes, st.integers(0, 3), st.data())
+def test_an_epoch_is_divided_without_overlap_and_goes_on_from_any_update(sizes, epoch, data):
+    samples, batch_size, accumulate, processes, seed = sizes
+    total = batch_size * accumulate * processes
+    if samples < total:
+        with pytest.raises(ConfigError, match="do not fill one batch"):
+            EpochBatches(samples, batch_size=batch_size, accumulate=accumulate, processes=processes)
+        return
+    shares = [
+        EpochBatches(samples, batch_size=batch_size, accumulate=accumulate, rank=rank, processes=processes, seed=seed)
+        for rank in range(processes)
+    ]
+    seen = []
+    start = data.draw(st.integers(0, samples // total))
+    for share in shares:
+        share.seek(epoch, 0)
+        batches = list(share)
+        assert len(batches) == len(share) == (samples // total) * accumulate
+        assert all(len(batch) == batch_size for batch in batches)
+        seen += [index for batch in batches for index in batch]
+        share.seek(epoch, start)
+        assert list(share) == batches[start * accumulate :]
+    assert len(set(seen)) == len(seen) == (samples // total) * total
+    assert set(seen) <= set(range(samples))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = set()
+    for seed in range(3):
+        batches = EpochBatches(100, batch_size=100, seed=seed)
+        for epoch in range(3):
+            batches.seek(epoch, 0)
+            orders.add(tuple(next(iter(batches))))
+    assert len(orders) == 9
+
+
+@settings(deadline=None)
+@given(st.integers(0, 200), st.integers(1, 9), st.integers(1, 8))
+def test_an_evaluation_meets_each_sample_once(samples, batch_size, processes):
+    shares = [ShardBatches(samples, batch_size=batch_size, rank=r, processes=processes) for r in range(processes)]
+    assert sorted(i for share in shares for batch in share for i in batch) == list(range(samples))
+    assert all(len(share) == len(list(share)) for share in shares)
+
+
+class Squares:
+    """Sample i is (i^2, i); sample 7 cannot be read."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        if index == 7:
+            raise ValueError("seven.jpg cannot be read")
+        return torch.tensor([float(index**2)]), index
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loaders_give_batches_and_quote_an_unreadable_sample(workers):
+    loader = build_loader(Squares(), ShardBatches(12, batch_size=3), workers=workers, pin=False)
+    batches = fetch(loader)
+    inputs, targets = next(batches)
+    assert inputs.tolist() == [[0.0], [1.0], [4.0]] and targets.tolist() == [0, 1, 2]
+    next(batches)
+    with pytest.raises(UnreadableSample) as caught:
+        next(batches)
+    assert str(caught.value) == "seven.jpg cannot be read"

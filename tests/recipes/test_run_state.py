@@ -1,0 +1,157 @@
+"""Checkpoints: whole or absent, verified, pruned, and refused where they belong elsewhere."""
+
+from __future__ import annotations
+
+import errno
+import pickle
+import shutil
+
+import pytest
+import run_state
+import torch
+from config import ConfigError, RunError
+from run_state import (
+    Position,
+    check_settings,
+    damage,
+    find_checkpoint,
+    load_checkpoint,
+    open_folder,
+    save_checkpoint,
+    set_aside_newer,
+)
+
+from sdt_blocks import create_model
+
+
+@pytest.fixture
+def model():
+    return create_model("sdt_2_256", dim=16, depth=1, pooling="0001")
+
+
+def write(folder, model, step, keep=10, **options):
+    given = {"ema": None, "optimizer_state": {"state": {}}, "scaler_state": None, **options}
+    return save_checkpoint(folder, Position(step=step), model=model, keep=keep, **given)
+
+
+def test_what_is_saved_comes_back(tmp_path, model):
+    state = {"state": {0: {"exp_avg": torch.rand(3)}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99)}]}
+    position = Position(step=5, closed=4, loss_sum=1.5, settings={"seed": 3, "data.mean": [0.5]})
+    average = create_model("sdt_2_256", dim=16, depth=1, pooling="0001")
+    checkpoint = save_checkpoint(
+        tmp_path, position, model=model, ema=average, optimizer_state=state, scaler_state={"scale": 2.0}, keep=1
+    )
+    ours, theirs = (create_model("sdt_2_256", dim=16, depth=1, pooling="0001") for _ in range(2))
+    training = load_checkpoint(checkpoint, ours, theirs)
+    assert training["position"] == position and training["scaler"] == {"scale": 2.0}
+    assert torch.equal(training["optimizer"]["state"][0]["exp_avg"], state["state"][0]["exp_avg"])
+    for saved, loaded in ((model, ours), (average, theirs)):
+        assert all(
+            torch.equal(a, b) for a, b in zip(saved.state_dict().values(), loaded.state_dict().values(), strict=True)
+        )
+
+
+def test_the_newest_good_one_is_found_and_the_damaged_are_named(tmp_path, model, capsys):
+    paths = [write(tmp_path, model, step) for step in (10, 20, 30)]
+    assert find_checkpoint(tmp_path, "auto") == paths[2]
+    (paths[2] / "manifest.json").write_text("{")
+    (paths[1] / "config.json").unlink()
+    assert find_checkpoint(tmp_path, "auto") == paths[0]
+    warnings = capsys.readouterr().err
+    assert "step_00000030 is damaged and skipped: manifest.json cannot be read" in warnings
+    assert "step_00000020 is damaged and skipped: config.json is missing" in warnings
+    assert find_checkpoint(tmp_path, "none") is None
+    assert find_checkpoint(tmp_path, str(paths[0])) == paths[0]
+    with pytest.raises(ConfigError, match=r"not a good checkpoint of a run: config\.json is missing"):
+        find_checkpoint(tmp_path, str(paths[1]))
+    (paths[0] / "training.pt").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"every checkpoint in .* is damaged; set resume=none"):
+        find_checkpoint(tmp_path, "auto")
+
+
+def test_an_abandoned_checkpoint_never_counts_as_the_newest(tmp_path, model):
+    for step in (10, 20, 30):
+        write(tmp_path, model, step)
+    set_aside_newer(tmp_path, 10)
+    write(tmp_path, model, 15, keep=1)
+    assert find_checkpoint(tmp_path, "auto").name == "step_00000015"
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"step_00000015", "set_aside_step_00000020", "set_aside_step_00000030"}
+
+
+@pytest.mark.parametrize("failing", ["save_model", "torch.save", "_write_manifest"])
+def test_a_write_that_fails_leaves_everything_as_it_was(tmp_path, model, monkeypatch, failing):
+    write(tmp_path, model, 10)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    owner, name = (torch, "save") if failing == "torch.save" else (run_state, failing)
+    monkeypatch.setattr(owner, name, full)
+    with pytest.raises(
+        RunError, match=r"step 20 cannot be written .*No space left.*last good checkpoint is .*00000010"
+    ):
+        write(tmp_path, model, 20)
+    (left,) = (tmp_path / "checkpoints").iterdir()
+    assert left.name == "step_00000010" and damage(left) == ""
+
+
+def test_the_same_step_is_replaced_whole(tmp_path, model):
+    write(tmp_path, model, 10)
+    with torch.no_grad():
+        model.head.bias.fill_(3.0)
+    checkpoint = write(tmp_path, model, 10)
+    assert damage(checkpoint) == "" and [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
+    other = create_model("sdt_2_256", dim=16, depth=1, pooling="0001")
+    load_checkpoint(checkpoint, other, None)
+    assert other.head.bias.eq(3.0).all()
+
+
+def test_a_pickle_in_a_checkpoint_runs_nothing(tmp_path, model):
+    class Trap:
+        def __reduce__(self):
+            return (shutil.rmtree, (str(tmp_path / "precious"),))
+
+    (tmp_path / "precious").mkdir()
+    checkpoint = write(tmp_path, model, 10)
+    (checkpoint / "training.pt").write_bytes(pickle.dumps(Trap(), protocol=2))
+    with pytest.raises(ConfigError, match="cannot resume from"):
+        load_checkpoint(checkpoint, model, None)
+    assert (tmp_path / "precious").is_dir()
+
+
+def test_what_a_run_may_change_and_what_not(tmp_path):
+    position = Position(total_batch=32, samples=100, settings={"seed": 1, "optim.lr": 0.1})
+    same = {"total_batch": 32, "samples": 100, "source": tmp_path}
+    assert check_settings(position, {"seed": 1, "optim.lr": 0.1}, **same) is None
+    with pytest.raises(ConfigError) as caught:
+        check_settings(position, {"seed": 2, "optim.lr": 0.1}, **{**same, "total_batch": 64, "samples": 99})
+    for part in ("seed is 2 and was 1", "is 64 and was 32", "has 99 samples and had 100", "resume=none"):
+        assert part in str(caught.value)
+
+
+def test_a_finished_run_is_not_overwritten_unasked(tmp_path, model):
+    write(tmp_path, model, 10)
+    (tmp_path / "summary.json").write_text("{}")
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ConfigError, match="holds a finished run without checkpoints"):
+        open_folder(tmp_path, "auto", needed=0)
+    assert (tmp_path / "summary.json").exists()
+    assert open_folder(tmp_path, "none", needed=0) is None
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_leftovers_of_an_interrupted_write_go(tmp_path, model):
+    write(tmp_path, model, 10)
+    (tmp_path / "checkpoints" / ".writing_x").mkdir()
+    (tmp_path / "checkpoints" / ".writing_x" / "model.safetensors").write_bytes(b"half")
+    assert open_folder(tmp_path, "auto", needed=0).name == "step_00000010"
+    assert not (tmp_path / "checkpoints" / ".writing_x").exists()
+
+
+def test_another_runs_checkpoint_does_not_go_on_in_this_ones_folder(tmp_path, model):
+    write(tmp_path / "this", model, 10)
+    other = write(tmp_path / "other", model, 10)
+    with pytest.raises(ConfigError, match="is of another run than the one in output_dir"):
+        open_folder(tmp_path / "this", str(other), needed=0)
+    assert open_folder(tmp_path / "new", str(other), needed=0) == other
