@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import event_costs
 from .attention import SpikeDrivenSelfAttention
+from .event_driven import EventDrivenTransformer
 from .mlp import SpikingMLP
 from .neuron import LIF
 from .ops import firing
@@ -24,8 +26,13 @@ _PASS_BYTES = 48 << 20
 
 
 def optimize_for_inference(
-    model: SpikeDrivenTransformer, dtype: torch.dtype = torch.float32, compile: bool = True
-) -> OptimizedTransformer:
+    model: SpikeDrivenTransformer,
+    dtype: torch.dtype = torch.float32,
+    compile: bool = True,
+    *,
+    sparse: bool | str = False,
+    calibrate: Iterable[Any] = (),
+) -> nn.Module:
     """A new module that answers as `model.eval()` does, faster; the model itself stays untouched.
 
     Norms are folded into the convolutions, q, k and v are one, a still image's first layer is computed once, and every
@@ -33,11 +40,16 @@ def optimize_for_inference(
     `compile`, neurons run fused with the pooling, mask or shortcut beside them: on a CPU in C++ kernels that are built
     once, in a few seconds, elsewhere through `torch.compile`. Without a compiler one warning says so.
 
-    The membranes of neurons and shortcuts are float32 for both dtypes, and so are the logits. A spike can differ where a
-    membrane lies within rounding of its threshold, as it can between two libraries' convolutions. Blocks of other makes
-    stay as they are, in float32.
+    The membranes of neurons and shortcuts are float32 for both dtypes, and so are the logits. A spike can differ where
+    a membrane lies within rounding of its threshold, as it can between two libraries' convolutions. Blocks of other
+    makes stay as they are, in float32.
 
-    Raises `TypeError` for another kind of model and `ValueError` for a dtype that is not float32 or bfloat16.
+    With `sparse=True`, on a CPU and in float32, products add the weights of active inputs instead, and spikes are one
+    bit each (see `EventDrivenTransformer`). `sparse="auto"` returns the faster of the two models on the batches of
+    `calibrate` (tensors, or what a data loader gives); its `calibration` lists each layer's firing rate and choice.
+
+    Raises `TypeError` for another kind of model and `ValueError` for a dtype that is not float32 or bfloat16, or where
+    `sparse` does not fit the other arguments.
 
     >>> fast = optimize_for_inference(create_model("sdt_2_256"), compile=False)
     >>> fast(torch.rand(2, 3, 32, 32)).shape
@@ -50,8 +62,15 @@ def optimize_for_inference(
         )
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+    if sparse not in (False, True, "auto"):
+        raise ValueError(f'sparse must be True, False or "auto", got {sparse!r}')
+    if sparse is True:
+        if dtype != torch.float32:
+            raise ValueError(f"event-driven inference computes in float32; leave sparse out for {dtype}")
+        return EventDrivenTransformer(model)
     with torch.no_grad():
-        return OptimizedTransformer(model, dtype, compile)
+        dense = OptimizedTransformer(model, dtype, compile)
+    return event_costs.choose(model, dense, calibrate) if sparse else dense
 
 
 class OptimizedTransformer(nn.Module):

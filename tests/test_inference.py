@@ -140,7 +140,7 @@ def test_the_fastest_path_is_found_once_and_kept(monkeypatch: pytest.MonkeyPatch
     shape = torch.Size((2, 4, 4, 8))
     assert layer.input_dtype(shape) == torch.float32 and layer._choose(shape) == "linear"
     layer(torch.zeros(shape))
-    assert sorted(timed) == ["convolution", "integers", "linear"]
+    assert sorted(timed) == sorted(["convolution", "integers", "linear"] * product._ROUNDS)
 
 
 def test_a_path_that_fails_or_errs_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

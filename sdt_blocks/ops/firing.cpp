@@ -27,10 +27,14 @@ inline float load(bfloat16 v) {
     std::memcpy(&f, &bits, 4);
     return f;
 }
-// A spike, which every type holds exactly: 0x3f80 is one in bfloat16.
-inline void store(int32_t spike, float& out) { out = float(spike); }
-inline void store(int32_t spike, uint8_t& out) { out = uint8_t(spike); }
-inline void store(int32_t spike, bfloat16& out) { out.bits = uint16_t(spike * 0x3f80); }
+// Spikes, 0 and 1, which every type holds exactly.
+inline void store(float spike, float& out) { out = spike; }
+inline void store(float spike, uint8_t& out) { out = uint8_t(spike); }
+inline void store(float spike, bfloat16& out) {
+    uint32_t bits;
+    std::memcpy(&bits, &spike, 4);
+    out.bits = uint16_t(bits >> 16);
+}
 
 template <class F> void parallel(int64_t threads, F body) {
 #ifdef _OPENMP
@@ -72,9 +76,11 @@ struct Dynamics {
     }
 };
 
+inline float fires(const Dynamics& d, float h) { return h >= d.fires_at ? 1.f : 0.f; }
+
 // One step: h from that of the step before, in place.
 template <class X> inline float advance(const Dynamics& d, X x, float h, float inv_tau) {
-    const float r = h >= d.fires_at ? 1.f : 0.f;
+    const float r = fires(d, h);
     const float u = h * (1.f - d.to_zero * r);
     return u + (load(x) - u) * inv_tau - r * d.taken;
 }
@@ -91,9 +97,9 @@ void fire(int64_t steps, int64_t size, const X* x, int64_t x_step, const float* 
     const int64_t count = (size + width - 1) / width;
     parallel(threads, [&](int64_t thread, int64_t all) {
         const std::vector<float> row = d.row(width);
-        std::vector<float> state(width);
+        std::vector<float> state(2 * width);
         const float* inv_tau = row.data();
-        float* h = state.data();
+        float *h = state.data(), *spikes = h + width;
         for (int64_t id = count * thread / all; id < count * (thread + 1) / all; ++id) {
             const int64_t start = id * width, n = std::min(width, size - start);
             std::fill_n(h, n, 0.f);
@@ -104,17 +110,18 @@ void fire(int64_t steps, int64_t size, const X* x, int64_t x_step, const float* 
                     const float* before = u + t * size + start;
                     float* sum = total + t * size + start;
                     SIMD for (int64_t i = 0; i < n; ++i) {
-                        const float y = before[i] + load(in[i]);
-                        sum[i] = y;
-                        h[i] = advance(d, y, h[i], inv_tau[i]);
-                        store(h[i] >= d.fires_at, fired[i]);
+                        sum[i] = before[i] + load(in[i]);
+                        h[i] = advance(d, sum[i], h[i], inv_tau[i]);
+                        spikes[i] = fires(d, h[i]);
                     }
                 } else {
                     SIMD for (int64_t i = 0; i < n; ++i) {
                         h[i] = advance(d, in[i], h[i], inv_tau[i]);
-                        store(h[i] >= d.fires_at, fired[i]);
+                        spikes[i] = fires(d, h[i]);
                     }
                 }
+                // Apart from the arithmetic: compilers do not vectorize both at once for every type.
+                SIMD for (int64_t i = 0; i < n; ++i) store(spikes[i], fired[i]);
             }
         }
     });
@@ -182,7 +189,7 @@ void fire_and_pool(const Frames& f, const X* x, int64_t x_step, const Neuron& ne
                 const uint8_t *above = pooled(first), *middle = pooled(top + y), *below = pooled(last);
                 Out* to = out + t * frame_out + row * size_out;
                 SIMD for (int64_t i = 0; i < size_out; ++i)
-                    store(((above[i] | middle[i] | below[i]) >> (t % 8)) & 1, to[i]);
+                    store(float(((above[i] | middle[i] | below[i]) >> (t % 8)) & 1), to[i]);
             }
         }
     });
@@ -200,7 +207,7 @@ void attend(const Tokens& f, const X* qkv, const Neuron* neurons, Out* out, int6
     const int64_t step_in = f.batch * f.tokens * stride, step_out = f.batch * f.tokens * f.channels;
     parallel(threads, [&](int64_t thread, int64_t all) {
         std::vector<float> counts(f.steps * WIDTH);
-        std::vector<int32_t> mask(f.steps * WIDTH);
+        std::vector<float> mask(f.steps * WIDTH);
         for (int64_t id = count * thread / all; id < count * (thread + 1) / all; ++id) {
             const int64_t image = id / per_image, first = id % per_image * WIDTH, n = std::min(WIDTH, f.channels - first);
             const X* in = qkv + image * f.tokens * stride + first;
@@ -218,7 +225,7 @@ void attend(const Tokens& f, const X* qkv, const Neuron* neurons, Out* out, int6
                     SIMD for (int64_t c = 0; c < n; ++c) {
                         hk[c] = advance(of_k, k[c], hk[c], kt[c]);
                         hv[c] = advance(of_v, v[c], hv[c], vt[c]);
-                        sum[c] += (hk[c] >= of_k.fires_at ? 1.f : 0.f) * (hv[c] >= of_v.fires_at ? 1.f : 0.f);
+                        sum[c] += fires(of_k, hk[c]) * fires(of_v, hv[c]);
                     }
                 }
             }
@@ -226,17 +233,17 @@ void attend(const Tokens& f, const X* qkv, const Neuron* neurons, Out* out, int6
             for (int64_t t = 0; t < f.steps; ++t)
                 for (int64_t c = 0; c < n; ++c) {
                     hk[c] = advance(of_a, counts[t * WIDTH + c], hk[c], a_tau[c]);
-                    mask[t * WIDTH + c] = hk[c] >= of_a.fires_at;
+                    mask[t * WIDTH + c] = fires(of_a, hk[c]);
                 }
             for (int64_t token = 0; token < f.tokens; ++token) {
                 std::fill_n(hk, n, 0.f);
                 for (int64_t t = 0; t < f.steps; ++t) {
                     const X* q = in + t * step_in + token * stride;
-                    const int32_t* open = mask.data() + t * WIDTH;
+                    const float* open = mask.data() + t * WIDTH;
                     Out* to = out + t * step_out + (image * f.tokens + token) * f.channels + first;
                     SIMD for (int64_t c = 0; c < n; ++c) {
                         hk[c] = advance(of_q, q[c], hk[c], qt[c]);
-                        store((hk[c] >= of_q.fires_at ? 1 : 0) & open[c], to[c]);
+                        store(fires(of_q, hk[c]) * open[c], to[c]);
                     }
                 }
             }
