@@ -81,7 +81,7 @@ class OptimizedTransformer(nn.Module):
 
     def __init__(self, model: SpikeDrivenTransformer, dtype: torch.dtype, compile: bool) -> None:
         super().__init__()
-        self.config = copy.deepcopy(model.config)
+        self.config, self.dtype = copy.deepcopy(model.config), dtype
         self.in_channels, self.time_steps, self.per_step = model.in_channels, model.time_steps, model.per_step
         self.patch = _patch(model.patch, dtype, compile)
         self.blocks = nn.ModuleList(half for block in model.blocks for half in _halves(block, dtype, compile))

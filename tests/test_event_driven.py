@@ -10,8 +10,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import sdt_blocks
-from sdt_blocks.event_driven import EventDrivenTransformer
+from sdt_blocks import event_costs
+from sdt_blocks.event_costs import EventCosts
+from sdt_blocks.event_driven import EventDrivenTransformer, EventProduct
 from sdt_blocks.neuron import LIF
+from sdt_blocks.ops.sparse import Epilogue
 
 
 @torch.no_grad()
@@ -120,6 +123,78 @@ def test_a_trained_model_gives_the_same_classes_and_logits():
     assert (expected.argmax(1) == y).float().mean() > 0.8
     assert torch.equal(found.argmax(1), expected.argmax(1))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_auto_returns_the_faster_model_and_says_why(costs_file):
+    x = torch.rand(2, 3, 32, 32)
+    model = firing_model(x)
+    fast = sdt_blocks.optimize_for_inference(model, sparse="auto", calibrate=[(x, torch.zeros(2)), x])
+    calibration = fast.calibration
+    assert isinstance(fast, EventDrivenTransformer) == calibration.event_driven
+    assert calibration.event_driven == (calibration.event_driven_seconds <= calibration.dense_seconds)
+    rates = {}
+    reference = EventDrivenTransformer(model)
+    for name, product in reference.products():
+        product.register_forward_pre_hook(lambda _, given, name=name: rates.update({name: given[0].rate()}))
+    reference(x)
+    assert {layer.name: layer.rate for layer in calibration.layers} == pytest.approx(rates)
+    assert all(0 <= layer.break_even <= 1 for layer in calibration.layers)
+    assert str(calibration).count("\n") == len(rates) + 1
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), rtol=0, atol=1e-4)
+
+
+def test_costs_are_fitted_once_a_machine(costs_file, monkeypatch):
+    costs = EventCosts.load()
+    assert min(costs.listing, costs.adding, costs.finishing) > 0
+    monkeypatch.setattr(EventCosts, "fit", lambda: pytest.fail("measured again"))
+    assert EventCosts.load() == costs
+    monkeypatch.setattr(EventCosts, "fit", lambda: costs)
+    costs_file.write_text("{")
+    assert EventCosts.load() == costs
+    assert costs_file.read_text() != "{"
+
+
+def test_break_even_is_where_both_ways_take_as_long():
+    product = EventProduct(torch.rand(40, 24, 3, 3), Epilogue(40))
+    places = (2, 3, 4, 5)
+    costs = EventCosts(listing=1e-9, adding=1e-8, finishing=1e-9, relative_error=0.0)
+    costs.dense["2x3x4x5 24->40 3x3"] = costs.events(places, product, 0.37)
+    assert costs.events(places, product, 1.0) == pytest.approx(120 * (216e-9 + 40e-9 + 216 * 40e-8))
+    assert costs.break_even(places, product) == pytest.approx(0.37)
+    costs.dense["2x3x4x5 24->40 3x3"] = 0.0
+    assert costs.break_even(places, product) == 0
+
+
+def test_dense_products_are_measured_where_the_shape_is_new():
+    product = EventProduct(torch.rand(40, 24, 1, 1), Epilogue(40))
+    costs = EventCosts(1e-12, 1e-12, 1e-12, 0.0)
+    seconds = costs.dense_seconds((1, 2, 3, 4), product)
+    assert seconds > 0 and costs.dense == {"1x2x3x4 24->40 1x1": seconds}
+
+
+def test_sparse_arguments_are_checked():
+    model = firing_model(torch.rand(2, 3, 16, 16))
+    assert isinstance(sdt_blocks.optimize_for_inference(model, sparse=True), EventDrivenTransformer)
+    with pytest.raises(ValueError, match="sparse must be"):
+        sdt_blocks.optimize_for_inference(model, sparse="sometimes")
+    with pytest.raises(ValueError, match="float32"):
+        sdt_blocks.optimize_for_inference(model, torch.bfloat16, sparse=True)
+    with pytest.raises(ValueError, match="at least one batch"):
+        sdt_blocks.optimize_for_inference(model, sparse="auto")
+    with pytest.raises(TypeError, match="calibration batch"):
+        sdt_blocks.optimize_for_inference(model, sparse="auto", calibrate=["a"])
+    model.blocks[1] = OwnBlock(64).eval()
+    with pytest.warns(UserWarning, match="OwnBlock"):
+        fast = sdt_blocks.optimize_for_inference(model, sparse="auto", calibrate=[torch.rand(1, 3, 16, 16)])
+    assert not isinstance(fast, EventDrivenTransformer)
+
+
+@pytest.fixture
+def costs_file(tmp_path, monkeypatch):
+    """Where this test's costs are kept."""
+    monkeypatch.setattr(event_costs, "_costs_path", lambda: tmp_path / "costs.json")
+    return tmp_path / "costs.json"
 
 
 class OwnBlock(sdt_blocks.SpikeDrivenBlock):

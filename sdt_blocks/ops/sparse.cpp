@@ -339,6 +339,22 @@ void pool(const T* in, T* out, int64_t frames, int64_t height, int64_t width, in
     }
 }
 
+template <class T>
+void expand(const uint64_t* words, T* out, int64_t rows, int64_t channels, int threads) {
+    const int64_t stride = ceil_divide(channels, 64);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t word = 0; word < stride; word++) {
+            const uint64_t bits = words[row * stride + word];
+            T* to = out + row * channels + word * 64;
+            const int64_t count = std::min<int64_t>(64, channels - word * 64);
+            if (count == 64)
+                for (int64_t c = 0; c < 64; c++) to[c] = T(bits >> c & 1);
+            else
+                for (int64_t c = 0; c < count; c++) to[c] = T(bits >> c & 1);
+        }
+}
+
 }  // namespace
 
 extern "C" {
@@ -446,11 +462,12 @@ void spike_attention(const uint64_t* qkv, uint64_t* out, int64_t steps, int64_t 
 }
 
 // Spikes as zeros and ones, row after row, without the padding of the words.
-void spike_expand(const uint64_t* words, float* out, int64_t rows, int64_t channels, int threads) {
-    const int64_t stride = ceil_divide(channels, 64);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t c = 0; c < channels; c++) out[row * channels + c] = float(words[row * stride + c / 64] >> (c % 64) & 1);
+void spike_expand_float(const uint64_t* words, float* out, int64_t rows, int64_t channels, int threads) {
+    expand(words, out, rows, channels, threads);
+}
+
+void spike_expand_byte(const uint64_t* words, uint8_t* out, int64_t rows, int64_t channels, int threads) {
+    expand(words, out, rows, channels, threads);
 }
 
 int64_t spike_count(const uint64_t* words, int64_t count, int threads) {

@@ -56,11 +56,12 @@ class PackedSpikes:
         words = np.packbits(padded.contiguous().numpy(), axis=-1, bitorder="little").view(np.int64)
         return PackedSpikes(torch.from_numpy(words), channels)
 
-    def unpack(self) -> Tensor:
-        """Zeros and ones `[T, B, C, H, W]` in float32; the channels are the innermost axis in memory."""
+    def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Zeros and ones `[T, B, C, H, W]` in float32 or uint8; the channels are the innermost axis in memory."""
+        kernel = {torch.float32: "spike_expand_float", torch.uint8: "spike_expand_byte"}[dtype]
         words = self.words.contiguous()
-        frames = torch.empty(*words.shape[:-1], self.channels)
-        _call("spike_expand", words, frames, words[..., 0].numel(), self.channels)
+        frames = torch.empty(*words.shape[:-1], self.channels, dtype=dtype)
+        _call(kernel, words, frames, words[..., 0].numel(), self.channels)
         return frames.movedim(-1, 2)
 
     def unpack_reference(self) -> Tensor:
@@ -285,6 +286,11 @@ def kernels_problem() -> str | None:
     except cpu_build.BuildError as error:
         return str(error)
     return None
+
+
+def kernels_path() -> Path:
+    """The file of the built kernels, which is named after the machine."""
+    return Path(_library()._name)
 
 
 # ---- from tensors to the kernels' arguments

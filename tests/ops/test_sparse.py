@@ -191,6 +191,7 @@ def test_packing_keeps_every_spike(shape, density, seed):
     spikes = draw(shape, density, seed)
     packed = PackedSpikes.pack(spikes)
     assert torch.equal(packed.unpack(), spikes) and torch.equal(packed.unpack_reference(), spikes)
+    assert torch.equal(packed.unpack(torch.uint8), spikes.byte())
     assert packed.count() == spikes.sum() and packed.rate() == pytest.approx(spikes.mean().item())
 
 
