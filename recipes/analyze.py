@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from command_line import print_help, short_errors
-from config import ConfigError, RunError, load_config, option
+from config import ConfigError, RunError, load_config
 from cpu_processes import start_cpu_processes
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from schema import option
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 

@@ -11,13 +11,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
 from command_line import use_cores
-from config import Config, ConfigError, Derived, flatten, to_yaml, trajectory
+from config import Config, ConfigError, flatten, to_yaml, trajectory
 from engine import Run
 from loading import EpochBatches, ShardBatches, build_datasets, build_loader
 from models import build_model, freeze_all_but_head, load_initial_weights, restore_optimizer
 from optim import BatchMixer, batch_scale, build_loss, build_optimizer, check_even_batch
 from progress import Display, choose_tracker, rewind_metrics, warn
 from run_state import Position, check_settings, load_checkpoint, open_folder, set_aside_newer
+from schema import Derived
 from torch import Tensor, nn
 
 from sdt_blocks.checkpoint import write_atomically
@@ -34,6 +35,8 @@ def set_up(config: Config) -> Run:
     num_classes = len(train_set.classes)
     batches = build_batches(config, accelerator, len(train_set))
     config.derived = derive(config, accelerator, batches)
+    if sample.ndim == 4:  # frames bring their own number of time steps
+        config.model.time_steps = len(sample)
     plain = build_model(config, in_channels=sample.shape[-3], num_classes=num_classes)
     at_the_door(dry_run, plain, sample)
     mixer = build_mixer(config, accelerator, sample, num_classes)

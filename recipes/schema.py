@@ -1,0 +1,172 @@
+"""Every key of a run with its type, its meaning, its default and its bounds; `config.py` fills the tree."""
+
+# ruff: noqa: RUF009  `option` returns a dataclass field.
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from sdt_blocks import list_models
+
+
+def option(default: Any, help: str, **bounds: Any) -> Any:
+    """A field with its help text and bounds: `choices`, `least`, `most`, `above`, `below`, `length`."""
+    metadata = {"help": help, **bounds}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class DataConfig:
+    name: str = option("folder", "digits, folder, cifar10, ..., hfds/NAME, wds/NAME, dvs128_gesture, event_folder, ...")
+    root: str | None = option(None, "the folder that holds the data")
+    img_size: int = option(224, "side of the square image in pixels", least=1, most=4096)
+    mean: list[float] = option([0.485, 0.456, 0.406], "mean of each channel, or one for all")
+    std: list[float] = option(
+        [0.229, 0.224, 0.225], "standard deviation of each channel, or one for all", above=0, most=1e6
+    )
+    crop_pct: float = option(0.95, "evaluation: resize to img_size / crop_pct, then crop the centre", above=0, most=1)
+    interpolation: str = option("bicubic", "resampling", choices=("bicubic", "bilinear", "nearest", "random"))
+    scale: list[float] = option([0.08, 1.0], "area of the random crop, least and most", length=2, above=0, most=1)
+    ratio: list[float] = option(
+        [0.75, 4 / 3], "aspect ratio of the random crop, least and most", length=2, above=0, most=100
+    )
+    hflip: float = option(0.5, "probability of a horizontal flip", least=0, most=1)
+    color_jitter: float = option(0.4, "strength of color jitter (not used beside auto_augment)", least=0, most=1)
+    auto_augment: str | None = option(None, "timm's string: rand-m9-n1-mstd0.4-inc1, augmix-m5-w4, v0, ...")
+    random_erasing: float = option(0.0, "probability of random erasing", least=0, most=1)
+    mixup: float = option(0.0, "alpha of mixup; 0 turns it off", least=0, most=1000)
+    cutmix: float = option(0.0, "alpha of cutmix; 0 turns it off", least=0, most=1000)
+    mixup_prob: float = option(1.0, "probability that a batch is mixed at all", least=0, most=1)
+    mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on", least=0, most=1)
+    mixup_off_epoch: int = option(0, "epoch from which mixup and cutmix are off; 0: never", least=0, most=10**6)
+    workers: int = option(4, "loader processes beside each training process; 0 loads within it", least=0, most=256)
+    download: bool = option(False, "fetch the data into data.root if it is not there")
+    on_error: str = option(
+        "raise", "an unreadable sample stops the run, or is skipped and counted", choices=("raise", "skip")
+    )
+    train_samples: int | None = option(None, "train on the first N samples only", least=1, most=10**12)
+    test_samples: int | None = option(None, "evaluate on the first N samples only", least=1, most=10**12)
+
+
+@dataclass
+class EventsConfig:
+    time_steps: int = option(10, "frames a recording is divided into", least=1, most=4096)
+    split_by: str = option("number", "equal frames by number of events or by time", choices=("number", "time"))
+    size: int | None = option(
+        None, "side of the square frame in pixels; null: 64 for CIFAR10-DVS, else the sensor's own", least=1, most=4096
+    )
+    augment: str | None = option(
+        None,
+        "of the training samples, separated by commas: hflip, roll, cutout, random_op, drop_by_time, drop_by_area, "
+        "drop_at_random, event_drop",
+    )
+    cache: str | None = option("auto", "folder that keeps the frames; auto: data.root/.frames_cache; null: none does")
+    sensor_size: list[int] | None = option(
+        None, "width and height of the sensor of an event_folder; null: as the files say", length=2, least=1, most=4096
+    )
+
+
+@dataclass
+class ModelConfig:
+    """`name` and the keywords of `SpikeDrivenTransformer`; null takes the named variant's value."""
+
+    name: str = option("sdt_8_384", "a published variant", choices=tuple(list_models()))
+    depth: int | None = option(None, "encoder blocks", least=0, most=1000)
+    dim: int | None = option(None, "channels of a token", least=8, most=65536)
+    num_heads: int | None = option(None, "attention heads", least=1, most=65536)
+    mlp_ratio: float | None = option(None, "hidden width of the MLP over dim", above=0, most=64)
+    in_channels: int | None = option(None, "channels of the input; null takes the data's", least=1, most=65536)
+    num_classes: int | None = option(None, "null takes the data's", least=1, most=10**7)
+    time_steps: int | None = option(None, "times an image is shown", least=1, most=1024)
+    pooling: str | None = option(None, 'four flags, quoted in YAML: "0011"')
+    neuron: str | None = option(None, "spiking neuron", choices=("lif", "plif"))
+    event_pooling: bool | None = option(None, "3 x 3 max inside the attention")
+    per_step: bool | None = option(None, "logits of every step; train.tet sets it")
+    drop_path: float | None = option(None, "stochastic depth of the last block", least=0, below=1)
+
+
+@dataclass
+class OptimConfig:
+    name: str = option("adamw", "optimiser", choices=("adamw", "lamb", "sgd"))
+    lr: float = option(1e-3, "peak learning rate", above=0, most=1e4)
+    lr_batch: int | None = option(
+        None,
+        "total batch that lr, min_lr and warmup_lr are stated for: all three are scaled by total batch / lr_batch",
+        least=1,
+        most=10**9,
+    )
+    min_lr: float = option(1e-5, "learning rate at the end of the cosine", least=0, most=1e4)
+    warmup_lr: float = option(1e-6, "learning rate at the first step of the warm-up", least=0, most=1e4)
+    weight_decay: float = option(0.05, "weight decay; biases and norms are left out", least=0, most=1e4)
+    eps: float = option(1e-8, "the optimiser's epsilon", above=0, most=1)
+    betas: list[float] = option(
+        [0.9, 0.999], "the optimiser's decay rates (sgd: momentum is the first)", length=2, least=0, below=1
+    )
+    clip_grad: float | None = option(None, "largest norm of the gradient", above=0, most=1e9)
+
+
+@dataclass
+class TrainConfig:
+    epochs: int = option(300, "epochs, warm-up included, cool-down not", least=1, most=10**6)
+    warmup_epochs: int = option(20, "epochs of linear warm-up", least=0, most=10**6)
+    cooldown_epochs: int = option(10, "epochs at min_lr after the cosine", least=0, most=10**6)
+    batch_size: int = option(64, "samples of a process in one forward pass", least=1, most=10**6)
+    accumulate: int = option(1, "forward passes added up into one update", least=1, most=10**6)
+    max_steps: int | None = option(None, "stop after this many updates", least=1, most=10**12)
+    label_smoothing: float = option(0.1, "label smoothing", least=0, below=1)
+    loss: str = option("ce", "cross entropy, or binary cross entropy per class", choices=("ce", "bce"))
+    tet: bool = option(False, "temporal efficient training: the loss at every time step")
+    tet_lambda: float = option(0.001, "weight of TET's mean squared error", least=0, most=1)
+    tet_means: float = option(1.0, "target of TET's mean squared error", least=-1e6, most=1e6)
+    ema_decay: float | None = option(
+        None, "decay of the averaged weights, evaluated beside the model's", above=0, below=1
+    )
+    mixed_precision: str = option("no", "the neurons' state stays float32", choices=("no", "bf16", "fp16"))
+    channels_last: bool = option(False, "memory format of the convolutions")
+    compile: bool = option(False, "torch.compile the model")
+    sync_bn: bool = option(False, "batch statistics over all GPUs")
+    linear_probe: bool = option(False, "train the head only")
+    init_checkpoint: str | None = option(
+        None, "start from these weights: a run folder, a saved model, a released .pth.tar"
+    )
+    skip_nonfinite: int = option(
+        0, "updates with a non-finite loss that are left out before the run stops", least=0, most=10**9
+    )
+    checkpoint_every: int = option(1, "epochs between checkpoints", least=1, most=10**9)
+    checkpoint_steps: int | None = option(None, "also a checkpoint every N updates", least=1, most=10**9)
+    keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept", least=1, most=10**9)
+    eval_every: int = option(1, "epochs between evaluations", least=1, most=10**9)
+
+
+@dataclass
+class Derived:
+    """Computed from the rest and from the number of processes; written into the run's config.yaml, never read."""
+
+    processes: int = 1
+    total_batch: int = 0
+    steps_per_epoch: int = 0
+    total_steps: int = 0
+    lr: float = 0.0
+    min_lr: float = 0.0
+    warmup_lr: float = 0.0
+
+
+@dataclass
+class Config:
+    data: DataConfig = field(default_factory=DataConfig)
+    events: EventsConfig = field(default_factory=EventsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    seed: int = option(42, "every random draw follows from it", least=0, most=2**31 - 1)
+    output_dir: str = option("runs/run", "the run folder")
+    resume: str = option(
+        "auto", "auto: the newest good checkpoint of output_dir; none: start anew; or the path of a checkpoint"
+    )
+    tracker: str = option("auto", "auto: TensorBoard if installed", choices=("auto", "tensorboard", "wandb", "none"))
+    threads: int | None = option(None, "CPU threads of a process; null divides the cores", least=1, most=1024)
+    analyze: bool = option(False, "firing rates and energy of the final model at the end")
+    derived: Derived = field(default_factory=Derived)
