@@ -47,7 +47,7 @@ def draw(config: Config) -> Path:
     figure = Figure(figsize=(1.3 * events.time_steps + 1.2, 4.4 * len(recordings)), layout="constrained")
     FigureCanvasAgg(figure)
     for panel, (title, recording, (width, height)) in zip(
-        np.atleast_1d(figure.subfigures(len(recordings), 1)), recordings, strict=True
+        figure.subfigures(len(recordings), 1, squeeze=False)[:, 0], recordings, strict=True
     ):
         panel.suptitle(f"{title}: {len(recording)} events")
         to_frames = EventsToFrames(
