@@ -25,7 +25,7 @@ def per_frame(module: nn.Module, x: Tensor) -> Tensor:
 
 def keep_bits(neuron: nn.Module, spikes: Tensor) -> AbstractContextManager[Any]:
     """Within it the gradient keeps one bit for each of the spikes that `neuron` has made, if it is one of the kit's."""
-    if torch.is_grad_enabled() and fused(spikes) and type(neuron) in NEURONS:
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and fused(spikes) and type(neuron) in NEURONS:
         return SpikesAsBits(spikes)
     return nullcontext()
 
@@ -41,7 +41,7 @@ def normalize_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, time_steps
 
     One fused op does both where `norm` is an `nn.BatchNorm2d`, `neuron` one of the kit's and neither has a hook.
     """
-    if fused(x) and is_plain(norm, nn.BatchNorm2d) and is_plain(neuron, *NEURONS):
+    if fused(x, even_traced=norm.training) and is_plain(norm, nn.BatchNorm2d) and is_plain(neuron, *NEURONS):
         assert isinstance(norm, nn.BatchNorm2d) and isinstance(neuron, LIF)
         if isinstance(neuron.surrogate, Surrogate) and x.shape[2] == norm.num_features < x.numel():
             return _fused_normalize_and_fire(norm, neuron, x, time_steps)

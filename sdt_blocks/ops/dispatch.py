@@ -18,18 +18,18 @@ BACKENDS = ("reference", "compiled", "triton")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def fused(x: Tensor) -> bool:
+def fused(x: Tensor, *, even_traced: bool = False) -> bool:
     """Whether a fused kernel runs for x, or the reference.
 
     `SDT_BLOCKS_BACKEND` forces a backend: "reference", "compiled" (CPU tensors) or "triton" (CUDA tensors; under
     `TRITON_INTERPRET=1` CPU tensors too). Without it CUDA tensors take Triton and CPU tensors the compiled kernels.
     Where these cannot run, one warning says why and the reference runs. While `torch.compile` traces CPU code it is
-    shown the reference, which it fuses with what stands beside it.
+    shown the reference, which it fuses with what stands beside it, unless `even_traced`.
 
     Raises `ValueError` for an unknown backend or one that does not run on the tensor's device, and `RuntimeError` where
     a forced backend cannot run.
     """
-    if torch.compiler.is_compiling() and x.device.type == "cpu":
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and not even_traced:
         return False
     return _backend(x.device.type, x.dtype) != "reference"
 
