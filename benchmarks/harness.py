@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import ctypes
 import datetime
+import gc
 import os
 import platform
 import statistics
@@ -31,7 +34,7 @@ COLUMNS = [
         "ratio",
         "parity",
     ),
-    *("device", "machine", "torch", "snntorch", "spikingjelly", "threads", "allocator", "date"),
+    *("elsewhere", "device", "machine", "torch", "snntorch", "spikingjelly", "threads", "allocator", "date"),
 ]
 
 # Fresh pages cost more than a neuron's arithmetic: the process keeps large blocks instead of handing them back.
@@ -70,6 +73,8 @@ class Bench:
     options: frozenset[str] = frozenset()
     rows: list[dict[str, str]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    elsewhere: float = 0.0
+    """Cores that other processes kept busy during the latest timing."""
 
     def race(
         self,
@@ -97,11 +102,22 @@ class Bench:
                 contestants = {other: f for other, f in contestants.items() if other != name}
         if baseline not in contestants:
             raise ValueError(f"the baseline {baseline!r} is not among the contestants {', '.join(contestants)}")
+        samples = self.time(contestants, rounds=rounds, warmup=warmup)
+        for name, sample in samples.items():
+            pairs = zip(sample.values, samples[baseline].values, strict=True)
+            ratio = statistics.median(own / other for own, other in pairs)
+            self.record(figure, setting, name, sample, baseline=baseline, ratio=ratio, parity=checked[name])
+        return samples
+
+    def time(
+        self, contestants: dict[str, Callable[[], object]], *, rounds: int = 30, warmup: int = 2
+    ) -> dict[str, Sample]:
+        """Seconds of each contestant, in turn, round by round, for about `seconds` and at least three rounds."""
         for function in contestants.values():
             for _ in range(warmup):
                 function()
         samples = {name: Sample([]) for name in contestants}
-        start = time.perf_counter()
+        start, before = time.perf_counter(), busy_elsewhere()
         for done in range(rounds):
             if done >= 3 and time.perf_counter() - start > self.seconds:
                 break
@@ -111,10 +127,9 @@ class Bench:
                 function()
                 self.synchronize()
                 samples[name].values.append(time.perf_counter() - begin)
-        for name, sample in samples.items():
-            pairs = zip(sample.values, samples[baseline].values, strict=True)
-            ratio = statistics.median(own / other for own, other in pairs)
-            self.record(figure, setting, name, sample, baseline=baseline, ratio=ratio, parity=checked[name])
+        self.elsewhere = (busy_elsewhere() - before) / (time.perf_counter() - start)
+        if self.elsewhere > 0.1:
+            print(f"  other processes kept {self.elsewhere:.1f} cores busy: these times are not to be trusted")
         return samples
 
     def record(
@@ -143,6 +158,7 @@ class Bench:
             "baseline": baseline,
             "ratio": "" if ratio is None else f"{ratio:.4g}",
             "parity": parity,
+            "elsewhere": f"{self.elsewhere:.2f}" if unit == "s" else "",
         }
         self._add(row)
         against = f"{float(row['ratio']):8.2f} x {baseline}" if ratio is not None else ""
@@ -159,6 +175,53 @@ class Bench:
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def busy_elsewhere() -> float:
+    """Core seconds that other processes have used so far; 0 where the system does not say."""
+    if not Path("/proc/stat").is_file():
+        return 0.0
+    ticks = [int(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    idle = ticks[3] + ticks[4]
+    return (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:2])
+
+
+def resident_bytes(peak: bool = False) -> int:
+    """Memory of this process that is in RAM now, or was at most since `reset_peak`."""
+    wanted = "VmHWM" if peak else "VmRSS"
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(wanted))
+
+
+def reset_peak() -> None:
+    """Hands freed memory back to the system and forgets the peak so far."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure_memory(device: torch.device, function: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that `function` adds at its peak, and bytes that what it returns still holds afterwards.
+
+    On a CPU this is the process's memory in RAM: run it with glibc's default allocator, which gives large blocks back.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = function()
+        torch.cuda.synchronize(device)
+        after, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    else:
+        reset_peak()
+        before = resident_bytes()
+        result = function()
+        peak = resident_bytes(peak=True)
+        gc.collect()
+        after = resident_bytes()
+    del result
+    return peak - before, after - before
 
 
 def facts(device: torch.device, allocator: str) -> dict[str, str]:

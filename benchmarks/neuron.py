@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import snntorch
 import torch
-from harness import Bench, close, same_spikes
+from harness import Bench, close, measure_memory, same_spikes
 from torch import Tensor
 
 from sdt_blocks import LIF
@@ -74,24 +74,10 @@ def forward_backward(bench: Bench, setting: str, x: Tensor) -> None:
         baseline="floor: one read, one write",
         parity={name: lambda n=neuron: close(gradient(n), expected, tolerance) for name, neuron in neurons.items()},
     )
-    for name, neuron in neurons.items():
-        kept = kept_bytes(neuron, x) / x.numel()
-        bench.record("kept for the backward", setting, name, kept, unit="B/elem")
-
-
-def kept_bytes(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """Bytes of all tensors that autograd keeps for the backward pass, the input and the output included, each once."""
-    storages: dict[int, tuple[object, int]] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = (tensor, storage.nbytes())
-        return tensor
-
-    leaf = x.detach().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        function(leaf)
-    return sum(size for _, size in storages.values())
+    if bench.allocator == "default":
+        for name, neuron in neurons.items():
+            kept = measure_memory(bench.device, lambda neuron=neuron: neuron(x.detach().requires_grad_()))[1]
+            bench.record("kept for the backward", setting, name, kept / x.numel(), unit="B/elem")
 
 
 def contestants(bench: Bench) -> dict[str, Callable[[Tensor], Tensor]]:

@@ -146,15 +146,18 @@ def _spikingjelly_lif(threshold: float) -> nn.Module:
     return lif
 
 
-def spikingjelly_model(**options: int) -> Callable[[Tensor], Tensor]:
-    """SpikingJelly 2.0's own sdt_8_384, freshly initialised, its state reset before every call."""
+def spikingjelly_model(
+    *, device: torch.device, compiled: bool, training: bool = False, dim: int = 384
+) -> Callable[[Tensor], Tensor]:
+    """SpikingJelly 2.0's own Spike-Driven Transformer of depth 8, freshly initialised; every call starts from rest."""
     from spikingjelly.activation_based import functional, model
 
-    net = model.sdt_8_384(**options)
+    net = model.SpikeDrivenTransformer(embed_dims=dim).to(device).train(training)
+    run = torch.compile(net) if compiled else net
 
     def call(images: Tensor) -> Tensor:
         functional.reset_net(net)
-        logits: Tensor = net(images)
+        logits: Tensor = run(images)
         return logits
 
     call.net = net  # type: ignore[attr-defined]

@@ -1,0 +1,130 @@
+"""Parts of the model, forward and backward: a conv-BN-LIF unit and what it keeps, attention, MLP, a whole block."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from harness import Bench, close, measure_memory
+from torch import Tensor, nn
+
+from sdt_blocks import LIF, SpikeDrivenBlock, SpikeDrivenSelfAttention, SpikingMLP
+from sdt_blocks.functional import convolve_spikes, normalize_and_fire, per_frame
+from sdt_blocks.ops import lif_reference
+
+ALLOCATORS = ["default", "reused"]
+
+
+def run(bench: Bench) -> None:
+    unit(bench)
+    dim, tokens, batch = (384, 14, 4) if bench.device.type == "cpu" else (512, 14, 32)
+    x = torch.randn(4, batch, dim, tokens, tokens, device=bench.device)
+    setting = f"T=4, batch {batch}, {dim} channels, {tokens} x {tokens} tokens"
+    attend(bench, x, setting)
+    parts = {"SDSA": SpikeDrivenSelfAttention(dim), "spiking MLP": SpikingMLP(dim), "block": SpikeDrivenBlock(dim)}
+    for name, part in parts.items():
+        whole(bench, name, part.to(bench.device), x, setting)
+
+
+def unit(bench: Bench) -> None:
+    """What training keeps of one conv-BN-LIF unit, a byte count for an element of the convolution's output.
+
+    A convolution to one channel stands for the next layer, which keeps the spikes for the gradient of its weights.
+    """
+    if bench.allocator != "default":
+        return
+    steps, batch, channels, size = (4, 8, 96, 112) if bench.device.type == "cpu" else (4, 32, 96, 112)
+    conv = nn.Conv2d(48, channels, 3, padding=1, bias=False).to(bench.device)
+    norm, neuron = nn.BatchNorm2d(channels).to(bench.device), LIF()
+    following = nn.Conv2d(channels, 1, 1).to(bench.device)
+    units: dict[str, Callable[[Tensor], Tensor]] = {
+        "sdt_blocks": lambda x: convolve_spikes(following, neuron, normalize_and_fire(norm, neuron, x)),
+        "sdt_blocks reference": lambda x: per_frame(following, lif_reference(per_frame(norm, x), 0.5)[0]),
+    }
+    peer = spikingjelly_lif()
+    if peer is not None:
+        units["SpikingJelly eager"] = lambda x: per_frame(following, peer(per_frame(norm, x)))
+    elements = steps * batch * channels * size * size
+    for dtype in (torch.float32, torch.bfloat16):
+        x = (torch.rand(steps, batch, 48, size, size, device=bench.device) < 0.2).to(dtype)
+        setting = f"{'fp32' if dtype == torch.float32 else 'bf16 autocast'}, {elements / 1e6:.0f} M elements"
+        for name, after in units.items():
+
+            def function(x: Tensor = x, after: Callable[[Tensor], Tensor] = after) -> Tensor:
+                with torch.autocast(bench.device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16):
+                    return after(per_frame(conv, x))
+
+            kept = measure_memory(bench.device, function)[1]
+            bench.record("conv-BN-LIF, kept for the backward", setting, name, kept / elements, unit="B/elem")
+
+
+def attend(bench: Bench, x: Tensor, setting: str) -> None:
+    """The masking of spikes alone, forward: neurons of q, k and v, sum over tokens, neuron, mask."""
+    attention = SpikeDrivenSelfAttention(x.shape[2]).to(bench.device)
+    q, k, v = (x.roll(shift, 0) * 0.8 + 0.3 for shift in range(3))
+
+    def ours() -> Tensor:
+        neurons = (attention.q_neuron, attention.k_neuron, attention.v_neuron)
+        return attention.attend(*(neuron(part) for neuron, part in zip(neurons, (q, k, v), strict=True)))
+
+    def reference() -> Tensor:
+        spikes = [lif_reference(part, 0.5)[0] for part in (q, k, v)]
+        a = lif_reference((spikes[1] * spikes[2]).sum((-2, -1), keepdim=True), 0.5, threshold=0.5)[0]
+        return spikes[0] * a
+
+    with torch.no_grad():
+        bench.race(
+            "SDSA without products, forward",
+            setting,
+            {"sdt_blocks": ours, "sdt_blocks reference": reference},
+            baseline="sdt_blocks reference",
+            parity={"sdt_blocks": lambda: close(ours(), reference(), 0.0)},
+        )
+
+
+def whole(bench: Bench, name: str, part: nn.Module, x: Tensor, setting: str) -> None:
+    """Forward and backward of one of our modules, and of its equations step by step, in eval and in training mode."""
+    weights = torch.randn_like(x)
+
+    def step(environment: Callable[[], None]) -> Tensor:
+        environment()
+        part.zero_grad()
+        leaf = x.detach().requires_grad_()
+        part(leaf).backward(weights)
+        assert leaf.grad is not None
+        return leaf.grad
+
+    fused, reference = partial(backend, None), partial(backend, "reference")
+    bench.race(
+        f"{name}, forward + backward",
+        setting,
+        {"sdt_blocks": partial(step, fused), "sdt_blocks reference": partial(step, reference)},
+        baseline="sdt_blocks reference",
+        parity={"sdt_blocks": lambda: close(step(fused), step(reference), 1e-3)},
+    )
+    backend(None)
+
+
+def backend(name: str | None) -> None:
+    """Forces the path of the fused ops, or leaves the choice to them."""
+    if name is None:
+        os.environ.pop("SDT_BLOCKS_BACKEND", None)
+    else:
+        os.environ["SDT_BLOCKS_BACKEND"] = name
+
+
+def spikingjelly_lif() -> Callable[[Tensor], Tensor] | None:
+    try:
+        from spikingjelly.activation_based import functional, surrogate
+    except ImportError:
+        print('  spikingjelly is not installed: pip install -e ".[bench]"')
+        return None
+
+    def neuron(x: Tensor) -> Tensor:
+        v = torch.zeros_like(x[0])
+        spikes: Tensor = functional.lif_multi_step(x, v, 2.0, True, 1.0, 0.0, surrogate.Sigmoid(4.0), True, False)[0]
+        return spikes
+
+    return neuron

@@ -1,0 +1,103 @@
+"""One training step of sdt_8_384 at 224 x 224, T = 4: time, and memory at its peak."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from harness import Bench, ParityError, measure_memory
+from inference import spikingjelly_installed
+from peers import spikingjelly_model
+from torch import Tensor, nn
+
+from sdt_blocks import create_model
+
+ALLOCATORS = ["default", "reused"]
+Step = Callable[[], object]
+
+
+def run(bench: Bench) -> None:
+    batch = 4 if bench.device.type == "cpu" else 32
+    name = "sdt_8_384" if bench.device.type == "cpu" else "sdt_8_512"
+    images = torch.rand(batch, 3, 224, 224, device=bench.device)
+    labels = torch.arange(batch, device=bench.device)
+    steps = {title: make(name, images, labels) for title, make in variants(bench).items()}
+    setting = f"{name}, 224 x 224, T=4, batch {batch}"
+    if bench.allocator == "default":
+        # A step before takes the compiling and the optimiser's state out of the peak.
+        for title, step in steps.items():
+            step()
+            bench.record(
+                "training step, peak memory", setting, title, measure_memory(bench.device, step)[0] / 1e9, unit="GB"
+            )
+    baseline = "SpikingJelly, eager" if "SpikingJelly, eager" in steps else "sdt_blocks"
+    parity = {"sdt_blocks": lambda: same_gradients(name, images[:1], labels[:1])}
+    bench.race("training step", setting, steps, baseline=baseline, parity=parity, rounds=7, warmup=1)
+
+
+def variants(bench: Bench) -> dict[str, Callable[[str, Tensor, Tensor], Step]]:
+    """Training steps by title; what compiles takes minutes and is asked for by `--with compiled`."""
+    device = bench.device
+
+    def ours(compiled: bool, reduced: bool) -> Callable[[str, Tensor, Tensor], Step]:
+        def make(name: str, images: Tensor, labels: Tensor) -> Step:
+            model = create_model(name).to(device)
+            return training_step(torch.compile(model) if compiled else model, model, images, labels, reduced)
+
+        return make
+
+    found = {"sdt_blocks": ours(False, False), "sdt_blocks, bf16": ours(False, True)}
+    if "compiled" in bench.options:
+        found |= {"sdt_blocks, compiled": ours(True, False), "sdt_blocks, compiled, bf16": ours(True, True)}
+    if spikingjelly_installed():
+
+        def peer(compiled: bool) -> Callable[[str, Tensor, Tensor], Step]:
+            def make(name: str, images: Tensor, labels: Tensor) -> Step:
+                call = spikingjelly_model(device=device, compiled=compiled, training=True, dim=int(name.split("_")[2]))
+                return training_step(call, call.net, images, labels, False)  # type: ignore[attr-defined]
+
+            return make
+
+        found["SpikingJelly, eager"] = peer(False)
+        if "spikingjelly-compiled" in bench.options:
+            found["SpikingJelly, compiled"] = peer(True)
+    return found
+
+
+def training_step(
+    forward: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor, labels: Tensor, reduced: bool
+) -> Step:
+    """Forward, cross-entropy, backward and an AdamW step, in float32 or under bfloat16 autocast."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step() -> None:
+        with torch.autocast(images.device.type, torch.bfloat16) if reduced else nullcontext():
+            logits = forward(images)
+        F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def same_gradients(name: str, images: Tensor, labels: Tensor) -> str:
+    """Parity of the fused step: a small model's loss and gradients against those of the equations, step by step."""
+    from block import backend
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = create_model(name, depth=1, dim=64, num_classes=10).to(images.device)
+    results = []
+    for forced in (None, "reference"):
+        backend(forced)
+        model.zero_grad()
+        loss = F.cross_entropy(model(images[..., :64, :64]), labels.clamp(max=9))
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    backend(None)
+    worst = max(((a - b).norm() / b.norm().clamp(min=1e-6)).item() for a, b in zip(*results, strict=True))
+    if worst > 1e-3:
+        raise ParityError(f"a gradient of the small model is off by {worst:.1e} of its norm")
+    return f"gradients of a small model within {worst:.0e}"
