@@ -1,4 +1,4 @@
-"""Plots of all results, and the README's table: `python benchmarks/report.py [README]` rewrites it between two markers."""
+"""Plots, and the README's table: `python benchmarks/report.py [README]` rewrites what stands between two markers."""
 
 from __future__ import annotations
 

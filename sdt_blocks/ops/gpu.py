@@ -276,7 +276,9 @@ def _pack(x, bits, size, BLOCK: tl.constexpr):
 def _unpack(bits, x, size, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     byte = tl.load(bits + i // 8, mask=i < size, other=0).to(tl.int32)
-    tl.store(x + i, ((byte >> (i % 8).to(tl.int32)) & 1).to(x.dtype.element_ty), mask=i < size)
+    # By way of float32: Triton's interpreter writes an integer into bfloat16 as its bits.
+    spike = ((byte >> (i % 8).to(tl.int32)) & 1).to(tl.float32)
+    tl.store(x + i, spike.to(x.dtype.element_ty), mask=i < size)
 
 
 def lif_forward(

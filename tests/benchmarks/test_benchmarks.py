@@ -1,0 +1,131 @@
+"""The benchmarks' machinery: gates, ratios, files, the README's table."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def beside_the_suites(monkeypatch: pytest.MonkeyPatch):
+    """Suites import each other by file name, as when run.py starts them."""
+    names = ("harness", "report", "run", "peers")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_a_wrong_answer_is_not_timed() -> None:
+    import harness
+
+    def wrong() -> str:
+        raise harness.ParityError("off by one")
+
+    bench, called = harness.Bench("s"), []
+    contestants = {"floor": lambda: None, "bad": lambda: called.append(1)}
+    samples = bench.race("f", "x", contestants, baseline="floor", parity={"bad": wrong}, rounds=3)
+    assert list(samples) == ["floor"] and not called
+    assert bench.failures == ["s: f, x: bad: off by one"]
+    assert bench.rows[0]["parity"] == "FAILED: off by one" and "median" not in bench.rows[0]
+
+
+def test_ratios_are_of_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    import harness
+
+    bench = harness.Bench("s")
+    samples = {"floor": harness.Sample([1.0, 10.0, 2.0]), "a": harness.Sample([3.0, 30.0, 6.0])}
+    monkeypatch.setattr(harness.Bench, "time", lambda *a, **o: samples)
+    bench.race("f", "x", dict.fromkeys(samples, lambda: None), baseline="floor")
+    assert [row["ratio"] for row in bench.rows] == ["1", "3"]
+    assert [row["median"] for row in bench.rows] == ["2", "6"]
+
+
+def test_parity_checks_can_fail() -> None:
+    import harness
+
+    spikes = torch.zeros(100)
+    assert harness.same_spikes(spikes, spikes) == "equal"
+    with pytest.raises(harness.ParityError, match=r"1\.00e-02 of the spikes differ"):
+        harness.same_spikes(spikes.index_fill(0, torch.tensor(3), 1.0), spikes)
+    with pytest.raises(harness.ParityError, match="shape"):
+        harness.close(spikes[:3], spikes, 1.0)
+    with pytest.raises(harness.ParityError, match="relative error nan"):
+        harness.close(torch.tensor([float("nan")]), torch.ones(1), 1.0)
+
+
+def test_rows_survive_the_file(tmp_path: Path) -> None:
+    import harness
+
+    bench = harness.Bench("s")
+    bench.record("f", "x", "a", harness.Sample([1.0, 2.0, 3.0]), baseline="floor", ratio=2.0)
+    harness.write_rows(bench.rows, tmp_path / "r.csv")
+    (row,) = harness.read_rows(tmp_path / "r.csv")
+    assert list(row) == harness.COLUMNS
+    assert row["median"] == "2" and row["torch"] == torch.__version__ and row["machine"]
+
+
+def test_every_suite_is_found() -> None:
+    import run
+
+    assert {"neuron", "block", "inference", "training", "scaling"} <= set(run.find_suites())
+    assert not {"run", "report", "harness", "peers"} & set(run.find_suites())
+
+
+def test_the_table_replaces_what_stands_between_the_markers(tmp_path: Path) -> None:
+    import harness
+    import report
+
+    bench = harness.Bench("s")
+    bench.record("f", "x", "a", 2.0, baseline="floor", ratio=2.0)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
+    rows = [{**dict.fromkeys(harness.COLUMNS, ""), **row} for row in bench.rows]
+    report.rewrite(readme, report.table(rows))
+    text = readme.read_text()
+    assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
+    assert "| a | 2 (2 to 2) s | 2 x floor |" in text and "Not measured on a GPU yet." in text
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="needs the markers"):
+        report.rewrite(readme, "table")
+
+
+def test_plots_are_written(tmp_path: Path) -> None:
+    import harness
+    import report
+
+    bench = harness.Bench("s")
+    bench.record("f", "x", "a", 2.0, baseline="floor", ratio=2.0)
+    bench.record("g", "x", "a", 2.0, unit="GB")
+    (path,) = report.plot([{**dict.fromkeys(harness.COLUMNS, ""), **row} for row in bench.rows], tmp_path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@torch.no_grad()
+def test_the_floor_counts_the_model_s_products() -> None:
+    import peers
+
+    images = torch.rand(2, 3, 32, 32)
+    model = peers.firing_model("sdt_2_256", images, dim=32, depth=1)
+    floor = peers.ConvolutionFloor(model, images)
+    frames, tokens = 2 * 4, 8 * 8
+    patch = 2 * 1024 * 27 * 4 + frames * 9 * (1024 * 4 * 8 + 1024 * 8 * 16 + 256 * 16 * 32 + tokens * 32 * 32)
+    assert floor.multiply_adds == patch + frames * tokens * 12 * 32 * 32
+
+
+@torch.no_grad()
+def test_the_authors_arrangement_answers_as_the_model() -> None:
+    pytest.importorskip("spikingjelly")
+    import peers
+
+    images = torch.rand(2, 3, 32, 32)
+    model = peers.firing_model("sdt_2_256", images, dim=64, depth=1)
+    model.patch.position_norm.bias += 1
+    expected = model(images)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(peers.AuthorsArrangement(model).eval()(images), expected, atol=1e-4, rtol=1e-4)

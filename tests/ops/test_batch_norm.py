@@ -1,0 +1,110 @@
+"""Norm and neuron as one op against `nn.BatchNorm2d` and the reference neuron, module by module."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sdt_blocks import LIF, ParametricLIF
+from sdt_blocks.functional import normalize_and_fire
+from sdt_blocks.ops import batch_norm_lif, batch_norm_lif_reference
+
+NORMS = {
+    "usual": {},
+    "cumulative": {"momentum": None},
+    "without_parameters": {"affine": False},
+    "untracked": {"track_running_stats": False},
+    "quick": {"momentum": 0.7, "eps": 1e-2},
+}
+
+
+def channels_last(x):
+    return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+
+
+def trained(module):
+    for parameter in module.parameters():
+        parameter.data.uniform_(0.5, 1.5)
+    return module
+
+
+@pytest.mark.parametrize("time_steps", [None, 4])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm_options", NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize("channels", [5, 130])
+def test_modules(backend, device, norm_options, training, time_steps, channels):
+    torch.manual_seed(0)
+    norm = trained(nn.BatchNorm2d(channels, **norm_options)).to(device).train(training)
+    other = copy.deepcopy(norm)
+    neuron = ParametricLIF(init_tau=1.5).to(device)
+    twin = copy.deepcopy(neuron)
+    frames = 1 if time_steps else 3
+    for round_number in range(2):
+        x = torch.randn(frames, 2, channels, 3, 5, device=device) * 2 + 1
+        x = channels_last(x) if round_number else x
+        fused, plain = x.clone().requires_grad_(), x.contiguous().requires_grad_()
+        spikes = normalize_and_fire(norm, neuron, fused, time_steps)
+        repeated = plain.expand(time_steps or frames, *x.shape[1:])
+        expected = twin(other(repeated.flatten(0, 1)).unflatten(0, repeated.shape[:2]))
+        assert spikes.grad_fn.name().startswith("GeneratedBackwardFor_sdt_blocks_lif")
+        assert (spikes != expected).sum() <= 1, "only an input within rounding of the threshold may differ"
+        weight = torch.randn_like(spikes)
+        (spikes * weight).sum().backward()
+        (expected * weight).sum().backward()
+        torch.testing.assert_close(fused.grad, plain.grad, rtol=1e-3, atol=1e-4)
+    for (name, a), b in zip(
+        [*norm.named_parameters(), *neuron.named_parameters()], [*other.parameters(), twin.w], strict=True
+    ):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3, msg=name)
+    for name, b in other.named_buffers():
+        torch.testing.assert_close(norm.get_buffer(name), b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_half_precision_is_rounded_once(backend, device):
+    """The norm's output stays float32 inside the op: spikes are those of the float32 norm of the same input."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 6, 5, 5, device=device).bfloat16()
+    options = {"training": True, "threshold": 0.9}
+    spikes = batch_norm_lif(x, None, None, None, None, 0.5, **options)
+    expected = batch_norm_lif_reference(x.float(), None, None, None, None, 0.5, **options)
+    assert spikes.dtype == torch.bfloat16
+    assert (spikes.float() != expected).sum() <= 1
+
+
+def test_a_large_mean_costs_no_precision(backend, device):
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 6, 7, 7, device=device) + 1000
+    spikes = batch_norm_lif(x, None, None, None, None, 0.5, training=True)
+    exact = batch_norm_lif_reference(x.double(), None, None, None, None, 0.5, training=True)
+    assert (spikes.double() != exact).float().mean() < 2e-3
+
+
+@pytest.mark.parametrize("hooked", ["norm", "neuron", "subclass", "forward"])
+def test_what_watches_is_not_skipped(hooked, monkeypatch):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    seen = []
+
+    class Watching(LIF):
+        def forward(self, x, membrane=None, **options):
+            seen.append(x)
+            return super().forward(x, membrane, **options)
+
+    norm, neuron = nn.BatchNorm2d(3), Watching() if hooked == "subclass" else LIF()
+    if hooked == "forward":
+        forward = norm.forward
+        norm.forward = lambda x: (seen.append(x), forward(x))[1]
+    elif hooked != "subclass":
+        {"norm": norm, "neuron": neuron}[hooked].register_forward_hook(lambda *args: seen.append(args))
+    normalize_and_fire(norm, neuron, torch.randn(2, 2, 3, 4, 4))
+    assert len(seen) == 1
+
+
+def test_one_value_a_channel_is_refused_as_by_the_norm():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        normalize_and_fire(nn.BatchNorm2d(3), LIF(), torch.randn(1, 1, 3, 1, 1))
+
+
+def test_evaluation_needs_statistics(backend, device):
+    with pytest.raises(ValueError, match="running_mean"):
+        batch_norm_lif(torch.randn(2, 1, 3, 2, 2, device=device), None, None, None, None, 0.5, training=False)
