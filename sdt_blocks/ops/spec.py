@@ -105,11 +105,14 @@ def arrange(x: Tensor, steps: int, per_channel: bool) -> tuple[Tensor, Layout]:
 
     With `per_channel` the channels are the third axis of x.
     """
-    layout = _layout(tuple(x.shape), x.stride(), steps, per_channel)
+    # Under dynamic shapes sizes are symbols, which no cache can hold.
+    plain = all(type(size) is int for size in (*x.shape, *x.stride(), steps))
+    lay_out = _layout if plain else _layout.__wrapped__
+    layout = lay_out(tuple(x.shape), x.stride(), steps, per_channel)
     if layout is None:
         strides = _dense(x.shape[1:], _order(x.shape[1:], x.stride()[1:]))
         x = x.new_empty_strided(x.shape, (x[0].numel(), *strides)).copy_(x)
-        layout = _layout(tuple(x.shape), x.stride(), steps, per_channel)
+        layout = lay_out(tuple(x.shape), x.stride(), steps, per_channel)
         assert layout is not None
     return x, layout
 

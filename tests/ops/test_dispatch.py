@@ -1,0 +1,211 @@
+"""Which version of an op runs, and how the registered ops live with the rest of PyTorch."""
+
+import copy
+import os
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from sdt_blocks import LIF, SpikingMLP
+from sdt_blocks.functional import normalize_and_fire
+from sdt_blocks.ops import batch_norm_lif, cpu_build, dispatch, lif, lif_reference
+from sdt_blocks.ops.fused import channel_statistics, lif_op
+from sdt_blocks.ops.spec import NeuronSpec
+
+
+@pytest.fixture
+def fresh_dispatch(monkeypatch):
+    """As in a process that has not called an op yet."""
+    monkeypatch.delenv("SDT_BLOCKS_BACKEND", raising=False)
+    monkeypatch.setattr(dispatch, "_warned", set())
+    dispatch._problem.cache_clear()
+    cpu_build.library.cache_clear()
+    yield
+    dispatch._problem.cache_clear()
+    cpu_build.library.cache_clear()
+
+
+def test_unknown_backend_is_refused(monkeypatch):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "cuda")
+    with pytest.raises(ValueError, match=r"SDT_BLOCKS_BACKEND='cuda' is unknown; choose one of reference, compiled"):
+        lif(torch.ones(2, 3), 0.5)
+
+
+def test_triton_on_the_cpu_is_refused_without_the_interpreter(monkeypatch):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="runs on CUDA tensors"):
+        lif(torch.ones(2, 3), 0.5)
+
+
+def test_no_compiler_is_one_warning_then_the_reference(fresh_dispatch, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    x = torch.randn(3, 8)
+    with pytest.warns(UserWarning, match="no-such-compiler"):
+        first = lif(x, 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(lif(x, 0.5), first)
+    assert torch.equal(first, lif_reference(x, 0.5)[0])
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    with pytest.raises(RuntimeError, match="cannot run"):
+        lif(x, 0.5)
+
+
+def test_a_failing_compiler_is_quoted(fresh_dispatch, monkeypatch, tmp_path):
+    compiler = tmp_path / "broken-c++"
+    compiler.write_text("#!/bin/sh\necho 'out of luck' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(cpu_build.BuildError, match="out of luck"):
+        cpu_build.library()
+
+
+def test_own_surrogates_fall_back_with_one_warning(fresh_dispatch):
+    neuron = LIF(surrogate=lambda shift: torch.sigmoid(4 * shift))
+    x = torch.randn(4, 10)
+    with pytest.warns(UserWarning, match="surrogate gradient .*lambda.* is not one of"):
+        spikes = neuron(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        neuron(x)
+    assert torch.equal(spikes, LIF()(x))
+
+
+@pytest.mark.parametrize("backend", dispatch.BACKENDS[:2])
+def test_forced_backend_runs(monkeypatch, backend):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", backend)
+    name = lif(torch.randn(2, 3, requires_grad=True), 0.5).grad_fn.name()
+    assert ("sdt_blocks_lif" in name) == (backend == "compiled")
+
+
+def samples():
+    x = torch.randn(3, 2, 5, 4, requires_grad=True)
+    one = torch.randn(1, 2, 5, 4, requires_grad=True)
+    statistics = (torch.zeros(5), torch.ones(5))
+    affine = (torch.rand(5, requires_grad=True), torch.rand(5, requires_grad=True))
+    code = NeuronSpec(detach_reset=False).encode()
+    membrane = torch.randn(2, 5, 4, requires_grad=True)
+    return {
+        "bare": (x, 3, code),
+        "tau": (x, 3, code, torch.tensor(0.4, requires_grad=True), membrane, True),
+        "channels": (x, 3, code, torch.rand(5, requires_grad=True)),
+        "norm": (x, 3, code, None, None, False, *statistics, *affine, True),
+        "repeated": (one, 4, code, None, None, False, *statistics, *affine, False),
+        "no_gradient": (x.detach(), 3, code, None, None, True),
+    }
+
+
+@pytest.mark.parametrize("name", samples())
+def test_opcheck(monkeypatch, name):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    torch.manual_seed(0)
+    results = torch.library.opcheck(lif_op, samples()[name])
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_opcheck_statistics(monkeypatch):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    assert set(torch.library.opcheck(channel_statistics, (torch.randn(2, 2, 3, 4),)).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_whole_graph_compiles(monkeypatch, training):
+    """Without a break; for any size, with the eager op's spikes and gradients."""
+    monkeypatch.delenv("SDT_BLOCKS_BACKEND", raising=False)
+    torch.manual_seed(0)
+    norm, neuron, bare = nn.BatchNorm2d(4).train(training), LIF(), LIF(tau=3.0)
+
+    def step(x):
+        return normalize_and_fire(norm, neuron, x) + bare(x * 2)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for batch in (2, 3):
+        x = torch.randn(3, batch, 4, 5, 5, requires_grad=True)
+        y, expected = compiled(x), step(x)
+        assert (y != expected).sum() <= 1
+        weight = torch.randn_like(y)
+        (a,) = torch.autograd.grad((y * weight).sum(), x)
+        (b,) = torch.autograd.grad((expected * weight).sum(), x)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_bare_neurons_leave_no_opaque_op_in_compiled_code(monkeypatch):
+    monkeypatch.delenv("SDT_BLOCKS_BACKEND", raising=False)
+    seen = []
+
+    def look(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    torch._dynamo.reset()
+    neuron = LIF()
+    torch.compile(lambda x: neuron(x + 1) * 2, fullgraph=True, backend=look)(torch.randn(4, 3))
+    assert seen and not any("sdt_blocks" in name for name in seen)
+
+
+def test_autocast_keeps_the_state_in_float32(monkeypatch):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    torch.manual_seed(0)
+    mlp = SpikingMLP(8, hidden=16)
+    x = torch.randn(2, 2, 8, 3, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mlp(x)
+        spikes, last = lif(x.detach().bfloat16(), 0.5, return_membrane=True)
+    y.float().sum().backward()
+    assert spikes.dtype == torch.bfloat16 and last.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 for p in (x, *mlp.parameters()))
+
+
+def test_deepcopy_and_state_survive_a_step(monkeypatch):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    torch.manual_seed(0)
+    mlp, x = SpikingMLP(8), torch.randn(2, 2, 8, 3, 3)
+    mlp(x).sum().backward()
+    other = copy.deepcopy(mlp)
+    assert torch.equal(mlp.eval()(x), other.eval()(x))
+
+
+def test_distributed_training_gives_the_same_gradients(monkeypatch, tmp_path):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    torch.manual_seed(0)
+    mlp, x = SpikingMLP(8), torch.randn(3, 2, 8, 3, 3)
+    alone = copy.deepcopy(mlp)
+    alone(x).square().sum().backward()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        nn.parallel.DistributedDataParallel(mlp)(x).square().sum().backward()
+    finally:
+        dist.destroy_process_group()
+    for a, b in zip(mlp.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_checkpointing_recomputes_the_same(monkeypatch):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    torch.manual_seed(0)
+    mlp, x = SpikingMLP(8).eval(), torch.randn(3, 2, 8, 3, 3, requires_grad=True)
+    whole = torch.autograd.grad(mlp(x).square().sum(), x)[0]
+    again = torch.utils.checkpoint.checkpoint(mlp, x, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(again.square().sum(), x)[0], whole)
+
+
+def test_meta_and_fake_tensors_have_shapes(monkeypatch):
+    monkeypatch.delenv("SDT_BLOCKS_BACKEND", raising=False)
+    assert lif(torch.empty(4, 3, device="meta"), 0.5).shape == (4, 3)
+    with torch._subclasses.FakeTensorMode():
+        x = torch.empty(4, 2, 3, 5, 5)
+        assert batch_norm_lif(x, None, None, None, None, 0.5, training=True).shape == x.shape
+
+
+def test_built_kernels_are_read_from_the_cache(fresh_dispatch, monkeypatch, tmp_path):
+    """A second process with the same source, compiler and processor builds nothing."""
+    monkeypatch.setenv("SDT_BLOCKS_CACHE", str(tmp_path))
+    name = cpu_build.library()._name
+    assert os.path.dirname(name) == str(tmp_path)
+    before = os.stat(name).st_mtime_ns
+    cpu_build.library.cache_clear()
+    assert cpu_build.library()._name == name and os.stat(name).st_mtime_ns == before
