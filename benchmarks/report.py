@@ -10,6 +10,8 @@ from pathlib import Path
 from harness import RESULTS, read_rows
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+SHOWN = ("neuron", "inference", "training")
+"""The suites of the README's table; results/ has all of them."""
 Row = dict[str, str]
 KEYS = ("device", "allocator", "suite", "figure", "setting")
 ORIGIN = ("machine", "torch", "snntorch", "spikingjelly", "threads", "date")
@@ -98,7 +100,7 @@ def main() -> int:
     for path in plot(rows):
         print(path)
     try:
-        rewrite(arguments.readme, table(rows))
+        rewrite(arguments.readme, table([row for row in rows if row["suite"] in SHOWN]))
     except (OSError, ValueError) as error:
         parser.error(str(error))
     return 0
