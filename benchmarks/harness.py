@@ -164,6 +164,11 @@ class Bench:
         against = f"{float(row['ratio']):8.2f} x {baseline}" if ratio is not None else ""
         print(f"  {figure:34} {contestant:38} {float(row['median']):11.5g} {unit:8}{against}", flush=True)
 
+    def absent(self, figure: str, setting: str, contestant: str, reason: str) -> None:
+        """Adds a row for what this machine cannot measure, with the reason in the place of a parity."""
+        self._add({"figure": figure, "setting": setting, "contestant": contestant, "parity": reason})
+        print(f"  {figure:34} {contestant:38} not measured: {reason}", flush=True)
+
     def _fail(self, figure: str, setting: str, contestant: str, found: str) -> None:
         self.failures.append(f"{self.suite}: {figure}, {setting}: {contestant}: {found}")
         self._add({"figure": figure, "setting": setting, "contestant": contestant, "parity": f"FAILED: {found}"})

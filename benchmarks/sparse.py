@@ -1,0 +1,281 @@
+"""Event-driven inference on the CPU against dense products: single products, sdt_8_384 whole, and the work counted.
+
+Firing rates of the whole model are set by shifting the norms in front of its neurons: to one rate for all layers, to a
+mixture, and layer by layer to those of a network of the same depth that is trained here on scikit-learn's digits.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from harness import Bench, ParityError
+from peers import ConvolutionFloor, firing_model
+from rates import digits, measured_rates, seats, set_rates, train_on_digits
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+
+from sdt_blocks import SpikeDrivenTransformer, create_model, optimize_for_inference
+from sdt_blocks.analysis import E_AC, E_MAC
+from sdt_blocks.event_costs import Calibration
+from sdt_blocks.event_driven import EventDrivenTransformer
+from sdt_blocks.ops.sparse import Epilogue, EventWeight, PackedSpikes, spike_product
+from sdt_blocks.ops.spec import NeuronSpec
+from sdt_blocks.product import Product
+
+PRODUCTS = (
+    # inputs, outputs, kernel, side; 32 frames (8 images of 4 steps)
+    (384, 1536, 1, 14),
+    (1536, 384, 1, 14),
+    (192, 384, 3, 28),
+    (48, 96, 3, 112),
+)
+PRODUCT_RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+MODEL_RATES = (0.02, 0.05, 0.1, 0.2, 0.4)
+TRAINED, MIXED = "the rates of a trained network", "blocks in turn at 2% and 40%"
+DENSE, DENSE_BF16 = "dense fp32, fastest library path", "dense bf16, fastest library path"
+DENSE_OURS = "dense fp32, sdt_blocks"
+SUMS, FIRED = "events to membrane", "events to spikes, neuron included"
+FLOOR, FLOOR_BF16 = "floor: bare convolutions, fp32", "floor: bare convolutions, bf16"
+OPTIMISED, OPTIMISED_BF16 = "optimised dense, fp32", "optimised dense, bf16"
+EVENTS, AUTO = "event-driven, fp32", 'sparse="auto"'
+FALLBACK = "event-driven, dense layers by call"
+"""What sparse=\"auto\" uses where it was calibrated on quieter images than these."""
+
+
+@torch.no_grad()
+def run(bench: Bench) -> None:
+    for inputs, outputs, kernel, side in PRODUCTS:
+        race_product(bench, inputs, outputs, kernel, side)
+    trained = answers_of_a_trained_network(bench)
+    images = torch.rand(8, 3, 224, 224)
+    model = firing_model("sdt_8_384", images[:1])
+    names = [seat.name for seat in seats(model)]
+    mixed = {name: 0.4 if name[0] in "1357" else 0.02 for name in names}
+    settings = [(f"every layer at {rate:.0%}", dict.fromkeys(names, rate)) for rate in MODEL_RATES]
+    for setting, rates in [*settings, (MIXED, mixed), (TRAINED, trained)]:
+        set_rates(model, images[:1], rates)
+        race_models(bench, model, images, f"sdt_8_384, 224 x 224, T=4, {setting}")
+    answers_of_a_large_network(bench, model)
+
+
+def race_product(bench: Bench, inputs: int, outputs: int, kernel: int, side: int) -> None:
+    """Times one product at every rate, and finds the rates up to which events are the faster way."""
+    weight = torch.randn(outputs, inputs, kernel, kernel) / inputs**0.5
+    tiles, plain, firing = EventWeight(weight), Epilogue(outputs), Epilogue(outputs, neuron=NeuronSpec())
+    membrane = torch.empty(4, 8, side, side, outputs)
+    ours = Product(weight, torch.zeros(outputs))
+    shape = torch.Size((32, side, side, inputs))
+    ratios: dict[str, list[float]] = {DENSE: [], DENSE_OURS: [], DENSE_BF16: []}
+    for rate in PRODUCT_RATES:
+        spikes = PackedSpikes.pack(torch.rand(4, 8, inputs, side, side) < rate)
+        frames = spikes.unpack(ours.input_dtype(shape)).movedim(2, -1).flatten(0, 1)
+        dense, dense_bf16 = (fastest_dense(spikes.unpack(), weight, dtype) for dtype in (torch.float32, torch.bfloat16))
+        sums = partial(spike_product, spikes, tiles, plain, membrane=membrane)
+        contestants: dict[str, Callable[[], Any]] = {
+            DENSE: dense,
+            DENSE_BF16: dense_bf16,
+            DENSE_OURS: partial(ours, frames),
+            SUMS: sums,
+            FIRED: partial(spike_product, spikes, tiles, firing),
+        }
+        samples = bench.race(
+            f"product {inputs} -> {outputs}, {kernel}x{kernel}",
+            f"{32 * side**2} rows, {rate:.1%} active",
+            contestants,
+            baseline=DENSE,
+            parity={SUMS: partial(same_sums, sums, dense)},
+            rounds=7 if kernel > 1 else 15,
+        )
+        for name, found in ratios.items():
+            found.append(samples[SUMS].median / samples[name].median)
+    for name, found in ratios.items():
+        figure = f"break-even {inputs} -> {outputs}, {kernel}x{kernel}"
+        bench.record(figure, f"against {name}", SUMS, break_even(found), unit="rate")
+
+
+def fastest_dense(frames: Tensor, weight: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """The faster of a channels-last convolution and, for 1x1, a matrix product; the result is `[N, H, W, out]`."""
+    images = frames.flatten(0, 1).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+    ways: list[Callable[[], Tensor]] = [
+        lambda: F.conv2d(images, weight, padding=weight.shape[-1] // 2).permute(0, 2, 3, 1)
+    ]
+    if weight.shape[-1] == 1:
+        ways.append(lambda: F.linear(images.permute(0, 2, 3, 1), weight.flatten(1)))
+    return min(ways, key=lambda way: min(seconds(way) for _ in range(4)))
+
+
+def seconds(compute: Callable[[], object]) -> float:
+    timer = Timer("compute()", globals={"compute": compute}, num_threads=torch.get_num_threads())
+    found: float = timer.timeit(1).mean
+    return found
+
+
+def same_sums(compute: Callable[[], Any], dense: Callable[[], Tensor]) -> str:
+    found, _ = compute()
+    expected = dense().view_as(found)
+    error = (found - expected).abs().max().item()
+    if not error <= 2e-5 * expected.abs().max().item():
+        raise ParityError(f"sums differ by {error:.2e}")
+    return "equal to the last bit" if error == 0 else f"absolute error {error:.1e}"
+
+
+def break_even(ratios: list[float]) -> float:
+    """The rate at which event-driven / dense reaches 1, between the measured ones; the highest where it never does."""
+    points = list(zip(PRODUCT_RATES, ratios, strict=True))
+    for (low, before), (high, after) in itertools.pairwise(points):
+        if before <= 1 < after:
+            return low + (high - low) * (1 - before) / (after - before)
+    return PRODUCT_RATES[-1] if ratios[-1] <= 1 else 0.0
+
+
+def race_models(bench: Bench, model: SpikeDrivenTransformer, images: Tensor, setting: str) -> None:
+    """Times the whole model for one image and for eight, and counts the additions."""
+    fast = optimize_for_inference(model, sparse=True)
+    assert isinstance(fast, EventDrivenTransformer)
+    expected = like_convolutions(model, images)
+    dense, dense_bf16 = (optimize_for_inference(model, dtype) for dtype in (torch.float32, torch.bfloat16))
+    for batch in (1, len(images)):
+        some = images[:batch]
+        auto: Any = optimize_for_inference(model, sparse="auto", calibrate=[some])
+        choices: dict[str, nn.Module] = {AUTO: auto}
+        if not isinstance(auto, EventDrivenTransformer):
+            choices[FALLBACK] = dense_by_call(model, auto.calibration)
+        floor = ConvolutionFloor(model, some)
+        samples = bench.race(
+            f"evaluation, batch {batch}",
+            setting,
+            {
+                FLOOR: floor,
+                FLOOR_BF16: ConvolutionFloor(model, some, torch.bfloat16),
+                OPTIMISED: partial(dense, some),
+                OPTIMISED_BF16: partial(dense_bf16, some),
+                EVENTS: partial(fast, some),
+                **{name: partial(chosen, some) for name, chosen in choices.items()},
+            },
+            baseline=FLOOR,
+            parity={EVENTS: partial(same_answers, fast(images), expected)},
+            rounds=9,
+            warmup=1,
+        )
+        for name in choices:
+            pairs = zip(samples[name].values, samples[OPTIMISED].values, strict=True)
+            against_dense = statistics.median(own / other for own, other in pairs)
+            bench.record(f"against {OPTIMISED}, batch {batch}", setting, name, against_dense, unit="x")
+    count_work(bench, fast, floor, images, setting)
+
+
+def dense_by_call(model: SpikeDrivenTransformer, calibration: Calibration) -> EventDrivenTransformer:
+    """The event-driven model with the limits of a calibration that has chosen the dense one."""
+    chosen = EventDrivenTransformer(model)
+    for (_, product), layer in zip(chosen.products(), calibration.layers, strict=True):
+        product.break_even = layer.break_even
+    return chosen
+
+
+def like_convolutions(model: SpikeDrivenTransformer, images: Tensor) -> Tensor:
+    """Logits of the plain model in channels-last layout, where the library adds terms one by one as events do."""
+    plain = create_model("sdt_8_384")
+    plain.load_state_dict(model.state_dict())
+    images = images.contiguous(memory_format=torch.channels_last)
+    logits: Tensor = plain.eval().to(memory_format=torch.channels_last)(images)
+    return logits
+
+
+def same_answers(found: Tensor, expected: Tensor, least: float = 0.5) -> str:
+    """Random weights are chaotic: one spike at the threshold moves an image's logits, so images are counted."""
+    same = ((found - expected).abs().amax(1) <= 1e-4).float().mean().item()
+    if same < least:
+        raise ParityError(f"the logits of {same:.0%} of the images are within 1e-4 of the plain model's")
+    return f"{same:.1%} of the images within 1e-4"
+
+
+def answers_of_a_trained_network(bench: Bench, train: int = 1500) -> dict[str, float]:
+    """Trains a network, compares its answers on every digit, and returns its firing rates on held-out ones."""
+    model = train_on_digits(train, depth=8)
+    images, labels = digits()
+    expected = model(images)
+    setting = f"scikit-learn's digits, 16 x 16, depth 8, dim {model.config['dim']}"
+    accuracy = (expected.argmax(1) == labels)[train:].float().mean().item()
+    bench.record("accuracy on held-out digits", setting, "the trained network", accuracy, unit="share")
+    compare_answers(bench, setting, model, images, expected)
+    rates = measured_rates(model, images[train:])
+    for kind in ("membrane", "q", "k", "v", "mlp", "hidden"):
+        found = [rate for name, rate in rates.items() if name.split(".")[1] == kind]
+        bench.record("firing rate, mean over the blocks", setting, kind, statistics.mean(found), unit="share")
+    return rates
+
+
+def answers_of_a_large_network(bench: Bench, model: SpikeDrivenTransformer) -> None:
+    images = torch.rand(1000, 3, 64, 64)
+    setting = f"1000 random images, 64 x 64, sdt_8_384 with random weights at {TRAINED}"
+    expected = torch.cat([like_convolutions(model, part) for part in images.split(100)])
+    compare_answers(bench, setting, model, images, expected)
+
+
+def compare_answers(
+    bench: Bench, setting: str, model: SpikeDrivenTransformer, images: Tensor, expected: Tensor
+) -> None:
+    fast = EventDrivenTransformer(model)
+    found = torch.cat([fast(part) for part in images.split(100)])
+    same = (found.argmax(1) == expected.argmax(1)).float().mean().item()
+    bench.record("same class", setting, EVENTS, same, unit="share", parity=same_answers(found, expected))
+
+
+def count_work(
+    bench: Bench, fast: EventDrivenTransformer, floor: ConvolutionFloor, images: Tensor, setting: str
+) -> None:
+    """Additions and multiply-adds an image, as energy at the costs a spiking network is charged, and by the meter."""
+    spikes, neurons, additions = 0, 0, 0
+
+    def note(product: Any, given: tuple[PackedSpikes, ...]) -> None:
+        nonlocal spikes, neurons, additions
+        out, _, kernel, _ = product.weight.weight.shape
+        count = given[0].count()
+        spikes, neurons = spikes + count, neurons + given[0].words[..., 0].numel() * given[0].channels
+        additions += count * out * kernel**2
+
+    hooks = [product.register_forward_pre_hook(note) for _, product in fast.products()]
+    fast(images)
+    for hook in hooks:
+        hook.remove()
+    first = floor.calls[0]
+    batch = len(images)
+    first_layer = first[0].shape[2:].numel() * first[1].numel()
+    dense = floor.multiply_adds / batch
+    record = partial(bench.record, "work an image", setting)
+    record("mean input rate", spikes / neurons, unit="share")
+    record("dense: multiply-adds", dense / 1e9, unit="G")
+    record("event-driven: additions", additions / batch / 1e9, unit="G")
+    record("event-driven: multiply-adds (first layer)", first_layer / 1e9, unit="G")
+    record(f"dense: energy at {E_MAC} pJ", dense * E_MAC * 1e-9, unit="mJ")
+    energy = (additions / batch * E_AC + first_layer * E_MAC) * 1e-9
+    record(f"event-driven: energy at {E_AC} and {E_MAC} pJ", energy, unit="mJ")
+    for name, compute in (("dense, metered", floor), ("event-driven, metered", partial(fast, images))):
+        joules = metered_joules(compute)
+        if joules is None:
+            bench.absent("work an image", setting, name, "this machine has no energy counters")
+        else:
+            record(f"{name}, whole processor", joules / batch * 1e3, unit="mJ")
+
+
+def metered_joules(compute: Callable[[], object], runs: int = 5) -> float | None:
+    """Energy for one run by the counters that `perf stat` shows as energy-pkg, or None where there are none to read."""
+    counters = sorted(Path("/sys/class/powercap").glob("intel-rapl:[0-9]*/energy_uj"))
+    counters = [counter for counter in counters if counter.parent.name.count(":") == 1]
+    try:
+        before = [int(counter.read_text()) for counter in counters]
+        for _ in range(runs):
+            compute()
+        spent = [int(counter.read_text()) - start for counter, start in zip(counters, before, strict=True)]
+    except OSError:
+        return None
+    # A counter that has wrapped around in the meantime says nothing.
+    return sum(spent) / runs * 1e-6 if spent and min(spent) > 0 else None
