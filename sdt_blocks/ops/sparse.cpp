@@ -30,6 +30,7 @@ constexpr int LANES = WIDTH * VECTORS;
 constexpr int64_t BLOCK_ROWS = 256;            // rows whose sums of one tile stay in the cache between product and neuron
 constexpr int64_t LIST_BYTES = 8 << 20;        // room for the lists of a task
 constexpr int64_t TASK_ROWS = 4096;
+constexpr int64_t STREAM_BYTES = 16 << 20;     // a larger membrane has left the caches before anybody reads it
 constexpr int LIST_SLACK = 32;                 // entries that a list may be overwritten by, behind its end
 
 typedef float Vector __attribute__((vector_size(4 * WIDTH)));
@@ -40,6 +41,21 @@ inline Vector load(const float* from) {
     return v;
 }
 inline void store(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
+// Stores past the caches, at a multiple of the vector's size; `finish_streams` has to follow before others read it.
+inline void stream(float* to, Vector v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(to, v);
+#elif defined(__AVX__)
+    _mm256_stream_ps(to, v);
+#else
+    store(to, v);
+#endif
+}
+inline void finish_streams() {
+#if defined(__AVX__)
+    _mm_sfence();
+#endif
+}
 inline Vector broadcast(float x) { return x - Vector{}; }
 
 // a * b + c, rounded once.
@@ -99,8 +115,6 @@ struct Frames {
     int64_t pixels() const { return images * height * width; }
 };
 
-using Mask = std::conditional_t<LANES == 32, uint32_t, uint16_t>;
-
 enum Reset { ZERO, SUBTRACT, NONE };
 
 // What becomes of a sum: u = residual + (sum + bias) * scale + shift, kept in `membrane` and handed to a neuron, where
@@ -119,6 +133,11 @@ struct Epilogue {
     bool strict;
     int64_t stride() const { return (channels + 63) / 64; }
     int64_t tiles() const { return (channels + LANES - 1) / LANES; }
+    // Whether the membrane of so many rows is best written past the caches, and lies as that needs it.
+    bool streams(int64_t rows) const {
+        const bool aligned = reinterpret_cast<uintptr_t>(membrane) % (4 * WIDTH) == 0 && membrane_step % WIDTH == 0;
+        return membrane && !residual && aligned && channels % LANES == 0 && 4 * rows * channels > STREAM_BYTES;
+    }
 };
 
 using Mask = std::conditional_t<LANES == 32, uint32_t, uint16_t>;
@@ -132,7 +151,7 @@ struct Strided {
 
 // The epilogue of `count` pixels in one tile. As in the equations, h is the membrane before its reset, and u what it
 // continues from.
-template <int RESET>
+template <int RESET, bool STREAM>
 void finish_tile(const Epilogue& e, int64_t tile, int64_t steps, int64_t count, Strided<const float> sums,
                  Strided<const float> residual, Strided<float> membrane, Strided<char> spikes) {
     const Vector zero{}, threshold = broadcast(e.threshold);
@@ -155,7 +174,10 @@ void finish_tile(const Epilogue& e, int64_t tile, int64_t steps, int64_t count, 
             for (int v = 0; v < VECTORS; v++) {
                 Vector x = multiply_add(load(sum + v * WIDTH) + bias[v], scale[v], shift[v]);
                 if (residual.data) x = load(before + v * WIDTH) + x;
-                if (membrane.data) store(kept + v * WIDTH, x);
+                if (STREAM)
+                    stream(kept + v * WIDTH, x);
+                else if (membrane.data)
+                    store(kept + v * WIDTH, x);
                 Vector h = u[v] + (x - u[v]) * inv_tau[v];
                 if (RESET == SUBTRACT) h = h - lost[v];
                 const Fired fired = at_least(h, fires_at);
@@ -168,19 +190,25 @@ void finish_tile(const Epilogue& e, int64_t tile, int64_t steps, int64_t count, 
     }
 }
 
+template <bool STREAM>
+auto finish_tile_of(int reset) {
+    return reset == ZERO       ? finish_tile<ZERO, STREAM>
+           : reset == SUBTRACT ? finish_tile<SUBTRACT, STREAM>
+                               : finish_tile<NONE, STREAM>;
+}
+
 // The epilogue of the pixels from `first` on, in one tile.
-void finish(const Epilogue& e, int64_t tile, int64_t steps, int64_t first, int64_t count, Strided<const float> sums) {
+void finish(const Epilogue& e, int64_t tile, int64_t steps, int64_t first, int64_t count, Strided<const float> sums,
+            bool streams) {
     static thread_local Buffer<float> copies;
-    const auto finish_tile_of = e.reset == ZERO       ? finish_tile<ZERO>
-                                : e.reset == SUBTRACT ? finish_tile<SUBTRACT>
-                                                      : finish_tile<NONE>;
+    const auto finish_tile = streams ? finish_tile_of<true>(e.reset) : finish_tile_of<false>(e.reset);
     const int64_t at = first * e.channels + tile * LANES, lanes = std::min(int64_t(LANES), e.channels - tile * LANES);
     Strided<const float> residual{e.residual ? e.residual + at : nullptr, e.channels, e.residual_step};
     Strided<float> membrane{e.membrane ? e.membrane + at : nullptr, e.channels, e.membrane_step};
     Strided<char> spikes{nullptr, 8 * e.stride(), 8 * e.spikes_step};
     if (e.spikes) spikes.data = reinterpret_cast<char*>(e.spikes + first * e.stride()) + tile * sizeof(Mask);
     if (lanes == LANES || (!e.residual && !e.membrane)) {
-        finish_tile_of(e, tile, steps, count, sums, residual, membrane, spikes);
+        finish_tile(e, tile, steps, count, sums, residual, membrane, spikes);
         return;
     }
     // The last tile is narrower than LANES: its real values go through copies.
@@ -189,7 +217,7 @@ void finish(const Epilogue& e, int64_t tile, int64_t steps, int64_t first, int64
         for (int64_t q = 0; q < count; q++)
             std::memcpy(wide.data + q * wide.pixel + t * wide.step, residual.data + q * residual.pixel + t * residual.step,
                         lanes * sizeof(float));
-    finish_tile_of(e, tile, steps, count, sums, {residual.data ? wide.data : nullptr, wide.pixel, wide.step}, wide, spikes);
+    finish_tile(e, tile, steps, count, sums, {residual.data ? wide.data : nullptr, wide.pixel, wide.step}, wide, spikes);
     for (int64_t t = 0; membrane.data && t < steps; t++)
         for (int64_t q = 0; q < count; q++)
             std::memcpy(membrane.data + q * membrane.pixel + t * membrane.step, wide.data + q * wide.pixel + t * wide.step,
@@ -273,6 +301,7 @@ struct Task {
 template <int UNIT>
 void run_task(Task& task, const Frames& in, int radius, const float* weights, const Epilogue& e, int64_t first,
               int64_t last, int64_t block) {
+    const bool streams = e.streams(in.pixels() * in.steps);
     const int64_t inputs = in.channels * (2 * radius + 1) * (2 * radius + 1), steps = in.steps;
     const int64_t stride = inputs + LIST_SLACK, block_rows = block * steps;
     const int64_t blocks = (last - first + block - 1) / block, groups_a_block = (block_rows + ROWS - 1) / ROWS;
@@ -313,8 +342,9 @@ void run_task(Task& task, const Frames& in, int radius, const float* weights, co
             for (int64_t g = 0; g < (pixels * steps + ROWS - 1) / ROWS; g++)
                 add_up<UNIT>(weights + tile * (inputs + 1) * LANES, list, stride, rows + (b * groups_a_block + g) * ROWS,
                              groups[b * groups_a_block + g], sums);
-            finish(e, tile, steps, start, pixels, {sums, LANES, pixels * LANES});
+            finish(e, tile, steps, start, pixels, {sums, LANES, pixels * LANES}, streams);
         }
+    if (streams) finish_streams();
 }
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -392,6 +422,7 @@ void spike_neuron(const float* x, int64_t frames, int64_t step, int64_t steps, i
     const Epilogue& e = *epilogue;
     const int64_t channels = e.channels;
     constexpr int64_t BLOCK = 32;
+    const bool streams = e.streams(pixels * steps);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t block = 0; block < ceil_divide(pixels, BLOCK); block++) {
         static thread_local Buffer<float> copies;
@@ -400,15 +431,16 @@ void spike_neuron(const float* x, int64_t frames, int64_t step, int64_t steps, i
             const float* from = x + first * channels + tile * LANES;
             const int64_t lanes = std::min<int64_t>(LANES, channels - tile * LANES);
             if (lanes == LANES) {
-                finish(e, tile, steps, first, count, {from, channels, step});
+                finish(e, tile, steps, first, count, {from, channels, step}, streams);
                 continue;
             }
             float* copy = copies.reserve(frames * count * LANES);
             for (int64_t t = 0; t < frames; t++)
                 for (int64_t q = 0; q < count; q++)
                     std::memcpy(copy + (t * count + q) * LANES, from + t * step + q * channels, lanes * sizeof(float));
-            finish(e, tile, steps, first, count, {copy, LANES, step ? count * LANES : 0});
+            finish(e, tile, steps, first, count, {copy, LANES, step ? count * LANES : 0}, streams);
         }
+        if (streams) finish_streams();
     }
 }
 

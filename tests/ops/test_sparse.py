@@ -136,6 +136,24 @@ def test_threads_and_batch_do_not_change_a_bit(threads, images):
     assert torch.equal(part.words, whole.words[:, :images])
 
 
+@pytest.mark.parametrize("reset", ["zero", "subtract", "none"])
+def test_a_membrane_too_large_for_the_caches_is_the_same(reset):
+    weight, epilogue = draw_layer(256, 5, 1, NeuronSpec(reset=reset))
+    tiled = EventWeight(weight)
+    spikes = PackedSpikes.pack(draw((4, 2, 5, 48, 48), 0.3))
+    whole, fired = spike_product(spikes, tiled, epilogue, membrane=True)
+    assert 4 * whole.numel() > 16 << 20
+    parts = [spike_product(spikes.images(i, i + 1), tiled, epilogue, membrane=True) for i in range(2)]
+    assert torch.equal(whole, torch.cat([membrane for membrane, _ in parts], dim=1))
+    assert torch.equal(fired.words, torch.cat([part.words for _, part in parts], dim=1))
+    x = torch.randn(whole.shape, generator=torch.Generator().manual_seed(0))
+    whole, fired = spike_neuron(x, epilogue, 4, membrane=True)
+    # One float further on nothing is aligned, and the caches keep the membrane.
+    unaligned = torch.empty(x.numel() + 1)[1:].view(x.shape)
+    again, fired_again = spike_neuron(x, epilogue, 4, membrane=unaligned)
+    assert torch.equal(whole, again) and torch.equal(fired.words, fired_again.words)
+
+
 @pytest.mark.parametrize("frames", [1, 4])
 @pytest.mark.parametrize("channels", [1, 32, 48, 96])
 def test_neuron_on_real_input(frames, channels):
