@@ -7,12 +7,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from harness import Bench, close, measure_memory
 from torch import Tensor, nn
 
 from sdt_blocks import LIF, SpikeDrivenBlock, SpikeDrivenSelfAttention, SpikingMLP
 from sdt_blocks.functional import convolve_spikes, normalize_and_fire, per_frame
-from sdt_blocks.ops import lif_reference
+from sdt_blocks.ops import attend, attend_reference, batch_norm_lif, lif, lif_reference
 
 ALLOCATORS = ["default", "reused"]
 
@@ -22,7 +23,7 @@ def run(bench: Bench) -> None:
     dim, tokens, batch = (384, 14, 4) if bench.device.type == "cpu" else (512, 14, 32)
     x = torch.randn(4, batch, dim, tokens, tokens, device=bench.device)
     setting = f"T=4, batch {batch}, {dim} channels, {tokens} x {tokens} tokens"
-    attend(bench, x, setting)
+    attention(bench, x, setting)
     parts = {"SDSA": SpikeDrivenSelfAttention(dim), "spiking MLP": SpikingMLP(dim), "block": SpikeDrivenBlock(dim)}
     for name, part in parts.items():
         whole(bench, name, part.to(bench.device), x, setting)
@@ -60,28 +61,81 @@ def unit(bench: Bench) -> None:
             bench.record("conv-BN-LIF, kept for the backward", setting, name, kept / elements, unit="B/elem")
 
 
-def attend(bench: Bench, x: Tensor, setting: str) -> None:
-    """The masking of spikes alone, forward: neurons of q, k and v, sum over tokens, neuron, mask."""
-    attention = SpikeDrivenSelfAttention(x.shape[2]).to(bench.device)
-    q, k, v = (x.roll(shift, 0) * 0.8 + 0.3 for shift in range(3))
+def attention(bench: Bench, x: Tensor, setting: str) -> None:
+    """What stands between the products of the attention: norms and neurons of q, k, v, token sum, neuron, mask."""
+    channels = x.shape[2]
+    inputs = [(x.roll(shift, 0) + 0.3).requires_grad_() for shift in range(3)]
+    norms = [
+        {
+            "running_mean": None,
+            "running_var": None,
+            "weight": torch.ones(channels, device=x.device, requires_grad=True),
+            "bias": torch.full((channels,), 0.5, device=x.device, requires_grad=True),
+        }
+        for _ in inputs
+    ]
+    neurons = [{"inv_tau": 0.5, "threshold": threshold} for threshold in (1.0, 1.0, 1.0, 0.5)]
+    weights = torch.randn_like(x)
 
-    def ours() -> Tensor:
-        neurons = (attention.q_neuron, attention.k_neuron, attention.v_neuron)
-        return attention.attend(*(neuron(part) for neuron, part in zip(neurons, (q, k, v), strict=True)))
+    def part_by_part() -> Tensor:
+        parts = zip(inputs, norms, neurons, strict=False)
+        q, k, v = (batch_norm_lif(part, **norm, **neuron, training=True) for part, norm, neuron in parts)
+        mask = lif((k * v).sum((-2, -1), keepdim=True), **neurons[3])
+        assert isinstance(mask, Tensor)
+        return q * mask
 
-    def reference() -> Tensor:
-        spikes = [lif_reference(part, 0.5)[0] for part in (q, k, v)]
-        a = lif_reference((spikes[1] * spikes[2]).sum((-2, -1), keepdim=True), 0.5, threshold=0.5)[0]
-        return spikes[0] * a
+    contestants: dict[str, Callable[[], Tensor]] = {
+        "sdt_blocks, one op": lambda: attend(inputs, norms, neurons, training=True),
+        "sdt_blocks, part by part": part_by_part,
+        "sdt_blocks reference": lambda: attend_reference(inputs, norms, neurons, training=True),
+    }
+    peer, gate = spikingjelly_lif(), spikingjelly_lif(0.5)
+    if peer is not None and gate is not None:
 
+        def eager() -> Tensor:
+            q, k, v = (
+                peer(
+                    F.batch_norm(part.flatten(0, 1), None, None, n["weight"], n["bias"], True).unflatten(0, x.shape[:2])
+                )
+                for part, n in zip(inputs, norms, strict=True)
+            )
+            return q * gate((k * v).sum((-2, -1), keepdim=True))
+
+        contestants["SpikingJelly eager"] = eager
+
+    def gradients(function: Callable[[], Tensor]) -> Tensor:
+        return torch.cat([g.flatten() for g in torch.autograd.grad(function(), inputs, weights)])
+
+    expected = contestants["sdt_blocks reference"]
+    ours = list(contestants)[:2]
     with torch.no_grad():
         bench.race(
-            "SDSA without products, forward",
+            "attention between products, forward",
             setting,
-            {"sdt_blocks": ours, "sdt_blocks reference": reference},
-            baseline="sdt_blocks reference",
-            parity={"sdt_blocks": lambda: close(ours(), reference(), 0.0)},
+            contestants,
+            baseline="sdt_blocks, part by part",
+            parity={name: partial(close_to, contestants[name], expected, 0.0) for name in ours},
         )
+    bench.race(
+        "attention between products, forward + backward",
+        setting,
+        {name: partial(gradients, function) for name, function in contestants.items()},
+        baseline="sdt_blocks, part by part",
+        parity={
+            name: partial(close_to, partial(gradients, contestants[name]), partial(gradients, expected), 1e-3)
+            for name in ours
+        },
+    )
+    if bench.allocator == "default":
+        for name, function in contestants.items():
+            kept = measure_memory(bench.device, function)[1]
+            bench.record(
+                "attention between products, kept for the backward", setting, name, kept / x.numel(), unit="B/elem"
+            )
+
+
+def close_to(found: Callable[[], Tensor], expected: Callable[[], Tensor], tolerance: float) -> str:
+    return close(found(), expected(), tolerance)
 
 
 def whole(bench: Bench, name: str, part: nn.Module, x: Tensor, setting: str) -> None:
@@ -115,7 +169,7 @@ def backend(name: str | None) -> None:
         os.environ["SDT_BLOCKS_BACKEND"] = name
 
 
-def spikingjelly_lif() -> Callable[[Tensor], Tensor] | None:
+def spikingjelly_lif(threshold: float = 1.0) -> Callable[[Tensor], Tensor] | None:
     try:
         from spikingjelly.activation_based import functional, surrogate
     except ImportError:
@@ -124,7 +178,9 @@ def spikingjelly_lif() -> Callable[[Tensor], Tensor] | None:
 
     def neuron(x: Tensor) -> Tensor:
         v = torch.zeros_like(x[0])
-        spikes: Tensor = functional.lif_multi_step(x, v, 2.0, True, 1.0, 0.0, surrogate.Sigmoid(4.0), True, False)[0]
+        spikes: Tensor = functional.lif_multi_step(
+            x, v, 2.0, True, threshold, 0.0, surrogate.Sigmoid(4.0), True, False
+        )[0]
         return spikes
 
     return neuron

@@ -6,8 +6,17 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .functional import check_multiple, check_sequence, convolve_spikes, keep_bits, normalize_and_fire, per_frame
+from .functional import (
+    check_multiple,
+    check_sequence,
+    convolve_spikes,
+    fused_attention,
+    keep_bits,
+    normalize_and_fire,
+    per_frame,
+)
 from .neuron import LIF, NeuronFactory, make_neuron
+from .ops.spec import state_dtype
 
 ATTENTION_THRESHOLD = 0.5
 """Threshold of the neuron on the summed k * v: with tau = 2 one coincidence makes h = 0.5, which fires."""
@@ -66,18 +75,32 @@ class SpikeDrivenSelfAttention(nn.Module):
         s = self.neuron(membrane)
         with keep_bits(self.neuron, s):
             q, k, v = per_frame(self.q_conv, s), per_frame(self.k_conv, s), per_frame(self.v_conv, s)
-        q = normalize_and_fire(self.q_norm, self.q_neuron, q)
-        k = normalize_and_fire(self.k_norm, self.k_neuron, k)
-        v = normalize_and_fire(self.v_norm, self.v_neuron, v)
-        masked = self.attend(q, k, v)
+        masked = self._fused(q, k, v)
+        if masked is None:
+            masked = self.attend(
+                normalize_and_fire(self.q_norm, self.q_neuron, q),
+                normalize_and_fire(self.k_norm, self.k_neuron, k),
+                normalize_and_fire(self.v_norm, self.v_neuron, v),
+            )
         return per_frame(self.proj_norm, convolve_spikes(self.proj_conv, self.q_neuron, masked))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`q * LIF_0.5(sum over tokens of k * v)` for spikes `[T, B, dim, H, W]`, same shape."""
         kv = self.coincidences(self.k_pool(k) * self.v_pool(v))
-        a = self.attention_neuron(self._pool_tokens(kv).sum((-2, -1), keepdim=True))
-        masked: Tensor = self.masked(self._pool_tokens(q * a))
+        # Half precision could not hold the sum of many tokens.
+        a = self.attention_neuron(self._pool_tokens(kv).sum((-2, -1), keepdim=True, dtype=state_dtype(kv)))
+        masked: Tensor = self.masked(self._pool_tokens(q * a.to(q.dtype)))
         return masked
+
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        if self.event_pooling or getattr(self.attend, "__func__", None) is not SpikeDrivenSelfAttention.attend:
+            return None
+        return fused_attention(
+            (self.q_norm, self.k_norm, self.v_norm),
+            (self.q_neuron, self.k_neuron, self.v_neuron, self.attention_neuron),
+            (q, k, v),
+            between=(self.k_pool, self.v_pool, self.coincidences, self.masked),
+        )
 
     def _pool_tokens(self, spikes: Tensor) -> Tensor:
         if not self.event_pooling:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .neuron import LIF, ParametricLIF
-from .ops import batch_norm_lif
+from .ops import attend, batch_norm_lif
 from .ops.bits import SpikesAsBits
 from .ops.dispatch import fused
 from .surrogate import Surrogate
@@ -41,13 +42,30 @@ def normalize_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, time_steps
 
     One fused op does both where `norm` is an `nn.BatchNorm2d`, `neuron` one of the kit's and neither has a hook.
     """
-    if fused(x, even_traced=norm.training) and is_plain(norm, nn.BatchNorm2d) and is_plain(neuron, *NEURONS):
+    if _fusible(norm, neuron, x):
         assert isinstance(norm, nn.BatchNorm2d) and isinstance(neuron, LIF)
-        if isinstance(neuron.surrogate, Surrogate) and x.shape[2] == norm.num_features < x.numel():
-            return _fused_normalize_and_fire(norm, neuron, x, time_steps)
+        training = norm.training or norm.running_mean is None
+        return batch_norm_lif(
+            x, **_norm_arguments(norm), **_neuron_arguments(neuron), training=training, time_steps=time_steps
+        )
     repeated = time_steps is not None and time_steps != x.shape[0]
     spikes: Tensor = neuron(repeat_frame(norm, x, time_steps or 1) if repeated else per_frame(norm, x))
     return spikes
+
+
+def fused_attention(
+    norms: Sequence[nn.Module], neurons: Sequence[nn.Module], x: Sequence[Tensor], between: Sequence[nn.Module]
+) -> Tensor | None:
+    """`q * neuron(sum over tokens of k * v)`, one op with the norms and neurons of q, k and v; `None` where none fits.
+
+    It takes what `normalize_and_fire` takes, in one mode, with nothing to see or do in the modules `between`.
+    """
+    idle = all(is_plain(module, nn.Identity) for module in between) and is_plain(neurons[3], *NEURONS)
+    fusible = all(_fusible(norm, neuron, part) for norm, neuron, part in zip(norms, neurons, x, strict=False))
+    modes = {norm.training or norm.running_mean is None for norm in norms}
+    if not (idle and fusible and len(modes) == 1):
+        return None
+    return attend(x, [_norm_arguments(n) for n in norms], [_neuron_arguments(n) for n in neurons], training=modes.pop())
 
 
 def repeat_frame(norm: Any, x: Tensor, time_steps: int) -> Tensor:
@@ -86,30 +104,40 @@ def is_plain(module: nn.Module, *types: type[nn.Module]) -> bool:
     )
 
 
-def _fused_normalize_and_fire(norm: nn.BatchNorm2d, neuron: LIF, x: Tensor, time_steps: int | None) -> Tensor:
+def _fusible(norm: nn.Module, neuron: nn.Module, x: Tensor) -> bool:
+    if not (fused(x, even_traced=norm.training) and is_plain(norm, nn.BatchNorm2d) and is_plain(neuron, *NEURONS)):
+        return False
+    assert isinstance(norm, nn.BatchNorm2d) and isinstance(neuron, LIF)
+    return isinstance(neuron.surrogate, Surrogate) and x.shape[2] == norm.num_features < x.numel()
+
+
+def _norm_arguments(norm: Any) -> dict[str, Any]:
+    """What the fused ops are told of an `nn.BatchNorm2d`, which counts the batch."""
     momentum = norm.momentum or 0.0
     tracked = norm.track_running_stats or not norm.training
     if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:
             momentum = 1 / int(norm.num_batches_tracked)
-    return batch_norm_lif(
-        x,
-        norm.running_mean if tracked else None,
-        norm.running_var if tracked else None,
-        norm.weight,
-        norm.bias,
-        neuron.inv_tau,
-        training=norm.training or norm.running_mean is None,
-        momentum=momentum,
-        eps=norm.eps,
-        time_steps=time_steps,
-        threshold=neuron.threshold,
-        reset=neuron.reset_mechanism,
-        surrogate=neuron.surrogate,
-        detach_reset=neuron.detach_reset,
-        strict=neuron.strict,
-    )
+    return {
+        "running_mean": norm.running_mean if tracked else None,
+        "running_var": norm.running_var if tracked else None,
+        "weight": norm.weight,
+        "bias": norm.bias,
+        "momentum": momentum,
+        "eps": norm.eps,
+    }
+
+
+def _neuron_arguments(neuron: Any) -> dict[str, Any]:
+    return {
+        "inv_tau": neuron.inv_tau,
+        "threshold": neuron.threshold,
+        "reset": neuron.reset_mechanism,
+        "surrogate": neuron.surrogate,
+        "detach_reset": neuron.detach_reset,
+        "strict": neuron.strict,
+    }
 
 
 def check_sequence(x: Tensor, channels: int, owner: str) -> None:

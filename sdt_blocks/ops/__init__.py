@@ -1,6 +1,7 @@
 """Functions without parameters: the equations beside their fused versions, one signature each."""
 
+from .attention import attend, attend_reference
 from .batch_norm import batch_norm_lif, batch_norm_lif_reference
 from .lif import lif, lif_reference
 
-__all__ = ["batch_norm_lif", "batch_norm_lif_reference", "lif", "lif_reference"]
+__all__ = ["attend", "attend_reference", "batch_norm_lif", "batch_norm_lif_reference", "lif", "lif_reference"]

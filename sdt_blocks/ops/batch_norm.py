@@ -78,7 +78,7 @@ def batch_norm_lif(
         )
     steps = time_steps or x.shape[0]
     dtype = state_dtype(x)
-    mean, inv_std = _statistics(x, running_mean, running_var, training, momentum, eps, steps // x.shape[0])
+    mean, inv_std = statistics(x, running_mean, running_var, training, momentum, eps, steps // x.shape[0])
     spikes, _ = lif_op(
         x,
         steps,
@@ -95,14 +95,14 @@ def batch_norm_lif(
 
 
 @torch.no_grad()
-def _statistics(
+def statistics(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     training: bool,
-    momentum: float,
-    eps: float,
-    repeats: int,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    repeats: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Mean and inverse deviation to normalize by; updates the running statistics when training."""
     if not training:

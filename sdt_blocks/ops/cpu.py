@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from ctypes import c_double, c_int, c_int64, c_void_p
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..surrogate import KINDS
 from .cpu_build import library
-from .spec import RESETS, Layout, NeuronSpec, state_dtype
+from .spec import RESETS, Layout, Mask, NeuronSpec, state_dtype
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # Elements from which a second thread pays.
@@ -37,7 +38,7 @@ def lif_forward(
     constants = 0 if inv_tau is None else inv_tau.numel()
     before = None if membrane is None else layout.frame(membrane)
     inputs = (x, scale, shift, inv_tau, constants, before)
-    _call("lif_forward", x, layout, _neuron(neuron), *inputs, spikes, as_bytes, last)
+    _call("lif_forward", x, layout, _neurons(neuron), *inputs, spikes, as_bytes, last)
     return spikes, last
 
 
@@ -53,11 +54,13 @@ def lif_backward(
     center: Tensor | None,
     inv_tau: Tensor | None,
     membrane: Tensor | None,
+    mask: Mask | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients of `x * scale + shift` (like x), of the first membrane, and sums `[3, channels]` in float64.
 
-    The sums are over all neurons of a channel and all steps, of the gradient of the input times: what multiplies it in
-    the gradient of `inv_tau`; 1; and, where `center` is given, `x - center`.
+    `mask` comes between `grad` and the neurons' spikes. The sums are over all neurons of a channel and all steps, of
+    the gradient of the input times: what multiplies it in the gradient of `inv_tau`; 1; and, where `center` is given,
+    `x - center`.
     """
     grad_x = layout.empty(x, x.shape[0])
     before = None if membrane is None else layout.frame(membrane)
@@ -67,9 +70,41 @@ def lif_backward(
     grad = None if grad is None else layout.frames(grad)
     grad_step = 0 if grad is None else grad.stride(0)
     grad_last = None if grad_last is None else layout.frame(grad_last)
-    inputs = (grad, grad_step, grad_last, x, scale, shift, center, inv_tau, constants, before)
-    _call("lif_backward", x, layout, _neuron(neuron), *inputs, grad_x, grad_before, sums)
+    masked = (None, None, 1, 0) if mask is None else (mask.values, mask.codes, mask.values.shape[1], mask.bit)
+    inputs = (grad, grad_step, *masked, grad_last, x, scale, shift, center, inv_tau, constants, before)
+    _call("lif_backward", x, layout, _neurons(neuron), *inputs, grad_x, grad_before, sums)
     return grad_x, grad_before, sums
+
+
+def attend(
+    x: Sequence[Tensor],
+    layout: Layout,
+    neurons: Sequence[NeuronSpec],
+    *,
+    scale: Tensor,
+    shift: Tensor,
+    inv_tau: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The masked spikes of q for the inputs x of q, k and v, dense `[T, B, C, ...]`, B outermost in a frame.
+
+    `neurons` are those of q, k and v and of the sum; scale and shift `[3, C]`; inv_tau `[4, C]`. Also returns what
+    fired, where it is to be kept (bytes with q, k and v as their bits 0, 1 and 2), and the sums `[T, B, C]`.
+    """
+    q, k, v = x
+    out = layout.empty(q, layout.steps)
+    codes = layout.empty(q, layout.steps, torch.uint8) if keep else None
+    sums = q.new_empty(q.shape[:3], dtype=state_dtype(q))
+    _call("attend", q, layout, q.shape[1], _neurons(*neurons), q, k, v, scale, shift, inv_tau, out, codes, sums)
+    return out, codes, sums
+
+
+def mask_gradient(grad: Tensor, codes: Tensor, layout: Layout) -> Tensor:
+    """`(grad * q).sum(tokens)`, `[T, B, C]`, for the codes of `attend`."""
+    grad = layout.frames(grad)
+    result = grad.new_empty(grad.shape[:3], dtype=state_dtype(grad))
+    _call("mask_gradient", grad, layout, grad.shape[1], grad, grad.stride(0), codes, result)
+    return result
 
 
 def channel_statistics(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -113,7 +148,9 @@ class _Neuron(ctypes.Structure):
 _P, _I = c_void_p, c_int64
 _ARGUMENTS = {
     "lif_forward": (_P, _P, _P, _P, _P, _P, _I, _P, _P, _I, _P),
-    "lif_backward": (_P, _P, _P, _I, _P, _P, _P, _P, _P, _P, _I, _P, _P, _P, _P),
+    "lif_backward": (_P, _P, _P, _I, _P, _P, _I, _I, _P, _P, _P, _P, _P, _P, _I, _P, _P, _P, _P),
+    "attend": (_P, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P),
+    "mask_gradient": (_P, _I, _P, _I, _P, _P),
     "channel_statistics": (_P, _P, _P, _P),
     "channel_combine": (_P, _P, _P, _P, _P, _P),
     "pack_bits": (_P, _I, _I, _P, _P),
@@ -149,7 +186,18 @@ def _layout(layout: Layout, threads: int) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def _neuron(neuron: NeuronSpec) -> Any:
-    constants = (neuron.inv_tau, neuron.threshold, neuron.surrogate.alpha)
-    reset, surrogate = RESETS.index(neuron.reset), KINDS.index(neuron.surrogate.kind)
-    return ctypes.pointer(_Neuron(*constants, reset, neuron.detach_reset, neuron.strict, surrogate))
+def _neurons(*neurons: NeuronSpec) -> Any:
+    return (_Neuron * len(neurons))(
+        *(
+            _Neuron(
+                neuron.inv_tau,
+                neuron.threshold,
+                neuron.surrogate.alpha,
+                RESETS.index(neuron.reset),
+                neuron.detach_reset,
+                neuron.strict,
+                KINDS.index(neuron.surrogate.kind),
+            )
+            for neuron in neurons
+        )
+    )

@@ -45,7 +45,8 @@ def library(source: Path = SOURCE) -> ctypes.CDLL:
     """
     compiler = _compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    identity = "\n".join([source.read_text(), *FLAGS, *THREADING, compiler, version, _processor()])
+    texts = [file.read_text() for file in (source, *sorted(source.parent.glob("*.h")))]
+    identity = "\n".join([*texts, *FLAGS, *THREADING, compiler, version, _processor()])
     name = f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     folder = _cache_folder()
     if not (folder / name).is_file():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import kernels
-from .spec import Layout, NeuronSpec, arrange, state_dtype
+from .spec import Layout, Mask, NeuronSpec, arrange, state_dtype
 
 
 @torch.library.custom_op("sdt_blocks::lif", mutates_args=())
@@ -37,7 +37,7 @@ def lif_op(
     mean and inv_std are those of x, through which the gradient flows too.
     """
     x, layout = _arranged(x, steps, inv_tau, mean)
-    scale, shift = _affine(mean, inv_std, weight, bias)
+    scale, shift = affine(mean, inv_std, weight, bias)
     spikes, last = kernels(x).lif_forward(
         x,
         layout,
@@ -75,34 +75,72 @@ def lif_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, inv_tau, membrane, weight and bias; those of what was not given are empty."""
     x, layout = _arranged(x, steps, inv_tau, mean)
-    scale, shift = _affine(mean, inv_std, weight, bias)
+    gradients = lif_gradients(
+        x,
+        layout,
+        NeuronSpec.decode(neuron),
+        grad,
+        grad_last=grad_last,
+        inv_tau=inv_tau,
+        membrane=membrane,
+        mean=mean,
+        inv_std=inv_std,
+        weight=weight,
+        bias=bias,
+        of_batch=of_batch,
+    )
+    # A registered op returns tensors only, none of them twice.
+    of_x, of_inv_tau, of_membrane, of_weight, of_bias = (
+        x.new_empty(0, dtype=state_dtype(x)) if gradient is None else gradient for gradient in gradients
+    )
+    return of_x, of_inv_tau, of_membrane, of_weight, of_bias
+
+
+def lif_gradients(
+    x: Tensor,
+    layout: Layout,
+    neuron: NeuronSpec,
+    grad: Tensor | None,
+    *,
+    mask: Mask | None = None,
+    grad_last: Tensor | None = None,
+    inv_tau: Tensor | None = None,
+    membrane: Tensor | None = None,
+    mean: Tensor | None = None,
+    inv_std: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    of_batch: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, inv_tau, membrane, weight and bias, for those of the spikes (through the mask) and membrane."""
+    scale, shift = affine(mean, inv_std, weight, bias)
     module = kernels(x)
     grad_x, grad_membrane, sums = module.lif_backward(
         grad,
         grad_last,
         x,
         layout,
-        NeuronSpec.decode(neuron),
+        neuron,
         scale=scale,
         shift=shift,
         center=mean,
         inv_tau=inv_tau,
         membrane=membrane,
+        mask=mask,
     )
     dtype = state_dtype(x)
-    # A registered op returns tensors only, none of them twice.
-    grad_inv_tau, grad_weight, grad_bias, none = (x.new_empty(0, dtype=dtype) for _ in range(4))
+    grad_inv_tau = grad_weight = grad_bias = None
     if mean is not None:
-        grad_bias, of_scale = sums[1:].to(dtype).unbind()
+        of_shift, of_scale = sums[1:].to(dtype).unbind()
         grad_weight = of_scale * inv_std
         count = layout.size // layout.channels * x.shape[0] if of_batch else torch.inf
         b = grad_weight * scale * inv_std / -count
         frames = dataclasses.replace(layout, steps=x.shape[0])
-        module.channel_combine(grad_x, x, frames, scale, b, grad_bias * scale / -count - b * mean)
-        grad_bias = grad_bias.clone()
+        module.channel_combine(grad_x, x, frames, scale, b, of_shift * scale / -count - b * mean)
+        grad_bias = of_shift.clone()
     if inv_tau is not None:
         grad_inv_tau = (sums[0] if inv_tau.ndim else sums[0].sum()).to(dtype, copy=True)
-    return grad_x, grad_inv_tau, none if grad_membrane is None else grad_membrane, grad_weight, grad_bias
+    return grad_x, grad_inv_tau, grad_membrane, grad_weight, grad_bias
 
 
 @lif_backward_op.register_fake
@@ -160,9 +198,10 @@ def _arranged(x: Tensor, steps: int, inv_tau: Tensor | None, mean: Tensor | None
     return arrange(x, steps, per_channel=mean is not None or (inv_tau is not None and inv_tau.ndim == 1))
 
 
-def _affine(
+def affine(
     mean: Tensor | None, inv_std: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
+    """A normalization as `x * scale + shift`."""
     if mean is None or inv_std is None:
         return None, None
     scale = inv_std if weight is None else inv_std * weight

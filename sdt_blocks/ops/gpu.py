@@ -1,284 +1,21 @@
-"""Triton kernels: the functions of `cpu.py` for CUDA tensors, under `TRITON_INTERPRET=1` for CPU tensors.
-
-Traffic in bytes per element and time step, for an element of b bytes: forward 2 b (input read, spikes written; the
-state stays in registers), backward 4 b (input read twice, gradient read and written). The backward pass also writes the
-membranes and reads them twice, in a scratch that a fixed number of programs use again and again, so that it stays in
-the L2 cache. Sums over channels cost 4 bytes each per neuron, not per step.
-"""
+"""The functions of `cpu.py` for CUDA tensors, by Triton; under `TRITON_INTERPRET=1` for CPU tensors too."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..surrogate import KINDS
-from .spec import RESETS, Layout, NeuronSpec, state_dtype
+from . import gpu_kernels
+from .spec import MOST_TOKENS, RESETS, Layout, Mask, NeuronSpec, state_dtype
 
 BLOCK = 1024
-HALF_PI = tl.constexpr(1.5707963267948966)
-_STATE = {torch.float32: tl.float32, torch.float64: tl.float64}
+_STATE = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
 # Programs of the backward pass for each multiprocessor: each owns a scratch of `steps * BLOCK` membranes.
 _PROGRAMS = 8
-
-
-@triton.jit
-def _surrogate(shift, KIND: tl.constexpr, ALPHA: tl.constexpr):
-    # A bare number would be rounded to float32 beside float64.
-    a = tl.full(shift.shape, ALPHA, shift.dtype)
-    if KIND == 0:
-        p = 1 / (1 + tl.exp(-tl.abs(a * shift)))
-        return a * p * (1 - p)
-    elif KIND == 1:
-        y = tl.full(shift.shape, HALF_PI, shift.dtype) * a * shift
-        return (a / 2) / (1 + y * y)
-    elif KIND == 2:
-        y = a * tl.abs(shift) + 1
-        return 1 / (y * y)
-    elif KIND == 3:
-        return a * tl.maximum(1 - a * tl.abs(shift), 0.0)
-    else:
-        return shift * 0 + 1
-
-
-@triton.jit
-def _fires(h, threshold, STRICT: tl.constexpr):
-    if STRICT:
-        return h > threshold
-    else:
-        return h >= threshold
-
-
-@triton.jit
-def _charge(h, s, v, k, threshold, RESET: tl.constexpr):
-    """Membrane after input v, and what the reset left of the one before."""
-    u = h * tl.where(s, 0.0, 1.0) if RESET == 0 else h
-    h = u + (v - u) * k
-    if RESET == 1:
-        h = tl.where(s, h - threshold, h)
-    return h, u
-
-
-@triton.jit
-def _channel_values(pointer, c, mask, DTYPE: tl.constexpr):
-    return tl.load(pointer + c, mask=mask, other=0.0).to(DTYPE)
-
-
-@triton.jit
-def _forward(
-    x,
-    scale,
-    shift,
-    inv_tau,
-    before,
-    spikes,
-    last,
-    size,
-    chunk,
-    chunk_stride,
-    x_step,
-    channels,
-    inner,
-    STEPS,
-    K: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    RESET: tl.constexpr,
-    STRICT: tl.constexpr,
-    AFFINE: tl.constexpr,
-    TAU: tl.constexpr,
-    BEFORE: tl.constexpr,
-    LAST: tl.constexpr,
-    DENSE: tl.constexpr,
-    STATE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < size
-    offset = i if DENSE else i // chunk * chunk_stride + i % chunk
-    c = i // inner % channels
-    threshold = tl.full([BLOCK], THRESHOLD, STATE)
-    a = _channel_values(scale, c, mask, STATE) if AFFINE else 1.0
-    b = _channel_values(shift, c, mask, STATE) if AFFINE else 0.0
-    k = tl.full([BLOCK], K, STATE) if TAU == 0 else _channel_values(inv_tau, c if TAU == 2 else c * 0, mask, STATE)
-    if BEFORE:
-        h = tl.load(before + i, mask=mask, other=0.0).to(STATE)
-        s = _fires(h, threshold, STRICT)
-    else:
-        h = tl.zeros([BLOCK], STATE)
-        s = h > 1
-    # Pointers step from frame to frame: an offset into the whole sequence may not fit 32 bits.
-    x += offset
-    to = spikes + i
-    for _ in range(STEPS):
-        v = tl.load(x, mask=mask, other=0.0).to(STATE)
-        if AFFINE:
-            v = v * a + b
-        h, _u = _charge(h, s, v, k, threshold, RESET)
-        s = _fires(h, threshold, STRICT)
-        tl.store(to, tl.where(s, 1.0, 0.0).to(spikes.dtype.element_ty), mask=mask)
-        x += x_step
-        to += size
-    if LAST:
-        tl.store(last + i, h, mask=mask)
-
-
-@triton.jit
-def _backward(
-    grad,
-    grad_last,
-    x,
-    scale,
-    shift,
-    center,
-    inv_tau,
-    before,
-    grad_x,
-    grad_before,
-    sums,
-    scratch,
-    size,
-    chunk,
-    chunk_stride,
-    x_step,
-    grad_step,
-    channels,
-    inner,
-    blocks,
-    STEPS,
-    K: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    RESET: tl.constexpr,
-    STRICT: tl.constexpr,
-    DETACH: tl.constexpr,
-    KIND: tl.constexpr,
-    ALPHA: tl.constexpr,
-    AFFINE: tl.constexpr,
-    TAU: tl.constexpr,
-    BEFORE: tl.constexpr,
-    GRAD: tl.constexpr,
-    LAST: tl.constexpr,
-    REPEAT: tl.constexpr,
-    DENSE: tl.constexpr,
-    STATE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    lane = tl.arange(0, BLOCK).to(tl.int64)
-    threshold = tl.full([BLOCK], THRESHOLD, STATE)
-    own = scratch + tl.program_id(0).to(tl.int64) * STEPS * BLOCK + lane
-    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        i = (lane * 0 + block) * BLOCK + lane
-        mask = i < size
-        offset = i if DENSE else i // chunk * chunk_stride + i % chunk
-        c = i // inner % channels
-        a = _channel_values(scale, c, mask, STATE) if AFFINE else 1.0
-        b = _channel_values(shift, c, mask, STATE) if AFFINE else 0.0
-        middle = _channel_values(center, c, mask, STATE) if AFFINE else 0.0
-        k = tl.full([BLOCK], K, STATE) if TAU == 0 else _channel_values(inv_tau, c if TAU == 2 else c * 0, mask, STATE)
-        first = tl.load(before + i, mask=mask, other=0.0).to(STATE) if BEFORE else tl.zeros([BLOCK], STATE)
-        h = first
-        s = _fires(h, threshold, STRICT) if BEFORE else h > 1
-        of = x + offset
-        for t in range(STEPS):
-            v = tl.load(of, mask=mask, other=0.0).to(STATE)
-            if AFFINE:
-                v = v * a + b
-            h, _u = _charge(h, s, v, k, threshold, RESET)
-            s = _fires(h, threshold, STRICT)
-            tl.store(own + t * BLOCK, h)
-            of += x_step
-        # Every thread reads what it wrote itself, unless the compiler lays loads and stores out differently.
-        tl.debug_barrier()
-
-        of_h = tl.load(grad_last + i, mask=mask, other=0.0).to(STATE) if LAST else tl.zeros([BLOCK], STATE)
-        of_s = tl.zeros([BLOCK], STATE)
-        of_tau = tl.zeros([BLOCK], STATE)
-        of_shift = tl.zeros([BLOCK], STATE)
-        of_scale = tl.zeros([BLOCK], STATE)
-        last_step = (lane * 0 + STEPS - 1).to(tl.int64)
-        given = grad + last_step * grad_step + i
-        to = grad_x + last_step * size + i
-        for back in range(STEPS):
-            t = STEPS - 1 - back
-            h = tl.load(own + t * BLOCK)
-            if GRAD:
-                of_s += tl.load(given, mask=mask, other=0.0).to(STATE)
-            of_h += of_s * _surrogate(h - threshold, KIND, ALPHA)
-            of -= x_step
-            raw = tl.load(of, mask=mask, other=0.0).to(STATE)
-            previous = tl.load(own + (t - 1) * BLOCK, mask=t > 0, other=0.0)
-            previous = tl.where(t > 0, previous, first)
-            fired = _fires(previous, threshold, STRICT)
-            if not BEFORE:
-                fired = fired & (t > 0)
-            of_v = of_h * k
-            if TAU != 0:
-                u = previous * tl.where(fired, 0.0, 1.0) if RESET == 0 else previous
-                of_tau += of_h * ((raw * a + b if AFFINE else raw) - u)
-            if AFFINE:
-                of_shift += of_v
-                of_scale += of_v * (raw - middle)
-            if REPEAT:
-                if not AFFINE:
-                    of_shift += of_v
-            else:
-                tl.store(to, of_v.to(grad_x.dtype.element_ty), mask=mask)
-            of_u = of_h * (1 - k)
-            of_s = tl.zeros([BLOCK], STATE)
-            if not DETACH:
-                if RESET == 0:
-                    of_s = -of_u * previous
-                if RESET == 1:
-                    of_s = -of_h * threshold
-            of_h = of_u * tl.where(fired, 0.0, 1.0) if RESET == 0 else of_u
-            given -= grad_step
-            to -= size
-        if REPEAT:
-            tl.store(grad_x + i, of_shift.to(grad_x.dtype.element_ty), mask=mask)
-        if BEFORE:
-            of_h += of_s * _surrogate(first - threshold, KIND, ALPHA)
-            tl.store(grad_before + i, of_h, mask=mask)
-        if TAU != 0:
-            tl.store(sums + i, of_tau, mask=mask)
-        if AFFINE:
-            tl.store(sums + size + i, of_shift, mask=mask)
-            tl.store(sums + 2 * size + i, of_scale, mask=mask)
-        tl.debug_barrier()
-
-
-@triton.jit
-def _combine(
-    grad, x, a, b, d, size, chunk, chunk_stride, x_step, channels, inner, STATE: tl.constexpr, BLOCK: tl.constexpr
-):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    t = tl.program_id(1).to(tl.int64)
-    mask = i < size
-    c = i // inner % channels
-    grad += t * size + i
-    value = tl.load(grad, mask=mask, other=0.0).to(STATE)
-    raw = tl.load(x + t * x_step + i // chunk * chunk_stride + i % chunk, mask=mask, other=0.0).to(STATE)
-    value = value * _channel_values(a, c, mask, STATE) + raw * _channel_values(b, c, mask, STATE)
-    value += _channel_values(d, c, mask, STATE)
-    tl.store(grad, value.to(grad.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _pack(x, bits, size, BLOCK: tl.constexpr):
-    byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    packed = tl.zeros([BLOCK], tl.int32)
-    for bit in range(8):
-        i = byte * 8 + bit
-        packed |= (tl.load(x + i, mask=i < size, other=0.0) != 0).to(tl.int32) << bit
-    tl.store(bits + byte, packed.to(tl.uint8), mask=byte * 8 < size)
-
-
-@triton.jit
-def _unpack(bits, x, size, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    byte = tl.load(bits + i // 8, mask=i < size, other=0).to(tl.int32)
-    # By way of float32: Triton's interpreter writes an integer into bfloat16 as its bits.
-    spike = ((byte >> (i % 8).to(tl.int32)) & 1).to(tl.float32)
-    tl.store(x + i, spike.to(x.dtype.element_ty), mask=i < size)
 
 
 def lif_forward(
@@ -298,7 +35,7 @@ def lif_forward(
     last = layout.empty_frame(x, state_dtype(x)) if keep_membrane else None
     before = None if membrane is None else layout.frame(membrane)
     with _device_of(x):
-        _forward[(triton.cdiv(layout.size, BLOCK),)](
+        gpu_kernels.forward[(triton.cdiv(layout.size, BLOCK),)](
             x,
             _or(scale, x),
             _or(shift, x),
@@ -328,11 +65,13 @@ def lif_backward(
     center: Tensor | None,
     inv_tau: Tensor | None,
     membrane: Tensor | None,
+    mask: Mask | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients of `x * scale + shift` (like x), of the first membrane, and sums `[3, channels]` in float64.
 
-    The sums are over all neurons of a channel and all steps: of the gradient of `inv_tau`; of that of the input; and,
-    where `center` is given, of that of the input times `x - center`.
+    `mask` comes between `grad` and the neurons' spikes. The sums are over all neurons of a channel and all steps: of
+    the gradient of `inv_tau`; of that of the input; and, where `center` is given, of that of the input times
+    `x - center`.
     """
     dtype = state_dtype(x)
     grad_x = layout.empty(x, x.shape[0])
@@ -346,8 +85,10 @@ def lif_backward(
     rows = 3 if scale is not None else 1 if inv_tau is not None else 0
     of_neurons = x.new_zeros(rows, layout.size, dtype=dtype)
     with _device_of(x):
-        _backward[(programs,)](
+        gpu_kernels.backward[(programs,)](
             _or(grad, x),
+            x if mask is None else mask.values,
+            x if mask is None else _or(mask.codes, x),
             _or(grad_last, x),
             x,
             _or(scale, x),
@@ -361,6 +102,7 @@ def lif_backward(
             scratch,
             *_where(layout),
             0 if grad is None else grad.stride(0),
+            layout.size if mask is None else layout.size // mask.values.shape[1],
             layout.channels,
             layout.inner,
             blocks,
@@ -370,6 +112,8 @@ def lif_backward(
             KIND=KINDS.index(neuron.surrogate.kind),
             ALPHA=neuron.surrogate.alpha,
             GRAD=grad is not None,
+            MASK=mask is not None,
+            BIT=0 if mask is None else mask.bit,
             LAST=grad_last is not None,
             REPEAT=layout.repeat,
         )
@@ -378,6 +122,69 @@ def lif_backward(
         by_channel = of_neurons.view(rows, -1, layout.channels, layout.inner)
         sums[:rows] = by_channel.sum((1, 3), dtype=torch.float64)
     return grad_x, grad_before, sums
+
+
+def attend(
+    x: Sequence[Tensor],
+    layout: Layout,
+    neurons: Sequence[NeuronSpec],
+    *,
+    scale: Tensor,
+    shift: Tensor,
+    inv_tau: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The masked spikes of q for the inputs x of q, k and v, dense `[T, B, C, ...]`, B outermost in a frame.
+
+    `neurons` are those of q, k and v (alike) and of the sum; scale and shift `[3, C]`; inv_tau `[4, C]`. Also returns
+    what fired, where it is to be kept (bytes with q, k and v as their bits 0, 1 and 2), and the sums `[T, B, C]`.
+    """
+    q, k, v = x
+    out = layout.empty(q, layout.steps)
+    codes = layout.empty(q, layout.steps, torch.uint8) if keep else None
+    sums = q.new_empty(q.shape[:3], dtype=state_dtype(q))
+    of_q, of_mask = neurons[0], neurons[3]
+    tile, where = _tokens(layout, q.shape[1])
+    with _device_of(q):
+        gpu_kernels.attend[(q.shape[1], triton.cdiv(layout.channels, tile["CHANNELS"]))](
+            q,
+            k,
+            v,
+            scale,
+            shift,
+            _or(inv_tau, q),
+            out,
+            _or(codes, q),
+            sums,
+            *where,
+            layout.steps,
+            K=of_q.inv_tau,
+            THRESHOLD=of_q.threshold,
+            RESET=RESETS.index(of_q.reset),
+            STRICT=of_q.strict,
+            MASK_K=of_mask.inv_tau,
+            MASK_THRESHOLD=of_mask.threshold,
+            MASK_RESET=RESETS.index(of_mask.reset),
+            MASK_STRICT=of_mask.strict,
+            TAU=inv_tau is not None,
+            KEEP=keep,
+            STATE=_STATE[state_dtype(q)],
+            **tile,
+        )
+    return out, codes, sums
+
+
+def mask_gradient(grad: Tensor, codes: Tensor, layout: Layout) -> Tensor:
+    """`(grad * q).sum(tokens)`, `[T, B, C]`, for the codes of `attend`."""
+    grad = layout.frames(grad)
+    result = grad.new_empty(grad.shape[:3], dtype=state_dtype(grad))
+    images = grad.shape[1]
+    tile, where = _tokens(layout, images)
+    with _device_of(grad):
+        gpu_kernels.mask_gradient[(layout.steps * images, triton.cdiv(layout.channels, tile["CHANNELS"]))](
+            grad, codes, result, *where, grad.stride(0), images, STATE=_STATE[state_dtype(grad)], **tile
+        )
+    return result
 
 
 def channel_statistics(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -390,7 +197,7 @@ def channel_statistics(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 def channel_combine(grad: Tensor, x: Tensor, layout: Layout, a: Tensor, b: Tensor, d: Tensor) -> None:
     """`grad = a * grad + b * x + d` in place, with a, b and d `[channels]`."""
     with _device_of(x):
-        _combine[(triton.cdiv(layout.size, BLOCK), layout.steps)](
+        gpu_kernels.combine[(triton.cdiv(layout.size, BLOCK), layout.steps)](
             grad,
             x,
             a,
@@ -408,14 +215,14 @@ def pack_bits(x: Tensor) -> Tensor | None:
     """One bit for each spike of x in the order of memory, `[ceil(n / 8)]`; x must be 0 and 1, which is not checked."""
     bits = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
     with _device_of(x):
-        _pack[(triton.cdiv(bits.numel(), BLOCK),)](x, bits, x.numel(), BLOCK=BLOCK)
+        gpu_kernels.pack[(triton.cdiv(bits.numel(), BLOCK),)](x, bits, x.numel(), BLOCK=BLOCK)
     return bits
 
 
 def unpack_bits(bits: Tensor, x: Tensor) -> None:
     """Fills x with the elements that `pack_bits` packed."""
     with _device_of(x):
-        _unpack[(triton.cdiv(x.numel(), BLOCK),)](bits, x, x.numel(), BLOCK=BLOCK)
+        gpu_kernels.unpack[(triton.cdiv(x.numel(), BLOCK),)](bits, x, x.numel(), BLOCK=BLOCK)
 
 
 def _where(layout: Layout) -> tuple[int, int, int, int]:
@@ -437,6 +244,17 @@ def _constants(
         "STATE": _STATE[state_dtype(x)],
         "BLOCK": BLOCK,
     }
+
+
+def _tokens(layout: Layout, images: int) -> tuple[dict[str, int], tuple[int, ...]]:
+    """The tile of an attention program, with all tokens of an image, and how it lies in memory."""
+    tokens = layout.size // (images * layout.channels)
+    padded = triton.next_power_of_2(tokens)
+    # Eight channels fill the smallest piece of memory that is fetched; more elements would not fit the registers.
+    channels = max(1, min(8, triton.next_power_of_2(layout.channels), MOST_TOKENS // padded))
+    tile = {"CHANNELS": channels, "TOKENS": padded, "num_warps": min(16, max(4, channels * padded // 512))}
+    strides = (1, tokens) if layout.inner > 1 else (layout.channels, 1)
+    return tile, (layout.size, tokens, layout.channels, *strides)
 
 
 def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ SIGMOID = sigmoid()
 
 # Shorter runs of consecutive elements are copied into place instead of read where they are.
 SHORTEST_CHUNK = 16
+
+# Tokens of an image that one program of the attention holds in its registers.
+MOST_TOKENS = 1 << 14
 
 
 def state_dtype(x: Tensor) -> torch.dtype:
@@ -57,6 +61,19 @@ def _decode(numbers: tuple[float, ...]) -> NeuronSpec:
     threshold, reset, kind, alpha, detach_reset, strict, inv_tau = numbers
     surrogate = Surrogate(KINDS[int(kind)], alpha)
     return NeuronSpec(threshold, RESETS[int(reset)], surrogate, bool(detach_reset), bool(strict), inv_tau)
+
+
+class Mask(NamedTuple):
+    """What multiplies the gradient of spikes `[T, B, C, ...]` on its way to their neurons.
+
+    With `codes` (one byte each, in the spikes' order of memory) there is no other gradient: it is `values` wherever
+    `bit` of the code is set. B is the outermost axis of a frame in memory.
+    """
+
+    values: Tensor
+    """`[T, B, C]` in the state's dtype."""
+    codes: Tensor | None = None
+    bit: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,14 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from sdt_blocks.ops import gpu
+from sdt_blocks.ops import gpu_kernels
 
 element, state = {dtypes!r}
-integers = "size chunk chunk_stride x_step grad_step channels inner blocks STEPS".split()
-elements = "x spikes grad grad_x".split()
-constants = dict(K=0.5, THRESHOLD=1.0, STRICT=False, ALPHA=4.0, GRAD=True, BLOCK=1024)
+integers = "size chunk chunk_stride x_step grad_step image channels inner blocks STEPS".split()
+integers += "tokens token_stride channel_stride images".split()
+elements = "x spikes grad grad_x q k v out".split()
+constants = dict(K=0.5, THRESHOLD=1.0, STRICT=False, ALPHA=4.0, GRAD=True, MASK=False, BIT=0, BLOCK=1024)
+constants |= dict(MASK_K=0.5, MASK_THRESHOLD=0.5, MASK_STRICT=False, KEEP=True, CHANNELS=8, TOKENS=256)
 constants["STATE"] = tl.float64 if state == "fp64" else tl.float32
 
 
@@ -28,7 +30,7 @@ def build(kernel, **options):
         else "i32"
         if name in integers
         else "*u8"
-        if name == "bits"
+        if name in ("bits", "codes")
         else f"*{{element if name in elements else state}}"
         for name in kernel.arg_names
     }}
@@ -40,12 +42,17 @@ def build(kernel, **options):
 
 for reset, affine, tau, before in ((0, True, 2, False), (1, False, 1, True), (2, False, 0, True)):
     options = dict(RESET=reset, AFFINE=affine, TAU=tau, BEFORE=before, LAST=before, DENSE=not before)
-    build(gpu._forward, **options)
+    build(gpu_kernels.forward, **options)
     for kind in (reset, reset + 2):
-        build(gpu._backward, **options, KIND=kind, DETACH=affine, REPEAT=kind == 1)
-build(gpu._combine)
-build(gpu._pack)
-build(gpu._unpack)
+        build(gpu_kernels.backward, **options, KIND=kind, DETACH=affine, REPEAT=kind == 1)
+    build(gpu_kernels.attend, RESET=reset, MASK_RESET=reset, TAU=tau > 0)
+for given in (True, False):
+    options = dict(RESET=0, AFFINE=True, TAU=0, BEFORE=False, LAST=False, DENSE=True, KIND=0, DETACH=True, REPEAT=False)
+    build(gpu_kernels.backward, **options | dict(GRAD=given, MASK=True, BIT=2))
+build(gpu_kernels.mask_gradient)
+build(gpu_kernels.combine)
+build(gpu_kernels.pack)
+build(gpu_kernels.unpack)
 """
 
 
@@ -57,4 +64,4 @@ def test_kernels_build_for_a_gpu(dtypes, tmp_path):
     script.write_text(BUILD.format(dtypes=dtypes))
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("built") == 12
+    assert done.stdout.count("built") == 18

@@ -1,0 +1,225 @@
+"""Spike-driven self-attention as one op: norms and neurons of q, k and v, the sum over tokens, its neuron, the mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batch_norm import batch_norm_lif, batch_norm_lif_reference, statistics
+from .dispatch import fused, kernels
+from .fused import affine, lif_gradients
+from .lif import constants, lif, lif_reference
+from .spec import MOST_TOKENS, Layout, Mask, NeuronSpec, arrange, state_dtype
+
+
+def attend_reference(
+    x: Sequence[Tensor], norms: Sequence[Mapping[str, Any]], neurons: Sequence[Mapping[str, Any]], *, training: bool
+) -> Tensor:
+    """`q * LIF(sum over tokens of k * v)` with q, k, v = LIF(BN(x)), for x three tensors `[T, B, C, ...]`.
+
+    `norms` and `neurons` are the keyword arguments of `batch_norm_lif_reference` for q, k and v, `neurons` with a
+    fourth for the neuron of the sum. The sums are in float32 or better. Returns spikes `[T, B, C, ...]`.
+    """
+    return _compose(batch_norm_lif_reference, _spikes_of_reference, x, norms, neurons, training)
+
+
+def attend(
+    x: Sequence[Tensor], norms: Sequence[Mapping[str, Any]], neurons: Sequence[Mapping[str, Any]], *, training: bool
+) -> Tensor:
+    """What `attend_reference` computes, in one pass over x.
+
+    For the backward pass x is kept, and what fired at one byte for q, k and v together. In training it stays one op
+    under `torch.compile` too; in evaluation it is traced as its equations. Where q, k and v have unlike neurons or more
+    than `MOST_TOKENS` tokens, their norms and neurons are fused, each for itself.
+
+    >>> x = [torch.randn(4, 2, 8, 5, 5) for _ in range(3)]
+    >>> norm = {"running_mean": None, "running_var": None, "weight": None, "bias": None}
+    >>> neurons = [{"inv_tau": 0.5, "threshold": threshold} for threshold in (1.0, 1.0, 1.0, 0.5)]
+    >>> attend(x, [norm] * 3, neurons, training=True).shape
+    torch.Size([4, 2, 8, 5, 5])
+    """
+    specs = [constants(**neuron) for neuron in neurons]
+    q = x[0]
+    alike = specs[0] == specs[1] == specs[2] and all(part.shape == q.shape and part.dtype == q.dtype for part in x)
+    fits = alike and 0 < q.numel() <= MOST_TOKENS * q.shape[:3].numel()
+    if None in specs or not fits or not fused(q, even_traced=training):
+        return _compose(batch_norm_lif, lif, x, norms, neurons, training)
+    dtype = state_dtype(q)
+    found = [
+        statistics(
+            part, norm["running_mean"], norm["running_var"], training, norm.get("momentum", 0.1), norm.get("eps", 1e-5)
+        )
+        for part, norm in zip(x, norms, strict=True)
+    ]
+    mean, inv_std = (torch.stack(values).to(dtype) for values in zip(*found, strict=True))
+    weight = _stack([norm["weight"] for norm in norms], 1.0, mean)
+    bias = _stack([norm["bias"] for norm in norms], 0.0, mean)
+    taus = [neuron["inv_tau"] for neuron in neurons]
+    inv_tau = None
+    if any(isinstance(tau, Tensor) for tau in taus):
+        inv_tau = torch.stack([torch.as_tensor(tau, dtype=dtype, device=q.device).expand_as(mean[0]) for tau in taus])
+    numbers = [number for spec in specs if spec is not None for number in spec.encode()]
+    differentiable = any(tensor is not None and tensor.requires_grad for tensor in (*x, weight, bias, inv_tau))
+    keep = torch.is_grad_enabled() and differentiable
+    masked, _, _ = attend_op(*x, numbers, inv_tau, mean, inv_std, weight, bias, training, keep)
+    result: Tensor = masked
+    return result
+
+
+def _compose(
+    batch_norm_lif: Callable[..., Tensor],
+    lif: Callable[..., Any],
+    x: Sequence[Tensor],
+    norms: Sequence[Mapping[str, Any]],
+    neurons: Sequence[Mapping[str, Any]],
+    training: bool,
+) -> Tensor:
+    q, k, v = (
+        batch_norm_lif(part, **norm, **neuron, training=training)
+        for part, norm, neuron in zip(x, norms, neurons, strict=False)
+    )
+    tokens = tuple(range(3, q.ndim))
+    mask: Tensor = lif((k * v).sum(tokens, keepdim=True, dtype=state_dtype(q)), **neurons[3])
+    return q * mask.to(q.dtype)
+
+
+def _spikes_of_reference(x: Tensor, inv_tau: float | Tensor, **neuron: Any) -> Tensor:
+    return lif_reference(x, inv_tau, **neuron)[0]
+
+
+@torch.library.custom_op("sdt_blocks::attend", mutates_args=())
+def attend_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    neurons: Sequence[float],
+    inv_tau: Tensor | None,
+    mean: Tensor,
+    inv_std: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    of_batch: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The masked spikes; if the gradient will need them, else empty, the codes of what fired and the sums.
+
+    `neurons` are four encoded `NeuronSpec`; inv_tau `[4, C]`; mean, inv_std, weight and bias `[3, C]`.
+    """
+    (q, k, v), layout = _arranged(q, k, v)
+    scale, shift = affine(mean, inv_std, weight, bias)
+    masked, codes, sums = kernels(q).attend(
+        (q, k, v), layout, _specs(neurons), scale=scale, shift=shift, inv_tau=inv_tau, keep=keep
+    )
+    if codes is None:
+        codes, sums = q.new_empty(0, dtype=torch.uint8), q.new_empty(0, dtype=state_dtype(q))
+    return masked, codes, sums
+
+
+@attend_op.register_fake
+def _(q, k, v, neurons, inv_tau, mean, inv_std, weight, bias, of_batch, keep):
+    (q, k, v), layout = _arranged(q, k, v)
+    dtype = state_dtype(q)
+    if not keep:
+        return layout.empty(q, layout.steps), q.new_empty(0, dtype=torch.uint8), q.new_empty(0, dtype=dtype)
+    codes = layout.empty(q, layout.steps, torch.uint8)
+    return layout.empty(q, layout.steps), codes, q.new_empty(q.shape[:3], dtype=dtype)
+
+
+@torch.library.custom_op("sdt_blocks::attend_backward", mutates_args=())
+def attend_backward_op(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    codes: Tensor,
+    sums: Tensor,
+    neurons: Sequence[float],
+    inv_tau: Tensor | None,
+    mean: Tensor,
+    inv_std: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    of_batch: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, inv_tau (empty if not given), weight and bias."""
+    x, layout = _arranged(q, k, v)
+    specs, module = _specs(neurons), kernels(q)
+    taus = [None] * 4 if inv_tau is None else list(inv_tau.unbind())
+    sums, channels = arrange(sums, layout.steps, per_channel=True)
+    mask, _ = module.lif_forward(
+        sums, channels, specs[3], scale=None, shift=None, inv_tau=taus[3], membrane=None, keep_membrane=False
+    )
+    grad = layout.frames(grad)
+    of_mask = module.mask_gradient(grad, codes, layout)
+    of_sums, of_tau, *_ = lif_gradients(sums, channels, specs[3], of_mask, inv_tau=taus[3])
+    # The gradient of k is that of the sums wherever v fired, and the other way round.
+    masks = (Mask(mask), Mask(of_sums, codes, bit=2), Mask(of_sums, codes, bit=1))
+    found = [
+        lif_gradients(
+            x[i],
+            layout,
+            specs[i],
+            grad if masks[i].codes is None else None,
+            mask=masks[i],
+            inv_tau=taus[i],
+            mean=mean[i],
+            inv_std=inv_std[i],
+            weight=weight[i],
+            bias=bias[i],
+            of_batch=of_batch,
+        )
+        for i in range(3)
+    ]
+    of_x, of_taus, _, of_weight, of_bias = zip(*found, strict=True)
+    given = [of for of in (*of_taus, of_tau) if of is not None]
+    of_inv_tau = torch.stack(given) if given else mean.new_empty(0)
+    return *of_x, of_inv_tau, torch.stack(of_weight), torch.stack(of_bias)
+
+
+@attend_backward_op.register_fake
+def _(grad, q, k, v, codes, sums, neurons, inv_tau, mean, inv_std, weight, bias, of_batch):
+    x, layout = _arranged(q, k, v)
+    of_x = (layout.empty(part, layout.steps) for part in x)
+    of_inv_tau = mean.new_empty(0) if inv_tau is None else torch.empty_like(inv_tau)
+    return *of_x, of_inv_tau, torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    q, k, v, neurons, inv_tau, mean, inv_std, weight, bias, of_batch, _ = inputs
+    _, codes, sums = output
+    ctx.save_for_backward(q, k, v, codes, sums, inv_tau, mean, inv_std, weight, bias)
+    ctx.neurons, ctx.of_batch = neurons, of_batch
+    ctx.mark_non_differentiable(codes, sums)
+
+
+def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    q, k, v, codes, sums, inv_tau, *norm = ctx.saved_tensors
+    *of_x, of_inv_tau, of_weight, of_bias = torch.ops.sdt_blocks.attend_backward(
+        grad, q, k, v, codes, sums, ctx.neurons, inv_tau, *norm, ctx.of_batch
+    )
+    return *of_x, None, None if inv_tau is None else of_inv_tau, None, None, of_weight, of_bias, None, None
+
+
+attend_op.register_autograd(_gradients, setup_context=_keep)
+
+
+def _arranged(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Layout]:
+    """q, k and v in one order of memory, images outermost, copied where they lie otherwise."""
+    channels_last = q.stride(2) == 1 and q.shape[2] > 1
+    order = (0, 1, *range(3, q.ndim), 2) if channels_last else tuple(range(q.ndim))
+    back = [order.index(axis) for axis in range(q.ndim)]
+    q, k, v = (part.permute(order).contiguous().permute(back) for part in (q, k, v))
+    q, layout = arrange(q, q.shape[0], per_channel=True)
+    return (q, k, v), layout
+
+
+def _specs(neurons: Sequence[float]) -> list[NeuronSpec]:
+    length = len(neurons) // 4
+    return [NeuronSpec.decode(neurons[i * length : (i + 1) * length]) for i in range(4)]
+
+
+def _stack(values: Sequence[Tensor | None], otherwise: float, like: Tensor) -> Tensor:
+    return torch.stack([like.new_full(like.shape[1:], otherwise) if v is None else v.to(like) for v in values])

@@ -1,0 +1,416 @@
+"""The kernels that `gpu.py` starts.
+
+Traffic in bytes per element and time step, for an element of b bytes. LIF: forward 2 b (input read, spikes written; the
+state stays in registers), backward 4 b (input read twice, gradient read and written). The backward pass also writes the
+membranes and reads them twice, in a scratch that a fixed number of programs use again and again, so that it stays in
+the L2 cache. Sums over channels cost 4 bytes each per neuron, not per step. Attention: forward 4 b (q, k and v read,
+masked spikes written) and 1 where a gradient will be wanted; backward b + 1 for the mask's gradient, then for q what a
+LIF takes and 1, for k and v 3 b + 1 each.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+HALF_PI = tl.constexpr(1.5707963267948966)
+
+
+@triton.jit
+def _surrogate(shift, KIND: tl.constexpr, ALPHA: tl.constexpr):
+    # A bare number would be rounded to float32 beside float64.
+    a = tl.full(shift.shape, ALPHA, shift.dtype)
+    if KIND == 0:
+        e = tl.exp(-tl.abs(a * shift))
+        return a * e / ((1 + e) * (1 + e))
+    elif KIND == 1:
+        y = tl.full(shift.shape, HALF_PI, shift.dtype) * a * shift
+        return (a / 2) / (1 + y * y)
+    elif KIND == 2:
+        y = a * tl.abs(shift) + 1
+        return 1 / (y * y)
+    elif KIND == 3:
+        return a * tl.maximum(1 - a * tl.abs(shift), 0.0)
+    else:
+        return shift * 0 + 1
+
+
+@triton.jit
+def _fires(h, threshold, STRICT: tl.constexpr):
+    if STRICT:
+        return h > threshold
+    else:
+        return h >= threshold
+
+
+@triton.jit
+def _charge(h, s, v, k, threshold, RESET: tl.constexpr):
+    """Membrane after input v, and what the reset left of the one before."""
+    u = h * tl.where(s, 0.0, 1.0) if RESET == 0 else h
+    h = u + (v - u) * k
+    if RESET == 1:
+        h = tl.where(s, h - threshold, h)
+    return h, u
+
+
+@triton.jit
+def _channel_values(pointer, c, mask, DTYPE: tl.constexpr):
+    return tl.load(pointer + c, mask=mask, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def forward(
+    x,
+    scale,
+    shift,
+    inv_tau,
+    before,
+    spikes,
+    last,
+    size,
+    chunk,
+    chunk_stride,
+    x_step,
+    channels,
+    inner,
+    STEPS,
+    K: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    RESET: tl.constexpr,
+    STRICT: tl.constexpr,
+    AFFINE: tl.constexpr,
+    TAU: tl.constexpr,
+    BEFORE: tl.constexpr,
+    LAST: tl.constexpr,
+    DENSE: tl.constexpr,
+    STATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < size
+    offset = i if DENSE else i // chunk * chunk_stride + i % chunk
+    c = i // inner % channels
+    threshold = tl.full([BLOCK], THRESHOLD, STATE)
+    a = _channel_values(scale, c, mask, STATE) if AFFINE else 1.0
+    b = _channel_values(shift, c, mask, STATE) if AFFINE else 0.0
+    k = tl.full([BLOCK], K, STATE) if TAU == 0 else _channel_values(inv_tau, c if TAU == 2 else c * 0, mask, STATE)
+    if BEFORE:
+        h = tl.load(before + i, mask=mask, other=0.0).to(STATE)
+        s = _fires(h, threshold, STRICT)
+    else:
+        h = tl.zeros([BLOCK], STATE)
+        s = h > 1
+    # Pointers step from frame to frame: an offset into the whole sequence may not fit 32 bits.
+    x += offset
+    to = spikes + i
+    for _ in range(STEPS):
+        v = tl.load(x, mask=mask, other=0.0).to(STATE)
+        if AFFINE:
+            v = v * a + b
+        h, _u = _charge(h, s, v, k, threshold, RESET)
+        s = _fires(h, threshold, STRICT)
+        tl.store(to, tl.where(s, 1.0, 0.0).to(spikes.dtype.element_ty), mask=mask)
+        x += x_step
+        to += size
+    if LAST:
+        tl.store(last + i, h, mask=mask)
+
+
+@triton.jit
+def backward(
+    grad,
+    masks,
+    codes,
+    grad_last,
+    x,
+    scale,
+    shift,
+    center,
+    inv_tau,
+    before,
+    grad_x,
+    grad_before,
+    sums,
+    scratch,
+    size,
+    chunk,
+    chunk_stride,
+    x_step,
+    grad_step,
+    image,
+    channels,
+    inner,
+    blocks,
+    STEPS,
+    K: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    RESET: tl.constexpr,
+    STRICT: tl.constexpr,
+    DETACH: tl.constexpr,
+    KIND: tl.constexpr,
+    ALPHA: tl.constexpr,
+    AFFINE: tl.constexpr,
+    TAU: tl.constexpr,
+    BEFORE: tl.constexpr,
+    GRAD: tl.constexpr,
+    MASK: tl.constexpr,
+    BIT: tl.constexpr,
+    LAST: tl.constexpr,
+    REPEAT: tl.constexpr,
+    DENSE: tl.constexpr,
+    STATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    lane = tl.arange(0, BLOCK).to(tl.int64)
+    threshold = tl.full([BLOCK], THRESHOLD, STATE)
+    own = scratch + tl.program_id(0).to(tl.int64) * STEPS * BLOCK + lane
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        i = (lane * 0 + block) * BLOCK + lane
+        mask = i < size
+        offset = i if DENSE else i // chunk * chunk_stride + i % chunk
+        c = i // inner % channels
+        a = _channel_values(scale, c, mask, STATE) if AFFINE else 1.0
+        b = _channel_values(shift, c, mask, STATE) if AFFINE else 0.0
+        middle = _channel_values(center, c, mask, STATE) if AFFINE else 0.0
+        k = tl.full([BLOCK], K, STATE) if TAU == 0 else _channel_values(inv_tau, c if TAU == 2 else c * 0, mask, STATE)
+        first = tl.load(before + i, mask=mask, other=0.0).to(STATE) if BEFORE else tl.zeros([BLOCK], STATE)
+        h = first
+        s = _fires(h, threshold, STRICT) if BEFORE else h > 1
+        of = x + offset
+        for t in range(STEPS):
+            v = tl.load(of, mask=mask, other=0.0).to(STATE)
+            if AFFINE:
+                v = v * a + b
+            h, _u = _charge(h, s, v, k, threshold, RESET)
+            s = _fires(h, threshold, STRICT)
+            tl.store(own + t * BLOCK, h)
+            of += x_step
+        # Every thread reads what it wrote itself, unless the compiler lays loads and stores out differently.
+        tl.debug_barrier()
+
+        of_h = tl.load(grad_last + i, mask=mask, other=0.0).to(STATE) if LAST else tl.zeros([BLOCK], STATE)
+        of_s = tl.zeros([BLOCK], STATE)
+        of_tau = tl.zeros([BLOCK], STATE)
+        of_shift = tl.zeros([BLOCK], STATE)
+        of_scale = tl.zeros([BLOCK], STATE)
+        last_step = (lane * 0 + STEPS - 1).to(tl.int64)
+        given = grad + last_step * grad_step + i
+        fires_at = codes + last_step * size + i
+        masked = masks + last_step * (size // image * channels) + i // image * channels + c
+        to = grad_x + last_step * size + i
+        for back in range(STEPS):
+            t = STEPS - 1 - back
+            h = tl.load(own + t * BLOCK)
+            if GRAD or MASK:
+                arriving = tl.full([BLOCK], 1.0, STATE)
+                if GRAD:
+                    arriving = tl.load(given, mask=mask, other=0.0).to(STATE)
+                if MASK:
+                    arriving *= tl.load(masked, mask=mask, other=0.0)
+                    if not GRAD:
+                        code = tl.load(fires_at, mask=mask, other=0)
+                        arriving = tl.where((code >> BIT) & 1 != 0, arriving, 0.0)
+                of_s += arriving
+            of_h += of_s * _surrogate(h - threshold, KIND, ALPHA)
+            of -= x_step
+            raw = tl.load(of, mask=mask, other=0.0).to(STATE)
+            previous = tl.load(own + (t - 1) * BLOCK, mask=t > 0, other=0.0)
+            previous = tl.where(t > 0, previous, first)
+            fired = _fires(previous, threshold, STRICT)
+            if not BEFORE:
+                fired = fired & (t > 0)
+            of_v = of_h * k
+            if TAU != 0:
+                u = previous * tl.where(fired, 0.0, 1.0) if RESET == 0 else previous
+                of_tau += of_h * ((raw * a + b if AFFINE else raw) - u)
+            if AFFINE:
+                of_shift += of_v
+                of_scale += of_v * (raw - middle)
+            if REPEAT:
+                if not AFFINE:
+                    of_shift += of_v
+            else:
+                tl.store(to, of_v.to(grad_x.dtype.element_ty), mask=mask)
+            of_u = of_h * (1 - k)
+            of_s = tl.zeros([BLOCK], STATE)
+            if not DETACH:
+                if RESET == 0:
+                    of_s = -of_u * previous
+                if RESET == 1:
+                    of_s = -of_h * threshold
+            of_h = of_u * tl.where(fired, 0.0, 1.0) if RESET == 0 else of_u
+            given -= grad_step
+            to -= size
+            fires_at -= size
+            masked -= size // image * channels
+        if REPEAT:
+            tl.store(grad_x + i, of_shift.to(grad_x.dtype.element_ty), mask=mask)
+        if BEFORE:
+            of_h += of_s * _surrogate(first - threshold, KIND, ALPHA)
+            tl.store(grad_before + i, of_h, mask=mask)
+        if TAU != 0:
+            tl.store(sums + i, of_tau, mask=mask)
+        if AFFINE:
+            tl.store(sums + size + i, of_shift, mask=mask)
+            tl.store(sums + 2 * size + i, of_scale, mask=mask)
+        tl.debug_barrier()
+
+
+@triton.jit
+def combine(
+    grad, x, a, b, d, size, chunk, chunk_stride, x_step, channels, inner, STATE: tl.constexpr, BLOCK: tl.constexpr
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    t = tl.program_id(1).to(tl.int64)
+    mask = i < size
+    c = i // inner % channels
+    grad += t * size + i
+    value = tl.load(grad, mask=mask, other=0.0).to(STATE)
+    raw = tl.load(x + t * x_step + i // chunk * chunk_stride + i % chunk, mask=mask, other=0.0).to(STATE)
+    value = value * _channel_values(a, c, mask, STATE) + raw * _channel_values(b, c, mask, STATE)
+    value += _channel_values(d, c, mask, STATE)
+    tl.store(grad, value.to(grad.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def pack(x, bits, size, BLOCK: tl.constexpr):
+    byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    packed = tl.zeros([BLOCK], tl.int32)
+    for bit in range(8):
+        i = byte * 8 + bit
+        packed |= (tl.load(x + i, mask=i < size, other=0.0) != 0).to(tl.int32) << bit
+    tl.store(bits + byte, packed.to(tl.uint8), mask=byte * 8 < size)
+
+
+@triton.jit
+def unpack(bits, x, size, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    byte = tl.load(bits + i // 8, mask=i < size, other=0).to(tl.int32)
+    # By way of float32: Triton's interpreter writes an integer into bfloat16 as its bits.
+    spike = ((byte >> (i % 8).to(tl.int32)) & 1).to(tl.float32)
+    tl.store(x + i, spike.to(x.dtype.element_ty), mask=i < size)
+
+
+@triton.jit
+def attend(
+    q,
+    k,
+    v,
+    scale,
+    shift,
+    inv_tau,
+    out,
+    codes,
+    sums,
+    size,
+    tokens,
+    channels,
+    token_stride,
+    channel_stride,
+    STEPS,
+    K: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    RESET: tl.constexpr,
+    STRICT: tl.constexpr,
+    MASK_K: tl.constexpr,
+    MASK_THRESHOLD: tl.constexpr,
+    MASK_RESET: tl.constexpr,
+    MASK_STRICT: tl.constexpr,
+    TAU: tl.constexpr,
+    KEEP: tl.constexpr,
+    STATE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """One image's tokens of a few channels, all of them at once, step after step."""
+    image = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    n = tl.arange(0, TOKENS)
+    of_channel = c < channels
+    mask = of_channel[:, None] & (n < tokens)[None, :]
+    i = image * tokens * channels + c.to(tl.int64)[:, None] * channel_stride + n[None, :] * token_stride
+    a_q = _channel_values(scale, c, of_channel, STATE)[:, None]
+    a_k = _channel_values(scale + channels, c, of_channel, STATE)[:, None]
+    a_v = _channel_values(scale + 2 * channels, c, of_channel, STATE)[:, None]
+    b_q = _channel_values(shift, c, of_channel, STATE)[:, None]
+    b_k = _channel_values(shift + channels, c, of_channel, STATE)[:, None]
+    b_v = _channel_values(shift + 2 * channels, c, of_channel, STATE)[:, None]
+    k_q = tl.full([CHANNELS, 1], K, STATE)
+    k_k = k_q
+    k_v = k_q
+    k_mask = tl.full([CHANNELS], MASK_K, STATE)
+    if TAU:
+        k_q = _channel_values(inv_tau, c, of_channel, STATE)[:, None]
+        k_k = _channel_values(inv_tau + channels, c, of_channel, STATE)[:, None]
+        k_v = _channel_values(inv_tau + 2 * channels, c, of_channel, STATE)[:, None]
+        k_mask = _channel_values(inv_tau + 3 * channels, c, of_channel, STATE)
+    threshold = tl.full([CHANNELS, TOKENS], THRESHOLD, STATE)
+    mask_threshold = tl.full([CHANNELS], MASK_THRESHOLD, STATE)
+    h_q = tl.zeros([CHANNELS, TOKENS], STATE)
+    h_k = h_q
+    h_v = h_q
+    q_fires = h_q > 1
+    k_fires = q_fires
+    v_fires = q_fires
+    h_mask = tl.zeros([CHANNELS], STATE)
+    mask_fires = h_mask > 1
+    q += i
+    k += i
+    v += i
+    out += i
+    codes += i
+    sums += image * channels + c
+    for _ in range(STEPS):
+        x_q = tl.load(q, mask=mask, other=0.0).to(STATE) * a_q + b_q
+        x_k = tl.load(k, mask=mask, other=0.0).to(STATE) * a_k + b_k
+        x_v = tl.load(v, mask=mask, other=0.0).to(STATE) * a_v + b_v
+        h_q, _u = _charge(h_q, q_fires, x_q, k_q, threshold, RESET)
+        h_k, _u = _charge(h_k, k_fires, x_k, k_k, threshold, RESET)
+        h_v, _u = _charge(h_v, v_fires, x_v, k_v, threshold, RESET)
+        q_fires = _fires(h_q, threshold, STRICT)
+        k_fires = _fires(h_k, threshold, STRICT)
+        v_fires = _fires(h_v, threshold, STRICT)
+        # The padding beyond the tokens may fire too.
+        total = tl.sum(tl.where(k_fires & v_fires & mask, 1.0, 0.0), axis=1).to(STATE)
+        h_mask, _m = _charge(h_mask, mask_fires, total, k_mask, mask_threshold, MASK_RESET)
+        mask_fires = _fires(h_mask, mask_threshold, MASK_STRICT)
+        masked = tl.where(q_fires & mask_fires[:, None], 1.0, 0.0)
+        tl.store(out, masked.to(out.dtype.element_ty), mask=mask)
+        if KEEP:
+            code = tl.where(q_fires, 1, 0) | tl.where(k_fires, 2, 0) | tl.where(v_fires, 4, 0)
+            tl.store(codes, code.to(tl.uint8), mask=mask)
+        tl.store(sums, total, mask=of_channel)
+        q += size
+        k += size
+        v += size
+        out += size
+        codes += size
+        sums += size // tokens
+
+
+@triton.jit
+def mask_gradient(
+    grad,
+    codes,
+    result,
+    size,
+    tokens,
+    channels,
+    token_stride,
+    channel_stride,
+    grad_step,
+    images,
+    STATE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64) // images
+    image = tl.program_id(0).to(tl.int64) % images
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    n = tl.arange(0, TOKENS)
+    mask = (c < channels)[:, None] & (n < tokens)[None, :]
+    i = image * tokens * channels + c.to(tl.int64)[:, None] * channel_stride + n[None, :] * token_stride
+    code = tl.load(codes + t * size + i, mask=mask, other=0)
+    given = tl.load(grad + t * grad_step + i, mask=mask, other=0.0).to(STATE)
+    total = tl.sum(tl.where(code & 1 != 0, given, 0.0), axis=1)
+    tl.store(result + (t * images + image) * channels + c, total, mask=c < channels)

@@ -1,0 +1,257 @@
+"""Spike-driven self-attention as one op against its equations, and within the block against its parts."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sdt_blocks import LIF, ParametricLIF, SpikeDrivenSelfAttention
+from sdt_blocks.ops import attend, attend_reference
+from sdt_blocks.ops import attention as attention_op
+from sdt_blocks.surrogate import atan, triangular
+
+SHAPES = [(4, 2, 70, 5, 7), (3, 3, 130, 4, 4), (2, 2, 5, 14, 14), (1, 2, 1, 3, 3), (4, 2, 8, 1, 1), (2, 1, 3, 1, 131)]
+TAKEN = {
+    torch.float32: 1e-4,
+    torch.float64: 1e-11,
+    torch.bfloat16: 4e-2,
+    torch.float16: 6e-3,
+}
+
+
+def channels_last(x):
+    return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+
+
+def contiguous(x):
+    return x.contiguous()
+
+
+def apart(x):
+    return torch.stack([x, x.new_full(x.shape, torch.nan)], -1)[..., 0]
+
+
+def make(shape, dtype, device, *, learnt, seed=0):
+    """Inputs, norms and neurons of which some fire in every channel, as leaves."""
+    torch.manual_seed(seed)
+    channels = shape[2]
+    x = [torch.randn(shape).to(device, dtype) for _ in range(3)]
+    state = torch.promote_types(dtype, torch.float32)
+    weights = [torch.rand(channels, dtype=state, device=device).add(0.5).requires_grad_() for _ in range(3)]
+    biases = [torch.rand(channels, dtype=state, device=device).add(0.3).requires_grad_() for _ in range(3)]
+    taus = [torch.rand(channels, dtype=state, device=device).mul(0.5).add(0.3).requires_grad_() for _ in range(4)]
+    norms = [
+        {"weight": w, "bias": b, "running_mean": None, "running_var": None}
+        for w, b in zip(weights, biases, strict=True)
+    ]
+    inv_taus = taus if learnt else [0.5, 0.5, 0.5, 0.4]
+    thresholds = (1.0, 1.0, 1.0, max(0.5, shape[3] * shape[4] / 32))
+    neurons = [{"inv_tau": k, "threshold": threshold} for k, threshold in zip(inv_taus, thresholds, strict=True)]
+    return x, norms, neurons, [*weights, *biases, *(taus if learnt else [])]
+
+
+def run(op, x, norms, neurons, leaves, training=True):
+    x = [part.detach().requires_grad_() for part in x]
+    out = op(x, norms, neurons, training=training)
+    given = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return out, torch.autograd.grad(out, [*x, *leaves], given)
+
+
+def same(found, expected, tolerance):
+    assert torch.equal(found[0], expected[0])
+    for ours, theirs in zip(found[1], expected[1], strict=True):
+        scale = theirs.abs().max().double().clamp_min(1e-3)
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        assert (ours.double() - theirs.double()).abs().max() <= tolerance * scale
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last, apart])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes_and_layouts(backend, device, shape, layout):
+    x, norms, neurons, leaves = make(shape, torch.float32, device, learnt=True)
+    expected = run(attend_reference, x, norms, neurons, leaves)
+    same(run(attend, [layout(part) for part in x], norms, neurons, leaves), expected, TAKEN[torch.float32])
+
+
+def test_mixed_layouts(backend, device):
+    x, norms, neurons, leaves = make((2, 2, 20, 4, 5), torch.float64, device, learnt=False)
+    expected = run(attend_reference, x, norms, neurons, leaves)
+    assert 0.02 < expected[0].mean() < 0.9
+    mixed = [layout(part) for layout, part in zip((channels_last, contiguous, apart), x, strict=True)]
+    same(run(attend, mixed, norms, neurons, leaves), expected, TAKEN[torch.float64])
+
+
+@pytest.mark.parametrize("dtype", TAKEN, ids=str)
+@pytest.mark.parametrize("learnt", [False, True])
+def test_dtypes(backend, device, dtype, learnt):
+    x, norms, neurons, leaves = make((3, 2, 24, 6, 6), dtype, device, learnt=learnt)
+    x = [channels_last(part) for part in x]
+    state = torch.promote_types(dtype, torch.float32)
+    expected = run(attend_reference, [part.to(state) for part in x], norms, neurons, leaves)
+    expected = expected[0].to(dtype), [*(g.to(dtype) for g in expected[1][:3]), *expected[1][3:]]
+    assert 0.02 < expected[0].float().mean() < 0.9
+    same(run(attend, x, norms, neurons, leaves), expected, TAKEN[dtype])
+
+
+@pytest.mark.parametrize("reset", ["zero", "subtract", "none"])
+@pytest.mark.parametrize("detach_reset", [True, False])
+@pytest.mark.parametrize("strict", [True, False])
+def test_neurons(backend, device, reset, detach_reset, strict):
+    x, norms, neurons, leaves = make((4, 2, 12, 4, 4), torch.float64, device, learnt=True)
+    options = {"reset": reset, "detach_reset": detach_reset, "strict": strict, "surrogate": atan()}
+    neurons = [{**neuron, **options} for neuron in neurons]
+    neurons[3] |= {"reset": "subtract", "surrogate": triangular(0.2)}
+    expected = run(attend_reference, x, norms, neurons, leaves)
+    same(run(attend, x, norms, neurons, leaves), expected, TAKEN[torch.float64])
+
+
+def test_evaluation(backend, device):
+    x, norms, neurons, leaves = make((4, 2, 12, 4, 4), torch.float64, device, learnt=True)
+    running = {"running_mean": torch.randn(12).double().to(device), "running_var": torch.rand(12).double().to(device)}
+    norms = [{**norm, **running} for norm in norms]
+    expected = run(attend_reference, x, norms, neurons, leaves, training=False)
+    same(run(attend, x, norms, neurons, leaves, training=False), expected, TAKEN[torch.float64])
+
+
+def test_running_statistics(backend, device):
+    x, norms, neurons, _ = make((4, 2, 12, 4, 4), torch.float64, device, learnt=False)
+
+    def after(op):
+        own = [{**n, "running_mean": torch.ones(12).to(x[0]), "running_var": torch.ones(12).to(x[0])} for n in norms]
+        op(x, own, neurons, training=True)
+        return torch.stack([torch.stack([norm["running_mean"], norm["running_var"]]) for norm in own])
+
+    torch.testing.assert_close(after(attend), after(attend_reference))
+
+
+def test_unlike_neurons_are_fused_each_for_itself(backend, device):
+    x, norms, neurons, leaves = make((4, 2, 12, 4, 4), torch.float64, device, learnt=False)
+    neurons[1] |= {"threshold": 0.7, "inv_tau": 0.9}
+    expected = run(attend_reference, x, norms, neurons, leaves)
+    same(run(attend, x, norms, neurons, leaves), expected, TAKEN[torch.float64])
+
+
+def test_more_tokens_than_a_program_holds(backend, device, monkeypatch):
+    x, norms, neurons, leaves = make((2, 1, 4, 4, 4), torch.float64, device, learnt=False)
+    expected = run(attend, x, norms, neurons, leaves)
+    called = []
+    monkeypatch.setattr(attention_op, "attend_op", lambda *arguments: called.append(arguments))
+    monkeypatch.setattr(attention_op, "MOST_TOKENS", 15)
+    same(run(attend, x, norms, neurons, leaves), expected, TAKEN[torch.float64])
+    assert not called
+
+
+def test_opcheck(backend, device):
+    x, norms, neurons, _ = make((2, 2, 6, 3, 3), torch.float32, device, learnt=True)
+    arguments = []
+    original = attention_op.attend_op
+    attention_op.attend_op = lambda *given: arguments.append(given) or original(*given)
+    try:
+        attend([part.requires_grad_() for part in x], norms, neurons, training=True)
+    finally:
+        attention_op.attend_op = original
+    given = tuple(
+        a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in arguments[0]
+    )
+    torch.library.opcheck(original, tuple(given))
+    masked, codes, sums = original(*given)
+    assert codes.dtype == torch.uint8 and not sums.requires_grad and masked.requires_grad
+
+
+def top(x):
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+def block_of(neuron, dim=24):
+    torch.manual_seed(0)
+    block = SpikeDrivenSelfAttention(dim, neuron=neuron)
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.uniform_(0.5, 1.5)
+    return block
+
+
+@pytest.mark.parametrize("neuron", [LIF, ParametricLIF])
+@pytest.mark.parametrize("training", [True, False])
+def test_block_with_and_without_hooks(backend, device, neuron, training):
+    """A hook takes the parts out of the op; nothing but speed and memory may change."""
+    block = block_of(neuron).to(device).train(training)
+    watched = copy.deepcopy(block)
+    seen = []
+    watched.coincidences.register_forward_hook(lambda module, arguments, out: seen.append(out.mean().item()))
+    membrane = 3 * torch.randn(4, 2, 24, 5, 5, device=device)
+    results = []
+    for module in (block, watched):
+        x = membrane.clone().requires_grad_()
+        out = module(x)
+        out.square().sum().backward()
+        results.append([out, x.grad, *(p.grad for p in module.parameters()), *module.buffers()])
+    assert len(seen) == 1 and 0 < seen[0] < 1
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * top(theirs))
+
+
+def test_what_takes_the_block_apart(monkeypatch):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    called = []
+    original = attention_op.attend_op
+    monkeypatch.setattr(attention_op, "attend_op", lambda *given: called.append(1) or original(*given))
+    membrane = torch.randn(2, 1, 16, 4, 4)
+
+    class Other(SpikeDrivenSelfAttention):
+        def attend(self, q, k, v):
+            return super().attend(q, k, v) * 0
+
+    fused, pooled, other, replaced = (
+        block_of(LIF, 16),
+        SpikeDrivenSelfAttention(16, event_pooling=True),
+        Other(16),
+        block_of(LIF, 16),
+    )
+    replaced.k_neuron = nn.ReLU()
+    for block, times in ((pooled, 0), (other, 0), (replaced, 0), (fused, 1)):
+        block(membrane)
+        assert len(called) == times
+    assert (other(membrane) == other(membrane).flatten(3)[..., :1, None]).all()
+
+
+def test_kept_for_the_gradient(monkeypatch):
+    """q, k, v at a float each, one byte for what fired, and a bit for the masked spikes."""
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    x, norms, neurons, _ = make((4, 2, 64, 14, 14), torch.float32, "cpu", learnt=False)
+    x = [part.requires_grad_() for part in x]
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t
+    ):
+        out = attend(x, norms, neurons, training=True)
+    given = {part.untyped_storage().data_ptr() for part in x}
+    added = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in given)
+    assert added <= 1.1 * out.numel()
+
+
+def test_without_gradient_nothing_is_kept(backend, device, monkeypatch):
+    x, norms, neurons, _ = make((2, 2, 6, 3, 3), torch.float32, device, learnt=False)
+    expected = attend_reference(x, norms, neurons, training=True)
+    results = []
+    original = attention_op.attend_op
+    monkeypatch.setattr(attention_op, "attend_op", lambda *given: results.append(original(*given)) or results[-1])
+    with torch.no_grad():
+        found = attend(x, norms, neurons, training=True)
+    assert torch.equal(found, expected) and results[0][1].numel() == 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_whole(monkeypatch, training):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    block = block_of(ParametricLIF).train(training)
+    other = copy.deepcopy(block)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    membrane = torch.randn(4, 2, 24, 5, 5)
+    for module in (block, compiled):
+        module(membrane).square().sum().backward()
+    torch.testing.assert_close(compiled(membrane), block(membrane), rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(other.parameters(), block.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4 * theirs.grad.abs().max().item())
