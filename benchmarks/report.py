@@ -7,6 +7,7 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
+import curves
 from harness import RESULTS, read_rows
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
@@ -59,7 +60,10 @@ def rewrite(readme: Path, content: str) -> None:
 
 
 def plot(rows: list[Row], folder: Path = RESULTS) -> list[Path]:
-    """One PNG for each suite, device and allocator: bars of the ratios, or of the medians where there are none."""
+    """One PNG for each suite, device and allocator: bars of the ratios, or of the medians where there are none.
+
+    The suite `sparse` has curves instead.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -68,6 +72,9 @@ def plot(rows: list[Row], folder: Path = RESULTS) -> list[Path]:
     paths = []
     timed = [row for row in rows if row["median"]]
     for key, found in groupby(timed, key=lambda row: (row["suite"], row["device"], row["allocator"])):
+        if key[0] == "sparse":
+            paths.append(curves.plot(list(found), folder / f"{'-'.join(key)}.png"))
+            continue
         panels = [
             list(group) for _, group in groupby(found, key=lambda row: (row["figure"], row["setting"], row["unit"]))
         ]

@@ -25,6 +25,7 @@ from sdt_blocks import SpikeDrivenTransformer, create_model, optimize_for_infere
 from sdt_blocks.analysis import E_AC, E_MAC
 from sdt_blocks.event_costs import Calibration
 from sdt_blocks.event_driven import EventDrivenTransformer
+from sdt_blocks.ops import firing
 from sdt_blocks.ops.sparse import Epilogue, EventWeight, PackedSpikes, spike_product
 from sdt_blocks.ops.spec import NeuronSpec
 from sdt_blocks.product import Product
@@ -41,6 +42,7 @@ MODEL_RATES = (0.02, 0.05, 0.1, 0.2, 0.4)
 TRAINED, MIXED = "the rates of a trained network", "blocks in turn at 2% and 40%"
 DENSE, DENSE_BF16 = "dense fp32, fastest library path", "dense bf16, fastest library path"
 DENSE_OURS = "dense fp32, sdt_blocks"
+DENSE_BF16_FIRED = "dense bf16 and the neuron, sdt_blocks"
 SUMS, FIRED = "events to membrane", "events to spikes, neuron included"
 FLOOR, FLOOR_BF16 = "floor: bare convolutions, fp32", "floor: bare convolutions, bf16"
 OPTIMISED, OPTIMISED_BF16 = "optimised dense, fp32", "optimised dense, bf16"
@@ -68,22 +70,32 @@ def run(bench: Bench) -> None:
 def race_product(bench: Bench, inputs: int, outputs: int, kernel: int, side: int) -> None:
     """Times one product at every rate, and finds the rates up to which events are the faster way."""
     weight = torch.randn(outputs, inputs, kernel, kernel) / inputs**0.5
-    tiles, plain, firing = EventWeight(weight), Epilogue(outputs), Epilogue(outputs, neuron=NeuronSpec())
+    tiles, plain, fires = EventWeight(weight), Epilogue(outputs), Epilogue(outputs, neuron=NeuronSpec())
     membrane = torch.empty(4, 8, side, side, outputs)
-    ours = Product(weight, torch.zeros(outputs))
+    ours, ours_bf16 = (Product(weight, torch.zeros(outputs), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    neuron = firing.Neuron(torch.tensor(0.5), threshold=1.0, reset="zero", strict=False)
     shape = torch.Size((32, side, side, inputs))
-    ratios: dict[str, list[float]] = {DENSE: [], DENSE_OURS: [], DENSE_BF16: []}
+    ratios: dict[tuple[str, str], list[float]] = {
+        (SUMS, DENSE): [],
+        (SUMS, DENSE_OURS): [],
+        (SUMS, DENSE_BF16): [],
+        (FIRED, DENSE_BF16_FIRED): [],
+    }
     for rate in PRODUCT_RATES:
         spikes = PackedSpikes.pack(torch.rand(4, 8, inputs, side, side) < rate)
         frames = spikes.unpack(ours.input_dtype(shape)).movedim(2, -1).flatten(0, 1)
+        frames_bf16 = spikes.unpack().bfloat16().movedim(2, -1).flatten(0, 1)
         dense, dense_bf16 = (fastest_dense(spikes.unpack(), weight, dtype) for dtype in (torch.float32, torch.bfloat16))
         sums = partial(spike_product, spikes, tiles, plain, membrane=membrane)
         contestants: dict[str, Callable[[], Any]] = {
             DENSE: dense,
             DENSE_BF16: dense_bf16,
             DENSE_OURS: partial(ours, frames),
+            DENSE_BF16_FIRED: lambda frames=frames_bf16: firing.fire(
+                ours_bf16(frames).view(membrane.shape), neuron, torch.bfloat16, compiled=True
+            ),
             SUMS: sums,
-            FIRED: partial(spike_product, spikes, tiles, firing),
+            FIRED: partial(spike_product, spikes, tiles, fires),
         }
         samples = bench.race(
             f"product {inputs} -> {outputs}, {kernel}x{kernel}",
@@ -93,11 +105,11 @@ def race_product(bench: Bench, inputs: int, outputs: int, kernel: int, side: int
             parity={SUMS: partial(same_sums, sums, dense)},
             rounds=7 if kernel > 1 else 15,
         )
-        for name, found in ratios.items():
-            found.append(samples[SUMS].median / samples[name].median)
-    for name, found in ratios.items():
+        for (events, dense_way), found in ratios.items():
+            found.append(samples[events].median / samples[dense_way].median)
+    for (events, dense_way), found in ratios.items():
         figure = f"break-even {inputs} -> {outputs}, {kernel}x{kernel}"
-        bench.record(figure, f"against {name}", SUMS, break_even(found), unit="rate")
+        bench.record(figure, f"against {dense_way}", events, break_even(found), unit="rate")
 
 
 def fastest_dense(frames: Tensor, weight: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:

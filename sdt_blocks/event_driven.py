@@ -139,7 +139,7 @@ class EventProduct(nn.Module):
                 membrane=kept[:, some] if isinstance(kept, Tensor) else False,
             )
             words += [] if fired is None else [fired.words]
-        packed = PackedSpikes(torch.cat(words, dim=1), channels) if words else None
+        packed = PackedSpikes(words[0] if len(words) == 1 else torch.cat(words, dim=1), channels) if words else None
         return (kept if isinstance(kept, Tensor) else None), packed
 
     def extra_repr(self) -> str:

@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 @pytest.fixture(autouse=True)
 def beside_the_suites(monkeypatch: pytest.MonkeyPatch):
     """Suites import each other by file name, as when run.py starts them."""
-    names = ("harness", "report", "run", "peers")
+    names = ("harness", "report", "run", "peers", "rates", "curves", "bench_sparse")
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
     for name in names:
@@ -73,8 +73,8 @@ def test_rows_survive_the_file(tmp_path: Path) -> None:
 def test_every_suite_is_found() -> None:
     import run
 
-    assert {"neuron", "block", "inference", "training", "scaling"} <= set(run.find_suites())
-    assert not {"run", "report", "harness", "peers"} & set(run.find_suites())
+    assert {"neuron", "block", "inference", "training", "scaling", "sparse"} <= set(run.find_suites())
+    assert not {"run", "report", "harness", "peers", "rates", "curves"} & set(run.find_suites())
 
 
 def test_the_table_replaces_what_stands_between_the_markers(tmp_path: Path) -> None:
@@ -129,3 +129,70 @@ def test_the_authors_arrangement_answers_as_the_model() -> None:
     expected = model(images)
     assert expected.std() > 0.01
     torch.testing.assert_close(peers.AuthorsArrangement(model).eval()(images), expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_every_layer_fires_at_its_rate() -> None:
+    import peers
+    import rates
+
+    images = torch.rand(2, 3, 32, 32)
+    model = peers.firing_model("sdt_2_256", images, dim=64, depth=2)
+    wanted = {seat.name: 0.05 + 0.2 * (i % 3) for i, seat in enumerate(rates.seats(model))}
+    rates.set_rates(model, images, wanted)
+    assert rates.measured_rates(model, images) == pytest.approx(wanted, abs=0.02)
+
+
+def test_break_even_lies_between_the_rates_where_the_ratio_passes_one() -> None:
+    import run
+
+    sparse = run.load_suite("sparse")
+    ratios = [rate / 0.25 for rate in sparse.PRODUCT_RATES]
+    assert sparse.break_even(ratios) == pytest.approx(0.25)
+    assert sparse.break_even([0.5] * len(ratios)) == sparse.PRODUCT_RATES[-1]
+    assert sparse.break_even([2.0] * len(ratios)) == 0
+
+
+@torch.no_grad()
+def test_work_is_counted_spike_by_spike() -> None:
+    import harness
+    import peers
+    import run
+
+    from sdt_blocks.event_driven import EventDrivenTransformer
+    from sdt_blocks.ops.sparse import kernels_problem
+
+    if kernels_problem():
+        pytest.skip(str(kernels_problem()))
+    sparse = run.load_suite("sparse")
+    images = torch.rand(2, 3, 32, 32)
+    model = peers.firing_model("sdt_2_256", images, dim=64, depth=1)
+    spikes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda m, x, _, name=name: spikes.update({name: (m, x[0])}))
+    model(images)
+    del spikes["patch.convs.0"]
+    additions = sum(x.sum().item() * m.weight.numel() / m.in_channels for m, x in spikes.values())
+    # q, k and v read the same spikes.
+    read_once = [x for name, (_, x) in spikes.items() if name[-6:] not in ("k_conv", "v_conv")]
+    rate = sum(x.sum().item() for x in read_once) / sum(x.numel() for x in read_once)
+    bench = harness.Bench("s")
+    sparse.count_work(bench, EventDrivenTransformer(model), peers.ConvolutionFloor(model, images), images, "x")
+    found = {row["contestant"]: float(row["median"]) for row in bench.rows if "median" in row}
+    assert found["mean input rate"] == pytest.approx(rate, rel=1e-2)
+    assert found["event-driven: additions"] == pytest.approx(additions / len(images) / 1e9, rel=1e-2)
+    assert found["event-driven: multiply-adds (first layer)"] == pytest.approx(32 * 32 * 27 * 8 / 1e9)
+
+
+def test_curves_are_drawn_over_measured_rates(tmp_path: Path) -> None:
+    import curves
+    import harness
+
+    bench = harness.Bench("sparse")
+    for rate, setting in ((0.1, "a, every layer at 12%"), (0.05, "a, every layer at 6%"), (0.2, "a, mixed")):
+        bench.record("evaluation, batch 1", setting, "event-driven, fp32", rate * 10, unit="s")
+        bench.record("work an image", setting, "mean input rate", rate, unit="share")
+    line, others = curves.curves(bench.rows)["evaluation, batch 1"]["event-driven, fp32"]
+    assert line == [(0.1, 1.0), (0.05, 0.5)] and others == [(0.2, 2.0)]
+    assert curves.plot(bench.rows, tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
