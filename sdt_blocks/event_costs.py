@@ -56,6 +56,10 @@ class EventCosts:
             costs.save()
             return costs
 
+    def __str__(self) -> str:
+        costs = f"{self.listing:.2g} s an input listed, {self.adding:.2g} an addition, {self.finishing:.2g} an output"
+        return f"{costs}; fitted within {self.relative_error:.0%}, kept in {_costs_path()}"
+
     def save(self) -> None:
         text = json.dumps(asdict(self), indent=2) + "\n"
         write_atomically(_costs_path(), lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
@@ -116,6 +120,7 @@ class Calibration:
     layers: list[Layer]
     event_driven_seconds: float
     dense_seconds: float
+    costs: EventCosts
 
     @property
     def event_driven(self) -> bool:
@@ -131,7 +136,8 @@ class Calibration:
         ]
         seconds = f"{self.event_driven_seconds:.4g} s, all dense: {self.dense_seconds:.4g} s"
         chosen = "event-driven" if self.event_driven else "dense"
-        return "\n".join([*lines, f"a calibration batch, event-driven: {seconds}; chosen: {chosen}"])
+        lines += [f"a calibration batch, event-driven: {seconds}; chosen: {chosen}", f"costs: {self.costs}"]
+        return "\n".join(lines)
 
 
 def calibrate(model: EventDrivenTransformer, batches: Iterable[Any], costs: EventCosts) -> list[Layer]:
@@ -189,7 +195,7 @@ def choose(model: SpikeDrivenTransformer, dense: nn.Module, batches: Iterable[An
     for _ in range(_RUNS):
         for i, contestant in enumerate((event_driven, dense)):
             seconds[i] = min(seconds[i], best_seconds(partial(contestant, batches[0]), runs=1))
-    calibration = Calibration(layers, *seconds)
+    calibration = Calibration(layers, seconds[0], seconds[1], costs)
     chosen: Any = event_driven if calibration.event_driven else dense
     chosen.calibration = calibration
     return chosen

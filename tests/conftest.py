@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidiactl") else "1")
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import sdt_blocks
 
@@ -83,6 +84,32 @@ def static_golden() -> Golden:
 def released_file() -> Path:
     """A checkpoint in the released pickle format, with the weights of `static_golden`."""
     return GOLDEN / "released_format.pth.tar"
+
+
+@pytest.fixture
+def firing_model() -> Callable[..., sdt_blocks.SpikeDrivenTransformer]:
+    """Makes a small model with random weights in eval mode, its norms fitted to images, so that every layer fires."""
+
+    @torch.no_grad()
+    def make(images: Tensor | None = None, **options) -> sdt_blocks.SpikeDrivenTransformer:
+        torch.manual_seed(0)
+        options = {"depth": 2, "dim": 32, "num_classes": 5, "pooling": "0011", **options}
+        model = sdt_blocks.SpikeDrivenTransformer(**options)
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+            elif isinstance(module, nn.BatchNorm2d):
+                module.momentum = 1.0
+                nn.init.uniform_(module.weight, 0.6, 1.4)
+                nn.init.normal_(module.bias, 0.0, 0.2)
+            elif isinstance(module, sdt_blocks.ParametricLIF):
+                nn.init.uniform_(module.w, -0.5, 0.5)
+        model.train()(torch.rand(4, model.in_channels, 16, 16) if images is None else images)
+        # Means over many tokens would leave the head silent.
+        model.patch.position_norm.bias += 1
+        return model.eval()
+
+    return make
 
 
 @pytest.fixture(autouse=True)

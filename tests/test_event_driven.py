@@ -17,24 +17,6 @@ from sdt_blocks.neuron import LIF
 from sdt_blocks.ops.sparse import Epilogue
 
 
-@torch.no_grad()
-def firing_model(x: torch.Tensor, **options) -> sdt_blocks.SpikeDrivenTransformer:
-    """Random weights with norms fitted to x, so that every layer fires."""
-    torch.manual_seed(0)
-    model = sdt_blocks.SpikeDrivenTransformer(
-        **{"num_classes": 10, "pooling": "0011", "depth": 2, "dim": 64, **options}
-    )
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
-        elif isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0
-            nn.init.uniform_(module.weight, 0.6, 1.4)
-            nn.init.normal_(module.bias, 0.0, 0.3)
-    model.train()(x)
-    return model.eval()
-
-
 @pytest.mark.parametrize("dense", [False, True])
 def test_golden_logits(golden, dense):
     fast = EventDrivenTransformer(golden.model())
@@ -58,14 +40,10 @@ def test_golden_logits(golden, dense):
         {"neuron": lambda threshold: LIF(tau=3.0, threshold=threshold, reset="none"), "time_steps": 7},
     ],
 )
-def test_answers_are_those_of_the_model(options):
+def test_answers_are_those_of_the_model(firing_model, options):
     channels = options.get("in_channels", 3)
     x = torch.rand(3, 5, channels, 24, 20) if channels == 2 else torch.rand(3, channels, 24, 20)
     model = firing_model(x, **options)
-    if options.get("neuron") == "plif":
-        for name, parameter in model.named_parameters():
-            if name.endswith(".w"):
-                nn.init.normal_(parameter, 0, 0.5)
     before = copy.deepcopy(model.state_dict())
     fast = EventDrivenTransformer(model)
     with torch.no_grad():
@@ -73,14 +51,14 @@ def test_answers_are_those_of_the_model(options):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_an_image_is_answered_alike_in_any_batch():
+def test_an_image_is_answered_alike_in_any_batch(firing_model):
     x = torch.rand(5, 3, 32, 32)
     fast = EventDrivenTransformer(firing_model(x))
     whole = fast(x)
     assert torch.equal(torch.cat([fast(image[None]) for image in x]), whole)
 
 
-def test_a_layer_too_dense_for_events_is_convolved(monkeypatch):
+def test_a_layer_too_dense_for_events_is_convolved(firing_model, monkeypatch):
     x = torch.rand(2, 3, 32, 32)
     fast = EventDrivenTransformer(firing_model(x))
     expected = fast(x)
@@ -97,12 +75,26 @@ def test_a_layer_too_dense_for_events_is_convolved(monkeypatch):
     assert set(convolved) == {name for name, rate in rates.items() if rate > 0.1} and convolved
 
 
-def test_hundreds_of_images_get_the_same_class():
+def test_hundreds_of_images_get_the_same_class(firing_model):
     x = torch.rand(300, 3, 24, 24, generator=torch.Generator().manual_seed(1))
     model = firing_model(x[:32])
     fast = EventDrivenTransformer(model)
     with torch.no_grad():
         assert torch.equal(fast(x).argmax(1), model(x).argmax(1))
+
+
+@pytest.mark.parametrize("golden", ["sdt_lif_static_64", "sdt_plif_static_32"], indirect=True)
+@torch.no_grad()
+def test_a_thousand_images_get_the_class_that_golden_weights_give(golden):
+    model, size = golden.model(), golden.tensors["input"].shape[-1]
+    generator = torch.Generator().manual_seed(1)
+    # Patterns of every contrast: plain noise would give all images one class.
+    patterns = nn.functional.interpolate(torch.randn(1000, 3, 4, 4, generator=generator), size, mode="bilinear")
+    images = patterns * torch.rand(1000, 1, 1, 1, generator=generator) * 4
+    found, expected = EventDrivenTransformer(model)(images), model(images)
+    assert len(expected.argmax(1).unique()) > 1
+    assert torch.equal(found.argmax(1), expected.argmax(1))
+    assert ((found - expected).abs().amax(1) <= 1e-4).float().mean() >= 0.99
 
 
 @pytest.mark.slow
@@ -112,7 +104,7 @@ def test_a_trained_model_gives_the_same_classes_and_logits():
     torch.manual_seed(0)
     model = sdt_blocks.SpikeDrivenTransformer(depth=1, dim=32, in_channels=1, num_classes=10, pooling="0001")
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    for _ in range(5):
+    for _ in range(10):
         for batch in torch.randperm(len(x)).split(64):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
@@ -125,7 +117,7 @@ def test_a_trained_model_gives_the_same_classes_and_logits():
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-def test_auto_returns_the_faster_model_and_says_why(costs_file):
+def test_auto_returns_the_faster_model_and_says_why(firing_model, costs_file):
     x = torch.rand(2, 3, 32, 32)
     model = firing_model(x)
     fast = sdt_blocks.optimize_for_inference(model, sparse="auto", calibrate=[(x, torch.zeros(2)), x])
@@ -139,7 +131,10 @@ def test_auto_returns_the_faster_model_and_says_why(costs_file):
     reference(x)
     assert {layer.name: layer.rate for layer in calibration.layers} == pytest.approx(rates)
     assert all(0 <= layer.break_even <= 1 for layer in calibration.layers)
-    assert str(calibration).count("\n") == len(rates) + 1
+    *table, choice, costs = str(calibration).splitlines()
+    assert len(table) == 1 + len(rates) and all(name in line for name, line in zip(rates, table[1:], strict=True))
+    assert f"chosen: {'event-driven' if calibration.event_driven else 'dense'}" in choice
+    assert str(costs_file) in costs
     with torch.no_grad():
         torch.testing.assert_close(fast(x), model(x), rtol=0, atol=1e-4)
 
@@ -173,7 +168,7 @@ def test_dense_products_are_measured_where_the_shape_is_new():
     assert seconds > 0 and costs.dense == {"1x2x3x4 24->40 1x1": seconds}
 
 
-def test_sparse_arguments_are_checked():
+def test_sparse_arguments_are_checked(firing_model):
     model = firing_model(torch.rand(2, 3, 16, 16))
     assert isinstance(sdt_blocks.optimize_for_inference(model, sparse=True), EventDrivenTransformer)
     with pytest.raises(ValueError, match="sparse must be"):
@@ -184,7 +179,7 @@ def test_sparse_arguments_are_checked():
         sdt_blocks.optimize_for_inference(model, sparse="auto")
     with pytest.raises(TypeError, match="calibration batch"):
         sdt_blocks.optimize_for_inference(model, sparse="auto", calibrate=["a"])
-    model.blocks[1] = OwnBlock(64).eval()
+    model.blocks[1] = OwnBlock(32).eval()
     with pytest.warns(UserWarning, match="OwnBlock"):
         fast = sdt_blocks.optimize_for_inference(model, sparse="auto", calibrate=[torch.rand(1, 3, 16, 16)])
     assert not isinstance(fast, EventDrivenTransformer)
@@ -202,7 +197,7 @@ class OwnBlock(sdt_blocks.SpikeDrivenBlock):
         return super().forward(membrane) * 2
 
 
-def test_other_models_are_refused():
+def test_other_models_are_refused(firing_model):
     model = firing_model(torch.rand(2, 3, 16, 16))
     with pytest.raises(TypeError, match="got Linear"):
         EventDrivenTransformer(nn.Linear(2, 2))
@@ -212,6 +207,6 @@ def test_other_models_are_refused():
         EventDrivenTransformer(model)(torch.rand(2, 1, 16, 16))
     with pytest.raises(RuntimeError, match="only evaluates"):
         EventDrivenTransformer(model).train()
-    model.blocks[1] = OwnBlock(64)
+    model.blocks[1] = OwnBlock(32)
     with pytest.raises(TypeError, match=r"OwnBlock \(blocks.1\)"):
         EventDrivenTransformer(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -13,25 +14,7 @@ import sdt_blocks
 from sdt_blocks import LIF, ParametricLIF, SpikeDrivenTransformer, inference, optimize_for_inference, product
 from sdt_blocks.inference import Kept, KeptPatchSplitting, OptimizedAttention, OptimizedMLP
 
-
-def firing_model(**options) -> SpikeDrivenTransformer:
-    """A small model with random weights whose norms are fitted to random input, so that every layer fires."""
-    torch.manual_seed(0)
-    model = SpikeDrivenTransformer(**{"depth": 1, "dim": 32, "num_classes": 5, "pooling": "0011", **options})
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
-        elif isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0
-            nn.init.uniform_(module.weight, 0.6, 1.4)
-            nn.init.normal_(module.bias, 0.0, 0.2)
-        elif isinstance(module, ParametricLIF):
-            nn.init.uniform_(module.w, -0.5, 0.5)
-    with torch.no_grad():
-        model(torch.rand(4, model.in_channels, 16, 16))
-        # Means over many tokens would leave the head silent.
-        model.patch.position_norm.bias += 1
-    return model.eval()
+MakeModel = Callable[..., SpikeDrivenTransformer]
 
 
 def differing(found: Tensor, expected: Tensor) -> float:
@@ -76,7 +59,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @torch.no_grad()
-def test_every_setting_answers_as_the_model(setting: str) -> None:
+def test_every_setting_answers_as_the_model(firing_model: MakeModel, setting: str) -> None:
     options, shape = SETTINGS[setting]
     model = firing_model(**options)
     x = torch.rand(shape)
@@ -160,7 +143,7 @@ def test_a_path_that_fails_or_errs_is_not_taken(monkeypatch: pytest.MonkeyPatch)
 
 
 @torch.no_grad()
-def test_the_model_stays_untouched() -> None:
+def test_the_model_stays_untouched(firing_model: MakeModel) -> None:
     model = firing_model().train()
     before = copy.deepcopy(model.state_dict())
     fast = optimize_for_inference(model, compile=False)
@@ -174,7 +157,7 @@ def test_the_model_stays_untouched() -> None:
 
 
 @torch.no_grad()
-def test_batches_are_answered_image_by_image(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_answered_image_by_image(firing_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = optimize_for_inference(firing_model(per_step=True), compile=False)
     images = torch.rand(5, 3, 16, 16)
     whole = fast(images)
@@ -183,7 +166,7 @@ def test_batches_are_answered_image_by_image(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @torch.no_grad()
-def test_blocks_of_other_makes_stay_as_they_are() -> None:
+def test_blocks_of_other_makes_stay_as_they_are(firing_model: MakeModel) -> None:
     class Mixer(nn.Module):
         def forward(self, membrane: Tensor) -> Tensor:
             return membrane + 0.5 * LIF()(membrane).roll(1, -1)
@@ -208,7 +191,7 @@ def test_blocks_of_other_makes_stay_as_they_are() -> None:
     torch.testing.assert_close(fast(frames), model(frames), atol=1e-4, rtol=1e-4)
 
 
-def test_errors_at_the_door() -> None:
+def test_errors_at_the_door(firing_model: MakeModel) -> None:
     class Other(SpikeDrivenTransformer):
         def forward(self, x: Tensor) -> Tensor:
             return -super().forward(x)
@@ -249,7 +232,7 @@ def test_copies_and_state(static_golden) -> None:
 
 
 @torch.no_grad()
-def test_inference_mode_and_gradients_outside() -> None:
+def test_inference_mode_and_gradients_outside(firing_model: MakeModel) -> None:
     fast = optimize_for_inference(firing_model(), compile=False)
     with torch.inference_mode():
         x = torch.rand(1, 3, 16, 16)
