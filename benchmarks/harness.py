@@ -289,11 +289,20 @@ def same_spikes(found: torch.Tensor, expected: torch.Tensor, most: float = 1e-6)
     return "equal" if share == 0 else f"{share:.1e} of the spikes differ"
 
 
-def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> str:
-    """Parity of real values: the largest difference, as a share of the largest expected value."""
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float, most: float = 0.0) -> str:
+    """Parity of real values: the largest difference, as a share of the largest expected value.
+
+    A share of `most` of the elements may lie further off: where a membrane is within rounding of its threshold, one
+    kit's neuron fires and the other's does not, and the gradients of its steps are others.
+    """
     if found.shape != expected.shape:
         raise ParityError(f"shape {list(found.shape)}, expected {list(expected.shape)}")
-    error = ((found.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
-    if not error <= tolerance:
-        raise ParityError(f"relative error {error:.2e}, allowed {tolerance:.0e}")
+    errors = (found.double() - expected.double()).abs() / expected.double().abs().max()
+    error, off = errors.max().item(), errors > tolerance
+    share = off.float().mean().item()
+    # Not `>`: a NaN must not pass.
+    if not (error <= tolerance or share <= most) or errors.isnan().any():
+        raise ParityError(f"relative error {error:.2e}, allowed {tolerance:.0e} (off: {share:.1e} of the elements)")
+    if share:
+        return f"relative error {errors[~off].max().item():.1e}, but for {share:.1e} of the elements"
     return f"relative error {error:.1e}"

@@ -14,7 +14,6 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 SHOWN = ("neuron", "inference", "training")
 """The suites of the README's table; results/ has all of them."""
 Row = dict[str, str]
-KEYS = ("device", "allocator", "suite", "figure", "setting")
 ORIGIN = ("machine", "torch", "snntorch", "spikingjelly", "threads", "date")
 
 
@@ -23,31 +22,47 @@ def load(folder: Path = RESULTS) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: one line a contestant, and below it where the figures come from."""
-    lines = ["| figure | contestant | median (p20 to p80) | ratio to the baseline | parity |", "|---|---|---|---|---|"]
-    for key, group in groupby(rows, key=lambda row: tuple(row[name] for name in KEYS)):
-        device, allocator, _, figure, setting = key
-        for row in group:
-            title = f"{figure}, {setting} ({device}, {allocator} allocator)"
-            lines.append(f"| {title} | {row['contestant']} | {spread(row)} | {ratio(row)} | {row['parity']} |")
+    """Markdown: a table for each figure, with a column for each allocator, and where the figures come from."""
+    lines = []
+    for (device, figure, setting), group in groupby(sorted(rows, key=_title), key=_title):
+        found = list(group)
+        allocators = sorted({row["allocator"] for row in found})
+        baselines = sorted({row["baseline"] for row in found if row["baseline"]})
+        against = f", in brackets as a multiple of *{baselines[0]}*" if baselines else ""
+        lines += [f"**{figure}**, {setting} ({device}){against}", ""]
+        lines += [f"| | {' | '.join(f'{name} allocator' for name in allocators)} | answers |"]
+        lines += ["|" + "---|" * (len(allocators) + 2)]
+        by_contestant: dict[str, dict[str, Row]] = {}
+        for row in found:
+            by_contestant.setdefault(row["contestant"], {})[row["allocator"]] = row
+        for contestant, measured in by_contestant.items():
+            cells = [value(measured[name]) if name in measured else "" for name in allocators]
+            parity = "; ".join(dict.fromkeys(row["parity"] for row in measured.values()))
+            lines.append(f"| {contestant} | {' | '.join(cells)} | {'' if parity == 'not checked' else parity} |")
+        lines.append("")
     origins = sorted({tuple(row[name] for name in ORIGIN) for row in rows})
     for machine, torch, snntorch, spikingjelly, threads, date in origins:
         versions = f"torch {torch}, snnTorch {snntorch}, SpikingJelly {spikingjelly}"
-        lines += ["", f"{machine}; {threads} threads; {versions}; {date}."]
+        lines += [f"{machine}; {threads} threads; {versions}; {date}; medians.", ""]
     if not any(row["device"] == "cuda" for row in rows):
-        lines += ["", "Not measured on a GPU yet."]
-    return "\n".join(lines)
+        lines += ["Not measured on a GPU yet."]
+    return "\n".join(lines).rstrip()
 
 
-def spread(row: Row) -> str:
+def _title(row: Row) -> tuple[str, str, str]:
+    return row["device"], row["figure"], row["setting"]
+
+
+def value(row: Row) -> str:
+    """A median in a fitting unit, and its ratio."""
     if not row["median"]:
         return "not timed"
+    median, unit = float(row["median"]), row["unit"]
+    if unit == "s" and median < 1:
+        median, unit = median * 1e3, "ms"
     disturbed = row.get("elsewhere") and float(row["elsewhere"]) > 0.1
-    return f"{row['median']} ({row['p20']} to {row['p80']}) {row['unit']}" + (" (disturbed)" if disturbed else "")
-
-
-def ratio(row: Row) -> str:
-    return f"{row['ratio']} x {row['baseline']}" if row["ratio"] else ""
+    relative = f" ({float(row['ratio']):.3g})" if row["ratio"] else ""
+    return f"{median:.3g} {unit}{relative}" + (", disturbed" if disturbed else "")
 
 
 def rewrite(readme: Path, content: str) -> None:

@@ -56,7 +56,13 @@ def test_parity_checks_can_fail() -> None:
     with pytest.raises(harness.ParityError, match="shape"):
         harness.close(spikes[:3], spikes, 1.0)
     with pytest.raises(harness.ParityError, match="relative error nan"):
-        harness.close(torch.tensor([float("nan")]), torch.ones(1), 1.0)
+        harness.close(torch.tensor([float("nan")]), torch.ones(1), 1.0, most=1.0)
+    tie = torch.ones(100).index_fill(0, torch.tensor(3), 0.5)
+    assert (
+        harness.close(tie, torch.ones(100), 0.1, most=0.01) == "relative error 0.0e+00, but for 1.0e-02 of the elements"
+    )
+    with pytest.raises(harness.ParityError, match=r"off: 1\.0e-02"):
+        harness.close(tie, torch.ones(100), 0.1, most=0.009)
 
 
 def test_rows_survive_the_file(tmp_path: Path) -> None:
@@ -89,7 +95,8 @@ def test_the_table_replaces_what_stands_between_the_markers(tmp_path: Path) -> N
     report.rewrite(readme, report.table(rows))
     text = readme.read_text()
     assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
-    assert "| a | 2 (2 to 2) s | 2 x floor |" in text and "Not measured on a GPU yet." in text
+    assert "**f**, x (cpu), in brackets as a multiple of *floor*" in text and "| a | 2 s (2) |  |" in text
+    assert "Not measured on a GPU yet." in text
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="needs the markers"):
         report.rewrite(readme, "table")
