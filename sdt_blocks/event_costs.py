@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -24,7 +25,7 @@ from .transformer import SpikeDrivenTransformer
 FITTED_ON = ((384, 1536, 1), (1536, 384, 1), (96, 192, 3))
 """Inputs, outputs and kernel of the products that a model of the costs is fitted on."""
 RATES = (0.01, 0.05, 0.15, 0.3)
-_RUNS = 5
+_RUNS, _SECONDS = 5, 0.5
 
 Places = tuple[int, int, int, int]
 """Steps, images, height and width."""
@@ -190,9 +191,11 @@ def choose(model: SpikeDrivenTransformer, dense: nn.Module, batches: Iterable[An
     costs = EventCosts.load()
     layers = calibrate(event_driven, batches, costs)
     costs.save()
-    # In turn, so that a disturbance hits both.
-    seconds = [math.inf, math.inf]
-    for _ in range(_RUNS):
+    # In turn, so that a disturbance hits both; the shorter a run, the more of them.
+    seconds, start = [math.inf, math.inf], time.perf_counter()
+    for done in itertools.count():
+        if done >= _RUNS and time.perf_counter() - start > _SECONDS:
+            break
         for i, contestant in enumerate((event_driven, dense)):
             seconds[i] = min(seconds[i], best_seconds(partial(contestant, batches[0]), runs=1))
     calibration = Calibration(layers, seconds[0], seconds[1], costs)

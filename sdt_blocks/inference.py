@@ -46,7 +46,8 @@ def optimize_for_inference(
 
     With `sparse=True`, on a CPU and in float32, products add the weights of active inputs instead, and spikes are one
     bit each (see `EventDrivenTransformer`). `sparse="auto"` returns the faster of the two models on the batches of
-    `calibrate` (tensors, or what a data loader gives); its `calibration` lists each layer's firing rate and choice.
+    `calibrate` (tensors, or what a data loader gives), which should be of the size that is evaluated later; its
+    `calibration` lists each layer's firing rate and choice.
 
     Raises `TypeError` for another kind of model and `ValueError` for a dtype that is not float32 or bfloat16, or where
     `sparse` does not fit the other arguments.
