@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .neuron import LIF, ParametricLIF
-from .ops import attend, batch_norm_lif
+from .ops import attend, batch_norm_lif, max_pool
 from .ops.bits import SpikesAsBits
 from .ops.dispatch import fused
 from .surrogate import Surrogate
@@ -66,6 +66,15 @@ def fused_attention(
     if not (idle and fusible and len(modes) == 1):
         return None
     return attend(x, [_norm_arguments(n) for n in norms], [_neuron_arguments(n) for n in neurons], training=modes.pop())
+
+
+def pool_frames(pool: nn.Module, x: Tensor) -> Tensor:
+    """`per_frame(pool, x)`, by the fused op where `pool` is the 3x3 maximum of stride 2."""
+    if is_plain(pool, nn.MaxPool2d):
+        settings = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices)
+        if settings == (3, 2, 1, 1, False, False):
+            return max_pool(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    return per_frame(pool, x)
 
 
 def repeat_frame(norm: Any, x: Tensor, time_steps: int) -> Tensor:

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from .functional import check_multiple, convolve_spikes, keep_bits, normalize_and_fire, per_frame
+from .functional import check_multiple, convolve_spikes, keep_bits, normalize_and_fire, per_frame, pool_frames
 from .neuron import LIF, NeuronFactory, make_neuron
 
 WIDTHS = (8, 4, 2, 1)
@@ -63,8 +63,8 @@ class SpikingPatchSplitting(nn.Module):
             neuron = self.neurons[stage]
             spikes = normalize_and_fire(self.norms[stage], neuron, x, time_steps if stage == 0 else None)
             with keep_bits(neuron, spikes):
-                spikes = per_frame(self.pools[stage], spikes)
+                spikes = pool_frames(self.pools[stage], spikes)
             x = convolve_spikes(self.convs[stage + 1], neuron, spikes)
-        x = per_frame(self.pools[3], per_frame(self.norms[3], x))
+        x = pool_frames(self.pools[3], per_frame(self.norms[3], x))
         change = convolve_spikes(self.position_conv, self.neurons[3], self.neurons[3](x))
         return x + per_frame(self.position_norm, change)

@@ -3,5 +3,15 @@
 from .attention import attend, attend_reference
 from .batch_norm import batch_norm_lif, batch_norm_lif_reference
 from .lif import lif, lif_reference
+from .pool import max_pool, max_pool_reference
 
-__all__ = ["attend", "attend_reference", "batch_norm_lif", "batch_norm_lif_reference", "lif", "lif_reference"]
+__all__ = [
+    "attend",
+    "attend_reference",
+    "batch_norm_lif",
+    "batch_norm_lif_reference",
+    "lif",
+    "lif_reference",
+    "max_pool",
+    "max_pool_reference",
+]

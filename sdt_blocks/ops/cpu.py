@@ -119,6 +119,19 @@ def channel_combine(grad: Tensor, x: Tensor, layout: Layout, a: Tensor, b: Tenso
     _call("channel_combine", x, layout, grad, x, a, b, d)
 
 
+def max_pool(x: Tensor, out: Tensor, places: Tensor | None) -> None:
+    """Fills out with the 3x3 maxima of stride 2 of x `[N, C, H, W]`, and places with where in its window each lies.
+
+    All are contiguous, or all are channels-last.
+    """
+    _run("max_pool", x, _planes(x), x.data_ptr(), out.data_ptr(), None if places is None else places.data_ptr())
+
+
+def max_pool_backward(grad: Tensor, places: Tensor, grad_x: Tensor) -> None:
+    """Fills grad_x from the gradient of the maxima; all are contiguous, or all are channels-last."""
+    _run("max_pool_backward", grad, _planes(grad_x), grad.data_ptr(), places.data_ptr(), grad_x.data_ptr())
+
+
 def pack_bits(x: Tensor) -> Tensor | None:
     """One bit for each element of x in the order of memory, `[ceil(n / 8)]`; `None` where x is not all 0 and 1."""
     bits, binary = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8), c_int()
@@ -153,6 +166,8 @@ _ARGUMENTS = {
     "mask_gradient": (_P, _I, _P, _I, _P, _P),
     "channel_statistics": (_P, _P, _P, _P),
     "channel_combine": (_P, _P, _P, _P, _P, _P),
+    "max_pool": (_P, _P, _P, _P),
+    "max_pool_backward": (_P, _P, _P, _P),
     "pack_bits": (_P, _I, _I, _P, _P),
     "unpack_bits": (_P, _I, _I, _P),
 }
@@ -173,6 +188,10 @@ def _run(name: str, x: Tensor, *arguments: Any) -> None:
 def _call(name: str, x: Tensor, layout: Layout, *arguments: Any) -> None:
     pointers = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
     _run(name, x, _layout(layout, _threads(layout.size * layout.steps)), *pointers)
+
+
+def _planes(x: Tensor) -> Any:
+    return ctypes.byref((c_int64 * 6)(*x.shape, not x.is_contiguous(), _threads(x.numel())))
 
 
 def _threads(elements: int) -> int:

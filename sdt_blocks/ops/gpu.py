@@ -211,6 +211,32 @@ def channel_combine(grad: Tensor, x: Tensor, layout: Layout, a: Tensor, b: Tenso
         )
 
 
+def max_pool(x: Tensor, out: Tensor, places: Tensor | None) -> None:
+    """Fills out with the 3x3 maxima of stride 2 of x `[N, C, H, W]`, and places with where in its window each lies.
+
+    All are contiguous, or all are channels-last.
+    """
+    with _device_of(x):
+        gpu_kernels.max_pool[(triton.cdiv(out.numel(), BLOCK),)](
+            x,
+            out,
+            _or(places, x),
+            out.numel(),
+            *_planes(x),
+            KEEP=places is not None,
+            STATE=_STATE[state_dtype(x)],
+            BLOCK=BLOCK,
+        )
+
+
+def max_pool_backward(grad: Tensor, places: Tensor, grad_x: Tensor) -> None:
+    """Fills grad_x from the gradient of the maxima; all are contiguous, or all are channels-last."""
+    with _device_of(grad):
+        gpu_kernels.max_pool_backward[(triton.cdiv(grad_x.numel(), BLOCK),)](
+            grad, places, grad_x, grad_x.numel(), *_planes(grad_x), STATE=_STATE[state_dtype(grad)], BLOCK=BLOCK
+        )
+
+
 def pack_bits(x: Tensor) -> Tensor | None:
     """One bit for each spike of x in the order of memory, `[ceil(n / 8)]`; x must be 0 and 1, which is not checked."""
     bits = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
@@ -255,6 +281,11 @@ def _tokens(layout: Layout, images: int) -> tuple[dict[str, int], tuple[int, ...
     tile = {"CHANNELS": channels, "TOKENS": padded, "num_warps": min(16, max(4, channels * padded // 512))}
     strides = (1, tokens) if layout.inner > 1 else (layout.channels, 1)
     return tile, (layout.size, tokens, layout.channels, *strides)
+
+
+def _planes(x: Tensor) -> tuple[int, int, int, int, int]:
+    channels, height, width = x.shape[1:]
+    return height, width, (height + 1) // 2, (width + 1) // 2, 1 if x.is_contiguous() else channels
 
 
 def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:

@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "neurons.h"
+#include "pool.h"
 
 namespace {
 
@@ -273,6 +274,14 @@ int channel_statistics(int dtype, const Layout* l, const void* x, double* mean, 
 
 int channel_combine(int dtype, const Layout* l, void* gradient, const void* x, const void* a, const void* b, const void* d) {
     FOR_DTYPE(dtype, (combine(*l, (X*)gradient, (const X*)x, (const S*)a, (const S*)b, (const S*)d)))
+}
+
+int max_pool(int dtype, const Planes* planes, const void* x, void* out, uint8_t* places) {
+    FOR_DTYPE(dtype, (max_pool<X, S>(*planes, (const X*)x, (X*)out, places)))
+}
+
+int max_pool_backward(int dtype, const Planes* planes, const void* grad, const uint8_t* places, void* grad_x) {
+    FOR_DTYPE(dtype, (max_pool_backward<X, S>(*planes, (const X*)grad, places, (X*)grad_x)))
 }
 
 // 1 where every value was 0 or 1, else 0.

@@ -15,7 +15,7 @@ from sdt_blocks.ops import gpu_kernels
 
 element, state = {dtypes!r}
 integers = "size chunk chunk_stride x_step grad_step image channels inner blocks STEPS".split()
-integers += "tokens token_stride channel_stride images".split()
+integers += "tokens token_stride channel_stride images height width rows columns".split()
 elements = "x spikes grad grad_x q k v out".split()
 constants = dict(K=0.5, THRESHOLD=1.0, STRICT=False, ALPHA=4.0, GRAD=True, MASK=False, BIT=0, BLOCK=1024)
 constants |= dict(MASK_K=0.5, MASK_THRESHOLD=0.5, MASK_STRICT=False, KEEP=True, CHANNELS=8, TOKENS=256)
@@ -30,7 +30,7 @@ def build(kernel, **options):
         else "i32"
         if name in integers
         else "*u8"
-        if name in ("bits", "codes")
+        if name in ("bits", "codes", "places")
         else f"*{{element if name in elements else state}}"
         for name in kernel.arg_names
     }}
@@ -50,6 +50,8 @@ for given in (True, False):
     options = dict(RESET=0, AFFINE=True, TAU=0, BEFORE=False, LAST=False, DENSE=True, KIND=0, DETACH=True, REPEAT=False)
     build(gpu_kernels.backward, **options | dict(GRAD=given, MASK=True, BIT=2))
 build(gpu_kernels.mask_gradient)
+build(gpu_kernels.max_pool)
+build(gpu_kernels.max_pool_backward)
 build(gpu_kernels.combine)
 build(gpu_kernels.pack)
 build(gpu_kernels.unpack)
@@ -64,4 +66,4 @@ def test_kernels_build_for_a_gpu(dtypes, tmp_path):
     script.write_text(BUILD.format(dtypes=dtypes))
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("built") == 18
+    assert done.stdout.count("built") == 20

@@ -1,0 +1,93 @@
+"""The max pooling between spiking layers, with one byte a result for its gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import fused, kernels
+
+
+def max_pool_reference(x: Tensor) -> Tensor:
+    """3x3 maximum, stride 2, padding 1: `[N, C, H, W] -> [N, C, ceil(H / 2), ceil(W / 2)]`."""
+    return F.max_pool2d(x, 3, stride=2, padding=1)
+
+
+def max_pool(x: Tensor) -> Tensor:
+    """What `max_pool_reference` computes; for the gradient it keeps where in its window each maximum lies.
+
+    Of equal ones the first takes the whole gradient, as in PyTorch, which keeps x and an 8-byte index a result.
+
+    >>> max_pool(torch.rand(2, 8, 7, 7)).shape
+    torch.Size([2, 8, 4, 4])
+    """
+    if x.ndim != 4 or x.numel() == 0 or not fused(x):
+        return max_pool_reference(x)
+    result: Tensor = max_pool_op(x, torch.is_grad_enabled() and x.requires_grad)[0]
+    return result
+
+
+@torch.library.custom_op("sdt_blocks::max_pool", mutates_args=())
+def max_pool_op(x: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """The maxima, and where `keep` is set their places within the windows, 0 to 8 row by row, else empty."""
+    x = _dense(x)
+    out, places = _results(x, keep)
+    kernels(x).max_pool(x, out, places if keep else None)
+    return out, places
+
+
+@max_pool_op.register_fake
+def _(x, keep):
+    return _results(_dense(x), keep)
+
+
+@torch.library.custom_op("sdt_blocks::max_pool_backward", mutates_args=())
+def max_pool_backward_op(grad: Tensor, places: Tensor, height: int, width: int) -> Tensor:
+    """The gradient of the pooled frames `[N, C, height, width]`."""
+    grad_x = _like_places(places, height, width, grad.dtype)
+    grad = grad.contiguous(memory_format=_order(places))
+    kernels(grad).max_pool_backward(grad, places, grad_x)
+    return grad_x
+
+
+@max_pool_backward_op.register_fake
+def _(grad, places, height, width):
+    return _like_places(places, height, width, grad.dtype)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.size = inputs[0].shape[2:]
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None]:
+    (places,) = ctx.saved_tensors
+    return torch.ops.sdt_blocks.max_pool_backward(grad, places, *ctx.size), None
+
+
+max_pool_op.register_autograd(_gradient, setup_context=_keep)
+
+
+def _order(x: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+
+
+def _results(x: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    size = (*x.shape[:2], (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2)
+    out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_order(x))
+    if not keep:
+        return out, torch.empty(0, dtype=torch.uint8, device=x.device)
+    return out, torch.empty(size, dtype=torch.uint8, device=x.device, memory_format=_order(x))
+
+
+def _like_places(places: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    shape = (*places.shape[:2], height, width)
+    return torch.empty(shape, dtype=dtype, device=places.device, memory_format=_order(places))

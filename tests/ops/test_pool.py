@@ -1,0 +1,117 @@
+"""The fused max pooling against PyTorch's, ties and NaN included."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from sdt_blocks import SpikingPatchSplitting
+from sdt_blocks.functional import pool_frames
+from sdt_blocks.ops import max_pool, max_pool_reference
+from sdt_blocks.ops import pool as pool_op
+
+SHAPES = [(2, 3, 7, 9), (1, 70, 6, 4), (2, 1, 1, 1), (1, 5, 2, 1), (1, 2, 1, 2), (2, 300, 3, 3), (1, 1, 3, 1030)]
+
+
+def run(op, x, grad):
+    x = x.detach().requires_grad_()
+    out = op(x)
+    return out, torch.autograd.grad(out, x, grad.to(out))[0]
+
+
+def agree(x, seed=0):
+    size = ((x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2)
+    grad = torch.randn(*x.shape[:2], *size, generator=torch.Generator().manual_seed(seed))
+    (ours, of_ours), (theirs, of_theirs) = run(max_pool, x, grad), run(max_pool_reference, x, grad)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    tolerance = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-6, torch.float64: 1e-14}[x.dtype]
+    torch.testing.assert_close(of_ours, of_theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_spikes_and_reals(backend, device, shape, memory_format, dtype):
+    torch.manual_seed(0)
+    for x in ((torch.rand(shape) < 0.3).to(dtype), torch.randn(shape).to(dtype)):
+        agree(x.to(device).contiguous(memory_format=memory_format))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.tuples(*[st.integers(1, n) for n in (2, 5, 11, 11)]), st.integers(0, 2**31), st.booleans())
+def test_any_size(shape, seed, channels_last):
+    torch.manual_seed(seed)
+    x = torch.randint(-1, 2, shape).double()
+    agree(x.contiguous(memory_format=torch.channels_last) if channels_last else x, seed)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_nan_and_infinity(backend, device, memory_format):
+    torch.manual_seed(0)
+    x = torch.randn(1, 4, 9, 9).double()
+    x[torch.rand_like(x) < 0.1] = torch.nan
+    x[:, 1] = -torch.inf
+    agree(x.to(device).contiguous(memory_format=memory_format))
+
+
+def test_a_view_with_gaps(backend, device):
+    torch.manual_seed(0)
+    agree(torch.randn(2, 4, 9, 9, 2, device=device)[..., 0])
+
+
+def test_opcheck(backend, device):
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 3, 5, 6, device=device).contiguous(memory_format=memory_format).requires_grad_()
+        torch.library.opcheck(pool_op.max_pool_op, (x, True))
+        torch.library.opcheck(pool_op.max_pool_op, (x.detach(), False))
+
+
+def test_kept_for_the_gradient(monkeypatch):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    x, kept = torch.randn(2, 8, 32, 32, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        max_pool(x)
+    assert sum(t.untyped_storage().nbytes() for t in kept) == x.numel() // 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"ceil_mode": True}, {"padding": 0}, {"stride": 1}, {"kernel_size": 2, "padding": 1}, {"dilation": 2}],
+)
+def test_other_pools_are_left_alone(monkeypatch, options):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    pool = nn.MaxPool2d(**{"kernel_size": 3, "stride": 2, "padding": 1, **options})
+    called = []
+    original = pool_op.max_pool_op
+    monkeypatch.setattr(pool_op, "max_pool_op", lambda *given: called.append(1) or original(*given))
+    x = torch.randn(2, 1, 3, 8, 8)
+    assert torch.equal(pool_frames(pool, x)[:, 0], pool(x[:, 0]))
+    assert len(called) == (not options)
+    seen = []
+    pool.register_forward_hook(lambda *given: seen.append(1))
+    pool_frames(pool, x)
+    assert len(called) == (not options) and len(seen) == 1
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_in_the_patch_splitting(backend, device, monkeypatch, channels_last):
+    torch.manual_seed(0)
+    patch = SpikingPatchSplitting(16, pooling="1101").double().to(device)
+    x = torch.randn(2, 2, 3, 16, 16, device=device).double()
+    if channels_last:
+        patch = patch.to(memory_format=torch.channels_last)
+        x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (2, 2))
+    results = []
+    for plain in (False, True):
+        if plain:
+            monkeypatch.setattr(pool_op, "max_pool_op", None)
+            monkeypatch.setattr(pool_op, "fused", lambda x: False)
+        patch.zero_grad()
+        out = patch(x)
+        out.square().sum().backward()
+        results.append([out, *(p.grad for p in patch.parameters() if p.grad is not None)])
+    assert F.relu(results[0][0]).sum() > 0
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
