@@ -174,7 +174,7 @@ def race_models(bench: Bench, model: SpikeDrivenTransformer, images: Tensor, set
             },
             baseline=FLOOR,
             parity={EVENTS: partial(same_answers, fast(images), expected)},
-            rounds=9,
+            rounds=15 if batch == 1 else 9,
             warmup=1,
         )
         for name in choices:

@@ -123,7 +123,7 @@ def test_auto_returns_the_faster_model_and_says_why(firing_model, costs_file):
     fast = sdt_blocks.optimize_for_inference(model, sparse="auto", calibrate=[(x, torch.zeros(2)), x])
     calibration = fast.calibration
     assert isinstance(fast, EventDrivenTransformer) == calibration.event_driven
-    assert calibration.event_driven == (calibration.event_driven_seconds <= calibration.dense_seconds)
+    assert calibration.event_driven == (calibration.event_driven_seconds <= 0.98 * calibration.dense_seconds)
     rates = {}
     reference = EventDrivenTransformer(model)
     for name, product in reference.products():
