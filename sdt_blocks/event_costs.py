@@ -27,7 +27,7 @@ FITTED_ON = ((384, 1536, 1), (1536, 384, 1), (96, 192, 3))
 RATES = (0.01, 0.05, 0.15, 0.3)
 _RUNS, _SECONDS = 5, 0.5
 WORTH = 0.98
-"""The share of the dense model's time below which the event-driven one is chosen: nearer ones are told apart by chance."""
+"""The event-driven model is chosen below this share of the dense one's time: nearer ones are told apart by chance."""
 
 Places = tuple[int, int, int, int]
 """Steps, images, height and width."""
