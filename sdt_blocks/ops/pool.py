@@ -19,14 +19,16 @@ def max_pool_reference(x: Tensor) -> Tensor:
 def max_pool(x: Tensor) -> Tensor:
     """What `max_pool_reference` computes; for the gradient it keeps where in its window each maximum lies.
 
-    Of equal ones the first takes the whole gradient, as in PyTorch, which keeps x and an 8-byte index a result.
+    Of equal ones the first takes the whole gradient, as in PyTorch, which keeps x and an 8-byte index a result. Where a
+    gradient will be wanted it stays one op under `torch.compile` too.
 
     >>> max_pool(torch.rand(2, 8, 7, 7)).shape
     torch.Size([2, 8, 4, 4])
     """
-    if x.ndim != 4 or x.numel() == 0 or not fused(x):
+    differentiable = torch.is_grad_enabled() and x.requires_grad
+    if x.ndim != 4 or x.numel() == 0 or not fused(x, even_traced=differentiable):
         return max_pool_reference(x)
-    result: Tensor = max_pool_op(x, torch.is_grad_enabled() and x.requires_grad)[0]
+    result: Tensor = max_pool_op(x, differentiable)[0]
     return result
 
 

@@ -76,6 +76,18 @@ def test_kept_for_the_gradient(monkeypatch):
     assert sum(t.untyped_storage().nbytes() for t in kept) == x.numel() // 4
 
 
+def test_compiles_whole(monkeypatch):
+    """The gradient is the op's in a compiled graph too; without one the equations are traced."""
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    compiled = torch.compile(max_pool, fullgraph=True, backend="aot_eager")
+    x = (torch.rand(2, 3, 7, 7) < 0.3).double().requires_grad_()
+    grad = torch.randn(2, 3, 4, 4).double()
+    (ours, of_ours), (theirs, of_theirs) = run(compiled, x, grad), run(max_pool_reference, x, grad)
+    assert torch.equal(ours, theirs) and torch.equal(of_ours, of_theirs)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), theirs)
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"ceil_mode": True}, {"padding": 0}, {"stride": 1}, {"kernel_size": 2, "padding": 1}, {"dilation": 2}],
@@ -107,7 +119,7 @@ def test_in_the_patch_splitting(backend, device, monkeypatch, channels_last):
     for plain in (False, True):
         if plain:
             monkeypatch.setattr(pool_op, "max_pool_op", None)
-            monkeypatch.setattr(pool_op, "fused", lambda x: False)
+            monkeypatch.setattr(pool_op, "fused", lambda *_, **__: False)
         patch.zero_grad()
         out = patch(x)
         out.square().sum().backward()
