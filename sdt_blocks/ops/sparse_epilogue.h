@@ -1,0 +1,210 @@
+// What becomes of the sums of an event-driven product while they are in the cache: norm, shortcut, membrane, neuron, spikes.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16, VECTORS = 2, ROWS = 8;
+#elif defined(__AVX__)
+constexpr int WIDTH = 8, VECTORS = 2, ROWS = 4;
+#else
+constexpr int WIDTH = 4, VECTORS = 4, ROWS = 4;
+#endif
+constexpr int LANES = WIDTH * VECTORS;
+constexpr int64_t STREAM_BYTES = 16 << 20;  // a larger membrane has left the caches before anybody reads it
+
+typedef float Vector __attribute__((vector_size(4 * WIDTH)));
+
+inline Vector load(const float* from) {
+    Vector v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+inline void store(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
+// Stores past the caches, at a multiple of the vector's size; `finish_streams` has to follow before others read it.
+inline void stream(float* to, Vector v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(to, v);
+#elif defined(__AVX__)
+    _mm256_stream_ps(to, v);
+#else
+    store(to, v);
+#endif
+}
+inline void finish_streams() {
+#if defined(__AVX__)
+    _mm_sfence();
+#endif
+}
+inline Vector broadcast(float x) { return x - Vector{}; }
+
+// a * b + c, rounded once.
+inline Vector multiply_add(Vector a, Vector b, Vector c) {
+#if defined(__AVX512F__)
+    return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+    return _mm256_fmadd_ps(a, b, c);
+#else
+    for (int i = 0; i < WIDTH; i++) a[i] = std::fma(a[i], b[i], c[i]);
+    return a;
+#endif
+}
+
+// Where a neuron fired, lane by lane.
+#if defined(__AVX512F__)
+typedef __mmask16 Fired;
+inline Fired at_least(Vector a, Vector b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+inline Vector choose(Fired fired, Vector a, Vector b) { return _mm512_mask_blend_ps(fired, b, a); }
+inline uint32_t bits(Fired fired) { return fired; }
+#else
+typedef decltype(Vector{} >= Vector{}) Fired;
+inline Fired at_least(Vector a, Vector b) { return a >= b; }
+inline Vector choose(Fired fired, Vector a, Vector b) { return fired ? a : b; }
+inline uint32_t bits(Fired fired) {
+#if defined(__AVX__)
+    return _mm256_movemask_ps(__m256(fired));
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < WIDTH; i++) bits |= uint32_t(fired[i] & 1) << i;
+    return bits;
+#endif
+}
+#endif
+
+// Memory of a thread that outlives the call: fresh pages would cost more than the work.
+template <class T>
+struct Buffer {
+    T* data = nullptr;
+    int64_t size = 0;
+    T* reserve(int64_t wanted) {
+        if (wanted > size) {
+            std::free(data);
+            size = (wanted * int64_t(sizeof(T)) + 4095) / 4096 * 4096 / int64_t(sizeof(T));
+            data = static_cast<T*>(std::aligned_alloc(4096, (size * sizeof(T) + 4095) / 4096 * 4096));
+        }
+        return data;
+    }
+    ~Buffer() { std::free(data); }
+};
+
+enum Reset { ZERO, SUBTRACT, NONE };
+
+// What becomes of a sum: u = residual + (sum + bias) * scale + shift, kept in `membrane` and handed to a neuron, where
+// these are wanted. `constants` has bias, scale, shift and 1 / tau of every tile.
+struct Epilogue {
+    const float* constants;
+    int64_t channels;
+    const float* residual;
+    int64_t residual_step;
+    float* membrane;
+    int64_t membrane_step;
+    uint64_t* spikes;
+    int64_t spikes_step;  // from one time step to the next, in elements, as above
+    float threshold;
+    int reset;
+    bool strict;
+    int64_t stride() const { return (channels + 63) / 64; }
+    int64_t tiles() const { return (channels + LANES - 1) / LANES; }
+    // Whether the membrane of so many rows is best written past the caches, and lies as that needs it.
+    bool streams(int64_t rows) const {
+        const bool aligned = reinterpret_cast<uintptr_t>(membrane) % (4 * WIDTH) == 0 && membrane_step % WIDTH == 0;
+        return membrane && !residual && aligned && channels % LANES == 0 && 4 * rows * channels > STREAM_BYTES;
+    }
+};
+
+using Mask = std::conditional_t<LANES == 32, uint32_t, uint16_t>;
+
+// Real values of consecutive pixels and time steps, so many elements apart; null where there are none.
+template <class T>
+struct Strided {
+    T* data;
+    int64_t pixel, step;
+};
+
+// The epilogue of `count` pixels in one tile. As in the equations, h is the membrane before its reset, and u what it
+// continues from.
+template <int RESET, bool STREAM>
+void finish_tile(const Epilogue& e, int64_t tile, int64_t steps, int64_t count, Strided<const float> sums,
+                 Strided<const float> residual, Strided<float> membrane, Strided<char> spikes) {
+    const Vector zero{}, threshold = broadcast(e.threshold);
+    const Vector fires_at = broadcast(e.strict ? std::nextafterf(e.threshold, INFINITY) : e.threshold);
+    Vector bias[VECTORS], scale[VECTORS], shift[VECTORS], inv_tau[VECTORS];
+    for (int v = 0; v < VECTORS; v++) {
+        const float* constants = e.constants + tile * 4 * LANES + v * WIDTH;
+        bias[v] = load(constants);
+        scale[v] = load(constants + LANES);
+        shift[v] = load(constants + 2 * LANES);
+        inv_tau[v] = load(constants + 3 * LANES);
+    }
+    for (int64_t q = 0; q < count; q++) {
+        Vector u[VECTORS] = {}, lost[VECTORS] = {};
+        for (int64_t t = 0; t < steps; t++) {
+            const float* sum = sums.data + q * sums.pixel + t * sums.step;
+            const float* before = residual.data + q * residual.pixel + t * residual.step;
+            float* kept = membrane.data + q * membrane.pixel + t * membrane.step;
+            Mask mask = 0;
+            for (int v = 0; v < VECTORS; v++) {
+                Vector x = multiply_add(load(sum + v * WIDTH) + bias[v], scale[v], shift[v]);
+                if (residual.data) x = load(before + v * WIDTH) + x;
+                if (STREAM)
+                    stream(kept + v * WIDTH, x);
+                else if (membrane.data)
+                    store(kept + v * WIDTH, x);
+                Vector h = u[v] + (x - u[v]) * inv_tau[v];
+                if (RESET == SUBTRACT) h = h - lost[v];
+                const Fired fired = at_least(h, fires_at);
+                u[v] = RESET == ZERO ? choose(fired, zero, h) : h;
+                if (RESET == SUBTRACT) lost[v] = choose(fired, threshold, zero);
+                mask |= Mask(bits(fired)) << (v * WIDTH);
+            }
+            if (spikes.data) std::memcpy(spikes.data + q * spikes.pixel + t * spikes.step, &mask, sizeof mask);
+        }
+    }
+}
+
+template <bool STREAM>
+auto finish_tile_of(int reset) {
+    return reset == ZERO       ? finish_tile<ZERO, STREAM>
+           : reset == SUBTRACT ? finish_tile<SUBTRACT, STREAM>
+                               : finish_tile<NONE, STREAM>;
+}
+
+// The epilogue of the pixels from `first` on, in one tile.
+void finish(const Epilogue& e, int64_t tile, int64_t steps, int64_t first, int64_t count, Strided<const float> sums,
+            bool streams) {
+    static thread_local Buffer<float> copies;
+    const auto finish_tile = streams ? finish_tile_of<true>(e.reset) : finish_tile_of<false>(e.reset);
+    const int64_t at = first * e.channels + tile * LANES, lanes = std::min(int64_t(LANES), e.channels - tile * LANES);
+    Strided<const float> residual{e.residual ? e.residual + at : nullptr, e.channels, e.residual_step};
+    Strided<float> membrane{e.membrane ? e.membrane + at : nullptr, e.channels, e.membrane_step};
+    Strided<char> spikes{nullptr, 8 * e.stride(), 8 * e.spikes_step};
+    if (e.spikes) spikes.data = reinterpret_cast<char*>(e.spikes + first * e.stride()) + tile * sizeof(Mask);
+    if (lanes == LANES || (!e.residual && !e.membrane)) {
+        finish_tile(e, tile, steps, count, sums, residual, membrane, spikes);
+        return;
+    }
+    // The last tile is narrower than LANES: its real values go through copies.
+    const Strided<float> wide{copies.reserve(count * steps * LANES), LANES, count * LANES};
+    for (int64_t t = 0; residual.data && t < steps; t++)
+        for (int64_t q = 0; q < count; q++)
+            std::memcpy(wide.data + q * wide.pixel + t * wide.step, residual.data + q * residual.pixel + t * residual.step,
+                        lanes * sizeof(float));
+    finish_tile(e, tile, steps, count, sums, {residual.data ? wide.data : nullptr, wide.pixel, wide.step}, wide, spikes);
+    for (int64_t t = 0; membrane.data && t < steps; t++)
+        for (int64_t q = 0; q < count; q++)
+            std::memcpy(membrane.data + q * membrane.pixel + t * membrane.step, wide.data + q * wide.pixel + t * wide.step,
+                        lanes * sizeof(float));
+}
+
+}  // namespace
