@@ -22,14 +22,13 @@ def load(folder: Path = RESULTS) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: a table for each figure, with a column for each allocator, and where the figures come from."""
+    """Markdown: a table for each race, with a column for each allocator, one of what was not raced, and the origin."""
     lines = []
-    for (device, figure, setting), group in groupby(sorted(rows, key=_title), key=_title):
+    for (device, figure, setting), group in groupby(sorted(raced(rows), key=_title), key=_title):
         found = list(group)
         allocators = sorted({row["allocator"] for row in found})
-        baselines = sorted({row["baseline"] for row in found if row["baseline"]})
-        against = f", in brackets as a multiple of *{baselines[0]}*" if baselines else ""
-        lines += [f"**{figure}**, {setting} ({device}){against}", ""]
+        baseline = next(row["baseline"] for row in found if row["baseline"])
+        lines += [f"**{figure}**, {setting} ({device}), in brackets as a multiple of *{baseline}*", ""]
         lines += [f"| | {' | '.join(f'{name} allocator' for name in allocators)} | answers |"]
         lines += ["|" + "---|" * (len(allocators) + 2)]
         by_contestant: dict[str, dict[str, Row]] = {}
@@ -40,6 +39,14 @@ def table(rows: list[Row]) -> str:
             parity = "; ".join(dict.fromkeys(row["parity"] for row in measured.values()))
             lines.append(f"| {contestant} | {' | '.join(cells)} | {'' if parity == 'not checked' else parity} |")
         lines.append("")
+    alone = sorted((row for row in rows if row not in raced(rows)), key=_title)
+    if alone:
+        lines += ["| | | |", "|---|---|---|"]
+        for row in alone:
+            lines.append(
+                f"| {row['figure']}, {row['setting']} ({row['device']}) | {row['contestant']} | {value(row)} |"
+            )
+        lines.append("")
     origins = sorted({tuple(row[name] for name in ORIGIN) for row in rows})
     for machine, torch, snntorch, spikingjelly, threads, date in origins:
         versions = f"torch {torch}, snnTorch {snntorch}, SpikingJelly {spikingjelly}"
@@ -47,6 +54,12 @@ def table(rows: list[Row]) -> str:
     if not any(row["device"] == "cuda" for row in rows):
         lines += ["Not measured on a GPU yet."]
     return "\n".join(lines).rstrip()
+
+
+def raced(rows: list[Row]) -> list[Row]:
+    """The rows of figures that have a baseline."""
+    figures = {_title(row) for row in rows if row["baseline"]}
+    return [row for row in rows if _title(row) in figures]
 
 
 def _title(row: Row) -> tuple[str, str, str]:

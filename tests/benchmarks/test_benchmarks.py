@@ -89,6 +89,7 @@ def test_the_table_replaces_what_stands_between_the_markers(tmp_path: Path) -> N
 
     bench = harness.Bench("s")
     bench.record("f", "x", "a", 2.0, baseline="floor", ratio=2.0)
+    bench.record("g", "x", "a", 3.0, unit="GB")
     readme = tmp_path / "README.md"
     readme.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
     rows = [{**dict.fromkeys(harness.COLUMNS, ""), **row} for row in bench.rows]
@@ -96,6 +97,7 @@ def test_the_table_replaces_what_stands_between_the_markers(tmp_path: Path) -> N
     text = readme.read_text()
     assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
     assert "**f**, x (cpu), in brackets as a multiple of *floor*" in text and "| a | 2 s (2) |  |" in text
+    assert "| g, x (cpu) | a | 3 GB |" in text
     assert "Not measured on a GPU yet." in text
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="needs the markers"):
