@@ -28,7 +28,7 @@ def run(bench: Bench) -> None:
     grow(bench, "LIF, forward + backward", "time steps", steps, lambda n: frames(steps=n, batch=32), train(neuron))
     grow(bench, "block, forward + backward", "time steps", steps, lambda n: frames(steps=n), train(block))
     grow(bench, "block, forward + backward", "tokens", (49, 196, 784), lambda n: frames(size=int(n**0.5)), train(block))
-    grow(bench, "block, forward + backward", "batch", (2, 4, 8, 16, 32), lambda n: frames(batch=n), train(block))
+    grow(bench, "block, forward + backward", "images", (2, 4, 8, 16, 32), lambda n: frames(batch=n), train(block))
     model = create_model("sdt_2_256").to(device).eval()
     fast = optimize_for_inference(model)
 
@@ -36,7 +36,7 @@ def run(bench: Bench) -> None:
         return torch.rand(batch, 3, 32, 32, device=device)
 
     with torch.no_grad():
-        grow(bench, "sdt_2_256 optimised", "batch", (8, 16, 32, 64, 128), images, fast)
+        grow(bench, "sdt_2_256 optimised", "images", (8, 16, 32, 64, 128), images, fast)
     leak(bench, "block, forward + backward", lambda: train(block)(frames()))
     leak(bench, "sdt_2_256 optimised", lambda: fast(images(32)))
 
@@ -55,16 +55,14 @@ def grow(
     middle = sizes[len(sizes) // 2]
     reference = samples[str(middle)].median / middle
     for size in sizes:
-        sample = samples[str(size)]
-        per_unit = Sample([seconds / size for seconds in sample.values])
-        ratio = per_unit.median / reference
+        per_unit = Sample([seconds / size for seconds in samples[str(size)].values])
         bench.record(
-            f"{what}, time for one of {along}",
-            f"{along}: {size}",
+            f"{what}, time for each of the {along}",
             "sdt_blocks",
+            f"{size} {along}",
             per_unit,
-            baseline=f"{middle}",
-            ratio=ratio,
+            baseline=f"{middle} {along}",
+            ratio=per_unit.median / reference,
         )
 
 
