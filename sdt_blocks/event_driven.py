@@ -316,7 +316,7 @@ def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
         )
     ones = torch.ones_like(norm.running_mean)
     weight, bias = (ones, ones * 0) if norm.weight is None else (norm.weight.detach(), norm.bias.detach())
-    scale = weight * (1 / torch.sqrt(norm.running_var + norm.eps))
+    scale = weight * torch.rsqrt(norm.running_var + norm.eps)
     return scale, (bias.double() - norm.running_mean.double() * scale.double()).float()
 
 

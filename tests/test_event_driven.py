@@ -10,11 +10,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import sdt_blocks
-from sdt_blocks import event_costs
+from sdt_blocks import event_costs, event_driven
 from sdt_blocks.event_costs import EventCosts
 from sdt_blocks.event_driven import EventDrivenTransformer, EventProduct
 from sdt_blocks.neuron import LIF
-from sdt_blocks.ops.sparse import Epilogue
+from sdt_blocks.ops.sparse import Epilogue, spike_neuron
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -49,6 +49,18 @@ def test_answers_are_those_of_the_model(firing_model, options):
     with torch.no_grad():
         torch.testing.assert_close(fast(x), model(x), rtol=0, atol=1e-5)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_norms_are_rounded_as_in_the_model():
+    generator = torch.Generator().manual_seed(0)
+    norm = nn.BatchNorm2d(96).eval()
+    for tensor in (norm.weight, norm.bias, norm.running_mean):
+        tensor.normal_(generator=generator)
+    norm.running_var.uniform_(0.01, 2, generator=generator)
+    x = torch.randn(2, 1, 6, 6, 96, generator=generator)
+    found, _ = spike_neuron(x, event_driven._epilogue(norm, None), 2, membrane=True)
+    assert torch.equal(found, norm(x.flatten(0, 1).movedim(-1, 1)).movedim(1, -1).view_as(x))
 
 
 def test_an_image_is_answered_alike_in_any_batch(firing_model):

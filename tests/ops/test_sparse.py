@@ -165,19 +165,6 @@ def test_neuron_on_real_input(frames, channels):
     assert torch.equal(fired.words, expected_fired.words)
 
 
-def test_the_epilogue_rounds_as_batch_normalization_does():
-    norm = torch.nn.BatchNorm2d(96).eval()
-    torch.nn.init.normal_(norm.bias)
-    norm.running_mean.normal_()
-    norm.running_var.uniform_(0.5, 2)
-    x = torch.randn(2, 1, 6, 6, 96)
-    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    shift = (norm.bias.double() - norm.running_mean.double() * scale.double()).float()
-    found, _ = spike_neuron(x, Epilogue(96, scale=scale, shift=shift), 2, membrane=True)
-    expected = norm(x.flatten(0, 1).movedim(-1, 1)).movedim(1, -1).view_as(x)
-    torch.testing.assert_close(found, expected, rtol=2.4e-7, atol=1e-7)
-
-
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 8), (14, 13)])
 def test_pooling(size):
     spikes = PackedSpikes.pack(draw((3, 2, 70, *size), 0.1))
