@@ -1,4 +1,4 @@
-"""`accelerate launch --cpu --num_processes N` as it reads: N processes.
+"""`accelerate launch --cpu --num_processes N` as it reads: N processes; and how processes share a machine's cores.
 
 Accelerate starts several processes on GPUs; on CPUs it leaves that to MPI, and without a host file it starts one
 process whatever N says (https://github.com/huggingface/accelerate/issues/2741). So the one process that it starts here
@@ -76,3 +76,18 @@ def asked_processes() -> int:
         return int(load_config_from_file(arguments.config_file).num_processes)
     except (OSError, ValueError, AttributeError):
         return 1
+
+
+def use_cores(*, processes: int, on_cpu: bool, loaders: int, threads: int | None) -> int:
+    """Shares the cores of a machine among its training processes, and on a CPU between arithmetic and loading.
+
+    Sets the threads of this process and returns how many loader processes it may have, at most `loaders`. `threads`,
+    or else an OMP_NUM_THREADS above 1 (1 is what the launcher sets by itself), decides where given.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = max(1, cores // processes)
+    loaders = min(loaders, share // 2 if on_cpu else share)
+    given = int(os.environ.get("OMP_NUM_THREADS") or 1)
+    if on_cpu:
+        torch.set_num_threads(threads or (given if given > 1 else max(1, share - loaders)))
+    return loaders

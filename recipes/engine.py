@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from command_line import StopRequest
 from config import Config, RunError
 from evaluation import evaluate
 from loading import EpochBatches, UnreadableSample, fetch, stop_loaders
@@ -24,10 +23,12 @@ from optim import BatchMixer, learning_rate, set_learning_rate
 from progress import METRICS, Display, append_metrics, draw_curves, peak_memory, read_metrics
 from run_state import Position, last_good, save_checkpoint, seed_step, sha256, state_digest
 from safetensors import SafetensorError
+from stop_request import StopRequest
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sdt_blocks import save_model
+from sdt_blocks.analysis import analyze_model
 from sdt_blocks.checkpoint import WEIGHTS, write_atomically
 
 ANALYZED = 256
@@ -335,8 +336,6 @@ def finish(run: Run) -> None:
     if run.ema is not None:
         save_weights(run, "ema", run.ema.module)
     if config.analyze:
-        from analyze import analyze_model
-
         few = list(islice(fetch(run.test_loader), max(1, ANALYZED // config.train.batch_size)))
         analyze_model(model, few, folder / "analysis", title=f"{config.model.name} on {config.data.name}")
     if accelerator.is_main_process:

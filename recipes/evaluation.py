@@ -8,8 +8,8 @@ from typing import Any
 import snntorch
 import torch
 from accelerate import Accelerator
-from command_line import StopRequest
 from loading import fetch
+from stop_request import StopRequest
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
-from command_line import use_cores
 from config import Config, ConfigError, flatten, to_yaml, trajectory
+from cpu_processes import use_cores
 from engine import Run
 from loading import EpochBatches, ShardBatches, build_datasets, build_loader
 from models import build_model, freeze_all_but_head, load_initial_weights, restore_optimizer

@@ -6,6 +6,7 @@ from .dataflow import Product
 from .energy import E_AC, E_MAC, AttentionEnergy, EnergyReport, LayerEnergy, energy, energy_from_rates
 from .rates import FiringRates, LayerRates, firing_rates
 from .record import Recording, record
+from .report import analyze_model
 
 __all__ = [
     "E_AC",
@@ -19,6 +20,7 @@ __all__ = [
     "NotSpikeDrivenError",
     "Product",
     "Recording",
+    "analyze_model",
     "attention_maps",
     "audit",
     "energy",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sdt_blocks import SpikeDrivenTransformer, save_model
-from sdt_blocks.analysis import energy, firing_rates
+from sdt_blocks.analysis import analyze_model, energy, firing_rates
 from sdt_datasets.images import build_image_datasets
 
 FILES = {
@@ -126,18 +126,14 @@ def test_help(launcher):
 
 
 def test_event_frames_and_event_pooling(golden, tmp_path):
-    import analyze
-
     x = golden.tensors["input"]
-    rates, report = analyze.analyze_model(golden.model(), [x[:1], x[1:]], tmp_path, images=2)
+    rates, report = analyze_model(golden.model(), [x[:1], x[1:]], tmp_path, images=2)
     assert rates.samples == len(x) and report.steps == golden.config["T"]
     assert (tmp_path / "index.html").stat().st_size > 50_000
     assert golden.config["depth"] == 1 or (tmp_path / "attention_blocks.png").exists()
 
 
 def test_a_plain_snntorch_network(tmp_path, capsys):
-    import analyze
-
     class Loop(nn.Module):
         def __init__(self):
             super().__init__()
@@ -147,7 +143,7 @@ def test_a_plain_snntorch_network(tmp_path, capsys):
         def forward(self, x):
             return sum(self.out(self.lif(self.norm(self.fc(x)))) for _ in range(4))
 
-    analyze.analyze_model(Loop(), [torch.rand(5, 6)], tmp_path)
+    analyze_model(Loop(), [torch.rand(5, 6)], tmp_path)
     written = {path.name for path in tmp_path.iterdir()}
     assert written == FILES - {"attention_steps.png", "attention_blocks.png"}
     assert "NOT spike-driven" in (tmp_path / "audit.txt").read_text() and "NOT spike-driven" in capsys.readouterr().out
