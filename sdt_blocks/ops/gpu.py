@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from ..surrogate import KINDS
-from . import gpu_kernels
+from . import gpu_kernels, gpu_storage
 from .spec import MOST_TOKENS, RESETS, Layout, Mask, NeuronSpec, state_dtype
 
 BLOCK = 1024
@@ -217,7 +217,7 @@ def max_pool(x: Tensor, out: Tensor, places: Tensor | None) -> None:
     All are contiguous, or all are channels-last.
     """
     with _device_of(x):
-        gpu_kernels.max_pool[(triton.cdiv(out.numel(), BLOCK),)](
+        gpu_storage.max_pool[(triton.cdiv(out.numel(), BLOCK),)](
             x,
             out,
             _or(places, x),
@@ -232,7 +232,7 @@ def max_pool(x: Tensor, out: Tensor, places: Tensor | None) -> None:
 def max_pool_backward(grad: Tensor, places: Tensor, grad_x: Tensor) -> None:
     """Fills grad_x from the gradient of the maxima; all are contiguous, or all are channels-last."""
     with _device_of(grad):
-        gpu_kernels.max_pool_backward[(triton.cdiv(grad_x.numel(), BLOCK),)](
+        gpu_storage.max_pool_backward[(triton.cdiv(grad_x.numel(), BLOCK),)](
             grad, places, grad_x, grad_x.numel(), *_planes(grad_x), STATE=_STATE[state_dtype(grad)], BLOCK=BLOCK
         )
 
@@ -241,14 +241,14 @@ def pack_bits(x: Tensor) -> Tensor | None:
     """One bit for each spike of x in the order of memory, `[ceil(n / 8)]`; x must be 0 and 1, which is not checked."""
     bits = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
     with _device_of(x):
-        gpu_kernels.pack[(triton.cdiv(bits.numel(), BLOCK),)](x, bits, x.numel(), BLOCK=BLOCK)
+        gpu_storage.pack[(triton.cdiv(bits.numel(), BLOCK),)](x, bits, x.numel(), BLOCK=BLOCK)
     return bits
 
 
 def unpack_bits(bits: Tensor, x: Tensor) -> None:
     """Fills x with the elements that `pack_bits` packed."""
     with _device_of(x):
-        gpu_kernels.unpack[(triton.cdiv(x.numel(), BLOCK),)](bits, x, x.numel(), BLOCK=BLOCK)
+        gpu_storage.unpack[(triton.cdiv(x.numel(), BLOCK),)](bits, x, x.numel(), BLOCK=BLOCK)
 
 
 def _where(layout: Layout) -> tuple[int, int, int, int]:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from sdt_blocks.ops import gpu_kernels
+from sdt_blocks.ops import gpu_kernels, gpu_storage
 
 element, state = {dtypes!r}
 integers = "size chunk chunk_stride x_step grad_step image channels inner blocks STEPS".split()
@@ -50,11 +50,11 @@ for given in (True, False):
     options = dict(RESET=0, AFFINE=True, TAU=0, BEFORE=False, LAST=False, DENSE=True, KIND=0, DETACH=True, REPEAT=False)
     build(gpu_kernels.backward, **options | dict(GRAD=given, MASK=True, BIT=2))
 build(gpu_kernels.mask_gradient)
-build(gpu_kernels.max_pool)
-build(gpu_kernels.max_pool_backward)
+build(gpu_storage.max_pool)
+build(gpu_storage.max_pool_backward)
 build(gpu_kernels.combine)
-build(gpu_kernels.pack)
-build(gpu_kernels.unpack)
+build(gpu_storage.pack)
+build(gpu_storage.unpack)
 """
 
 
