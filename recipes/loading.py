@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -163,7 +165,10 @@ def build_loader(dataset: Any, batches: EpochBatches | ShardBatches, *, workers:
 
 def fetch(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """The loader's batches. Raises `UnreadableSample`, whose message names the file."""
-    for batch in loader:
+    iterator = iter(loader)
+    if loader.num_workers:
+        _running.add(iterator)
+    for batch in iterator:
         if isinstance(batch, str):
             raise UnreadableSample(batch)
         yield batch
@@ -176,6 +181,16 @@ def stop_loaders(*loaders: DataLoader[Any]) -> None:
         if iterator is not None:
             iterator._shutdown_workers()
             loader._iterator = None
+
+
+_running: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_running() -> None:
+    # Registered after Python's own waiting for processes, and so called before it.
+    for iterator in list(_running):
+        iterator._shutdown_workers()
 
 
 def _collate(samples: list[Any]) -> Any:
