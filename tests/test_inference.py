@@ -44,6 +44,9 @@ SETTINGS = {
     "not square, odd": ({"pooling": "1111"}, (2, 3, 50, 31)),
     "learnt tau": ({"neuron": "plif"}, (3, 3, 16, 16)),
     "learnt tau a channel": ({"neuron": lambda channels, **o: ParametricLIF(channels=channels, **o)}, (3, 3, 16, 16)),
+    "grey": ({"in_channels": 1, "pooling": "0111"}, (2, 1, 28, 28)),
+    "grey, pooled at once": ({"in_channels": 1, "pooling": "1101"}, (2, 1, 28, 28)),
+    "grey, one step": ({"in_channels": 1, "pooling": "0111", "time_steps": 1}, (2, 1, 28, 28)),
     "frames": ({"in_channels": 2, "pooling": "0111"}, (2, 5, 2, 32, 32)),
     "one frame": ({"in_channels": 2}, (2, 1, 2, 16, 16)),
     "event pooling": ({"event_pooling": True, "num_heads": 4, "in_channels": 2}, (2, 3, 2, 16, 16)),
@@ -57,13 +60,14 @@ SETTINGS = {
 }
 
 
+@pytest.mark.parametrize("compile", [True, False])
 @pytest.mark.parametrize("setting", SETTINGS)
 @torch.no_grad()
-def test_every_setting_answers_as_the_model(firing_model: MakeModel, setting: str) -> None:
+def test_every_setting_answers_as_the_model(firing_model: MakeModel, setting: str, compile: bool) -> None:
     options, shape = SETTINGS[setting]
     model = firing_model(**options)
     x = torch.rand(shape)
-    found, expected = optimize_for_inference(model, compile=False)(x), model(x)
+    found, expected = optimize_for_inference(model, compile=compile)(x), model(x)
     assert found.shape == expected.shape and found.dtype == torch.float32
     assert expected.std() > 0.01
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

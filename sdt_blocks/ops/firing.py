@@ -41,11 +41,11 @@ def fire(
     Shapes: x, shortcut and results `[T, B, H, W, C]`; x may be one frame expanded along T.
     """
     if compiled and _native(x):
-        if x.stride(0) and not x.is_contiguous():
-            x = x.contiguous()
+        x = _frames(x)
         spikes = torch.empty(x.shape, dtype=dtype)
         total = x if shortcut is None else torch.empty(x.shape, dtype=torch.float32)
-        u, into = (None, None) if shortcut is None else (shortcut.contiguous().data_ptr(), total.data_ptr())
+        before = None if shortcut is None else shortcut.contiguous()
+        u, into = (None, None) if before is None else (before.data_ptr(), total.data_ptr())
         layout = (len(x), x[0].numel(), x.data_ptr(), x.stride(0))
         _call("fire", x, spikes, *layout, u, into, _neurons((neuron,)))
         return total, spikes
@@ -58,8 +58,7 @@ def fire(
 def fire_and_pool(x: Tensor, neuron: Neuron, dtype: torch.dtype, *, compiled: bool = False) -> Tensor:
     """Spikes of x after a 3x3 maximum of stride 2, `[T, B, H, W, C] -> [T, B, ceil(H / 2), ceil(W / 2), C]`."""
     if compiled and _native(x):
-        if x.stride(0) and not x.is_contiguous():
-            x = x.contiguous()
+        x = _frames(x)
         steps, batch, height, width, channels = x.shape
         out = torch.empty(steps, batch, (height + 1) // 2, (width + 1) // 2, channels, dtype=dtype)
         _call("fire_and_pool", x, out, _sizes(*x.shape), x.data_ptr(), x.stride(0), _neurons((neuron,)))
@@ -177,6 +176,11 @@ def _native(x: Tensor) -> bool:
         _warn_uncompiled(error)
         return False
     return True
+
+
+def _frames(x: Tensor) -> Tensor:
+    """x with every frame contiguous; one frame expanded along T stays one frame in memory."""
+    return x.contiguous() if x.stride(0) else x[:1].contiguous().expand(x.shape)
 
 
 _uncompiled: list[str] = []

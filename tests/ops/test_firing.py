@@ -55,6 +55,24 @@ def test_fire_and_pool(neuron: str, shape: tuple[int, ...], dtype: torch.dtype, 
     assert torch.equal(firing.fire_and_pool(frame, cells, out, compiled=True), firing.fire_and_pool(frame, cells, out))
 
 
+@pytest.mark.parametrize("expanded", [True, False])
+@pytest.mark.parametrize("op", [firing.fire, firing.fire_and_pool])
+def test_frames_that_lie_otherwise(op, expanded: bool) -> None:
+    """A convolution of one input channel may give its frames channels-first, and they may be one frame shown again."""
+    x = membranes(4, 2, 19, 6, 5).permute(0, 1, 3, 4, 2)
+    x = x[:1].expand(x.shape) if expanded else x
+    cells = firing.Neuron(*NEURONS["LIF"])
+    expected, found = (op(frames, cells, torch.float32, compiled=True) for frames in (x.contiguous(), x))
+    if op is firing.fire:
+        (_, expected), (_, found) = expected, found
+    assert torch.equal(found, expected) and 0.02 < found.mean() < 0.98
+    shortcut = membranes(4, 2, 19, 6, 5).flip(0).permute(0, 1, 3, 4, 2)
+    given = [
+        firing.fire(x, cells, torch.float32, shortcut=u, compiled=True)[1] for u in (shortcut, shortcut.contiguous())
+    ]
+    assert torch.equal(*given)
+
+
 @pytest.mark.parametrize("neuron", NEURONS)
 @pytest.mark.parametrize("shape", [*SHAPES, (4, 3, 14, 14, 76)])
 @pytest.mark.parametrize(("dtype", "out"), DTYPES)
