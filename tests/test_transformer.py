@@ -133,3 +133,29 @@ def test_learns_to_tell_two_patterns():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize("neuron", ["lif", "plif"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", [(2, 1, 28, 28), (2, 3, 33, 20), (2, 1, 2, 8, 40), (2, 3, 1, 16, 16)], ids=str)
+@pytest.mark.parametrize("pooling", ["1111", "0110"])
+def test_a_fused_training_step_is_that_of_the_equations(
+    firing_model, monkeypatch, pooling, shape, channels_last, neuron
+):
+    """Loss, gradients and running statistics in float64, where no membrane is within rounding of its threshold."""
+    x = torch.rand(shape)
+    model = firing_model(x, dim=16, depth=1, in_channels=shape[-3], pooling=pooling, neuron=neuron).double().train()
+    x = x.double()
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+        x = x if x.ndim == 5 else x.contiguous(memory_format=torch.channels_last)
+    other, results = copy.deepcopy(model), []
+    for own, backend in ((model, "compiled"), (other, "reference")):
+        monkeypatch.setenv("SDT_BLOCKS_BACKEND", backend)
+        own(x).square().sum().backward()
+        results.append({**{n: p.grad for n, p in own.named_parameters()}, **dict(own.named_buffers())})
+    for name, theirs in results[1].items():
+        if theirs is not None and theirs.numel():
+            torch.testing.assert_close(
+                results[0][name], theirs, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+            )
