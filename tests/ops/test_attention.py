@@ -58,12 +58,14 @@ def run(op, x, norms, neurons, leaves, training=True):
     return out, torch.autograd.grad(out, [*x, *leaves], given)
 
 
-def same(found, expected, tolerance):
-    assert torch.equal(found[0], expected[0])
-    for ours, theirs in zip(found[1], expected[1], strict=True):
-        scale = theirs.abs().max().double().clamp_min(1e-3)
-        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-        assert (ours.double() - theirs.double()).abs().max() <= tolerance * scale
+def worst(found, expected):
+    """The largest relative error of a gradient; infinite where a spike, a shape or a dtype differs."""
+    alike = all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(found[1], expected[1], strict=True))
+    if not alike or not torch.equal(found[0], expected[0]):
+        return float("inf")
+    scales = [theirs.abs().max().double().clamp_min(1e-3) for theirs in expected[1]]
+    errors = [(a.double() - b.double()).abs().max() / c for a, b, c in zip(found[1], expected[1], scales, strict=True)]
+    return torch.stack(errors).max().item()
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last, apart])
@@ -71,7 +73,7 @@ def same(found, expected, tolerance):
 def test_shapes_and_layouts(backend, device, shape, layout):
     x, norms, neurons, leaves = make(shape, torch.float32, device, learnt=True)
     expected = run(attend_reference, x, norms, neurons, leaves)
-    same(run(attend, [layout(part) for part in x], norms, neurons, leaves), expected, TAKEN[torch.float32])
+    assert worst(run(attend, [layout(part) for part in x], norms, neurons, leaves), expected) <= TAKEN[torch.float32]
 
 
 def test_mixed_layouts(backend, device):
@@ -79,7 +81,7 @@ def test_mixed_layouts(backend, device):
     expected = run(attend_reference, x, norms, neurons, leaves)
     assert 0.02 < expected[0].mean() < 0.9
     mixed = [layout(part) for layout, part in zip((channels_last, contiguous, apart), x, strict=True)]
-    same(run(attend, mixed, norms, neurons, leaves), expected, TAKEN[torch.float64])
+    assert worst(run(attend, mixed, norms, neurons, leaves), expected) <= TAKEN[torch.float64]
 
 
 @pytest.mark.parametrize("dtype", TAKEN, ids=str)
@@ -91,7 +93,7 @@ def test_dtypes(backend, device, dtype, learnt):
     expected = run(attend_reference, [part.to(state) for part in x], norms, neurons, leaves)
     expected = expected[0].to(dtype), [*(g.to(dtype) for g in expected[1][:3]), *expected[1][3:]]
     assert 0.02 < expected[0].float().mean() < 0.9
-    same(run(attend, x, norms, neurons, leaves), expected, TAKEN[dtype])
+    assert worst(run(attend, x, norms, neurons, leaves), expected) <= TAKEN[dtype]
 
 
 @pytest.mark.parametrize("reset", ["zero", "subtract", "none"])
@@ -103,7 +105,7 @@ def test_neurons(backend, device, reset, detach_reset, strict):
     neurons = [{**neuron, **options} for neuron in neurons]
     neurons[3] |= {"reset": "subtract", "surrogate": triangular(0.2)}
     expected = run(attend_reference, x, norms, neurons, leaves)
-    same(run(attend, x, norms, neurons, leaves), expected, TAKEN[torch.float64])
+    assert worst(run(attend, x, norms, neurons, leaves), expected) <= TAKEN[torch.float64]
 
 
 def test_evaluation(backend, device):
@@ -111,7 +113,7 @@ def test_evaluation(backend, device):
     running = {"running_mean": torch.randn(12).double().to(device), "running_var": torch.rand(12).double().to(device)}
     norms = [{**norm, **running} for norm in norms]
     expected = run(attend_reference, x, norms, neurons, leaves, training=False)
-    same(run(attend, x, norms, neurons, leaves, training=False), expected, TAKEN[torch.float64])
+    assert worst(run(attend, x, norms, neurons, leaves, training=False), expected) <= TAKEN[torch.float64]
 
 
 def test_running_statistics(backend, device):
@@ -129,7 +131,7 @@ def test_unlike_neurons_are_fused_each_for_itself(backend, device):
     x, norms, neurons, leaves = make((4, 2, 12, 4, 4), torch.float64, device, learnt=False)
     neurons[1] |= {"threshold": 0.7, "inv_tau": 0.9}
     expected = run(attend_reference, x, norms, neurons, leaves)
-    same(run(attend, x, norms, neurons, leaves), expected, TAKEN[torch.float64])
+    assert worst(run(attend, x, norms, neurons, leaves), expected) <= TAKEN[torch.float64]
 
 
 def test_more_tokens_than_a_program_holds(backend, device, monkeypatch):
@@ -138,7 +140,7 @@ def test_more_tokens_than_a_program_holds(backend, device, monkeypatch):
     called = []
     monkeypatch.setattr(attention_op, "attend_op", lambda *arguments: called.append(arguments))
     monkeypatch.setattr(attention_op, "MOST_TOKENS", 15)
-    same(run(attend, x, norms, neurons, leaves), expected, TAKEN[torch.float64])
+    assert worst(run(attend, x, norms, neurons, leaves), expected) <= TAKEN[torch.float64]
     assert not called
 
 

@@ -21,13 +21,17 @@ def run(op, x, grad):
     return out, torch.autograd.grad(out, x, grad.to(out))[0]
 
 
-def agree(x, seed=0):
+TAKEN = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-6, torch.float64: 1e-14}
+
+
+def worst(x, seed=0):
+    """The largest error of the gradient, relative above 1; infinite where a maximum differs."""
     size = ((x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2)
     grad = torch.randn(*x.shape[:2], *size, generator=torch.Generator().manual_seed(seed))
     (ours, of_ours), (theirs, of_theirs) = run(max_pool, x, grad), run(max_pool_reference, x, grad)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
-    tolerance = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-6, torch.float64: 1e-14}[x.dtype]
-    torch.testing.assert_close(of_ours, of_theirs, rtol=tolerance, atol=tolerance)
+    if ours.dtype != theirs.dtype or not torch.allclose(ours, theirs, rtol=0, atol=0, equal_nan=True):
+        return float("inf")
+    return ((of_ours - of_theirs).abs().double() / (1 + of_theirs.abs().double())).max().item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -36,7 +40,7 @@ def agree(x, seed=0):
 def test_spikes_and_reals(backend, device, shape, memory_format, dtype):
     torch.manual_seed(0)
     for x in ((torch.rand(shape) < 0.3).to(dtype), torch.randn(shape).to(dtype)):
-        agree(x.to(device).contiguous(memory_format=memory_format))
+        assert worst(x.to(device).contiguous(memory_format=memory_format)) <= TAKEN[dtype]
 
 
 @settings(max_examples=60, deadline=None)
@@ -44,7 +48,7 @@ def test_spikes_and_reals(backend, device, shape, memory_format, dtype):
 def test_any_size(shape, seed, channels_last):
     torch.manual_seed(seed)
     x = torch.randint(-1, 2, shape).double()
-    agree(x.contiguous(memory_format=torch.channels_last) if channels_last else x, seed)
+    assert worst(x.contiguous(memory_format=torch.channels_last) if channels_last else x, seed) <= TAKEN[x.dtype]
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -53,12 +57,12 @@ def test_nan_and_infinity(backend, device, memory_format):
     x = torch.randn(1, 4, 9, 9).double()
     x[torch.rand_like(x) < 0.1] = torch.nan
     x[:, 1] = -torch.inf
-    agree(x.to(device).contiguous(memory_format=memory_format))
+    assert worst(x.to(device).contiguous(memory_format=memory_format)) <= TAKEN[x.dtype]
 
 
 def test_a_view_with_gaps(backend, device):
     torch.manual_seed(0)
-    agree(torch.randn(2, 4, 9, 9, 2, device=device)[..., 0])
+    assert worst(torch.randn(2, 4, 9, 9, 2, device=device)[..., 0]) <= TAKEN[torch.float32]
 
 
 def test_opcheck(backend, device):
