@@ -30,15 +30,14 @@ def lif_forward(
     inv_tau: Tensor | None,
     membrane: Tensor | None,
     keep_membrane: bool = False,
-    as_bytes: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Spikes `[steps, ...]` for the input `x * scale + shift`, in x's dtype or as bytes, and the last membrane."""
-    spikes = layout.empty(x, layout.steps, torch.uint8 if as_bytes else x.dtype)
+    """Spikes `[steps, ...]` for the input `x * scale + shift`, and the last membrane."""
+    spikes = layout.empty(x, layout.steps)
     last = layout.empty_frame(x, state_dtype(x)) if keep_membrane else None
     constants = 0 if inv_tau is None else inv_tau.numel()
     before = None if membrane is None else layout.frame(membrane)
     inputs = (x, scale, shift, inv_tau, constants, before)
-    _call("lif_forward", x, layout, _neurons(neuron), *inputs, spikes, as_bytes, last)
+    _call("lif_forward", x, layout, _neurons(neuron), *inputs, spikes, last)
     return spikes, last
 
 
@@ -160,7 +159,7 @@ class _Neuron(ctypes.Structure):
 
 _P, _I = c_void_p, c_int64
 _ARGUMENTS = {
-    "lif_forward": (_P, _P, _P, _P, _P, _P, _I, _P, _P, _I, _P),
+    "lif_forward": (_P, _P, _P, _P, _P, _P, _I, _P, _P, _P),
     "lif_backward": (_P, _P, _P, _I, _P, _P, _I, _I, _P, _P, _P, _P, _P, _P, _I, _P, _P, _P, _P),
     "attend": (_P, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P),
     "mask_gradient": (_P, _I, _P, _I, _P, _P),

@@ -6,27 +6,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <limits>
 #include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
-#define SIMD _Pragma("omp simd")
+#include "storage.h"
 
 namespace {
 
-struct bfloat16 { uint16_t bits; };
-
-inline float load(float v) { return v; }
-inline float load(bfloat16 v) {
-    uint32_t bits = uint32_t(v.bits) << 16;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
-}
 // Spikes, 0 and 1, which every type holds exactly.
 inline void store(float spike, float& out) { out = spike; }
 inline void store(float spike, uint8_t& out) { out = uint8_t(spike); }
@@ -34,17 +20,6 @@ inline void store(float spike, bfloat16& out) {
     uint32_t bits;
     std::memcpy(&bits, &spike, 4);
     out.bits = uint16_t(bits >> 16);
-}
-
-template <class F> void parallel(int64_t threads, F body) {
-#ifdef _OPENMP
-    if (threads > 1) {
-#pragma omp parallel num_threads(int(threads))
-        body(omp_get_thread_num(), omp_get_num_threads());
-        return;
-    }
-#endif
-    body(0, 1);
 }
 
 }  // namespace

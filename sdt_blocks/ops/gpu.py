@@ -28,10 +28,9 @@ def lif_forward(
     inv_tau: Tensor | None,
     membrane: Tensor | None,
     keep_membrane: bool = False,
-    as_bytes: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Spikes `[steps, ...]` for the input `x * scale + shift`, in x's dtype or as bytes, and the last membrane."""
-    spikes = layout.empty(x, layout.steps, torch.uint8 if as_bytes else x.dtype)
+    """Spikes `[steps, ...]` for the input `x * scale + shift`, and the last membrane."""
+    spikes = layout.empty(x, layout.steps)
     last = layout.empty_frame(x, state_dtype(x)) if keep_membrane else None
     before = None if membrane is None else layout.frame(membrane)
     with _device_of(x):

@@ -11,9 +11,9 @@
 
 namespace {
 
-template <class X, class Out, class S>
+template <class X, class S>
 void forward(const Layout& l, const Neuron& neuron, const X* x, const S* scale, const S* shift, const S* inv_tau,
-             int64_t time_constants, const S* membrane, Out* spikes, S* last) {
+             int64_t time_constants, const S* membrane, X* spikes, S* last) {
     const Blocks blocks(l);
     const Dynamics<S> dynamics(neuron);
     parallel(l.threads, [&](int thread, int threads) {
@@ -27,7 +27,7 @@ void forward(const Layout& l, const Neuron& neuron, const X* x, const S* scale, 
             else std::fill_n(h.data(), n, S(0));
             for (int64_t t = 0; t < l.steps; ++t) {
                 if (t == 0 || !l.repeat) x_t = widen(n, x + t * l.x_step + b.x_start, wide);
-                Out* out = spikes + t * l.size + b.start;
+                X* out = spikes + t * l.size + b.start;
                 if (!l.repeat) prefetch<0>(x + t * l.x_step + b.x_start + n, n);
                 prefetch<1>(out + n, n);
                 with_flags([&](auto affine) {
@@ -239,11 +239,7 @@ template <class X> void unpack(const uint8_t* bits, int64_t count, int64_t threa
 extern "C" {
 
 int lif_forward(int dtype, const Layout* l, const Neuron* n, const void* x, const void* scale, const void* shift,
-                const void* inv_tau, int64_t time_constants, const void* membrane, void* spikes, int as_bytes, void* last) {
-    if (as_bytes) {
-        FOR_DTYPE(dtype, (forward(*l, *n, (const X*)x, (const S*)scale, (const S*)shift, (const S*)inv_tau, time_constants,
-                                  (const S*)membrane, (uint8_t*)spikes, (S*)last)))
-    }
+                const void* inv_tau, int64_t time_constants, const void* membrane, void* spikes, void* last) {
     FOR_DTYPE(dtype, (forward(*l, *n, (const X*)x, (const S*)scale, (const S*)shift, (const S*)inv_tau, time_constants,
                               (const S*)membrane, (X*)spikes, (S*)last)))
 }

@@ -1,27 +1,20 @@
-// What the CPU kernels share: storage types, the blocks in which neurons are walked, and one step of a neuron, forth and back.
+// What the kernels of training share: conversions, the blocks in which neurons are walked, and one step of a neuron, forth and back.
 
 #pragma once
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <limits>
 #include <numeric>
 #include <type_traits>
 #include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
-// Each pass of such a loop is on its own, though arrays may be the same.
-#define SIMD _Pragma("omp simd")
+#include "storage.h"
 
 namespace {
 
-// ---- storage types: half precision as its bits, converted on the way in and out
+// ---- conversions on the way in and out
 
-struct bfloat16 { uint16_t bits; };
 #ifdef __FLT16_MANT_DIG__
 using float16 = _Float16;
 #endif
@@ -29,18 +22,9 @@ using float16 = _Float16;
 template <class T> struct State { using type = float; };
 template <> struct State<double> { using type = double; };
 
-inline float load(float v) { return v; }
 inline double load(double v) { return v; }
-inline float load(uint8_t v) { return v; }
-inline float load(bfloat16 v) {
-    uint32_t bits = uint32_t(v.bits) << 16;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
-}
 inline void store(float v, float& out) { out = v; }
 inline void store(double v, double& out) { out = v; }
-template <class S> inline void store(S v, uint8_t& out) { out = uint8_t(v); }
 inline void store(float v, bfloat16& out) {
     uint32_t bits;
     std::memcpy(&bits, &v, 4);
@@ -91,17 +75,6 @@ struct Neuron {
     double inv_tau, threshold, alpha;
     int64_t reset, detach_reset, strict, surrogate;
 };
-
-template <class F> void parallel(int64_t threads, F body) {
-#ifdef _OPENMP
-    if (threads > 1) {
-#pragma omp parallel num_threads(int(threads))
-        body(omp_get_thread_num(), omp_get_num_threads());
-        return;
-    }
-#endif
-    body(0, 1);
-}
 
 // ---- blocks of neurons
 
