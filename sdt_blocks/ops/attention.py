@@ -104,28 +104,31 @@ def attend_op(
     of_batch: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The masked spikes; if the gradient will need them, else empty, the codes of what fired and the sums.
+    """The masked spikes; the codes of what fired, empty unless the gradient will need them; and the sums.
 
     `neurons` are four encoded `NeuronSpec`; inv_tau `[4, C]`; mean, inv_std, weight and bias `[3, C]`.
     """
     (q, k, v), layout = _arranged(q, k, v)
     scale, shift = affine(mean, inv_std, weight, bias)
-    masked, codes, sums = kernels(q).attend(
-        (q, k, v), layout, _specs(neurons), scale=scale, shift=shift, inv_tau=inv_tau, keep=keep
+    masked, codes, sums = _results(q, layout, keep)
+    kernels(q).attend(
+        (q, k, v),
+        masked,
+        codes if keep else None,
+        sums,
+        layout,
+        _specs(neurons),
+        scale=scale,
+        shift=shift,
+        inv_tau=inv_tau,
     )
-    if codes is None:
-        codes, sums = q.new_empty(0, dtype=torch.uint8), q.new_empty(0, dtype=state_dtype(q))
     return masked, codes, sums
 
 
 @attend_op.register_fake
 def _(q, k, v, neurons, inv_tau, mean, inv_std, weight, bias, of_batch, keep):
-    (q, k, v), layout = _arranged(q, k, v)
-    dtype = state_dtype(q)
-    if not keep:
-        return layout.empty(q, layout.steps), q.new_empty(0, dtype=torch.uint8), q.new_empty(0, dtype=dtype)
-    codes = layout.empty(q, layout.steps, torch.uint8)
-    return layout.empty(q, layout.steps), codes, q.new_empty(q.shape[:3], dtype=dtype)
+    (q, _, _), layout = _arranged(q, k, v)
+    return _results(q, layout, keep)
 
 
 @torch.library.custom_op("sdt_blocks::attend_backward", mutates_args=())
@@ -153,7 +156,8 @@ def attend_backward_op(
         sums, channels, specs[3], scale=None, shift=None, inv_tau=taus[3], membrane=None, keep_membrane=False
     )
     grad = layout.frames(grad)
-    of_mask = module.mask_gradient(grad, codes, layout)
+    of_mask = torch.empty_like(sums)
+    module.mask_gradient(grad, codes, of_mask, layout)
     of_sums, of_tau, *_ = lif_gradients(sums, channels, specs[3], of_mask, inv_tau=taus[3])
     # The gradient of k is that of the sums wherever v fired, and the other way round.
     masks = (Mask(mask), Mask(of_sums, codes, bit=2), Mask(of_sums, codes, bit=1))
@@ -214,6 +218,11 @@ def _arranged(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor, Te
     q, k, v = (part.permute(order).contiguous().permute(back) for part in (q, k, v))
     q, layout = arrange(q, q.shape[0], per_channel=True)
     return (q, k, v), layout
+
+
+def _results(q: Tensor, layout: Layout, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    codes = layout.empty(q, layout.steps, torch.uint8) if keep else q.new_empty(0, dtype=torch.uint8)
+    return layout.empty(q, layout.steps), codes, q.new_empty(q.shape[:3], dtype=state_dtype(q))
 
 
 def _specs(neurons: Sequence[float]) -> list[NeuronSpec]:

@@ -77,33 +77,28 @@ def lif_backward(
 
 def attend(
     x: Sequence[Tensor],
+    out: Tensor,
+    codes: Tensor | None,
+    sums: Tensor,
     layout: Layout,
     neurons: Sequence[NeuronSpec],
     *,
     scale: Tensor,
     shift: Tensor,
     inv_tau: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The masked spikes of q for the inputs x of q, k and v, dense `[T, B, C, ...]`, B outermost in a frame.
+) -> None:
+    """Fills out with the masked spikes of q, for the inputs x of q, k and v; and sums, `[T, B, C]`.
 
-    `neurons` are those of q, k and v and of the sum; scale and shift `[3, C]`; inv_tau `[4, C]`. Also returns what
-    fired, where it is to be kept (bytes with q, k and v as their bits 0, 1 and 2), and the sums `[T, B, C]`.
+    All but sums are dense `[T, B, C, ...]`, B outermost in a frame. `neurons` are those of q, k and v and of the
+    sum; scale and shift `[3, C]`; inv_tau `[4, C]`. `codes`, if given, gets what fired: q, k and v as bits 0, 1 and 2.
     """
     q, k, v = x
-    out = layout.empty(q, layout.steps)
-    codes = layout.empty(q, layout.steps, torch.uint8) if keep else None
-    sums = q.new_empty(q.shape[:3], dtype=state_dtype(q))
     _call("attend", q, layout, q.shape[1], _neurons(*neurons), q, k, v, scale, shift, inv_tau, out, codes, sums)
-    return out, codes, sums
 
 
-def mask_gradient(grad: Tensor, codes: Tensor, layout: Layout) -> Tensor:
-    """`(grad * q).sum(tokens)`, `[T, B, C]`, for the codes of `attend`."""
-    grad = layout.frames(grad)
-    result = grad.new_empty(grad.shape[:3], dtype=state_dtype(grad))
+def mask_gradient(grad: Tensor, codes: Tensor, result: Tensor, layout: Layout) -> None:
+    """Fills result `[T, B, C]` with `(grad * q).sum(tokens)`, for the codes of `attend` and grad in their order."""
     _call("mask_gradient", grad, layout, grad.shape[1], grad, grad.stride(0), codes, result)
-    return result
 
 
 def channel_statistics(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:

@@ -125,23 +125,22 @@ def lif_backward(
 
 def attend(
     x: Sequence[Tensor],
+    out: Tensor,
+    codes: Tensor | None,
+    sums: Tensor,
     layout: Layout,
     neurons: Sequence[NeuronSpec],
     *,
     scale: Tensor,
     shift: Tensor,
     inv_tau: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The masked spikes of q for the inputs x of q, k and v, dense `[T, B, C, ...]`, B outermost in a frame.
+) -> None:
+    """Fills out with the masked spikes of q, for the inputs x of q, k and v; and sums, `[T, B, C]`.
 
-    `neurons` are those of q, k and v (alike) and of the sum; scale and shift `[3, C]`; inv_tau `[4, C]`. Also returns
-    what fired, where it is to be kept (bytes with q, k and v as their bits 0, 1 and 2), and the sums `[T, B, C]`.
+    All but sums are dense `[T, B, C, ...]`, B outermost in a frame. `neurons` are those of q, k and v, alike, and of the
+    sum; scale and shift `[3, C]`; inv_tau `[4, C]`. `codes`, if given, gets what fired: q, k and v as bits 0, 1 and 2.
     """
     q, k, v = x
-    out = layout.empty(q, layout.steps)
-    codes = layout.empty(q, layout.steps, torch.uint8) if keep else None
-    sums = q.new_empty(q.shape[:3], dtype=state_dtype(q))
     of_q, of_mask = neurons[0], neurons[3]
     tile, where = _tokens(layout, q.shape[1])
     with _device_of(q):
@@ -166,24 +165,20 @@ def attend(
             MASK_RESET=RESETS.index(of_mask.reset),
             MASK_STRICT=of_mask.strict,
             TAU=inv_tau is not None,
-            KEEP=keep,
+            KEEP=codes is not None,
             STATE=_STATE[state_dtype(q)],
             **tile,
         )
-    return out, codes, sums
 
 
-def mask_gradient(grad: Tensor, codes: Tensor, layout: Layout) -> Tensor:
-    """`(grad * q).sum(tokens)`, `[T, B, C]`, for the codes of `attend`."""
-    grad = layout.frames(grad)
-    result = grad.new_empty(grad.shape[:3], dtype=state_dtype(grad))
+def mask_gradient(grad: Tensor, codes: Tensor, result: Tensor, layout: Layout) -> None:
+    """Fills result `[T, B, C]` with `(grad * q).sum(tokens)`, for the codes of `attend` and grad in their order."""
     images = grad.shape[1]
     tile, where = _tokens(layout, images)
     with _device_of(grad):
         gpu_kernels.mask_gradient[(layout.steps * images, triton.cdiv(layout.channels, tile["CHANNELS"]))](
             grad, codes, result, *where, grad.stride(0), images, STATE=_STATE[state_dtype(grad)], **tile
         )
-    return result
 
 
 def channel_statistics(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
