@@ -137,8 +137,8 @@ def attend(
 ) -> None:
     """Fills out with the masked spikes of q, for the inputs x of q, k and v; and sums, `[T, B, C]`.
 
-    All but sums are dense `[T, B, C, ...]`, B outermost in a frame. `neurons` are those of q, k and v, alike, and of the
-    sum; scale and shift `[3, C]`; inv_tau `[4, C]`. `codes`, if given, gets what fired: q, k and v as bits 0, 1 and 2.
+    All but sums are dense `[T, B, C, ...]`, B outermost in a frame. `neurons` are those of q, k and v, alike, and of
+    the sum; scale and shift `[3, C]`; inv_tau `[4, C]`. `codes`, if given, gets what fired: q, k, v as bits 0, 1, 2.
     """
     q, k, v = x
     of_q, of_mask = neurons[0], neurons[3]
