@@ -117,6 +117,58 @@ def forward(
 
 
 @triton.jit
+def _membranes(
+    x,
+    x_step,
+    mask,
+    h,
+    s,
+    a,
+    b,
+    k,
+    threshold,
+    to,
+    STEPS,
+    RESET: tl.constexpr,
+    STRICT: tl.constexpr,
+    AFFINE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STATE: tl.constexpr,
+):
+    """Writes the membranes of all steps."""
+    for t in range(STEPS):
+        v = tl.load(x, mask=mask, other=0.0).to(STATE)
+        if AFFINE:
+            v = v * a + b
+        h, _u = _charge(h, s, v, k, threshold, RESET)
+        s = _fires(h, threshold, STRICT)
+        tl.store(to + t * BLOCK, h)
+        x += x_step
+
+
+@triton.jit
+def _arriving(grad, masks, codes, mask, GRAD: tl.constexpr, MASK: tl.constexpr, BIT: tl.constexpr, STATE: tl.constexpr):
+    """The gradient of one step's spikes: given, given and masked, or the mask's values wherever a bit is set."""
+    if not MASK:
+        return tl.load(grad, mask=mask, other=0.0).to(STATE)
+    else:
+        values = tl.load(masks, mask=mask, other=0.0)
+        if GRAD:
+            return values * tl.load(grad, mask=mask, other=0.0).to(STATE)
+        else:
+            code = tl.load(codes, mask=mask, other=0)
+            return tl.where((code >> BIT) & 1 != 0, values, 0.0)
+
+
+@triton.jit
+def _advance(x, mask, h, s, a, b, k, threshold, RESET: tl.constexpr, STRICT: tl.constexpr, STATE: tl.constexpr):
+    """Membrane and spikes of a normalized neuron after one step."""
+    v = tl.load(x, mask=mask, other=0.0).to(STATE) * a + b
+    h, _u = _charge(h, s, v, k, threshold, RESET)
+    return h, _fires(h, threshold, STRICT)
+
+
+@triton.jit
 def backward(
     grad,
     masks,
@@ -167,6 +219,7 @@ def backward(
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         i = (lane * 0 + block) * BLOCK + lane
         mask = i < size
+        last_step = (lane * 0 + STEPS - 1).to(tl.int64)
         offset = i if DENSE else i // chunk * chunk_stride + i % chunk
         c = i // inner % channels
         a = _channel_values(scale, c, mask, STATE) if AFFINE else 1.0
@@ -174,17 +227,10 @@ def backward(
         middle = _channel_values(center, c, mask, STATE) if AFFINE else 0.0
         k = tl.full([BLOCK], K, STATE) if TAU == 0 else _channel_values(inv_tau, c if TAU == 2 else c * 0, mask, STATE)
         first = tl.load(before + i, mask=mask, other=0.0).to(STATE) if BEFORE else tl.zeros([BLOCK], STATE)
-        h = first
-        s = _fires(h, threshold, STRICT) if BEFORE else h > 1
+        s = _fires(first, threshold, STRICT) if BEFORE else first > 1
         of = x + offset
-        for t in range(STEPS):
-            v = tl.load(of, mask=mask, other=0.0).to(STATE)
-            if AFFINE:
-                v = v * a + b
-            h, _u = _charge(h, s, v, k, threshold, RESET)
-            s = _fires(h, threshold, STRICT)
-            tl.store(own + t * BLOCK, h)
-            of += x_step
+        _membranes(of, x_step, mask, first, s, a, b, k, threshold, own, STEPS, RESET, STRICT, AFFINE, BLOCK, STATE)
+        of += x_step * last_step
         # Every thread reads what it wrote itself, unless the compiler lays loads and stores out differently.
         tl.debug_barrier()
 
@@ -193,7 +239,6 @@ def backward(
         of_tau = tl.zeros([BLOCK], STATE)
         of_shift = tl.zeros([BLOCK], STATE)
         of_scale = tl.zeros([BLOCK], STATE)
-        last_step = (lane * 0 + STEPS - 1).to(tl.int64)
         given = grad + last_step * grad_step + i
         fires_at = codes + last_step * size + i
         masked = masks + last_step * (size // image * channels) + i // image * channels + c
@@ -202,17 +247,8 @@ def backward(
             t = STEPS - 1 - back
             h = tl.load(own + t * BLOCK)
             if GRAD or MASK:
-                arriving = tl.full([BLOCK], 1.0, STATE)
-                if GRAD:
-                    arriving = tl.load(given, mask=mask, other=0.0).to(STATE)
-                if MASK:
-                    arriving *= tl.load(masked, mask=mask, other=0.0)
-                    if not GRAD:
-                        code = tl.load(fires_at, mask=mask, other=0)
-                        arriving = tl.where((code >> BIT) & 1 != 0, arriving, 0.0)
-                of_s += arriving
+                of_s += _arriving(given, masked, fires_at, mask, GRAD, MASK, BIT, STATE)
             of_h += of_s * _surrogate(h - threshold, KIND, ALPHA)
-            of -= x_step
             raw = tl.load(of, mask=mask, other=0.0).to(STATE)
             previous = tl.load(own + (t - 1) * BLOCK, mask=t > 0, other=0.0)
             previous = tl.where(t > 0, previous, first)
@@ -239,6 +275,7 @@ def backward(
                 if RESET == 1:
                     of_s = -of_h * threshold
             of_h = of_u * tl.where(fired, 0.0, 1.0) if RESET == 0 else of_u
+            of -= x_step
             given -= grad_step
             to -= size
             fires_at -= size
@@ -342,15 +379,9 @@ def attend(
     codes += i
     sums += image * channels + c
     for _ in range(STEPS):
-        x_q = tl.load(q, mask=mask, other=0.0).to(STATE) * a_q + b_q
-        x_k = tl.load(k, mask=mask, other=0.0).to(STATE) * a_k + b_k
-        x_v = tl.load(v, mask=mask, other=0.0).to(STATE) * a_v + b_v
-        h_q, _u = _charge(h_q, q_fires, x_q, k_q, threshold, RESET)
-        h_k, _u = _charge(h_k, k_fires, x_k, k_k, threshold, RESET)
-        h_v, _u = _charge(h_v, v_fires, x_v, k_v, threshold, RESET)
-        q_fires = _fires(h_q, threshold, STRICT)
-        k_fires = _fires(h_k, threshold, STRICT)
-        v_fires = _fires(h_v, threshold, STRICT)
+        h_q, q_fires = _advance(q, mask, h_q, q_fires, a_q, b_q, k_q, threshold, RESET, STRICT, STATE)
+        h_k, k_fires = _advance(k, mask, h_k, k_fires, a_k, b_k, k_k, threshold, RESET, STRICT, STATE)
+        h_v, v_fires = _advance(v, mask, h_v, v_fires, a_v, b_v, k_v, threshold, RESET, STRICT, STATE)
         # The padding beyond the tokens may fire too.
         total = tl.sum(tl.where(k_fires & v_fires & mask, 1.0, 0.0), axis=1).to(STATE)
         h_mask, _m = _charge(h_mask, mask_fires, total, k_mask, mask_threshold, MASK_RESET)
