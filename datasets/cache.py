@@ -1,19 +1,22 @@
 """Arrays kept on disk under a key that holds everything they were made from."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import time
 import uuid
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from sdt_datasets.files import Archive
+
 _log = logging.getLogger(__name__)
-_DAMAGE = (zipfile.BadZipFile, ValueError, KeyError, EOFError, NotImplementedError)
+_ABANDONED = 24 * 3600  # seconds after which a temporary file is that of a writer that was killed
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class ArrayCache:
     """A folder of arrays, one file a key.
 
     An entry is written under a temporary name and moved into place, so that any number of processes may fill one cold
-    cache at once. It carries its key and a checksum: an entry that is damaged or belongs to another key is made again,
-    with a warning. A folder may be deleted at any time; nothing in it is ever unpickled.
+    cache at once. It carries its key and a checksum: an entry that is damaged, no file, or belongs to another key is
+    made again, with a warning. A folder may be deleted at any time; nothing in it is ever unpickled.
 
     Args:
         folder: made where it is missing.
@@ -59,23 +62,27 @@ class ArrayCache:
                 "name another one with events.cache=FOLDER, or turn the cache off with events.cache=null",
             ) from error
         self._full = False
+        for path in self.folder.glob("??/.*.tmp"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _ABANDONED:
+                    path.unlink()
 
     def get(self, key: Mapping[str, object], make: Callable[[], np.ndarray]) -> np.ndarray:
-        """The array of ``key``, read from disk or else made by ``make`` and kept.
+        """The array of `key`, read from disk or else made by `make` and kept.
 
         Float32 counts come back as float32, whatever narrower type they were kept in.
         """
         text = json.dumps(key, sort_keys=True)
         path = self._path(text)
         try:
-            with np.load(path, allow_pickle=False) as entry:
+            with Archive(path) as entry:
                 if str(entry["key"]) == text:
                     array = entry["array"]
                     return array.astype(np.float32) if array.dtype.kind == "u" else array
                 raise ValueError("it belongs to another key")
         except FileNotFoundError:
             pass
-        except _DAMAGE as error:
+        except Exception as error:  # a damaged archive raises nearly anything
             _log.warning("cache entry %s is damaged (%s): it is made again", path, error)
         array = make()
         self._write(path, array, text)
@@ -86,7 +93,7 @@ class ArrayCache:
 
     def size(self) -> CacheSize:
         """The number and total size of the entries, counted on disk."""
-        sizes = [path.stat().st_size for path in self.folder.glob("??/*.npz")]
+        sizes = [path.stat().st_size for path in self.folder.glob("??/*.npz") if path.is_file()]
         return CacheSize(entries=len(sizes), bytes=sum(sizes))
 
     def _path(self, text: str) -> Path:
@@ -102,10 +109,11 @@ class ArrayCache:
             os.replace(temporary, path)
         except OSError as error:
             if not self._full:
-                _log.warning("cannot write to the cache %s (%s): going on without it", self.folder, error.strerror)
+                _log.warning("cannot write %s to the cache (%s): going on without it", path, error.strerror)
             self._full = True
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
     @staticmethod
     def _temporary(path: Path) -> Path:

@@ -13,17 +13,19 @@ from torch import Tensor
 
 from sdt_datasets.augment import build_augmentations
 from sdt_datasets.cache import ArrayCache
+from sdt_datasets.columns import LARGEST_SIDE, check_inside
 from sdt_datasets.errors import DataError, UnreadableError
+from sdt_datasets.event_sources import Source
 from sdt_datasets.events import EventsToFrames
+from sdt_datasets.files import LARGEST_CONTENT
 from sdt_datasets.layouts import Part, open_layout
-from sdt_datasets.recordings import Source
 from sdt_datasets.samples import SampleDataset
 
 _log = logging.getLogger(__name__)
 RELEASED_SIZE = {"cifar10_dvs": 64, "cifar10_dvs_tet": 64}
 """Side in pixels to which the released models' frames were resized; the other data sets keep the sensor's own."""
 
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 class EventDataset(SampleDataset):
@@ -68,6 +70,7 @@ class EventDataset(SampleDataset):
         self.sensor_size = _sensor_size(self.source, part.rows, time_steps)
         self.to_frames = EventsToFrames(sensor_size=self.sensor_size, time_steps=time_steps, split_by=split_by)
         self.frame_size = (size, size) if size else (self.sensor_size[1], self.sensor_size[0])
+        _check_size(time_steps, self.sensor_size, self.frame_size)
         self._of_events, self._of_frames = build_augmentations(augment, self.sensor_size)
         if self._of_events and self.source.holds != "events":
             raise DataError(f"augment={list(augment)} drops events, but {self.source.data[0]} holds frames already")
@@ -96,18 +99,21 @@ class EventDataset(SampleDataset):
         return str(self.source.data[row])
 
     def _decode(self, row: int) -> np.ndarray:
-        path = self.source.data[row]
-        try:
-            array = self.source[row][0]
-            if self.source.holds == "events" and len(array) == 0:
-                raise ValueError("it holds no event")
-            frames = self._frames(array)  # also where the events are kept: it finds those outside the sensor
-            return array if self._of_events else frames
-        except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
-            raise
-        except BaseException as error:  # the AEDAT4 decoder's panic is no Exception
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UnreadableError(f"{path} cannot be read ({reason})") from error
+        array = self.source[row][0]
+        if self.source.holds == "events":
+            self._check_events(array)
+        return array if self._of_events else self._frames(array)
+
+    def _check_events(self, events: np.ndarray) -> None:
+        if len(events) == 0:
+            raise ValueError("it holds no event")
+        check_inside(events, self.sensor_size)
+        time_steps, first, last = self.to_frames.time_steps, int(events["t"].min()), int(events["t"].max())
+        if self.to_frames.split_by == "time" and last - first < time_steps <= len(events):
+            raise ValueError(
+                f"its times run from {first} to {last}, too short for {time_steps} frames of equal duration; set "
+                f"events.split_by=number, or store finer times"
+            )
 
     def _frames(self, array: np.ndarray) -> np.ndarray:
         if self.source.holds == "events":
@@ -120,22 +126,30 @@ class EventDataset(SampleDataset):
 
     def _key(self, row: int) -> dict[str, object]:
         path = Path(self.source.data[row]).absolute()
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise UnreadableError(f"{path} cannot be read ({error.strerror})") from error
+        status = path.stat()
         key: dict[str, object] = {
             "version": _CACHE_VERSION,
             "file": str(path),
             "bytes": status.st_size,
             "modified": status.st_mtime_ns,
             "reader": f"{type(self.source).__name__}/{self.source.holds}",
+            "segment": getattr(self.source, "segments", {row: None})[row],
         }
         if not self._of_events:
             settings = self.to_frames
             key |= {"time_steps": settings.time_steps, "split_by": settings.split_by}
             key |= {"sensor_size": list(self.sensor_size), "frame_size": list(self.frame_size)}
         return key
+
+
+def _check_size(time_steps: int, *sizes: Sequence[int]) -> None:
+    for width, height, *_ in sizes:
+        if max(width, height) > LARGEST_SIDE or 8 * time_steps * width * height > LARGEST_CONTENT:
+            raise DataError(
+                f"{time_steps} frames of {width} x {height} pixels would take {8 * time_steps * width * height} bytes "
+                f"for one recording; a side may have {LARGEST_SIDE} pixels, all frames {LARGEST_CONTENT} bytes. Set "
+                f"events.sensor_size and events.size, or find the stray event"
+            )
 
 
 def resize_frames(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -5,6 +5,7 @@ A source is a list of labelled images: `len(source.targets)`, `source.load(i)` a
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from collections.abc import Sequence
@@ -15,7 +16,10 @@ import numpy as np
 from PIL import Image
 
 from sdt_datasets.errors import DataError
-from sdt_datasets.image_transforms import to_rgb
+from sdt_datasets.files import check_regular, describe_files, distinct_folders, walk_files
+from sdt_datasets.image_transforms import open_image
+
+_log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -60,7 +64,8 @@ class ArrayImages:
 class FolderImages:
     """A folder with one subfolder of image files for each class, in alphabetical order.
 
-    Raises `DataError` where there is no class folder, or an empty one.
+    Files that are no images are counted in one warning, and so are links to folders that were read already. Raises
+    `DataError` where there is no class folder, an empty one, or one by two names.
     """
 
     channels, by_class = 3, True
@@ -69,32 +74,39 @@ class FolderImages:
         from torchvision.datasets.folder import IMG_EXTENSIONS
 
         self.root = root
-        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
-        if not self.classes:
+        folders = sorted(Path(entry.path) for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
+        self.classes = [folder.name for folder in folders]
+        if not folders:
             raise DataError(f"{root} has no class folders; lay the images out as {root}/CLASS/IMAGE.jpg")
+        seen = distinct_folders(folders)
         paths: list[bytes] = []
         counts: list[int] = []
-        for name in self.classes:
-            files = sorted(
-                Path(folder, file).relative_to(root)
-                for folder, _, files in os.walk(root / name, followlinks=True)
-                for file in files
-                if file.lower().endswith(IMG_EXTENSIONS) and file[0] != "."
-            )
+        passed: list[tuple[str, str]] = []
+        for folder in folders:
+            files = []
+            for file, trouble in walk_files(folder, seen):
+                path = os.path.join(folder.name, file)
+                if trouble or not file.lower().endswith(IMG_EXTENSIONS):
+                    passed.append((path, trouble))
+                else:
+                    files.append(path)
             if not files:
                 raise DataError(
-                    f"the class folder {root / name} is empty: no file there ends in {', '.join(IMG_EXTENSIONS)}. "
+                    f"the class folder {folder} is empty: no file there ends in {', '.join(IMG_EXTENSIONS)}. "
                     f"Put images into it, or remove the folder if there is no such class"
                 )
-            paths += [os.fsencode(file) for file in files]
+            paths += [os.fsencode(file) for file in sorted(files)]
             counts.append(len(files))
+        if passed:
+            _log.warning("%s: passed over as no images: %s", root, describe_files(passed))
         # One array of bytes: reference counts would copy a list of a million strings into every loader process.
         self.paths = np.array(paths)
         self.targets = np.repeat(np.arange(len(counts)), counts)
 
     def load(self, index: int) -> Image.Image:
-        with Image.open(self.describe(index)) as image:
-            return to_rgb(image)
+        path = self.describe(index)
+        check_regular(path)
+        return open_image(path)
 
     def describe(self, index: int) -> str:
         return str(self.root / os.fsdecode(self.paths[index]))

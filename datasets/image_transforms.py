@@ -6,7 +6,7 @@ import contextlib
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 from unittest import mock
 
 import numpy as np
@@ -19,6 +19,12 @@ from torch import Tensor
 from torchvision.transforms import Compose
 
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "random")
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+"""What is read, whatever the ending says: pictures, and no document that another program would have to draw."""
+
+LARGEST_IMAGE = 89_478_485
+"""Pixels of an image as stored, and as resized for evaluation; Pillow's own bound, a quarter of a GiB in RGB."""
 
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in a grey image (ITU-R BT.601), as Pillow's own conversion has them."""
@@ -77,6 +83,18 @@ class Finish:
         return self.erase(x) if self.erase else x
 
 
+class _Bounded:
+    """Refuses an image so narrow that it would be huge once its shorter side is resized."""
+
+    def __init__(self, shorter_side: float) -> None:
+        self.shorter_side = shorter_side
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        scale = self.shorter_side / min(image.size)
+        check_pixels("resized, it would have", *(round(side * scale) for side in image.size))
+        return image
+
+
 def build_transforms(
     *,
     img_size: int,
@@ -132,7 +150,7 @@ def build_transforms(
     )
     finish = Finish(in_channels=in_channels, mean=mean, std=std)
     erase = Finish(in_channels=in_channels, mean=mean, std=std, random_erasing=random_erasing)
-    train, evaluation = Compose([augment, erase]), Compose([resize, finish])
+    train, evaluation = Compose([augment, erase]), Compose([_Bounded(img_size / crop_pct), resize, finish])
     with seeded(0):
         try:
             train(Image.new("RGB", (img_size, img_size), (128, 64, 32)))
@@ -157,6 +175,23 @@ def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.I
         return Image.new(image.mode, image.size)
     result: Image.Image = timm_ops.posterize(image, bits_to_keep, **options)
     return result
+
+
+def open_image(file: str | IO[bytes]) -> Image.Image:
+    """The image in a file, in RGB: see `to_rgb`.
+
+    Raises `OSError` where the file is damaged or in none of `FORMATS`, `ValueError` for more than `LARGEST_IMAGE`
+    pixels, which is known before any of them is decoded.
+    """
+    with Image.open(file, formats=FORMATS) as image:
+        check_pixels("its size is", *image.size)
+        return to_rgb(image)
+
+
+def check_pixels(what: str, width: int, height: int) -> None:
+    """Raises `ValueError` for more than `LARGEST_IMAGE` pixels; `what` begins the message."""
+    if width * height > LARGEST_IMAGE:
+        raise ValueError(f"{what} {width} x {height} pixels; at most {LARGEST_IMAGE} are read")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdt_datasets.errors import DataError, UnreadableError
+from sdt_datasets.errors import DataError
 from sdt_datasets.image_sources import (
     Source,
     load_cifar,
@@ -64,12 +64,7 @@ class ImageDataset(SampleDataset):
         self.source, self.transform = source, transform
 
     def _read(self, row: int) -> Image.Image:
-        try:
-            return self.source.load(row)
-        except MemoryError:
-            raise
-        except Exception as error:  # decoders raise nearly anything on a damaged file
-            raise UnreadableError(f"{self._name(row)} cannot be read ({error})") from error
+        return self.source.load(row)
 
     def _sample(self, content: Image.Image, key: tuple[int, int, int]) -> Tensor:
         if not self.training:

@@ -10,24 +10,25 @@ import numpy as np
 import tonic
 
 from sdt_datasets.errors import DataError
-from sdt_datasets.recordings import (
+from sdt_datasets.event_sources import (
     CIFAR10DVSFiles,
     ClassFolders,
     DVSGestureFiles,
+    DVSGestureRecordings,
     NMNISTFiles,
     Source,
     TETFrames,
-    aedat4_sensor_size,
-    list_files,
-    read_events,
-    read_frames_npz,
 )
+from sdt_datasets.files import describe_files, list_files, walk_files
+from sdt_datasets.recordings import READERS, aedat4_sensor_size, read_frames_npz
 
 _log = logging.getLogger(__name__)
 NAMES = ("dvs128_gesture", "cifar10_dvs", "cifar10_dvs_tet", "n_mnist", "event_folder")
 """The event data sets, as `build_event_datasets` names them."""
 
-_EVENT_FILES = (".aedat4", ".npy", ".npz")
+_STRAY = 4
+"""Times the usual extent of a recording, beyond which a pixel is a stray where nothing says the sensor's size."""
+
 _GESTURE = tonic.datasets.DVSGesture
 _CIFAR10_DVS = tonic.datasets.CIFAR10DVS
 _NMNIST = tonic.datasets.NMNIST
@@ -39,12 +40,13 @@ _WANTED = {
     "dvs128_gesture": (
         f"DVS128 Gesture is needed as {{root}}/DVSGesture/ibmGestureTrain/userNN_LIGHT/LABEL.npy, and ibmGestureTest "
         f"beside it: download {_GESTURE.train_filename} from {_GESTURE.train_url} and {_GESTURE.test_filename} from "
-        f"{_GESTURE.test_url}, and extract both in {{root}}/DVSGesture; {_SPIKINGJELLY}"
+        f"{_GESTURE.test_url}, and extract both in {{root}}/DVSGesture; the original DvsGesture/userNN_LIGHT.aedat is "
+        f"read with its trials_to_train.txt, trials_to_test.txt and userNN_LIGHT_labels.csv; {_SPIKINGJELLY}"
     ),
     "cifar10_dvs": (
-        f"CIFAR10-DVS is needed as {{root}}/CIFAR10DVS/CLASS/*.aedat4: download {_CIFAR10_DVS.filename} from "
-        f"{_CIFAR10_DVS.url}, and extract it and the ten archives in it in {{root}}/CIFAR10DVS; {_SPIKINGJELLY}; and "
-        f"so are TET's frames, train/N.pt and test/N.pt"
+        f"CIFAR10-DVS is needed as {{root}}/CIFAR10DVS/CLASS/*.aedat4 (or the original .aedat): download "
+        f"{_CIFAR10_DVS.filename} from {_CIFAR10_DVS.url}, and extract it and the ten archives in it in "
+        f"{{root}}/CIFAR10DVS; {_SPIKINGJELLY}; and so are TET's frames, train/N.pt and test/N.pt"
     ),
     "cifar10_dvs_tet": (
         "TET's frames of CIFAR10-DVS are needed as {root}/train/N.pt and {root}/test/N.pt, each a tuple of frames "
@@ -57,7 +59,8 @@ _WANTED = {
     ),
     "event_folder": (
         "recordings are needed as {root}/train/CLASS/FILE and {root}/test/CLASS/FILE, or as {root}/CLASS/FILE, where "
-        "the first 90 % of each class train; a FILE is .aedat4, .npy (columns x, y, p, t) or .npz (arrays t, x, y, p)"
+        f"the first 90 % of each class train; a FILE is {', '.join(READERS)}, where .npy holds the columns x, y, p, t "
+        f"and .npz the arrays t, x, y, p; write other formats with np.savez(FILE, t=..., x=..., y=..., p=...)"
     ),
 }
 
@@ -95,9 +98,10 @@ def open_layout(
     sensor_size: Sequence[int] | None = None,
     needs_events: bool = False,
 ) -> tuple[Part, Part]:
-    """The training and the validation part of a data set, in whichever of its layouts lies under ``root``.
+    """The training and the validation part of a data set, in whichever of its layouts lies under `root`.
 
-    Raises DataError where the data are missing, incomplete or there in two layouts; it says what to put where.
+    What lies beside the recordings and is not read is counted in one warning. Raises DataError where the data are
+    missing, incomplete or there in two layouts; it says what to put where, and what was found.
     """
     if name not in _OPENERS:
         raise DataError(f"data.name={name!r} is unknown; the event data sets are {', '.join(NAMES)}")
@@ -107,6 +111,7 @@ def open_layout(
     if not wish.root.is_dir():
         raise wish.missing(f"data.root={wish.root} is not a folder")
     train, validation = _OPENERS[name](wish)
+    _say_passed_over(train.source, validation.source)
     for part, what in ((train, "training"), (validation, "validation")):
         if not part.rows:
             raise wish.missing(f"{wish.root} holds no {what} recordings")
@@ -117,6 +122,14 @@ def open_layout(
             f"has {', '.join(differing)}"
         )
     return train, validation
+
+
+def _say_passed_over(*sources: Source) -> None:
+    taken = {path for source in sources for path in source.data}
+    folders = dict.fromkeys(folder for source in sources for folder in source.folders)
+    found = ((str(folder / name), trouble) for folder in folders for name, trouble in walk_files(folder))
+    if passed := describe_files((path, trouble) for path, trouble in found if trouble or path not in taken):
+        _log.warning("passed over as no recordings: %s", passed)
 
 
 _Found = tuple[Path, Callable[[], tuple[Part, Part]]]
@@ -152,7 +165,7 @@ def _only_one(wish: _Wish, found: list[_Found], looked: Sequence[Path]) -> tuple
         archives = [
             path for base in looked for ending in ("zip", "tar.gz") for path in sorted(base.glob(f"*.{ending}"))
         ]
-        hint = f"; {archives[0]} is there, but not extracted" if archives else ""
+        hint = f"; {archives[0]} is there, but not extracted" if archives else _what_is_in(wish.root)
         raise wish.missing(f"no recordings were found in {' or '.join(map(str, looked))}{hint}")
     if len(found) > 1:
         places = ", ".join(str(path) for path, _ in found)
@@ -161,6 +174,11 @@ def _only_one(wish: _Wish, found: list[_Found], looked: Sequence[Path]) -> tuple
             f"to use, or move the others away"
         )
     return found[0][1]()
+
+
+def _what_is_in(folder: Path) -> str:
+    there = describe_files(walk_files(folder))
+    return f", which holds {there}" if there else ""
 
 
 def _open_gesture(wish: _Wish) -> tuple[Part, Part]:
@@ -172,7 +190,19 @@ def _open_gesture(wish: _Wish) -> tuple[Part, Part]:
             found.append((base, partial(_open_splits, wish, *splits, DVSGestureFiles)))
         if folder := _spikingjelly_folder(wish, base):
             found.append((folder, partial(_open_splits, wish, folder / "train", folder / "test", _spikingjelly)))
+    # What was made of the original often lies beside it, and comes first.
+    for base in [] if found else _bases(wish.root, "DvsGesture", "extract/DvsGesture", "DVSGesture/DvsGesture"):
+        if list_files(base, [".aedat"]):
+            found.append((base, partial(_open_trials, wish, base)))
     return _only_one(wish, found, bases)
+
+
+def _open_trials(wish: _Wish, base: Path) -> tuple[Part, Part]:
+    lists = base / "trials_to_train.txt", base / "trials_to_test.txt"
+    for path in lists:
+        if not path.is_file():
+            raise wish.missing(f"{base} holds {list_files(base, ['.aedat'])[0].name}, but no {path.name}")
+    return _whole(DVSGestureRecordings(lists[0])), _whole(DVSGestureRecordings(lists[1]))
 
 
 def _open_cifar10_dvs(wish: _Wish) -> tuple[Part, Part]:
@@ -184,7 +214,12 @@ def _open_cifar10_dvs(wish: _Wish) -> tuple[Part, Part]:
             found.append((base, partial(_open_and_divide, base, CIFAR10DVSFiles)))
         if folder := _spikingjelly_folder(wish, base):
             found.append((folder, partial(_open_and_divide, folder, _spikingjelly)))
-    return _only_one(wish, found + _find_tet(wish, bases), bases)
+    found += _find_tet(wish, bases)
+    # What was made of the original often lies beside it, and comes first.
+    for base in [] if found else _bases(wish.root, "CIFAR10DVS", "extract"):
+        if any(list_files(base / name, [".aedat"]) for name in _CIFAR10_DVS.classes if (base / name).is_dir()):
+            found.append((base, partial(_open_and_divide, base, partial(CIFAR10DVSFiles, suffix=".aedat"))))
+    return _only_one(wish, found, bases)
 
 
 def _open_tet(wish: _Wish) -> tuple[Part, Part]:
@@ -239,24 +274,24 @@ def _spikingjelly(folder: Path) -> ClassFolders:
     holds_frames = any(part.startswith("frames_number_") for part in folder.parts[-2:])
     if holds_frames:
         return ClassFolders(folder, [".npz"], read=read_frames_npz, holds="frames", names=name)
-    return ClassFolders(folder, [".npz"], read=read_events, sensor_size=(128, 128, 2), names=name)
+    return ClassFolders(folder, [".npz"], sensor_size=(128, 128, 2), names=name)
 
 
 def _open_folder(wish: _Wish) -> tuple[Part, Part]:
-    root = wish.root
+    root, suffixes = wish.root, tuple(READERS)
+    if wish.sensor_size and len(wish.sensor_size) != 2:
+        raise DataError(f"sensor_size must be the sensor's width and height in pixels, got {list(wish.sensor_size)}")
     if (root / "train").is_dir():
         test = next((root / name for name in ("test", "val", "validation") if (root / name).is_dir()), None)
         if test is None:
             raise wish.missing(f"{root} holds train, but no test")
-        sources = [ClassFolders(folder, _EVENT_FILES) for folder in (root / "train", test)]
+        sources = [ClassFolders(folder, suffixes) for folder in (root / "train", test)]
         parts = _whole(sources[0]), _whole(sources[1])
     else:
-        sources = [ClassFolders(root, _EVENT_FILES)]
-        if not sources[0].data:
-            raise wish.missing(f"{root} holds no recordings")
+        sources = [ClassFolders(root, suffixes)]
         parts = _first_share(sources[0])
-    if wish.sensor_size and len(wish.sensor_size) != 2:
-        raise DataError(f"sensor_size must be the sensor's width and height in pixels, got {list(wish.sensor_size)}")
+    if not any(source.data for source in sources):
+        raise wish.missing(f"{root} holds no recordings{_what_is_in(root)}")
     sensor_size = (wish.sensor_size[0], wish.sensor_size[1], 2) if wish.sensor_size else _find_sensor_size(sources)
     for source in sources:
         source.sensor_size = sensor_size
@@ -265,22 +300,37 @@ def _open_folder(wish: _Wish) -> tuple[Part, Part]:
 
 def _find_sensor_size(sources: Sequence[ClassFolders]) -> tuple[int, int, int]:
     """From the header of the first AEDAT4 file; failing that, the smallest that holds every event."""
-    paths = [path for source in sources for path in source.data]
-    for path in paths:
-        if path.endswith(".aedat4"):
-            try:
-                return aedat4_sensor_size(path)
-            except Exception as error:
-                _log.warning("the sensor size of %s cannot be read: %s", path, error)
-    width = height = 0
-    for path in paths:
+    for path in (path for source in sources for path in source.data if path.lower().endswith(".aedat4")):
         try:
-            events = read_events(path)
-            width, height = max(width, int(events["x"].max()) + 1), max(height, int(events["y"].max()) + 1)
-        except Exception as error:  # it is named again where it is read for use
-            _log.warning("%s cannot be read: %s", path, error)
-    if not width:
-        raise DataError(f"none of the {len(paths)} recordings can be read, {paths[0]} for one")
+            return aedat4_sensor_size(path)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the AEDAT4 decoder's panic is no Exception
+            _log.warning("the sensor size of %s cannot be read: %s", path, error)
+    sizes: dict[str, tuple[int, int]] = {}
+    failed: list[str] = []
+    for source in sources:
+        for row, path in enumerate(source.data):
+            try:
+                events = source[row][0]
+                sizes[path] = int(events["x"].max()) + 1, int(events["y"].max()) + 1
+            except Exception as error:  # it is named again where it is read for use
+                failed.append(f"{path} ({error or type(error).__name__})")
+    if not sizes:
+        raise DataError(f"none of the {len(failed)} recordings can be read; the first is {failed[0]}")
+    if failed:
+        _log.warning("%d of %d recordings cannot be read: %s", len(failed), len(failed) + len(sizes), failed[0])
+    usual = [sorted(sides)[(len(sizes) - 1) // 2] for sides in zip(*sizes.values(), strict=True)]
+    for path, size in list(sizes.items()):
+        if any(side > _STRAY * most for side, most in zip(size, usual, strict=True)):
+            _log.warning(
+                "%s has events up to x=%d, y=%d, where half of the recordings end by x=%d, y=%d: it does not count for "
+                "the size of the sensor",
+                path,
+                *(side - 1 for side in (*size, *usual)),
+            )
+            del sizes[path]
+    width, height = (max(sides) for sides in zip(*sizes.values(), strict=True))
     _log.warning(
         "the sensor is taken to have %d x %d pixels (W x H), the smallest that holds every event; "
         "events.sensor_size=[W,H] says otherwise",

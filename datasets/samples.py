@@ -48,11 +48,11 @@ class SampleDataset(Dataset[tuple[Tensor, int]]):
         self._unreadable = torch.zeros(len(self._rows), dtype=torch.bool).share_memory_()
 
     def _read(self, row: int) -> Any:
-        """What the file of a row holds. Raises `UnreadableError`."""
+        """What the file of a row holds; whatever it raises becomes an `UnreadableError`."""
         raise NotImplementedError
 
     def _sample(self, content: Any, key: tuple[int, int, int]) -> Tensor:
-        """The tensor of what was read; in training augmented with draws from `key`."""
+        """The tensor of what was read; in training augmented with draws from `key`. ValueError for unfit contents."""
         raise NotImplementedError
 
     def _blank(self) -> Tensor:
@@ -83,7 +83,7 @@ class SampleDataset(Dataset[tuple[Tensor, int]]):
         for candidate in range(index, index + len(self)):
             position = candidate % len(self)
             try:
-                content = self._read(int(self._rows[position]))
+                return self._load(int(self._rows[position]), key), int(self.targets[position])
             except UnreadableError as error:
                 if not self.skip:
                     hint = "replace or remove the file, or set data.on_error=skip to go on without it"
@@ -93,7 +93,24 @@ class SampleDataset(Dataset[tuple[Tensor, int]]):
                 self._unreadable[position] = True
                 if not self.training:
                     return self._blank(), IGNORED
-                continue
-            return self._sample(content, key), int(self.targets[position])
         first = self._name(int(self._rows[index]))
         raise UnreadableError(f"none of the {len(self)} {self.kind} can be read, {first} for one")
+
+    def _load(self, row: int, key: tuple[int, int, int]) -> Tensor:
+        try:
+            content = self._read(row)
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # decoders raise nearly anything, and that of AEDAT4 panics
+            raise UnreadableError(f"{self._name(row)} cannot be read ({_reason(error)})") from error
+        try:
+            return self._sample(content, key)
+        except (ValueError, OSError, MemoryError) as error:
+            raise UnreadableError(f"{self._name(row)} cannot be used ({_reason(error)})") from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__

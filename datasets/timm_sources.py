@@ -17,12 +17,14 @@ from PIL import Image
 
 from sdt_datasets.errors import DataError
 from sdt_datasets.image_sources import Source
-from sdt_datasets.image_transforms import to_rgb
+from sdt_datasets.image_transforms import open_image
 
 VALIDATION = ("validation", "val", "valid", "test")
 """Names of the evaluation split, the first that exists is taken."""
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+
+_LARGEST_LABEL = 1 << 20  # bytes of a .cls or .json member
 
 
 class HubImages:
@@ -37,8 +39,8 @@ class HubImages:
 
     def load(self, index: int) -> Image.Image:
         file, _ = self.reader[index]
-        with file, Image.open(file) as image:
-            return to_rgb(image)
+        with file:
+            return open_image(file)
 
     def describe(self, index: int) -> str:
         path = self.reader.filename(index, absolute=True)
@@ -145,8 +147,7 @@ class ShardImages:
         with self.files[shard].open("rb") as file:
             file.seek(offset)
             content = file.read(size)
-        with Image.open(io.BytesIO(content)) as image:
-            return to_rgb(image)
+        return open_image(io.BytesIO(content))
 
     def describe(self, index: int) -> str:
         return f"{self.keys[index].decode()} in {self.files[self.places[index, 0]]}"
@@ -167,9 +168,11 @@ def _index_shard(file: Path, label_key: str) -> Iterator[tuple[str, tuple[int, i
                 if suffix in IMAGE_SUFFIXES:
                     places[key] = member.offset_data, member.size
                 elif suffix == ("json" if label_key else "cls"):
+                    if member.size > _LARGEST_LABEL:
+                        raise ValueError(f"{member.name} has {member.size} bytes, too many for a label")
                     text = shard.extractfile(member).read()  # type: ignore[union-attr]
-                    labels[key] = int(json.loads(text)[label_key] if label_key else text)
-    except (OSError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
+                    labels[key] = _class_index(json.loads(text)[label_key] if label_key else int(text))
+    except (OSError, tarfile.TarError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{file} cannot be read as a WebDataset shard ({error})") from error
     unlabelled = next((key for key in places if key not in labels), None)
     if unlabelled is not None:
@@ -181,6 +184,12 @@ def _index_shard(file: Path, label_key: str) -> Iterator[tuple[str, tuple[int, i
         raise DataError(f"{file} holds no image; a sample is KEY.{' or KEY.'.join(IMAGE_SUFFIXES)} beside KEY.cls")
     for key, place in places.items():
         yield key, place, labels[key]
+
+
+def _class_index(label: Any) -> int:
+    if isinstance(label, bool) or not isinstance(label, int) or not -1 <= label < 2**31:
+        raise ValueError(f"{label!r} is no class index")
+    return label
 
 
 def load_shards(name: str, root: Path) -> tuple[Source, Source]:
@@ -198,7 +207,9 @@ def _shard_files(name: str, root: Path) -> list[tuple[list[Path], str]]:
     """The shards of the two splits, and the key of the label in a sample's .json ("" where it is its .cls)."""
     info = root / "_info.json"
     if not info.is_file():
-        found = [sorted(root.glob(pattern)) for pattern in ("*train*.tar", "*val*.tar")]
+        found = [
+            sorted(path for path in root.glob(pattern) if path.is_file()) for pattern in ("*train*.tar", "*val*.tar")
+        ]
         if all(found):
             return [(files, "") for files in found]
         raise DataError(
