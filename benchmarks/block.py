@@ -12,7 +12,7 @@ from harness import Bench, close, measure_memory
 from torch import Tensor, nn
 
 from sdt_blocks import LIF, SpikeDrivenBlock, SpikeDrivenSelfAttention, SpikingMLP
-from sdt_blocks.functional import convolve_spikes, normalize_and_fire, per_frame
+from sdt_blocks.functional import normalize_and_fire, per_frame
 from sdt_blocks.ops import attend, attend_reference, batch_norm_lif, lif, lif_reference
 
 ALLOCATORS = ["default", "reused"]
@@ -41,7 +41,7 @@ def unit(bench: Bench) -> None:
     norm, neuron = nn.BatchNorm2d(channels).to(bench.device), LIF()
     following = nn.Conv2d(channels, 1, 1).to(bench.device)
     units: dict[str, Callable[[Tensor], Tensor]] = {
-        "sdt_blocks": lambda x: convolve_spikes(following, neuron, normalize_and_fire(norm, neuron, x)),
+        "sdt_blocks": lambda x: per_frame(following, normalize_and_fire(norm, neuron, x)),
         "sdt_blocks reference": lambda x: per_frame(following, lif_reference(per_frame(norm, x), 0.5)[0]),
     }
     peer = spikingjelly_lif()

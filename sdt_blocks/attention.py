@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from .functional import (
     check_multiple,
     check_sequence,
-    convolve_spikes,
     fused_attention,
-    keep_bits,
     normalize_and_fire,
     per_frame,
 )
 from .neuron import LIF, NeuronFactory, make_neuron
+from .ops.bits import as_spikes
 from .ops.spec import state_dtype
 
 ATTENTION_THRESHOLD = 0.5
@@ -73,8 +72,7 @@ class SpikeDrivenSelfAttention(nn.Module):
     def forward(self, membrane: Tensor) -> Tensor:
         check_sequence(membrane, self.dim, "SpikeDrivenSelfAttention")
         s = self.neuron(membrane)
-        with keep_bits(self.neuron, s):
-            q, k, v = per_frame(self.q_conv, s), per_frame(self.k_conv, s), per_frame(self.v_conv, s)
+        q, k, v = per_frame(self.q_conv, s), per_frame(self.k_conv, s), per_frame(self.v_conv, s)
         masked = self._fused(q, k, v)
         if masked is None:
             masked = self.attend(
@@ -82,18 +80,18 @@ class SpikeDrivenSelfAttention(nn.Module):
                 normalize_and_fire(self.k_norm, self.k_neuron, k),
                 normalize_and_fire(self.v_norm, self.v_neuron, v),
             )
-        return per_frame(self.proj_norm, convolve_spikes(self.proj_conv, self.q_neuron, masked))
+        return per_frame(self.proj_norm, per_frame(self.proj_conv, masked))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`q * LIF_0.5(sum over tokens of k * v)` for spikes `[T, B, dim, H, W]`, same shape."""
         kv = self.coincidences(self.k_pool(k) * self.v_pool(v))
         # Half precision could not hold the sum of many tokens.
         a = self.attention_neuron(self._pool_tokens(kv).sum((-2, -1), keepdim=True, dtype=state_dtype(kv)))
-        masked: Tensor = self.masked(self._pool_tokens(q * a.to(q.dtype)))
+        masked: Tensor = self.masked(as_spikes(self._pool_tokens(q * a.to(q.dtype)), q, a))
         return masked
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-        if self.event_pooling or getattr(self.attend, "__func__", None) is not SpikeDrivenSelfAttention.attend:
+        if self.event_pooling or not self._attends_plainly():
             return None
         return fused_attention(
             (self.q_norm, self.k_norm, self.v_norm),
@@ -101,6 +99,10 @@ class SpikeDrivenSelfAttention(nn.Module):
             (q, k, v),
             between=(self.k_pool, self.v_pool, self.coincidences, self.masked),
         )
+
+    def _attends_plainly(self) -> bool:
+        # The class is asked: torch.compile sees another function in the bound method.
+        return type(self).attend is SpikeDrivenSelfAttention.attend and "attend" not in self.__dict__
 
     def _pool_tokens(self, spikes: Tensor) -> Tensor:
         if not self.event_pooling:

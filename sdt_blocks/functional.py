@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from .neuron import LIF, ParametricLIF
 from .ops import attend, batch_norm_lif, max_pool
-from .ops.bits import SpikesAsBits
+from .ops.bits import SpikesAsBits, are_spikes, as_spikes
 from .ops.dispatch import fused
 from .surrogate import Surrogate
 
@@ -19,22 +18,20 @@ NEURONS = (LIF, ParametricLIF)
 
 
 def per_frame(module: nn.Module, x: Tensor) -> Tensor:
-    """Applies a module for `[N, C, H, W]` to every frame of x `[T, B, C, H, W]`."""
-    frames: Tensor = module(x.flatten(0, 1))
+    """Applies a module for `[N, C, H, W]` to every frame of x `[T, B, C, H, W]`; spikes its gradient keeps as bits."""
+    if not are_spikes(x):
+        frames: Tensor = module(x.flatten(0, 1))
+    else:
+        with SpikesAsBits(x, _autocast_dtype(module, x)) as spikes:
+            frames = module(spikes.flatten(0, 1))
     return frames.unflatten(0, x.shape[:2])
 
 
-def keep_bits(neuron: nn.Module, spikes: Tensor) -> AbstractContextManager[Any]:
-    """Within it the gradient keeps one bit for each of the spikes that `neuron` has made, if it is one of the kit's."""
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and fused(spikes) and type(neuron) in NEURONS:
-        return SpikesAsBits(spikes)
-    return nullcontext()
-
-
-def convolve_spikes(conv: nn.Module, neuron: nn.Module, spikes: Tensor) -> Tensor:
-    """`per_frame(conv, spikes)` for the spikes of `neuron`, which the gradient keeps at one bit each."""
-    with keep_bits(neuron, spikes):
-        return per_frame(conv, spikes)
+def _autocast_dtype(module: nn.Module, x: Tensor) -> torch.dtype | None:
+    """What autocast would cast x to within a convolution; within another module nobody can know."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64 or not is_plain(module, nn.Conv2d):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def normalize_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, time_steps: int | None = None) -> Tensor:
@@ -70,10 +67,12 @@ def fused_attention(
 
 def pool_frames(pool: nn.Module, x: Tensor) -> Tensor:
     """`per_frame(pool, x)`, by the fused op where `pool` is the 3x3 maximum of stride 2."""
+    if is_plain(pool, nn.Identity):
+        return x
     if is_plain(pool, nn.MaxPool2d):
         settings = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices)
         if settings == (3, 2, 1, 1, False, False):
-            return max_pool(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            return as_spikes(max_pool(x.flatten(0, 1)).unflatten(0, x.shape[:2]), x)
     return per_frame(pool, x)
 
 
@@ -99,18 +98,18 @@ def repeat_frame(norm: Any, x: Tensor, time_steps: int) -> Tensor:
 
 def is_plain(module: nn.Module, *types: type[nn.Module]) -> bool:
     """Whether a module does what one of `types` does and nothing more: no subclass, no hook, no replaced forward."""
+    everywhere = nn.modules.module
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
         module._backward_hooks,
         module._backward_pre_hooks,
+        everywhere._global_forward_hooks,
+        everywhere._global_forward_pre_hooks,
+        everywhere._global_backward_hooks,
+        everywhere._global_backward_pre_hooks,
     )
-    return (
-        type(module) in types
-        and not any(hooks)
-        and not nn.modules.module._has_any_global_hook()
-        and "forward" not in module.__dict__
-    )
+    return type(module) in types and not any(hooks) and "forward" not in module.__dict__
 
 
 def _fusible(norm: nn.Module, neuron: nn.Module, x: Tensor) -> bool:

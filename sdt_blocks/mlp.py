@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .functional import check_sequence, convolve_spikes, normalize_and_fire, per_frame
+from .functional import check_sequence, normalize_and_fire, per_frame
 from .neuron import LIF, NeuronFactory, make_neuron
 
 
@@ -35,10 +35,10 @@ class SpikingMLP(nn.Module):
 
     def forward(self, membrane: Tensor) -> Tensor:
         check_sequence(membrane, self.dim, "SpikingMLP")
-        x = convolve_spikes(self.conv1, self.neuron1, self.neuron1(membrane))
+        x = per_frame(self.conv1, self.neuron1(membrane))
         if self.hidden != self.dim:
             spikes = normalize_and_fire(self.norm1, self.neuron2, x)
-            return per_frame(self.norm2, convolve_spikes(self.conv2, self.neuron2, spikes))
+            return per_frame(self.norm2, per_frame(self.conv2, spikes))
         change = per_frame(self.norm1, x)
         spikes = self.neuron2(membrane + change)
-        return change + per_frame(self.norm2, convolve_spikes(self.conv2, self.neuron2, spikes))
+        return change + per_frame(self.norm2, per_frame(self.conv2, spikes))

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from .functional import check_multiple, convolve_spikes, keep_bits, normalize_and_fire, per_frame, pool_frames
+from .functional import check_multiple, normalize_and_fire, per_frame, pool_frames
 from .neuron import LIF, NeuronFactory, make_neuron
 
 WIDTHS = (8, 4, 2, 1)
@@ -60,11 +60,9 @@ class SpikingPatchSplitting(nn.Module):
             )
         x = per_frame(self.convs[0], x)
         for stage in range(3):
-            neuron = self.neurons[stage]
-            spikes = normalize_and_fire(self.norms[stage], neuron, x, time_steps if stage == 0 else None)
-            with keep_bits(neuron, spikes):
-                spikes = pool_frames(self.pools[stage], spikes)
-            x = convolve_spikes(self.convs[stage + 1], neuron, spikes)
+            steps = time_steps if stage == 0 else None
+            spikes = normalize_and_fire(self.norms[stage], self.neurons[stage], x, steps)
+            x = per_frame(self.convs[stage + 1], pool_frames(self.pools[stage], spikes))
         x = pool_frames(self.pools[3], per_frame(self.norms[3], x))
-        change = convolve_spikes(self.position_conv, self.neurons[3], self.neurons[3](x))
+        change = per_frame(self.position_conv, self.neurons[3](x))
         return x + per_frame(self.position_norm, change)

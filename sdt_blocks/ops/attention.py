@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .batch_norm import batch_norm_lif, batch_norm_lif_reference, statistics
+from .bits import as_spikes
 from .dispatch import fused, kernels
 from .fused import affine, lif_gradients
 from .lif import constants, lif, lif_reference
@@ -65,8 +66,7 @@ def attend(
     differentiable = any(tensor is not None and tensor.requires_grad for tensor in (*x, weight, bias, inv_tau))
     keep = torch.is_grad_enabled() and differentiable
     masked, _, _ = attend_op(*x, numbers, inv_tau, mean, inv_std, weight, bias, training, keep)
-    result: Tensor = masked
-    return result
+    return as_spikes(masked)
 
 
 def _compose(
@@ -83,7 +83,7 @@ def _compose(
     )
     tokens = tuple(range(3, q.ndim))
     mask: Tensor = lif((k * v).sum(tokens, keepdim=True, dtype=state_dtype(q)), **neurons[3])
-    return q * mask.to(q.dtype)
+    return as_spikes(q * mask.to(q.dtype), q, mask)
 
 
 def _spikes_of_reference(x: Tensor, inv_tau: float | Tensor, **neuron: Any) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .bits import as_spikes
 from .dispatch import fused
 from .fused import channel_statistics, lif_op
 from .lif import constants, lif_reference
@@ -90,8 +91,7 @@ def batch_norm_lif(
         bias=None if bias is None else bias.to(dtype),
         of_batch=training,
     )
-    result: Tensor = spikes
-    return result
+    return as_spikes(spikes)
 
 
 @torch.no_grad()

@@ -1,49 +1,91 @@
-"""Spikes kept for a gradient at one bit each."""
+"""Spikes that are known as such, and kept for a gradient at one bit each."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.weak import WeakIdKeyDictionary
 
-from .dispatch import fused, kernels
+from .dispatch import kernels
+
+
+@dataclass
+class _Known:
+    """What is known of a tensor of spikes: which version of it was seen, and its bits once they are made."""
+
+    version: int
+    bits: Tensor | None = None
+
+
+# By the tensor itself: what a hook, a mixer or a layer makes of spikes is another tensor, of which nothing is known.
+_known = WeakIdKeyDictionary()
+
+
+def as_spikes(result: Tensor, *of: Tensor) -> Tensor:
+    """Notes that `result` holds zeros and ones alone, if all that it was made `of` is known to.
+
+    The caller must know it from how `result` is computed: values are not looked at, which would wait for the device.
+    While `torch.compile` traces, and without gradients, nothing is noted.
+    """
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and all(are_spikes(tensor) for tensor in of):
+        _known[result] = _Known(result._version)
+    return result
+
+
+def are_spikes(tensor: Tensor) -> bool:
+    """Whether it is known that a tensor holds zeros and ones alone; a change in place since makes it unknown."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    known = _known.get(tensor)
+    return known is not None and known.version == tensor._version
 
 
 class SpikesAsBits(saved_tensors_hooks):
-    """Within it, what autograd keeps of `spikes` (the tensor or a cast of it) takes one bit an element, not a float.
+    """Within it, what autograd keeps of `spikes` takes one bit an element, not a float; all else stays as it is.
 
-    All else that is kept stays as it is. On the CPU a tensor that is not all 0 and 1 is noticed and kept whole;
-    elsewhere only the caller can know that `spikes` is binary.
+    It gives a copy of the spikes in `dtype`, the tensor itself without one, whose bits are made once for all uses.
 
-    >>> spikes, weight = torch.ones(8, 16), torch.rand(16, 4, requires_grad=True)
-    >>> with SpikesAsBits(spikes):
-    ...     (spikes @ weight).sum().backward()
+    Raises `ValueError` for a tensor that is not known to be spikes (see `as_spikes`).
+
+    >>> spikes, weight = as_spikes(torch.ones(8, 16)), torch.rand(16, 4, requires_grad=True)
+    >>> with SpikesAsBits(spikes) as kept:
+    ...     (kept @ weight).sum().backward()
     """
 
-    def __init__(self, spikes: Tensor) -> None:
+    def __init__(self, spikes: Tensor, dtype: torch.dtype | None = None) -> None:
+        if not are_spikes(spikes):
+            raise ValueError("only what is known to be spikes can be kept as bits; see as_spikes")
         super().__init__(self._pack, _unpack)
-        self.spikes = spikes
-        self.packed: dict[tuple[Any, ...], tuple[_Bits, Tensor]] = {}
+        self.known = _known[spikes]
+        self.spikes = spikes if dtype is None else spikes.to(dtype)
+        self.version = self.spikes._version
 
-    def _pack(self, tensor: Tensor) -> _Bits | _Kept:
-        of_spikes = tensor.data_ptr() == self.spikes.data_ptr() or tensor.dtype != self.spikes.dtype
-        if not of_spikes or tensor.numel() != self.spikes.numel() or not _dense(tensor) or not fused(tensor):
-            return _Kept(tensor, tensor._version)
-        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if key not in self.packed:
-            bits = kernels(tensor).pack_bits(tensor)
-            if bits is None:
-                return _Kept(tensor, tensor._version)
-            # The tensor is held meanwhile, so that its place in memory stays its own.
-            self.packed[key] = _Bits(bits, tensor.shape, tensor.stride(), tensor.dtype), tensor
-        return self.packed[key][0]
+    def __enter__(self) -> Tensor:
+        super().__enter__()
+        return self.spikes
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        self.packed.clear()
         del self.spikes
+
+    def _pack(self, tensor: Tensor) -> _Bits | _Kept:
+        if not self._holds(tensor):
+            return _Kept(tensor, tensor._version)
+        if self.known.bits is None:
+            self.known.bits = kernels(tensor).pack_bits(tensor)
+        if self.known.bits is None:
+            return _Kept(tensor, tensor._version)
+        return _Bits(self.known.bits, tensor.shape, tensor.stride(), tensor.dtype)
+
+    def _holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a view of all the spikes, as they were."""
+        same = tensor.data_ptr() == self.spikes.data_ptr() and tensor.dtype == self.spikes.dtype
+        unchanged = tensor._version == self.version
+        return same and unchanged and tensor.numel() == self.spikes.numel() and _dense(tensor)
 
 
 class _Bits(NamedTuple):

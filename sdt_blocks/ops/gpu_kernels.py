@@ -30,9 +30,10 @@ def _surrogate(shift, KIND: tl.constexpr, ALPHA: tl.constexpr):
         y = a * tl.abs(shift) + 1
         return 1 / (y * y)
     elif KIND == 3:
-        return a * tl.maximum(1 - a * tl.abs(shift), 0.0)
+        height = 1 - a * tl.abs(shift)
+        return a * tl.where(height < 0, 0.0, height)
     else:
-        return shift * 0 + 1
+        return tl.full(shift.shape, 1, shift.dtype)
 
 
 @triton.jit

@@ -148,7 +148,7 @@ template <class X, class S> void statistics(const Layout& l, const X* x, double*
         for (int64_t k = 0; k < std::max<int64_t>(1, l.threads); ++k)
             s += all[2 * k * l.channels + c], q += all[(2 * k + 1) * l.channels + c];
         mean[c] = first[c] + s / count;
-        variance[c] = std::max(0.0, q / count - (s / count) * (s / count));
+        variance[c] = std::max(q / count - (s / count) * (s / count), 0.0);  // in this order NaN stays NaN
     }
 }
 

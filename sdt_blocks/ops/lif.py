@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..surrogate import KINDS, Surrogate, fire
+from .bits import as_spikes
 from .dispatch import fall_back, fused
 from .fused import lif_op
 from .spec import RESETS, SIGMOID, NeuronSpec, state_dtype
@@ -104,6 +105,7 @@ def lif(
             None if membrane is None else membrane.to(dtype),
             return_membrane,
         )
+        as_spikes(spikes)
     else:
         spikes, last = lif_reference(
             x,

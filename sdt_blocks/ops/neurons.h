@@ -231,7 +231,7 @@ template <int Surrogate, class S> inline S slope(const Dynamics<S>& d, S h) {
         const S e = a * std::abs(shift) + 1;
         return 1 / (e * e);
     } else if constexpr (Surrogate == TRIANGULAR) {
-        return a * std::max(S(0), 1 - a * std::abs(shift));
+        return a * std::max(1 - a * std::abs(shift), S(0));  // in this order NaN stays NaN
     } else {
         return S(1);
     }
@@ -253,7 +253,7 @@ void retreat(const Dynamics<S>& d, int64_t n, const S* x, const S* scale, const 
         if (Time) time[i] += of_h * (x[i] * scale[i] + shift[i] - h_before[i] * kept);
         of_y[i] = of_input;
         carry[i] = of_u * kept;
-        if (Follows) fired[i] = -(c.to_zero * of_u * h_before[i] + c.taken * of_h);
+        if (Follows) fired[i] = -(c.to_zero > 0 ? of_u * h_before[i] : c.taken * of_h);
     }
 }
 

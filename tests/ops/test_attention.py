@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import lookup_backend
 
 from sdt_blocks import LIF, ParametricLIF, SpikeDrivenSelfAttention
 from sdt_blocks.ops import attend, attend_reference
@@ -250,10 +251,17 @@ def test_compiles_whole(monkeypatch, training):
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
     block = block_of(ParametricLIF).train(training)
     other = copy.deepcopy(block)
-    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    graphs = []
+
+    def look(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes])
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(other, fullgraph=True, backend=look)
     membrane = torch.randn(4, 2, 24, 5, 5)
     for module in (block, compiled):
         module(membrane).square().sum().backward()
     torch.testing.assert_close(compiled(membrane), block(membrane), rtol=1e-4, atol=1e-4)
+    assert ("attend" in str(graphs[0])) == training
     for ours, theirs in zip(other.parameters(), block.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4 * theirs.grad.abs().max().item())

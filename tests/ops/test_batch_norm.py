@@ -9,6 +9,7 @@ from torch import nn
 from sdt_blocks import LIF, ParametricLIF
 from sdt_blocks.functional import normalize_and_fire
 from sdt_blocks.ops import batch_norm_lif, batch_norm_lif_reference
+from sdt_blocks.surrogate import KINDS
 
 NORMS = {
     "usual": {},
@@ -108,3 +109,22 @@ def test_one_value_a_channel_is_refused_as_by_the_norm():
 def test_evaluation_needs_statistics(backend, device):
     with pytest.raises(ValueError, match="running_mean"):
         batch_norm_lif(torch.randn(2, 1, 3, 2, 2, device=device), None, None, None, None, 0.5, training=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_seen(backend, device, value, kind):
+    """In the running statistics and in every gradient, as module by module."""
+    norm, neuron = nn.BatchNorm2d(3).to(device), LIF(surrogate=kind)
+    other = copy.deepcopy(norm)
+    x = torch.randn(2, 2, 3, 4, 4, device=device)
+    x[0, 1, 2, 3, 3] = value
+    fused, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+    normalize_and_fire(norm, neuron, fused).sum().backward()
+    neuron(other(plain.flatten(0, 1)).unflatten(0, (2, 2))).sum().backward()
+    assert norm.running_mean.isfinite().tolist() == [True, True, False]
+    assert not fused.grad[:, :, 2].isfinite().any() and fused.grad[:, :, :2].isfinite().all()
+    pairs = [(fused.grad, plain.grad), (norm.running_mean, other.running_mean), (norm.running_var, other.running_var)]
+    pairs += [(ours.grad, theirs.grad) for ours, theirs in zip(norm.parameters(), other.parameters(), strict=True)]
+    for ours, theirs in pairs:
+        assert torch.equal(ours.isfinite(), theirs.isfinite())

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from snntorch import surrogate as snntorch_surrogate
 from torch import nn
 
-from sdt_blocks import LIF
-from sdt_blocks.functional import convolve_spikes, normalize_and_fire
-from sdt_blocks.ops.bits import SpikesAsBits
+from sdt_blocks import LIF, SpikeDrivenSelfAttention, SpikeDrivenTransformer, SpikingMLP, SpikingPatchSplitting
+from sdt_blocks.functional import normalize_and_fire, per_frame
+from sdt_blocks.ops.bits import SpikesAsBits, are_spikes, as_spikes
 from sdt_blocks.ops.dispatch import kernels
 
 
@@ -29,34 +30,191 @@ def test_graded_spikes_are_kept_whole(monkeypatch, value):
     spikes[-1] = value
     assert kernels(spikes).pack_bits(spikes) is None
     weight = torch.ones(3000, requires_grad=True)
-    with SpikesAsBits(spikes):
+    with SpikesAsBits(as_spikes(spikes)):
         y = spikes * weight
     torch.testing.assert_close(torch.autograd.grad(y.sum(), weight)[0], spikes, equal_nan=True)
 
 
+@pytest.fixture
+def packed(monkeypatch):
+    """What is packed from here on: the tensor, and whether it became bits."""
+    calls = []
+    original = SpikesAsBits._pack
+
+    def pack(self, tensor):
+        kept = original(self, tensor)
+        calls.append((tensor, kept))
+        return kept
+
+    monkeypatch.setattr(SpikesAsBits, "_pack", pack)
+    return lambda: [(tensor, kept.bits) for tensor, kept in calls if hasattr(kept, "bits")]
+
+
+def neurons_spikes(device="cpu", *shape):
+    """Spikes `[2, 3, 6, 5, 5]` of a neuron."""
+    torch.manual_seed(0)
+    return LIF()((torch.rand(*(shape or (2, 3, 6, 5, 5)), device=device) * 3).requires_grad_())
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_convolution_gradients(monkeypatch, kernel, autocast):
-    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
-    torch.manual_seed(0)
-    conv, neuron = nn.Conv2d(6, 9, kernel, padding=kernel // 2), LIF()
-    spikes = (torch.rand(2, 3, 6, 5, 5) < 0.3).float().requires_grad_()
+def test_convolution_gradients(backend, device, kernel, autocast, packed):
+    conv = nn.Conv2d(6, 9, kernel, padding=kernel // 2).to(device)
+    spikes = neurons_spikes(device)
+    assert 0.2 < spikes.mean() < 0.8
     gradients = []
-    for call in (
-        lambda: convolve_spikes(conv, neuron, spikes),
-        lambda: conv(spikes.flatten(0, 1)).unflatten(0, (2, 3)),
-    ):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    for call in (lambda: per_frame(conv, spikes), lambda: conv(spikes.flatten(0, 1)).unflatten(0, (2, 3))):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
             y = call()
         gradients.append(torch.autograd.grad(y.square().sum(), [spikes, *conv.parameters()]))
     for a, b in zip(*gradients, strict=True):
         assert torch.equal(a, b)
+    assert [tensor.dtype for tensor, _ in packed()] == [torch.bfloat16 if autocast else torch.float32]
+
+
+def test_spikes_for_several_layers_are_packed_once(packed, monkeypatch):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    spikes = neurons_spikes()
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            per_frame(nn.Conv2d(6, 6, 1), spikes), per_frame(nn.Conv2d(6, 6, 1), spikes)
+    assert len(packed()) == 4 and len({bits.data_ptr() for _, bits in packed()}) == 1
+
+
+class Counts(SpikeDrivenSelfAttention):
+    def attend(self, q, k, v):
+        return q * (k * v).sum((-2, -1), keepdim=True)
+
+
+class Doubled(LIF):
+    def forward(self, x, membrane=None, **options):
+        return super().forward(x, membrane, **options) * 2
+
+
+class Levels(LIF):
+    def forward(self, x, membrane=None, **options):
+        return x.round().clamp(0, 4)
+
+
+def counting_attention(channels):
+    return Counts(channels, num_heads=2)
+
+
+def scaled_by_a_hook(channels):
+    block = SpikingMLP(channels, hidden=12)
+    block.neuron1.register_forward_hook(lambda module, inputs, output: output * 3)
+    return block
+
+
+def scaled_in_place(channels):
+    block = SpikingMLP(channels, hidden=12)
+    block.neuron2.register_forward_hook(lambda module, inputs, output: output.mul_(3))
+    return block
+
+
+def scaled_before_the_convolution(channels):
+    block = SpikeDrivenSelfAttention(channels, num_heads=2)
+    block.q_conv.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 3,))
+    return block
+
+
+def scaled_behind_the_mask(channels):
+    block = SpikeDrivenSelfAttention(channels, num_heads=2)
+    block.masked = nn.Hardtanh(0, 0.5)
+    return block
+
+
+def dropout_between(channels):
+    block = SpikeDrivenSelfAttention(channels, num_heads=2)
+    block.proj_conv = nn.Sequential(nn.Dropout(0.5), block.proj_conv)
+    return block
+
+
+def scaled_by_a_backward_hook(channels):
+    block = SpikingMLP(channels, hidden=12)
+    block.neuron1.register_full_backward_hook(lambda module, grad_in, grad_out: (grad_in[0] * 2,))
+    return block
+
+
+def averaged(channels):
+    block = SpikingPatchSplitting(16, in_channels=channels)
+    block.pools[0] = nn.AvgPool2d(2)
+    return block
+
+
+def smooth_spikes(channels):
+    return SpikingMLP(channels, hidden=12, neuron=lambda threshold: LIF(surrogate=snntorch_surrogate.fast_sigmoid()))
+
+
+NO_SPIKES = {
+    "counting mixer": counting_attention,
+    "hook": scaled_by_a_hook,
+    "hook in place": scaled_in_place,
+    "hook of the convolution": scaled_before_the_convolution,
+    "layer behind the mask": scaled_behind_the_mask,
+    "dropout": dropout_between,
+    "backward hook": scaled_by_a_backward_hook,
+    "average pooling": averaged,
+    "subclass": lambda channels: SpikingMLP(channels, hidden=12, neuron=Doubled),
+    "integer levels": lambda channels: SpikeDrivenSelfAttention(channels, num_heads=2, neuron=Levels),
+    "surrogate of one's own": smooth_spikes,
+}
+
+
+@pytest.mark.parametrize("make", NO_SPIKES.values(), ids=NO_SPIKES)
+@pytest.mark.parametrize("everywhere", [False, True], ids=["", "global hook"])
+def test_what_is_no_spike_gives_the_gradients_of_the_equations(backend, device, monkeypatch, make, everywhere):
+    x = torch.rand(2, 2, 4, 8, 8, device=device, generator=torch.Generator(device).manual_seed(0)) * 4
+    hook = None
+    if everywhere:
+        hook = nn.modules.module.register_module_forward_hook(
+            lambda module, inputs, output: output * 2 if isinstance(module, LIF) else None
+        )
+    try:
+        gradients = []
+        for name in (backend, "reference"):
+            monkeypatch.setenv("SDT_BLOCKS_BACKEND", name)
+            torch.manual_seed(0)
+            block = make(4).to(device)
+            for module in block.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    nn.init.constant_(module.bias, 1.0)
+            (block(x) * torch.linspace(-1, 1, 16, device=device).view(-1, 1, 1)[: block.dim]).sum().backward()
+            gradients.append([parameter.grad for parameter in block.parameters()])
+    finally:
+        if hook is not None:
+            hook.remove()
+    assert sum(gradient.abs().sum() for gradient in gradients[1]) > 1
+    for fused, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(fused, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_only_what_a_neuron_made_is_known_as_spikes(monkeypatch):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    spikes = neurons_spikes()
+    assert are_spikes(spikes) and not are_spikes(spikes * 1) and not are_spikes(torch.ones(3))
+    assert not are_spikes(as_spikes(spikes + 1, spikes, torch.ones(3)))
+    spikes.mul_(2)
+    assert not are_spikes(spikes)
+    with pytest.raises(ValueError, match="as_spikes"):
+        SpikesAsBits(spikes)
+    with torch.no_grad():
+        assert not are_spikes(neurons_spikes())
+
+
+@pytest.mark.parametrize("event_pooling", [False, True])
+def test_every_layer_that_spikes_drive_keeps_bits(backend, device, packed, event_pooling):
+    torch.manual_seed(0)
+    model = SpikeDrivenTransformer(depth=1, dim=16, num_heads=2, event_pooling=event_pooling, pooling="0100").to(device)
+    model(torch.rand(2, 3, 8, 8, device=device))
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    assert len(packed()) == len(convolutions) - 1
 
 
 def test_a_change_in_place_is_noticed(monkeypatch):
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
-    conv = nn.Conv2d(2, 2, 1)
-    y = convolve_spikes(conv, LIF(), torch.ones(1, 1, 2, 3, 3, requires_grad=True))
+    conv = nn.Conv2d(6, 2, 1)
+    y = per_frame(conv, neurons_spikes())
     with torch.no_grad():
         conv.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified in place"):
@@ -64,23 +222,16 @@ def test_a_change_in_place_is_noticed(monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 5.0), (torch.bfloat16, 2.2)])
-def test_memory_of_a_layer(monkeypatch, dtype, most):
+def test_memory_of_a_layer(monkeypatch, packed, dtype, most):
     """Convolution, norm and neuron together keep the norm's input and one bit for each spike they are fed."""
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
     conv, norm, neuron = nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), LIF()
-    spikes = (torch.rand(4, 2, 32, 16, 16) < 0.2).to(dtype).requires_grad_()
+    spikes = as_spikes((torch.rand(4, 2, 32, 16, 16) < 0.2).to(dtype).requires_grad_())
     conv.to(dtype)
-
-    def layer():
-        return normalize_and_fire(norm, neuron, convolve_spikes(conv, neuron, spikes))
-
-    packed = []
-    original = SpikesAsBits._pack
-    monkeypatch.setattr(SpikesAsBits, "_pack", lambda self, t: packed.append(original(self, t)) or packed[-1])
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        result = layer()
-    tensors = [part for part in (*kept, *(getattr(p, "bits", None) for p in packed)) if part is not None]
+        result = normalize_and_fire(norm, neuron, per_frame(conv, spikes))
+    tensors = [*kept, *(bits for _, bits in packed())]
     total = sum(t.numel() * t.element_size() for t in tensors if not isinstance(t, nn.Parameter))
-    assert any(hasattr(p, "bits") for p in packed)
+    assert packed()
     assert 0 < total / result.numel() <= most

@@ -55,6 +55,23 @@ def test_reference(backend, device, reset, detach_reset, kind):
                 assert_same(run(lif, *arguments, **options, strict=strict), expected, 1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_shows_in_the_gradient(backend, device, value, reset, kind):
+    """As in the equations, element by element: whoever looks for gradients that are not finite sees the same."""
+    x = torch.linspace(-2, 3, 60, device=device).view(4, 15)
+    x[1, ::2] = value
+    results = []
+    for function in (lif, lif_reference):
+        found = run(function, x, None, None, reset=reset, surrogate=Surrogate(kind, 1.0), detach_reset=False)
+        results.append([part.isfinite() for part in found])
+    assert not (results[1][1].all() and results[1][2].all()) or value != value
+    assert results[1][2].any()
+    for name, ours, theirs in zip(("spikes", "membrane", "gradient"), *results, strict=True):
+        assert torch.equal(ours, theirs), name
+
+
 @pytest.mark.parametrize(
     ("dtype", "rtol"),
     [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)],
