@@ -1,6 +1,6 @@
 """Augmentations of event frames, one operation for all frames of a sample, and the names by which a recipe picks them.
 
-Each is a callable ``(frames, rng) -> frames`` on float frames ``[T, C, H, W]``; the generator alone decides what it
+Each is a callable `(frames, rng) -> frames` on float frames `[T, C, H, W]`; the generator alone decides what it
 does, so a sample's augmentation can be drawn again from its seed. The originals of the kind are Cutout
 (arXiv:1708.04552) and SNNAugment (Neuromorphic Data Augmentation, arXiv:2203.06145).
 """
@@ -24,7 +24,7 @@ MAGNITUDE_BINS = 31
 
 
 class HorizontalFlip:
-    """Mirrors left and right with the given probability: ``[T, C, H, W]`` -> ``[T, C, H, W]``."""
+    """Mirrors left and right with the given probability: `[T, C, H, W]` -> `[T, C, H, W]`."""
 
     def __init__(self, probability: float = 0.5) -> None:
         if not 0 <= probability <= 1:
@@ -36,9 +36,9 @@ class HorizontalFlip:
 
 
 class Roll:
-    """Shifts by up to ``max_shift`` pixels each way, what leaves one border enters at the other.
+    """Shifts by up to `max_shift` pixels each way, what leaves one border enters at the other.
 
-    ``[T, C, H, W]`` -> ``[T, C, H, W]``.
+    `[T, C, H, W]` -> `[T, C, H, W]`.
     """
 
     def __init__(self, max_shift: int = 5) -> None:
@@ -52,9 +52,9 @@ class Roll:
 
 
 class Cutout:
-    """Sets ``holes`` squares of ``length`` pixels to zero, their centres anywhere in the frame (arXiv:1708.04552).
+    """Sets `holes` squares of `length` pixels to zero, their centres anywhere in the frame (arXiv:1708.04552).
 
-    ``[T, C, H, W]`` -> ``[T, C, H, W]``; a square that reaches over the border is clipped there.
+    `[T, C, H, W]` -> `[T, C, H, W]`; a square that reaches over the border is clipped there.
     """
 
     def __init__(self, holes: int = 1, length: int = 16) -> None:
@@ -74,9 +74,9 @@ class Cutout:
 class RandomOperation:
     """One operation, drawn at random, with one of 31 magnitudes (SNNAugment, arXiv:2203.06145).
 
-    ``[T, C, H, W]`` -> ``[T, C, H, W]``, nearest neighbour about the centre, zeros from outside. The operations and
-    the largest magnitude of each: ``identity``; ``shear_x`` by an angle of 0.3 rad; ``translate_x`` and
-    ``translate_y`` by 5 whole pixels; ``rotate`` by 30 degrees.
+    `[T, C, H, W]` -> `[T, C, H, W]`, nearest neighbour about the centre, zeros from outside. The operations and
+    the largest magnitude of each: `identity`; `shear_x` by an angle of 0.3 rad; `translate_x` and
+    `translate_y` by 5 whole pixels; `rotate` by 30 degrees.
     """
 
     def __init__(self, operations: Sequence[str] = ("identity", "shear_x", "translate_x", "rotate")) -> None:
@@ -94,7 +94,7 @@ class RandomOperation:
 
 
 def transform_frames(frames: Tensor, operation: str, magnitude: float) -> Tensor:
-    """Applies one operation of `RandomOperation` at the given magnitude to all frames ``[T, C, H, W]`` alike.
+    """Applies one operation of `RandomOperation` at the given magnitude to all frames `[T, C, H, W]` alike.
 
     A positive magnitude turns counter-clockwise, moves right or down, and shears the upper half to the right.
     """

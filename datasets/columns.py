@@ -61,7 +61,7 @@ def events_from_columns(
     >>> events_from_columns(np.array([0.5e-3, 1e-3]), np.array([0, 3]), np.array([1, 1]), np.array([-1, 1]))["t"]
     array([ 500, 1000])
     """
-    note = note or Notes()
+    note = Notes() if note is None else note
     columns = {name: np.asarray(column) for name, column in (("t", t), ("x", x), ("y", y), ("p", p))}
     lengths = {name: column.shape for name, column in columns.items()}
     if len(set(lengths.values())) != 1 or columns["t"].ndim != 1:
@@ -72,7 +72,7 @@ def events_from_columns(
     for name in "xy":
         events[name] = _whole_pixels(name, columns[name])
     on = polarity_is_on(columns["p"])
-    if len(events) > 1 and on.all():
+    if columns["p"].dtype.kind != "b" and on.all():
         note("one polarity", f"all {len(events)} events have the polarity {columns['p'][0]}; they are taken as ON")
     events["p"] = on
     events["t"] = _microseconds(columns["t"], note)
@@ -119,8 +119,11 @@ def columns_of_table(table: np.ndarray) -> list[np.ndarray]:
     return [t, x, y, p]
 
 
-def polarity_is_on(p: np.ndarray) -> np.ndarray:
-    """Booleans `[N]`, True for ON, of polarities `[N]` coded 0/1, -1/1 or boolean; ValueError for any other."""
+def polarity_is_on(p: np.ndarray, *, first_row: int = 0) -> np.ndarray:
+    """Booleans `[N]`, True for ON, of polarities `[N]` coded 0/1, -1/1 or boolean; ValueError for any other.
+
+    Rows in the message are counted from `first_row`.
+    """
     if p.dtype.kind == "b" or not len(p):
         return p.astype(bool, copy=False)
     _check_numbers("p", p)
@@ -132,20 +135,22 @@ def polarity_is_on(p: np.ndarray) -> np.ndarray:
     if bad.any():
         hint = "; where 1 is OFF and 2 is ON, subtract 1" if np.isin(p, (1, 2)).all() else ""
         mixed = " (-1 and 0 do not go together)" if signed and (p == 0).any() else ""
-        _refuse("p", p, bad, f"0/1, -1/1 or booleans for OFF and ON{mixed}{hint}")
+        _refuse("p", p, bad, f"0/1, -1/1 or booleans for OFF and ON{mixed}{hint}", first_row)
     return p > 0
 
 
-def check_inside(events: np.ndarray, sensor_size: tuple[int, int, int]) -> None:
-    """Raises ValueError, with row and value, where an event lies outside the sensor `(W, H, 2)`."""
+def check_inside(x: np.ndarray, y: np.ndarray, sensor_size: tuple[int, int, int], *, first_row: int = 0) -> None:
+    """Raises ValueError, with row and value, where a pixel `x`, `y` `[N]` lies outside the sensor `(W, H, 2)`.
+
+    Rows are counted from `first_row`.
+    """
     width, height, _ = sensor_size
-    for name, side in (("x", width), ("y", height)):
-        values = events[name]
+    for name, values, side in (("x", x, width), ("y", y, height)):
         if len(values) and (int(values.min()) < 0 or int(values.max()) >= side):
             row = int(np.argmax((values < 0) | (values >= side)))
             raise ValueError(
-                f"the event in row {row} at {name}={values[row]} lies outside the sensor of {width} x {height} pixels "
-                f"(W x H)"
+                f"the event in row {first_row + row} at {name}={values[row]} lies outside the sensor of {width} x "
+                f"{height} pixels (W x H)"
             )
 
 
@@ -170,9 +175,9 @@ def _check_numbers(name: str, column: np.ndarray) -> None:
         raise ValueError(f"{name} must be numbers, found {column.dtype}, {column[0]!r} in row 0")
 
 
-def _refuse(name: str, column: np.ndarray, bad: np.ndarray, expected: str) -> None:
+def _refuse(name: str, column: np.ndarray, bad: np.ndarray, expected: str, first_row: int = 0) -> None:
     row = int(np.argmax(bad))
-    raise ValueError(f"{name} is {column[row].item()} in row {row}; expected {expected}")
+    raise ValueError(f"{name} is {column[row].item()} in row {first_row + row}; expected {expected}")
 
 
 def _whole_pixels(name: str, column: np.ndarray) -> np.ndarray:
@@ -218,16 +223,16 @@ def _microseconds(t: np.ndarray, note: Note) -> np.ndarray:
 
 def _in_order(events: np.ndarray, note: Note) -> np.ndarray:
     """The events sorted by time; ValueError where the clock jumps back or a time lies far from all others."""
-    t = events["t"]
-    steps = np.diff(t)
-    back = np.flatnonzero(steps < 0)
+    t = np.ascontiguousarray(events["t"])
+    back = np.flatnonzero(t[1:] < t[:-1])
     if len(back):
         if bits := _wrapped_bits(t, back):
             note("wrap", f"the clock wraps at 2**{bits} after row {back[0]} (t={t[back[0]]}): it is unwrapped")
-            t[1:] += np.cumsum(steps < 0) << bits
+            t[1:] += np.cumsum(t[1:] < t[:-1]) << bits
+            events["t"] = t
         else:
             span = int(t.max()) - int(t.min())
-            jumps = back[-steps[back] > span // 10]
+            jumps = back[t[back] - t[back + 1] > span // 10]
             # A shuffled recording goes far back at every other row, a clock that was set anew only here and there.
             if len(jumps) and 20 * len(jumps) <= len(t):
                 row = int(jumps[0])
@@ -264,11 +269,10 @@ def _check_strays(t: np.ndarray, order: np.ndarray | None) -> None:
     few = max(1, len(t) // _STRAY_SHARE)
     if len(t) < 10:
         return
-    gaps = np.diff(t).astype(np.float64)
-    first = np.arange(few), gaps[:few], t[-1] - t[1 : few + 1]
-    last = np.arange(len(t) - few, len(t)), gaps[-few:], t[-few - 1 : -1] - t[0]
+    first = np.arange(few), np.diff(t[: few + 1]), t[-1] - t[1 : few + 1]
+    last = np.arange(len(t) - few, len(t)), np.diff(t[-few - 1 :]), t[-few - 1 : -1] - t[0]
     for rows, gap, rest in (first, last):
-        far = gap > _STRAY_DISTANCE * np.maximum(rest, 1)
+        far = gap / _STRAY_DISTANCE > np.maximum(rest, 1)
         if far.any():
             at = int(rows[np.argmax(far)])
             row = at if order is None else int(order[at])

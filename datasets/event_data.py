@@ -107,7 +107,7 @@ class EventDataset(SampleDataset):
     def _check_events(self, events: np.ndarray) -> None:
         if len(events) == 0:
             raise ValueError("it holds no event")
-        check_inside(events, self.sensor_size)
+        check_inside(events["x"], events["y"], self.sensor_size)
         time_steps, first, last = self.to_frames.time_steps, int(events["t"].min()), int(events["t"].max())
         if self.to_frames.split_by == "time" and last - first < time_steps <= len(events):
             raise ValueError(
@@ -251,7 +251,7 @@ def _open_cache(cache: bool | str | None, root: Path) -> ArrayCache | None:
 
 
 def _sensor_size(source: Source, rows: Sequence[int], time_steps: int) -> tuple[int, int, int]:
-    """``(W, H, 2)``; that of frames from the first that can be read, which must have as many steps as are asked for."""
+    """`(W, H, 2)`; that of frames from the first that can be read, which must have as many steps as are asked for."""
     if source.holds == "events":
         return tuple(source.sensor_size)
     for row in rows:

@@ -1,14 +1,16 @@
 """Tonic-style transforms on structured event arrays: events to frames, and event-level augmentation.
 
-An event array is a one-dimensional structured NumPy array with the fields ``t`` (time), ``x``, ``y`` (pixels) and
-``p`` (polarity: 0/1, -1/1 or bool), as Tonic's data sets hand out. Every transform here is a callable that composes
-with Tonic's own in ``tonic.transforms.Compose``.
+An event array is a one-dimensional structured NumPy array with the fields `t` (time), `x`, `y` (pixels) and
+`p` (polarity: 0/1, -1/1 or bool), as Tonic's data sets hand out. Every transform here is a callable that composes
+with Tonic's own in `tonic.transforms.Compose`.
 """
 
 import bisect
 from dataclasses import dataclass
 
 import numpy as np
+
+from sdt_datasets.columns import check_inside, polarity_is_on
 
 SPLITS = ("number", "time")
 
@@ -18,25 +20,25 @@ _CHUNK = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class EventsToFrames:
-    """Counts the events of a recording into ``time_steps`` frames, per polarity and pixel.
+    """Counts the events of a recording into `time_steps` frames, per polarity and pixel.
 
-    By number (the frames that the released models were trained on), ``N`` events and ``d = N // T``: frame ``i``
-    counts the events ``[i * d, (i + 1) * d)`` in the order of the recording, the last frame runs to ``N``. By time,
-    with ``d = (t_last - t_first) // T``: frame ``i`` counts the times ``[t_first + i * d, t_first + (i + 1) * d)``,
+    By number (the frames that the released models were trained on), `N` events and `d = N // T`: frame `i`
+    counts the events `[i * d, (i + 1) * d)` in the order of the recording, the last frame runs to `N`. By time,
+    with `d = (t_last - t_first) // T`: frame `i` counts the times `[t_first + i * d, t_first + (i + 1) * d)`,
     and the last frame again takes all that is left. Both rules are SpikingJelly's; both put everything into the last
-    frame where ``d`` is 0. No event is dropped: the frames add up to ``N``.
+    frame where `d` is 0. No event is dropped: the frames add up to `N`.
 
     Args:
-        sensor_size: ``(W, H, 2)`` as in Tonic.
+        sensor_size: `(W, H, 2)` as in Tonic.
         time_steps: number of frames T.
-        split_by: ``"number"`` or ``"time"``.
+        split_by: `"number"` or `"time"`.
 
-    Shapes: structured events ``[N]`` -> float32 frames ``[T, 2, H, W]``, OFF events in channel 0 and ON in channel 1.
+    Shapes: structured events `[N]` -> float32 frames `[T, 2, H, W]`, OFF events in channel 0 and ON in channel 1.
     Counts are exact up to 2**24 events on one pixel of one frame.
 
     Raises:
-        ValueError: for a setting out of range, or for events that lie outside the sensor.
-        TypeError: for an input that is not a structured event array.
+        ValueError: for a setting out of range, for events outside the sensor, and for a polarity that is none.
+        TypeError: for an input that is not a structured event array with whole pixels and times.
 
     Example:
         >>> to_frames = EventsToFrames(sensor_size=(128, 128, 2), time_steps=10)
@@ -68,34 +70,31 @@ class EventsToFrames:
         pixels = 2 * height * width
         frames = np.empty((self.time_steps, pixels), dtype=np.float32)
         for frame, start, stop in zip(frames, edges, edges[1:], strict=False):
-            chunks = (events[first : min(first + _CHUNK, stop)] for first in range(start, stop, _CHUNK))
-            frame[:] = sum(np.bincount(_pixel_index(chunk, width, height), minlength=pixels) for chunk in chunks)
+            chunks = (
+                _pixel_index(events[first : min(first + _CHUNK, stop)], self.sensor_size, first)
+                for first in range(start, stop, _CHUNK)
+            )
+            frame[:] = sum(np.bincount(chunk, minlength=pixels) for chunk in chunks)
         return frames.reshape(self.time_steps, 2, height, width)
 
 
 def check_events(events: np.ndarray, fields: tuple[str, ...]) -> None:
-    """Raises TypeError where ``events`` is not a one-dimensional structured array with these fields."""
+    """Raises TypeError where `events` is not a one-dimensional structured array with these fields."""
     names = getattr(getattr(events, "dtype", None), "names", None)
     if names is None or events.ndim != 1 or not set(fields) <= set(names):
         got = f"a {type(events).__name__} of dtype {getattr(events, 'dtype', None)}"
         raise TypeError(f"expected a one-dimensional structured array with the fields {', '.join(fields)}, got {got}")
 
 
-def _pixel_index(events: np.ndarray, width: int, height: int) -> np.ndarray:
-    """The flat index ``(p * H + y) * W + x`` of each event; ValueError where one lies outside."""
+def _pixel_index(events: np.ndarray, sensor_size: tuple[int, int, int], first_row: int) -> np.ndarray:
+    """The flat index `(p * H + y) * W + x` of each event; ValueError where one lies outside or has no polarity."""
     x, y, polarity = (np.ascontiguousarray(events[field]) for field in ("x", "y", "p"))
-    for name, values, bound in (("x", x, width), ("y", y, height)):
+    for name, values in (("x", x), ("y", y)):
         if values.dtype.kind not in "iu":
             raise TypeError(f"pixel coordinates must be integers, {name} is {values.dtype}")
-        smallest, largest = int(values.min()), int(values.max())
-        if smallest < 0 or largest >= bound:
-            worst = smallest if smallest < 0 else largest
-            raise ValueError(f"an event at {name}={worst} lies outside the sensor of {width} x {height} pixels (W x H)")
-    if polarity.dtype.kind != "b":
-        if polarity.min() < -1 or polarity.max() > 1:
-            raise ValueError(f"polarity must be 0/1 or -1/1, found {polarity.min()} to {polarity.max()}")
-        polarity = polarity > 0
-    index = polarity.astype(np.intp)
+    check_inside(x, y, sensor_size, first_row=first_row)
+    width, height, _ = sensor_size
+    index = polarity_is_on(polarity, first_row=first_row).astype(np.intp)
     index *= height
     index += y
     index *= width
@@ -108,6 +107,8 @@ def _edges_by_time(events: np.ndarray, time_steps: int) -> tuple[np.ndarray, lis
     if len(events) == 0:
         return events, [0] * (time_steps + 1)
     times = events["t"]
+    if times.dtype.kind not in "iu":
+        raise TypeError(f"times must be integers, in microseconds, t is {times.dtype}; see events_from_columns")
     if not _is_sorted(times):
         events = events[np.argsort(times, kind="stable")]
         times = events["t"]
@@ -123,7 +124,7 @@ def _is_sorted(times: np.ndarray) -> bool:
 
 
 def _globally_seeded() -> np.random.Generator:
-    """A generator that follows ``np.random.seed``, as Tonic's own transforms do."""
+    """A generator that follows `np.random.seed`, as Tonic's own transforms do."""
     return np.random.default_rng(np.random.randint(2**31))  # noqa: NPY002
 
 
@@ -152,10 +153,10 @@ class _Drop:
 
 
 class DropByTime(_Drop):
-    """Drops the events of one random interval that lasts ``ratio`` of the recording (EventDrop, arXiv:2106.05836).
+    """Drops the events of one random interval that lasts `ratio` of the recording (EventDrop, arXiv:2106.05836).
 
-    Structured events ``[N]`` -> ``[M]``, 1 <= M <= N; an empty recording stays empty. ``ratio`` is a number or a
-    ``(low, high)`` range to draw from. ``rng`` decides; without it NumPy's global generator does.
+    Structured events `[N]` -> `[M]`, 1 <= M <= N; an empty recording stays empty. `ratio` is a number or a
+    `(low, high)` range to draw from. `rng` decides; without it NumPy's global generator does.
     """
 
     def __init__(self, ratio: float | tuple[float, float] = (0.1, 0.9)) -> None:
@@ -170,9 +171,9 @@ class DropByTime(_Drop):
 
 
 class DropByArea(_Drop):
-    """Drops the events of one random box whose sides are ``ratio`` of the sensor's (EventDrop, arXiv:2106.05836).
+    """Drops the events of one random box whose sides are `ratio` of the sensor's (EventDrop, arXiv:2106.05836).
 
-    Structured events ``[N]`` -> ``[M]``, 1 <= M <= N. ``sensor_size`` is ``(W, H, 2)``.
+    Structured events `[N]` -> `[M]`, 1 <= M <= N. `sensor_size` is `(W, H, 2)`.
     """
 
     def __init__(self, ratio: float | tuple[float, float] = (0.05, 0.25), *, sensor_size: tuple[int, int, int]) -> None:
@@ -189,9 +190,9 @@ class DropByArea(_Drop):
 
 
 class DropAtRandom(_Drop):
-    """Drops ``ratio`` of the events, drawn at random; the order stays (EventDrop, arXiv:2106.05836).
+    """Drops `ratio` of the events, drawn at random; the order stays (EventDrop, arXiv:2106.05836).
 
-    Structured events ``[N]`` -> ``[M]``, M = N - round(ratio * N).
+    Structured events `[N]` -> `[M]`, M = N - round(ratio * N).
     """
 
     def __init__(self, ratio: float | tuple[float, float] = (0.1, 0.9)) -> None:
@@ -206,7 +207,7 @@ class DropAtRandom(_Drop):
 class EventDrop:
     """Leaves a recording alone or drops events by time, by area or at random, each with equal chance.
 
-    The policy of EventDrop (arXiv:2106.05836): structured events ``[N]`` -> ``[M]``, 1 <= M <= N.
+    The policy of EventDrop (arXiv:2106.05836): structured events `[N]` -> `[M]`, 1 <= M <= N.
     """
 
     def __init__(self, *, sensor_size: tuple[int, int, int]) -> None:

@@ -151,9 +151,15 @@ def test_other_inputs_are_refused():
     with pytest.raises(TypeError, match="must be integers"):
         to_frames(np.zeros(5, dtype=[("x", float), ("y", int), ("p", bool)]))
     events = make_events(5, 8, 8, NMNIST)
-    events["p"] = 2
-    with pytest.raises(ValueError, match="polarity must be"):
-        to_frames(events)
+    for column, found in (((2,) * 5, "2 in row 0"), ((0, 1, 1, -1, 0), "0 in row 4"), ((0, 1, 1, 3, 0), "3 in row 3")):
+        events["p"] = column
+        with pytest.raises(ValueError, match=f"p is {found}; expected 0/1, -1/1"):
+            to_frames(events)
+    for field, dtype in (("p", np.nan), ("t", 0.5)):
+        odd = make_events(5, 8, 8, np.dtype([(name, float if name == field else int) for name in "xytp"]))
+        odd[field][2] = dtype
+        with pytest.raises((ValueError, TypeError), match=r"p is nan in row 2|times must be integers"):
+            EventsToFrames(sensor_size=(8, 8, 2), time_steps=2, split_by="time")(odd)
 
 
 def test_drop_by_time_empties_one_interval():
