@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .dataflow import ADDS, FIRST, FOLDS, LEAKS, MASKS, MULTIPLIES, SCALES, Follower, Product
 from .probe import Forward, Probe
+from .silence import DEAD, as_text, silence, warn_if_dead
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,9 +33,13 @@ class NotSpikeDrivenError(ValueError):
 
 @dataclass
 class Audit:
-    """The products of one forward pass; the network is `spike_driven` where none of them is a violation."""
+    """The products of one forward pass; the network is `spike_driven` where none of them is a violation.
+
+    `silence` says which neurons never fired; where none did, `spike_driven` tells of the construction alone.
+    """
 
     products: list[Product]
+    silence: str = ""
 
     @property
     def violations(self) -> list[Product]:
@@ -55,30 +59,42 @@ class Audit:
             listed = "\n".join(f"  {p.module or 'the model'}, {p.operation}: {p.reason}" for p in self.violations)
             raise NotSpikeDrivenError(f"the network is not spike-driven; it multiplies in\n{listed}")
 
+    @property
+    def dead(self) -> bool:
+        """Whether no neuron fired at all."""
+        return self.silence.startswith(DEAD)
+
+    @property
+    def finding(self) -> str:
+        """One sentence."""
+        if not self.spike_driven:
+            return "The network is NOT spike-driven."
+        if self.dead:
+            return "The network is built to be spike-driven, but it does nothing here: no neuron fired."
+        return "The network is spike-driven."
+
     def summary(self) -> list[str]:
-        """The finding, then a line for each verdict with the number of its products."""
-        found = "spike-driven" if self.spike_driven else "NOT spike-driven"
+        """Neurons that never fired, if any; the finding; a line for each verdict with the number of its products."""
         counts = [(len(self.of(verdict)), verdict, why) for verdict, why in VERDICTS.items()]
-        return [f"The network is {found}.", *(f"{n:4d} {verdict}: {why}" for n, verdict, why in counts if n)]
+        lines = [f"{n:4d} {verdict}: {why}" for n, verdict, why in counts if n]
+        return [*([self.silence] if self.silence else []), self.finding, *lines]
 
     def table(self) -> Table:
         """A table for rich, violations in red."""
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(title="Products of one forward pass")
         for name in ("module", "operation", "operands", "verdict", "why"):
             table.add_column(name, overflow="fold")
         for p in self.products:
             style = "bold red" if p.verdict == MULTIPLIES else None
-            table.add_row(p.module or "(model)", p.operation, p.operands, p.verdict, p.reason, style=style)
+            cells = (Text(cell) for cell in (p.module or "(model)", p.operation, p.operands, p.verdict, p.reason))
+            table.add_row(*cells, style=style)
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        text = io.StringIO()
-        Console(file=text, width=160).print(self.table())
-        return "\n".join([*self.summary(), "", text.getvalue()])
+        return as_text([*self.summary(), ""], self.table())
 
 
 def audit(
@@ -106,16 +122,10 @@ def audit(
     """
     with Probe(model, neurons, forward) as probe:
         follower = Follower(probe)
-
-        def followed(model: nn.Module, x: Tensor) -> Any:
-            with follower:
-                follower.start(x)
-                return model(x) if forward is None else forward(model, x)
-
-        probe.forward = followed
         for _ in probe.run([batch]):
             pass
-    result = Audit(list(follower.products.values()))
+    result = Audit(list(follower.products.values()), silence(probe.model, probe.fired))
+    warn_if_dead(result.silence)
     if strict:
         result.raise_for_violations()
     return result

@@ -10,11 +10,28 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .operators import (
+    ADDITIONS,
+    BATCH_NORMS,
+    CHOOSES,
+    COMPARES,
+    MEANS,
+    MOVES,
+    REASONS,
+    SHAPES,
+    UNWRITTEN,
+    WEIGHTED,
+    operation,
+)
 from .probe import Probe, spikes_of
 
 ADDS, FIRST, MASKS, FOLDS, SCALES, LEAKS, MULTIPLIES = "AC", "MAC", "mask", "fold", "scale", "leak", "violation"
 
 INPUT, SPIKES, SCALED, ANALOG, CONSTANT = "input", "spikes", "scaled spikes", "analog", "constant"
+UNSEEN = "unseen"
+
+OUTER, FOREIGN = "outer", "foreign code"
+"""Names of what is no single operation: an elementwise product that widens both factors, and code out of sight."""
 
 
 @dataclass
@@ -45,51 +62,6 @@ class Value:
 NOTHING = Value(CONSTANT)
 
 
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-# Operations that move values keep spikes spikes; so do those that choose among them.
-MOVES = _names(
-    """view _unsafe_view _reshape_alias reshape t transpose permute expand expand_as squeeze unsqueeze select slice
-    narrow index index_select gather take clone detach alias contiguous _to_copy to unfold unbind split split_with_sizes
-    chunk flatten unflatten cat stack constant_pad_nd pad reflection_pad2d replication_pad2d repeat repeat_interleave
-    roll flip pixel_shuffle pixel_unshuffle as_strided lift_fresh upsample_nearest1d upsample_nearest2d channel_shuffle
-    im2col index_put index_copy scatter select_scatter slice_scatter movedim"""
-)
-CHOOSES = _names(
-    """masked_fill where max amax min amin maximum minimum max_pool1d max_pool2d max_pool2d_with_indices max_pool3d
-    max_pool3d_with_indices adaptive_max_pool2d relu clamp clamp_min clamp_max sort topk cummax bitwise_and
-    bitwise_or"""
-)
-COMPARES = _names("ge gt le lt eq ne logical_and logical_or logical_xor logical_not heaviside isfinite isnan")
-ADDITIONS = _names("add sub rsub sum cumsum neg abs sign round floor ceil trunc diff argmax argmin count_nonzero")
-MEANS = _names(
-    """mean avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool2d _adaptive_avg_pool2d _adaptive_avg_pool3d
-    upsample_bilinear2d upsample_bicubic2d"""
-)
-# The two factors' places among the arguments.
-WEIGHTED = {
-    **dict.fromkeys(_names("mm bmm mv dot matmul linear convolution conv1d conv2d conv3d"), (0, 1)),
-    **dict.fromkeys(_names("addmm baddbmm addbmm addmv"), (1, 2)),
-}
-BATCH_NORMS = _names(
-    """native_batch_norm cudnn_batch_norm miopen_batch_norm batch_norm _native_batch_norm_legit
-    _native_batch_norm_legit_no_training _batch_norm_no_update"""
-)
-# Operations that only ask about a tensor, or make one from nothing but its shape.
-SHAPES = _names(
-    """zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full is_same_size
-    _local_scalar_dense item equal zero fill bernoulli arange size sym_size dim numel"""
-)
-REASONS = {
-    "native_layer_norm": "divides by the standard deviation of its own input",
-    "native_group_norm": "divides by the standard deviation of its own input",
-    "_softmax": "takes exponentials and divides by their sum",
-    "_log_softmax": "takes exponentials and divides by their sum",
-}
-
-
 class Follower(TorchDispatchMode):
     """Sees every tensor operation below the model's own code; a tensor it knows nothing of is a constant."""
 
@@ -100,23 +72,54 @@ class Follower(TorchDispatchMode):
         self._values: Any = WeakTensorKeyDictionary()
         for name, neuron in probe.neurons.items():
             probe.watch(neuron, self._neuron(name))
-        probe.follow(lambda name: None)
+        probe.follow(self.entered, self._left)
+        probe.modes.append(self)
+        named = probe.model.named_modules()
+        self.layers = {name for name, module in named if isinstance(getattr(module, "weight", None), Tensor)}
 
     def start(self, x: Tensor) -> None:
         """Marks the input of the model."""
         self._values[x] = Value(INPUT, "the input")
 
+    def entered(self, name: str) -> None:
+        """A module has been called."""
+
+    def counts(self, name: str, args: Sequence[Any], output: Any) -> None:
+        """An operation on the input, or on what came of it, has been judged; outer products come as `OUTER`."""
+
+    def inside_neuron(self, name: str, args: Sequence[Any], output: Any) -> None:
+        """An operation inside of a neuron, where nothing is judged."""
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if not self.probe.neurons.keys() & set(self.probe.path):
-            packet = func.overloadpacket.__name__
-            in_place = packet.endswith("_") and not packet.endswith("__")
-            name = packet.rstrip("_") if in_place and packet != "copy_" else packet
-            operands = [self._value(arg) for arg in _tensors((args, kwargs or {}))]
-            if any(value is not NOTHING for value in operands) or name in WEIGHTED:
-                value = self._judge(name, args, operands, output)
-                self._mark(output, value, in_place)
+        name, in_place = operation(func)
+        if self.probe.neurons.keys() & set(self.probe.path):
+            self.inside_neuron(name, args, output)
+            return output
+        if name in UNWRITTEN:
+            self._mark(output, Value(UNSEEN), False)
+            return output
+        if not in_place and "out" not in (kwargs or {}) and name not in SHAPES:
+            self._seen((args, kwargs))
+        operands = [self.value(arg) for arg in _tensors((args, kwargs or {}))]
+        if any(value is not NOTHING for value in operands) or name in WEIGHTED:
+            value = self._judge(name, args, operands, output)
+            self._mark(output, value, in_place or "out" in (kwargs or {}))
+            self.counts(name, args, output)
+        elif in_place:
+            self._mark(output, NOTHING, True)
         return output
+
+    def _left(self, name: str, output: Any) -> None:
+        if not self.probe.neurons.keys() & set(self.probe.path):
+            self._seen(output)
+
+    def _seen(self, tensors: Any) -> None:
+        """Notes tensors that are read although no operation wrote them: kernels and extensions did, out of sight."""
+        for tensor in _tensors(tensors):
+            if self.value(tensor).kind == UNSEEN and tensor.numel():
+                self.note(FOREIGN, "", MULTIPLIES, "written by code that PyTorch does not see")
+                self._mark(tensor, Value(ANALOG, f"foreign code in {self._here()}"), True)
 
     def _judge(self, name: str, args: Any, operands: list[Value], output: Any) -> Value:
         """What the result holds; products are noted on the way."""
@@ -124,7 +127,7 @@ class Follower(TorchDispatchMode):
         if name in SHAPES:
             return NOTHING
         if name == "copy_":
-            return self._value(args[1])
+            return self.value(args[1])
         if name in COMPARES:
             return Value(SPIKES, f"comparison in {self._here()}")
         if name in MOVES or name in CHOOSES:
@@ -137,66 +140,70 @@ class Follower(TorchDispatchMode):
         if name in BATCH_NORMS:
             return self._normalized(name, args)
         if name in MEANS:
-            self._note(name, known[0].kind, SCALES, "a sum times a constant")
+            self.note(name, known[0].kind, SCALES, "a sum times a constant")
             return Value(INPUT if known[0].kind == INPUT else ANALOG, f"{name} of {known[0].kind} in {self._here()}")
         if name in ADDITIONS:
             return self._added(name, known, args, output)
         reason = REASONS.get(name, "not known to be free of multiplications")
-        self._note(name, " x ".join(value.kind for value in operands), MULTIPLIES, reason)
+        self.note(name, " x ".join(value.kind for value in operands), MULTIPLIES, reason)
         return Value(ANALOG, f"{name} in {self._here()}")
 
     def _weighted(self, name: str, first: Any, second: Any) -> Value:
-        a, b = self._value(first), self._value(second)
-        inside_layer = isinstance(self._module(), nn.Linear | nn.modules.conv._ConvNd)
+        a, b = self.value(first), self.value(second)
         if a is NOTHING and b is NOTHING:
-            if not inside_layer:
+            if self.here() not in self.layers:
                 return NOTHING
             a = Value(ANALOG, "values of unknown origin")
         kinds = f"{a.kind} x {b.kind}"
         analog = [value for value in (a, b) if value.kind == ANALOG]
         if a.binary or b.binary:
             scaled = SCALED in (a.kind, b.kind)
-            self._note(name, kinds, ADDS, "spikes; their scale is absorbed by the weights" if scaled else "spikes")
+            self.note(name, kinds, ADDS, "spikes; their scale is absorbed by the weights" if scaled else "spikes")
         elif not analog and NOTHING in (a, b):
-            self._note(name, kinds, FIRST, "the analog input")
+            self.note(name, kinds, FIRST, "the analog input")
         else:
             source = analog[0].origin if analog else "the input"
             hint = f"; no neuron since {analog[0].layer}" if analog and analog[0].layer else ""
-            self._note(name, kinds, MULTIPLIES, f"its input is not spikes: {source}{hint}")
+            self.note(name, kinds, MULTIPLIES, f"its input is not spikes: {source}{hint}")
         layer = self._here() if NOTHING in (a, b) else ""
         return Value(ANALOG, f"{name} in {self._here()}", layer)
 
     def _multiplied(self, name: str, first: Any, second: Any, output: Any) -> Value:
-        a, b = self._value(first), self._value(second)
+        a, b = self.value(first), self.value(second)
         kinds = f"{a.kind} x {b.kind}"
         if name == "div" and b is not NOTHING:
-            self._note(name, kinds, MULTIPLIES, "divides by a value that depends on the input")
+            self.note(name, kinds, MULTIPLIES, "divides by a value that depends on the input")
             return Value(ANALOG, f"{name} in {self._here()}")
         if a is NOTHING or b is NOTHING:
             value, constant = (a, second) if b is NOTHING else (b, first)
             if _all_ones(constant):
                 return value
-            self._note(name, kinds, SCALES, "a constant factor")
+            if _widens(first, second, output):
+                self.counts(OUTER, (first, second), output)
+            self.note(name, kinds, SCALES, "a constant factor")
             if value.kind == SPIKES:
                 return Value(SCALED, f"scaled in {self._here()}")
             return value
+        if _widens(first, second, output):
+            name = OUTER
+            self.counts(OUTER, (first, second), output)
         if a.binary or b.binary:
-            self._note(name, kinds, MASKS, "passes or blocks")
+            self.note(name, kinds, MASKS, "passes or blocks")
             if a.binary and b.binary:
                 return Value(SCALED if SCALED in (a.kind, b.kind) else SPIKES, f"mask in {self._here()}")
             return Value((a if b.binary else b).kind, f"mask in {self._here()}")
-        self._note(name, kinds, MULTIPLIES, "both factors depend on the input and neither is spikes")
+        self.note(name, kinds, MULTIPLIES, "both factors depend on the input and neither is spikes")
         return Value(ANALOG, f"{name} in {self._here()}")
 
     def _normalized(self, name: str, args: Any) -> Value:
-        x = self._value(args[0])
+        x = self.value(args[0])
         training = len(args) > 5 and args[5] is True
         if training:
-            self._note(name, x.kind, MULTIPLIES, "divides by the standard deviation of its own input")
+            self.note(name, x.kind, MULTIPLIES, "divides by the standard deviation of its own input")
         elif x.layer:
-            self._note(name, x.kind, FOLDS, f"into {x.layer}")
+            self.note(name, x.kind, FOLDS, f"into {x.layer}")
         else:
-            self._note(name, x.kind, SCALES, "constants that the next weights or thresholds absorb")
+            self.note(name, x.kind, SCALES, "constants that the next weights or thresholds absorb")
         return Value(INPUT if x.kind == INPUT else ANALOG, f"{name} of {x.kind} in {self._here()}", x.layer)
 
     def _added(self, name: str, known: Sequence[Value], args: Any, output: Any) -> Value:
@@ -218,17 +225,18 @@ class Follower(TorchDispatchMode):
             for part in _tensors(output):
                 self._mark(part, Value(ANALOG, f"the membrane of {name}"), False)
             spikes = spikes_of(output)
-            top = spikes.max().clamp(min=0)
-            if not bool(((spikes == 0) | (spikes == top)).all()):
+            top = None if spikes.is_meta else spikes.max().clamp(min=0)
+            if top is not None and not bool(((spikes == 0) | (spikes == top)).all()):
                 value = Value(ANALOG, f"{name}, a neuron that emits other values than 0 and 1")
             else:
-                value = Value(SPIKES if top.item() in (0, 1) else SCALED, name)
+                value = Value(SPIKES if top is None or top.item() in (0, 1) else SCALED, name)
             self._mark(spikes, value, False)
-            self._note("membrane", "", LEAKS, "the decay by 1 / tau and the reset")
+            self.note("membrane", "", LEAKS, "the decay by 1 / tau and the reset")
 
         return fired
 
-    def _value(self, tensor: Any) -> Value:
+    def value(self, tensor: Any) -> Value:
+        """What a tensor, or the one it is a view of, holds; `NOTHING` for a constant."""
         if not isinstance(tensor, Tensor):
             return NOTHING
         found: Value | None = self._values.get(tensor)
@@ -238,25 +246,27 @@ class Follower(TorchDispatchMode):
 
     def _mark(self, output: Any, value: Value, in_place: bool) -> None:
         for tensor in _tensors(output):
+            whole = tensor._base if in_place else None
+            before = None if whole is None else self._values.get(whole)
             if value is NOTHING:
                 self._values.pop(tensor, None)
+                if before is not None and before.kind == UNSEEN:
+                    self._values.pop(whole, None)
                 continue
             self._values[tensor] = value
-            whole = tensor._base
-            if in_place and whole is not None:
-                before = self._values.get(whole)
-                same = before is None or before.kind == value.kind
+            if whole is not None:
+                same = before is None or before.kind in (value.kind, UNSEEN)
                 self._values[whole] = value if same else Value(ANALOG, f"values written together in {self._here()}")
 
+    def here(self) -> str:
+        """The name of the module whose code is running, "" for the model itself."""
+        return self.probe.path[-1] if self.probe.path else ""
+
     def _here(self) -> str:
-        return (self.probe.path[-1] if self.probe.path else "") or "the model"
+        return self.here() or "the model"
 
-    def _module(self) -> nn.Module | None:
-        return self.probe.model.get_submodule(self.probe.path[-1]) if self.probe.path else None
-
-    def _note(self, operation: str, operands: str, verdict: str, reason: str) -> None:
-        module = self.probe.path[-1] if self.probe.path else ""
-        key = (module, operation, operands, verdict, reason)
+    def note(self, operation: str, operands: str, verdict: str, reason: str) -> None:
+        key = (self.here(), operation, operands, verdict, reason)
         self.products.setdefault(key, Product(*key)).calls += 1
 
 
@@ -282,11 +292,18 @@ def _joined(known: Sequence[Value], output: Any, constants: bool) -> Value:
 
 
 def _zeros_and_ones(x: Tensor) -> bool:
-    return bool(((x == 0) | (x == 1)).all()) or not x.is_floating_point()
+    return x.is_meta or bool(((x == 0) | (x == 1)).all()) or not x.is_floating_point()
 
 
 def _all_ones(constant: Any) -> bool:
-    return bool((constant == 1).all()) if isinstance(constant, Tensor) else constant == 1
+    if not isinstance(constant, Tensor):
+        return bool(constant == 1)
+    return not constant.is_meta and bool((constant == 1).all())
+
+
+def _widens(a: Any, b: Any, product: Any) -> bool:
+    """Whether an elementwise product is larger than both of its factors, as every pair of their entries is."""
+    return all(isinstance(factor, Tensor) and factor.numel() < product.numel() for factor in (a, b))
 
 
 def _complements(name: str, args: Any) -> bool:

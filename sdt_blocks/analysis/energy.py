@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .operations import LayerOperations, Operations, count_operations
+from .operations import LayerOperations, NotCounted, Operations, count_operations
 from .probe import Batches, Forward, unwrap
+from .silence import as_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -68,6 +69,8 @@ class EnergyReport:
     """Energy of one inference, a mean over `samples`, with the same network as an ANN for comparison.
 
     `ann_mj` charges every layer once, as multiply-accumulates, and softmax attention instead of the spike-driven one.
+    `not_counted` are operations that may multiply but have no rule, so that all totals lack them; `silence` says which
+    neurons never fired, "" where all did.
     """
 
     layers: list[LayerEnergy]
@@ -77,6 +80,8 @@ class EnergyReport:
     e_ac: float
     ann_mj: float
     attention: AttentionEnergy | None
+    not_counted: list[NotCounted] = field(default_factory=list)
+    silence: str = ""
 
     @property
     def total_mj(self) -> float:
@@ -119,6 +124,8 @@ class EnergyReport:
             "e_mac_pj": self.e_mac,
             "e_ac_pj": self.e_ac,
             "layers": [vars(layer) for layer in self.layers],
+            "not_counted": [vars(operation) for operation in self.not_counted],
+            "silence": self.silence,
         }
         text = json.dumps(content, indent=2) + "\n"
         if path is not None:
@@ -128,6 +135,7 @@ class EnergyReport:
     def table(self) -> Table:
         """A table for rich."""
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(title=f"Energy of one inference, {self.steps} steps, mean of {self.samples} samples")
         table.add_column("layer", overflow="fold")
@@ -137,12 +145,17 @@ class EnergyReport:
         for layer in self.layers:
             mean = sum(layer.rate) / len(layer.rate)
             operations = (f"{layer.macs:,.0f}", f"{mean:.4f}", f"{layer.synaptic_operations:,.0f}")
-            table.add_row(layer.name or "(model)", layer.kind, *operations, f"{layer.energy_mj:.3g}")
+            table.add_row(Text(layer.name or "(model)"), layer.kind, *operations, f"{layer.energy_mj:.3g}")
         table.add_section()
         table.add_row("total", "", "", "", f"{self.synaptic_operations:,.0f}", f"{self.total_mj:.4g}")
         table.add_row("total, with a still image's first layer once", "", "", "", "", f"{self.total_once_mj:.4g}")
         table.add_row("the same network as an ANN", "MAC", "", "", "", f"{self.ann_mj:.4g}")
+        for operation in self.not_counted:
+            table.add_row(Text(str(operation)), "not counted", "", "", "", "?", style="bold red")
         return table
+
+    def __str__(self) -> str:
+        return as_text([self.silence] if self.silence else [], self.table())
 
 
 def energy(
@@ -239,7 +252,15 @@ def _report(operations: Operations, e_mac: float, e_ac: float) -> EnergyReport:
     mac_mj = e_mac * PJ_IN_MJ
     ann = sum(mac_mj * (_vanilla(layer) if layer.type == "attention" else layer.macs) for layer in operations.layers)
     return EnergyReport(
-        layers, operations.steps, operations.samples, e_mac, e_ac, ann, _attention(operations, layers, mac_mj)
+        layers,
+        operations.steps,
+        operations.samples,
+        e_mac,
+        e_ac,
+        ann,
+        _attention(operations, layers, mac_mj),
+        operations.not_counted,
+        operations.silence,
     )
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..attention import SpikeDrivenSelfAttention
-from .probe import Batches, Clock, Forward, Hook, Probe, add_at, find_attention, gather
-
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+from .dataflow import MULTIPLIES, NOTHING, OUTER, Follower
+from .operators import FREE
+from .probe import Batches, Clock, Forward, Probe, add_at, find_attention, gather
+from .silence import merge_fired, silence, warn_if_dead
 
 
 @dataclass
@@ -41,12 +42,29 @@ class LayerOperations:
 
 
 @dataclass
+class NotCounted:
+    """An operation of a module that may multiply, but is left out of the count, and how often it was called."""
+
+    module: str
+    operation: str
+    calls: int
+
+    def __str__(self) -> str:
+        return f"{self.module or 'the model'}: {self.operation}"
+
+
+@dataclass
 class Operations:
-    """The layers' work in the order of the forward pass, for the mean of `samples`."""
+    """The layers' work in the order of the forward pass, for the mean of `samples`.
+
+    `not_counted` are operations that may multiply and that no rule counts; `silence` names neurons that never fired.
+    """
 
     layers: list[LayerOperations]
     steps: int
     samples: int
+    not_counted: list[NotCounted] = field(default_factory=list)
+    silence: str = ""
 
 
 @dataclass
@@ -97,62 +115,106 @@ def count_operations(
 
     Counts are summed in float64 over batches and processes. What comes before the first neuron is analog (kind "MAC")
     unless `spike_input` says that the data are spikes; any other layer is "AC" if its inputs are zeros and one positive
-    value in every batch. For `neurons` and `forward` see `firing_rates`. Raises `ValueError` where there is no batch.
+    value in every batch. For `neurons` and `forward` see `firing_rates`. One warning names what may multiply and is not
+    counted. Raises `ValueError` where there is no batch.
     """
     sites: dict[str, _Site] = {}
     samples = steps = 0
-    with Probe(model, neurons, forward) as probe, _Recorder(probe) as recorder:
+    with Probe(model, neurons, forward) as probe:
+        recorder = _Recorder(probe)
         for x in probe.run(batches):
             samples, steps = samples + probe.clock.batch, max(steps, probe.clock.steps)
             for name, calls in recorder.calls.items():
                 site = _sum(name, calls, probe.clock, x)
                 sites.setdefault(name, _Site(site.type)).add(site)
             recorder.calls.clear()
-    return _merge(gather((sites, samples, steps)), spike_input)
+        parts = gather((sites, samples, steps, recorder.not_counted(), probe.fired))
+    result = _merge(parts, spike_input)
+    left_out = sum((part[3] for part in parts), Counter[tuple[str, str]]())
+    result.not_counted = [NotCounted(*where, calls) for where, calls in left_out.items()]
+    result.silence = silence(probe.model, merge_fired(part[4] for part in parts))
+    if result.not_counted:
+        listed = "; ".join(str(operation) for operation in result.not_counted)
+        warnings.warn(f"not counted, as no rule knows what it costs: {listed}", stacklevel=3)
+    warn_if_dead(result.silence)
+    return result
 
 
-class _Recorder(TorchDispatchMode):
-    """Notes every product of a forward pass: of the layers by hooks, of free functions as the dispatcher sees them."""
+class _Recorder(Follower):
+    """Notes the work of every product of a forward pass, as the dispatcher sees it."""
 
     def __init__(self, probe: Probe) -> None:
-        super().__init__()
-        self.probe = probe
+        super().__init__(probe)
         self.calls: dict[str, list[_Call]] = {}
-        self.products: Counter[str] = Counter()
-        self.hooked = set(probe.neurons)
-        for name, module in probe.model.named_modules():
-            if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
-                self.hooked.add(name)
-                probe.watch(module, self._layer(name))
+        self.numbers: Counter[str] = Counter()
+        self.weights = {id(p): name for name, p in probe.model.named_parameters() if p.ndim}
         for name, attention in find_attention(probe.model).items():
             self._watch_attention(name, attention)
-        probe.follow(lambda name: self.products.pop(name, None))
 
-    def _note(self, name: str, call: _Call) -> None:
-        self.calls.setdefault(name, []).append(call)
+    def entered(self, name: str) -> None:
+        self.numbers.pop(name, None)
 
-    def _layer(self, name: str) -> Hook:
-        def called(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            x: Tensor = inputs[0]
-            weight: Tensor = module.weight  # type: ignore[assignment]
-            if isinstance(module, nn.Linear):
-                rows = x if x.ndim > 1 else x.unsqueeze(0)
-                call = self._call(name, "linear", rows, min(rows.ndim - 1, 2), output.numel() * module.in_features)
-            else:
-                rows = x if x.ndim == weight.ndim else x.unsqueeze(0)
-                positions = x.numel() if isinstance(module, TRANSPOSED) else output.numel()
-                call = self._call(name, "conv", rows, 1, positions * weight[0].numel())
-            self._note(name, call)
+    def not_counted(self) -> Counter[tuple[str, str]]:
+        """How often modules called operations that may multiply and that no rule counts."""
+        found: Counter[tuple[str, str]] = Counter()
+        for product in self.products.values():
+            if product.verdict == MULTIPLIES and product.operation not in RULES:
+                found[product.module, product.operation] += product.calls
+        return found
 
-        return called
+    def counts(self, name: str, args: Sequence[Any], output: Any) -> None:
+        for factors in RULES[name](args, output) if name in RULES else ():
+            self._count(factors)
 
-    def _call(self, name: str, kind: str, rows: Tensor, row_axes: int, dense: float) -> _Call:
-        inner = rows.flatten(row_axes)
+    def inside_neuron(self, name: str, args: Sequence[Any], output: Any) -> None:
+        # The membrane's own decay is free of charge, the weights of a recurrent neuron are not.
+        if name in FREE or not any(self._weight(arg) and arg.ndim > 1 for arg in args if isinstance(arg, Tensor)):
+            return
+        if name in RULES:
+            self.counts(name, args, output)
+        elif name not in ("mul", "div"):
+            self.note(name, "", MULTIPLIES, "a weight inside of a neuron")
+
+    def _count(self, factors: Factors) -> None:
+        a, b, macs, kind, a_rows, b_rows = factors
+        weights = [bool(self._weight(a)), bool(self._weight(b))]
+        constant = [self.value(factor) is NOTHING for factor in (a, b)]
+        if all(constant):
+            if weights[0] == weights[1] and self.here() not in self.layers:
+                return  # constants of the model: the same for every sample, so computed once
+            constant = weights
+        if constant[0] == constant[1]:
+            a_adds, b_adds = (bool(_is_spikes(x, x.count_nonzero())) for x in (a, b))
+            constant = [b_adds and not a_adds, False]
+        rows, other = (b_rows, a) if constant[0] else (a_rows, b)
+        here = self.here()
+        layer = here in self.layers and not self.numbers[here]
+        name = here if layer else self._weight(other) or f"{here}.{kind}{self.numbers[here] or ''}".lstrip(".")
+        self.numbers[here] += 1
+        kind = "linear" if layer and kind == "matmul" else kind
+        self.calls.setdefault(name, []).append(self._call(name, kind, rows, macs))
+
+    def _weight(self, factor: Tensor) -> str:
+        """The name of the parameter that a factor is, whole, in part or transposed."""
+        whole = factor if factor._base is None else factor._base
+        return self.weights.get(id(factor), "") or self.weights.get(id(whole), "")
+
+    def _call(self, name: str, kind: str, rows: Tensor, macs: float) -> _Call:
+        arranged = rows.flatten(1) if kind == "conv" else self._arranged(rows)
+        nonzero = _nonzero(arranged)
         before = self.calls.get(name)
         first = before[0].kept_input is not None if before else not self.probe.clock.started
-        nonzero = _nonzero(inner)
         kept = rows if first else None
-        return _Call(kind, nonzero, inner.shape[-1], float(dense), _is_spikes(rows, nonzero), kept)
+        return _Call(kind, nonzero, arranged.shape[-1], float(macs), _is_spikes(rows, nonzero), kept)
+
+    def _arranged(self, rows: Tensor) -> Tensor:
+        """Rows as `[d0, k]` or `[d0, d1, k]`, where the axes before the last tell time, samples and positions apart."""
+        rows = rows[0] if rows.ndim == 3 and len(rows) == 1 else rows
+        leading = self.probe.shapes[-1][:-1] if self.probe.shapes else ()
+        if rows.ndim == 2 and len(leading) > 1 and math.prod(leading) == len(rows):
+            # A linear layer takes its rows flat; they lay as the module that it stands in got them.
+            rows = rows.reshape(*leading, -1)
+        return rows.flatten(2) if rows.ndim > 2 else rows
 
     def _watch_attention(self, name: str, attention: SpikeDrivenSelfAttention) -> None:
         rates: list[Tensor] = []
@@ -168,50 +230,102 @@ class _Recorder(TorchDispatchMode):
             dense = float(kv.numel())
             spikes = _is_spikes(added, nonzero)
             call = _Call("attention", nonzero, added.shape[-1], dense, spikes, None, bound, size)
-            self._note(name, call)
+            self.calls.setdefault(name, []).append(call)
 
         self.probe.watch(attention.coincidences, summed)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        product = PRODUCTS.get(func.overloadpacket._qualified_op_name)
-        if product is not None and not self.hooked.intersection(self.probe.path):
-            owner = self.probe.path[-1] if self.probe.path else ""
-            name = f"{owner}.{product}{self.products[owner] or ''}".lstrip(".")
-            self.products[owner] += 1
-            first, second = args[1:3] if "add" in func.overloadpacket.__name__ else args[:2]
-            self._product(name, product, first, second, output)
-        return output
 
-    def _product(self, name: str, product: str, a: Tensor, b: Tensor, output: Any) -> None:
-        if product == "conv":
-            self._note(name, self._call(name, "conv", a, 1, output.numel() * b[0].numel()))
-        elif product == "attention":
-            # Both products of a fused softmax attention; what it multiplies by V is no spike.
-            call = self._call(name, "matmul", a, 1, 2 * a.numel() * b.shape[-2])
-            self._note(name, _Call("matmul", call.nonzero, call.entries, call.dense, torch.tensor(False)))
-        else:
-            dense = a.numel() * b.shape[-1]
-            a_adds, b_adds = (bool(_is_spikes(x, x.count_nonzero())) for x in (a, b))
-            if b_adds and not a_adds:
-                a = b.t() if b.ndim == 2 else b
-            self._note(name, self._call(name, "matmul", a, 1, dense))
+class Factors(NamedTuple):
+    """A product of two tensors, its multiply-accumulates, and each factor as the rows that are multiplied."""
+
+    a: Tensor
+    b: Tensor
+    macs: float
+    kind: str
+    a_rows: Tensor
+    b_rows: Tensor
 
 
-PRODUCTS = {
-    **dict.fromkeys(("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::addbmm"), "matmul"),
-    "aten::convolution": "conv",
+def _matrices(a: Tensor, b: Tensor) -> list[Factors]:
+    return [Factors(a, b, a.numel() * b.shape[-1], "matmul", a, b.mT)]
+
+
+def _vector(a: Tensor, b: Tensor) -> list[Factors]:
+    return [Factors(a, b, a.numel(), "matmul", a if a.ndim > 1 else a[None], b[None])]
+
+
+def _outer(a: Tensor, b: Tensor, product: Tensor) -> list[Factors]:
+    rows = [factor.expand(product.shape) for factor in (a, b)]
+    a_rows, b_rows = (row if row.ndim > 1 else row[None] for row in rows)
+    return [Factors(a, b, product.numel(), OUTER, a_rows, b_rows)]
+
+
+def _convolution(args: Sequence[Any], output: Tensor) -> list[Factors]:
+    x, weight, transposed = args[0], args[1], args[6]
+    positions = x.numel() if transposed else output.numel()
+    return [Factors(x, weight, positions * weight[0].numel(), "conv", x, weight)]
+
+
+def _linear(args: Sequence[Any], output: Tensor) -> list[Factors]:
+    x, weight = args[:2]
+    return [Factors(x, weight, x.numel() * len(weight), "matmul", x, weight)]
+
+
+def _softmax_attention(args: Sequence[Any], output: Any) -> list[Factors]:
+    """Both products of a fused softmax attention; what the second multiplies by V is no spike."""
+    q, k, v = args[:3]
+    first = q.numel() * k.shape[-2]
+    second = first // q.shape[-1] * v.shape[-1]
+    return [Factors(q, k, first, "matmul", q, k), Factors(_analog(q), v, second, "matmul", _analog(q), _analog(q))]
+
+
+def _bilinear(args: Sequence[Any], output: Tensor) -> list[Factors]:
+    """Each pair of rows x and y gives x W y: x W first, then its product with y."""
+    x, weight, y = args[:3]
+    first = len(x) * weight.numel()
+    return [
+        Factors(x, weight, first, "matmul", x, weight),
+        Factors(_analog(y), y, first // x.shape[-1], "matmul", _analog(y), y),
+    ]
+
+
+def _recurrent(args: Sequence[Any], output: Any) -> list[Factors]:
+    x, from_input, from_hidden = args[:3]
+    hidden = output[0]
+    steps = x.numel() // x.shape[-1]
+    return [
+        Factors(x, from_input, steps * from_input.numel(), "matmul", x, from_input),
+        Factors(hidden, from_hidden, steps * from_hidden.numel(), "matmul", hidden, from_hidden),
+    ]
+
+
+RULES: dict[str, Callable[[Sequence[Any], Any], list[Factors]]] = {
+    **dict.fromkeys(("mm", "bmm", "matmul"), lambda args, output: _matrices(*args[:2])),
+    **dict.fromkeys(("addmm", "baddbmm", "addbmm"), lambda args, output: _matrices(*args[1:3])),
+    **dict.fromkeys(("mv", "dot", "vdot"), lambda args, output: _vector(*args[:2])),
+    "addmv": lambda args, output: _vector(*args[1:3]),
+    "addr": lambda args, output: _outer(args[1][:, None], args[2], output),
+    OUTER: lambda args, output: _outer(args[0], args[1], output),
+    "linear": _linear,
+    **dict.fromkeys(("convolution", "convolution_overrideable"), _convolution),
     **dict.fromkeys(
         (
-            "aten::_scaled_dot_product_flash_attention_for_cpu",
-            "aten::_scaled_dot_product_flash_attention",
-            "aten::_scaled_dot_product_efficient_attention",
-            "aten::_scaled_dot_product_cudnn_attention",
+            "_scaled_dot_product_flash_attention_for_cpu",
+            "_scaled_dot_product_flash_attention",
+            "_scaled_dot_product_efficient_attention",
+            "_scaled_dot_product_cudnn_attention",
         ),
-        "attention",
+        _softmax_attention,
     ),
+    "_trilinear": _bilinear,
+    "mkldnn_rnn_layer": _recurrent,
 }
-"""Products outside of hooked layers, as the dispatcher names them, and what they count as."""
+"""Operations whose work is counted, and how; what else may multiply is named as not counted."""
+
+
+def _analog(like: Tensor) -> Tensor:
+    """Rows of another factor's arrangement that hold no spikes."""
+    return torch.full_like(like, -1.0)
 
 
 def _nonzero(rows: Tensor) -> Tensor:
@@ -264,9 +378,9 @@ def _varies(inputs: list[Tensor], steps: int) -> bool:
     return bool((by_step != by_step[0]).any())
 
 
-def _merge(parts: list[tuple[dict[str, _Site], int, int]], spike_input: bool) -> Operations:
+def _merge(parts: Sequence[tuple[Any, ...]], spike_input: bool) -> Operations:
     sites: dict[str, _Site] = {}
-    for part, _, _ in parts:
+    for part, *_ in parts:
         for name, site in part.items():
             sites.setdefault(name, _Site(site.type)).add(site)
     samples, steps = sum(part[1] for part in parts), max(part[2] for part in parts)

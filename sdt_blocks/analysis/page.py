@@ -86,6 +86,7 @@ def write_page(
     """Writes the page. `figures` holds PNG files and their captions by section heading; the page takes them in."""
     body = [
         f"<h1>{escape(title)}</h1>",
+        f'<p class="bad">{escape(rates.silence)}</p>' if rates.silence else "",
         f'<p class="soft">{escape(subtitle)}</p>',
         _tiles(rates, report, audit),
         _section("Energy of one inference", _energy(report)),
@@ -110,6 +111,8 @@ def _tiles(rates: FiringRates, report: EnergyReport, audit: Audit) -> str:
     silent = sum(layer.silent * len(layer.channel_rate) for layer in layers)
     channels = sum(len(layer.channel_rate) for layer in layers)
     verdict = ("yes", "good") if audit.spike_driven else (f"no, {len(audit.violations)} violations", "bad")
+    if audit.spike_driven and (audit.dead or rates.mean == 0):
+        verdict = ("not shown: no neuron fired", "bad")
     tiles = [
         ("energy of one inference", millijoules(report.total_mj), ""),
         ("the same network as an ANN", millijoules(report.ann_mj), ""),
@@ -141,7 +144,9 @@ def _energy(report: EnergyReport) -> str:
         f"{report.steps} time steps, mean of {report.samples} samples, {report.e_mac:g} pJ a multiply-accumulate and "
         f"{report.e_ac:g} pJ an accumulate.{once}"
     )
-    return f'<p class="soft">{escape(note)}</p><p>{key}</p>{rows}{_attention(report)}'
+    left_out = "; ".join(str(operation) for operation in report.not_counted)
+    missing = f'<p class="bad">Not counted, as no rule knows what it costs: {escape(left_out)}</p>' if left_out else ""
+    return f'{missing}<p class="soft">{escape(note)}</p><p>{key}</p>{rows}{_attention(report)}'
 
 
 def _attention(report: EnergyReport) -> str:
@@ -205,7 +210,7 @@ def _audit(audit: Audit) -> str:
     details = (
         f'<details><summary>every product</summary><div class="scroll"><table>{head}{rows}</table></div></details>'
     )
-    return f'<p>{escape(audit.summary()[0])}</p><div class="scroll"><table>{listed}</table></div>{details}'
+    return f'<p>{escape(audit.finding)}</p><div class="scroll"><table>{listed}</table></div>{details}'
 
 
 def _name(layer: str) -> str:

@@ -22,18 +22,31 @@ COLORS = {"MAC": "#d1495b", "AC": "#00798c"}
 RATE_COLORMAP = "viridis"
 
 
+LONGEST_NAME = 48
+"""Characters of a layer's name that a picture has room for."""
+
+
 def short(name: str) -> str:
     """A layer's name without the parts that say nothing."""
     return name.replace(".branch", "") or "model"
 
 
+def label(name: str) -> str:
+    """A layer's name as matplotlib prints it as it stands, long ones without their middle."""
+    name = short(name)
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME // 2 - 1]}…{name[-LONGEST_NAME // 2 :]}"
+    return name.replace("$", r"\$")
+
+
 def energy_bars(report: EnergyReport) -> Figure:
     """Energy of every layer, one bar each, multiply-accumulates and accumulates in different colours."""
     figure, axes = _figure(7.5, 1.2 + 0.2 * len(report.layers))
-    names = [short(layer.name) for layer in report.layers]
+    names = [label(layer.name) for layer in report.layers]
     unit, factor = suitable_unit(max((layer.energy_mj for layer in report.layers), default=0.0))
     energies = [layer.energy_mj * factor for layer in report.layers]
-    axes.barh(names, energies, color=[COLORS[layer.kind] for layer in report.layers])
+    axes.barh(range(len(names)), energies, color=[COLORS[layer.kind] for layer in report.layers])
+    axes.set_yticks(range(len(names)), names)
     for kind, color in COLORS.items():
         axes.barh([0], [0], color=color, label={"MAC": "multiplies (MAC)", "AC": "only adds (AC)"}[kind])
     axes.legend(frameon=False, loc="lower right")
@@ -57,7 +70,7 @@ def rate_map(rates: FiringRates) -> Figure:
         for (row, step), value in np.ndenumerate(values):
             color = "white" if value < middle else "black"
             axes.text(step, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize=6.5)
-    axes.set_yticks(range(len(layers)), [short(layer.name) for layer in layers])
+    axes.set_yticks(range(len(layers)), [label(layer.name) for layer in layers])
     axes.set_xticks(range(rates.steps))
     axes.set_xlabel("time step")
     axes.set_title("Firing rates")
@@ -74,7 +87,7 @@ def rate_histogram(rates: FiringRates, layer: str) -> Figure:
     axes.legend(frameon=False)
     axes.set_xlabel("firing rate of a channel")
     axes.set_ylabel("channels")
-    axes.set_title(f"{short(layer)}: {found.silent:.0%} of {len(found.channel_rate)} channels silent")
+    axes.set_title(f"{label(layer)}: {found.silent:.0%} of {len(found.channel_rate)} channels silent")
     return figure
 
 
@@ -88,7 +101,7 @@ def raster(recording: Recording, sample: int = 0, neurons: int = 200) -> Figure:
     axes.set_ylim(-1, spikes.shape[1])
     _time_axis(axes, len(spikes))
     axes.set_ylabel("neuron")
-    axes.set_title(f"{short(recording.name)}: {spikes.mean():.1%} of {spikes.numel()} fire")
+    axes.set_title(f"{label(recording.name)}: {spikes.mean():.1%} of {spikes.numel()} fire")
     return figure
 
 
@@ -108,7 +121,7 @@ def membrane_trace(recording: Recording, sample: int = 0, units: Sequence[int] |
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     _time_axis(axes, len(membrane))
     axes.set_ylabel("membrane before its reset")
-    axes.set_title(short(recording.name))
+    axes.set_title(label(recording.name))
     return figure
 
 

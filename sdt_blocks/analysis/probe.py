@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -156,6 +156,9 @@ class Probe:
         self.forward = forward
         self.clock = Clock()
         self.path: list[str] = []
+        self.shapes: list[torch.Size] = []
+        self.modes: list[Any] = []
+        self._fired: dict[str, Tensor] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> Probe:
@@ -164,7 +167,19 @@ class Probe:
         return self
 
     def _clocked(self, name: str) -> Hook:
-        return lambda neuron, inputs, output: self.clock.see(name, neuron, spikes_of(output))
+        def seen(neuron: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            spikes = spikes_of(output)
+            self.clock.see(name, neuron, spikes)
+            if not spikes.is_meta:
+                any_spike = (spikes != 0).any()
+                self._fired[name] = any_spike | self._fired.get(name, any_spike)
+
+        return seen
+
+    @property
+    def fired(self) -> dict[str, bool]:
+        """Whether each neuron layer that was called has emitted anything but zeros so far."""
+        return {name: bool(fired) for name, fired in self._fired.items()}
 
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
@@ -178,19 +193,30 @@ class Probe:
 
         self._handles.append(module.register_forward_hook(call, with_kwargs=True))
 
-    def follow(self, entered: Callable[[str], Any]) -> None:
-        """Keeps `path`, the names of the modules being run, outermost first; calls `entered` at each."""
+    def follow(self, entered: Callable[[str], Any], left: Callable[[str, Any], Any]) -> None:
+        """Keeps `path`, the names of the modules being run, outermost first, and `shapes`, those of their inputs.
 
-        def enter(name: str) -> Callable[[nn.Module, Any], None]:
-            def hook(module: nn.Module, args: Any) -> None:
+        Calls `entered(name)` and `left(name, output)` at each.
+        """
+
+        def enter(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 self.path.append(name)
+                first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+                self.shapes.append(torch.Size() if first is None else first.shape)
                 entered(name)
 
             return hook
 
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            # Within the module still, for what is noted of its output.
+            left(self.path[-1], output)
+            self.path.pop()
+            self.shapes.pop()
+
         for name, module in self.model.named_modules():
-            self._handles.append(module.register_forward_pre_hook(enter(name)))
-            self._handles.append(module.register_forward_hook(lambda *args: self.path.pop() and None, always_call=True))
+            self._handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(leave, always_call=True))
 
     def run(self, batches: Batches) -> Iterator[Tensor]:
         """Runs each batch and yields its input, with the hooks' findings and a stopped `clock` at hand."""
@@ -205,13 +231,33 @@ class Probe:
                     if isinstance(neuron, SpikingNeuron) and neuron.init_hidden and hasattr(neuron, "reset_mem"):
                         neuron.reset_mem()
                 # Compiled code would run past hooks that came after its compilation.
-                with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                with torch.no_grad(), torch.compiler.set_stance("force_eager"), _in_parts(), ExitStack() as watching:
+                    for mode in self.modes:
+                        mode.start(x)
+                        watching.enter_context(mode)
                     if self.forward is None:
                         self.model(x)
                     else:
                         self.forward(self.model, x)
                 self.clock.stop(x)
                 yield x
+
+
+def batch_axis(model: nn.Module, x: Tensor) -> int:
+    """The axis of the input on which the samples lie: 1 where the model takes `[T, B, ...]`, else 0."""
+
+    def clock_of(part: Tensor) -> Clock:
+        with Probe(model) as probe:
+            for _ in probe.run(part):
+                pass
+        return probe.clock
+
+    clock = clock_of(x)
+    if x.ndim < 3 or x.shape[:2] != (clock.steps, clock.batch):
+        return 0
+    # As many steps as samples: what one slice of the first axis is shows when it runs alone.
+    alone = clock_of(x[:1]) if clock.steps == clock.batch else clock
+    return 1 if alone.batch == clock.batch else 0
 
 
 def input_of(batch: Any) -> Tensor:
@@ -222,6 +268,17 @@ def input_of(batch: Any) -> Tensor:
     if x.numel() == 0:
         raise ValueError(f"a batch must not be empty, got the shape {list(x.shape)}")
     return x
+
+
+@contextmanager
+def _in_parts() -> Iterator[None]:
+    """PyTorch's attention computed from its products instead of by one operation that shows none of them."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

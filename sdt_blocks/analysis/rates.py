@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from .probe import Batches, Clock, Forward, Probe, add_at, find_attention, gather, spikes_of, takes_sequence
+from .silence import as_text, merge_fired, silence, warn_if_dead
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,12 +51,18 @@ class LayerRates:
 
 @dataclass
 class FiringRates:
-    """Firing rates of a model by layer name, in the order of the forward pass; `rates["head_neuron"].rate[0]`."""
+    """Firing rates of a model by layer name, in the order of the forward pass; `rates["head_neuron"].rate[0]`.
+
+    `silence` says which neurons never fired, "" where all did.
+    """
 
     layers: dict[str, LayerRates]
     samples: int
+    silence: str = ""
 
     def __getitem__(self, name: str) -> LayerRates:
+        if name not in self.layers:
+            raise KeyError(f"there is no layer {name!r}; the layers are {', '.join(self.layers)}")
         return self.layers[name]
 
     @property
@@ -76,11 +83,14 @@ class FiringRates:
             writer = csv.writer(file)
             writer.writerow(header)
             for layer in self.layers.values():
-                writer.writerow([layer.name, layer.mean, layer.silent, layer.saturated, *layer.rate])
+                # A spreadsheet would compute a cell that starts like a formula.
+                name = f"'{layer.name}" if layer.name.startswith(("=", "+", "-", "@")) else layer.name
+                writer.writerow([name, layer.mean, layer.silent, layer.saturated, *layer.rate])
 
     def table(self) -> Table:
         """A table for rich."""
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(title=f"Firing rates over {self.samples} samples")
         table.add_column("layer", overflow="fold")
@@ -88,8 +98,11 @@ class FiringRates:
             table.add_column(name, justify="right")
         for layer in self.layers.values():
             shares = (f"{share:.1%}" for share in (layer.silent, layer.saturated))
-            table.add_row(layer.name, f"{layer.mean:.4f}", *shares, *(f"{rate:.4f}" for rate in layer.rate))
+            table.add_row(Text(layer.name), f"{layer.mean:.4f}", *shares, *(f"{rate:.4f}" for rate in layer.rate))
         return table
+
+    def __str__(self) -> str:
+        return as_text([self.silence] if self.silence else [], self.table())
 
 
 @dataclass
@@ -158,8 +171,11 @@ def firing_rates(
             for name, layer_calls in calls.items():
                 totals.setdefault(name, _Totals()).add(_sum(layer_calls, probe.clock))
             calls.clear()
-        names = set(probe.neurons)
-    return _merge(gather((totals, samples)), names)
+        parts = gather((totals, samples, probe.fired))
+    result = _merge(parts, set(probe.neurons))
+    result.silence = silence(probe.model, merge_fired(part[2] for part in parts))
+    warn_if_dead(result.silence)
+    return result
 
 
 def _watched(probe: Probe) -> dict[str, nn.Module]:
@@ -191,12 +207,12 @@ def _sum(calls: list[_Call], clock: Clock) -> _Totals:
     return result
 
 
-def _merge(parts: list[tuple[dict[str, _Totals], int]], neurons: set[str]) -> FiringRates:
+def _merge(parts: Sequence[tuple[Any, ...]], neurons: set[str]) -> FiringRates:
     merged: dict[str, _Totals] = {}
-    for totals, _ in parts:
+    for totals, *_ in parts:
         for name, layer in totals.items():
             merged.setdefault(name, _Totals()).add(layer)
-    samples = sum(count for _, count in parts)
+    samples = sum(part[1] for part in parts)
     if samples == 0:
         raise ValueError("there was no batch to run; check that the data is not empty")
     if not merged:

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from torch import Tensor, nn
 
 from . import plots
 from .attention_maps import attention_maps
-from .audit import audit
+from .audit import Audit, audit
 from .energy import EnergyReport, energy, millijoules
 from .page import write_page
-from .probe import find_attention, find_neurons, input_of, is_first_process, unwrap
+from .probe import Batches, batch_axis, find_attention, find_neurons, input_of, is_first_process, unwrap
 from .rates import FiringRates, firing_rates
 from .record import record
 
 
 def analyze_model(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Batches,
     output_dir: str | Path,
     *,
     title: str = "",
@@ -32,47 +31,67 @@ def analyze_model(
     """Analyses a model on batches of (inputs, targets) and writes the folder; returns the rates and the energy.
 
     Every process calls this with its own share of the samples, `batches` being read more than once; the first one
-    writes. `layer` is the neuron layer to draw (the last by default), `images` the number of overlays.
+    writes. `layer` is the neuron layer to draw (the last by default), `images` the number of overlays. The samples lie
+    on the first axis of the inputs, or on the second one where the network takes time first.
+
+    Raises `TypeError` for batches that can be read only once, and `ValueError` for a layer that is not there, a
+    negative number of images, no batch, or a model without neurons.
     """
     model = unwrap(model)
+    if isinstance(batches, Iterator):
+        raise TypeError("batches are read more than once; give a list or a data loader instead of an iterator")
+    if images < 0:
+        raise ValueError(f"images must not be negative, got {images}")
+    neurons = find_neurons(model)
+    if layer is not None and layer not in neurons:
+        raise ValueError(f"no neuron layer is called {layer!r}; there are {', '.join(neurons) or 'none'}")
     rates, report = firing_rates(model, batches), energy(model, batches)
     if not is_first_process():
         return rates, report
     folder = Path(output_dir)
     (folder / "overlays").mkdir(parents=True, exist_ok=True)
-    first = input_of(next(iter(batches)))
-    found = audit(model, first[:2])
+    first = batches if isinstance(batches, Tensor) else input_of(next(iter(batches)))
+    axis = batch_axis(model, first)
+    few, one = (first.narrow(axis, 0, min(count, first.shape[axis])) for count in (images, 1))
+    found = audit(model, first.narrow(axis, 0, min(2, first.shape[axis])))
+    found.silence = rates.silence  # of all samples, not of two
     rates.to_csv(folder / "rates.csv")
     report.to_json(folder / "energy.json")
     (folder / "audit.txt").write_text(str(found), encoding="utf-8")
     plots.energy_bars(report).savefig(folder / "energy.png", dpi=120)
     plots.rate_map(rates).savefig(folder / "rates.png", dpi=120)
+    drawn = layer or [name for name in rates.layers if name in neurons][-1]
     figures = {
-        "Attention": draw_attention(model, first[:images], folder),
-        "A neuron layer": draw_neurons(model, first, layer or list(find_neurons(model))[-1], rates, folder),
+        "Attention": draw_attention(model, few, axis, folder),
+        "A neuron layer": draw_neurons(model, one, drawn, rates, folder),
     }
+    sample = " x ".join(str(size) for at, size in enumerate(first.shape) if at != axis)
     write_page(
         folder / "index.html",
         title=title or type(model).__name__,
-        subtitle=f"{rates.samples} samples, {report.steps} time steps, input {' x '.join(map(str, first.shape[1:]))}",
+        subtitle=f"{rates.samples} samples, {report.steps} time steps, input {sample}",
         rates=rates,
         report=report,
         audit=found,
         figures=figures,
     )
-    print_summary(rates, report, found.summary()[0], folder)
+    print_summary(rates, report, found, folder)
     return rates, report
 
 
-def draw_attention(model: nn.Module, images: Tensor, folder: Path) -> list[tuple[Path, str]]:
-    """Overlays of the last block by step, and of all blocks; one PNG for each image too. Empty without attention."""
-    if not find_attention(model) or not len(images):
+def draw_attention(model: nn.Module, inputs: Tensor, axis: int, folder: Path) -> list[tuple[Path, str]]:
+    """Overlays of the last block by step, and of all blocks; one PNG for each image too. Empty without attention.
+
+    `axis` is the one of the inputs on which the samples lie.
+    """
+    images = inputs.transpose(0, axis)
+    if not find_attention(model) or not len(images) or images.ndim not in (4, 5):
         return []
-    by_step = attention_maps(model, images, per_step=True)
+    by_step = attention_maps(model, inputs, per_step=True)
     steps = [f"t={t}" for t in range(len(by_step))]
     plots.attention_figure(images, by_step[:8], steps, by_step=True).savefig(folder / "attention_steps.png", dpi=120)
     drawn = [(folder / "attention_steps.png", "Where q * a spikes in the last block, by time step")]
-    by_block = attention_maps(model, images, block=None)
+    by_block = attention_maps(model, inputs, block=None)
     if len(by_block) > 1:
         blocks = [f"block {i}" for i in range(len(by_block))]
         plots.attention_figure(images, by_block, blocks).savefig(folder / "attention_blocks.png", dpi=120)
@@ -85,11 +104,11 @@ def draw_attention(model: nn.Module, images: Tensor, folder: Path) -> list[tuple
 def draw_neurons(
     model: nn.Module, inputs: Tensor, layer: str, rates: FiringRates, folder: Path
 ) -> list[tuple[Path, str]]:
-    """Raster, membranes and spread of rates of one neuron layer; of those for whose neurons they can be had."""
+    """Raster and membranes of one neuron layer for one sample, where they can be had, and its spread of rates."""
     plots.rate_histogram(rates, layer).savefig(folder / "rate_histogram.png", dpi=120)
     drawn = [(folder / "rate_histogram.png", f"{layer}: firing rates of its channels over all samples")]
     try:
-        recording = record(model, inputs[:1], layer)
+        recording = record(model, inputs, layer)
     except ValueError as error:
         print(f"no membranes are drawn: {error}", file=sys.stderr)
         return drawn
@@ -100,12 +119,14 @@ def draw_neurons(
     return drawn
 
 
-def print_summary(rates: FiringRates, report: EnergyReport, verdict: str, folder: Path) -> None:
+def print_summary(rates: FiringRates, report: EnergyReport, found: Audit, folder: Path) -> None:
     """The findings on the terminal."""
-    console = Console(highlight=False, soft_wrap=True)
-    layers = list(rates.layers.values())
-    silent = [layer.name for layer in layers if layer.silent == 1]
-    console.print(verdict, style="green" if "NOT" not in verdict else "bold red")
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    if rates.silence:
+        console.print(rates.silence, style="bold red")
+    console.print(found.finding, style="green" if found.spike_driven and not found.dead else "bold red")
+    for operation in report.not_counted:
+        console.print(f"not counted, as no rule knows what it costs: {operation}", style="bold red")
     console.print(
         f"{millijoules(report.total_mj)} an inference ({millijoules(report.ann_mj)} as an ANN), mean firing rate "
         f"{rates.mean:.1%} over {rates.samples} samples and {report.steps} steps"
@@ -116,6 +137,4 @@ def print_summary(rates: FiringRates, report: EnergyReport, verdict: str, folder
     for layer in sorted(report.layers, key=lambda layer: -layer.energy_mj)[:5]:
         share = layer.energy_mj / (report.total_mj or 1.0)
         console.print(f"  {share:6.1%}  {millijoules(layer.energy_mj):>9}  {layer.kind:3}  {layer.name}")
-    if silent:
-        console.print(f"never fires: {', '.join(silent)}", style="yellow")
     console.print(f"all in {folder / 'index.html'}")

@@ -69,7 +69,12 @@ def test_a_run(launcher, run_folder):
     assert len(list((folder / "overlays").glob("*.png"))) == 3
     rates, report = direct(run_folder, 50)
     check_figures(folder, rates, report)
-    assert (folder / "audit.txt").read_text(encoding="utf-8").startswith("The network is spike-driven.")
+    lines = (folder / "audit.txt").read_text(encoding="utf-8").splitlines()
+    # The run is too short for every layer to fire.
+    assert lines[0].endswith("is spike-driven.") or (
+        lines[0] == rates.silence and lines[1].endswith("is spike-driven.")
+    )
+    assert rates.mean > 0
     assert "The network is spike-driven." in done.stdout and "run/analysis/index.html" in done.stdout
     page = (folder / "index.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 5 and "50 samples, 4 time steps, input 1 x 8 x 8" in page
