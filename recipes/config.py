@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from schema import Config, Derived
+from values import convert, read_yaml, shown
 
 CONFIGS = Path(__file__).with_name("configs")
 
@@ -49,45 +46,52 @@ def load_config(arguments: Sequence[str], *, default: str) -> Config:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(f"cannot read the argument {argument!r}; write key=value, for example optim.lr=1e-3")
+            raise ConfigError(f"cannot read the argument {shown(argument)}; write key=value, for example optim.lr=1e-3")
         if key == "config":
             source = value
         else:
             overrides.append((key, value))
-    content = _read_yaml(_find(source))
+    content = _read_file(_find(source))
     content.pop("derived", None)
-    config = OmegaConf.structured(Config)
-    try:
-        for key, value in _leaves(content):
-            _set(config, key, value)
-        for key, text in overrides:
-            _set(config, key, _parse(key, text))
-        result: Config = OmegaConf.to_object(config)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        raise ConfigError(one_paragraph(error)) from None
-    validate(result)
-    return result
+    config = Config()
+    for key, value in [*_leaves(content), *overrides]:
+        _set(config, key, value)
+    validate(config)
+    return config
 
 
 def _find(source: str) -> Path:
     path = Path(source)
-    if path.is_file():
-        return path
     named = CONFIGS / f"{source.removesuffix('.yaml')}.yaml"
-    if source and "/" not in source and named.is_file():
-        return named
-    known = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
-    raise ConfigError(f"config={source}: no such file; give the path of a YAML file or one of {', '.join(known)}")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        if path.is_file():
+            return path
+        if source and "/" not in source and named.is_file():
+            return named
+    except (OSError, ValueError):  # a name that no file can have
+        pass
+    known = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
+    raise ConfigError(
+        f"config={_plain(source)}: no such file; give the path of a YAML file or one of {', '.join(known)}"
+    )
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        content = read_yaml(path.read_bytes())
+    except (yaml.YAMLError, OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a readable YAML file ({one_paragraph(error)})") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not a readable YAML file (it is nested too deeply)") from None
+    if content is None:
+        return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping such as `train: {{epochs: 10}}`, found {type(content).__name__}")
-    return {str(key): value for key, value in content.items()}
+    return content
+
+
+def _plain(text: str) -> str:
+    return text if len(text) <= 60 and text.isprintable() else shown(text)
 
 
 def _leaves(content: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -109,29 +113,12 @@ def _lookup(key: str) -> Any:
         hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
         if part not in hints:
             where = ".".join(key.split(".")[:depth])
-            near = difflib.get_close_matches(key, all_keys(), n=1, cutoff=0.6)
+            near = difflib.get_close_matches(key[:100], all_keys(), n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}? " if near else ""
             valid = f"{where or 'the top level'} has {', '.join(hints)}" if hints else f"{where} is a single value"
-            raise ConfigError(f"unknown key {key!r}: {hint}{valid}")
+            raise ConfigError(f"unknown key {shown(key)}: {hint}{valid}")
         kind = hints[part]
     return kind
-
-
-def _parse(key: str, text: str) -> Any:
-    kinds = _alternatives(_lookup(key))
-    if str in kinds:
-        # As text whatever it looks like: YAML would read the pooling flags 0011 as the octal number 9.
-        return None if text in ("null", "") and type(None) in kinds else text
-    try:
-        # OmegaConf's reader takes 3e-4 for the number it is.
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=True)["value"]  # type: ignore
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{key}={text}: cannot be read ({one_paragraph(error)})") from None
-
-
-def _alternatives(kind: Any) -> tuple[Any, ...]:
-    is_union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
-    return typing.get_args(kind) if is_union else (kind,)
 
 
 def _set(config: Any, key: str, value: Any) -> None:
@@ -142,15 +129,11 @@ def _set(config: Any, key: str, value: Any) -> None:
         names = ", ".join(f"{key}.{f.name}" for f in dataclasses.fields(kind))
         raise ConfigError(f"{key} is a section; set one of its keys: {names}")
     try:
-        OmegaConf.update(config, key, value)
-    except OmegaConfBaseException:
-        raise ConfigError(f"{key}: expected {_describe(kind)}, got {value!r}") from None
-
-
-def _describe(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    kinds = _alternatives(kind)
-    return " or ".join(names.get(k, "a list of numbers such as [0.1, 0.9]") for k in kinds)
+        converted = convert(value, kind)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from None
+    *sections, last = key.split(".")
+    setattr(_get(config, ".".join(sections)) if sections else config, last, converted)
 
 
 def all_keys() -> list[str]:
@@ -176,12 +159,10 @@ def validate(config: Config) -> None:
     for key, _, item in _walk(Config):
         value = _get(config, key)
         for single in value if isinstance(value, list) else [value]:
-            if isinstance(value, list) and not isinstance(single, int | float):
-                raise ConfigError(f"{key}: expected a list of numbers such as [0.1, 0.9], got {value}")
             _check_bounds(key, single, item.metadata)
         length = item.metadata.get("length")
         if isinstance(value, list) and (not value or (length and len(value) != length)):
-            raise ConfigError(f"{key}: expected {length or 'at least one'} number(s), got {value}")
+            raise ConfigError(f"{key}: expected {length or 'at least one'} number(s), got {shown(value)}")
     data, train, optim = config.data, config.train, config.optim
     for key in ("data.scale", "data.ratio"):
         low, high = _get(config, key)
@@ -193,7 +174,7 @@ def validate(config: Config) -> None:
         raise ConfigError("output_dir: expected the path of a folder, got nothing")
     pooling = config.model.pooling
     if pooling is not None and (len(pooling) != 4 or set(pooling) - {"0", "1"}):
-        raise ConfigError(f'model.pooling: expected four flags 0 or 1, quoted in YAML ("0011"), got {pooling!r}')
+        raise ConfigError(f'model.pooling: expected four flags 0 or 1, quoted in YAML ("0011"), got {shown(pooling)}')
     if train.warmup_epochs > train.epochs:
         raise ConfigError(f"train.warmup_epochs={train.warmup_epochs} exceeds train.epochs={train.epochs}")
     if optim.min_lr > optim.lr:
@@ -217,13 +198,11 @@ def _get(config: Any, key: str) -> Any:
 def _check_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> None:
     if value is None:
         return
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{key}: expected a finite number, got {value}")
     choices = bounds.get("choices")
     if choices and value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
+        near = difflib.get_close_matches(str(value)[:100], choices, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"{key}: {value!r} is unknown; {hint}choose one of {', '.join(choices)}")
+        raise ConfigError(f"{key}: {shown(value)} is unknown; {hint}choose one of {', '.join(choices)}")
     wrong = (
         (("least" in bounds) and value < bounds["least"])
         or (("most" in bounds) and value > bounds["most"])
@@ -231,7 +210,7 @@ def _check_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> None:
         or (("below" in bounds) and value >= bounds["below"])
     )
     if wrong:
-        raise ConfigError(f"{key}: expected a value {_range(bounds)}, got {value}")
+        raise ConfigError(f"{key}: expected a value {_range(bounds)}, got {shown(value)}")
 
 
 def _range(bounds: Mapping[str, Any]) -> str:
@@ -275,7 +254,7 @@ def help_text(default: str) -> str:
 
 def to_yaml(config: Config) -> str:
     """The whole tree as YAML; `load_config` reads it again."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def one_paragraph(error: object) -> str:

@@ -10,6 +10,7 @@ import pytest
 from config import CONFIGS, Config, ConfigError, all_keys, flatten, help_text, load_config, to_yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from values import convert
 
 from sdt_blocks import SpikeDrivenTransformer
 
@@ -58,6 +59,38 @@ def test_a_resolved_configuration_reads_back_the_same(tmp_path):
     assert dataclasses.asdict(load_config([f"config={file}"], default="digits")) == dataclasses.asdict(config)
 
 
+@pytest.mark.parametrize("text", ["a $b ${c}", "x[0]", "010", "true", "1e3", "é: [#", "'quoted'", "@,&*"])
+def test_names_are_text_whatever_they_look_like(tmp_path, text):
+    config = load_config([f"data.root={text}", f"output_dir={text}"], default="digits")
+    assert config.data.root == config.output_dir == text
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config([f"config={file}"], default="digits") == config
+
+
+def test_flags_of_a_file_need_no_quotes(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: {pooling: 0011}\n")
+    assert load_config([f"config={file}"], default="digits").model.pooling == "0011"
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "expected"),
+    [(2, float, 2.0), (True, bool, True), ([1, 2.5], list[float], [1.0, 2.5]), (None, int | None, None)],
+)
+def test_a_value_that_is_no_text_keeps_its_type(value, kind, expected):
+    assert repr(convert(value, kind)) == repr(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(True, int), (1, bool), (True, float), (1.0, int), (float("nan"), float), (10**400, float), (3, str), (None, int)],
+)
+def test_a_value_of_another_type_is_refused(value, kind):
+    with pytest.raises(ValueError, match="expected"):
+        convert(value, kind)
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
 def test_every_configuration_starts_with_the_command_that_runs_it(name):
     first = (CONFIGS / f"{name}.yaml").read_text().splitlines()[0]
@@ -80,12 +113,37 @@ def test_help_names_every_key():
         ("optim.lr=fast", ["optim.lr: expected a number, got 'fast'"]),
         ("optim.lr=0", ["optim.lr: expected a value above 0 and at most 10000, got 0.0"]),
         ("optim.lr=nan", ["optim.lr: expected a finite number"]),
-        ("train.epochs=1.5", ["train.epochs: expected a whole number, got 1.5"]),
+        ("train.epochs=1.5", ["train.epochs: expected a whole number, got '1.5'"]),
+        ("train.epochs=010", ["train.epochs: expected a whole number, got '010'"]),
+        ("train.epochs=1e3", ["train.epochs: expected a whole number, got '1e3'"]),
+        ("train.epochs=true", ["train.epochs: expected a whole number, got 'true'"]),
+        ("train.epochs=null", ["train.epochs: expected a whole number, got null"]),
+        ("train.epochs=" + "1" * 5000, ["train.epochs: expected a whole number, got '111", "(5000 characters)"]),
+        (
+            "train.epochs=" + "1" * 3000,
+            ["train.epochs: expected a value of at least 1 and at most 1e+06"],
+        ),
+        ("train.batch_size=1_000", ["train.batch_size: expected a whole number, got '1_000'"]),
+        ("train.batch_size=٣", ["train.batch_size: expected a whole number"]),
+        ("train.tet=-5", ["train.tet: expected true or false, got '-5'"]),
+        ("train.tet=1", ["train.tet: expected true or false, got '1'"]),
+        ("train.tet=no", ["train.tet: expected true or false, got 'no'"]),
+        ("analyze=99999999999999999999", ["analyze: expected true or false"]),
+        ("optim.lr=true", ["optim.lr: expected a number, got 'true'"]),
+        ("optim.lr=1e999", ["optim.lr: expected a finite number, got '1e999'"]),
+        ("optim.lr=.inf", ["optim.lr: expected a finite number"]),
+        ("optim.betas=[0.9,true]", ["optim.betas: expected a list of numbers", "got 'true'"]),
+        ("data.root=\udcff", ["data.root: expected text in UTF-8"]),
+        ("config=" + "a" * 5000, ["config='aaa", "no such file"]),
+        ("a" * 5000 + "=1", ["unknown key 'aaa", "(5000 characters)"]),
+        ("data[root]=1", ["unknown key 'data[root]'"]),
+        ("${data}.root=1", ["unknown key '${data}.root'"]),
+        ("model.name=" + "a" * 5000, ["model.name: 'aaa", "is unknown"]),
         ("train.compile=maybe", ["train.compile: expected true or false, got 'maybe'"]),
         ("data.scale=[0.5]", ["data.scale: expected 2 number(s)"]),
         ("data.scale=[0.9,0.1]", ["data.scale: the first value must not exceed the second"]),
         ("data.mean=[0.1,0.2]", ["data.mean has 2 values and data.std 1"]),
-        ("optim.lr=[", ["optim.lr=[: cannot be read"]),
+        ("optim.lr=[", ["optim.lr: expected a number, got '['"]),
         ("model.name=sdt_8_385", ["'sdt_8_385' is unknown; did you mean sdt_8_384?"]),
         ("model.pooling=11", ["four flags", "'11'"]),
         ("data=3", ["data is a section", "data.name"]),
@@ -112,7 +170,12 @@ def test_a_wrong_key_or_value_is_refused_with_the_valid_ones(argument, parts):
         ("optim: {lr: 1e-3", "not a readable YAML file"),
         ("- a\n- b\n", "expected a mapping"),
         ("optim:\n  lrr: 1\n", "did you mean optim.lr?"),
-        ("model:\n  pooling: 0011\n", "quoted in YAML"),
+        ("model:\n  pooling: 11\n", "quoted in YAML"),
+        ("train:\n  epochs: 010\n", "train.epochs: expected a whole number, got '010'"),
+        ("train:\n  tet: yes\n", "train.tet: expected true or false, got 'yes'"),
+        ("train:\n  epochs: 1\n  epochs: 2\n", "the key 'epochs' stands twice"),
+        ("train:\n  epochs: [1]\n", "train.epochs: expected a whole number, got ['1']"),
+        ("a: " + "[" * 3000, "nested too deeply"),
         ("optim: 3\n", "optim is a section"),
         ("train: {epochs: ${nothing}}\n", "not a readable YAML file"),
         ("\x00\x01", "not a readable YAML file"),
@@ -149,7 +212,7 @@ _not_a_list = st.builds(
     ),
 ).filter(lambda a: a not in ("data.mean=[-1,2]",))
 _section = st.builds("{}={}".format, st.sampled_from(["data", "model", "optim", "train", "events"]), _words)
-_unclosed = st.builds("{}=${{{}".format, st.sampled_from(KEYS), _words)
+_unclosed = st.builds("{}=${{{}".format, st.sampled_from(NUMBERS), _words)
 _malformed = st.one_of(
     _unknown_key, _no_value, _not_a_number, _out_of_bounds, _no_choice, _not_a_list, _section, _unclosed
 )
