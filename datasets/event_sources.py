@@ -12,6 +12,7 @@ import csv
 import logging
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ import torch
 
 from sdt_datasets.columns import Notes, frames_from_counts
 from sdt_datasets.errors import IGNORED, DataError
-from sdt_datasets.files import LARGEST_CONTENT, check_regular, distinct_folders, list_files, walk_files
+from sdt_datasets.files import LARGEST_CONTENT, check_regular, class_folders, distinct_folders, list_files, walk_files
 from sdt_datasets.recordings import read_events
 
 _log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class ClassFolders(tonic.dataset.Dataset):
         super().__init__(str(folder))
         self.read, self.sensor_size, self.holds = read, sensor_size, holds
         self.note, self.folders = Notes(), [folder]
-        folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        folders = class_folders(folder)
         seen = distinct_folders(folders)
         files = {
             path.name: sorted(
@@ -261,6 +262,11 @@ class TETFrames(tonic.dataset.Dataset):
 
     def _load(self, path: str) -> tuple[torch.Tensor, int]:
         check_regular(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(member.file_size for member in archive.infolist())
+            if unpacked > LARGEST_CONTENT:
+                raise ValueError(f"it unpacks to {unpacked} bytes; at most {LARGEST_CONTENT} are read")
         try:
             try:
                 content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)

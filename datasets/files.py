@@ -55,12 +55,16 @@ def walk_files(folder: Path, seen: set[tuple[int, int]] | None = None) -> Iterat
         below = []
         for entry in entries:
             name = os.path.join(inner, entry.name)
-            if not entry.is_dir():
-                yield name, "" if entry.is_file() else "no regular file"
-            elif (identity := folder_id(entry.path)) in seen:
+            try:
+                status = entry.stat()
+            except OSError:  # a link that leads nowhere or in circles
+                status = None
+            if status is None or not stat.S_ISDIR(status.st_mode):
+                yield name, "" if status and stat.S_ISREG(status.st_mode) else "no regular file"
+            elif (status.st_dev, status.st_ino) in seen:
                 yield name, "link to a folder met before"
             else:
-                seen.add(identity)
+                seen.add((status.st_dev, status.st_ino))
                 below.append(name)
         waiting += reversed(below)
 
@@ -69,6 +73,11 @@ def folder_id(path: str | os.PathLike) -> tuple[int, int]:
     """(device, inode): equal for two paths that lead to one folder."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
+
+
+def class_folders(folder: Path) -> list[Path]:
+    """The folders in `folder`, of which each holds a class, in the order of their names; hidden ones are none."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def distinct_folders(folders: Sequence[Path]) -> set[tuple[int, int]]:

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from sdt_datasets.errors import DataError
-from sdt_datasets.files import check_regular, describe_files, distinct_folders, walk_files
+from sdt_datasets.files import check_regular, class_folders, describe_files, distinct_folders, walk_files
 from sdt_datasets.image_transforms import open_image
 
 _log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class FolderImages:
         from torchvision.datasets.folder import IMG_EXTENSIONS
 
         self.root = root
-        folders = sorted(Path(entry.path) for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
+        folders = class_folders(root)
         self.classes = [folder.name for folder in folders]
         if not folders:
             raise DataError(f"{root} has no class folders; lay the images out as {root}/CLASS/IMAGE.jpg")

@@ -11,7 +11,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import auto_augment as timm_ops
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
@@ -183,7 +183,11 @@ def open_image(file: str | IO[bytes]) -> Image.Image:
     Raises `OSError` where the file is damaged or in none of `FORMATS`, `ValueError` for more than `LARGEST_IMAGE`
     pixels, which is known before any of them is decoded.
     """
-    with Image.open(file, formats=FORMATS) as image:
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise OSError(f"it is none of {', '.join(FORMATS)}") from None
+    with image:
         check_pixels("its size is", *image.size)
         return to_rgb(image)
 

@@ -178,7 +178,7 @@ def _only_one(wish: _Wish, found: list[_Found], looked: Sequence[Path]) -> tuple
 
 def _what_is_in(folder: Path) -> str:
     there = describe_files(walk_files(folder))
-    return f", which holds {there}" if there else ""
+    return f"; {folder} holds {there}" if there else ""
 
 
 def _open_gesture(wish: _Wish) -> tuple[Part, Part]:
@@ -294,7 +294,7 @@ def _open_folder(wish: _Wish) -> tuple[Part, Part]:
         raise wish.missing(f"{root} holds no recordings{_what_is_in(root)}")
     sensor_size = (wish.sensor_size[0], wish.sensor_size[1], 2) if wish.sensor_size else _find_sensor_size(sources)
     for source in sources:
-        source.sensor_size = sensor_size
+        source.sensor_size, source.folders = sensor_size, [root]
     return parts
 
 
@@ -303,9 +303,7 @@ def _find_sensor_size(sources: Sequence[ClassFolders]) -> tuple[int, int, int]:
     for path in (path for source in sources for path in source.data if path.lower().endswith(".aedat4")):
         try:
             return aedat4_sensor_size(path)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the AEDAT4 decoder's panic is no Exception
+        except Exception as error:  # it is named again where it is read for use
             _log.warning("the sensor size of %s cannot be read: %s", path, error)
     sizes: dict[str, tuple[int, int]] = {}
     failed: list[str] = []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +49,20 @@ def _read_aedat4(path: str | os.PathLike) -> Columns:
     from tonic.io import read_aedat4
 
     check_regular(path)
-    events = read_aedat4(str(path))
+    with _no_panic():
+        events = read_aedat4(str(path))
     return events["t"], events["x"], events["y"], events["on"]
+
+
+@contextlib.contextmanager
+def _no_panic() -> Iterator[None]:
+    """The decoder of AEDAT4 panics on some damaged files, which is no Exception: ValueError instead."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise ValueError(f"the decoder of AEDAT4 gave up on it ({error})") from error
 
 
 def _columns_of_array(array: np.ndarray) -> list[np.ndarray]:
@@ -93,7 +106,10 @@ def aedat4_sensor_size(path: str | os.PathLike) -> tuple[int, int, int]:
     """`(W, H, 2)` from the header of an AEDAT4 file. Raises ValueError where it has no events stream of such a size."""
     import aedat
 
-    for _, stream in sorted(aedat.Decoder(str(path)).id_to_stream().items()):
+    check_regular(path)
+    with _no_panic():
+        streams = aedat.Decoder(str(path)).id_to_stream()
+    for _, stream in sorted(streams.items()):
         if stream["type"] == "events":
             width, height = stream["width"], stream["height"]
             if not 0 < width <= LARGEST_SIDE or not 0 < height <= LARGEST_SIDE:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from sdt_datasets.cache import ArrayCache
 from sdt_datasets.errors import DataError
 from sdt_datasets.event_data import build_event_datasets
+from sdt_datasets.events import EventsToFrames
 
 
 def entries(folder):
@@ -86,6 +88,67 @@ def test_a_damaged_entry_is_made_again(tmp_path, damage, caplog):
     np.testing.assert_array_equal(cache.get({"a": 1}, lambda: frames), frames)
     assert f"{path} is damaged" in caplog.text
     np.testing.assert_array_equal(cache.get({"a": 1}, must_not_run), frames)
+
+
+@pytest.mark.parametrize("place", ["entry", "folder of entries"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "loop", "file"])
+def test_whatever_stands_in_the_place_of_an_entry_does_not_stop(tmp_path, kind, place, caplog):
+    cache = ArrayCache(tmp_path)
+    cache.get({"a": 1}, lambda: np.ones(3))
+    (path,) = entries(tmp_path)
+    path.unlink()
+    if place != "entry":
+        path = path.parent
+        path.rmdir()
+    make = {
+        "folder": lambda: (path / "inner").mkdir(parents=True),
+        "pipe": lambda: os.mkfifo(path),
+        "loop": lambda: path.symlink_to(path),
+        "file": lambda: path.write_bytes(b""),
+    }
+    make[kind]()
+    for _ in range(2):
+        assert (cache.get({"a": 1}, lambda: np.ones(3)) == 1).all()
+    usable = place != "entry" and kind == "folder"
+    assert bool(caplog.text) != usable
+    assert cache.size().entries in (0, 1)
+    assert not leftovers(tmp_path)
+
+
+def test_an_entry_that_announces_too_much_is_made_again(tmp_path, caplog):
+    cache = ArrayCache(tmp_path)
+    cache.get({"a": 1}, lambda: np.ones(3))
+    (path,) = entries(tmp_path)
+    with zipfile.ZipFile(path) as archive:
+        key = archive.read("key.npy")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("key.npy", key)
+        huge = b"{'descr': '<f8', 'fortran_order': False, 'shape': (10000000000000, 4), }".ljust(117) + b"\n"
+        archive.writestr("array.npy", b"\x93NUMPY\x01\x00v\x00" + huge)
+    assert (cache.get({"a": 1}, lambda: np.ones(3)) == 1).all()
+    assert "announces" in caplog.text
+
+
+def test_what_killed_writers_left_is_swept(tmp_path):
+    cache = ArrayCache(tmp_path)
+    cache.get({"a": 1}, lambda: np.ones(3))
+    old, fresh = (entries(tmp_path)[0].with_name(f".{name}.tmp") for name in ("old", "fresh"))
+    for path in (old, fresh):
+        path.touch()
+    os.utime(old, (0, 0))
+    ArrayCache(tmp_path)
+    assert leftovers(tmp_path) == [fresh]
+
+
+def test_events_are_framed_once(gestures, monkeypatch):
+    calls = []
+    original = EventsToFrames.__call__
+    monkeypatch.setattr(EventsToFrames, "__call__", lambda self, events: calls.append(1) or original(self, events))
+    for augment in ([], ["drop_at_random"]):
+        train, _ = build_on_gestures(str(gestures / str(augment)), gestures, augment=augment)
+        calls.clear()
+        train[0]
+        assert len(calls) == 1
 
 
 def test_pickles_are_not_loaded(tmp_path):
