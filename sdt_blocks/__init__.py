@@ -1,7 +1,9 @@
 """Spiking blocks for transformers that add instead of multiply: neurons, attention, models, analysis."""
 
 from .attention import SpikeDrivenSelfAttention
+from .calibration import calibrate_norms
 from .checkpoint import convert_released_state_dict, load_model, load_released_checkpoint, save_model
+from .example import example_images, example_model
 from .inference import optimize_for_inference
 from .mlp import SpikingMLP
 from .neuron import LIF, ParametricLIF
@@ -20,8 +22,11 @@ __all__ = [
     "SpikeDrivenTransformer",
     "SpikingMLP",
     "SpikingPatchSplitting",
+    "calibrate_norms",
     "convert_released_state_dict",
     "create_model",
+    "example_images",
+    "example_model",
     "list_models",
     "load_model",
     "load_released_checkpoint",
