@@ -28,7 +28,7 @@ FIELD_NAMES = {
 """What the columns are called in files, in any case of letters."""
 
 _CLOCK_BITS = (16, 23, 24, 31, 32)
-_STRAY_SHARE, _STRAY_DISTANCE = 1000, 10
+_STRAY_SHARE, _GAP, _STRAY_DISTANCE = 1000, 2, 10
 
 Note = Callable[[str, str], None]
 """Says what was understood: a kind of finding, and the sentence."""
@@ -232,7 +232,7 @@ def _in_order(events: np.ndarray, note: Note) -> np.ndarray:
             events["t"] = t
         else:
             span = int(t.max()) - int(t.min())
-            jumps = back[t[back] - t[back + 1] > span // 10]
+            jumps = back[t[back] - t[back + 1] > span * max(0.01, 20 / len(t))]
             # A shuffled recording goes far back at every other row, a clock that was set anew only here and there.
             if len(jumps) and 20 * len(jumps) <= len(t):
                 row = int(jumps[0])
@@ -242,9 +242,9 @@ def _in_order(events: np.ndarray, note: Note) -> np.ndarray:
                 )
             note("unsorted", f"{len(back)} of {len(t)} events come before their predecessor in time: they are sorted")
             order = np.argsort(t, kind="stable")
-            _check_strays(t[order], order)
+            _check_strays(t[order], order, note)
             return events[order]
-    _check_strays(t, None)
+    _check_strays(t, np.arange(len(t)), note)
     return events
 
 
@@ -264,19 +264,21 @@ def _wrapped_bits(t: np.ndarray, back: np.ndarray) -> int | None:
     return None
 
 
-def _check_strays(t: np.ndarray, order: np.ndarray | None) -> None:
-    """Refuses sorted times of which a few at one end lie further away than ten times the length of all others."""
-    few = max(1, len(t) // _STRAY_SHARE)
+def _check_strays(t: np.ndarray, rows: np.ndarray, note: Note) -> None:
+    """Tells of sorted times of which a few at one end lie far from all others; ValueError where they lie too far."""
     if len(t) < 10:
         return
-    first = np.arange(few), np.diff(t[: few + 1]), t[-1] - t[1 : few + 1]
-    last = np.arange(len(t) - few, len(t)), np.diff(t[-few - 1 :]), t[-few - 1 : -1] - t[0]
-    for rows, gap, rest in (first, last):
-        far = gap / _STRAY_DISTANCE > np.maximum(rest, 1)
-        if far.any():
-            at = int(rows[np.argmax(far)])
-            row = at if order is None else int(order[at])
-            raise ValueError(
-                f"t is {t[at]} in row {row}, over {_STRAY_DISTANCE} times the length of the other events (t="
-                f"{t[len(t) // 2]} in their middle) away from them; correct or remove such rows"
+    few = max(1, len(t) // _STRAY_SHARE)
+    first = rows[:few], t[:few], np.diff(t[: few + 1]), t[-1] - t[1 : few + 1]
+    last = rows[-few:], t[-few:], np.diff(t[-few - 1 :]), t[-few - 1 : -1] - t[0]
+    for at, times, gaps, rests in (first, last):
+        distances = gaps / np.maximum(rests, 1)
+        worst = int(np.argmax(distances))
+        if distances[worst] > _GAP:
+            text = (
+                f"t is {times[worst]} in row {at[worst]}, {distances[worst]:.3g} times the length of the other events "
+                f"(t={t[len(t) // 2]} in their middle) away from them"
             )
+            if distances[worst] > _STRAY_DISTANCE:
+                raise ValueError(f"{text}; correct or remove such rows")
+            note("gap", f"{text}, which leaves frames of equal duration between them empty")
