@@ -18,8 +18,8 @@ from sdt_datasets.columns import (
     frames_from_counts,
     named_columns,
 )
-from sdt_datasets.files import Archive, check_regular, read_npy
-from sdt_datasets.raw_formats import Columns, read_aedat, read_bin, read_dat
+from sdt_datasets.files import Archive, read_npy
+from sdt_datasets.raw_formats import Columns, check_aedat4, read_aedat, read_bin, read_dat
 
 
 def read_events(path: str | os.PathLike, *, note: Note | None = None) -> np.ndarray:
@@ -48,7 +48,7 @@ def read_events(path: str | os.PathLike, *, note: Note | None = None) -> np.ndar
 def _read_aedat4(path: str | os.PathLike) -> Columns:
     from tonic.io import read_aedat4
 
-    check_regular(path)
+    check_aedat4(path)
     with _no_panic():
         events = read_aedat4(str(path))
     return events["t"], events["x"], events["y"], events["on"]
@@ -106,7 +106,7 @@ def aedat4_sensor_size(path: str | os.PathLike) -> tuple[int, int, int]:
     """`(W, H, 2)` from the header of an AEDAT4 file. Raises ValueError where it has no events stream of such a size."""
     import aedat
 
-    check_regular(path)
+    check_aedat4(path)
     with _no_panic():
         streams = aedat.Decoder(str(path)).id_to_stream()
     for _, stream in sorted(streams.items()):
