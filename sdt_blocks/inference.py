@@ -52,9 +52,9 @@ def optimize_for_inference(
     Raises `TypeError` for another kind of model and `ValueError` for a dtype that is not float32 or bfloat16, or where
     `sparse` does not fit the other arguments.
 
-    >>> fast = optimize_for_inference(create_model("sdt_2_256"), compile=False)
-    >>> fast(torch.rand(2, 3, 32, 32)).shape
-    torch.Size([2, 10])
+    >>> fast, (images, labels) = optimize_for_inference(example_model(), compile=False), example_images()
+    >>> bool((fast(images).argmax(1) == labels).all())
+    True
     """
     if not _runs_as(model, SpikeDrivenTransformer, "forward", "forward_features"):
         raise TypeError(

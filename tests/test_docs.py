@@ -16,7 +16,24 @@ import sdt_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = [m.name for m in pkgutil.walk_packages(sdt_blocks.__path__, "sdt_blocks.")]
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+EXAMPLES = [
+    example
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for example in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+]
+# Around an example: where neurons run, some must fire, or it shows zeros.
+BEFORE = """
+import torch, snntorch
+fired = []
+
+def note(module, args, output):
+    spikes = output[0] if isinstance(output, tuple) else output
+    if isinstance(module, snntorch.SpikingNeuron) and not spikes.is_meta:
+        fired.append(bool(spikes.any()))
+
+torch.nn.modules.module.register_module_forward_hook(note)
+"""
+AFTER = "\nassert not fired or any(fired), 'no neuron fired'\n"
 
 
 def test_docstring_examples():
@@ -30,10 +47,14 @@ def test_docstring_examples():
     assert failed == 0 and attempted >= 8
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=[e.strip().splitlines()[0][:40] for e in EXAMPLES])
-def test_readme_examples(example, tmp_path, released_file):
+@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_examples_of_readme_and_docs(example, tmp_path, released_file):
     (tmp_path / "8_384.pth.tar").write_bytes(released_file.read_bytes())
-    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    if "neurobench" in example:
+        pytest.importorskip("neurobench")
+    done = subprocess.run(
+        [sys.executable, "-c", BEFORE + example + AFTER], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -28,8 +28,9 @@ def attention_maps(
 
     Raises `ValueError` where there is no such attention, or the blocks have grids of different sizes.
 
-    >>> attention_maps(create_model("sdt_2_256"), torch.rand(2, 3, 32, 32), per_step=True).shape
-    torch.Size([4, 2, 8, 8])
+    >>> maps = attention_maps(example_model(), example_images()[0], per_step=True)
+    >>> maps.shape, bool(maps.any())
+    (torch.Size([4, 20, 4, 4]), True)
     """
     with Probe(model, forward=forward) as probe:
         attention = find_attention(probe.model)

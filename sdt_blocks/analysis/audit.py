@@ -117,8 +117,9 @@ def audit(
     `neurons` names further types of neurons, which take `[T, B, ...]`; `forward` runs the batch where that is not
     `model(x)`. With `strict`, raises `NotSpikeDrivenError` where the network is not spike-driven.
 
-    >>> audit(create_model("sdt_2_256"), torch.rand(1, 3, 32, 32)).spike_driven
-    True
+    >>> found = audit(example_model(), example_images()[0])
+    >>> found.spike_driven, found.silence
+    (True, '')
     """
     with Probe(model, neurons, forward) as probe:
         follower = Follower(probe)

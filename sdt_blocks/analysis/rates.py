@@ -148,9 +148,9 @@ def firing_rates(
 
     Raises `ValueError` where there is no neuron layer or no batch.
 
-    >>> rates = firing_rates(create_model("sdt_2_256"), torch.rand(8, 3, 32, 32))
-    >>> len(rates["head_neuron"].rate)  # one value a step
-    4
+    >>> rates = firing_rates(example_model(), example_images()[0])
+    >>> [rate > 0.4 for rate in rates["head_neuron"].rate]  # one value a step
+    [True, True, True, True]
     """
     totals: dict[str, _Totals] = {}
     samples = 0

@@ -28,8 +28,9 @@ def record(model: nn.Module, batch: Any, layer: str, *, forward: Forward | None 
 
     Raises `ValueError` where there is no such neuron layer, or where its membrane cannot be seen.
 
-    >>> record(create_model("sdt_2_256"), torch.rand(2, 3, 32, 32), "head_neuron").membrane.shape
-    torch.Size([4, 2, 256])
+    >>> recording = record(example_model(), example_images()[0], "head_neuron")
+    >>> recording.membrane.shape, bool((recording.membrane >= 1).eq(recording.spikes).all()), recording.spikes.any()
+    (torch.Size([4, 20, 32]), True, tensor(True))
     """
     with Probe(model, forward=forward) as probe:
         if layer not in probe.neurons:
