@@ -9,7 +9,7 @@ version = next(
 )
 
 train = ["accelerate>=1.2", "omegaconf>=2.3", "timm>=1.0.12", "torchvision", "scikit-learn", "matplotlib>=3.7"]
-train += ["tensorboard"]
+train += ["tensorboard", "torchmetrics>=1.6"]
 events = ["tonic>=1.5", "aedat>=2.0"]
 data = ["datasets>=4", "mlxtend>=0.23", "webdataset>=0.2.86"]
 test = [*data, "pytest>=8", "pytest-xdist", "hypothesis", "mypy", "ruff", "dv-processing", "neurobench", "types-PyYAML"]

@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from schema import option
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from trained import default_folder, load, with_run_config
 
 from sdt_blocks.analysis import analyze_model
 from sdt_blocks.analysis.probe import find_neurons
@@ -59,10 +60,8 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
             raise ConfigError(f"{item.name}: expected a value of at least {least}, got {value}")
     if options.checkpoint is None:
         raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar")
-    written = Path(options.checkpoint) / "config.yaml"
-    if written.is_file() and not any(argument.startswith("config=") for argument in rest):
-        rest.insert(0, f"config={written}")
-    return options, ["train.mixed_precision=no", "tracker=none", f"data.test_samples={options.samples}", *rest]
+    settings = ["train.mixed_precision=no", "tracker=none", f"data.test_samples={options.samples}", *rest]
+    return options, with_run_config(Path(options.checkpoint), settings)
 
 
 class ReadableBatches:
@@ -104,7 +103,6 @@ def main(arguments: list[str]) -> None:
     asked = {argument.partition("=")[0].removeprefix("model.") for argument in rest if argument.startswith("model.")}
     config = load_config(rest, default="imagenet_8_384")
     start_cpu_processes()
-    from evaluate import load
     from loading import ShardBatches, UnreadableSample, build_loader, stop_loaders
     from set_up import build_accelerator, open_data
 
@@ -123,7 +121,7 @@ def main(arguments: list[str]) -> None:
     )
     loader = build_loader(test_set, shard, workers=config.data.workers, pin=accelerator.device.type == "cuda")
     batches = ReadableBatches(loader)
-    folder = Path(options.output_dir or default_folder(checkpoint))
+    folder = Path(options.output_dir or default_folder(checkpoint, "analysis"))
     model.to(accelerator.device)
     try:
         title = f"{checkpoint} on {config.data.name}"
@@ -135,13 +133,6 @@ def main(arguments: list[str]) -> None:
     finally:
         stop_loaders(loader)
     accelerator.end_training()
-
-
-def default_folder(checkpoint: Path) -> Path:
-    """`analysis` in a run folder, or beside a released file under its name."""
-    if checkpoint.is_dir():
-        return checkpoint / "analysis"
-    return checkpoint.with_name(f"{checkpoint.name.removesuffix('.tar').removesuffix('.pth')}_analysis")
 
 
 def print_own_help() -> None:

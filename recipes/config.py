@@ -51,7 +51,7 @@ def load_config(arguments: Sequence[str], *, default: str) -> Config:
             source = value
         else:
             overrides.append((key, value))
-    content = _read_file(_find(source))
+    content = read_file(_find(source))
     content.pop("derived", None)
     config = Config()
     for key, value in [*_leaves(content), *overrides]:
@@ -76,7 +76,8 @@ def _find(source: str) -> Path:
     )
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises `ConfigError`."""
     try:
         content = read_yaml(path.read_bytes())
     except (yaml.YAMLError, OSError, ValueError) as error:

@@ -16,11 +16,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from config import Config, RunError
-from evaluation import evaluate
+from evaluation import describe_accuracies, evaluate
 from loading import EpochBatches, UnreadableSample, fetch, stop_loaders
 from models import optimizer_state, whole_model
 from optim import BatchMixer, learning_rate, set_learning_rate
-from progress import METRICS, Display, append_metrics, draw_curves, peak_memory, read_metrics
+from pictures import draw_curves
+from progress import METRICS, Display, append_metrics, peak_memory, read_metrics
 from run_state import Position, last_good, save_checkpoint, seed_step, sha256, state_digest
 from safetensors import SafetensorError
 from stop_request import StopRequest
@@ -255,11 +256,12 @@ def close_epoch(run: Run, clock: Clock) -> None:
             if result is None:
                 run.stopping = True
                 return
-            line |= {f"{prefix}test_{key}": result[key] for key in ("loss", "top1", "top5")}
-            line["firing_rate"] = line.get("firing_rate", result["firing_rate"])
-            line["test_samples"] = result["samples"]
-            if result["top1"] > position.best_top1:
-                position.best_top1, position.best_epoch = result["top1"], number
+            measured = {"loss": result.loss, **result.accuracies}
+            line |= {f"{prefix}test_{key}": value for key, value in measured.items()}
+            line["firing_rate"] = line.get("firing_rate", result.firing_rate)
+            line["test_samples"] = result.samples
+            if measured["top1"] > position.best_top1:
+                position.best_top1, position.best_epoch = measured["top1"], number
                 save_weights(run, "best", model)
     line |= {"nonfinite_steps": position.nonfinite, "seconds": round(run.seconds, 2)}
     if config.data.on_error == "skip":
@@ -280,7 +282,8 @@ def describe(line: dict[str, Any], epochs: int) -> str:
         parts.append(f"loss {line['train_loss']:.4f}")
     for prefix, name in (("", "test"), ("ema_", "averaged")):
         if f"{prefix}test_top1" in line:
-            parts.append(f"{name} top-1 {line[f'{prefix}test_top1']:.2f} % top-5 {line[f'{prefix}test_top5']:.2f} %")
+            accuracies = {key: line.get(f"{prefix}test_{key}") for key in ("top1", "top5")}
+            parts.append(f"{name} {describe_accuracies(accuracies)}")
     return " | ".join([*parts, f"{line['images_per_second']:.0f} images/s"])
 
 

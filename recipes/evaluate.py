@@ -1,7 +1,11 @@
-"""Top-1 and top-5 of a released checkpoint, a saved model or a finished run, on the validation part of a data set.
+"""Accuracy of a released checkpoint, a saved model or a finished run, on the validation part of a data set.
 
     accelerate launch recipes/evaluate.py checkpoint=8_768.pth.tar data.root=DIR img_size=288
     accelerate launch recipes/evaluate.py checkpoint=runs/digits
+
+It prints the accuracy and writes a folder (output_dir=, by default `evaluation` in the run's): the accuracy of each
+class (classes.csv), the confusion matrix (confusion.csv, confusion.png), and all figures (evaluation.json). Classes are
+matched by name, in whatever order the data has them; `match=position` goes by the order alone.
 
 For a run folder the data is the run's own unless said otherwise, else that of config=imagenet_8_384. `img_size=288`
 resizes to 320 and crops 288, as published; `ema=true` takes the averaged weights; `model.time_steps=6` and the like
@@ -10,22 +14,43 @@ override what the checkpoint says.
 
 from __future__ import annotations
 
+import csv
+import json
+import math
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from command_line import print_help, short_errors
-from config import ConfigError, load_config
+from config import ConfigError, RunError, load_config
 from cpu_processes import start_cpu_processes
+from trained import class_names, default_folder, load, match_classes, with_run_config
+
+if TYPE_CHECKING:
+    from evaluation import Evaluation
 
 PUBLISHED_CROP = {"288": "0.9"}
 """Evaluation sizes with their own share of the resized image: 288 of 320."""
 
+MOST_CLASSES = 20
+"""Classes up to which the accuracy of each is printed; of more, the worst ones are."""
 
-def read_arguments(arguments: list[str]) -> tuple[Path, bool, list[str]]:
-    """The checkpoint, whether its average is asked for, and the arguments that `load_config` takes."""
-    own = {"checkpoint": "", "ema": "false", "img_size": ""}
+
+@dataclass
+class Options:
+    """This recipe's own arguments."""
+
+    checkpoint: Path
+    averaged: bool
+    match: str
+    output_dir: Path
+
+
+def read_arguments(arguments: list[str]) -> tuple[Options, list[str]]:
+    """This recipe's options, and the arguments that `load_config` takes. Raises `ConfigError`."""
+    own = {"checkpoint": "", "ema": "false", "img_size": "", "match": "name", "output_dir": ""}
     rest = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -35,50 +60,47 @@ def read_arguments(arguments: list[str]) -> tuple[Path, bool, list[str]]:
             rest.append(argument)
     if not own["checkpoint"]:
         raise ConfigError("name the model: checkpoint=FILE.pth.tar or checkpoint=FOLDER")
-    if own["ema"] not in ("true", "false"):
-        raise ConfigError(f"ema: expected true or false, got {own['ema']!r}")
+    for key, choices in (("ema", ("true", "false")), ("match", ("name", "position"))):
+        if own[key] not in choices:
+            raise ConfigError(f"{key}: expected {' or '.join(choices)}, got {own[key]!r}")
     if own["img_size"]:
         crop = PUBLISHED_CROP.get(own["img_size"])
         rest = [f"data.img_size={own['img_size']}", *([f"data.crop_pct={crop}"] if crop else []), *rest]
-    # Training may have been in half precision; the published figures are in full, unless asked otherwise.
-    rest.insert(0, "train.mixed_precision=no")
     checkpoint = Path(own["checkpoint"])
-    written = checkpoint / "config.yaml"
-    if written.is_file() and not any(argument.startswith("config=") for argument in rest):
-        rest.insert(0, f"config={written}")
-    return checkpoint, own["ema"] == "true", rest
-
-
-def load(checkpoint: Path, *, averaged: bool, overrides: dict[str, Any]) -> Any:
-    """The model in eval mode. Raises `ConfigError`."""
-    from sdt_blocks import load_model, load_released_checkpoint
-
-    try:
-        if checkpoint.is_dir():
-            return load_model(checkpoint / "ema" if averaged else checkpoint, **overrides)
-        return load_released_checkpoint(checkpoint, ema=averaged, **overrides)
-    except (ValueError, TypeError, OSError) as error:
-        raise ConfigError(f"checkpoint={checkpoint}: {error}") from error
+    options = Options(
+        checkpoint=checkpoint,
+        averaged=own["ema"] == "true",
+        match=own["match"],
+        output_dir=Path(own["output_dir"] or default_folder(checkpoint, "evaluation")),
+    )
+    # Training may have been in half precision; the published figures are in full, unless asked otherwise.
+    return options, with_run_config(checkpoint, ["train.mixed_precision=no", "tracker=none", *rest])
 
 
 def main(arguments: list[str]) -> None:
-    checkpoint, averaged, rest = read_arguments(arguments)
+    options, rest = read_arguments(arguments)
+    checkpoint = options.checkpoint
     asked = {argument.partition("=")[0].removeprefix("model.") for argument in rest if argument.startswith("model.")}
     config = load_config(rest, default="imagenet_8_384")
     start_cpu_processes()
     from evaluation import evaluate
-    from loading import ShardBatches, build_datasets, build_loader, stop_loaders
+    from loading import ShardBatches, UnreadableSample, build_datasets, build_loader, stop_loaders
+    from progress import warn
     from set_up import at_the_door, build_accelerator
 
-    model = load(checkpoint, averaged=averaged, overrides={k: v for k, v in asdict(config.model).items() if k in asked})
+    from sdt_blocks.analysis.silence import silence
+
+    overrides = {key: value for key, value in asdict(config.model).items() if key in asked}
+    model = load(checkpoint, averaged=options.averaged, overrides=overrides)
     config.model.in_channels = model.in_channels
-    config.tracker = "none"
     accelerator = build_accelerator(config)
     _, test_set = at_the_door(build_datasets, config, evaluation_only=True)
-    if len(test_set.classes) != model.num_classes:
-        raise ConfigError(
-            f"checkpoint={checkpoint} tells {model.num_classes} classes apart, the data has {len(test_set.classes)}"
-        )
+    names = class_names(checkpoint, model)
+    matched = match_classes(test_set, names, model, checkpoint=checkpoint, by=options.match)
+    if names is None:
+        warn(matched)
+    if accelerator.is_main_process:
+        make_folder(options.output_dir)
     shard = ShardBatches(
         len(test_set),
         batch_size=config.train.batch_size,
@@ -88,15 +110,88 @@ def main(arguments: list[str]) -> None:
     loader = build_loader(test_set, shard, workers=config.data.workers, pin=accelerator.device.type == "cuda")
     try:
         result = at_the_door(evaluate, model.to(accelerator.device), loader, accelerator)
+    except UnreadableSample as error:
+        raise RunError(str(error)) from error
     finally:
         stop_loaders(loader)
     if accelerator.is_main_process and result is not None:
-        print(
-            f"top-1 {result['top1']:.2f} % | top-5 {result['top5']:.2f} % | loss {result['loss']:.4f} | "
-            f"{result['samples']} images at {config.data.img_size} x {config.data.img_size} | "
-            f"firing rate {result['firing_rate']:.4f}"
-        )
+        if not result.firing_rate:
+            warn(silence(model, {"every layer": False}))
+        print(describe(result, test_set.kind))
+        print(matched)
+        print("\n".join(describe_classes(result, test_set.classes)))
+        write(result, test_set.classes, options.output_dir)
     accelerator.end_training()
+
+
+def make_folder(folder: Path) -> None:
+    """The folder, ready for writing. Raises `ConfigError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir={folder}: no files can be written there ({error})") from error
+
+
+def describe(result: Evaluation, kind: str) -> str:
+    """The figures of an evaluation in one line."""
+    from evaluation import describe_accuracies
+
+    height, width = result.input_size
+    return (
+        f"{describe_accuracies(result.accuracies, ' | ')} | loss {result.loss:.4f} | "
+        f"{result.samples} {kind} at {height} x {width} | firing rate {result.firing_rate:.4f}"
+    )
+
+
+def describe_classes(result: Evaluation, names: Sequence[str]) -> list[str]:
+    """A line for each class that has samples, or for the worst ones: accuracy, samples, and what it is taken for."""
+    from trained import describe
+
+    counts = result.confusion.sum(1).tolist()
+    accuracy = result.class_accuracy.tolist()
+    order = [index for index, count in enumerate(counts) if count]
+    some = len(order) > MOST_CLASSES
+    if some:
+        order = sorted(order, key=lambda index: accuracy[index])[: MOST_CLASSES // 2]
+    shown = describe(names)
+    width = max(len(shown[index]) for index in order)
+    lines = [f"of {len(counts)} classes, the worst:"] if some else []
+    for index in order:
+        mistakes = result.confusion[index].clone()
+        mistakes[index] = 0
+        other = f", most often taken for {shown[int(mistakes.argmax())]}" if mistakes.any() else ""
+        lines.append(f"  {shown[index]:{width}}  {accuracy[index]:6.2f} % of {counts[index]}{other}")
+    return lines
+
+
+def write(result: Evaluation, names: Sequence[str], folder: Path) -> None:
+    """evaluation.json, classes.csv, confusion.csv and confusion.png. Raises `RunError`."""
+    from pictures import draw_confusion
+    from trained import describe
+
+    confusion, accuracy = result.confusion.numpy(), result.class_accuracy.tolist()
+    figures = {
+        **result.accuracies,
+        "loss": None if math.isnan(result.loss) else result.loss,
+        "samples": result.samples,
+        "firing_rate": result.firing_rate,
+        "input_size": list(result.input_size),
+    }
+    try:
+        (folder / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        with (folder / "classes.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            table = csv.writer(file)
+            table.writerow(["class", "samples", "recognised", "accuracy"])
+            for name, row, correct, share in zip(names, confusion, confusion.diagonal(), accuracy, strict=True):
+                table.writerow([name, row.sum(), correct, "" if math.isnan(share) else share])
+        with (folder / "confusion.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            table = csv.writer(file)
+            table.writerow(["true \\ predicted", *names])
+            table.writerows([name, *row] for name, row in zip(names, confusion.tolist(), strict=True))
+        draw_confusion(confusion, describe(names), folder / "confusion.png")
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written ({error})") from error
+    print(f"classes.csv, confusion.csv, confusion.png and evaluation.json are in {folder}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import snntorch
@@ -13,55 +15,104 @@ from stop_request import StopRequest
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+TOP_K = 5
+"""Beside top-1, where there are at least twice as many classes."""
+
+
+@dataclass
+class Evaluation:
+    """What a model answers on a data set. Accuracies are in percent."""
+
+    loss: float
+    accuracies: dict[str, float]
+    """`top1`, and `top5` where that is not nearly all classes."""
+    confusion: Tensor
+    """Samples by true and by predicted class, int64 `[K, K]`."""
+    firing_rate: float
+    """Spikes of a neuron in a time step, mean over all neurons and the first batch."""
+    input_size: tuple[int, int]
+    """Height and width of the images or frames."""
+
+    @property
+    def samples(self) -> int:
+        return int(self.confusion.sum())
+
+    @property
+    def class_accuracy(self) -> Tensor:
+        """Percent of each class's samples that are recognised, float64 `[K]`; NaN for a class without samples."""
+        return 100 * self.confusion.diag().double() / self.confusion.sum(1).double()
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator, *, stop: StopRequest | None = None
-) -> dict[str, float] | None:
-    """`loss`, `top1` and `top5` (percent), `samples` and `firing_rate` over the loaders of all processes.
+    model: Any, loader: DataLoader[Any], accelerator: Accelerator, *, stop: StopRequest | None = None
+) -> Evaluation | None:
+    """The model's answers over the loaders of all processes. None where a stop was requested meanwhile, on any process.
 
     Each sample counts once, so the processes may have shares of different sizes; samples with a negative target
-    (unreadable ones) count nowhere. The firing rate is that of the first batch. None where a stop was requested
-    meanwhile, on any process.
+    (unreadable ones) count nowhere. Raises `ValueError` where not one sample could be read.
     """
     model.eval()
-    # samples, loss, hits at 1, hits at 5, stop requests
-    totals = torch.zeros(5, dtype=torch.float32 if accelerator.device.type == "mps" else torch.float64)
-    firing_rate = 0.0
-    for number, (inputs, targets) in enumerate(fetch(loader)):
+    metrics = build_metrics(model.num_classes, accelerator.device)
+    firing_rate, input_size = -1.0, (0, 0)
+    for inputs, targets in fetch(loader):
         if stop is not None and stop.signal:
-            totals[4] = 1
             break
         inputs, targets = inputs[targets >= 0], targets[targets >= 0]
         if not len(targets):
             continue
         inputs, targets = inputs.to(accelerator.device), targets.to(accelerator.device)
         with accelerator.autocast():
-            if number == 0:
-                logits, firing_rate = _with_firing_rate(model, inputs)
+            if firing_rate < 0:
+                logits, firing_rate = with_firing_rate(model, inputs)
+                input_size = inputs.shape[-2], inputs.shape[-1]
             else:
                 logits = model(inputs)
         logits = logits.float().mean(0) if logits.ndim == 3 else logits.float()
-        best = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-        batch = (len(targets), F.cross_entropy(logits, targets, reduction="sum"), best[:, 0].sum(), best.sum(), 0)
-        totals += torch.tensor([float(value) for value in batch], dtype=totals.dtype)
-    sums: Tensor = accelerator.reduce(totals.to(accelerator.device), "sum")  # type: ignore[assignment]
-    samples, loss, top1, top5, stopped = sums.tolist()
-    if stopped:
+        metrics["loss"].update(F.cross_entropy(logits, targets, reduction="none"))
+        for name in metrics.keys() - {"loss"}:
+            metrics[name].update(logits, targets)
+    requests = torch.tensor(float(stop is not None and stop.signal > 0), device=accelerator.device)
+    if accelerator.reduce(requests, "sum") > 0:  # type: ignore[operator]
         return None
-    if not samples:
+    # Every process takes part, with samples or without: this is where their counts are added up.
+    found = {name: metric.compute().cpu() for name, metric in metrics.items()}
+    confusion, loss = found.pop("confusion"), float(found.pop("loss"))
+    if not confusion.sum():
         raise ValueError("not one sample of the evaluation set could be read")
-    return {
-        "loss": loss / samples if math.isfinite(loss) else math.nan,
-        "top1": 100 * top1 / samples,
-        "top5": 100 * top5 / samples,
-        "samples": int(samples),
-        "firing_rate": firing_rate,
+    return Evaluation(
+        loss=loss if math.isfinite(loss) else math.nan,
+        accuracies={name: 100 * float(share) for name, share in found.items()},
+        confusion=confusion,
+        firing_rate=max(firing_rate, 0.0),
+        input_size=input_size,
+    )
+
+
+def describe_accuracies(accuracies: Mapping[str, float | None], between: str = " ") -> str:
+    """`top-1 93.30 % top-5 99.72 %`, without those that are None."""
+    return between.join(f"top-{name[3:]} {value:.2f} %" for name, value in accuracies.items() if value is not None)
+
+
+def build_metrics(num_classes: int, device: torch.device) -> dict[str, Metric]:
+    """`loss`, `confusion` and the accuracies; torchmetrics adds them up over the processes."""
+    options: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
+    metrics: dict[str, Metric] = {
+        "loss": MeanMetric(nan_strategy="disable"),
+        "confusion": MulticlassConfusionMatrix(**options),
+        "top1": MulticlassAccuracy(average="micro", **options),
     }
+    if num_classes >= 2 * TOP_K:
+        metrics[f"top{TOP_K}"] = MulticlassAccuracy(average="micro", top_k=TOP_K, **options)
+    if device.type != "mps":
+        metrics["loss"].set_dtype(torch.float64)
+    return {name: metric.to(device) for name, metric in metrics.items()}
 
 
-def _with_firing_rate(model: nn.Module, inputs: Tensor) -> tuple[Tensor, float]:
+def with_firing_rate(model: nn.Module, inputs: Tensor) -> tuple[Tensor, float]:
     """The logits, and the mean over all neurons of spikes per time step."""
     counts: list[tuple[Tensor, int]] = []
     hooks = [

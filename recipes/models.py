@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from config import Config, ConfigError
 from torch import nn
+from trained import class_names
 
 from sdt_blocks import create_model, load_model, load_released_checkpoint
 
@@ -37,19 +39,21 @@ def build_model(config: Config, *, in_channels: int, num_classes: int) -> Any:
         raise ConfigError(f"model.name={config.model.name}: {error}") from error
 
 
-def load_initial_weights(model: nn.Module, source: str) -> str:
+def load_initial_weights(model: nn.Module, source: str, names: Sequence[str]) -> str:
     """Fills the model from a run folder, a saved model or a released checkpoint; returns a sentence on what was taken.
 
-    The head stays as initialised where its shape differs, as in fine-tuning for another number of classes.
+    The head stays as initialised where its shape or its classes' names differ, as in fine-tuning for other classes.
     Raises `ConfigError` where anything else does not fit.
     """
     path = Path(source)
     try:
-        given = (load_model(path) if path.is_dir() else load_released_checkpoint(path)).state_dict()
+        pretrained = load_model(path) if path.is_dir() else load_released_checkpoint(path)
     except (ValueError, OSError) as error:
         raise ConfigError(f"train.init_checkpoint: {error}") from error
-    expected = model.state_dict()
-    new_head = any(k.startswith(HEAD) and given.get(k, v).shape != v.shape for k, v in expected.items())
+    expected, given = model.state_dict(), pretrained.state_dict()
+    new_head = class_names(path, pretrained) not in (None, list(names)) or any(
+        k.startswith(HEAD) and given.get(k, v).shape != v.shape for k, v in expected.items()
+    )
     if new_head:
         given = {key: value for key, value in given.items() if not key.startswith(HEAD)}
     wrong = [

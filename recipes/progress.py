@@ -1,4 +1,4 @@
-"""What a run shows and records: a live bar on a terminal, plain lines elsewhere, metrics.jsonl, curves.png."""
+"""What a run shows and records: a live bar on a terminal, plain lines elsewhere, metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -121,27 +121,6 @@ def rewind_metrics(folder: Path, step: int) -> None:
     if (folder / METRICS).is_file():
         kept = "".join(json.dumps(line) + "\n" for line in read_metrics(folder) if line["step"] <= step)
         write_atomically(folder / METRICS, lambda name: Path(name).write_text(kept, encoding="utf-8"))
-
-
-def draw_curves(folder: Path) -> None:
-    """Loss and accuracy over the epochs, from metrics.jsonl to curves.png."""
-    from matplotlib.figure import Figure
-
-    metrics = read_metrics(folder)
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    for axes, keys in ((loss, ("train_loss", "test_loss")), (accuracy, ("test_top1", "ema_test_top1"))):
-        for key in keys:
-            points = [(line["epoch"], line[key]) for line in metrics if line.get(key) is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker=".", label=key)
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-    loss.set_ylabel("loss")
-    accuracy.set_ylabel("top-1 (%)")
-    write_atomically(folder / "curves.png", lambda name: figure.savefig(name, format="png", dpi=120))
 
 
 def choose_tracker(name: str) -> str | None:

@@ -143,7 +143,7 @@ class TrainConfig:
 
 @dataclass
 class Derived:
-    """Computed from the rest and from the number of processes; written into the run's config.yaml, never read."""
+    """Computed from the rest, the data and the number of processes; written into the run's config.yaml, never set."""
 
     processes: int = 1
     total_batch: int = 0
@@ -152,6 +152,8 @@ class Derived:
     lr: float = 0.0
     min_lr: float = 0.0
     warmup_lr: float = 0.0
+    class_names: list[str] = field(default_factory=list)
+    """In the order of the model's logits."""
 
 
 @dataclass

@@ -20,6 +20,7 @@ from progress import Display, choose_tracker, rewind_metrics, warn
 from run_state import Position, check_settings, load_checkpoint, open_folder, set_aside_newer
 from schema import Derived
 from torch import Tensor, nn
+from trained import check_resumed_classes
 
 from sdt_blocks.checkpoint import write_atomically
 
@@ -35,8 +36,10 @@ def set_up(config: Config) -> Run:
     num_classes = len(train_set.classes)
     batches = build_batches(config, accelerator, len(train_set))
     config.derived = derive(config, accelerator, batches)
+    config.derived.class_names = list(train_set.classes)
     if sample.ndim == 4:  # frames bring their own number of time steps
         config.model.time_steps = len(sample)
+        config.events.sensor_size = list(train_set.sensor_size[:2])
     plain = build_model(config, in_channels=sample.shape[-3], num_classes=num_classes)
     at_the_door(dry_run, plain, sample)
     mixer = build_mixer(config, accelerator, sample, num_classes)
@@ -45,8 +48,10 @@ def set_up(config: Config) -> Run:
     copies = (3 + (config.train.ema_decay is not None)) * (keep + 1) + 2
     needed = copies * sum(value.nbytes for value in plain.state_dict().values())
     checkpoint = agreed(accelerator, lambda: open_folder(folder, config.resume, needed=needed))
+    if checkpoint is not None:
+        check_resumed_classes(checkpoint, train_set.classes)
     if checkpoint is None and config.train.init_checkpoint is not None:
-        note = load_initial_weights(plain, config.train.init_checkpoint)
+        note = load_initial_weights(plain, config.train.init_checkpoint, train_set.classes)
     else:
         note = f"from {checkpoint}" if checkpoint else "new weights"
     model, plain, ema, optimizer, position = prepare(config, accelerator, plain, checkpoint, batches)

@@ -54,9 +54,9 @@ def test_the_divided_evaluation_is_that_of_one_process(two_processes):
     loader = build_loader(test_set, ShardBatches(len(test_set), batch_size=7), workers=0, pin=False)
     alone = evaluate(load_model(two_processes / "last"), loader, Accelerator(cpu=True))
     shared = read_lines(two_processes)[-1]
-    assert shared["test_samples"] == alone["samples"] == 101
-    assert shared["test_top1"] == alone["top1"] and shared["test_top5"] == alone["top5"]
-    assert shared["test_loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert shared["test_samples"] == alone.samples == 101
+    assert {name: shared[f"test_{name}"] for name in ("top1", "top5")} == pytest.approx(alone.accuracies, rel=1e-6)
+    assert shared["test_loss"] == pytest.approx(alone.loss, rel=1e-5)
 
 
 def test_a_process_that_dies_ends_the_run_which_resumes_exactly(launcher, tmp_path, two_processes):

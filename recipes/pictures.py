@@ -1,0 +1,106 @@
+"""What the recipes draw: learning curves of one run or of several, confusion matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from progress import read_metrics
+
+from sdt_blocks.checkpoint import write_atomically
+
+Lines = Sequence[Mapping[str, Any]]
+"""Of a metrics.jsonl."""
+
+PANELS: dict[str, dict[str, str]] = {
+    "loss": {"train_loss": "training", "test_loss": "test", "ema_test_loss": "test, averaged weights"},
+    "top-1 (%)": {"test_top1": "test", "ema_test_top1": "test, averaged weights"},
+    "learning rate": {"lr": "learning rate"},
+    "firing rate": {"firing_rate": "spikes of a neuron in a time step"},
+}
+"""The panels of a learning curve: the axis, and the keys of metrics.jsonl with what they are called."""
+
+MOST_LABELS, MOST_COUNTS = 40, 15
+"""Classes up to which a confusion matrix has their names on its axes, and the numbers in its fields."""
+
+
+def draw_curves(folder: Path) -> None:
+    """Loss, accuracy, learning rate and firing rate over the epochs of a run, to its curves.png."""
+    figure, panels = _panels([read_metrics(folder)])
+    for axes, (label, keys) in zip(panels, PANELS.items(), strict=True):
+        for key, name in keys.items():
+            _plot(axes, read_metrics(folder), key, label=name)
+        if label in ("loss", "top-1 (%)") and axes.lines:
+            axes.legend(frameon=False, fontsize=8)
+    _save(figure, folder / "curves.png")
+
+
+def draw_comparison(runs: Mapping[str, Lines], path: Path) -> None:
+    """Test loss, accuracy, learning rate and firing rate of several runs by name, one colour each."""
+    figure, panels = _panels(list(runs.values()))
+    keys = ("test_loss", "test_top1", "lr", "firing_rate")
+    for axes, key in zip(panels, keys, strict=True):
+        for number, (name, lines) in enumerate(runs.items()):
+            _plot(axes, lines, key, label=name, color=f"C{number % 10}", linestyle=("-", "--", ":")[number // 10 % 3])
+    panels[0].set_ylabel("test loss")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 3), frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def draw_confusion(confusion: np.ndarray, names: Sequence[str], path: Path) -> None:
+    """A confusion matrix `[K, K]`, counts by true and predicted class, coloured by the share of the true class."""
+    from matplotlib.figure import Figure
+
+    classes = len(names)
+    side = min(max(4.0, 1.5 + 0.34 * classes), 14.0)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    image = axes.imshow(100 * share, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
+    figure.colorbar(image, ax=axes, label="% of the true class", fraction=0.046, pad=0.03)
+    if classes <= MOST_LABELS:
+        shown = [_shortened(name) for name in names]
+        axes.set_xticks(range(classes), shown, rotation=90, fontsize=7, parse_math=False)
+        axes.set_yticks(range(classes), shown, fontsize=7, parse_math=False)
+    if classes <= MOST_COUNTS:
+        for (row, column), count in np.ndenumerate(confusion):
+            color = "white" if share[row, column] > 0.5 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", fontsize=7, color=color)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    _save(figure, path)
+
+
+def _panels(runs: Sequence[Lines]) -> tuple[Any, list[Any]]:
+    """A figure of four panels over whole epochs."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    panels = list(figure.subplots(2, 2).flat)
+    last = max((line["epoch"] for lines in runs for line in lines), default=1)
+    for axes, label in zip(panels, PANELS, strict=True):
+        axes.set_ylabel(label)
+        axes.set_xlabel("epoch")
+        axes.set_xlim(0.5, last + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def _plot(axes: Any, lines: Lines, key: str, **style: Any) -> None:
+    points = [(line["epoch"], line[key]) for line in lines if line.get(key) is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), marker=".", **style)
+
+
+def _shortened(name: str, most: int = 24) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def _save(figure: Any, path: Path) -> None:
+    write_atomically(path, lambda name: figure.savefig(name, format="png", dpi=120))

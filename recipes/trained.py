@@ -1,0 +1,149 @@
+"""A trained model as the recipes take it (`checkpoint=`): the model, the settings its data had, its class names."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from config import ConfigError, read_file
+
+RUN_CONFIG = "config.yaml"
+_INSIDE_A_RUN = ("best", "last", "ema")
+_LISTED = 5
+
+
+def run_config(checkpoint: Path) -> Path | None:
+    """The config.yaml of the run that a run folder, or a model or checkpoint in one, belongs to."""
+    inside = checkpoint.name in _INSIDE_A_RUN or checkpoint.parent.name == "checkpoints"
+    folders = [checkpoint, checkpoint.parent, checkpoint.parent.parent] if inside else [checkpoint]
+    return next((folder / RUN_CONFIG for folder in folders if (folder / RUN_CONFIG).is_file()), None)
+
+
+def with_run_config(checkpoint: Path, arguments: Sequence[str]) -> list[str]:
+    """The arguments, on top of the run's own configuration where there is one and no other is named."""
+    written = run_config(checkpoint)
+    if written is None or any(argument.startswith("config=") for argument in arguments):
+        return list(arguments)
+    return [f"config={written}", *arguments]
+
+
+def load(checkpoint: Path, *, averaged: bool, overrides: dict[str, Any]) -> Any:
+    """The model in eval mode. Raises `ConfigError`."""
+    from sdt_blocks import load_model, load_released_checkpoint
+
+    try:
+        if checkpoint.is_dir():
+            return load_model(checkpoint / "ema" if averaged else checkpoint, **overrides)
+        return load_released_checkpoint(checkpoint, ema=averaged, **overrides)
+    except (ValueError, TypeError, OSError) as error:
+        raise ConfigError(f"checkpoint={checkpoint}: {error}") from error
+
+
+def default_folder(checkpoint: Path, name: str) -> Path:
+    """The folder `name` in a run folder or a saved model, or beside a released file under its name."""
+    if checkpoint.is_dir():
+        return checkpoint / name
+    return checkpoint.with_name(f"{checkpoint.name.removesuffix('.tar').removesuffix('.pth')}_{name}")
+
+
+def class_names(checkpoint: Path, model: Any) -> list[str] | None:
+    """The names of the classes that the model tells apart, in the order of its logits; None where nothing says them.
+
+    Those of ImageNet, which a released file of 1000 classes was trained on, are its identifiers (n01440764, ...).
+    Raises `ConfigError` where there are more or fewer of them than classes.
+    """
+    written = run_config(checkpoint)
+    if written is None:
+        released = checkpoint.is_file() and model.num_classes == 1000
+        return list(_imagenet()) if released else None
+    names = _written_names(written)
+    if names is not None and len(names) != model.num_classes:
+        raise ConfigError(
+            f"{written}: derived.class_names must be a list of {model.num_classes} names, one for each class of the "
+            f"model; found {_listed(names)}"
+        )
+    return names
+
+
+def check_resumed_classes(checkpoint: Path, names: Sequence[str]) -> None:
+    """Raises `ConfigError` where a run goes on with data of other classes than those of its checkpoint."""
+    written = run_config(checkpoint)
+    before = _written_names(written) if written is not None else None
+    if before is not None and before != list(names):
+        raise ConfigError(
+            f"{checkpoint} belongs to a run on the classes {_listed(before)}, the data has {_listed(names)}; name and "
+            f"order the classes as before, or take another output_dir with train.init_checkpoint={checkpoint}"
+        )
+
+
+def _written_names(config: Path) -> list[str] | None:
+    derived = read_file(config).get("derived")
+    names = derived.get("class_names") if isinstance(derived, dict) else None
+    if names is not None and not isinstance(names, list):
+        raise ConfigError(f"{config}: derived.class_names must be a list of names, found {str(names)[:200]}")
+    return [str(name) for name in names] if names else None
+
+
+def describe(names: Sequence[str]) -> list[str]:
+    """The class names for people: ImageNet's identifiers in words, any other as it is."""
+    words = _imagenet()
+    return [words.get(name, name) for name in names]
+
+
+@cache
+def _imagenet() -> dict[str, str]:
+    """ImageNet's 1000 classes in order: identifier, and what it stands for."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo("imagenet-1k")
+    return {name: info.label_name_to_description(name) for name in info.label_names()}
+
+
+def match_classes(dataset: Any, names: Sequence[str] | None, model: Any, *, checkpoint: Path, by: str) -> str:
+    """Gives a data set the model's classes in the model's order; returns a sentence on how they were matched.
+
+    Classes are the same where their names are, in whatever order; the data may lack some of the model's. With
+    `by="position"` the order alone counts. Raises `ConfigError` for a class that the model does not have, and where
+    the order has to do and the numbers differ.
+    """
+    theirs, count = list(dataset.classes), model.num_classes
+    if names is None or by == "position":
+        if len(theirs) != count:
+            raise ConfigError(f"checkpoint={checkpoint} tells {count} classes apart, the data has {len(theirs)}")
+        dataset.classes = list(names or theirs)
+        if names is None:
+            return f"{checkpoint} does not name its classes: the data's are taken in their own order"
+        different = [pair for pair in zip(names, theirs, strict=True) if _same(pair[0]) != _same(pair[1])]
+        return "classes are matched by position" + "".join(f", {a} is {b}" for a, b in different[:_LISTED])
+    position = {_same(name): index for index, name in enumerate(names)}
+    twice = [name for name, times in Counter(map(_same, [*names])).items() if times > 1]
+    unknown = [name for name in theirs if _same(name) not in position]
+    if unknown or twice:
+        known = [name for name in names if _same(name) not in set(map(_same, theirs))]
+        raise ConfigError(
+            f"checkpoint={checkpoint} and the data do not name the same classes: "
+            + (f"{_listed(unknown)} of the data is no class of the model" if unknown else f"{_listed(twice)} is twice")
+            + (f", whose {_listed(known)} the data lacks" if known else "")
+            + ". Name the class folders as in training, or set match=position if their order is the model's"
+        )
+    rows = np.array([position[_same(name)] for name in theirs], dtype=np.int64)
+    readable = dataset.targets >= 0
+    dataset.targets = np.where(readable, rows[np.where(readable, dataset.targets, 0)], dataset.targets)
+    dataset.classes = list(names)
+    order = "" if rows.tolist() == sorted(rows.tolist()) else ", which the data has in another order"
+    some = f": {len(theirs)} of the model's {count}" if len(theirs) < count else ""
+    return f"classes are matched by name{order}{some}"
+
+
+def _same(name: str) -> str:
+    # File systems differ in how they compose accents.
+    return unicodedata.normalize("NFC", name)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")

@@ -1,0 +1,228 @@
+"""Evaluation: figures counted by hand, classes matched by name, the files that the recipe writes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from config import ConfigError, load_config, to_yaml
+from moving_shapes import DIRECTIONS, write_recordings
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from trained import class_names, match_classes, run_config
+
+from sdt_blocks import load_model, save_model
+
+WHERE = Path("run")
+
+
+class Answers(nn.Module):
+    """Logits written into the images."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+
+    def forward(self, x):
+        return x[:, 0, 0, : self.num_classes]
+
+
+def figures(num_classes, samples, batch_size=7, unreadable=()):
+    """An evaluation of random answers, with the answers and targets themselves."""
+    from accelerate import Accelerator
+    from evaluation import evaluate
+    from loading import ShardBatches, build_loader
+
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(samples, num_classes, generator=generator)
+    targets = torch.randint(num_classes - 1, (samples,), generator=generator)  # the last class has no sample
+    data = [
+        (row.expand(1, 3, num_classes), -1 if i in unreadable else int(target))
+        for i, (row, target) in enumerate(zip(logits, targets, strict=True))
+    ]
+    loader = build_loader(data, ShardBatches(samples, batch_size=batch_size), workers=0, pin=False)
+    kept = [i for i in range(samples) if i not in unreadable]
+    return evaluate(Answers(num_classes), loader, Accelerator(cpu=True)), logits[kept], targets[kept]
+
+
+@pytest.mark.parametrize(("classes", "unreadable"), [(12, ()), (10, (0, 5, 22)), (4, ()), (2, range(7))])
+def test_the_figures_are_those_counted_by_hand(classes, unreadable):
+    result, logits, targets = figures(classes, 23, unreadable=set(unreadable))
+    order = logits.argsort(1, descending=True)
+    expected = {"top1": 100 * (order[:, 0] == targets).double().mean().item()}
+    if classes >= 10:
+        expected["top5"] = 100 * (order[:, :5] == targets[:, None]).any(1).double().mean().item()
+    assert result.accuracies == pytest.approx(expected) and result.accuracies.keys() == expected.keys()
+    assert result.loss == pytest.approx(F.cross_entropy(logits.double(), targets).item(), rel=1e-6)
+    assert result.samples == len(targets) and result.input_size == (3, classes)
+    confusion = np.zeros((classes, classes), dtype=int)
+    np.add.at(confusion, (targets, order[:, 0]), 1)
+    assert (result.confusion.numpy() == confusion).all() and confusion.trace() > 0
+    accuracy = result.class_accuracy
+    assert accuracy[-1].isnan()
+    for label in targets.unique():
+        share = (order[targets == label, 0] == label).double().mean()
+        assert accuracy[label] == pytest.approx(100 * share.item())
+
+
+def data_of(classes, targets):
+    return SimpleNamespace(classes=list(classes), targets=np.array(targets))
+
+
+def match(data, names, classes, by="name"):
+    return match_classes(data, names, SimpleNamespace(num_classes=classes), checkpoint=WHERE, by=by)
+
+
+def test_classes_in_another_order_keep_their_meaning():
+    data = data_of(["dog", "bird", "cat"], [0, 1, 2, 2, -1])
+    assert "another order" in match(data, ["bird", "cat", "dog"], 3)
+    assert data.targets.tolist() == [2, 0, 1, 1, -1] and data.classes == ["bird", "cat", "dog"]
+
+
+def test_data_may_lack_classes_but_have_none_of_its_own():
+    data = data_of(["cat", "dog"], [0, 1])
+    assert match(data, ["bird", "cat", "cow", "dog"], 4).endswith("2 of the model's 4")
+    assert data.targets.tolist() == [1, 3] and len(data.classes) == 4
+    with pytest.raises(ConfigError, match=r"house_cat of the data is no class of the model, whose cat the data lacks"):
+        match(data_of(["dog", "house_cat"], [0, 1]), ["cat", "dog"], 2)
+    with pytest.raises(ConfigError, match=r"Cat of the data"):
+        match(data_of(["Cat", "dog"], [0, 1]), ["cat", "dog"], 2)
+    with pytest.raises(ConfigError, match=r"cat is twice"):
+        match(data_of(["cat", "dog"], [0, 1]), ["cat", "cat", "dog"], 3)
+
+
+def test_a_composed_accent_is_the_same_letter():
+    data = data_of(["cafe\u0301", "tea"], [0, 1])
+    match(data, ["tea", "caf\u00e9"], 2)
+    assert data.targets.tolist() == [1, 0]
+
+
+def test_position_counts_where_it_is_asked_for_or_nothing_else_is_known():
+    data = data_of(["guard_dog", "house_cat"], [0, 1])
+    assert "cat is guard_dog" in match(data, ["cat", "dog"], 2, by="position")
+    assert data.targets.tolist() == [0, 1] and data.classes == ["cat", "dog"]
+    assert "does not name its classes" in match(data_of(["a", "b"], [0, 1]), None, 2)
+    for names, by in ((None, "name"), (["x", "y", "z"], "position")):
+        with pytest.raises(ConfigError, match="tells 3 classes apart, the data has 2"):
+            match(data_of(["a", "b"], [0, 1]), names, 3, by=by)
+
+
+def test_a_run_and_the_models_in_it_know_their_classes(tmp_path):
+    config = load_config(["threads=1"], default="digits")
+    config.derived.class_names = ["no", "1.5", "null"]  # which YAML could take for something else
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    model = SimpleNamespace(num_classes=3)
+    for place in (".", "best", "ema", "checkpoints/step_00000007"):
+        assert class_names(tmp_path / place, model) == ["no", "1.5", "null"]
+    assert run_config(tmp_path / "elsewhere") is None and class_names(tmp_path / "elsewhere", model) is None
+    with pytest.raises(ConfigError, match="must be a list of 4 names"):
+        class_names(tmp_path, SimpleNamespace(num_classes=4))
+
+
+def test_a_released_imagenet_model_knows_its_classes(released_file):
+    names = class_names(released_file, SimpleNamespace(num_classes=1000))
+    assert (len(names), names[0], names[-1]) == (1000, "n01440764", "n15075141")
+    assert class_names(released_file, SimpleNamespace(num_classes=10)) is None
+    from trained import describe
+
+    assert describe(["n01440764", "n01", "cat"]) == ["tench, Tinca tinca", "n01", "cat"]
+
+
+def test_other_classes_are_no_resume_and_get_a_new_head(set_up, train, photographs, tmp_path):
+    small = (
+        "data.name=folder", "data.img_size=16", "model.in_channels=1", "model.dim=16", "model.depth=1", "threads=1",
+        "tracker=none", "train.batch_size=8", "train.epochs=2",
+    )  # fmt: skip
+    train(*small, f"data.root={photographs}", "train.max_steps=2", "output_dir=run")
+    renamed = shutil.copytree(photographs, tmp_path / "renamed")
+    for split in ("train", "val"):
+        (renamed / split / "china").rename(renamed / split / "temple")
+    with pytest.raises(ConfigError, match=r"classes china, flower, the data has flower, temple; .*init_checkpoint="):
+        set_up(*small, f"data.root={renamed}", "train.max_steps=3", "output_dir=run")
+    heads = {}
+    for name, root in (("same", photographs), ("other", renamed)):
+        run = set_up(*small, f"data.root={root}", "train.init_checkpoint=run/last", f"output_dir={name}")
+        heads[name] = run.plain.head.weight.detach()
+    trained = load_model(tmp_path / "run" / "last").head.weight
+    assert torch.equal(heads["same"], trained) and not torch.equal(heads["other"], trained)
+
+
+@pytest.fixture
+def evaluate_here(capsys, tmp_path, monkeypatch):
+    """`evaluate.py` in this process: its output."""
+    import evaluate
+    from accelerate.state import AcceleratorState, GradientState
+
+    monkeypatch.chdir(tmp_path)
+
+    def go(*arguments: str) -> str:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        evaluate.main([*arguments, "threads=1", "data.workers=0"])
+        return capsys.readouterr().out
+
+    return go
+
+
+def test_the_recipe_writes_classes_and_confusion_for_data_in_another_order(evaluate_here, tmp_path, firing_model):
+    model = firing_model(in_channels=3, num_classes=3)
+    config = load_config(["data.img_size=16", "data.crop_pct=1"], default="imagenet_8_384")
+    config.derived.class_names = ["b", "c", "a"]  # not the order in which folders are read
+    save_model(model, tmp_path / "run" / "best")
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    rng = np.random.default_rng(0)
+    pixels = {name: rng.integers(0, 256, (5, 16, 16, 3), dtype=np.uint8) for name in "abc"}
+    for name, images in pixels.items():
+        (tmp_path / "data" / "val" / name).mkdir(parents=True)
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / "data" / "val" / name / f"{i}.png")
+    mean, std = (torch.tensor(values)[:, None, None] for values in (config.data.mean, config.data.std))
+    expected = np.zeros((3, 3), dtype=int)
+    with torch.no_grad():
+        for row, name in enumerate("bca"):
+            x = (torch.from_numpy(pixels[name]).permute(0, 3, 1, 2).float() / 255 - mean) / std
+            np.add.at(expected[row], model(x).argmax(1).numpy(), 1)
+    out = evaluate_here("checkpoint=run", "data.root=data")
+    assert f"top-1 {100 * expected.trace() / 15:.2f} % | loss" in out and "top-5" not in out
+    assert "15 images at 16 x 16" in out and "another order" in out
+    folder = tmp_path / "run" / "evaluation"
+    with (folder / "confusion.csv").open(encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    assert header[1:] == ["b", "c", "a"] and [row[0] for row in rows] == ["b", "c", "a"]
+    assert [[int(value) for value in row[1:]] for row in rows] == expected.tolist()
+    with (folder / "classes.csv").open(encoding="utf-8") as file:
+        assert [int(row["recognised"]) for row in csv.DictReader(file)] == expected.diagonal().tolist()
+    assert json.loads((folder / "evaluation.json").read_text())["samples"] == 15
+    assert (folder / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_event_folders_are_matched_by_name_and_keep_the_sensor_of_training(evaluate_here, train, tmp_path):
+    data, renamed = tmp_path / "shapes", tmp_path / "renamed"
+    write_recordings(data, train=4, test=2)
+    run = train(
+        f"data.root={data}", "events.cache=null", "train.max_steps=2", "train.batch_size=4", "model.dim=16",
+        "data.workers=0", "tracker=none", "threads=1", "output_dir=run", default="events_demo",
+    )  # fmt: skip
+    side = run.test_loader.dataset.dataset.frame_size[0]
+    assert (
+        load_config([f"config={tmp_path / 'run' / 'config.yaml'}"], default="digits").events.sensor_size == [side] * 2
+    )
+    assert f"8 recordings at {side} x {side}" in evaluate_here("checkpoint=run")
+    shutil.copytree(data, renamed)
+    for path in renamed.rglob("*.npy"):  # events in a corner only, which say nothing of the sensor's size
+        events = np.load(path)
+        events[:, :2] //= 2
+        np.save(path, events)
+    out = evaluate_here("checkpoint=run", f"data.root={renamed}")
+    assert f"8 recordings at {side} x {side}" in out and "classes are matched by name\n" in out
+    for split in ("train", "test"):
+        (renamed / split / sorted(DIRECTIONS)[0]).rename(renamed / split / "zenith")
+    with pytest.raises(ConfigError, match="zenith of the data is no class of the model"):
+        evaluate_here("checkpoint=run", f"data.root={renamed}")
