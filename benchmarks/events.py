@@ -13,9 +13,10 @@ import tonic
 from harness import Bench, ParityError, Sample
 from torch.utils.data import DataLoader
 
+from sdt_datasets.columns import EVENT_DTYPE
 from sdt_datasets.event_data import build_event_datasets
 from sdt_datasets.events import EventsToFrames
-from sdt_datasets.recordings import EVENT_DTYPE, read_events
+from sdt_datasets.recordings import read_events
 
 ALLOCATORS = ["default"]
 RECORDINGS = 30

@@ -1,6 +1,8 @@
 """Files that ask for too much, hang, multiply, or are passed over: named, left out or refused, and nothing dies."""
 
+import io
 import os
+import tarfile
 import zipfile
 from functools import partial
 
@@ -12,6 +14,7 @@ from PIL import Image
 from sdt_datasets.errors import IGNORED, DataError, UnreadableError
 from sdt_datasets.event_data import build_event_datasets
 from sdt_datasets.images import build_image_datasets
+from sdt_datasets.timm_sources import ShardImages
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be (read|used)")
 
@@ -277,3 +280,25 @@ def test_images_of_one_pixel_and_odd_names(tree):
         image, label = dataset[0]
         assert label == 0
         torch.testing.assert_close(image, torch.tensor([2.0, -2, -2]).view(3, 1, 1).expand(3, 32, 32))
+
+
+@pytest.mark.parametrize("label", ["3.7", "true", "1180591620717411303424", "null", '"3"', "[" * 100_000])
+def test_labels_of_shards_are_whole_numbers(tmp_path, label, photograph):
+    with tarfile.open(tmp_path / "train.tar", "w") as shard:
+        for name, content in (("0.png", None), ("0.json", f'{{"label": {label}}}'.encode())):
+            if content is None:
+                photograph("china", 0).save(tmp_path / name)
+                shard.add(tmp_path / name, name)
+            else:
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                shard.addfile(member, io.BytesIO(content))
+    with pytest.raises(DataError, match=r"train\.tar cannot be read as a WebDataset shard"):
+        ShardImages([tmp_path / "train.tar"], "label")
+
+
+def test_a_pipe_is_no_shard(tmp_path):
+    for name in ("train.tar", "val.tar"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=r"needs shards named .* \(found 0 and 0\)"):
+        build_image_datasets("wds/own", tmp_path, **PLAIN)
