@@ -25,7 +25,7 @@ setup(
     # `datasets/` is installed under another name: as `datasets` it would shadow the Hugging Face package.
     packages=[*find_packages(include=["sdt_blocks", "sdt_blocks.*"]), "sdt_datasets"],
     package_dir={"sdt_datasets": "datasets"},
-    package_data={"sdt_blocks": ["py.typed", "ops/*.cpp", "ops/*.h", "example/*.*"]},
+    package_data={"sdt_blocks": ["py.typed", "ops/cpu/*.cpp", "ops/cpu/*.h", "example/*.*"]},
     install_requires=[
         "torch>=2.6",
         "snntorch>=0.9.4",

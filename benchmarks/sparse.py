@@ -25,8 +25,8 @@ from sdt_blocks import SpikeDrivenTransformer, create_model, optimize_for_infere
 from sdt_blocks.analysis import E_AC, E_MAC
 from sdt_blocks.event_costs import Calibration
 from sdt_blocks.event_driven import EventDrivenTransformer
-from sdt_blocks.ops import firing
-from sdt_blocks.ops.sparse import Epilogue, EventWeight, PackedSpikes, spike_product
+from sdt_blocks.ops import dense as firing
+from sdt_blocks.ops.packed import Epilogue, EventWeight, PackedSpikes, spike_product
 from sdt_blocks.ops.spec import NeuronSpec
 from sdt_blocks.product import Product
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .checkpoint import write_atomically
 from .event_driven import EventDrivenTransformer, EventProduct
-from .ops.sparse import Epilogue, PackedSpikes, kernels_path
+from .ops.packed import Epilogue, PackedSpikes, kernels_path
 from .ops.spec import NeuronSpec
 from .transformer import SpikeDrivenTransformer
 

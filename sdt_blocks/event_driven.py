@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .attention import PlanePool, SpikeDrivenSelfAttention
 from .mlp import SpikingMLP
 from .neuron import LIF
-from .ops.sparse import (
+from .ops.packed import (
     Epilogue,
     EventWeight,
     PackedSpikes,

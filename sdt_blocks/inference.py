@@ -15,7 +15,7 @@ from .attention import SpikeDrivenSelfAttention
 from .event_driven import EventDrivenTransformer
 from .mlp import SpikingMLP
 from .neuron import LIF
-from .ops import firing
+from .ops import dense as firing
 from .patch import WIDTHS, SpikingPatchSplitting
 from .product import Product
 from .shortcut import MembraneShortcut

@@ -14,7 +14,7 @@ from sdt_blocks import event_costs, event_driven
 from sdt_blocks.event_costs import EventCosts
 from sdt_blocks.event_driven import EventDrivenTransformer, EventProduct
 from sdt_blocks.neuron import LIF
-from sdt_blocks.ops.sparse import Epilogue, spike_neuron
+from sdt_blocks.ops.packed import Epilogue, spike_neuron
 
 
 @pytest.mark.parametrize("dense", [False, True])

@@ -1,8 +1,8 @@
 """Functions without parameters: the equations beside their fused versions, one signature each."""
 
 from .attention import attend, attend_reference
-from .batch_norm import batch_norm_lif, batch_norm_lif_reference
 from .lif import lif, lif_reference
+from .norm_lif import batch_norm_lif, batch_norm_lif_reference
 from .pool import max_pool, max_pool_reference
 
 __all__ = [

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch_norm import batch_norm_lif, batch_norm_lif_reference, statistics
 from .bits import as_spikes
 from .dispatch import fused, kernels
-from .fused import affine, lif_gradients
-from .lif import constants, lif, lif_reference
+from .lif import affine, constants, lif, lif_gradients, lif_reference
+from .norm_lif import batch_norm_lif, batch_norm_lif_reference, statistics
 from .spec import MOST_TOKENS, Layout, Mask, NeuronSpec, arrange, state_dtype
 
 

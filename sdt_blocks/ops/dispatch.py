@@ -78,11 +78,11 @@ def _backend(device: str, dtype: torch.dtype) -> str:
 def _problem(backend: str) -> str | None:
     if backend == "triton":
         return None if importlib.util.find_spec("triton") else "Triton is not installed"
-    from . import cpu_build
+    from .cpu import build
 
     try:
-        cpu_build.library()
-    except cpu_build.BuildError as error:
+        build.library()
+    except build.BuildError as error:
         return str(error)
     return None
 
@@ -90,4 +90,4 @@ def _problem(backend: str) -> str | None:
 @functools.cache
 def _module(backend: str) -> ModuleType:
     # Imported late: Triton may be missing, and reads TRITON_INTERPRET when it is imported.
-    return importlib.import_module({"compiled": ".cpu", "triton": ".gpu"}[backend], __package__)
+    return importlib.import_module({"compiled": ".cpu.training", "triton": ".triton.training"}[backend], __package__)

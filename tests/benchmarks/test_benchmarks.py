@@ -169,7 +169,7 @@ def test_work_is_counted_spike_by_spike() -> None:
     import run
 
     from sdt_blocks.event_driven import EventDrivenTransformer
-    from sdt_blocks.ops.sparse import kernels_problem
+    from sdt_blocks.ops.packed import kernels_problem
 
     if kernels_problem():
         pytest.skip(str(kernels_problem()))

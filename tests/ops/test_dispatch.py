@@ -11,8 +11,10 @@ from torch import nn
 
 from sdt_blocks import LIF, SpikingMLP
 from sdt_blocks.functional import normalize_and_fire
-from sdt_blocks.ops import batch_norm_lif, cpu_build, dispatch, lif, lif_reference
-from sdt_blocks.ops.fused import channel_statistics, lif_op
+from sdt_blocks.ops import batch_norm_lif, dispatch, lif, lif_reference
+from sdt_blocks.ops.cpu import build
+from sdt_blocks.ops.lif import lif_op
+from sdt_blocks.ops.norm_lif import channel_statistics
 from sdt_blocks.ops.spec import NeuronSpec
 
 
@@ -22,10 +24,10 @@ def fresh_dispatch(monkeypatch):
     monkeypatch.delenv("SDT_BLOCKS_BACKEND", raising=False)
     monkeypatch.setattr(dispatch, "_warned", set())
     dispatch._problem.cache_clear()
-    cpu_build.library.cache_clear()
+    build.library.cache_clear()
     yield
     dispatch._problem.cache_clear()
-    cpu_build.library.cache_clear()
+    build.library.cache_clear()
 
 
 def test_unknown_backend_is_refused(monkeypatch):
@@ -60,8 +62,8 @@ def test_a_failing_compiler_is_quoted(fresh_dispatch, monkeypatch, tmp_path):
     compiler.write_text("#!/bin/sh\necho 'out of luck' >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(cpu_build.BuildError, match="out of luck"):
-        cpu_build.library()
+    with pytest.raises(build.BuildError, match="out of luck"):
+        build.library()
 
 
 def test_own_surrogates_fall_back_with_one_warning(fresh_dispatch):
@@ -204,8 +206,8 @@ def test_meta_and_fake_tensors_have_shapes(monkeypatch):
 def test_built_kernels_are_read_from_the_cache(fresh_dispatch, monkeypatch, tmp_path):
     """A second process with the same source, compiler and processor builds nothing."""
     monkeypatch.setenv("SDT_BLOCKS_CACHE", str(tmp_path))
-    name = cpu_build.library()._name
+    name = build.library()._name
     assert os.path.dirname(name) == str(tmp_path)
     before = os.stat(name).st_mtime_ns
-    cpu_build.library.cache_clear()
-    assert cpu_build.library()._name == name and os.stat(name).st_mtime_ns == before
+    build.library.cache_clear()
+    assert build.library()._name == name and os.stat(name).st_mtime_ns == before

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from sdt_blocks.ops import gpu_kernels, gpu_storage
+from sdt_blocks.ops.triton import attention, bits, lif, pool
 
 element, state = {dtypes!r}
 integers = "size chunk chunk_stride x_step grad_step image channels inner blocks STEPS".split()
@@ -42,19 +42,19 @@ def build(kernel, **options):
 
 for reset, affine, tau, before in ((0, True, 2, False), (1, False, 1, True), (2, False, 0, True)):
     options = dict(RESET=reset, AFFINE=affine, TAU=tau, BEFORE=before, LAST=before, DENSE=not before)
-    build(gpu_kernels.forward, **options)
+    build(lif.forward, **options)
     for kind in (reset, reset + 2):
-        build(gpu_kernels.backward, **options, KIND=kind, DETACH=affine, REPEAT=kind == 1)
-    build(gpu_kernels.attend, RESET=reset, MASK_RESET=reset, TAU=tau > 0)
+        build(lif.backward, **options, KIND=kind, DETACH=affine, REPEAT=kind == 1)
+    build(attention.attend, RESET=reset, MASK_RESET=reset, TAU=tau > 0)
 for given in (True, False):
     options = dict(RESET=0, AFFINE=True, TAU=0, BEFORE=False, LAST=False, DENSE=True, KIND=0, DETACH=True, REPEAT=False)
-    build(gpu_kernels.backward, **options | dict(GRAD=given, MASK=True, BIT=2))
-build(gpu_kernels.mask_gradient)
-build(gpu_storage.max_pool)
-build(gpu_storage.max_pool_backward)
-build(gpu_kernels.combine)
-build(gpu_storage.pack)
-build(gpu_storage.unpack)
+    build(lif.backward, **options | dict(GRAD=given, MASK=True, BIT=2))
+build(attention.mask_gradient)
+build(pool.max_pool)
+build(pool.max_pool_backward)
+build(lif.combine)
+build(bits.pack)
+build(bits.unpack)
 """
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdt_blocks.ops.sparse import (
+from sdt_blocks.ops.packed import (
     Epilogue,
     EventWeight,
     PackedSpikes,

@@ -3,7 +3,7 @@
 Every function takes frames in channels-last order, `[T, B, H, W, C]`, in float32 or bfloat16, and returns spikes in a
 dtype of choice: that of the product they are for. Membranes are float32. `lif_reference` holds the neuron's equations.
 
-With `compiled` the C++ kernels of `firing.cpp` run on a CPU, and elsewhere what `torch.compile` makes of the equations.
+With `compiled` the C++ kernels of `cpu/dense.cpp` run on a CPU; elsewhere, what `torch.compile` makes of the equations.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cpu_build import BuildError, library
+from .cpu.build import BuildError, library
 from .lif import lif, lif_reference
 
 
@@ -211,7 +211,7 @@ def _sizes(*sizes: int) -> Any:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    functions = library(Path(__file__).with_name("firing.cpp"))
+    functions = library(Path(__file__).with_name("cpu") / "dense.cpp")
     p, i = c_void_p, c_int64
     functions.fire.argtypes = (c_int, c_int, i, i, p, i, p, p, p, p, i)
     functions.fire_and_pool.argtypes = (c_int, c_int, p, p, i, p, p, i)

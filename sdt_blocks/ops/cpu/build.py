@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCE = Path(__file__).with_name("training.cpp")
 FLAGS = (
     "-std=c++17",
     "-O3",

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "neurons.h"
+#include "neuron.h"
 
 namespace {
 

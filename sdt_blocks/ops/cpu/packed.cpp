@@ -7,7 +7,7 @@
 //
 // Sums run over taps, then channels, in ascending order, one rounding an addition.
 
-#include "sparse_epilogue.h"
+#include "packed_epilogue.h"
 
 namespace {
 

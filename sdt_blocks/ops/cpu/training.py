@@ -1,4 +1,4 @@
-"""The CPU kernels of `kernels.cpp` as functions of tensors; `gpu.py` has the same functions for Triton."""
+"""The training ops' kernels for CPU tensors, in C++ (`training.cpp`)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..surrogate import KINDS
-from .cpu_build import library
-from .spec import RESETS, Layout, Mask, NeuronSpec, state_dtype
+from ...surrogate import KINDS
+from ..spec import RESETS, Layout, Mask, NeuronSpec, state_dtype
+from .build import library
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # Elements from which a second thread pays.

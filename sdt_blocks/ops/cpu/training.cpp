@@ -1,4 +1,4 @@
-// The CPU kernels, built once on a machine by cpu_build.py and called through ctypes by cpu.py.
+// The CPU kernels, built once on a machine by build.py and called through ctypes by training.py.
 //
 // Every kernel walks the neurons of a frame in blocks that stay in the first-level cache and runs all time steps of a block
 // before the next: an input is read once and a spike written once, whatever T. The state is float32 (float64 for float64
@@ -6,7 +6,7 @@
 // the reference's and the spikes are the same bit for bit.
 
 #include "attention.h"
-#include "neurons.h"
+#include "neuron.h"
 #include "pool.h"
 
 namespace {
@@ -220,7 +220,7 @@ template <class X> void unpack(const uint8_t* bits, int64_t count, int64_t threa
 
 }  // namespace
 
-// Runs `call` with X, the type in storage, and S, that of the state, for a dtype as numbered in cpu.py.
+// Runs `call` with X, the type in storage, and S, that of the state, for a dtype as numbered in training.py.
 #define WITH(x, s, call) { using X = x; using S [[maybe_unused]] = s; call; return 0; }
 #ifdef __FLT16_MANT_DIG__
 #define FOR_FLOAT16(call) case 3: WITH(float16, float, call)

@@ -1,4 +1,4 @@
-// What stands between two products when an optimised model is evaluated, for firing.py: neurons fused with the shortcut's
+// What stands between two products when an optimised model is evaluated, for dense.py: neurons fused with the shortcut's
 // addition, with max pooling and with the attention's mask. Frames are channels-last and contiguous.
 //
 // Neurons are walked in blocks whose state stays in the first-level cache, all time steps of a block before the next block,
@@ -24,7 +24,7 @@ inline void store(float spike, bfloat16& out) {
 
 }  // namespace
 
-// The same fields in the same order as in firing.py.
+// The same fields in the same order as in dense.py.
 struct Neuron {
     const float* inv_tau;      // one for each channel, or one
     int64_t constants;         // how many
@@ -228,7 +228,7 @@ void attend(const Tokens& f, const X* qkv, const Neuron* neurons, Out* out, int6
 
 }  // namespace
 
-// Runs `call` with X and Out for two dtypes as numbered in firing.py: 0 float32, 1 bfloat16, 2 bytes (out alone).
+// Runs `call` with X and Out for two dtypes as numbered in dense.py: 0 float32, 1 bfloat16, 2 bytes (out alone).
 #define WITH_OUT(out, call)                                   \
     switch (out) {                                            \
     case 0: { using Out = float; call; return; }              \

@@ -1,7 +1,4 @@
-"""Kernels that `gpu.py` starts: max pooling, and spikes as bits.
-
-Pooling moves, for each input of b bytes, 1.25 b and 0.25 bytes more, forth and back; bits take b + 1 / 8 either way.
-"""
+"""Triton kernels of max pooling: for each input of b bytes they move 1.25 b and 0.25 bytes more, forth and back."""
 
 from __future__ import annotations
 
@@ -67,22 +64,3 @@ def max_pool_backward(
         here = tl.load(places + at, mask=mask, other=0).to(tl.int64) == place
         total += tl.where(mask & here, tl.load(grad + at, mask=mask, other=0.0).to(STATE), 0.0)
     tl.store(grad_x + i, total.to(grad_x.dtype.element_ty), mask=i < size)
-
-
-@triton.jit
-def pack(x, bits, size, BLOCK: tl.constexpr):
-    byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    packed = tl.zeros([BLOCK], tl.int32)
-    for bit in range(8):
-        i = byte * 8 + bit
-        packed |= (tl.load(x + i, mask=i < size, other=0.0) != 0).to(tl.int32) << bit
-    tl.store(bits + byte, packed.to(tl.uint8), mask=byte * 8 < size)
-
-
-@triton.jit
-def unpack(bits, x, size, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    byte = tl.load(bits + i // 8, mask=i < size, other=0).to(tl.int32)
-    # By way of float32: Triton's interpreter writes an integer into bfloat16 as its bits.
-    spike = ((byte >> (i % 8).to(tl.int32)) & 1).to(tl.float32)
-    tl.store(x + i, spike.to(x.dtype.element_ty), mask=i < size)

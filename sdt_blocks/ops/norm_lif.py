@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bits import as_spikes
-from .dispatch import fused
-from .fused import channel_statistics, lif_op
-from .lif import constants, lif_reference
-from .spec import state_dtype
+from .dispatch import fused, kernels
+from .lif import constants, lif_op, lif_reference
+from .spec import arrange, state_dtype
 
 
 def batch_norm_lif_reference(
@@ -116,3 +115,16 @@ def statistics(
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
         running_var.lerp_((variance * (n / (n - 1))).to(running_var.dtype), momentum)
     return mean, (variance + eps).rsqrt()
+
+
+@torch.library.custom_op("sdt_blocks::channel_statistics", mutates_args=())
+def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance `[C]` of every channel of x `[T, B, C, ...]`, in float32 or better."""
+    x, layout = arrange(x, x.shape[0], per_channel=True)
+    mean, variance = kernels(x).channel_statistics(x, layout)
+    return mean, variance
+
+
+@channel_statistics.register_fake
+def _(x):
+    return x.new_empty(x.shape[2], dtype=torch.float64), x.new_empty(x.shape[2], dtype=torch.float64)

@@ -57,7 +57,7 @@ template <class X, class S> void narrow(int64_t n, const std::vector<S>& buffer,
     }
 }
 
-// ---- what Python hands over; the same fields in the same order as in cpu.py
+// ---- what Python hands over; the same fields in the same order as in training.py
 
 struct Layout {
     int64_t steps, size;           // time steps, neurons of a frame

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdt_blocks.ops import firing
-from sdt_blocks.ops.cpu_build import BuildError
+from sdt_blocks.ops import dense
+from sdt_blocks.ops.cpu.build import BuildError
 
 NEURONS = {
     "LIF": (torch.tensor(0.5), 1.0, "zero", False),
@@ -32,11 +32,11 @@ def membranes(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "out"), DTYPES)
 def test_fire(neuron: str, shape: tuple[int, ...], dtype: torch.dtype, out: torch.dtype) -> None:
-    cells, x = firing.Neuron(*NEURONS[neuron]), membranes(*shape, dtype=dtype)
+    cells, x = dense.Neuron(*NEURONS[neuron]), membranes(*shape, dtype=dtype)
     shortcut = membranes(*shape).flip(0)
     for options in ({}, {"shortcut": shortcut}):
-        expected_u, expected = firing.fire(x, cells, out, **options)
-        u, spikes = firing.fire(x, cells, out, compiled=True, **options)
+        expected_u, expected = dense.fire(x, cells, out, **options)
+        u, spikes = dense.fire(x, cells, out, compiled=True, **options)
         assert torch.equal(spikes, expected) and torch.equal(u, expected_u) and spikes.dtype == out
     assert u.dtype == torch.float32
     if shape[0] > 1:
@@ -47,28 +47,28 @@ def test_fire(neuron: str, shape: tuple[int, ...], dtype: torch.dtype, out: torc
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "out"), DTYPES)
 def test_fire_and_pool(neuron: str, shape: tuple[int, ...], dtype: torch.dtype, out: torch.dtype) -> None:
-    cells, x = firing.Neuron(*NEURONS[neuron]), membranes(*shape, dtype=dtype) - 0.5
-    expected = firing.fire_and_pool(x, cells, out)
-    found = firing.fire_and_pool(x, cells, out, compiled=True)
+    cells, x = dense.Neuron(*NEURONS[neuron]), membranes(*shape, dtype=dtype) - 0.5
+    expected = dense.fire_and_pool(x, cells, out)
+    found = dense.fire_and_pool(x, cells, out, compiled=True)
     assert torch.equal(found, expected) and found.dtype == out
     frame = x[:1].expand(shape)
-    assert torch.equal(firing.fire_and_pool(frame, cells, out, compiled=True), firing.fire_and_pool(frame, cells, out))
+    assert torch.equal(dense.fire_and_pool(frame, cells, out, compiled=True), dense.fire_and_pool(frame, cells, out))
 
 
 @pytest.mark.parametrize("expanded", [True, False])
-@pytest.mark.parametrize("op", [firing.fire, firing.fire_and_pool])
+@pytest.mark.parametrize("op", [dense.fire, dense.fire_and_pool])
 def test_frames_that_lie_otherwise(op, expanded: bool) -> None:
     """A convolution of one input channel may give its frames channels-first, and they may be one frame shown again."""
     x = membranes(4, 2, 19, 6, 5).permute(0, 1, 3, 4, 2)
     x = x[:1].expand(x.shape) if expanded else x
-    cells = firing.Neuron(*NEURONS["LIF"])
+    cells = dense.Neuron(*NEURONS["LIF"])
     expected, found = (op(frames, cells, torch.float32, compiled=True) for frames in (x.contiguous(), x))
-    if op is firing.fire:
+    if op is dense.fire:
         (_, expected), (_, found) = expected, found
     assert torch.equal(found, expected) and 0.02 < found.mean() < 0.98
     shortcut = membranes(4, 2, 19, 6, 5).flip(0).permute(0, 1, 3, 4, 2)
     given = [
-        firing.fire(x, cells, torch.float32, shortcut=u, compiled=True)[1] for u in (shortcut, shortcut.contiguous())
+        dense.fire(x, cells, torch.float32, shortcut=u, compiled=True)[1] for u in (shortcut, shortcut.contiguous())
     ]
     assert torch.equal(*given)
 
@@ -80,9 +80,9 @@ def test_attend(neuron: str, shape: tuple[int, ...], dtype: torch.dtype, out: to
     if neuron == "per channel" and shape[-1] != 19:
         pytest.skip("written for 19 channels")
     qkv = membranes(*shape[:-1], 3 * shape[-1], dtype=dtype) - 1
-    neurons = [firing.Neuron(*NEURONS[neuron])] * 3 + [firing.Neuron(torch.tensor(0.5), 0.5, "zero", False)]
-    expected = firing.attend(qkv, neurons, out)
-    found = firing.attend(qkv, neurons, out, compiled=True)
+    neurons = [dense.Neuron(*NEURONS[neuron])] * 3 + [dense.Neuron(torch.tensor(0.5), 0.5, "zero", False)]
+    expected = dense.attend(qkv, neurons, out)
+    found = dense.attend(qkv, neurons, out, compiled=True)
     assert torch.equal(found, expected) and found.dtype == out
 
 
@@ -91,10 +91,10 @@ def test_attend_counts_in_integers() -> None:
     steps, tokens, channels = 3, 6, 5
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.rand(steps, 1, tokens, 1, channels, generator=generator) < share for share in (0.5, 0.3, 0.3))
-    found = firing.attend(
+    found = dense.attend(
         2.0 * torch.cat([q, k, v], -1),
-        [firing.Neuron(torch.tensor(1.0), 1.0, "zero", False)] * 3
-        + [firing.Neuron(torch.tensor(0.5), 0.5, "zero", False)],
+        [dense.Neuron(torch.tensor(1.0), 1.0, "zero", False)] * 3
+        + [dense.Neuron(torch.tensor(0.5), 0.5, "zero", False)],
         torch.uint8,
         compiled=True,
     )
@@ -114,8 +114,8 @@ def test_attend_pools_within_heads(heads: int | None) -> None:
     batch, height, width, channels = 2, 3, 4, 8
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.rand(1, batch, height, width, channels, generator=generator) < 0.15 for _ in range(3))
-    sure = firing.Neuron(torch.tensor(1.0), 0.5, "zero", False)
-    found = firing.attend(torch.cat([q, k, v], -1).float(), [sure] * 4, torch.float32, heads=heads)
+    sure = dense.Neuron(torch.tensor(1.0), 0.5, "zero", False)
+    found = dense.attend(torch.cat([q, k, v], -1).float(), [sure] * 4, torch.float32, heads=heads)
 
     def pooled(spikes: np.ndarray) -> np.ndarray:
         padded = np.pad(spikes, [(0, 0)] * (spikes.ndim - 2) + [(1, 1), (1, 1)])
@@ -138,13 +138,13 @@ def test_attend_pools_within_heads(heads: int | None) -> None:
 def test_pool_is_a_maximum_over_neighbours() -> None:
     x = membranes(2, 3, 7, 6, 5)
     expected = F.max_pool2d(x.movedim(-1, 2).flatten(0, 1), 3, 2, 1).unflatten(0, (2, 3)).movedim(2, -1)
-    assert torch.equal(firing.pool(x), expected)
+    assert torch.equal(dense.pool(x), expected)
 
 
 def test_frames_that_are_not_contiguous() -> None:
-    cells = firing.Neuron(*NEURONS["LIF"])
+    cells = dense.Neuron(*NEURONS["LIF"])
     x = membranes(3, 2, 4, 19, 6).transpose(-1, -2)
-    for fused in (firing.fire_and_pool, lambda *a, **o: firing.fire(*a, **o)[1]):
+    for fused in (dense.fire_and_pool, lambda *a, **o: dense.fire(*a, **o)[1]):
         assert torch.equal(fused(x, cells, torch.float32, compiled=True), fused(x, cells, torch.float32))
 
 
@@ -152,32 +152,32 @@ def test_without_a_compiler_one_warning(monkeypatch: pytest.MonkeyPatch) -> None
     def broken() -> None:
         raise BuildError("no C++ compiler was found; install g++ or clang++")
 
-    monkeypatch.setattr(firing, "_library", broken)
-    monkeypatch.setattr(firing, "_uncompiled", [])
-    cells, x = firing.Neuron(*NEURONS["LIF"]), membranes(2, 1, 3, 3, 4)
+    monkeypatch.setattr(dense, "_library", broken)
+    monkeypatch.setattr(dense, "_uncompiled", [])
+    cells, x = dense.Neuron(*NEURONS["LIF"]), membranes(2, 1, 3, 3, 4)
     with pytest.warns(UserWarning, match="no C.. compiler was found") as caught:
-        found = [firing.fire(x, cells, torch.float32, compiled=True)[1] for _ in range(3)]
+        found = [dense.fire(x, cells, torch.float32, compiled=True)[1] for _ in range(3)]
     assert len(caught) == 1
-    assert torch.equal(found[2], firing.fire(x, cells, torch.float32)[1])
+    assert torch.equal(found[2], dense.fire(x, cells, torch.float32)[1])
 
 
 @pytest.mark.slow
 def test_what_torch_compile_makes_of_the_equations(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of other devices, run on this one."""
-    monkeypatch.setattr(firing, "_native", lambda x: False)
+    monkeypatch.setattr(dense, "_native", lambda x: False)
     for name in ("LIF", "per channel"):
-        cells, x = firing.Neuron(*NEURONS[name]), membranes(4, 2, 6, 5, 19)
+        cells, x = dense.Neuron(*NEURONS[name]), membranes(4, 2, 6, 5, 19)
         assert torch.equal(
-            firing.fire_and_pool(x, cells, torch.bfloat16, compiled=True),
-            firing.fire_and_pool(x, cells, torch.bfloat16),
+            dense.fire_and_pool(x, cells, torch.bfloat16, compiled=True),
+            dense.fire_and_pool(x, cells, torch.bfloat16),
         )
-        found = firing.fire(x, cells, torch.float32, shortcut=x, compiled=True)
-        expected = firing.fire(x, cells, torch.float32, shortcut=x)
+        found = dense.fire(x, cells, torch.float32, shortcut=x, compiled=True)
+        expected = dense.fire(x, cells, torch.float32, shortcut=x)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
         qkv, neurons = membranes(4, 2, 3, 3, 57), [cells] * 4
         for heads in (None, 1):
             assert torch.equal(
-                firing.attend(qkv, neurons, torch.float32, heads=heads, compiled=True),
-                firing.attend(qkv, neurons, torch.float32, heads=heads),
+                dense.attend(qkv, neurons, torch.float32, heads=heads, compiled=True),
+                dense.attend(qkv, neurons, torch.float32, heads=heads),
             )
-    assert not firing._uncompiled
+    assert not dense._uncompiled

@@ -1,11 +1,9 @@
-"""The kernels that `gpu.py` starts.
+"""Triton kernels of neurons with a normalization in front of them.
 
-Traffic in bytes per element and time step, for an element of b bytes. LIF: forward 2 b (input read, spikes written; the
+Traffic in bytes per element and time step, for an element of b bytes: forward 2 b (input read, spikes written; the
 state stays in registers), backward 4 b (input read twice, gradient read and written). The backward pass also writes the
 membranes and reads them twice, in a scratch that a fixed number of programs use again and again, so that it stays in
-the L2 cache. Sums over channels cost 4 bytes each per neuron, not per step. Attention: forward 4 b (q, k and v read,
-masked spikes written) and 1 where a gradient will be wanted; backward b + 1 for the mask's gradient, then for q what a
-LIF takes and 1, for k and v 3 b + 1 each.
+the L2 cache. Sums over channels cost 4 bytes each per neuron, not per step.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ def _surrogate(shift, KIND: tl.constexpr, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def _fires(h, threshold, STRICT: tl.constexpr):
+def fires(h, threshold, STRICT: tl.constexpr):
     if STRICT:
         return h > threshold
     else:
@@ -45,7 +43,7 @@ def _fires(h, threshold, STRICT: tl.constexpr):
 
 
 @triton.jit
-def _charge(h, s, v, k, threshold, RESET: tl.constexpr):
+def charge(h, s, v, k, threshold, RESET: tl.constexpr):
     """Membrane after input v, and what the reset left of the one before."""
     u = h * tl.where(s, 0.0, 1.0) if RESET == 0 else h
     h = u + (v - u) * k
@@ -55,7 +53,7 @@ def _charge(h, s, v, k, threshold, RESET: tl.constexpr):
 
 
 @triton.jit
-def _channel_values(pointer, c, mask, DTYPE: tl.constexpr):
+def channel_values(pointer, c, mask, DTYPE: tl.constexpr):
     return tl.load(pointer + c, mask=mask, other=0.0).to(DTYPE)
 
 
@@ -92,12 +90,12 @@ def forward(
     offset = i if DENSE else i // chunk * chunk_stride + i % chunk
     c = i // inner % channels
     threshold = tl.full([BLOCK], THRESHOLD, STATE)
-    a = _channel_values(scale, c, mask, STATE) if AFFINE else 1.0
-    b = _channel_values(shift, c, mask, STATE) if AFFINE else 0.0
-    k = tl.full([BLOCK], K, STATE) if TAU == 0 else _channel_values(inv_tau, c if TAU == 2 else c * 0, mask, STATE)
+    a = channel_values(scale, c, mask, STATE) if AFFINE else 1.0
+    b = channel_values(shift, c, mask, STATE) if AFFINE else 0.0
+    k = tl.full([BLOCK], K, STATE) if TAU == 0 else channel_values(inv_tau, c if TAU == 2 else c * 0, mask, STATE)
     if BEFORE:
         h = tl.load(before + i, mask=mask, other=0.0).to(STATE)
-        s = _fires(h, threshold, STRICT)
+        s = fires(h, threshold, STRICT)
     else:
         h = tl.zeros([BLOCK], STATE)
         s = h > 1
@@ -108,8 +106,8 @@ def forward(
         v = tl.load(x, mask=mask, other=0.0).to(STATE)
         if AFFINE:
             v = v * a + b
-        h, _u = _charge(h, s, v, k, threshold, RESET)
-        s = _fires(h, threshold, STRICT)
+        h, _u = charge(h, s, v, k, threshold, RESET)
+        s = fires(h, threshold, STRICT)
         tl.store(to, tl.where(s, 1.0, 0.0).to(spikes.dtype.element_ty), mask=mask)
         x += x_step
         to += size
@@ -141,8 +139,8 @@ def _membranes(
         v = tl.load(x, mask=mask, other=0.0).to(STATE)
         if AFFINE:
             v = v * a + b
-        h, _u = _charge(h, s, v, k, threshold, RESET)
-        s = _fires(h, threshold, STRICT)
+        h, _u = charge(h, s, v, k, threshold, RESET)
+        s = fires(h, threshold, STRICT)
         tl.store(to + t * BLOCK, h)
         x += x_step
 
@@ -159,14 +157,6 @@ def _arriving(grad, masks, codes, mask, GRAD: tl.constexpr, MASK: tl.constexpr, 
         else:
             code = tl.load(codes, mask=mask, other=0)
             return tl.where((code >> BIT) & 1 != 0, values, 0.0)
-
-
-@triton.jit
-def _advance(x, mask, h, s, a, b, k, threshold, RESET: tl.constexpr, STRICT: tl.constexpr, STATE: tl.constexpr):
-    """Membrane and spikes of a normalized neuron after one step."""
-    v = tl.load(x, mask=mask, other=0.0).to(STATE) * a + b
-    h, _u = _charge(h, s, v, k, threshold, RESET)
-    return h, _fires(h, threshold, STRICT)
 
 
 @triton.jit
@@ -223,12 +213,12 @@ def backward(
         last_step = (lane * 0 + STEPS - 1).to(tl.int64)
         offset = i if DENSE else i // chunk * chunk_stride + i % chunk
         c = i // inner % channels
-        a = _channel_values(scale, c, mask, STATE) if AFFINE else 1.0
-        b = _channel_values(shift, c, mask, STATE) if AFFINE else 0.0
-        middle = _channel_values(center, c, mask, STATE) if AFFINE else 0.0
-        k = tl.full([BLOCK], K, STATE) if TAU == 0 else _channel_values(inv_tau, c if TAU == 2 else c * 0, mask, STATE)
+        a = channel_values(scale, c, mask, STATE) if AFFINE else 1.0
+        b = channel_values(shift, c, mask, STATE) if AFFINE else 0.0
+        middle = channel_values(center, c, mask, STATE) if AFFINE else 0.0
+        k = tl.full([BLOCK], K, STATE) if TAU == 0 else channel_values(inv_tau, c if TAU == 2 else c * 0, mask, STATE)
         first = tl.load(before + i, mask=mask, other=0.0).to(STATE) if BEFORE else tl.zeros([BLOCK], STATE)
-        s = _fires(first, threshold, STRICT) if BEFORE else first > 1
+        s = fires(first, threshold, STRICT) if BEFORE else first > 1
         of = x + offset
         _membranes(of, x_step, mask, first, s, a, b, k, threshold, own, STEPS, RESET, STRICT, AFFINE, BLOCK, STATE)
         of += x_step * last_step
@@ -253,7 +243,7 @@ def backward(
             raw = tl.load(of, mask=mask, other=0.0).to(STATE)
             previous = tl.load(own + (t - 1) * BLOCK, mask=t > 0, other=0.0)
             previous = tl.where(t > 0, previous, first)
-            fired = _fires(previous, threshold, STRICT)
+            fired = fires(previous, threshold, STRICT)
             if not BEFORE:
                 fired = fired & (t > 0)
             of_v = of_h * k
@@ -305,125 +295,6 @@ def combine(
     grad += t * size + i
     value = tl.load(grad, mask=mask, other=0.0).to(STATE)
     raw = tl.load(x + t * x_step + i // chunk * chunk_stride + i % chunk, mask=mask, other=0.0).to(STATE)
-    value = value * _channel_values(a, c, mask, STATE) + raw * _channel_values(b, c, mask, STATE)
-    value += _channel_values(d, c, mask, STATE)
+    value = value * channel_values(a, c, mask, STATE) + raw * channel_values(b, c, mask, STATE)
+    value += channel_values(d, c, mask, STATE)
     tl.store(grad, value.to(grad.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def attend(
-    q,
-    k,
-    v,
-    scale,
-    shift,
-    inv_tau,
-    out,
-    codes,
-    sums,
-    size,
-    tokens,
-    channels,
-    token_stride,
-    channel_stride,
-    STEPS,
-    K: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    RESET: tl.constexpr,
-    STRICT: tl.constexpr,
-    MASK_K: tl.constexpr,
-    MASK_THRESHOLD: tl.constexpr,
-    MASK_RESET: tl.constexpr,
-    MASK_STRICT: tl.constexpr,
-    TAU: tl.constexpr,
-    KEEP: tl.constexpr,
-    STATE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
-    """One image's tokens of a few channels, all of them at once, step after step."""
-    image = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    n = tl.arange(0, TOKENS)
-    of_channel = c < channels
-    mask = of_channel[:, None] & (n < tokens)[None, :]
-    i = image * tokens * channels + c.to(tl.int64)[:, None] * channel_stride + n[None, :] * token_stride
-    a_q = _channel_values(scale, c, of_channel, STATE)[:, None]
-    a_k = _channel_values(scale + channels, c, of_channel, STATE)[:, None]
-    a_v = _channel_values(scale + 2 * channels, c, of_channel, STATE)[:, None]
-    b_q = _channel_values(shift, c, of_channel, STATE)[:, None]
-    b_k = _channel_values(shift + channels, c, of_channel, STATE)[:, None]
-    b_v = _channel_values(shift + 2 * channels, c, of_channel, STATE)[:, None]
-    k_q = tl.full([CHANNELS, 1], K, STATE)
-    k_k = k_q
-    k_v = k_q
-    k_mask = tl.full([CHANNELS], MASK_K, STATE)
-    if TAU:
-        k_q = _channel_values(inv_tau, c, of_channel, STATE)[:, None]
-        k_k = _channel_values(inv_tau + channels, c, of_channel, STATE)[:, None]
-        k_v = _channel_values(inv_tau + 2 * channels, c, of_channel, STATE)[:, None]
-        k_mask = _channel_values(inv_tau + 3 * channels, c, of_channel, STATE)
-    threshold = tl.full([CHANNELS, TOKENS], THRESHOLD, STATE)
-    mask_threshold = tl.full([CHANNELS], MASK_THRESHOLD, STATE)
-    h_q = tl.zeros([CHANNELS, TOKENS], STATE)
-    h_k = h_q
-    h_v = h_q
-    q_fires = h_q > 1
-    k_fires = q_fires
-    v_fires = q_fires
-    h_mask = tl.zeros([CHANNELS], STATE)
-    mask_fires = h_mask > 1
-    q += i
-    k += i
-    v += i
-    out += i
-    codes += i
-    sums += image * channels + c
-    for _ in range(STEPS):
-        h_q, q_fires = _advance(q, mask, h_q, q_fires, a_q, b_q, k_q, threshold, RESET, STRICT, STATE)
-        h_k, k_fires = _advance(k, mask, h_k, k_fires, a_k, b_k, k_k, threshold, RESET, STRICT, STATE)
-        h_v, v_fires = _advance(v, mask, h_v, v_fires, a_v, b_v, k_v, threshold, RESET, STRICT, STATE)
-        # The padding beyond the tokens may fire too.
-        total = tl.sum(tl.where(k_fires & v_fires & mask, 1.0, 0.0), axis=1).to(STATE)
-        h_mask, _m = _charge(h_mask, mask_fires, total, k_mask, mask_threshold, MASK_RESET)
-        mask_fires = _fires(h_mask, mask_threshold, MASK_STRICT)
-        masked = tl.where(q_fires & mask_fires[:, None], 1.0, 0.0)
-        tl.store(out, masked.to(out.dtype.element_ty), mask=mask)
-        if KEEP:
-            code = tl.where(q_fires, 1, 0) | tl.where(k_fires, 2, 0) | tl.where(v_fires, 4, 0)
-            tl.store(codes, code.to(tl.uint8), mask=mask)
-        tl.store(sums, total, mask=of_channel)
-        q += size
-        k += size
-        v += size
-        out += size
-        codes += size
-        sums += size // tokens
-
-
-@triton.jit
-def mask_gradient(
-    grad,
-    codes,
-    result,
-    size,
-    tokens,
-    channels,
-    token_stride,
-    channel_stride,
-    grad_step,
-    images,
-    STATE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
-    t = tl.program_id(0).to(tl.int64) // images
-    image = tl.program_id(0).to(tl.int64) % images
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    n = tl.arange(0, TOKENS)
-    mask = (c < channels)[:, None] & (n < tokens)[None, :]
-    i = image * tokens * channels + c.to(tl.int64)[:, None] * channel_stride + n[None, :] * token_stride
-    code = tl.load(codes + t * size + i, mask=mask, other=0)
-    given = tl.load(grad + t * grad_step + i, mask=mask, other=0.0).to(STATE)
-    total = tl.sum(tl.where(code & 1 != 0, given, 0.0), axis=1)
-    tl.store(result + (t * images + image) * channels + c, total, mask=c < channels)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu_build
+from .cpu import build
 from .lif import lif_reference
 from .spec import RESETS, NeuronSpec
 
@@ -283,7 +283,7 @@ def kernels_problem() -> str | None:
     """Why the kernels cannot run on this machine, or None where they can."""
     try:
         _library()
-    except cpu_build.BuildError as error:
+    except build.BuildError as error:
         return str(error)
     return None
 
@@ -391,7 +391,7 @@ def _attention_channels(qkv: PackedSpikes) -> int:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = cpu_build.library(Path(__file__).with_name("sparse.cpp"))
+    library = build.library(Path(__file__).with_name("cpu") / "packed.cpp")
     library.spike_count.restype = c_int64
     return library
 

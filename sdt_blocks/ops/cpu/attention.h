@@ -6,7 +6,7 @@
 
 #pragma once
 
-#include "neurons.h"
+#include "neuron.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-"""The functions of `cpu.py` for CUDA tensors, by Triton; under `TRITON_INTERPRET=1` for CPU tensors too."""
+"""The training ops' kernels for CUDA tensors, by Triton; under `TRITON_INTERPRET=1` for CPU tensors too."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ..surrogate import KINDS
-from . import gpu_kernels, gpu_storage
-from .spec import MOST_TOKENS, RESETS, Layout, Mask, NeuronSpec, state_dtype
+from ...surrogate import KINDS
+from ..spec import MOST_TOKENS, RESETS, Layout, Mask, NeuronSpec, state_dtype
+from . import attention, lif, pool
+from . import bits as bit_kernels
 
 BLOCK = 1024
 _STATE = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
@@ -34,7 +35,7 @@ def lif_forward(
     last = layout.empty_frame(x, state_dtype(x)) if keep_membrane else None
     before = None if membrane is None else layout.frame(membrane)
     with _device_of(x):
-        gpu_kernels.forward[(triton.cdiv(layout.size, BLOCK),)](
+        lif.forward[(triton.cdiv(layout.size, BLOCK),)](
             x,
             _or(scale, x),
             _or(shift, x),
@@ -84,7 +85,7 @@ def lif_backward(
     rows = 3 if scale is not None else 1 if inv_tau is not None else 0
     of_neurons = x.new_zeros(rows, layout.size, dtype=dtype)
     with _device_of(x):
-        gpu_kernels.backward[(programs,)](
+        lif.backward[(programs,)](
             _or(grad, x),
             x if mask is None else mask.values,
             x if mask is None else _or(mask.codes, x),
@@ -144,7 +145,7 @@ def attend(
     of_q, of_mask = neurons[0], neurons[3]
     tile, where = _tokens(layout, q.shape[1])
     with _device_of(q):
-        gpu_kernels.attend[(q.shape[1], triton.cdiv(layout.channels, tile["CHANNELS"]))](
+        attention.attend[(q.shape[1], triton.cdiv(layout.channels, tile["CHANNELS"]))](
             q,
             k,
             v,
@@ -176,7 +177,7 @@ def mask_gradient(grad: Tensor, codes: Tensor, result: Tensor, layout: Layout) -
     images = grad.shape[1]
     tile, where = _tokens(layout, images)
     with _device_of(grad):
-        gpu_kernels.mask_gradient[(layout.steps * images, triton.cdiv(layout.channels, tile["CHANNELS"]))](
+        attention.mask_gradient[(layout.steps * images, triton.cdiv(layout.channels, tile["CHANNELS"]))](
             grad, codes, result, *where, grad.stride(0), images, STATE=_STATE[state_dtype(grad)], **tile
         )
 
@@ -191,7 +192,7 @@ def channel_statistics(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 def channel_combine(grad: Tensor, x: Tensor, layout: Layout, a: Tensor, b: Tensor, d: Tensor) -> None:
     """`grad = a * grad + b * x + d` in place, with a, b and d `[channels]`."""
     with _device_of(x):
-        gpu_kernels.combine[(triton.cdiv(layout.size, BLOCK), layout.steps)](
+        lif.combine[(triton.cdiv(layout.size, BLOCK), layout.steps)](
             grad,
             x,
             a,
@@ -211,7 +212,7 @@ def max_pool(x: Tensor, out: Tensor, places: Tensor | None) -> None:
     All are contiguous, or all are channels-last.
     """
     with _device_of(x):
-        gpu_storage.max_pool[(triton.cdiv(out.numel(), BLOCK),)](
+        pool.max_pool[(triton.cdiv(out.numel(), BLOCK),)](
             x,
             out,
             _or(places, x),
@@ -226,7 +227,7 @@ def max_pool(x: Tensor, out: Tensor, places: Tensor | None) -> None:
 def max_pool_backward(grad: Tensor, places: Tensor, grad_x: Tensor) -> None:
     """Fills grad_x from the gradient of the maxima; all are contiguous, or all are channels-last."""
     with _device_of(grad):
-        gpu_storage.max_pool_backward[(triton.cdiv(grad_x.numel(), BLOCK),)](
+        pool.max_pool_backward[(triton.cdiv(grad_x.numel(), BLOCK),)](
             grad, places, grad_x, grad_x.numel(), *_planes(grad_x), STATE=_STATE[state_dtype(grad)], BLOCK=BLOCK
         )
 
@@ -235,14 +236,14 @@ def pack_bits(x: Tensor) -> Tensor | None:
     """One bit for each spike of x in the order of memory, `[ceil(n / 8)]`; x must be 0 and 1, which is not checked."""
     bits = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
     with _device_of(x):
-        gpu_storage.pack[(triton.cdiv(bits.numel(), BLOCK),)](x, bits, x.numel(), BLOCK=BLOCK)
+        bit_kernels.pack[(triton.cdiv(bits.numel(), BLOCK),)](x, bits, x.numel(), BLOCK=BLOCK)
     return bits
 
 
 def unpack_bits(bits: Tensor, x: Tensor) -> None:
     """Fills x with the elements that `pack_bits` packed."""
     with _device_of(x):
-        gpu_storage.unpack[(triton.cdiv(x.numel(), BLOCK),)](bits, x, x.numel(), BLOCK=BLOCK)
+        bit_kernels.unpack[(triton.cdiv(x.numel(), BLOCK),)](bits, x, x.numel(), BLOCK=BLOCK)
 
 
 def _where(layout: Layout) -> tuple[int, int, int, int]:

@@ -1,0 +1,25 @@
+"""Triton kernels of spikes as bits: for each spike of b bytes they move b + 1 / 8 bytes either way."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pack(x, bits, size, BLOCK: tl.constexpr):
+    byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    packed = tl.zeros([BLOCK], tl.int32)
+    for bit in range(8):
+        i = byte * 8 + bit
+        packed |= (tl.load(x + i, mask=i < size, other=0.0) != 0).to(tl.int32) << bit
+    tl.store(bits + byte, packed.to(tl.uint8), mask=byte * 8 < size)
+
+
+@triton.jit
+def unpack(bits, x, size, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    byte = tl.load(bits + i // 8, mask=i < size, other=0).to(tl.int32)
+    # By way of float32: Triton's interpreter writes an integer into bfloat16 as its bits.
+    spike = ((byte >> (i % 8).to(tl.int32)) & 1).to(tl.float32)
+    tl.store(x + i, spike.to(x.dtype.element_ty), mask=i < size)
