@@ -56,15 +56,16 @@ def walk_files(folder: Path, seen: set[tuple[int, int]] | None = None) -> Iterat
         for entry in entries:
             name = os.path.join(inner, entry.name)
             try:
-                status = entry.stat()
-            except OSError:  # a link that leads nowhere or in circles
-                status = None
-            if status is None or not stat.S_ISDIR(status.st_mode):
-                yield name, "" if status and stat.S_ISREG(status.st_mode) else "no regular file"
-            elif (status.st_dev, status.st_ino) in seen:
+                regular, is_folder = entry.is_file(), entry.is_dir()  # no call to the system but for links
+                identity = folder_id(entry.path) if is_folder else None
+            except OSError:  # a link in circles
+                regular, identity = False, None
+            if identity is None:
+                yield name, "" if regular else "no regular file"
+            elif identity in seen:
                 yield name, "link to a folder met before"
             else:
-                seen.add((status.st_dev, status.st_ino))
+                seen.add(identity)
                 below.append(name)
         waiting += reversed(below)
 
