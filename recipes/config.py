@@ -219,7 +219,8 @@ def _range(bounds: Mapping[str, Any]) -> str:
     return " and ".join(f"{word} {bounds[name]:g}" for name, word in words.items() if name in bounds)
 
 
-# What a resumed run may change: it moves, watches or ends the run, and the weights at a given step stay the same.
+# What a resumed run may change: it moves, watches, ends or divides the run. `run_state.tell_changes` warns of what
+# changes batch statistics or rounding.
 _FREE = {
     "data.root", "data.workers", "data.download", "data.on_error", "data.test_samples", "data.crop_pct", "events.cache",
     "train.batch_size", "train.accumulate", "train.max_steps", "train.init_checkpoint", "train.skip_nonfinite",

@@ -22,6 +22,7 @@ from models import optimizer_state, whole_model
 from optim import BatchMixer, learning_rate, set_learning_rate
 from pictures import draw_curves
 from progress import METRICS, Display, append_metrics, peak_memory, read_metrics
+from run_lock import RunLock
 from run_state import Position, last_good, save_checkpoint, seed_step, sha256, state_digest
 from safetensors import SafetensorError
 from stop_request import StopRequest
@@ -55,6 +56,8 @@ class Run:
     test_loader: DataLoader[Any]
     position: Position
     display: Display
+    lock: RunLock | None = None
+    """The right to write into the folder, on the first process."""
     stop: StopRequest = field(default_factory=StopRequest)
     stopping: bool = False
     """Some process was asked to stop: all of them know, and stop at this step."""
@@ -98,6 +101,8 @@ def train(run: Run) -> None:
         train_to_the_end(run)
     finally:
         stop_loaders(run.train_loader, run.test_loader)
+        if run.lock is not None:
+            run.lock.release()
 
 
 def train_to_the_end(run: Run) -> None:
@@ -266,7 +271,10 @@ def close_epoch(run: Run, clock: Clock) -> None:
     line |= {"nonfinite_steps": position.nonfinite, "seconds": round(run.seconds, 2)}
     if config.data.on_error == "skip":
         line["unreadable"] = count_unreadable(run)
+    # JSON knows no NaN.
+    line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
     position.closed, position.loss_sum, position.loss_count = position.step, 0.0, 0
+    position.lines.append(line)
     if accelerator.is_main_process:
         append_metrics(run.folder, line)
     accelerator.log({key: value for key, value in line.items() if isinstance(value, int | float)}, step=position.step)
@@ -306,6 +314,8 @@ def save(run: Run) -> None:
     model = whole_model(run.accelerator, run.config, run.model)
     state = optimizer_state(run.accelerator, run.model, run.optimizer)
     if run.accelerator.is_main_process:
+        if run.lock is not None:
+            run.lock.check()
         scaler = run.accelerator.scaler
         save_checkpoint(
             run.folder,
@@ -342,7 +352,7 @@ def finish(run: Run) -> None:
         few = list(islice(fetch(run.test_loader), max(1, ANALYZED // config.train.batch_size)))
         analyze_model(model, few, folder / "analysis", title=f"{config.model.name} on {config.data.name}")
     if accelerator.is_main_process:
-        lines = read_metrics(folder)
+        lines = run.position.lines or read_metrics(folder)
         if not lines:
             raise RunError(f"{folder / METRICS} holds no line of this run; resume it in its own output_dir")
         line = lines[-1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import time
@@ -19,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sdt_blocks.checkpoint import write_atomically
 
 SECONDS_BETWEEN_LINES = 30
-METRICS = "metrics.jsonl"
+METRICS, DAMAGED, CURVES = "metrics.jsonl", "metrics_damaged.jsonl", "curves.png"
 
 
 class Display:
@@ -94,33 +93,65 @@ def peak_memory(device: torch.device) -> float:
 
 def append_metrics(folder: Path, line: dict[str, Any]) -> None:
     """One line of metrics.jsonl, on disk when this returns."""
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
-    }
     with (folder / METRICS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite) + "\n")
+        file.write(json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; one that a crash cut short is left out."""
+    """The whole lines of metrics.jsonl; a damaged one is left out, see `restore_metrics`."""
+    parsed = [_parse_line(raw) for raw in _raw_lines(folder)]
+    return [line for line in parsed if line is not None]
+
+
+def _raw_lines(folder: Path) -> list[bytes]:
     path = folder / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    metrics = []
-    for line in lines:
-        try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return metrics
+    return [raw for raw in path.read_bytes().split(b"\n") if raw.strip()] if path.is_file() else []
 
 
-def rewind_metrics(folder: Path, step: int) -> None:
-    """Drops the lines of epochs after `step`, which a resumed run will write again."""
-    if (folder / METRICS).is_file():
-        kept = "".join(json.dumps(line) + "\n" for line in read_metrics(folder) if line["step"] <= step)
-        write_atomically(folder / METRICS, lambda name: Path(name).write_text(kept, encoding="utf-8"))
+def _parse_line(raw: bytes) -> dict[str, Any] | None:
+    """The line of an epoch, or None for what is none: no object, without its step and epoch, text for a number."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    try:
+        line = json.loads(raw.decode("utf-8"), parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(line, dict) and all(type(line.get(key)) is int for key in ("step", "epoch"))
+    return line if whole and not any(isinstance(value, str | bool | dict) for value in line.values()) else None
+
+
+def restore_metrics(folder: Path, lines: list[dict[str, Any]], step: int) -> None:
+    """metrics.jsonl with the lines that a checkpoint at `step` knows of, or else the file's own up to there.
+
+    Lines of later epochs go, since a resumed run writes them again. What is damaged or stands twice is kept in
+    metrics_damaged.jsonl, with a warning.
+    """
+    path = folder / METRICS
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is no file; move it away, the run writes its metrics there")
+    good: list[dict[str, Any]] = []
+    damaged = []
+    for raw in _raw_lines(folder):
+        line = _parse_line(raw)
+        if line is None or line in good or (lines and line["step"] <= step and line not in lines):
+            damaged.append(raw)
+        else:
+            good.append(line)
+    kept = lines or [line for line in good if line["step"] <= step]
+    restored = [line["epoch"] for line in kept if line not in good]
+    if damaged:
+        with (folder / DAMAGED).open("ab") as file:
+            file.writelines(raw + b"\n" for raw in damaged)
+        warn(f"{path}: {len(damaged)} damaged line(s), kept in {DAMAGED}")
+    if restored:
+        warn(f"{path}: the line(s) of epoch {', '.join(map(str, restored))} are restored from the checkpoint")
+    if kept or path.is_file():
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
 
 def choose_tracker(name: str) -> str | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,8 +18,9 @@ from engine import Run
 from loading import EpochBatches, ShardBatches, build_datasets, build_loader
 from models import build_model, freeze_all_but_head, load_initial_weights, restore_optimizer
 from optim import BatchMixer, batch_scale, build_loss, build_optimizer, check_even_batch
-from progress import Display, choose_tracker, rewind_metrics, warn
-from run_state import Position, check_settings, load_checkpoint, open_folder, set_aside_newer
+from progress import Display, choose_tracker, restore_metrics, warn
+from run_lock import lock_folder
+from run_state import Position, check_settings, load_checkpoint, open_folder, set_aside_newer, tell_changes
 from schema import Derived
 from torch import Tensor, nn
 from trained import check_resumed_classes
@@ -47,17 +50,24 @@ def set_up(config: Config) -> Run:
     # Weights, two moments and perhaps an average, in each checkpoint and in the one being written; best and last.
     copies = (3 + (config.train.ema_decay is not None)) * (keep + 1) + 2
     needed = copies * sum(value.nbytes for value in plain.state_dict().values())
-    checkpoint = agreed(accelerator, lambda: open_folder(folder, config.resume, needed=needed))
+    lock = None
+
+    def open_locked() -> Path | None:
+        nonlocal lock
+        lock = lock_folder(folder)
+        return open_folder(folder, config.resume, needed=needed)
+
+    checkpoint = agreed(accelerator, open_locked)
     if checkpoint is not None:
         check_resumed_classes(checkpoint, train_set.classes)
     if checkpoint is None and config.train.init_checkpoint is not None:
-        note = load_initial_weights(plain, config.train.init_checkpoint, train_set.classes)
+        note = at_the_door(load_initial_weights, plain, config.train.init_checkpoint, train_set.classes)
     else:
         note = f"from {checkpoint}" if checkpoint else "new weights"
     model, plain, ema, optimizer, position = prepare(config, accelerator, plain, checkpoint, batches)
     if accelerator.is_main_process:
         set_aside_newer(folder, position.step)
-        rewind_metrics(folder, position.closed)
+        restore_metrics(folder, position.lines, position.closed)
         write_atomically(folder / "config.yaml", lambda name: Path(name).write_text(to_yaml(config), encoding="utf-8"))
     accelerator.init_trackers("sdt", config={key: str(value) for key, value in flatten(config).items()})
     display = Display(config.derived.total_steps, position.step, active=accelerator.is_main_process)
@@ -92,6 +102,7 @@ def set_up(config: Config) -> Run:
         test_loader=build_loader(test_set, shard, workers=workers, pin=pin),
         position=position,
         display=display,
+        lock=lock,
     )
 
 
@@ -207,6 +218,13 @@ def prepare(
         "samples": batches.samples,
         "settings": trajectory(config),
     }
+    keys = ("accumulate", "batch_size", "channels_last", "compile")
+    division = {
+        "processes": accelerator.num_processes,
+        **{f"train.{key}": getattr(config.train, key) for key in keys},
+        "device": accelerator.device.type,
+        "threads": torch.get_num_threads() if accelerator.device.type == "cpu" else None,
+    }
     ema = None
     if config.train.ema_decay is not None:
         from timm.utils import ModelEmaV3
@@ -217,6 +235,8 @@ def prepare(
     if checkpoint is not None:
         training = load_checkpoint(checkpoint, plain, ema and ema.module)
         check_settings(training["position"], source=checkpoint, **settings)
+        tell_changes(training["position"], settings["settings"], division)
+        training["position"] = replace(training["position"], settings=settings["settings"], division=division)
     if config.train.linear_probe:
         freeze_all_but_head(plain)
     if config.train.sync_bn:
@@ -236,7 +256,8 @@ def prepare(
     )
     model, optimizer = accelerator.prepare(plain, optimizer)
     if training is None:
-        return model, accelerator.unwrap_model(model), ema, optimizer, Position(**settings)
+        position = Position(**settings, division=division, run=uuid.uuid4().hex)
+        return model, accelerator.unwrap_model(model), ema, optimizer, position
     restore_optimizer(accelerator, model, optimizer, training["optimizer"])
     if accelerator.scaler is not None and training["scaler"] is not None:
         accelerator.scaler.load_state_dict(training["scaler"])

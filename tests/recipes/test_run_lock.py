@@ -1,0 +1,121 @@
+"""One run a folder: who has it, who gets it, and what is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+import run_lock
+from config import ConfigError, RunError
+from run_lock import LOCK, RunLock
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process of this machine, and a lock that names it."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    owner = {**run_lock._this_process(), "pid": process.pid, "started": psutil.Process(process.pid).create_time()}
+    (tmp_path / LOCK).write_text(json.dumps(owner))
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_living_owner_is_named_with_the_remedy(tmp_path, other):
+    with pytest.raises(ConfigError) as caught:
+        RunLock(tmp_path)
+    message = str(caught.value)
+    for part in (f"process {other.pid} on", "since 20", "choose another output_dir", f"delete {tmp_path / LOCK}"):
+        assert part in message
+
+
+@pytest.mark.parametrize("waited", [True, False], ids=["ended", "a zombie"])
+def test_a_dead_owners_lock_is_taken_over_with_a_word(tmp_path, other, capsys, waited):
+    other.kill()
+    if waited:
+        other.wait()
+    else:
+        while psutil.Process(other.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+    lock = RunLock(tmp_path)
+    assert f"was left by process {other.pid}" in capsys.readouterr().err
+    assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    lock.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_number_that_another_process_has_got_since_is_no_owner(tmp_path, other):
+    owner = json.loads((tmp_path / LOCK).read_text())
+    (tmp_path / LOCK).write_text(json.dumps({**owner, "started": owner["started"] - 1000}))
+    RunLock(tmp_path).release()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(run_lock, "PATIENCE", 1.0)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b'{"pid": "x", "started": 1.0}', b"elsewhere"])
+def test_a_lock_of_elsewhere_that_nobody_touches_is_taken_over(tmp_path, capsys, impatient, content):
+    if content == b"elsewhere":
+        content = json.dumps({**run_lock._this_process(), "host": "node7", "machine": "another"}).encode()
+    (tmp_path / LOCK).write_bytes(content)
+    RunLock(tmp_path).release()
+    assert "for a sign of life" in capsys.readouterr().err
+
+
+def test_a_lock_of_elsewhere_that_is_touched_is_respected(tmp_path, impatient):
+    path, ended = tmp_path / LOCK, threading.Event()
+    path.write_text(json.dumps({**run_lock._this_process(), "host": "node7", "machine": "another"}))
+
+    def touch():
+        while not ended.wait(0.05):
+            os.utime(path)
+
+    thread = threading.Thread(target=touch)
+    thread.start()
+    try:
+        with pytest.raises(ConfigError, match="on node7 since"):
+            RunLock(tmp_path)
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_an_owner_that_lost_its_folder_stops(tmp_path):
+    lock = RunLock(tmp_path)
+    lock.check()
+    (tmp_path / LOCK).unlink()
+    lock.check()
+    assert (tmp_path / LOCK).read_bytes() == lock.content
+    (tmp_path / LOCK).write_text(json.dumps({**run_lock._this_process(), "host": "node7"}))
+    with pytest.raises(RunError, match=r"no longer this run's.*node7"):
+        lock.check()
+    lock.release()
+    assert (tmp_path / LOCK).exists(), "the lock of another stays"
+
+
+def test_of_many_newcomers_one_gets_a_dead_owners_folder(tmp_path, other):
+    other.kill()
+    other.wait()
+    locks, refused = [], []
+
+    def come():
+        try:
+            locks.append(RunLock(tmp_path))
+        except ConfigError:
+            refused.append(1)
+
+    threads = [threading.Thread(target=come) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(locks) == 1 and len(refused) == 7
+    locks[0].release()
