@@ -1,0 +1,286 @@
+"""What a model sees in images or event recordings: labels with probabilities.
+
+    python recipes/predict.py checkpoint=runs/digits IMAGE... [FOLDER...] [top=5] [--json]
+    python recipes/predict.py checkpoint=8_512.pth.tar photo.jpg
+    python recipes/predict.py checkpoint=runs/gesture recording.aedat4
+
+It takes a run folder, a saved model or a released checkpoint, and files as well as folders, which are searched for
+images (or, where the model takes event frames, for recordings). Each is prepared as in the evaluation of the run. For a
+model without a run folder, config=NAME says how its data were prepared; a released file of 1000 classes takes
+ImageNet's. With `--json` or `json=true` nothing but JSON goes to standard output; `data.on_error=skip` leaves out what
+cannot be read. Keys of its own: checkpoint, top, json, ema.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from command_line import print_help, short_errors
+from config import Config, ConfigError, RunError, load_config
+from trained import class_names, describe, load, with_run_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EVENT_CHANNELS = 2
+"""A model with so many input channels takes event frames."""
+
+
+@dataclass
+class Options:
+    """This recipe's own arguments."""
+
+    checkpoint: Path
+    inputs: list[str]
+    """Files and folders."""
+    top: int
+    json: bool
+    averaged: bool
+
+
+def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
+    """This recipe's options, and the arguments that `load_config` takes. Raises `ConfigError`.
+
+    What reads `key=value` and names no file is a setting, all else is an input.
+    """
+    own = {"checkpoint": "", "top": "5", "json": "false", "ema": "false"}
+    inputs, rest = [], []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if argument == "--json":
+            own["json"] = "true"
+        elif equals and key in own:
+            own[key] = value
+        elif not equals or os.path.lexists(argument):
+            inputs.append(argument)
+        else:
+            rest.append(argument)
+    for key in ("json", "ema"):
+        if own[key] not in ("true", "false"):
+            raise ConfigError(f"{key}: expected true or false, got {own[key]!r}")
+    if not own["checkpoint"]:
+        raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar")
+    if not own["top"].isdecimal() or int(own["top"]) < 1:
+        raise ConfigError(f"top: expected a number of classes of at least 1, got {own['top']!r}")
+    if not inputs:
+        raise ConfigError("name the images or recordings to classify, or folders of them")
+    checkpoint = Path(own["checkpoint"])
+    options = Options(checkpoint, inputs, int(own["top"]), own["json"] == "true", own["ema"] == "true")
+    return options, with_run_config(checkpoint, ["train.mixed_precision=no", "tracker=none", *rest])
+
+
+class Listed:
+    """Files as a source of `sdt_datasets`, images or event recordings, without labels."""
+
+    by_class, holds, classes = False, "events", ("",)
+
+    def __init__(self, files: Sequence[str], sensor_size: Sequence[int] = (0, 0)) -> None:
+        import numpy as np
+
+        from sdt_datasets.columns import Notes
+
+        self.data, self.targets = list(files), np.zeros(len(files), dtype=np.int64)
+        self.sensor_size, self.note = (*sensor_size, 2), Notes()
+
+    def describe(self, index: int) -> str:
+        return self.data[index]
+
+    def load(self, index: int) -> Any:
+        from sdt_datasets.files import check_regular
+        from sdt_datasets.image_transforms import open_image
+
+        check_regular(self.data[index])
+        return open_image(self.data[index])
+
+    def __getitem__(self, index: int) -> Any:
+        from sdt_datasets.recordings import read_events
+
+        self.note.name = self.data[index]
+        return read_events(self.data[index], note=self.note), 0
+
+
+def find_files(inputs: Sequence[str], *, events: bool) -> list[str]:
+    """The files named, and those of the folders named, in order. Raises `ConfigError` where one holds none."""
+    from progress import warn
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    from sdt_datasets.files import describe_files, walk_files
+    from sdt_datasets.recordings import READERS
+
+    endings = tuple(READERS) if events else IMG_EXTENSIONS
+    files: list[str] = []
+    for name in inputs:
+        if not os.path.isdir(name):
+            if not os.path.exists(name):
+                raise ConfigError(f"{name}: no such file or folder")
+            files.append(name)
+            continue
+        walked = sorted((os.path.join(name, file), trouble) for file, trouble in walk_files(Path(name)))
+        taken = [file for file, trouble in walked if not trouble and file.lower().endswith(endings)]
+        if not taken:
+            raise ConfigError(f"{name} holds no file that ends in {', '.join(endings)}")
+        if passed := [entry for entry in walked if entry[0] not in set(taken)]:
+            warn(f"{name}: passed over {describe_files(passed)}")
+        files += taken
+    return files
+
+
+def build_dataset(files: Sequence[str], model: Any, config: Config) -> Any:
+    """The files, prepared as the evaluation of the configuration prepares them. Raises `ValueError`."""
+    data, events = config.data, config.events
+    if model.in_channels != EVENT_CHANNELS:
+        from sdt_datasets.image_transforms import build_transforms
+        from sdt_datasets.images import ImageDataset
+
+        _, resize = build_transforms(
+            img_size=data.img_size,
+            in_channels=model.in_channels,
+            mean=data.mean,
+            std=data.std,
+            crop_pct=data.crop_pct,
+            interpolation=data.interpolation,
+        )
+        source: Any = Listed(files)
+        return ImageDataset(source, resize, training=False, on_error=data.on_error)
+    from sdt_datasets.event_data import RELEASED_SIZE, EventDataset
+    from sdt_datasets.layouts import Part
+    from sdt_datasets.recordings import aedat4_sensor_size
+
+    sensor_size = events.sensor_size
+    if sensor_size is None:
+        if not files[0].lower().endswith(".aedat4"):
+            raise ConfigError("the configuration does not say the sensor's size; give events.sensor_size=[W,H]")
+        sensor_size = list(aedat4_sensor_size(files[0])[:2])
+    return EventDataset(
+        Part(Listed(files, sensor_size), list(range(len(files)))),
+        time_steps=events.time_steps,
+        split_by=events.split_by,
+        size=events.size or RELEASED_SIZE.get(data.name),
+        on_error=data.on_error,
+    )
+
+
+def load_for(options: Options, rest: Sequence[str], config: Config) -> Any:
+    """The model, overridden as asked. Raises `ConfigError` where nothing says how its data were prepared."""
+    asked = {argument.partition("=")[0].removeprefix("model.") for argument in rest if argument.startswith("model.")}
+    overrides = {key: value for key, value in asdict(config.model).items() if key in asked}
+    model = load(options.checkpoint, averaged=options.averaged, overrides=overrides)
+    said = any(argument.startswith("config=") for argument in rest)
+    if not said and not (model.num_classes == 1000 and model.in_channels == 3):
+        raise ConfigError(
+            f"checkpoint={options.checkpoint} does not say how its data were prepared; name the configuration of its "
+            f"training, such as config=cifar10_2_512 or config=FILE.yaml"
+        )
+    return model
+
+
+def predict(model: Any, dataset: Any, config: Config, device: Any) -> dict[int, Tensor]:
+    """The probabilities `[K]` of the samples that could be read, by index. Raises `RunError`.
+
+    They add up to 1 but for a model trained with binary cross entropy (train.loss=bce), which judges each class alone.
+    """
+    import torch
+    from loading import ShardBatches, UnreadableSample, build_loader, fetch, stop_loaders
+
+    batches = ShardBatches(len(dataset), batch_size=config.train.batch_size)
+    workers = config.data.workers if len(batches) > 1 else 0
+    loader = build_loader(dataset, batches, workers=workers, pin=False)
+    found: dict[int, Tensor] = {}
+    try:
+        with torch.no_grad():
+            for rows, (inputs, targets) in zip(batches, fetch(loader), strict=True):
+                logits = model(inputs.to(device)).float().cpu()
+                logits = logits.mean(0) if logits.ndim == 3 else logits
+                answers = logits.sigmoid() if config.train.loss == "bce" else logits.softmax(-1)
+                found |= {row: one for row, one, known in zip(rows, answers, targets >= 0, strict=True) if known}
+    except UnreadableSample as error:
+        raise RunError(str(error)) from error
+    finally:
+        stop_loaders(loader)
+    broken = next((row for row, answer in found.items() if not answer.isfinite().all()), None)
+    if broken is not None:
+        raise RunError(f"the model's answer for {dataset._name(broken)} is not finite; its weights are damaged")
+    return found
+
+
+def best(answer: Tensor, names: Sequence[str], top: int) -> list[dict[str, Any]]:
+    """The most probable classes, the first first."""
+    values, indices = answer.topk(min(top, len(names)))
+    labels = describe([names[index] for index in indices.tolist()])
+    return [
+        {"label": label, "class": names[index], "index": index, "probability": value}
+        for label, index, value in zip(labels, indices.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def as_table(found: Sequence[dict[str, Any]]) -> str:
+    """A line a file: its name, then the classes with their probabilities in percent."""
+    rows = [
+        [one["file"], *(f"{100 * p['probability']:5.1f} %  {p['label']}" for p in one["predictions"])] for one in found
+    ]
+    # Names that are no valid text, or would break a line, are shown with backslashes.
+    cells = [["".join(c if c.isprintable() else ascii(c)[1:-1] for c in cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("   ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
+
+
+def run(options: Options, rest: Sequence[str]) -> list[dict[str, Any]]:
+    """File and predictions of each input that could be read. Raises `ConfigError` or `RunError`."""
+    config = load_config(rest, default="imagenet_8_384")
+    from progress import warn
+    from set_up import at_the_door, build_accelerator
+
+    from sdt_blocks.analysis.silence import silence
+
+    model = load_for(options, rest, config)
+    names = class_names(options.checkpoint, model)
+    if names is None:
+        warn(f"{options.checkpoint} does not name its classes; they are given by number")
+    accelerator = build_accelerator(config)
+    if accelerator.num_processes > 1:
+        raise ConfigError("one process makes the predictions: start it as python recipes/predict.py ...")
+    files = find_files(options.inputs, events=model.in_channels == EVENT_CHANNELS)
+    dataset = at_the_door(build_dataset, files, model, config)
+    spikes = Spikes(model)
+    answers = predict(model.to(accelerator.device), dataset, config, accelerator.device)
+    if not spikes.any:
+        warn(silence(model, {"every layer": False}))
+    if not answers:
+        raise RunError(f"none of the {len(files)} files can be read, {files[0]} for one")
+    numbered = names or [str(number) for number in range(model.num_classes)]
+    return [{"file": files[row], "predictions": best(one, numbered, options.top)} for row, one in answers.items()]
+
+
+class Spikes:
+    """Whether any neuron of a model has fired since."""
+
+    def __init__(self, model: Any) -> None:
+        import snntorch
+
+        self.any = False
+        for module in model.modules():
+            if isinstance(module, snntorch.SpikingNeuron):
+                module.register_forward_hook(self._look)
+
+    def _look(self, _module: Any, _inputs: Any, spikes: Tensor) -> None:
+        self.any = self.any or bool(spikes.any())
+
+
+def main(arguments: list[str]) -> None:
+    options, rest = read_arguments(arguments)
+    with contextlib.redirect_stdout(sys.stderr):
+        found = run(options, rest)
+    print(json.dumps(found, indent=2) if options.json else as_table(found))
+
+
+if __name__ == "__main__":
+    if not print_help(sys.argv[1:], "imagenet_8_384"):
+        with short_errors():
+            main(sys.argv[1:])

@@ -1,0 +1,148 @@
+"""Predictions for files: those of the model on what the recipe's data set makes of them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from config import ConfigError, RunError, load_config, to_yaml
+from PIL import Image
+
+from sdt_blocks import save_model
+from sdt_blocks.example import FOLDER, example_model
+from sdt_datasets.events import EventsToFrames
+from sdt_datasets.images import build_image_datasets
+
+
+@pytest.fixture
+def predict(capsys, tmp_path, monkeypatch):
+    """`predict.py` in this process: what it prints to standard output, and to standard error."""
+    import predict as recipe
+    from accelerate.state import AcceleratorState, GradientState
+
+    monkeypatch.chdir(tmp_path)
+
+    def go(*arguments: str) -> tuple[str, str]:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        recipe.main([*arguments, "threads=1", "data.workers=0"])
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    return go
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """Six digits as files, two of them deeper and with names that are odd, beside a file that is no image."""
+    from sdt_datasets.image_sources import load_digits_images
+
+    _, source = load_digits_images()
+    names = ["0.png", "1.png", "a=b.png", "3.PNG", "more/4.png", "more/line\nbreak.png"]
+    (tmp_path / "digits" / "more").mkdir(parents=True)
+    (tmp_path / "digits" / "notes.txt").write_text("no image")
+    for index, name in enumerate(names):
+        Image.fromarray(source.images[index]).save(tmp_path / "digits" / name, format="PNG")
+    return [f"digits/{name}" for name in names]
+
+
+def expected(samples):
+    _, test = build_image_datasets(
+        "digits", img_size=16, mean=[0.3], std=[0.35], crop_pct=1.0, interpolation="bilinear", test_samples=samples
+    )
+    with torch.no_grad():
+        return example_model()(torch.stack([test[i][0] for i in range(samples)])).softmax(1), test.targets
+
+
+def test_probabilities_are_the_models_in_json_alone(predict, digits):
+    out, err = predict(f"checkpoint={FOLDER}", "config=digits", "--json", "top=3", "train.batch_size=4", *digits)
+    found, (answers, labels) = json.loads(out), expected(len(digits))
+    assert [one["file"] for one in found] == digits
+    for one, answer in zip(found, answers, strict=True):
+        values, indices = answer.topk(3)
+        assert [p["index"] for p in one["predictions"]] == indices.tolist()
+        assert [p["probability"] for p in one["predictions"]] == pytest.approx(values.tolist(), abs=1e-5)
+    firsts = [int(one["predictions"][0]["label"]) for one in found]
+    assert sum(np.array(firsts) == labels) >= len(digits) - 1 and len(set(firsts)) > 2
+    assert "no neuron" not in err
+
+
+def test_a_folder_gives_a_line_a_file_and_says_what_it_passed_over(predict, digits):
+    out, err = predict(f"checkpoint={FOLDER}", "config=digits", "digits", "digits/0.png")
+    lines = out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == [
+        "digits/0.png", "digits/1.png", "digits/3.PNG", "digits/a=b.png", "digits/more/4.png",
+        "digits/more/line\\nbreak.png", "digits/0.png",
+    ]  # fmt: skip
+    assert lines[0] == lines[-1] and all(line.count(" %  ") == 5 for line in lines)
+    assert "passed over 1 file" in err and "notes.txt" in err
+
+
+def run_folder(folder, model, config, names):
+    config.derived.class_names = names
+    save_model(model, folder / "best")
+    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+
+
+def test_recordings_are_framed_as_in_the_run(predict, tmp_path, firing_model):
+    config = load_config(["events.time_steps=3", "events.size=8", "events.sensor_size=[16,12]"], default="events_demo")
+    rng = np.random.default_rng(0)
+    columns = [rng.integers(0, [16, 12, 2], (900, 3)) for _ in range(4)]
+    frames = []
+    for number, xyp in enumerate(columns):
+        events = np.zeros(900, dtype=[("t", "<i8"), ("x", "<u2"), ("y", "<u2"), ("p", "?")])
+        events["t"], events["x"], events["y"], events["p"] = np.arange(900), *xyp.T
+        np.savez(tmp_path / f"{number}.npz", **{name: events[name] for name in "txyp"})
+        frames.append(torch.from_numpy(EventsToFrames(sensor_size=(16, 12, 2), time_steps=3)(events)))
+    x = torch.stack(frames)
+    x = torch.nn.functional.interpolate(x.flatten(0, 1), size=(8, 8), mode="bilinear").view(4, 3, 2, 8, 8)
+    model = firing_model(x, in_channels=2, num_classes=4, time_steps=3)
+    run_folder(tmp_path / "run", model, config, ["up", "down", "left", "right"])
+    out, _ = predict("checkpoint=run", "json=true", *(f"{number}.npz" for number in range(4)))
+    with torch.no_grad():
+        answers = model(x).softmax(1)
+    assert answers.std(0).max() > 0, "the recordings must be told apart"
+    for one, answer in zip(json.loads(out), answers, strict=True):
+        given = {p["class"]: p["probability"] for p in one["predictions"]}
+        assert list(map(given.get, ["up", "down", "left", "right"])) == pytest.approx(answer.tolist(), abs=1e-5)
+
+
+def test_a_silent_model_is_said_to_be_silent(predict, tmp_path, digits):
+    from sdt_blocks import create_model
+
+    fresh = create_model("sdt_2_256", dim=16, depth=1, in_channels=1, num_classes=2).eval()
+    run_folder(tmp_path / "run", fresh, load_config([], default="digits"), ["even", "odd"])
+    out, err = predict("checkpoint=run", digits[0])
+    assert "no neuron fired: the norms have seen 0 batches" in err and "even" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (["digits/0.png"], ConfigError, "checkpoint=FOLDER"),
+        (["checkpoint={example}", "config=digits"], ConfigError, "name the images"),
+        (["checkpoint={example}", "digits/0.png"], ConfigError, "does not say how its data were prepared"),
+        (["checkpoint={example}", "config=digits", "nowhere.png"], ConfigError, "nowhere.png: no such file"),
+        (["checkpoint={example}", "config=digits", "empty"], ConfigError, "empty holds no file that ends in .jpg"),
+        (["checkpoint={example}", "config=digits", "top=0", "digits"], ConfigError, "top: expected"),
+        (["checkpoint={example}", "config=digits", "json=yes", "digits"], ConfigError, "json: expected true or false"),
+        (["checkpoint={example}", "config=digits", "dat.img_size=3", "digits"], ConfigError, "unknown key"),
+        (["checkpoint={example}", "config=digits", "digits/notes.txt"], RunError, "notes.txt cannot be read"),
+    ],
+)
+def test_refusals(predict, digits, arguments, error, words):
+    Path("empty").mkdir()
+    with pytest.raises(error) as refused:
+        predict(*(argument.format(example=FOLDER) for argument in arguments))
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_unreadable_files_can_be_left_out(predict, digits):
+    with pytest.warns(UserWarning, match="notes.txt cannot be read"):
+        out, _ = predict(
+            f"checkpoint={FOLDER}", "config=digits", "data.on_error=skip", "--json", digits[1], "digits/notes.txt"
+        )
+    assert [one["file"] for one in json.loads(out)] == [digits[1]]
