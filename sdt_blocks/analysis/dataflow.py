@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,8 +30,8 @@ ADDS, FIRST, MASKS, FOLDS, SCALES, LEAKS, MULTIPLIES = "AC", "MAC", "mask", "fol
 INPUT, SPIKES, SCALED, ANALOG, CONSTANT = "input", "spikes", "scaled spikes", "analog", "constant"
 UNSEEN = "unseen"
 
-OUTER, FOREIGN = "outer", "foreign code"
-"""Names of what is no single operation: an elementwise product that widens both factors, and code out of sight."""
+OUTER, SUMMED, FOREIGN = "outer", "sum of products", "foreign code"
+"""Names of what is no single operation: elementwise products that widen or are summed, and code out of sight."""
 
 
 @dataclass
@@ -48,11 +48,16 @@ class Product:
 
 @dataclass(frozen=True)
 class Value:
-    """What a tensor holds, where it became so, and the layer whose weights it has just gone through, if any."""
+    """What a tensor holds, where it became so, and the layer whose weights it has just gone through, if any.
+
+    `factors` are those of an elementwise product, which a sum over `axes` (None: any) makes a product of matrices.
+    """
 
     kind: str
     origin: str = ""
     layer: str = ""
+    factors: tuple[Any, ...] = field(default=(), compare=False)
+    axes: frozenset[int] | None = None
 
     @property
     def binary(self) -> bool:
@@ -132,13 +137,17 @@ class Follower(TorchDispatchMode):
             return Value(SPIKES, f"comparison in {self._here()}")
         if name in MOVES or name in CHOOSES:
             value = _joined(known, output, constants=len(known) < len(operands))
-            return Value(value.kind, value.origin, "" if name in CHOOSES else value.layer)
+            if name in CHOOSES:
+                return Value(value.kind, value.origin)
+            return value if value.axes is None else replace(value, factors=(), axes=None)
         if name in WEIGHTED:
             return self._weighted(name, *(args[place] for place in WEIGHTED[name]))
         if name in ("mul", "div"):
             return self._multiplied(name, args[0], args[1], output)
         if name in BATCH_NORMS:
             return self._normalized(name, args)
+        if name in ("sum", "cumsum", "mean") and len(known) == 1:
+            self._summed(args, known[0], output)
         if name in MEANS:
             self.note(name, known[0].kind, SCALES, "a sum times a constant")
             return Value(INPUT if known[0].kind == INPUT else ANALOG, f"{name} of {known[0].kind} in {self._here()}")
@@ -178,22 +187,36 @@ class Follower(TorchDispatchMode):
             value, constant = (a, second) if b is NOTHING else (b, first)
             if _all_ones(constant):
                 return value
-            if _widens(first, second, output):
+            wide = _widens(first, second, output)
+            if wide:
                 self.counts(OUTER, (first, second), output)
             self.note(name, kinds, SCALES, "a constant factor")
             if value.kind == SPIKES:
-                return Value(SCALED, f"scaled in {self._here()}")
-            return value
+                value = Value(SCALED, f"scaled in {self._here()}")
+            axes = frozenset() if wide else _varying(constant)
+            return replace(value, factors=(first, second) if axes else (), axes=axes or None)
+        factors: tuple[Any, ...] = (first, second)
         if _widens(first, second, output):
-            name = OUTER
+            name, factors = OUTER, ()
             self.counts(OUTER, (first, second), output)
         if a.binary or b.binary:
             self.note(name, kinds, MASKS, "passes or blocks")
+            kind = (a if b.binary else b).kind
             if a.binary and b.binary:
-                return Value(SCALED if SCALED in (a.kind, b.kind) else SPIKES, f"mask in {self._here()}")
-            return Value((a if b.binary else b).kind, f"mask in {self._here()}")
+                kind = SCALED if SCALED in (a.kind, b.kind) else SPIKES
+            return Value(kind, f"mask in {self._here()}", factors=factors)
         self.note(name, kinds, MULTIPLIES, "both factors depend on the input and neither is spikes")
-        return Value(ANALOG, f"{name} in {self._here()}")
+        return Value(ANALOG, f"{name} in {self._here()}", factors=factors)
+
+    def _summed(self, args: Sequence[Any], value: Value, output: Tensor) -> None:
+        """A sum: of an elementwise product, over an axis on which its factors vary, it is a product of matrices."""
+        x = args[0]
+        if not value.factors or x.numel() <= 1:
+            return
+        dims = args[1] if len(args) > 1 and args[1] is not None else range(x.ndim)
+        over = {dim % x.ndim - x.ndim for dim in ([dims] if isinstance(dims, int) else dims or range(x.ndim))}
+        if value.axes is None or value.axes & over:
+            self.counts(SUMMED, value.factors, x)
 
     def _normalized(self, name: str, args: Any) -> Value:
         x = self.value(args[0])
@@ -299,6 +322,12 @@ def _all_ones(constant: Any) -> bool:
     if not isinstance(constant, Tensor):
         return bool(constant == 1)
     return not constant.is_meta and bool((constant == 1).all())
+
+
+def _varying(constant: Any) -> frozenset[int]:
+    """The axes, counted from the last, on which a constant factor is not one and the same number."""
+    shape = constant.shape if isinstance(constant, Tensor) else ()
+    return frozenset(-axis for axis, size in enumerate(reversed(shape), 1) if size > 1)
 
 
 def _widens(a: Any, b: Any, product: Any) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import SpikeDrivenSelfAttention
-from .dataflow import MULTIPLIES, NOTHING, OUTER, Follower
+from .dataflow import MULTIPLIES, NOTHING, OUTER, SUMMED, Follower
 from .operators import FREE
 from .probe import Batches, Clock, Forward, Probe, add_at, find_attention, gather
 from .silence import merge_fired, silence, warn_if_dead
@@ -148,7 +148,8 @@ class _Recorder(Follower):
         self.calls: dict[str, list[_Call]] = {}
         self.numbers: Counter[str] = Counter()
         self.weights = {id(p): name for name, p in probe.model.named_parameters() if p.ndim}
-        for name, attention in find_attention(probe.model).items():
+        self.attention = find_attention(probe.model)
+        for name, attention in self.attention.items():
             self._watch_attention(name, attention)
 
     def entered(self, name: str) -> None:
@@ -163,6 +164,8 @@ class _Recorder(Follower):
         return found
 
     def counts(self, name: str, args: Sequence[Any], output: Any) -> None:
+        if name == SUMMED and self.attention.keys() & set(self.probe.path):
+            return  # what an attention adds is its own row
         for factors in RULES[name](args, output) if name in RULES else ():
             self._count(factors)
 
@@ -255,9 +258,9 @@ def _vector(a: Tensor, b: Tensor) -> list[Factors]:
 
 
 def _outer(a: Tensor, b: Tensor, product: Tensor) -> list[Factors]:
-    rows = [factor.expand(product.shape) for factor in (a, b)]
+    rows = torch.broadcast_tensors(a, b)
     a_rows, b_rows = (row if row.ndim > 1 else row[None] for row in rows)
-    return [Factors(a, b, product.numel(), OUTER, a_rows, b_rows)]
+    return [Factors(a, b, product.numel(), "matmul", a_rows, b_rows)]
 
 
 def _convolution(args: Sequence[Any], output: Tensor) -> list[Factors]:
@@ -305,7 +308,7 @@ RULES: dict[str, Callable[[Sequence[Any], Any], list[Factors]]] = {
     **dict.fromkeys(("mv", "dot", "vdot"), lambda args, output: _vector(*args[:2])),
     "addmv": lambda args, output: _vector(*args[1:3]),
     "addr": lambda args, output: _outer(args[1][:, None], args[2], output),
-    OUTER: lambda args, output: _outer(args[0], args[1], output),
+    **dict.fromkeys((OUTER, SUMMED), lambda args, output: _outer(args[0], args[1], output)),
     "linear": _linear,
     **dict.fromkeys(("convolution", "convolution_overrideable"), _convolution),
     **dict.fromkeys(

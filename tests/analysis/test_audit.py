@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sdt_blocks import LIF, MembraneShortcut, SpikeDrivenTransformer, SpikingMLP
+from sdt_blocks import LIF, MembraneShortcut, SpikingMLP
 from sdt_blocks.analysis import NotSpikeDrivenError, audit
 
 
@@ -155,8 +155,9 @@ def test_scaled_spikes_are_told_apart():
     assert [p.operation for p in result.of("scale") if p.module == "part"] == ["mul"]
 
 
-def test_a_block_mixed_into_v1_is_caught():
-    model = SpikeDrivenTransformer(depth=1, dim=32, num_classes=5, pooling="0011", time_steps=3)
+def test_a_block_mixed_into_v1_is_caught(small):
+    model = small()
+    assert not audit(model, torch.rand(1, 3, 16, 16)).silence
     assert audit(model, torch.rand(1, 3, 16, 16), strict=True).spike_driven
     model.blocks.append(MembraneShortcut(nn.Sequential(SpikingMLP(32), nn.AdaptiveAvgPool3d((32, None, None)))))
     model.blocks.append(MembraneShortcut(Residual()))

@@ -16,6 +16,7 @@ from sdt_blocks import (
     SpikeDrivenSelfAttention,
     SpikingMLP,
     SpikingPatchSplitting,
+    calibrate_norms,
     create_model,
 )
 from sdt_blocks.analysis import E_AC, E_MAC, audit, energy, energy_from_rates
@@ -258,13 +259,13 @@ def test_shared_layer_counts_each_time():
     class Shared(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.neuron, self.fc = nn.Linear(6, 6), LIF(), nn.Linear(6, 6)
+            self.first, self.neuron, self.fc = nn.Linear(6, 6), LIF(threshold=0.01), nn.Linear(6, 6)
 
         def forward(self, x):
             return self.fc(self.fc(self.neuron(self.first(x).expand(4, *x.shape))))
 
     report = energy(Shared(), torch.rand(3, 6))
-    assert report["fc"].macs == 2 * 36
+    assert report["fc"].macs == 2 * 36 and report["fc"].synaptic_operations > 0
 
 
 def test_json_and_table(small, tmp_path):
@@ -333,16 +334,17 @@ class TimeFirst(nn.Module):
 @pytest.mark.parametrize(("steps", "batch"), [(4, 3), (3, 4), (2, 4), (4, 2), (4, 4), (1, 3), (3, 1)])
 def test_a_network_mixed_from_blocks(steps, batch):
     torch.manual_seed(0)
-    net = TimeFirst()
+    net, x = TimeFirst(), torch.rand(steps, batch, 1, 8, 8)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 1, 3)
+    calibrate_norms(net, x)
     inputs = {}
     for name, module in net.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(lambda m, args, output, name=name: inputs.update({name: args[0]}))
-    x = torch.rand(steps, batch, 1, 8, 8)
     report = energy(net, x)
+    assert all(sum(report[f"patch.convs.{stage}"].rate) > 0 for stage in (1, 2, 3))
     assert (report.steps, report.samples) == (steps, batch)
     assert [layer.kind for layer in report.layers] == ["MAC"] + ["AC"] * (len(report.layers) - 1)
     for name, value in inputs.items():

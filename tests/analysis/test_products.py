@@ -102,6 +102,9 @@ COUNTED = {
     "outer product of each row": (lambda: Function(lambda s, w: s[..., None] * s[..., None, :], 1), D * D),
     "a layer of one input": (lambda: Function(lambda s, w: s[..., None] * w, 5), 5 * D),
     "einsum of an outer product": (lambda: Function(lambda s, w: torch.einsum("tbi,tbj->tbij", s, s), 1), D * D),
+    "product and sum": (lambda: Function(lambda s, w: (s * w).sum(-1), D), D),
+    "product and sum of spikes": (lambda: Function(lambda s, w: (s * s.roll(1)).sum(-1), 1), D),
+    "product, view and sum": (lambda: Function(lambda s, w: (s * s.roll(1)).flatten(0, 1).sum(-1), 1), D),
     "bilinear": (lambda: Twice(nn.Bilinear(D, D, 3)), 3 * D * D + 3 * D),
     "lstm": (lambda: Recurrent(nn.LSTM), 4 * 16 * D + 4 * 16 * 16),
     "lstm with projection": (lambda: Recurrent(nn.LSTM, proj_size=5), 4 * 16 * D + 4 * 16 * 5 + 16 * 5),
@@ -220,6 +223,11 @@ def test_kit_and_plain_networks_leave_nothing_out(firing_model):
         report = energy(model, torch.rand(2, 3, 16, 16))
     assert not report.not_counted and not report.silence
     assert "not counted" not in str(report)
+
+
+def test_a_scale_for_each_channel_is_no_product():
+    _, layers, _ = analyze(Function(lambda s, w: (s * w).mean(0) + (s * w).max(-1).values.sum(), D))
+    assert not layers
 
 
 def test_what_stands_beside_the_forward_pass_is_not_counted():

@@ -142,13 +142,14 @@ def test_a_plain_snntorch_network(tmp_path, capsys):
     class Loop(nn.Module):
         def __init__(self):
             super().__init__()
-            self.fc, self.norm, self.lif = nn.Linear(6, 8), nn.LayerNorm(8), snntorch.Leaky(beta=0.9, init_hidden=True)
+            self.fc, self.norm, self.lif = nn.Linear(6, 8), nn.LayerNorm(8), snntorch.Leaky(0.9, init_hidden=True)
             self.out = nn.Linear(8, 2)
 
         def forward(self, x):
             return sum(self.out(self.lif(self.norm(self.fc(x)))) for _ in range(4))
 
-    analyze_model(Loop(), [torch.rand(5, 6)], tmp_path)
+    rates, report = analyze_model(Loop(), [torch.rand(5, 6)], tmp_path)
+    assert rates.mean > 0 and [str(entry) for entry in report.not_counted] == ["norm: native_layer_norm"]
     written = {path.name for path in tmp_path.iterdir()}
     assert written == FILES - {"attention_steps.png", "attention_blocks.png"}
     assert "NOT spike-driven" in (tmp_path / "audit.txt").read_text() and "NOT spike-driven" in capsys.readouterr().out
