@@ -12,8 +12,8 @@ from harness import Bench, close, measure_memory
 from torch import Tensor, nn
 
 from sdt_blocks import LIF, SpikeDrivenBlock, SpikeDrivenSelfAttention, SpikingMLP
-from sdt_blocks.functional import normalize_and_fire, per_frame
 from sdt_blocks.ops import attend, attend_reference, batch_norm_lif, lif, lif_reference
+from sdt_blocks.steps import normalize_and_fire, per_frame
 
 ALLOCATORS = ["default", "reused"]
 

@@ -99,10 +99,10 @@ class AuthorsArrangement(nn.Module):
         patch = self.patch
         x = images.unsqueeze(0).repeat(self.time_steps, 1, 1, 1, 1).flatten(0, 1)
         for stage in range(3):
-            x = patch.norms[stage](patch.convs[stage](x))
+            x = patch.stages[stage].norm(patch.stages[stage].conv(x))
             x = patch.pools[stage](self._fire(f"patch.neurons.{stage}", x))
-        x = patch.pools[3](patch.norms[3](patch.convs[3](x)))
-        x = x + patch.position_norm(patch.position_conv(self._fire("patch.neurons.3", x)))
+        x = patch.pools[3](patch.stages[3].norm(patch.stages[3].conv(x)))
+        x = x + patch.position.norm(patch.position.conv(self._fire("patch.neurons.3", x)))
         for index in range(len(self.blocks)):
             x = self._block(index, x)
         tokens = self._fire("head_neuron", x.flatten(-2).mean(-1))
@@ -116,7 +116,7 @@ class AuthorsArrangement(nn.Module):
         frames, channels, height, width = x.shape
 
         def heads(letter: str) -> Tensor:
-            y = getattr(attention, f"{letter}_norm")(getattr(attention, f"{letter}_conv")(spikes))
+            y = getattr(attention, letter).norm(getattr(attention, letter).conv(spikes))
             y = self._fire(f"{name}.{letter}_neuron", y).flatten(-2).transpose(-1, -2)
             return (
                 y.reshape(frames, height * width, self.heads, channels // self.heads).permute(0, 2, 1, 3).contiguous()
@@ -124,13 +124,13 @@ class AuthorsArrangement(nn.Module):
 
         q, k, v = heads("q"), heads("k"), heads("v")
         kv = k.mul(v).sum(-2, keepdim=True)
-        masked = q.mul(self._fire(f"{name}.attention_neuron", kv))
+        masked = q.mul(self._fire(f"{name}.mixer.neuron", kv))
         masked = masked.transpose(2, 3).reshape(frames, channels, height, width).contiguous()
-        x = x + attention.proj_norm(attention.proj_conv(masked))
+        x = x + attention.proj.norm(attention.proj.conv(masked))
 
         name = f"blocks.{index}.mlp.branch"
-        hidden = mlp.norm1(mlp.conv1(self._fire(f"{name}.neuron1", x)))
-        return x + mlp.norm2(mlp.conv2(self._fire(f"{name}.neuron2", hidden)))
+        hidden = mlp.fc1.norm(mlp.fc1.conv(self._fire(f"{name}.neuron1", x)))
+        return x + mlp.fc2.norm(mlp.fc2.conv(self._fire(f"{name}.neuron2", hidden)))
 
 
 def _spikingjelly_lif(threshold: float) -> nn.Module:

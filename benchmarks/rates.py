@@ -32,16 +32,16 @@ def seats(model: SpikeDrivenTransformer) -> Iterator[Seat]:
     nothing = nn.Identity()
     patch = model.patch
     for i in range(4):
-        yield Seat(f"patch.{i}", patch.neurons[i], patch.norms[i], patch.pools[i] if i < 3 else nothing)
-    before = patch.position_norm
+        yield Seat(f"patch.{i}", patch.neurons[i], patch.stages[i].norm, patch.pools[i] if i < 3 else nothing)
+    before = patch.position.norm
     for i, block in enumerate(model.blocks):
         attention, mlp = block.attention.branch, block.mlp.branch
         yield Seat(f"{i}.membrane", attention.neuron, before, nothing)
         for name in "qkv":
-            yield Seat(f"{i}.{name}", getattr(attention, f"{name}_neuron"), getattr(attention, f"{name}_norm"), nothing)
-        yield Seat(f"{i}.mlp", mlp.neuron1, attention.proj_norm, nothing)
-        yield Seat(f"{i}.hidden", mlp.neuron2, mlp.norm1, nothing)
-        before = mlp.norm2
+            yield Seat(f"{i}.{name}", getattr(attention, f"{name}_neuron"), getattr(attention, name).norm, nothing)
+        yield Seat(f"{i}.mlp", mlp.neuron1, attention.proj.norm, nothing)
+        yield Seat(f"{i}.hidden", mlp.neuron2, mlp.fc1.norm, nothing)
+        before = mlp.fc2.norm
 
 
 @torch.no_grad()

@@ -1,14 +1,11 @@
 """Spiking blocks for transformers that add instead of multiply: neurons, attention, models, analysis."""
 
-from .attention import SpikeDrivenSelfAttention
+from .blocks import MembraneShortcut, SpikeDrivenSelfAttention, SpikingMLP, SpikingPatchSplitting
 from .calibration import calibrate_norms
 from .checkpoint import convert_released_state_dict, load_model, load_released_checkpoint, save_model
 from .example import example_images, example_model
 from .inference import optimize_for_inference
-from .mlp import SpikingMLP
 from .neuron import LIF, ParametricLIF
-from .patch import SpikingPatchSplitting
-from .shortcut import MembraneShortcut
 from .transformer import SpikeDrivenBlock, SpikeDrivenTransformer, create_model, list_models
 
 __version__ = "0.1.0"

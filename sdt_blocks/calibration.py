@@ -23,7 +23,7 @@ def calibrate_norms(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
 
     >>> model, images = create_model("sdt_2_256", dim=32, in_channels=1), example_images()[0]
     >>> calibrate_norms(model.eval(), images)
-    >>> bool(model.patch.norms[0].running_var.eq(1).any())
+    >>> bool(model.patch.stages[0].norm.running_var.eq(1).any())
     False
     """
     norms = {name: module for name, module in model.named_modules() if _keeps_statistics(module)}

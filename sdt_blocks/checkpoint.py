@@ -21,8 +21,9 @@ from .transformer import SpikeDrivenTransformer, model_options
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
-_PARTS = {"conv": "conv", "bn": "norm", "lif": "neuron"}
-_PATCH_LISTS = {"conv": "convs", "bn": "norms", "lif": "neurons"}
+_PARTS = {"conv": "{}.conv.", "bn": "{}.norm.", "lif": "{}_neuron."}
+_PATCH = {"conv": "patch.stages.{}.conv.", "bn": "patch.stages.{}.norm.", "lif": "patch.neurons.{}."}
+_MLP = {"conv": "fc{}.conv.", "bn": "fc{}.norm.", "lif": "neuron{}."}
 
 
 def _attention(block: str) -> str:
@@ -31,12 +32,12 @@ def _attention(block: str) -> str:
 
 # Released prefixes, and what they are called here.
 _RENAMES: list[tuple[str, Callable[[re.Match[str]], str]]] = [
-    (r"patch_embed\.proj_(conv|bn|lif)(\d?)\.", lambda m: f"patch.{_PATCH_LISTS[m[1]]}.{m[2] or 0}."),
-    (r"patch_embed\.rpe_(conv|bn)\.", lambda m: f"patch.position_{_PARTS[m[1]]}."),
-    (r"block\.(\d+)\.attn\.(q|k|v|proj)_(conv|bn|lif)\.", lambda m: f"{_attention(m[1])}{m[2]}_{_PARTS[m[3]]}."),
+    (r"patch_embed\.proj_(conv|bn|lif)(\d?)\.", lambda m: _PATCH[m[1]].format(m[2] or 0)),
+    (r"patch_embed\.rpe_(conv|bn)\.", lambda m: "patch." + _PARTS[m[1]].format("position")),
+    (r"block\.(\d+)\.attn\.(q|k|v|proj)_(conv|bn|lif)\.", lambda m: _attention(m[1]) + _PARTS[m[3]].format(m[2])),
     (r"block\.(\d+)\.attn\.shortcut_lif\.", lambda m: f"{_attention(m[1])}neuron."),
-    (r"block\.(\d+)\.attn\.talking_heads_lif\.", lambda m: f"{_attention(m[1])}attention_neuron."),
-    (r"block\.(\d+)\.mlp\.fc([12])_(conv|bn|lif)\.", lambda m: f"blocks.{m[1]}.mlp.branch.{_PARTS[m[3]]}{m[2]}."),
+    (r"block\.(\d+)\.attn\.talking_heads_lif\.", lambda m: f"{_attention(m[1])}mixer.neuron."),
+    (r"block\.(\d+)\.mlp\.fc([12])_(conv|bn|lif)\.", lambda m: f"blocks.{m[1]}.mlp.branch." + _MLP[m[3]].format(m[2])),
     (r"head_lif\.", lambda m: "head_neuron."),
     (r"head\.", lambda m: "head."),
 ]

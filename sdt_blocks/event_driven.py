@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import PlanePool, SpikeDrivenSelfAttention
-from .mlp import SpikingMLP
+from .blocks import ConvNorm, MaskMixer, MembraneShortcut, SpikeDrivenSelfAttention, SpikingMLP, SpikingPatchSplitting
+from .blocks.mixers import PlanePool
 from .neuron import LIF
 from .ops.packed import (
     Epilogue,
@@ -26,9 +26,7 @@ from .ops.packed import (
     spike_product,
 )
 from .ops.spec import NeuronSpec
-from .patch import SpikingPatchSplitting
 from .product import Product
-from .shortcut import MembraneShortcut
 from .transformer import SpikeDrivenBlock, SpikeDrivenTransformer
 
 CHUNK_BYTES = 8 << 20
@@ -154,16 +152,15 @@ class _PatchSplitting(nn.Module):
 
     def __init__(self, patch: Any, following: nn.Module | None) -> None:
         super().__init__()
-        self.first = _frozen(patch.convs[0]).to(memory_format=torch.channels_last)
+        self.first = _frozen(patch.stages[0].conv).to(memory_format=torch.channels_last)
         self.pooling = [flag == "1" for flag in patch.pooling]
-        self.first_epilogue = _epilogue(patch.norms[0], patch.neurons[0])
+        self.first_epilogue = _epilogue(patch.stages[0].norm, patch.neurons[0])
         neurons = [*patch.neurons[1:3], None]
         self.products = nn.ModuleList(
-            EventProduct(conv.weight, _epilogue(norm, neuron))
-            for conv, norm, neuron in zip(patch.convs[1:], patch.norms[1:], neurons, strict=True)
+            _product(stage, neuron) for stage, neuron in zip(patch.stages[1:], neurons, strict=True)
         )
         self.position_neuron = _epilogue(None, patch.neurons[3], channels=patch.dim)
-        self.position = EventProduct(patch.position_conv.weight, _epilogue(patch.position_norm, following))
+        self.position = _product(patch.position, following)
 
     def forward(self, frames: Tensor, steps: int) -> Result:
         spikes = self._first_stage(frames, steps)
@@ -205,9 +202,9 @@ class _Block(nn.Module):
         attention, mlp = block.attention.branch, block.mlp.branch
         self.shortcut_inside = mlp.hidden == mlp.dim
         self.attention = _Attention(attention)
-        self.proj = _product(attention.proj_conv, attention.proj_norm, mlp.neuron1)
-        self.fc1 = _product(mlp.conv1, mlp.norm1, mlp.neuron2)
-        self.fc2 = _product(mlp.conv2, mlp.norm2, following)
+        self.proj = _product(attention.proj, mlp.neuron1)
+        self.fc1 = _product(mlp.fc1, mlp.neuron2)
+        self.fc2 = _product(mlp.fc2, following)
 
     def forward(self, u: Tensor, spikes: PackedSpikes) -> Result:
         u, spikes = self.proj(self.attention(spikes), residual=u, membrane=u)
@@ -224,22 +221,22 @@ class _Attention(nn.Module):
     def __init__(self, attention: Any) -> None:
         super().__init__()
         # With event pooling, which mixes channels, q, k and v are unpacked for the module's own equations.
-        self.pooled = _frozen(attention) if attention.event_pooling else None
+        self.pooled = _frozen(attention.mixer) if attention.event_pooling else None
         self.dim = attention.dim
-        norms = [getattr(attention, f"{name}_norm") for name in "qkv"]
+        units = (attention.q, attention.k, attention.v)
         specs, leaks = zip(
             *(_neuron(getattr(attention, f"{name}_neuron"), attention.dim) for name in "qkv"), strict=True
         )
         if len({(spec.threshold, spec.reset, spec.strict) for spec in specs}) > 1:
             raise TypeError("the neurons of q, k and v must have the same threshold and reset")
-        weights = torch.cat([pad_to_words(getattr(attention, f"{name}_conv").weight.detach()) for name in "qkv"])
-        scales, shifts = zip(*map(_affine, norms), strict=True)
+        weights = torch.cat([pad_to_words(unit.conv.weight.detach()) for unit in units])
+        scales, shifts = zip(*(_affine(unit.norm) for unit in units), strict=True)
         rows = {
             name: torch.cat([pad_to_words(row) for row in parts])
             for name, parts in {"scale": scales, "shift": shifts, "inv_tau": leaks}.items()
         }
         self.qkv = EventProduct(weights, Epilogue(len(weights), neuron=specs[0], **rows))
-        self.spec, self.leak = _neuron(attention.attention_neuron, attention.dim)
+        self.spec, self.leak = _neuron(attention.mixer.neuron, attention.dim)
         self.leak = pad_to_words(self.leak)
 
     def forward(self, spikes: PackedSpikes) -> PackedSpikes:
@@ -247,7 +244,7 @@ class _Attention(nn.Module):
         if self.pooled is None:
             return PackedSpikes(spike_attention(qkv, self.spec, self.leak).words, self.dim)
         q, k, v = (part[:, :, : self.dim] for part in qkv.unpack().chunk(3, dim=2))
-        return PackedSpikes.pack(self.pooled.attend(q, k, v))
+        return PackedSpikes.pack(self.pooled(q, k, v))
 
 
 KINDS = (
@@ -257,6 +254,8 @@ KINDS = (
     MembraneShortcut,
     SpikeDrivenSelfAttention,
     SpikingMLP,
+    ConvNorm,
+    MaskMixer,
     PlanePool,
     LIF,
     nn.BatchNorm2d,
@@ -295,8 +294,8 @@ def _frozen(module: Any) -> Any:
     return copy.deepcopy(module).eval().requires_grad_(False)
 
 
-def _product(conv: nn.Conv2d, norm: nn.BatchNorm2d, neuron: nn.Module | None) -> EventProduct:
-    return EventProduct(conv.weight, _epilogue(norm, neuron, bias=conv.bias))
+def _product(unit: Any, neuron: nn.Module | None) -> EventProduct:
+    return EventProduct(unit.conv.weight, _epilogue(unit.norm, neuron, bias=unit.conv.bias))
 
 
 def _epilogue(

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from . import event_costs
-from .attention import SpikeDrivenSelfAttention
+from .blocks import MembraneShortcut, SpikeDrivenSelfAttention, SpikingMLP, SpikingPatchSplitting
+from .blocks.mixers import MaskMixer
+from .blocks.patch import WIDTHS
+from .blocks.units import ConvNorm
 from .event_driven import EventDrivenTransformer
-from .mlp import SpikingMLP
 from .neuron import LIF
 from .ops import dense as firing
-from .patch import WIDTHS, SpikingPatchSplitting
 from .product import Product
-from .shortcut import MembraneShortcut
-from .transformer import SpikeDrivenBlock, SpikeDrivenTransformer, check_images
+from .steps import present
+from .transformer import SpikeDrivenBlock, SpikeDrivenTransformer
 
 DTYPES = (torch.float32, torch.bfloat16)
 _PASS_BYTES = 48 << 20
@@ -91,7 +92,7 @@ class OptimizedTransformer(nn.Module):
         super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.in_channels)
+        present(x, self.time_steps, self.in_channels)
         if not x.is_floating_point():
             raise TypeError(f"images and frames must be floating-point tensors, got {x.dtype}")
         # Tensors are ordinary ones even inside inference_mode: nothing compiles twice, and the result can go anywhere.
@@ -166,11 +167,10 @@ class OptimizedPatchSplitting(nn.Module):
         super().__init__()
         self.dtype, self.pooling = dtype, [flag == "1" for flag in patch.pooling]
         self.products = nn.ModuleList(
-            _product(conv, norm, dtype, spikes=i > 0)
-            for i, (conv, norm) in enumerate(zip(patch.convs, patch.norms, strict=True))
+            _product(stage.conv, stage.norm, dtype, spikes=i > 0) for i, stage in enumerate(patch.stages)
         )
         self.neurons: Any = nn.ModuleList(Firing(neuron, compile) for neuron in patch.neurons)
-        self.position = _product(patch.position_conv, patch.position_norm, dtype)
+        self.position = _product(patch.position.conv, patch.position.norm, dtype)
 
     def forward(self, frames: Tensor, steps: int) -> Membrane:
         consumers = [*self.products[1:], self.position]
@@ -189,13 +189,13 @@ class OptimizedAttention(nn.Module):
     def __init__(self, attention: SpikeDrivenSelfAttention, dtype: torch.dtype, compile: bool) -> None:
         super().__init__()
         self.compiled, self.heads = compile, attention.num_heads if attention.event_pooling else None
-        parts = [_fold(getattr(attention, f"{name}_conv"), getattr(attention, f"{name}_norm")) for name in "qkv"]
+        parts = [_fold(unit.conv, unit.norm) for unit in (attention.q, attention.k, attention.v)]
         weight, bias = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         self.qkv = Product(weight, bias, dtype=dtype)
-        self.proj = _product(attention.proj_conv, attention.proj_norm, dtype)
+        self.proj = _product(attention.proj.conv, attention.proj.norm, dtype)
         self.neuron = Firing(attention.neuron, compile)
-        names = ("q_neuron", "k_neuron", "v_neuron", "attention_neuron")
-        self.inner_neurons: Any = nn.ModuleList(Firing(getattr(attention, name), compile) for name in names)
+        inner = (attention.q_neuron, attention.k_neuron, attention.v_neuron, attention.mixer.neuron)
+        self.inner_neurons: Any = nn.ModuleList(Firing(neuron, compile) for neuron in inner)
 
     def forward(self, membrane: Membrane) -> Membrane:
         u, spikes = self.neuron(membrane, self.qkv)
@@ -211,7 +211,7 @@ class OptimizedMLP(nn.Module):
     def __init__(self, mlp: SpikingMLP, dtype: torch.dtype, compile: bool) -> None:
         super().__init__()
         self.shortcut_inside = mlp.hidden == mlp.dim
-        self.fc1, self.fc2 = _product(mlp.conv1, mlp.norm1, dtype), _product(mlp.conv2, mlp.norm2, dtype)
+        self.fc1, self.fc2 = _product(mlp.fc1.conv, mlp.fc1.norm, dtype), _product(mlp.fc2.conv, mlp.fc2.norm, dtype)
         self.neuron1, self.neuron2 = Firing(mlp.neuron1, compile), Firing(mlp.neuron2, compile)
 
     def forward(self, membrane: Membrane) -> Membrane:
@@ -238,7 +238,7 @@ class KeptPatchSplitting(Kept):
     """A patch splitting of another make, as it is."""
 
     def forward(self, frames: Tensor, steps: int) -> Membrane:  # type: ignore[override]
-        membrane = self.block(frames, time_steps=steps) if len(frames) == 1 else self.block(frames)
+        membrane = self.block(frames.expand(steps, *frames.shape[1:]))
         return membrane.movedim(2, -1).contiguous(), None
 
 
@@ -289,6 +289,8 @@ def _foldable(module: nn.Module) -> bool:
             known = _runs_as(part, LIF)
         elif isinstance(part, nn.MaxPool2d):
             known = (part.kernel_size, part.stride, part.padding, part.dilation) == (3, 2, 1, 1)
+        elif isinstance(part, MaskMixer | ConvNorm):
+            known = _runs_as(part, type(part)) and type(part) in (MaskMixer, ConvNorm)
         else:
             known = part is module or isinstance(part, nn.Identity | nn.ModuleList)
         if not known:
@@ -311,7 +313,7 @@ def _halves(block: Any, dtype: torch.dtype, compile: bool) -> list[nn.Module]:
 
 def _half(shortcut: Any, dtype: torch.dtype, compile: bool) -> nn.Module:
     if _runs_as(shortcut, MembraneShortcut) and _foldable(shortcut.branch):
-        if _runs_as(shortcut.branch, SpikeDrivenSelfAttention, "forward", "attend"):
+        if _runs_as(shortcut.branch, SpikeDrivenSelfAttention):
             return OptimizedAttention(shortcut.branch, dtype, compile)
         if _runs_as(shortcut.branch, SpikingMLP):
             return OptimizedMLP(shortcut.branch, dtype, compile)

@@ -7,12 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .attention import SpikeDrivenSelfAttention
-from .functional import check_multiple
-from .mlp import SpikingMLP
+from .blocks import MembraneShortcut, SpikeDrivenSelfAttention, SpikingMLP, SpikingPatchSplitting
 from .neuron import LIF, NeuronFactory, make_neuron
-from .patch import SpikingPatchSplitting
-from .shortcut import MembraneShortcut
+from .steps import check_multiple, fire, present
 
 
 class SpikeDrivenBlock(nn.Module):
@@ -124,17 +121,12 @@ class SpikeDrivenTransformer(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Membranes of the tokens, `[T, B, dim, H', W']`."""
-        check_images(x, self.in_channels)
-        if x.ndim == 4:
-            membrane = self.patch(x.unsqueeze(0), time_steps=self.time_steps)
-        else:
-            membrane = self.patch(x.transpose(0, 1))
-        result: Tensor = self.blocks(membrane)
+        result: Tensor = self.blocks(self.patch(present(x, self.time_steps, self.in_channels)))
         return result
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.forward_features(x).mean((-2, -1))
-        logits: Tensor = self.head(self.head_neuron(tokens))
+        logits: Tensor = self.head(fire(self.head_neuron, tokens))
         return logits if self.per_step else logits.mean(0)
 
 

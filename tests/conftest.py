@@ -106,7 +106,7 @@ def firing_model() -> Callable[..., sdt_blocks.SpikeDrivenTransformer]:
                 nn.init.uniform_(module.w, -0.5, 0.5)
         model.train()(torch.rand(4, model.in_channels, 16, 16) if images is None else images)
         # Means over many tokens would leave the head silent.
-        model.patch.position_norm.bias += 1
+        model.patch.position.norm.bias += 1
         return model.eval()
 
     return make

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sdt_blocks import LIF, MembraneShortcut, ParametricLIF, SpikeDrivenSelfAttention, SpikingMLP, SpikingPatchSplitting
-from sdt_blocks.functional import repeat_frame
+from sdt_blocks.steps import repeat_frame
 
 
 def record(module):
@@ -33,7 +33,7 @@ def test_attention_is_mask_and_addition(time_steps, batch, heads, width, size, e
     dim = heads * width
     block = SpikeDrivenSelfAttention(dim, num_heads=heads, event_pooling=event_pooling).eval()
     q, k, v = (torch.randint(0, 2, (time_steps, batch, dim, *size)).float() for _ in "qkv")
-    got = block.attend(q, k, v)
+    got = block.mixer(q, k, v)
 
     def pool(x):
         return F.max_pool2d(x, 3, 1, 1)
@@ -59,14 +59,17 @@ def test_one_coincidence_is_enough():
     block = SpikeDrivenSelfAttention(8)
     spike = torch.zeros(1, 1, 8, 2, 2)
     spike[0, 0, 3, 1, 1] = 1
-    masked = block.attend(torch.ones_like(spike), spike, spike)
+    masked = block.mixer(torch.ones_like(spike), spike, spike)
     assert masked[0, 0, 3].eq(1).all() and masked.sum() == 4
 
 
 def test_attention_hooks_see_every_spike():
     torch.manual_seed(2)
     block = SpikeDrivenSelfAttention(16, num_heads=4)
-    seen = {name: record(getattr(block, name)) for name in ("q_neuron", "k_pool", "v_pool", "coincidences", "masked")}
+    seen = {
+        name: record(block.get_submodule(name))
+        for name in ("q_neuron", "mixer.k_pool", "mixer.v_pool", "mixer.coincidences", "mixer.masked")
+    }
     block(torch.randn(3, 2, 16, 4, 4) * 3)
     q, k, v, kv, qa = (seen[name][0][1] for name in seen)
     assert torch.equal(kv, k * v) and kv.sum() > 0
@@ -77,18 +80,18 @@ def test_attention_hooks_see_every_spike():
 def test_mlp_equation(hidden):
     torch.manual_seed(0)
     block = SpikingMLP(16, hidden=hidden).eval()
-    assert block.conv1.out_channels == (hidden or 64)
+    assert block.fc1.conv.out_channels == (hidden or 64)
     u = torch.randn(4, 2, 16, 3, 5).mul(2)
 
     def linear(conv, norm, s):
         y = torch.einsum("oi,tbihw->tbohw", conv.weight[..., 0, 0], s) + conv.bias.view(-1, 1, 1)
         return y / (1 + norm.eps) ** 0.5
 
-    m = linear(block.conv1, block.norm1, LIF()(u))
+    m = linear(block.fc1.conv, block.fc1.norm, LIF()(u))
     if hidden == 16:  # the inner shortcut: u + m, then u + m + second half
-        expected = m + linear(block.conv2, block.norm2, LIF()(u + m))
+        expected = m + linear(block.fc2.conv, block.fc2.norm, LIF()(u + m))
     else:
-        expected = linear(block.conv2, block.norm2, LIF()(m))
+        expected = linear(block.fc2.conv, block.fc2.norm, LIF()(m))
     torch.testing.assert_close(block(u), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -97,7 +100,7 @@ def test_mlp_equation(hidden):
 )
 def test_patch_splitting_sizes_and_binary_convolution_inputs(pooling, size):
     patch = SpikingPatchSplitting(16, in_channels=2, pooling=pooling)
-    inputs = [record(conv) for conv in [*patch.convs[1:], patch.position_conv]]
+    inputs = [record(conv) for conv in [*(stage.conv for stage in patch.stages[1:]), patch.position.conv]]
     x = torch.rand(3, 2, 2, 32, 35)
     assert patch(x).shape == (3, 2, 16, *size)
     for seen in inputs:
@@ -111,8 +114,8 @@ def test_still_image_is_computed_once_and_equals_the_repeated_one(training):
     once = SpikingPatchSplitting(16).train(training)
     repeated = SpikingPatchSplitting(16).train(training)
     repeated.load_state_dict(once.state_dict())
-    calls = record(once.convs[0])
-    a, b = once(x, time_steps=5), repeated(x.expand(5, -1, -1, -1, -1))
+    calls = record(once.stages[0].conv)
+    a, b = once(x.expand(5, -1, -1, -1, -1)), repeated(x.repeat(5, 1, 1, 1, 1))
     assert len(calls) == 1 and calls[0][0].shape[0] == 3
     torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
     weight = torch.randn_like(a)
@@ -175,7 +178,6 @@ def test_neuron_is_injected_everywhere():
         (lambda: SpikingPatchSplitting(16, pooling="111"), "four flags"),
         (lambda: SpikingPatchSplitting(16, pooling="0021"), "four flags"),
         (lambda: SpikingPatchSplitting(16)(torch.zeros(4, 1, 2, 8, 8)), r"\[T, B, 3, H, W\]"),
-        (lambda: SpikingPatchSplitting(16)(torch.zeros(2, 1, 3, 8, 8), time_steps=4), "single frame"),
         (lambda: MembraneShortcut(nn.Identity(), drop_path=1.0), r"probability in \[0, 1\), got 1.0"),
         (lambda: MembraneShortcut(nn.Linear(4, 1))(torch.zeros(2, 3, 4)), "must keep the shape"),
     ],

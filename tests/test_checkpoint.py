@@ -77,7 +77,7 @@ def test_missing_and_unexpected_are_listed(static_golden, tmp_path):
     torch.save(state, tmp_path / "x.pth")
     with pytest.raises(
         ValueError,
-        match=r"x.pth: the weights do not match the model; missing: blocks.1.attention.branch.q_conv.weight; "
+        match=r"x.pth: the weights do not match the model; missing: blocks.1.attention.branch.q.conv.weight; "
         r"unexpected: blocks.0.attention.branch.k_neuron.w",
     ):
         load_released_checkpoint(tmp_path / "x.pth")

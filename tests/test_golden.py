@@ -18,11 +18,11 @@ for i in range(2):
     LAYERS |= {
         f"MS_SSA_Conv{i}_first_lif": attention + "neuron",
         f"MS_SSA_Conv{i}_q_lif": attention + "q_neuron",
-        f"MS_SSA_Conv{i}_k_lif": attention + "k_pool",
-        f"MS_SSA_Conv{i}_v_lif": attention + "v_pool",
-        f"MS_SSA_Conv{i}_kv_before": attention + "coincidences",
-        f"MS_SSA_Conv{i}_kv": attention + "attention_neuron",
-        f"MS_SSA_Conv{i}_x_after_qkv": attention + "masked",
+        f"MS_SSA_Conv{i}_k_lif": attention + "mixer.k_pool",
+        f"MS_SSA_Conv{i}_v_lif": attention + "mixer.v_pool",
+        f"MS_SSA_Conv{i}_kv_before": attention + "mixer.coincidences",
+        f"MS_SSA_Conv{i}_kv": attention + "mixer.neuron",
+        f"MS_SSA_Conv{i}_x_after_qkv": attention + "mixer.masked",
         f"MS_MLP_Conv{i}_fc1_lif": mlp + "neuron1",
         f"MS_MLP_Conv{i}_fc2_lif": mlp + "neuron2",
     }
@@ -85,7 +85,7 @@ def test_training_step(golden, path, monkeypatch):
     expected = convert_released_state_dict(golden.group("grad"))
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        if name.endswith((".conv1.bias", ".conv2.bias", ".proj_conv.bias")):
+        if name.endswith((".fc1.conv.bias", ".fc2.conv.bias", ".proj.conv.bias")):
             # In front of a BN: zero in theory, noise of 1e-7 in fact.
             torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=0)
         else:

@@ -182,7 +182,7 @@ def test_blocks_of_other_makes_stay_as_they_are(firing_model: MakeModel) -> None
     model = firing_model(depth=3)
     model.blocks[0] = Mixer()
     model.blocks[1].attention.branch.q_neuron = OtherLIF()
-    model.blocks[2].mlp.branch.conv1 = nn.Sequential(model.blocks[2].mlp.branch.conv1)
+    model.blocks[2].mlp.branch.fc1.conv = nn.Sequential(model.blocks[2].mlp.branch.fc1.conv)
     fast = optimize_for_inference(model, compile=False)
     assert [type(half) for half in fast.blocks] == [Kept, Kept, OptimizedMLP, OptimizedAttention, Kept]
     x = torch.rand(2, 3, 16, 16)

@@ -43,7 +43,7 @@ def attention_maps(
         chosen = list(attention) if block is None else [list(attention)[block]]
         maps: dict[str, Tensor] = {}
         for name in chosen:
-            probe.watch(attention[name].masked, _keep(maps, name))
+            probe.watch(attention[name].mixer.masked, _keep(maps, name))
         for _ in probe.run([images]):
             pass
     found = [maps[name] if per_step else maps[name].mean(0) for name in chosen]

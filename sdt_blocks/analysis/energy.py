@@ -207,7 +207,7 @@ def energy_from_rates(
 
     >>> with torch.device("meta"):
     ...     model = create_model("sdt_8_512")
-    >>> round(energy_from_rates(model, 0.1, (3, 224, 224))["patch.convs.0"].energy_mj, 3)
+    >>> round(energy_from_rates(model, 0.1, (3, 224, 224))["patch.stages.0.conv"].energy_mj, 3)
     1.595
     """
     rates = rates if isinstance(rates, Mapping) else {"*": rates}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..attention import SpikeDrivenSelfAttention
+from ..blocks import SpikeDrivenSelfAttention
 from .dataflow import MULTIPLIES, NOTHING, OUTER, SUMMED, Follower
 from .operators import FREE
 from .probe import Batches, Clock, Forward, Probe, add_at, find_attention, gather
@@ -221,11 +221,11 @@ class _Recorder(Follower):
 
     def _watch_attention(self, name: str, attention: SpikeDrivenSelfAttention) -> None:
         rates: list[Tensor] = []
-        for part in (attention.k_pool, attention.v_pool):
+        for part in (attention.mixer.k_pool, attention.mixer.v_pool):
             self.probe.watch(part, lambda m, inputs, output: rates.append(_nonzero(output.flatten(2))))
 
         def summed(module: nn.Module, inputs: tuple[Any, ...], kv: Tensor) -> None:
-            added = attention._pool_tokens(kv).flatten(2)
+            added = attention.mixer._pool_tokens(kv).flatten(2)
             nonzero = _nonzero(added)
             size = (kv.shape[-2] * kv.shape[-1], kv.shape[2])
             bound = torch.stack(rates).sum(0) if rates else None
@@ -235,7 +235,7 @@ class _Recorder(Follower):
             call = _Call("attention", nonzero, added.shape[-1], dense, spikes, None, bound, size)
             self.calls.setdefault(name, []).append(call)
 
-        self.probe.watch(attention.coincidences, summed)
+        self.probe.watch(attention.mixer.coincidences, summed)
 
 
 class Factors(NamedTuple):

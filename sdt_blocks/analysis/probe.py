@@ -14,7 +14,7 @@ import torch
 from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
-from ..attention import SpikeDrivenSelfAttention
+from ..blocks import SpikeDrivenSelfAttention
 from ..neuron import LIF
 
 Forward = Callable[[nn.Module, Tensor], Any]

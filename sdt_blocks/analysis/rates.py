@@ -181,7 +181,7 @@ def firing_rates(
 def _watched(probe: Probe) -> dict[str, nn.Module]:
     layers = dict(probe.neurons)
     for name, attention in find_attention(probe.model).items():
-        parts = ["coincidences", "masked"] + ["k_pool", "v_pool"] * attention.event_pooling
+        parts = ["mixer.coincidences", "mixer.masked"] + ["mixer.k_pool", "mixer.v_pool"] * attention.event_pooling
         layers |= {f"{name}.{part}".lstrip("."): attention.get_submodule(part) for part in parts}
     return layers
 

@@ -15,7 +15,7 @@ from sdt_blocks.analysis import NotSpikeDrivenError, audit
 def test_v1_multiplies_in_the_first_convolution_only(golden):
     result = audit(golden.model(), golden.tensors["input"])
     assert result.spike_driven
-    assert [product.module for product in result.of("MAC")] == ["patch.convs.0"]
+    assert [product.module for product in result.of("MAC")] == ["patch.stages.0.conv"]
     convolutions = [n for n, m in golden.model().named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert [product.module for product in result.of("AC")] == convolutions[1:]
     assert {product.verdict for product in result.products} == {"MAC", "AC", "mask", "fold", "scale", "leak"}

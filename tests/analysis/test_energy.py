@@ -64,9 +64,9 @@ def test_all_rates_one(name, dim, depth, size, steps):
 
 def test_published_first_convolution():
     report = energy_from_rates(on_meta("sdt_8_512"), 0.0, (3, 224, 224))
-    assert round(report["patch.convs.0"].energy_mj, 3) == 1.595
-    assert report["patch.convs.0"].kind == "MAC"
-    assert report.total_mj == report["patch.convs.0"].energy_mj
+    assert round(report["patch.stages.0.conv"].energy_mj, 3) == 1.595
+    assert report["patch.stages.0.conv"].kind == "MAC"
+    assert report.total_mj == report["patch.stages.0.conv"].energy_mj
 
 
 def test_rates_are_those_of_the_real_input(small):
@@ -80,7 +80,7 @@ def test_rates_are_those_of_the_real_input(small):
     pooled = 0
     for name, value in inputs.items():
         layer = report[name]
-        if name == "patch.convs.0":
+        if name == "patch.stages.0.conv":
             assert (layer.kind, layer.rate) == ("MAC", [1, 1, 1])
             continue
         direct = value.double().view(3, -1).mean(1).tolist()
@@ -96,7 +96,7 @@ def test_attention_counts_the_additions(small, event_pooling):
     model = small(event_pooling=event_pooling)
     attention = model.blocks[0].attention.branch
     sums = []
-    attention.attention_neuron.register_forward_hook(lambda module, args, output: sums.append(args[0]))
+    attention.mixer.neuron.register_forward_hook(lambda module, args, output: sums.append(args[0]))
     report = energy(model, torch.rand(4, 3, 16, 16))
     additions = sums[0].double().sum((1, 2, 3, 4)) / 4
     layer = report["blocks.0.attention.branch"]
@@ -121,10 +121,10 @@ def test_batches_add_up(small):
 def test_folding_batch_normalisation_changes_nothing(small):
     model, x = small(), torch.rand(4, 3, 16, 16)
     before = energy(model, x)
-    model.patch.convs[0] = fuse_conv_bn_eval(model.patch.convs[0], model.patch.norms[0])
-    model.patch.norms[0] = nn.Identity()
+    model.patch.stages[0].conv = fuse_conv_bn_eval(model.patch.stages[0].conv, model.patch.stages[0].norm)
+    model.patch.stages[0].norm = nn.Identity()
     mlp = model.blocks[0].mlp.branch
-    mlp.conv1, mlp.norm1 = fuse_conv_bn_eval(mlp.conv1, mlp.norm1), nn.Identity()
+    mlp.fc1.conv, mlp.fc1.norm = fuse_conv_bn_eval(mlp.fc1.conv, mlp.fc1.norm), nn.Identity()
     after = energy(model, x)
     # Folding rounds differently: a membrane at its threshold may fall to the other side.
     assert after.total_mj == pytest.approx(before.total_mj, rel=1e-3)
@@ -134,7 +134,7 @@ def test_folding_batch_normalisation_changes_nothing(small):
 def test_event_frames_charge_what_is_not_zero(small):
     model = small(in_channels=2)
     frames = torch.poisson(torch.full((2, 5, 2, 16, 16), 0.3))
-    layer = energy(model, frames)["patch.convs.0"]
+    layer = energy(model, frames)["patch.stages.0.conv"]
     share = (frames != 0).double().mean((0, 2, 3, 4))
     assert layer.kind == "MAC" and layer.rate == pytest.approx(share.tolist())
     assert layer.energy_mj == pytest.approx(E_MAC * PJ * 9 * 2 * 4 * 16 * 16 * share.sum().item())
@@ -147,7 +147,7 @@ def test_silent_model_spends_on_its_first_layer_only(small):
         if isinstance(module, LIF):
             module.threshold = 1e9
     report = energy(model, torch.rand(2, 3, 16, 16))
-    assert report.total_mj == report["patch.convs.0"].energy_mj == pytest.approx(E_MAC * PJ * 3 * 9 * 3 * 4 * 256)
+    assert report.total_mj == report["patch.stages.0.conv"].energy_mj == pytest.approx(E_MAC * PJ * 3 * 9 * 3 * 4 * 256)
     assert report.attention.sdsa_mj == 0
     assert json.loads(report.to_json())["attention"]["operator_ratio"] is None
 
@@ -289,12 +289,12 @@ def test_given_rates_by_name_and_pattern():
     model = on_meta("sdt_2_256")
     report = energy_from_rates(model, {"head": [0.1, 0.2, 0.3, 0.4], "blocks.*": 0.5, "patch.*": 0}, (3, 32, 32))
     assert report["head"].energy_mj == pytest.approx(E_AC * PJ * 2560 * 1.0)
-    assert report["blocks.1.mlp.branch.conv1"].rate == [0.5] * 4
-    assert report["patch.convs.1"].energy_mj == 0
+    assert report["blocks.1.mlp.branch.fc1.conv"].rate == [0.5] * 4
+    assert report["patch.stages.1.conv"].energy_mj == 0
     frames = energy_from_rates(
-        on_meta("sdt_2_256_dvs"), {"patch.convs.0": 0.2, "*": 0.1}, (16, 2, 64, 64), e_mac=3, e_ac=1
+        on_meta("sdt_2_256_dvs"), {"patch.stages.0.conv": 0.2, "*": 0.1}, (16, 2, 64, 64), e_mac=3, e_ac=1
     )
-    assert frames["patch.convs.0"].energy_mj == pytest.approx(3 * PJ * 16 * 0.2 * 9 * 2 * 32 * 64 * 64)
+    assert frames["patch.stages.0.conv"].energy_mj == pytest.approx(3 * PJ * 16 * 0.2 * 9 * 2 * 32 * 64 * 64)
 
 
 def test_errors(small):
@@ -350,5 +350,5 @@ def test_a_network_mixed_from_blocks(steps, batch):
     for name, value in inputs.items():
         direct = (value != 0).double().reshape(steps, -1).mean(1).tolist()
         assert report[name].rate == pytest.approx(direct), name
-    assert report["blocks.0.branch.conv1"].macs == 16 * 16 * 16
+    assert report["blocks.0.branch.fc1.conv"].macs == 16 * 16 * 16
     assert audit(net, x).spike_driven

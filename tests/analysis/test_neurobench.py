@@ -63,7 +63,7 @@ def test_synaptic_operations(small):
             count = ((value != 0) * reach).sum().item() * layer.out_channels / len(x)
         else:
             count = report[name].synaptic_operations
-        if name == "patch.convs.0":
+        if name == "patch.stages.0.conv":
             assert found["Effective_MACs"] == pytest.approx(count, rel=1e-6)
             assert report[name].synaptic_operations == pytest.approx(3 * 9 * 3 * 4 * 256)
         else:

@@ -22,9 +22,9 @@ def our_layers(theirs, depth):
         "SSA_Conv{}_q_lif": "attention.branch.q_neuron",
         "SSA_Conv{}_k_lif": "attention.branch.k_neuron",
         "SSA_Conv{}_v_lif": "attention.branch.v_neuron",
-        "SSA_Conv{}_kv_before": "attention.branch.coincidences",
-        "SSA_Conv{}_kv": "attention.branch.attention_neuron",
-        "SSA_Conv{}_x_after_qkv": "attention.branch.masked",
+        "SSA_Conv{}_kv_before": "attention.branch.mixer.coincidences",
+        "SSA_Conv{}_kv": "attention.branch.mixer.neuron",
+        "SSA_Conv{}_x_after_qkv": "attention.branch.mixer.masked",
         "MLP_Conv{}_fc1_lif": "mlp.branch.neuron1",
         "MLP_Conv{}_fc2_lif": "mlp.branch.neuron2",
     }
@@ -38,7 +38,7 @@ def test_released_rates(golden):
         ours = our_layers(theirs, golden.config["depth"])
         if golden.config["dvs_mode"] and theirs.endswith(("k_lif", "v_lif")):
             # With event pooling the released figures are those after the pooling.
-            ours = ours.replace("_neuron", "_pool")
+            ours = ours.replace("k_neuron", "mixer.k_pool").replace("v_neuron", "mixer.v_pool")
         assert rates[ours].rate == pytest.approx(expected, abs=1e-3), theirs
 
 
@@ -176,7 +176,7 @@ def test_compiled_models_are_seen_through(small, how):
 
 def test_model_is_left_as_it_was(small):
     model = small().train()
-    model.patch.norms[0].eval()
+    model.patch.stages[0].norm.eval()
     before = {name: module.training for name, module in model.named_modules()}
     state = {name: value.clone() for name, value in model.state_dict().items()}
     firing_rates(model, torch.rand(2, 3, 16, 16))

@@ -134,7 +134,7 @@ def test_the_authors_arrangement_answers_as_the_model() -> None:
 
     images = torch.rand(2, 3, 32, 32)
     model = peers.firing_model("sdt_2_256", images, dim=64, depth=1)
-    model.patch.position_norm.bias += 1
+    model.patch.position.norm.bias += 1
     expected = model(images)
     assert expected.std() > 0.01
     torch.testing.assert_close(peers.AuthorsArrangement(model).eval()(images), expected, atol=1e-4, rtol=1e-4)
@@ -181,10 +181,10 @@ def test_work_is_counted_spike_by_spike() -> None:
         if isinstance(module, torch.nn.Conv2d):
             module.register_forward_hook(lambda m, x, _, name=name: spikes.update({name: (m, x[0])}))
     model(images)
-    del spikes["patch.convs.0"]
+    del spikes["patch.stages.0.conv"]
     additions = sum(x.sum().item() * m.weight.numel() / m.in_channels for m, x in spikes.values())
     # q, k and v read the same spikes.
-    read_once = [x for name, (_, x) in spikes.items() if name[-6:] not in ("k_conv", "v_conv")]
+    read_once = [x for name, (_, x) in spikes.items() if name[-6:] not in ("k.conv", "v.conv")]
     rate = sum(x.sum().item() for x in read_once) / sum(x.numel() for x in read_once)
     bench = harness.Bench("s")
     sparse.count_work(bench, EventDrivenTransformer(model), peers.ConvolutionFloor(model, images), images, "x")

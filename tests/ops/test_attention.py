@@ -8,6 +8,7 @@ from torch import nn
 from torch._dynamo import lookup_backend
 
 from sdt_blocks import LIF, ParametricLIF, SpikeDrivenSelfAttention
+from sdt_blocks.blocks import MaskMixer
 from sdt_blocks.ops import attend, attend_reference
 from sdt_blocks.ops import attention as attention_op
 from sdt_blocks.surrogate import atan, triangular
@@ -183,7 +184,7 @@ def test_block_with_and_without_hooks(backend, device, neuron, training):
     block = block_of(neuron).to(device).train(training)
     watched = copy.deepcopy(block)
     seen = []
-    watched.coincidences.register_forward_hook(lambda module, arguments, out: seen.append(out.mean().item()))
+    watched.mixer.coincidences.register_forward_hook(lambda module, arguments, out: seen.append(out.mean().item()))
     membrane = 3 * torch.randn(4, 2, 24, 5, 5, device=device)
     results = []
     for module in (block, watched):
@@ -203,16 +204,17 @@ def test_what_takes_the_block_apart(monkeypatch):
     monkeypatch.setattr(attention_op, "attend_op", lambda *given: called.append(1) or original(*given))
     membrane = torch.randn(2, 1, 16, 4, 4)
 
-    class Other(SpikeDrivenSelfAttention):
-        def attend(self, q, k, v):
-            return super().attend(q, k, v) * 0
+    class Other(MaskMixer):
+        def forward(self, q, k, v):
+            return super().forward(q, k, v) * 0
 
     fused, pooled, other, replaced = (
         block_of(LIF, 16),
         SpikeDrivenSelfAttention(16, event_pooling=True),
-        Other(16),
+        block_of(LIF, 16),
         block_of(LIF, 16),
     )
+    other.mixer = Other(16)
     replaced.k_neuron = nn.ReLU()
     for block, times in ((pooled, 0), (other, 0), (replaced, 0), (fused, 1)):
         block(membrane)

@@ -6,9 +6,9 @@ from snntorch import surrogate as snntorch_surrogate
 from torch import nn
 
 from sdt_blocks import LIF, SpikeDrivenSelfAttention, SpikeDrivenTransformer, SpikingMLP, SpikingPatchSplitting
-from sdt_blocks.functional import normalize_and_fire, per_frame
 from sdt_blocks.ops.bits import SpikesAsBits, are_spikes, as_spikes
 from sdt_blocks.ops.dispatch import kernels
+from sdt_blocks.steps import normalize_and_fire, per_frame
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
@@ -81,8 +81,8 @@ def test_spikes_for_several_layers_are_packed_once(packed, monkeypatch):
     assert len(packed()) == 4 and len({bits.data_ptr() for _, bits in packed()}) == 1
 
 
-class Counts(SpikeDrivenSelfAttention):
-    def attend(self, q, k, v):
+class Counts(nn.Module):
+    def forward(self, q, k, v):
         return q * (k * v).sum((-2, -1), keepdim=True)
 
 
@@ -97,7 +97,9 @@ class Levels(LIF):
 
 
 def counting_attention(channels):
-    return Counts(channels, num_heads=2)
+    block = SpikeDrivenSelfAttention(channels, num_heads=2)
+    block.mixer = Counts()
+    return block
 
 
 def scaled_by_a_hook(channels):
@@ -114,19 +116,19 @@ def scaled_in_place(channels):
 
 def scaled_before_the_convolution(channels):
     block = SpikeDrivenSelfAttention(channels, num_heads=2)
-    block.q_conv.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 3,))
+    block.q.conv.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 3,))
     return block
 
 
 def scaled_behind_the_mask(channels):
     block = SpikeDrivenSelfAttention(channels, num_heads=2)
-    block.masked = nn.Hardtanh(0, 0.5)
+    block.mixer.masked = nn.Hardtanh(0, 0.5)
     return block
 
 
 def dropout_between(channels):
     block = SpikeDrivenSelfAttention(channels, num_heads=2)
-    block.proj_conv = nn.Sequential(nn.Dropout(0.5), block.proj_conv)
+    block.proj.conv = nn.Sequential(nn.Dropout(0.5), block.proj.conv)
     return block
 
 

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import nn
 
 from sdt_blocks import LIF, SpikingMLP
-from sdt_blocks.functional import normalize_and_fire
 from sdt_blocks.ops import batch_norm_lif, dispatch, lif, lif_reference
 from sdt_blocks.ops.cpu import build
 from sdt_blocks.ops.lif import lif_op
 from sdt_blocks.ops.norm_lif import channel_statistics
 from sdt_blocks.ops.spec import NeuronSpec
+from sdt_blocks.steps import normalize_and_fire
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from sdt_blocks import LIF, ParametricLIF
-from sdt_blocks.functional import normalize_and_fire
 from sdt_blocks.ops import batch_norm_lif, batch_norm_lif_reference
+from sdt_blocks.steps import normalize_and_fire
 from sdt_blocks.surrogate import KINDS
 
 NORMS = {

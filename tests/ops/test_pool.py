@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sdt_blocks import SpikingPatchSplitting
-from sdt_blocks.functional import pool_frames
 from sdt_blocks.ops import max_pool, max_pool_reference
 from sdt_blocks.ops import pool as pool_op
+from sdt_blocks.steps import pool as pool_frames
 
 SHAPES = [(2, 3, 7, 9), (1, 70, 6, 4), (2, 1, 1, 1), (1, 5, 2, 1), (1, 2, 1, 2), (2, 300, 3, 3), (1, 1, 3, 1030)]
 

@@ -140,7 +140,7 @@ def test_a_released_checkpoint_can_be_fine_tuned_and_another_architecture_is_ref
     options = ("data.img_size=64", f"train.init_checkpoint={released_file}", *QUIET, "data.train_samples=128")
     run = set_up(*same, *options, "model.in_channels=3", "output_dir=a", "data.mean=[0.3]", "data.std=[0.3]")
     weights = load_released_checkpoint(released_file).state_dict()
-    key = "patch.convs.0.weight"
+    key = "patch.stages.0.conv.weight"
     assert torch.equal(run.plain.state_dict()[key], weights[key])
     with pytest.raises(ConfigError, match=r"another architecture: .* set model.name"):
         set_up(*options, "output_dir=b")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..steps import shortcut
+
 
 class MembraneShortcut(nn.Module):
     """`u + drop_path(branch(u))`: the branch starts with a neuron and ends in a membrane, so spikes stay binary.
@@ -27,17 +29,7 @@ class MembraneShortcut(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, membrane: Tensor) -> Tensor:
-        change: Tensor = self.branch(membrane)
-        if change.shape != membrane.shape:
-            raise ValueError(
-                f"the branch of a membrane shortcut must keep the shape; it made {list(change.shape)} of "
-                f"{list(membrane.shape)}"
-            )
-        if self.training and self.drop_path:
-            kept = 1 - self.drop_path
-            mask = change.new_empty(1, change.shape[1], *[1] * (change.ndim - 2)).bernoulli_(kept).div_(kept)
-            change = change * mask
-        return membrane + change
+        return shortcut(membrane, self.branch(membrane), self.drop_path if self.training else 0.0)
 
     def extra_repr(self) -> str:
         return f"drop_path={self.drop_path:g}"

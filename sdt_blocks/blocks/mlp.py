@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .functional import check_sequence, normalize_and_fire, per_frame
-from .neuron import LIF, NeuronFactory, make_neuron
+from ..neuron import LIF, NeuronFactory, make_neuron
+from ..steps import check_sequence, fire, project, project_and_fire
+from .units import ConvNorm
 
 
 class SpikingMLP(nn.Module):
     """Two 1x1 convolutions, each fed by spikes: `BN(W2 LIF(m))` with `m = BN(W1 LIF(u))`.
 
-    Where the hidden width equals `dim`, the first half has a membrane shortcut of its own, as in the released models:
+    Where `hidden` equals `dim`, the first half has a membrane shortcut of its own, as in the released models:
     with `m = u + BN(W1 LIF(u))` the result is `m - u + BN(W2 LIF(m))`, which a `MembraneShortcut` adds to `u`.
 
     Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
@@ -27,18 +28,14 @@ class SpikingMLP(nn.Module):
             raise ValueError(f"dim and hidden must be positive, got {dim} and {hidden}")
         self.dim, self.hidden = dim, hidden
         self.neuron1 = make_neuron(neuron, channels=dim)
-        self.conv1 = nn.Conv2d(dim, hidden, 1)
-        self.norm1 = nn.BatchNorm2d(hidden)
+        self.fc1 = ConvNorm(dim, hidden, bias=True)
         self.neuron2 = make_neuron(neuron, channels=hidden)
-        self.conv2 = nn.Conv2d(hidden, dim, 1)
-        self.norm2 = nn.BatchNorm2d(dim)
+        self.fc2 = ConvNorm(hidden, dim, bias=True)
 
     def forward(self, membrane: Tensor) -> Tensor:
         check_sequence(membrane, self.dim, "SpikingMLP")
-        x = per_frame(self.conv1, self.neuron1(membrane))
+        spikes = fire(self.neuron1, membrane)
         if self.hidden != self.dim:
-            spikes = normalize_and_fire(self.norm1, self.neuron2, x)
-            return per_frame(self.norm2, per_frame(self.conv2, spikes))
-        change = per_frame(self.norm1, x)
-        spikes = self.neuron2(membrane + change)
-        return change + per_frame(self.norm2, per_frame(self.conv2, spikes))
+            return project(self.fc2, project_and_fire(self.fc1, self.neuron2, spikes))
+        change = project(self.fc1, spikes)
+        return change + project(self.fc2, fire(self.neuron2, membrane + change))

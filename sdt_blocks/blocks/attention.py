@@ -1,0 +1,45 @@
+"""Spike-driven self-attention (SDSA)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..neuron import LIF, NeuronFactory, make_neuron
+from ..steps import check_sequence, fire, project, project_and_mix
+from .mixers import MaskMixer
+from .units import ConvNorm
+
+
+class SpikeDrivenSelfAttention(nn.Module):
+    """Self-attention by mask and addition alone (Yao et al., 2023, https://arxiv.org/abs/2307.01694).
+
+        s = LIF(u);   q, k, v = LIF(BN(W s))
+        a = LIF_0.5(sum over tokens of k * v)        one spike a channel
+        result = BN(W' (q * a))
+
+    What is called (k, v, q) here, as in the released weights, is (Q, K, V) in the paper's text. `num_heads` and
+    `event_pooling` are those of `MaskMixer`, which computes the second line and the mask.
+
+    Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
+
+    Raises `ValueError` where num_heads does not divide dim.
+
+    >>> SpikeDrivenSelfAttention(64)(torch.randn(4, 2, 64, 8, 8)).shape
+    torch.Size([4, 2, 64, 8, 8])
+    """
+
+    def __init__(
+        self, dim: int, *, num_heads: int = 8, neuron: str | NeuronFactory = LIF, event_pooling: bool = False
+    ) -> None:
+        super().__init__()
+        self.dim, self.num_heads, self.event_pooling = dim, num_heads, event_pooling
+        self.neuron = make_neuron(neuron, channels=dim)
+        self.q, self.k, self.v = (ConvNorm(dim, dim) for _ in range(3))
+        self.q_neuron, self.k_neuron, self.v_neuron = (make_neuron(neuron, channels=dim) for _ in range(3))
+        self.mixer = MaskMixer(dim, num_heads=num_heads, neuron=neuron, event_pooling=event_pooling)
+        self.proj = ConvNorm(dim, dim, bias=True)
+
+    def forward(self, membrane: Tensor) -> Tensor:
+        check_sequence(membrane, self.dim, "SpikeDrivenSelfAttention")
+        units, neurons = (self.q, self.k, self.v), (self.q_neuron, self.k_neuron, self.v_neuron)
+        return project(self.proj, project_and_mix(units, neurons, self.mixer, fire(self.neuron, membrane)))

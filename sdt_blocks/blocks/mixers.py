@@ -1,0 +1,80 @@
+"""Mixers: what an attention makes of the spikes of q, k and v."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..neuron import LIF, NeuronFactory, make_neuron
+from ..ops.bits import as_spikes
+from ..ops.spec import state_dtype
+from ..steps import check_multiple, fused_attention, is_plain
+
+ATTENTION_THRESHOLD = 0.5
+"""Threshold of the neuron on the summed k * v: with tau = 2 one coincidence makes h = 0.5, which fires."""
+
+
+class MaskMixer(nn.Module):
+    """`q * a` with `a = LIF_0.5(sum over tokens of k * v)`, one spike a channel: mask and addition alone.
+
+    Without `event_pooling`, `num_heads` changes nothing: channel c belongs to head c // (dim / num_heads). With it (the
+    released CIFAR10-DVS setting) a 3x3 maximum is taken of k and v over (H, W), and of k * v and q * a over (tokens,
+    channels of a head).
+
+    Hooks see everything: k and v as they are used pass through `k_pool` and `v_pool`, k * v through `coincidences`
+    and q * a through `masked`, submodules that do nothing where there is no pooling.
+
+    Shapes: spikes q, k, v `[T, B, dim, H, W]` each `-> [T, B, dim, H, W]`.
+    """
+
+    emits = "spikes"
+
+    def __init__(
+        self, dim: int, *, num_heads: int = 8, neuron: str | NeuronFactory = LIF, event_pooling: bool = False
+    ) -> None:
+        super().__init__()
+        if num_heads < 1:
+            raise ValueError(f"num_heads must be positive, got {num_heads}")
+        check_multiple(dim, num_heads, "dim (for this number of heads)")
+        self.num_heads, self.event_pooling = num_heads, event_pooling
+        self.k_pool = PlanePool() if event_pooling else nn.Identity()
+        self.v_pool = PlanePool() if event_pooling else nn.Identity()
+        self.coincidences = nn.Identity()
+        self.neuron = make_neuron(neuron, channels=dim, threshold=ATTENTION_THRESHOLD)
+        self.masked = nn.Identity()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        kv = self.coincidences(self.k_pool(k) * self.v_pool(v))
+        # Half precision could not hold the sum of many tokens.
+        a = self.neuron(self._pool_tokens(kv).sum((-2, -1), keepdim=True, dtype=state_dtype(kv)))
+        masked: Tensor = self.masked(as_spikes(self._pool_tokens(q * a.to(q.dtype)), q, a))
+        return masked
+
+    def fused(self, norms: Sequence[nn.Module], neurons: Sequence[nn.Module], x: Sequence[Tensor]) -> Tensor | None:
+        """All of it from what the convolutions of q, k and v have made, as one op; `None` where that does not fit."""
+        if self.event_pooling or not is_plain(self, MaskMixer):
+            return None
+        between = (self.k_pool, self.v_pool, self.coincidences, self.masked)
+        return fused_attention(norms, (*neurons, self.neuron), x, between)
+
+    def _pool_tokens(self, spikes: Tensor) -> Tensor:
+        if not self.event_pooling:
+            return spikes
+        height, width = spikes.shape[-2:]
+        heads = rearrange(spikes, "t b (heads d) h w -> t b heads (h w) d", heads=self.num_heads)
+        return rearrange(max_pool_plane(heads), "t b heads (h w) d -> t b (heads d) h w", h=height, w=width)
+
+
+class PlanePool(nn.Module):
+    """3x3 maximum, stride 1, over the last two axes of `[T, B, C, H, W]`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return max_pool_plane(x)
+
+
+def max_pool_plane(x: Tensor) -> Tensor:
+    """3x3 maximum, stride 1, over the last two axes of x `[T, B, ...]`."""
+    return F.max_pool2d(x.flatten(0, 1), 3, stride=1, padding=1).unflatten(0, x.shape[:2])

@@ -1,0 +1,322 @@
+"""The steps that a block's `forward` is made of: one fused op each in training, one node each of an inference plan.
+
+A block calls these, `+` and its submodules, and branches on its settings alone, never on a tensor. In training every
+step is eager Python. Under `torch.fx` tracing a step is noted with the leaves that it was given (units, neurons,
+mixers, poolings), which own their folded and event-driven forms; see `sdt_blocks.inference`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from .neuron import LIF
+from .ops import attend, batch_norm_lif, max_pool
+from .ops.bits import SpikesAsBits, are_spikes, as_spikes
+from .ops.dispatch import fused
+from .surrogate import Surrogate
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def step(function: Function) -> Function:
+    """Marks a function of modules and tensors as a step: tracing notes the call instead of looking into it."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for argument in args:
+            if isinstance(argument, fx.Proxy):
+                return argument.tracer.create_proxy("call_function", call, args, kwargs)
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+class Unit(nn.Module):
+    """Weights and the batch normalization behind them, on frames: `norm(conv(x))`.
+
+    `conv` is linear in its frames and `norm` an `nn.BatchNorm2d`, so that training can join the norm with the neuron
+    behind it; `fold` gives both as one convolution.
+
+    Shapes: `[N, C, H, W] -> [N, C', H', W']`.
+    """
+
+    conv: nn.Module
+    norm: nn.Module
+
+    def forward(self, frames: Tensor) -> Tensor:
+        normalized: Tensor = self.norm(self.conv(frames))
+        return normalized
+
+    def kernel(self) -> nn.Conv2d:
+        """`conv` as one convolution."""
+        assert isinstance(self.conv, nn.Conv2d)
+        return self.conv
+
+
+# ---- the steps
+
+
+@step
+def present(x: Tensor, time_steps: int, channels: int) -> Tensor:
+    """Images `[B, C, H, W]` shown at every step, or frames `[B, T, C, H, W]` with any T >= 1, as `[T, B, C, H, W]`.
+
+    Raises `ValueError` unless x has `channels` channels and no empty axis.
+    """
+    if x.ndim not in (4, 5) or x.shape[-3] != channels or 0 in x.shape:
+        raise ValueError(
+            f"expected images [B, {channels}, H, W] or frames [B, T, {channels}, H, W], got {list(x.shape)}"
+        )
+    return x.expand(time_steps, *x.shape) if x.ndim == 4 else x.transpose(0, 1)
+
+
+@step
+def check_sequence(x: Tensor, channels: int, owner: str) -> None:
+    """Raises `ValueError` unless x is `[T, B, channels, H, W]` with nothing empty."""
+    if x.ndim != 5 or x.shape[2] != channels or 0 in x.shape:
+        raise ValueError(f"{owner} expects [T, B, {channels}, H, W] with T >= 1 and nothing empty, got {list(x.shape)}")
+
+
+@step
+def project(unit: Any, x: Tensor) -> Tensor:
+    """`unit(frame)` for every frame of x `[T, B, C, H, W]`: a membrane `[T, B, C', H', W']`.
+
+    `unit` is a `Unit`, or any module for `[N, C, H, W]`. Spikes among x are kept for the gradient at one bit each.
+    """
+    if not is_unit(unit):
+        # In training a module as a whole may tell frames apart that are the same.
+        y = per_frame(unit, x if unit.training else _shown(x))
+        return y.expand(len(x), *y.shape[1:])
+    change = _convolve(unit, x)
+    return repeat_frame(unit.norm, change, len(x)) if len(change) != len(x) else per_frame(unit.norm, change)
+
+
+@step
+def fire(neuron: nn.Module, membrane: Tensor) -> Tensor:
+    """Spikes of a membrane `[T, ...]`."""
+    spikes: Tensor = neuron(membrane)
+    return spikes
+
+
+@step
+def project_and_fire(unit: Any, neuron: nn.Module, x: Tensor) -> Tensor:
+    """`fire(neuron, project(unit, x))`, with the unit's norm and the neuron as one op."""
+    if not is_unit(unit):
+        return fire(neuron, project(unit, x))
+    return normalize_and_fire(unit.norm, neuron, _convolve(unit, x), len(x))
+
+
+@step
+def project_and_mix(units: Sequence[Any], neurons: Sequence[nn.Module], mixer: Any, spikes: Tensor) -> Tensor:
+    """`mixer(*(project_and_fire(unit, neuron, spikes) ...))`: q, k and v, and what an attention makes of them.
+
+    One op where the mixer has one: its `fused(norms, neurons, x)`, given what the units' convolutions have made, may
+    return `None`.
+    """
+    mixed = None
+    if hasattr(mixer, "fused") and all(map(is_unit, units)):
+        x = [_convolve(unit, spikes) for unit in units]
+        mixed = mixer.fused([unit.norm for unit in units], neurons, x) if len(x[0]) == len(spikes) else None
+        fired = (
+            normalize_and_fire(unit.norm, neuron, part, len(spikes))
+            for unit, neuron, part in zip(units, neurons, x, strict=True)
+        )
+    else:
+        fired = (project_and_fire(unit, neuron, spikes) for unit, neuron in zip(units, neurons, strict=True))
+    result: Tensor = mixer(*fired) if mixed is None else mixed
+    return result
+
+
+@step
+def pool(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(frame)` for every frame of x, by the fused op where it is the 3x3 maximum of stride 2."""
+    if is_plain(layer, nn.Identity):
+        return x
+    if is_plain(layer, nn.MaxPool2d) and halves(layer):
+        return as_spikes(max_pool(x.flatten(0, 1)).unflatten(0, x.shape[:2]), x)
+    return per_frame(layer, x)
+
+
+@step
+def shortcut(membrane: Tensor, change: Tensor, drop_path: float = 0.0) -> Tensor:
+    """`membrane + change`, where each sample's change is left out with the probability `drop_path`.
+
+    Raises `ValueError` where the shapes differ.
+    """
+    if change.shape != membrane.shape:
+        raise ValueError(
+            f"the branch of a membrane shortcut must keep the shape; it made {list(change.shape)} of "
+            f"{list(membrane.shape)}"
+        )
+    if drop_path:
+        kept = 1 - drop_path
+        mask = change.new_empty(1, change.shape[1], *[1] * (change.ndim - 2)).bernoulli_(kept).div_(kept)
+        change = change * mask
+    return membrane + change
+
+
+# ---- what they are made of
+
+
+def per_frame(module: nn.Module, x: Tensor) -> Tensor:
+    """Applies a module for `[N, C, H, W]` to every frame of x `[T, B, C, H, W]`; spikes its gradient keeps as bits."""
+    if not are_spikes(x):
+        frames: Tensor = module(x.flatten(0, 1))
+    else:
+        with SpikesAsBits(x, _autocast_dtype(module, x)) as spikes:
+            frames = module(spikes.flatten(0, 1))
+    return frames.unflatten(0, x.shape[:2])
+
+
+def _autocast_dtype(module: nn.Module, x: Tensor) -> torch.dtype | None:
+    """What autocast would cast x to within a convolution; within another module nobody can know."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64 or not is_plain(module, nn.Conv2d):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def normalize_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, time_steps: int | None = None) -> Tensor:
+    """`neuron(norm(x))` for x `[T, B, C, H, W]`; with `time_steps`, x `[1, B, C, H, W]` is shown at every step.
+
+    One fused op does both where `norm` is an `nn.BatchNorm2d`, `neuron` one of the kit's and neither has a hook.
+    """
+    if _fusible(norm, neuron, x):
+        assert isinstance(norm, nn.BatchNorm2d) and isinstance(neuron, LIF)
+        training = norm.training or norm.running_mean is None
+        return batch_norm_lif(
+            x, **norm_arguments(norm), **neuron_arguments(neuron), training=training, time_steps=time_steps
+        )
+    repeated = time_steps is not None and time_steps != x.shape[0]
+    return fire(neuron, repeat_frame(norm, x, time_steps or 1) if repeated else per_frame(norm, x))
+
+
+def fused_attention(
+    norms: Sequence[nn.Module], neurons: Sequence[nn.Module], x: Sequence[Tensor], between: Sequence[nn.Module]
+) -> Tensor | None:
+    """`q * neuron(sum over tokens of k * v)`, one op with the norms and neurons of q, k and v; `None` where none fits.
+
+    It takes what `normalize_and_fire` takes, in one mode, with nothing to see or do in the modules `between`.
+    """
+    idle = all(is_plain(module, nn.Identity) for module in between) and is_neuron(neurons[3])
+    fusible = all(_fusible(norm, neuron, part) for norm, neuron, part in zip(norms, neurons, x, strict=False))
+    modes = {norm.training or norm.running_mean is None for norm in norms}
+    if not (idle and fusible and len(modes) == 1):
+        return None
+    return attend(x, [norm_arguments(n) for n in norms], [neuron_arguments(n) for n in neurons], training=modes.pop())
+
+
+def repeat_frame(norm: Any, x: Tensor, time_steps: int) -> Tensor:
+    """`norm` of the frame x `[1, B, C, H, W]` as if it came at every step: a view `[time_steps, B, C, H, W]`.
+
+    Mean and biased variance of a repeated batch are those of the batch; the running variance alone depends on the
+    number of repetitions, by its factor n / (n - 1), and is set to what the repeated batch would give.
+    """
+    variance = getattr(norm, "running_var", None)
+    before = variance.clone() if norm.training and variance is not None else None
+    y = per_frame(norm, x)
+    if before is not None:
+        n = x.numel() // x.shape[2]
+        total = n * time_steps
+        with torch.no_grad():
+            momentum = norm.momentum if norm.momentum is not None else 1 / int(norm.num_batches_tracked)
+            new = norm.running_var - (1 - momentum) * before
+            # `.data`: autograd has noted the buffer's version, though the backward of a training pass never reads it.
+            norm.running_var.data.sub_(new * (1 - (n - 1) / n * total / (total - 1)))
+    return y.expand(time_steps, *y.shape[1:])
+
+
+def _convolve(unit: Any, x: Tensor) -> Tensor:
+    """`unit.conv` of every frame of x, or of the one frame `[1, B, C, H, W]` that x shows at every step."""
+    return per_frame(unit.conv, _shown(x))
+
+
+def _shown(x: Tensor) -> Tensor:
+    """The frame `[1, ...]` that x `[T, ...]` shows at every step without copying it, else x."""
+    return x[:1] if len(x) > 1 and x.stride(0) == 0 else x
+
+
+def halves(layer: Any) -> bool:
+    """Whether an `nn.MaxPool2d` is the 3x3 maximum of stride 2."""
+    settings = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode, layer.return_indices)
+    return settings == (3, 2, 1, 1, False, False)
+
+
+# ---- what a module is
+
+
+def is_plain(module: nn.Module, *types: type[nn.Module]) -> bool:
+    """Whether a module does what one of `types` does and nothing more: no subclass, no hook, no replaced forward."""
+    return type(module) in types and not has_hooks(module)
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether a module is a `Unit` with the forward of `Unit`, and nobody looks at it as a whole."""
+    return isinstance(module, Unit) and type(module).forward is Unit.forward and not has_hooks(module)
+
+
+def is_neuron(module: nn.Module) -> bool:
+    """Whether a module is a neuron of the kit, or of a subclass that fires as it does, without a hook."""
+    return isinstance(module, LIF) and type(module).forward is LIF.forward and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is done besides the class's own forward."""
+    everywhere = nn.modules.module
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+        everywhere._global_forward_hooks,
+        everywhere._global_forward_pre_hooks,
+        everywhere._global_backward_hooks,
+        everywhere._global_backward_pre_hooks,
+    )
+    return any(hooks) or "forward" in module.__dict__
+
+
+def _fusible(norm: nn.Module, neuron: nn.Module, x: Tensor) -> bool:
+    if not (fused(x, even_traced=norm.training) and is_plain(norm, nn.BatchNorm2d) and is_neuron(neuron)):
+        return False
+    assert isinstance(norm, nn.BatchNorm2d) and isinstance(neuron, LIF)
+    return isinstance(neuron.surrogate, Surrogate) and x.shape[2] == norm.num_features < x.numel()
+
+
+def norm_arguments(norm: Any) -> dict[str, Any]:
+    """What the fused ops are told of an `nn.BatchNorm2d`, which counts the batch."""
+    momentum = norm.momentum or 0.0
+    tracked = norm.track_running_stats or not norm.training
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            momentum = 1 / int(norm.num_batches_tracked)
+    return {
+        "running_mean": norm.running_mean if tracked else None,
+        "running_var": norm.running_var if tracked else None,
+        "weight": norm.weight,
+        "bias": norm.bias,
+        "momentum": momentum,
+        "eps": norm.eps,
+    }
+
+
+def neuron_arguments(neuron: Any) -> dict[str, Any]:
+    """What the fused ops are told of a neuron."""
+    return {
+        "inv_tau": neuron.inv_tau,
+        "threshold": neuron.threshold,
+        "reset": neuron.reset_mechanism,
+        "surrogate": neuron.surrogate,
+        "detach_reset": neuron.detach_reset,
+        "strict": neuron.strict,
+    }
+
+
+def check_multiple(value: int, of: int, what: str) -> None:
+    """Raises `ValueError` unless value is a positive multiple of `of`."""
+    if value < 1 or value % of:
+        raise ValueError(f"{what} must be a positive multiple of {of}, got {value}")
