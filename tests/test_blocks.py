@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sdt_blocks import LIF, MembraneShortcut, ParametricLIF, SpikeDrivenSelfAttention, SpikingMLP, SpikingPatchSplitting
+from sdt_blocks import (
+    LIF,
+    MembraneShortcut,
+    ParametricLIF,
+    SpikeDrivenSelfAttention,
+    SpikingMLP,
+    SpikingPatchSplitting,
+    calibrate_norms,
+)
+from sdt_blocks.analysis import firing_rates
 from sdt_blocks.steps import repeat_frame
 
 
@@ -112,6 +121,8 @@ def test_still_image_is_computed_once_and_equals_the_repeated_one(training):
     torch.manual_seed(0)
     x = torch.rand(1, 3, 3, 16, 16)
     once = SpikingPatchSplitting(16).train(training)
+    calibrate_norms(once, x)
+    assert not firing_rates(once, x, forward=lambda net, x: net(x.expand(5, -1, -1, -1, -1))).silence
     repeated = SpikingPatchSplitting(16).train(training)
     repeated.load_state_dict(once.state_dict())
     calls = record(once.stages[0].conv)

@@ -127,12 +127,12 @@ def test_damaged_files_are_named(released_file, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("neuron", ["lif", "plif"])
-def test_save_and_load(neuron, tmp_path):
-    model = SpikeDrivenTransformer(**TINY, neuron=neuron, mlp_ratio=2.5).eval()
+def test_save_and_load(neuron, tmp_path, firing_model):
+    model = firing_model(**TINY, neuron=neuron, mlp_ratio=2.5)
     save_model(model, tmp_path / "model")
     loaded = load_model(tmp_path / "model")
     x = torch.rand(2, 3, 16, 16)
-    assert torch.equal(loaded(x), model(x)) and loaded.config == model.config
+    assert torch.equal(loaded(x), model(x)) and model(x).std(0).any() and loaded.config == model.config
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
     assert load_model(tmp_path / "model", per_step=True)(x).ndim == 3
 

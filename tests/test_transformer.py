@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from sdt_blocks import LIF, SpikeDrivenTransformer, create_model, list_models
+from sdt_blocks import LIF, SpikeDrivenTransformer, calibrate_norms, create_model, list_models
+from sdt_blocks.analysis import firing_rates
 from sdt_blocks.transformer import model_options
 
 PUBLISHED = {
@@ -42,31 +43,34 @@ def test_names():
 def test_small_variants_run(name):
     model = create_model(name, time_steps=2).eval()
     x = torch.rand(1, 3, 32, 32) if name == "sdt_2_256" else torch.rand(1, 3, 2, 32, 32)
+    calibrate_norms(model, x)
+    assert firing_rates(model, x)["blocks.0.mlp.branch.neuron1"].mean > 0
     assert model(x).shape == (1, model.num_classes)
     assert model.config["event_pooling"] == (name == "sdt_2_256_dvs")
 
 
-def test_image_equals_its_repetition_and_event_frames_take_any_number_of_steps():
-    model = SpikeDrivenTransformer(**TINY).eval()
+def test_image_equals_its_repetition_and_event_frames_take_any_number_of_steps(firing_model):
+    model = firing_model(**TINY)
     images = torch.rand(2, 3, 16, 20)
+    assert model(images).std(0).all()
     torch.testing.assert_close(model(images), model(images.unsqueeze(1).expand(-1, 2, -1, -1, -1)))
     for steps in (1, 7):
         assert model(torch.rand(2, steps, 3, 16, 20)).shape == (2, 5)
 
 
-def test_per_step_logits_average_to_the_mean():
+def test_per_step_logits_average_to_the_mean(firing_model):
     x = torch.rand(2, 3, 16, 16)
-    model = SpikeDrivenTransformer(**TINY, per_step=True).eval()
+    model = firing_model(**TINY, per_step=True)
     per_step = model(x)
-    assert per_step.shape == (2, 2, 5)
+    assert per_step.shape == (2, 2, 5) and per_step.std(0).any()
     model.per_step = False
     torch.testing.assert_close(model(x), per_step.mean(0))
 
 
-def test_headless_and_features():
-    model = SpikeDrivenTransformer(**{**TINY, "num_classes": 0}).eval()
+def test_headless_and_features(firing_model):
+    model = firing_model(**{**TINY, "num_classes": 0})
     x = torch.rand(2, 3, 16, 16)
-    assert model(x).shape == (2, 16) and model.forward_features(x).shape == (2, 2, 16, 4, 4)
+    assert model(x).shape == (2, 16) and model(x).any() and model.forward_features(x).shape == (2, 2, 16, 4, 4)
     assert not [key for key in model.state_dict() if key.startswith("head.")]
 
 
@@ -75,11 +79,12 @@ def test_drop_path_grows_with_depth():
     assert [block.attention.drop_path for block in model.blocks] == pytest.approx([0, 0.1, 0.2])
 
 
-def test_deepcopy_pickle_and_neuron_factory():
-    model = SpikeDrivenTransformer(**TINY, neuron=partial(LIF, tau=1.5))
+def test_deepcopy_pickle_and_neuron_factory(firing_model):
+    model = firing_model(**TINY, neuron=partial(LIF, tau=1.5)).train()
     x = torch.rand(2, 3, 16, 16)
     model(x).sum().backward()
     model.eval()
+    assert model(x).std(0).any()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(x), model(x))
     assert {m.tau for m in model.modules() if isinstance(m, LIF)} == {1.5}
