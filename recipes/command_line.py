@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from config import ConfigError, RunError, help_text, load_config
+from config import ConfigError, RunError, help_text, load_config, to_yaml
 from cpu_processes import start_cpu_processes
 
 
@@ -20,13 +21,37 @@ def main(default: str) -> None:
     if print_help(arguments, default):
         return
     with short_errors():
-        config = load_config(arguments, default=default)
+        shown = "--print-config" in arguments
+        seeds, arguments = take_seeds([argument for argument in arguments if argument != "--print-config"])
+        configs = [load_config([*arguments, *seed], default=default) for seed in seeds]
+        if shown:
+            print(to_yaml(configs[0]).partition("derived:")[0], end="")
+            return
         start_cpu_processes()
         # Imported late: what is wrong with the arguments is said within a moment.
         from engine import train
         from set_up import set_up
 
-        train(set_up(config))
+        if seeds == [()]:
+            train(set_up(configs[0]))
+        else:
+            from seeds import train_seeds
+
+            train_seeds(configs)
+
+
+def take_seeds(arguments: list[str]) -> tuple[list[tuple[str, ...]], list[str]]:
+    """What `seeds=0,1,2` adds to the arguments of each run, and the other arguments; one empty addition without it."""
+    asked = [argument.partition("=")[2] for argument in arguments if argument.startswith("seeds=")]
+    rest = [argument for argument in arguments if not argument.startswith("seeds=")]
+    if not asked:
+        return [()], rest
+    texts = [text.strip() for text in asked[-1].split(",")]
+    if len(set(texts)) < max(2, len(texts)) or any(argument.startswith("seed=") for argument in rest):
+        raise ConfigError(f"seeds={asked[-1]}: expected two or more different seeds, as in 0,1,2, and no seed= beside")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError("seeds runs in one process; with several, start the runs one by one with seed=0, seed=1, ...")
+    return [(f"seed={text}",) for text in texts], rest
 
 
 def print_help(arguments: list[str], default: str) -> bool:
@@ -34,16 +59,27 @@ def print_help(arguments: list[str], default: str) -> bool:
     wanted = bool({"-h", "--help"} & set(arguments))
     if wanted:
         print(f"{sys.modules['__main__'].__doc__}\n{help_text(default)}")
+        print("Beside the keys: seeds=0,1,2 trains once with each; --print-config prints the configuration and ends.")
     return wanted
 
 
 @contextmanager
 def short_errors() -> Iterator[None]:
     """Ends the process with the message and the exit code of a `ConfigError` (2) or a `RunError` (1)."""
+    tell = logging.StreamHandler(sys.stdout)
+    log = logging.getLogger("sdt_blocks")
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        log.setLevel(logging.INFO)
+        log.addHandler(tell)
     try:
         yield
+    except KeyboardInterrupt:
+        print("stopped before training began", file=sys.stderr, flush=True)
+        sys.exit(130)
     except (ConfigError, RunError) as error:
         # All processes refuse a configuration alike; one of them says so. A run may fail on any.
         if isinstance(error, RunError) or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
+    finally:
+        log.removeHandler(tell)

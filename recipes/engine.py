@@ -21,7 +21,7 @@ from loading import EpochBatches, UnreadableSample, fetch, stop_loaders
 from models import optimizer_state, whole_model
 from optim import BatchMixer, learning_rate, set_learning_rate
 from pictures import draw_curves
-from progress import METRICS, Display, append_metrics, peak_memory, read_metrics
+from progress import METRICS, Display, append_metrics, peak_memory, read_metrics, warn
 from run_lock import RunLock
 from run_state import Position, last_good, save_checkpoint, seed_step, sha256, state_digest
 from safetensors import SafetensorError
@@ -35,6 +35,9 @@ from sdt_blocks.checkpoint import WEIGHTS, write_atomically
 
 ANALYZED = 256
 """Samples of each process that `analyze=true` looks at."""
+
+SILENT = 1e-4
+"""Spikes per neuron and time step below which a network's answers are those of its biases."""
 
 
 @dataclass
@@ -124,7 +127,7 @@ def train_to_the_end(run: Run) -> None:
         raise RunError(f"the run folder cannot be written ({error}); {last_good(run.folder)}") from error
     if run.stopping:
         run.display.say(f"stopped at step {run.position.step}; the same command goes on from there")
-        run.accelerator.end_training()
+        end(run)
         sys.exit(128 + (run.stop.signal or 15))
     finish(run)
 
@@ -140,6 +143,8 @@ def train_epoch(run: Run) -> Clock:
     batches = fetch(run.train_loader)
     while position.step < last and not run.stopping:
         loss = update(run, batches, clock, epoch)
+        if loss is None:
+            break
         position.step += 1
         clock.updates += 1
         if math.isfinite(loss):
@@ -153,13 +158,17 @@ def train_epoch(run: Run) -> Clock:
     return clock
 
 
-def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]], clock: Clock, epoch: int) -> float:
-    """One step of the optimiser; the mean loss over its samples on all processes."""
+def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]], clock: Clock, epoch: int) -> float | None:
+    """One step of the optimiser; the mean loss over its samples on all processes.
+
+    None where a process that trains alone is asked to stop amid its passes: the step has then not been taken.
+    """
     config, accelerator, step = run.config, run.accelerator, run.position.step
     set_learning_rate(run.optimizer, learning_rate_at(config, step))
     # In linear probing the frozen part keeps its batch statistics as well.
     run.model.train(not config.train.linear_probe)
-    before = [buffer.clone() for buffer in run.plain.buffers()] if config.train.skip_nonfinite else []
+    keep = config.train.skip_nonfinite or config.train.accumulate > 1
+    before = [buffer.clone() for buffer in run.plain.buffers()] if keep else []
     total = torch.zeros((), device=accelerator.device)
     for part in range(config.train.accumulate):
         inputs, targets = clock.next(batches)
@@ -175,6 +184,10 @@ def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]], clock: Clock, epo
             loss = run.loss(run.model(inputs), targets)
             accelerator.backward(loss)
         total += loss.detach() / config.train.accumulate
+        if run.stop.signal and accelerator.num_processes == 1 and part < config.train.accumulate - 1:
+            run.stopping = True
+            restore(run, before)
+            return None
     # Without a bound the norm is taken all the same: a spike hides a NaN from the loss, but not from the gradient.
     bound = math.inf if config.optim.clip_grad is None else config.optim.clip_grad
     norm = accelerator.clip_grad_norm_(run.model.parameters(), bound)
@@ -229,11 +242,15 @@ def skip_update(run: Run, buffers: list[Tensor], loss: float, norm: float) -> No
         )
     if run.accelerator.scaler is not None:
         run.optimizer.step()  # which the scaler turns into a lower scale
+    restore(run, buffers)
+    run.display.say(f"step {position.step} left out: {fault} ({position.nonfinite} of at most {allowed})")
+
+
+def restore(run: Run, buffers: list[Tensor]) -> None:
+    """Takes back what the passes of an update have left: gradients, and their batch statistics."""
     run.optimizer.zero_grad()
-    # The forward pass has put the non-finite values into the batch statistics already.
     for buffer, value in zip(run.plain.buffers(), buffers, strict=True):
         buffer.copy_(value)
-    run.display.say(f"step {position.step} left out: {fault} ({position.nonfinite} of at most {allowed})")
 
 
 def close_epoch(run: Run, clock: Clock) -> None:
@@ -277,10 +294,31 @@ def close_epoch(run: Run, clock: Clock) -> None:
     position.lines.append(line)
     if accelerator.is_main_process:
         append_metrics(run.folder, line)
-    accelerator.log({key: value for key, value in line.items() if isinstance(value, int | float)}, step=position.step)
+    log(run, line)
     run.display.say(describe(line, config.train.epochs + config.train.cooldown_epochs))
     if at_end or number % config.train.checkpoint_every == 0:
         save(run)
+
+
+def log(run: Run, line: dict[str, Any]) -> None:
+    """The line to the tracker; one that fails is left out from there on, with a warning: training does not need it."""
+    numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
+    try:
+        run.accelerator.log(numbers, step=run.position.step)
+    except Exception as error:  # whatever the tracker's own code raises
+        run.accelerator.trackers = []
+        warn(
+            f"tracker={run.config.tracker} failed ({type(error).__name__}: {error}); the run goes on without it, and "
+            f"{METRICS} has every line"
+        )
+
+
+def end(run: Run) -> None:
+    """Closes the tracker and the group of processes."""
+    try:
+        run.accelerator.end_training()
+    except Exception as error:
+        warn(f"tracker={run.config.tracker} failed at its end ({type(error).__name__}: {error})")
 
 
 def describe(line: dict[str, Any], epochs: int) -> str:
@@ -289,7 +327,9 @@ def describe(line: dict[str, Any], epochs: int) -> str:
     if line["train_loss"] is not None:
         parts.append(f"loss {line['train_loss']:.4f}")
     for prefix, name in (("", "test"), ("ema_", "averaged")):
-        if f"{prefix}test_top1" in line:
+        if f"{prefix}test_top1" in line and line["firing_rate"] < SILENT:
+            parts.append(f"{name} evaluation is silent until the norms have settled")
+        elif f"{prefix}test_top1" in line:
             accuracies = {key: line.get(f"{prefix}test_{key}") for key in ("top1", "top5")}
             parts.append(f"{name} {describe_accuracies(accuracies)}")
     return " | ".join([*parts, f"{line['images_per_second']:.0f} images/s"])
@@ -380,4 +420,4 @@ def finish(run: Run) -> None:
         write_atomically(folder / "summary.json", lambda name: Path(name).write_text(text, encoding="utf-8"))
         draw_curves(folder)
         run.display.say(f"test top-1 {summary['test_top1']:.2f} % after {summary['seconds']:.0f} s; all in {folder}")
-    accelerator.end_training()
+    end(run)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from config import ConfigError
+from config import ConfigError, one_paragraph
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -42,23 +44,37 @@ class Display:
             disable=not self.live,
         )
         self.task = self.bar.add_task("starting", total=total, completed=done)
+        self.text, self.step = "the first step is under way", done
+        self.ended = threading.Event()
 
     def __enter__(self) -> Display:
         self.bar.start()
+        if self.active and not self.live:
+            threading.Thread(target=self._report, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.ended.set()
         self.bar.stop()
+
+    def _report(self) -> None:
+        """A line every so often, however long a step, an evaluation or a compilation takes."""
+        while not self.ended.wait(max(0.0, self.last_line + SECONDS_BETWEEN_LINES - time.monotonic())):
+            self.last_line = time.monotonic()
+            done = self.step - self.first
+            left = (
+                f" | {_duration((self.last_line - self.started) / done * (self.total - self.step))} left"
+                if done
+                else ""
+            )
+            self.say(f"{self.text} | step {self.step}/{self.total}{left}")
 
     def advance(self, step: int, *, epoch: int, loss: float, rate: float) -> None:
         """One update done: `rate` is in images a second."""
         text = f"epoch {epoch + 1} | loss {loss:.4f} | {rate:.0f} images/s"
+        self.text, self.step = text, step
         if self.live:
             self.bar.update(self.task, completed=step, description=text)
-        elif self.active and time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
-            self.last_line = time.monotonic()
-            left = (self.last_line - self.started) / max(step - self.first, 1) * (self.total - step)
-            self.say(f"{text} | step {step}/{self.total} | {_duration(left)} left")
 
     def say(self, text: str) -> None:
         """A line that stays, above the bar where there is one."""
@@ -155,14 +171,25 @@ def restore_metrics(folder: Path, lines: list[dict[str, Any]], step: int) -> Non
 
 
 def choose_tracker(name: str) -> str | None:
-    """The tracker for Accelerate's `log_with`, or None. Raises `ConfigError` for one that is not installed."""
-    packages = {"tensorboard": "tensorboard", "wandb": "wandb"}
-    if name == "auto":
-        return "tensorboard" if find_spec("tensorboard") else None
+    """The tracker for Accelerate's `log_with`, or None. Raises `ConfigError` for one that cannot be imported."""
     if name == "none":
         return None
-    if not find_spec(packages[name]):
+    wanted = "tensorboard" if name == "auto" else name
+    if name == "auto" and not find_spec(wanted):
+        return None
+    try:
+        # A folder of that name, as wandb leaves one, is found as well, but is no package.
+        found = getattr(import_module(wanted), "__file__", None)
+        if wanted == "tensorboard":
+            import_module("torch.utils.tensorboard")
+    except Exception as error:  # an import runs whatever the package does
+        if name == "auto":
+            warn(f"the tracker {wanted} is installed but cannot be imported ({one_paragraph(error)}); none is used")
+            return None
         raise ConfigError(
-            f"tracker={name} needs the package {packages[name]}: pip install {packages[name]}, or tracker=none"
-        )
-    return name
+            f"tracker={name} needs the package {wanted}, which cannot be imported ({error}): pip install {wanted}, or "
+            f"tracker=none"
+        ) from error
+    if not found:
+        raise ConfigError(f"tracker={name} needs the package {wanted}: pip install {wanted}, or tracker=none")
+    return wanted

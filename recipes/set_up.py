@@ -45,6 +45,8 @@ def set_up(config: Config) -> Run:
         config.events.sensor_size = list(train_set.sensor_size[:2])
     plain = build_model(config, in_channels=sample.shape[-3], num_classes=num_classes)
     at_the_door(dry_run, plain, sample)
+    if config.train.compile and accelerator.is_main_process:
+        print("compiling the model once, at the first step: this may take minutes", flush=True)
     mixer = build_mixer(config, accelerator, sample, num_classes)
     keep = config.train.keep_checkpoints
     # Weights, two moments and perhaps an average, in each checkpoint and in the one being written; best and last.
@@ -69,7 +71,7 @@ def set_up(config: Config) -> Run:
         set_aside_newer(folder, position.step)
         restore_metrics(folder, position.lines, position.closed)
         write_atomically(folder / "config.yaml", lambda name: Path(name).write_text(to_yaml(config), encoding="utf-8"))
-    accelerator.init_trackers("sdt", config={key: str(value) for key, value in flatten(config).items()})
+    start_tracker(config, accelerator)
     display = Display(config.derived.total_steps, position.step, active=accelerator.is_main_process)
     display.say(describe(config, accelerator, plain, note))
     if cache := getattr(train_set, "cache", None):
@@ -104,6 +106,17 @@ def set_up(config: Config) -> Run:
         display=display,
         lock=lock,
     )
+
+
+def start_tracker(config: Config, accelerator: Accelerator) -> None:
+    """Opens the tracker's record of the run. Raises `ConfigError` that names the tracker."""
+    try:
+        accelerator.init_trackers("sdt", config={key: str(value) for key, value in flatten(config).items()})
+    except Exception as error:  # whatever the tracker's own code raises: no account, no network, no space
+        raise ConfigError(
+            f"tracker={config.tracker}: the tracker cannot start ({type(error).__name__}: {error}); set it up, or "
+            f"train without it: tracker=none"
+        ) from error
 
 
 def open_data(config: Config, accelerator: Accelerator) -> tuple[Any, Any]:

@@ -141,3 +141,35 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_lines(launcher, tmp_path):
     assert re.search(rb"epoch 1 \| loss \d\.\d+ \| \d+ images/s", shown)
     assert b"1/1" in shown and b"\x1b[" in shown
     assert read_summary(tmp_path / "run")["steps"] == 1
+
+
+def test_the_configuration_is_printed_and_read_back(launcher, tmp_path):
+    done = launcher.run("digits", "optim.lr=1e-4", "--print-config")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "printed.yaml").write_text(done.stdout)
+    read = load_config([f"config={tmp_path / 'printed.yaml'}"], default="imagenet_8_384")
+    assert read == load_config(["optim.lr=1e-4"], default="digits")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_several_seeds_give_mean_and_deviation(launcher, tmp_path):
+    small = ("model.dim=16", "model.depth=1", "data.train_samples=64", "data.test_samples=20", "train.max_steps=1")
+    done = launcher.run("digits", *QUIET, *small, "seeds=0,1", "output_dir=run")
+    assert done.returncode == 0, done.stderr
+    runs = [read_summary(tmp_path / "run" / f"seed_{seed}") for seed in (0, 1)]
+    whole, losses = read_summary(tmp_path / "run"), [run["train_loss"] for run in runs]
+    assert whole["seeds"] == [0, 1] and losses[0] != losses[1]
+    assert whole["train_loss"] == pytest.approx(sum(losses) / 2)
+    assert whole["train_loss_std"] == pytest.approx(abs(losses[0] - losses[1]) / 2**0.5)
+    assert "mean and standard deviation of 2 seeds" in done.stdout
+    assert "evaluation is silent until the norms have settled" in done.stdout
+
+
+@pytest.mark.parametrize("argument", ["seeds=", "seeds=1", "seeds=1,1", "seeds=1,x", "seeds=-1,2"])
+def test_seeds_that_are_none_are_refused(argument):
+    from command_line import take_seeds
+    from config import ConfigError
+
+    with pytest.raises(ConfigError, match="seed"):
+        for seed in take_seeds([argument])[0]:
+            load_config([*seed], default="digits")

@@ -287,3 +287,59 @@ def test_analyze_writes_its_page_into_the_run_folder(train, tmp_path):
     train(*PLAIN, "output_dir=run", "train.max_steps=2", "analyze=true", "data.test_samples=40")
     written = {path.name for path in (tmp_path / "run" / "analysis").iterdir()}
     assert {"index.html", "energy.json", "rates.csv", "audit.txt"} <= written
+
+
+def test_a_stop_amid_the_passes_of_an_update_leaves_it_untaken(set_up):
+    from engine import train
+
+    run = set_up(*PLAIN, "output_dir=run", "train.batch_size=8", "train.accumulate=4")
+    before, forward, passes = state(run.plain), run.model.forward, []
+
+    def counting(inputs):
+        passes.append(1)
+        if len(passes) == 2:
+            run.stop._received = 15
+        return forward(inputs)
+
+    run.model.forward = counting
+    with pytest.raises(SystemExit) as end:
+        train(run)
+    assert end.value.code == 143 and len(passes) == 2
+    assert (run.folder / "checkpoints" / "step_00000000").is_dir()
+    for key, value in run.plain.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_a_tracker_that_fails_is_blamed(set_up, monkeypatch, capsys, tmp_path):
+    from accelerate import Accelerator
+    from engine import train
+
+    def fail(*_, **__):
+        raise RuntimeError("no account")
+
+    monkeypatch.setattr(Accelerator, "log", fail)
+    train(set_up(*PLAIN, "output_dir=run", "train.max_steps=1"))
+    assert "tracker=none failed (RuntimeError: no account); the run goes on without it" in capsys.readouterr().err
+    assert len(read_lines(tmp_path / "run")) == 1
+    monkeypatch.setattr(Accelerator, "init_trackers", fail)
+    with pytest.raises(ConfigError, match=r"tracker=none: the tracker cannot start \(RuntimeError: no account\)"):
+        set_up(*PLAIN, "output_dir=other")
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="tracker=wandb needs the package wandb"):
+        set_up(*PLAIN, "output_dir=third", "tracker=wandb")
+
+
+def test_a_line_appears_however_long_a_step_takes(monkeypatch, capsys):
+    import time
+
+    import progress
+
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.05)
+    with progress.Display(10, 0, active=True) as display:
+        time.sleep(0.4)
+        display.advance(1, epoch=0, loss=2.0, rate=5.0)
+        time.sleep(0.4)
+    lines = capsys.readouterr().out.splitlines()
+    assert "the first step is under way | step 0/10" in lines
+    assert any(line.startswith("epoch 1 | loss 2.0000 | 5 images/s | step 1/10 | 0:00:") for line in lines)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+
+_log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("training.cpp")
 FLAGS = (
@@ -89,6 +92,7 @@ def _cache_folder() -> Path:
 
 
 def _build(compiler: str, source: Path, target: Path) -> None:
+    _log.info("building kernels once: %s, with %s", source.name, compiler)
     partial = target.with_name(f"{target.stem}-{os.getpid()}.part")
     for threading in THREADING:
         command = [compiler, *FLAGS, threading, str(source), "-o", str(partial)]

@@ -1,0 +1,51 @@
+"""One run for each of several seeds, one after another, and what they have in common."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import AcceleratorState, GradientState
+from config import Config
+from engine import train
+from set_up import set_up
+
+from sdt_blocks.checkpoint import write_atomically
+
+
+def train_seeds(configs: list[Config]) -> None:
+    """Trains each in the folder `seed_N` of its output_dir; the means go into summary.json of output_dir itself.
+
+    A run that is complete is not repeated, so the same command goes on after a stop.
+    """
+    folder, summaries = Path(configs[0].output_dir), []
+    for config in configs:
+        run = folder / f"seed_{config.seed}"
+        config.output_dir = str(run)
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        train(set_up(config))
+        summaries.append(json.loads((run / "summary.json").read_text(encoding="utf-8")))
+    summary = summarize(summaries)
+    text = json.dumps(summary, indent=2) + "\n"
+    write_atomically(folder / "summary.json", lambda name: Path(name).write_text(text, encoding="utf-8"))
+    print(
+        f"test top-1 {summary['test_top1']:.2f} % +- {summary['test_top1_std']:.2f} (mean and standard deviation of "
+        f"{len(configs)} seeds); all in {folder}"
+    )
+
+
+def summarize(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """The runs' common values, the mean of each number that differs, and beside it `_std` of a sample."""
+    whole: dict[str, Any] = {}
+    for key, first in summaries[0].items():
+        values = [summary.get(key) for summary in summaries]
+        if key == "seed":
+            whole["seeds"] = values
+        elif isinstance(first, float) and all(isinstance(value, int | float) for value in values):
+            whole[key], whole[f"{key}_std"] = statistics.fmean(values), statistics.stdev(values)
+        elif all(value == first for value in values):
+            whole[key] = first
+    return whole
