@@ -66,7 +66,7 @@ def print_help(arguments: list[str], default: str) -> bool:
 @contextmanager
 def short_errors() -> Iterator[None]:
     """Ends the process with the message and the exit code of a `ConfigError` (2) or a `RunError` (1)."""
-    tell = logging.StreamHandler(sys.stdout)
+    tell = logging.StreamHandler(sys.stderr)  # what is printed may be JSON
     log = logging.getLogger("sdt_blocks")
     if os.environ.get("LOCAL_RANK", "0") == "0":
         log.setLevel(logging.INFO)
