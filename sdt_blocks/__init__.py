@@ -6,6 +6,8 @@ from .checkpoint import convert_released_state_dict, load_model, load_released_c
 from .example import example_images, example_model
 from .inference import optimize_for_inference
 from .neuron import LIF, ParametricLIF
+from .stepping import over_time
+from .stream import Stream
 from .transformer import SpikeDrivenBlock, SpikeDrivenTransformer, create_model, list_models
 
 __version__ = "0.1.0"
@@ -19,6 +21,7 @@ __all__ = [
     "SpikeDrivenTransformer",
     "SpikingMLP",
     "SpikingPatchSplitting",
+    "Stream",
     "calibrate_norms",
     "convert_released_state_dict",
     "create_model",
@@ -28,5 +31,6 @@ __all__ = [
     "load_model",
     "load_released_checkpoint",
     "optimize_for_inference",
+    "over_time",
     "save_model",
 ]

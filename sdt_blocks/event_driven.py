@@ -51,6 +51,8 @@ class EventDrivenTransformer(nn.Module):
     True
     """
 
+    streams = False
+
     def __init__(self, model: SpikeDrivenTransformer) -> None:
         super().__init__()
         check_model(model)

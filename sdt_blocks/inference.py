@@ -81,6 +81,8 @@ class OptimizedTransformer(nn.Module):
     Logits are float32. There is no training mode; gradients do not flow.
     """
 
+    streams = False
+
     def __init__(self, model: SpikeDrivenTransformer, dtype: torch.dtype, compile: bool) -> None:
         super().__init__()
         self.config, self.dtype = copy.deepcopy(model.config), dtype

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import numbers
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,12 +15,14 @@ from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
 from .ops import lif
+from .stepping import OverTime, remembers
+from .stream import Streamed
 from .surrogate import Surrogate, SurrogateLike, fire, resolve
 
 NeuronFactory = Callable[..., nn.Module]
 
 
-class LIF(snntorch.Leaky):
+class LIF(snntorch.Leaky, Streamed):
     """Leaky integrate-and-fire over the leading time axis, without state between calls.
 
         h[t] = v[t-1] + (x[t] - v[t-1]) / tau;   s[t] = h[t] >= threshold;   v[t] = reset(h[t], s[t])
@@ -28,13 +31,19 @@ class LIF(snntorch.Leaky):
     the threshold fires (`strict=True` restores snnTorch's `>`). Resets are snnTorch's: "zero", "subtract" (one
     threshold off the next membrane) and "none". `surrogate` is a name, a `Surrogate`, or any snnTorch `spike_grad`.
 
+    A call takes a sequence, not snnTorch's single step `spk, mem = lif(x, mem)`, for which there is `step`: the first
+    axis is time, never the batch, and the result is the spikes alone.
+
     Shapes: `[T, ...] -> [T, ...]`. The state is float32 under mixed precision.
 
-    Raises `ValueError` where tau < 1, threshold <= 0 or the reset is unknown.
+    Raises `ValueError` where tau < 1, threshold <= 0 or the reset is unknown, and `TypeError` for a tensor as a
+    constant: only `ParametricLIF` learns one.
 
     >>> LIF(tau=2.0)(torch.ones(4, 8, 16)).shape
     torch.Size([4, 8, 16])
     """
+
+    step_mode = "m"
 
     def __init__(
         self,
@@ -46,6 +55,11 @@ class LIF(snntorch.Leaky):
         detach_reset: bool = True,
         strict: bool = False,
     ) -> None:
+        _check_number("tau", tau)
+        _check_number("threshold", threshold)
+        for name, flag in (("detach_reset", detach_reset), ("strict", strict)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be True or False, got {flag!r}")
         if not tau >= 1:
             raise ValueError(f"tau must be at least 1 (one time step), got {tau!r}")
         if not (threshold > 0 and math.isfinite(threshold)):
@@ -96,9 +110,17 @@ class LIF(snntorch.Leaky):
         """Spikes `[T, ...]` for x `[T, ...]`; with `return_membrane` also the last membrane `x.shape[1:]`.
 
         The membrane is snnTorch's `mem`: the value before the reset. Handed to the next call it continues the sequence
-        exactly. Raises `ValueError` for an empty sequence or a membrane of another shape.
+        exactly. Raises `ValueError` for an empty sequence or a membrane of another shape, such as a single step's.
         """
-        return lif(
+        if membrane is not None and membrane.shape in (x.shape, (0,)) and membrane.shape != x.shape[1:]:
+            raise ValueError(
+                f"LIF takes a sequence [T, ...] and the membrane of one step; got {list(x.shape)} and "
+                f"{list(membrane.shape)}, as for a single step of snnTorch: call step(x, membrane), or unsqueeze(0) x"
+            )
+        carrier = self.carrier if membrane is None else None
+        if carrier is not None:
+            membrane = carrier.membrane(self, x)
+        result = lif(
             x,
             self.inv_tau,
             membrane,
@@ -107,8 +129,12 @@ class LIF(snntorch.Leaky):
             surrogate=self.surrogate,
             detach_reset=self.detach_reset,
             strict=self.strict,
-            return_membrane=return_membrane,
+            return_membrane=return_membrane or carrier is not None,
         )
+        if carrier is None:
+            return result
+        carrier.keep(self, result[1])
+        return result if return_membrane else result[0]
 
     def step(self, x: Tensor, membrane: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """snnTorch's own single step: `(spikes, membrane)` for one x `[...]` and the membrane of the step before."""
@@ -141,6 +167,7 @@ class ParametricLIF(LIF):
     """
 
     def __init__(self, *, init_tau: float = 2.0, channels: int | None = None, **options: Any) -> None:
+        _check_number("init_tau", init_tau)
         if not (init_tau > 1 and math.isfinite(init_tau)):
             raise ValueError(f"init_tau must be a finite number above 1, got {init_tau!r}")
         if channels is not None and channels < 1:
@@ -156,6 +183,14 @@ class ParametricLIF(LIF):
     def extra_repr(self) -> str:
         shape = "scalar" if self.w.ndim == 0 else f"{self.w.numel()} channels"
         return f"w: {shape}, threshold={self.threshold:g}, reset={self.reset_mechanism!r}"
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"{name} must be a number, got a {type(value).__name__}; what is learnt is the time constant of "
+            "ParametricLIF, one a layer or with channels= one a channel"
+        )
 
 
 class _SpikeGradient:
@@ -175,7 +210,8 @@ def make_neuron(factory: str | NeuronFactory, *, channels: int, threshold: float
     """One neuron layer from "lif", "plif" or a factory.
 
     A factory is called with `threshold=`; one that has a `channels` argument without a default gets the layer's width
-    too. Raises `ValueError` for an unknown name and `TypeError` for a factory that cannot be called so.
+    too. What it makes may be a neuron of snnTorch or SpikingJelly, which then runs `over_time`. Raises `ValueError` for
+    an unknown name and `TypeError` for a factory that cannot be called so or makes no module.
     """
     if isinstance(factory, str):
         if factory not in NEURONS:
@@ -194,4 +230,7 @@ def make_neuron(factory: str | NeuronFactory, *, channels: int, threshold: float
         inspect.signature(factory).bind(**make.keywords)
     except TypeError as error:
         raise TypeError(f"the neuron factory {factory!r} must accept threshold= as a keyword: {error}") from None
-    return make()
+    neuron = make()
+    if not isinstance(neuron, nn.Module):
+        raise TypeError(f"the neuron factory {factory!r} must make a torch.nn.Module, got {type(neuron).__name__}")
+    return OverTime(neuron) if remembers(neuron) else neuron

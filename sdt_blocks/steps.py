@@ -18,6 +18,7 @@ from .neuron import LIF
 from .ops import attend, batch_norm_lif, max_pool
 from .ops.bits import SpikesAsBits, are_spikes, as_spikes
 from .ops.dispatch import fused
+from .stepping import remembers, spikes_of
 from .surrogate import Surrogate
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -97,9 +98,17 @@ def project(unit: Any, x: Tensor) -> Tensor:
 
 @step
 def fire(neuron: nn.Module, membrane: Tensor) -> Tensor:
-    """Spikes of a membrane `[T, ...]`."""
-    spikes: Tensor = neuron(membrane)
-    return spikes
+    """Spikes of a membrane `[T, ...]`.
+
+    Raises `TypeError` for a neuron that takes single steps, or keeps a memory from one call to the next.
+    """
+    if remembers(neuron):
+        name = type(neuron).__name__
+        raise TypeError(
+            f"{name} remembers its last call, and may take one time step where a sequence [T, ...] is given: "
+            f"put over_time({name}(...)) in its place"
+        )
+    return spikes_of(neuron, neuron(membrane))
 
 
 @step
@@ -187,9 +196,13 @@ def normalize_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, time_steps
     if _fusible(norm, neuron, x):
         assert isinstance(norm, nn.BatchNorm2d) and isinstance(neuron, LIF)
         training = norm.training or norm.running_mean is None
-        return batch_norm_lif(
-            x, **norm_arguments(norm), **neuron_arguments(neuron), training=training, time_steps=time_steps
-        )
+        options = {**norm_arguments(norm), **neuron_arguments(neuron), "training": training, "time_steps": time_steps}
+        if neuron.carrier is None:
+            return batch_norm_lif(x, **options)
+        before = neuron.carrier.membrane(neuron, x)
+        spikes, last = batch_norm_lif(x, **options, membrane=before, return_membrane=True)
+        neuron.carrier.keep(neuron, last)
+        return spikes
     repeated = time_steps is not None and time_steps != x.shape[0]
     return fire(neuron, repeat_frame(norm, x, time_steps or 1) if repeated else per_frame(norm, x))
 
@@ -204,7 +217,8 @@ def fused_attention(
     idle = all(is_plain(module, nn.Identity) for module in between) and is_neuron(neurons[3])
     fusible = all(_fusible(norm, neuron, part) for norm, neuron, part in zip(norms, neurons, x, strict=False))
     modes = {norm.training or norm.running_mean is None for norm in norms}
-    if not (idle and fusible and len(modes) == 1):
+    streamed = any(getattr(neuron, "carrier", None) is not None for neuron in neurons)
+    if not (idle and fusible and len(modes) == 1) or streamed:
         return None
     return attend(x, [norm_arguments(n) for n in norms], [neuron_arguments(n) for n in neurons], training=modes.pop())
 
@@ -225,7 +239,8 @@ def repeat_frame(norm: Any, x: Tensor, time_steps: int) -> Tensor:
             momentum = norm.momentum if norm.momentum is not None else 1 / int(norm.num_batches_tracked)
             new = norm.running_var - (1 - momentum) * before
             # `.data`: autograd has noted the buffer's version, though the backward of a training pass never reads it.
-            norm.running_var.data.sub_(new * (1 - (n - 1) / n * total / (total - 1)))
+            running = norm.running_var if torch.compiler.is_compiling() else norm.running_var.data
+            running.sub_(new * (1 - (n - 1) / n * total / (total - 1)))
     return y.expand(time_steps, *y.shape[1:])
 
 

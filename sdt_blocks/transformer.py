@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .blocks import MembraneShortcut, SpikeDrivenSelfAttention, SpikingMLP, SpikingPatchSplitting
 from .neuron import LIF, NeuronFactory, make_neuron
 from .steps import check_multiple, fire, present
+from .stream import Stream
 
 
 class SpikeDrivenBlock(nn.Module):
@@ -128,6 +129,10 @@ class SpikeDrivenTransformer(nn.Module):
         tokens = self.forward_features(x).mean((-2, -1))
         logits: Tensor = self.head(fire(self.head_neuron, tokens))
         return logits if self.per_step else logits.mean(0)
+
+    def stream(self) -> Stream:
+        """This model for frames that come chunk by chunk: `stream(chunk)` goes on where the chunk before ended."""
+        return Stream(self)
 
 
 def check_images(x: Tensor, in_channels: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..neuron import LIF, NeuronFactory, make_neuron
 from ..ops.bits import as_spikes
 from ..ops.spec import state_dtype
-from ..steps import check_multiple, fused_attention, is_plain
+from ..steps import check_multiple, fire, fused_attention, is_plain
 
 ATTENTION_THRESHOLD = 0.5
 """Threshold of the neuron on the summed k * v: with tau = 2 one coincidence makes h = 0.5, which fires."""
@@ -49,7 +49,7 @@ class MaskMixer(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kv = self.coincidences(self.k_pool(k) * self.v_pool(v))
         # Half precision could not hold the sum of many tokens.
-        a = self.neuron(self._pool_tokens(kv).sum((-2, -1), keepdim=True, dtype=state_dtype(kv)))
+        a = fire(self.neuron, self._pool_tokens(kv).sum((-2, -1), keepdim=True, dtype=state_dtype(kv)))
         masked: Tensor = self.masked(as_spikes(self._pool_tokens(q * a.to(q.dtype)), q, a))
         return masked
 

@@ -64,7 +64,7 @@ class SpikesAsBits(saved_tensors_hooks):
         self.spikes = spikes if dtype is None else spikes.to(dtype)
         self.version = self.spikes._version
 
-    def __enter__(self) -> Tensor:
+    def __enter__(self) -> Tensor:  # type: ignore[override]
         super().__enter__()
         return self.spikes
 

@@ -24,11 +24,14 @@ def fused(x: Tensor, *, even_traced: bool = False) -> bool:
     `SDT_BLOCKS_BACKEND` forces a backend: "reference", "compiled" (CPU tensors) or "triton" (CUDA tensors; under
     `TRITON_INTERPRET=1` CPU tensors too). Without it CUDA tensors take Triton and CPU tensors the compiled kernels.
     Where these cannot run, one warning says why and the reference runs. While `torch.compile` traces CPU code it is
-    shown the reference, which it fuses with what stands beside it, unless `even_traced`.
+    shown the reference, which it fuses with what stands beside it, unless `even_traced`. What `torch.export`,
+    `torch.onnx` and `torch.jit` make is for other runtimes: they are shown nothing but the reference.
 
     Raises `ValueError` for an unknown backend or one that does not run on the tensor's device, and `RuntimeError` where
     a forced backend cannot run.
     """
+    if _exporting():
+        return False
     if torch.compiler.is_compiling() and x.device.type == "cpu" and not even_traced:
         return False
     return _backend(x.device.type, x.dtype) != "reference"
@@ -37,6 +40,15 @@ def fused(x: Tensor, *, even_traced: bool = False) -> bool:
 def kernels(x: Tensor) -> ModuleType:
     """The module with the kernels for x, where `fused(x)`."""
     return _module(_backend(x.device.type, x.dtype))
+
+
+def _exporting() -> bool:
+    if torch.jit.is_tracing():
+        return True
+    if hasattr(torch.compiler, "is_exporting"):
+        return torch.compiler.is_exporting()
+    # PyTorch 2.6 cannot tell an export by way of TorchDynamo, its strict one, from torch.compile.
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 @torch.compiler.assume_constant_result

@@ -132,7 +132,12 @@ def constants(
     detach_reset: bool = True,
     strict: bool = False,
 ) -> NeuronSpec | None:
-    """What a fused kernel is told of the neurons; `None`, with a warning, for a surrogate that no kernel knows."""
+    """What a fused kernel is told of the neurons; `None`, with a warning, for a surrogate that no kernel knows.
+
+    Raises `TypeError` for a tensor as threshold, to which no gradient flows.
+    """
+    if isinstance(threshold, Tensor):
+        raise TypeError(f"threshold must be a number, got a {type(threshold).__name__}: it is not learnt")
     if not isinstance(surrogate, Surrogate):
         name = getattr(surrogate, "__qualname__", type(surrogate).__qualname__)
         fall_back(

@@ -26,8 +26,10 @@ def batch_norm_lif_reference(
     momentum: float = 0.1,
     eps: float = 1e-5,
     time_steps: int | None = None,
+    membrane: Tensor | None = None,
+    return_membrane: bool = False,
     **neuron: Any,
-) -> Tensor:
+) -> Any:
     """`lif(F.batch_norm(x), inv_tau, **neuron)` over the frames x `[T, B, C, ...]`; running statistics change in place.
 
     With `time_steps`, x `[1, B, C, ...]` is shown at every step.
@@ -35,7 +37,8 @@ def batch_norm_lif_reference(
     if time_steps is not None:
         x = x.expand(time_steps, *x.shape[1:])
     frames = F.batch_norm(x.flatten(0, 1), running_mean, running_var, weight, bias, training, momentum, eps)
-    return lif_reference(frames.unflatten(0, x.shape[:2]), inv_tau, **neuron)[0]
+    result = lif_reference(frames.unflatten(0, x.shape[:2]), inv_tau, membrane, **neuron)
+    return result if return_membrane else result[0]
 
 
 def batch_norm_lif(
@@ -50,8 +53,10 @@ def batch_norm_lif(
     momentum: float = 0.1,
     eps: float = 1e-5,
     time_steps: int | None = None,
+    membrane: Tensor | None = None,
+    return_membrane: bool = False,
     **neuron: Any,
-) -> Tensor:
+) -> Any:
     """What `batch_norm_lif_reference` computes; x alone is kept for the backward pass.
 
     With the statistics of the batch it stays one op under `torch.compile` too, where its own equations would keep three
@@ -74,23 +79,28 @@ def batch_norm_lif(
             momentum=momentum,
             eps=eps,
             time_steps=time_steps,
+            membrane=membrane,
+            return_membrane=return_membrane,
             **neuron,
         )
     steps = time_steps or x.shape[0]
     dtype = state_dtype(x)
     mean, inv_std = statistics(x, running_mean, running_var, training, momentum, eps, steps // x.shape[0])
-    spikes, _ = lif_op(
+    spikes, last = lif_op(
         x,
         steps,
         spec.encode(),
         inv_tau=inv_tau.to(dtype) if isinstance(inv_tau, Tensor) else None,
+        membrane=None if membrane is None else membrane.to(dtype),
+        keep_membrane=return_membrane,
         mean=mean.to(dtype),
         inv_std=inv_std.to(dtype),
         weight=None if weight is None else weight.to(dtype),
         bias=None if bias is None else bias.to(dtype),
         of_batch=training,
     )
-    return as_spikes(spikes)
+    as_spikes(spikes)
+    return (spikes, last) if return_membrane else spikes
 
 
 @torch.no_grad()

@@ -1,0 +1,155 @@
+"""Neurons of other libraries: whole sequences step by step, without memory between calls."""
+
+import copy
+from functools import partial
+
+import pytest
+import snntorch
+import torch
+from torch import nn
+
+from sdt_blocks import LIF, SpikeDrivenSelfAttention, SpikeDrivenTransformer, SpikingMLP, over_time
+from sdt_blocks.stepping import OverTime
+from sdt_blocks.steps import fire
+
+SNNTORCH = {
+    "Leaky": partial(snntorch.Leaky, beta=0.9),
+    "Leaky, hidden": partial(snntorch.Leaky, beta=0.9, init_hidden=True),
+    "Leaky, hidden, with output": partial(snntorch.Leaky, beta=0.9, init_hidden=True, output=True),
+    "Leaky, learnt": partial(snntorch.Leaky, beta=0.9, learn_beta=True, learn_threshold=True),
+    "Synaptic": partial(snntorch.Synaptic, alpha=0.8, beta=0.9),
+    "Alpha": partial(snntorch.Alpha, alpha=0.9, beta=0.8),
+    "Lapicque": partial(snntorch.Lapicque, R=5.0, C=1.0, time_step=1.0),
+    "RLeaky": partial(snntorch.RLeaky, beta=0.9, all_to_all=False),
+    "RSynaptic": partial(snntorch.RSynaptic, alpha=0.8, beta=0.9, all_to_all=False),
+}
+
+
+class Node(nn.Module):
+    """A node in the manner of SpikingJelly: it integrates, and stays where it is until `reset`."""
+
+    def __init__(self, threshold=1.0, step_mode="s"):
+        super().__init__()
+        self.threshold, self.step_mode = threshold, step_mode
+        self.v = 0.0
+
+    def reset(self):
+        self.v = 0.0
+
+    def forward(self, x):
+        if self.step_mode == "m":
+            return torch.stack([self.step(x_t) for x_t in x])
+        return self.step(x)
+
+    def step(self, x):
+        self.v = self.v + x
+        fired = (self.v >= self.threshold).to(x)
+        self.v = self.v - fired * self.threshold
+        return fired
+
+
+def steps_of(neuron, x):
+    """Spikes by hand, one call a step."""
+    outputs = [neuron(x_t) for x_t in x]
+    return torch.stack([out[0] if isinstance(out, tuple) else out for out in outputs])
+
+
+@pytest.fixture
+def x():
+    torch.manual_seed(0)
+    return torch.rand(6, 2, 8, 3, 3) * 1.2
+
+
+@pytest.mark.parametrize("make", SNNTORCH.values(), ids=SNNTORCH)
+def test_snntorch_neurons_see_every_step(make, x):
+    neuron = make(threshold=1.0)
+    expected = steps_of(copy.deepcopy(neuron), x)
+    wrapped = over_time(neuron)
+    assert 0 < expected.mean() < 1 and not torch.equal(expected[0], expected[-1])
+    for _ in range(2):
+        assert torch.equal(wrapped(x), expected)
+    assert torch.equal(wrapped(x[:, :1]), expected[:, :1])
+
+
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+def test_nodes_with_a_step_mode(step_mode, x):
+    expected = steps_of(Node(), x)
+    wrapped = over_time(Node(step_mode=step_mode))
+    assert 0 < expected.mean() < 1
+    for _ in range(2):
+        assert torch.equal(wrapped(x), expected)
+    assert wrapped.neuron.v == 0.0
+
+
+def test_spikingjellys_own_node(x):
+    spikingjelly = pytest.importorskip("spikingjelly.activation_based.neuron")
+    for step_mode in "sm":
+        node = spikingjelly.LIFNode(tau=2.0, step_mode=step_mode, decay_input=True, v_reset=0.0)
+        assert torch.equal(over_time(node)(2 * x), LIF(tau=2.0)(2 * x))
+
+
+@pytest.mark.parametrize("make", [*SNNTORCH.values(), Node], ids=[*SNNTORCH, "Node"])
+def test_as_factory(make, x):
+    torch.manual_seed(0)
+    block = SpikingMLP(8, neuron=make).eval()
+    nn.init.constant_(block.fc1.norm.bias, 0.4)
+    assert isinstance(block.neuron1, OverTime)
+    first = block(x)
+    assert first.std() > 0 and torch.equal(block(x), first)
+    expected = steps_of(make(threshold=1.0), x)
+    assert torch.equal(block.neuron1(x), expected) and expected.any()
+
+
+def test_a_sequential_with_a_neuron_in_it(x):
+    block = SpikingMLP(8, neuron=lambda threshold: nn.Sequential(nn.Identity(), Node(threshold)))
+    assert torch.equal(block.neuron1(x), steps_of(Node(), x))
+
+
+def test_gradients_and_copies(x):
+    block = SpikingMLP(8, neuron=partial(snntorch.Leaky, beta=0.9, learn_beta=True)).train()
+    nn.init.constant_(block.fc1.norm.bias, 0.4)
+    block(x.requires_grad_()).square().sum().backward()
+    for name in ("neuron1", "neuron2"):
+        assert getattr(block, name).neuron.beta.grad.abs() > 0
+    assert x.grad.abs().sum() > 0
+    assert torch.equal(copy.deepcopy(block).eval()(x), block.eval()(x))
+
+
+@pytest.mark.parametrize("name", ["neuron", "q_neuron", "mixer.neuron"])
+def test_a_neuron_put_in_place_later_is_refused(name, x):
+    block = SpikeDrivenSelfAttention(8)
+    block.set_submodule(name, snntorch.Leaky(beta=0.9))
+    with pytest.raises(TypeError, match=r"over_time\(Leaky"):
+        block(x)
+    block.set_submodule(name, over_time(snntorch.Leaky(beta=0.9)))
+    assert block(x).shape == x.shape
+
+
+def test_a_head_put_in_place_later_is_refused():
+    model = SpikeDrivenTransformer(depth=1, dim=16, pooling="0011", num_classes=3)
+    model.head_neuron = Node()
+    with pytest.raises(TypeError, match="over_time"):
+        model(torch.rand(1, 3, 8, 8))
+
+
+def test_what_is_no_stepping_neuron():
+    neuron = LIF()
+    assert over_time(neuron) is neuron
+    wrapped = over_time(Node())
+    assert over_time(wrapped) is wrapped
+    for other, message in ((Node, "no wrapping"), (nn.ReLU(), "how to clear the memory of ReLU")):
+        with pytest.raises(TypeError, match=message):
+            over_time(other)
+    with pytest.raises(TypeError, match=r"must make a torch\.nn\.Module, got int"):
+        SpikingMLP(8, neuron=lambda threshold: 3)
+
+
+def test_an_output_that_is_no_tensor():
+    class Odd(nn.Module):
+        def forward(self, x):
+            return {"spikes": x}
+
+    with pytest.raises(TypeError, match="Odd gave dict"):
+        fire(Odd(), torch.ones(2, 3))
+    with pytest.raises(ValueError, match="time step"):
+        over_time(Node())(torch.ones(0, 3))
