@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassStatScores
 
 TOP_K = 5
 """Beside top-1, where there are at least twice as many classes."""
@@ -85,7 +85,7 @@ def evaluate(
         raise ValueError("not one sample of the evaluation set could be read")
     return Evaluation(
         loss=loss if math.isfinite(loss) else math.nan,
-        accuracies={name: 100 * float(share) for name, share in found.items()},
+        accuracies={name: 100 * int(hits) / int(samples) for name, (hits, _, _, _, samples) in found.items()},
         confusion=confusion,
         firing_rate=max(firing_rate, 0.0),
         input_size=input_size,
@@ -98,15 +98,15 @@ def describe_accuracies(accuracies: Mapping[str, float | None], between: str = "
 
 
 def build_metrics(num_classes: int, device: torch.device) -> dict[str, Metric]:
-    """`loss`, `confusion` and the accuracies; torchmetrics adds them up over the processes."""
+    """`loss`, `confusion`, and the counts of the accuracies; torchmetrics adds them up over the processes."""
     options: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
     metrics: dict[str, Metric] = {
         "loss": MeanMetric(nan_strategy="disable"),
         "confusion": MulticlassConfusionMatrix(**options),
-        "top1": MulticlassAccuracy(average="micro", **options),
+        "top1": MulticlassStatScores(average="micro", **options),
     }
     if num_classes >= 2 * TOP_K:
-        metrics[f"top{TOP_K}"] = MulticlassAccuracy(average="micro", top_k=TOP_K, **options)
+        metrics[f"top{TOP_K}"] = MulticlassStatScores(average="micro", top_k=TOP_K, **options)
     if device.type != "mps":
         metrics["loss"].set_dtype(torch.float64)
     return {name: metric.to(device) for name, metric in metrics.items()}

@@ -28,10 +28,12 @@ MOST_LABELS, MOST_COUNTS = 40, 15
 
 def draw_curves(folder: Path) -> None:
     """Loss, accuracy, learning rate and firing rate over the epochs of a run, to its curves.png."""
-    figure, panels = _panels([read_metrics(folder)])
+    metrics = read_metrics(folder)
+    figure, panels = _panels([metrics])
     for axes, (label, keys) in zip(panels, PANELS.items(), strict=True):
         for key, name in keys.items():
-            _plot(axes, read_metrics(folder), key, label=name)
+            if any(line.get(key) is not None for line in metrics):
+                _plot(axes, metrics, key, label=name)
         if label in ("loss", "top-1 (%)") and axes.lines:
             axes.legend(frameon=False, fontsize=8)
     _save(figure, folder / "curves.png")
@@ -43,10 +45,15 @@ def draw_comparison(runs: Mapping[str, Lines], path: Path) -> None:
     keys = ("test_loss", "test_top1", "lr", "firing_rate")
     for axes, key in zip(panels, keys, strict=True):
         for number, (name, lines) in enumerate(runs.items()):
-            _plot(axes, lines, key, label=name, color=f"C{number % 10}", linestyle=("-", "--", ":")[number // 10 % 3])
+            style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
+            _plot(axes, lines, key, label=name, **style)
     panels[0].set_ylabel("test loss")
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 3), frameon=False, fontsize=8)
+    lines = panels[0].get_lines()
+    # Matplotlib would leave out a name that starts with an underscore, and set what stands between two $ as a formula.
+    names = [f" {line.get_label()}" for line in lines]
+    legend = figure.legend(lines, names, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     _save(figure, path)
 
 
@@ -93,9 +100,9 @@ def _panels(runs: Sequence[Lines]) -> tuple[Any, list[Any]]:
 
 
 def _plot(axes: Any, lines: Lines, key: str, **style: Any) -> None:
+    """The values of a key over the epochs; epochs without one are left out."""
     points = [(line["epoch"], line[key]) for line in lines if line.get(key) is not None]
-    if points:
-        axes.plot(*zip(*points, strict=True), marker=".", **style)
+    axes.plot([epoch for epoch, _ in points], [value for _, value in points], marker=".", **style)
 
 
 def _shortened(name: str, most: int = 24) -> str:

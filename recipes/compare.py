@@ -1,0 +1,159 @@
+"""Several runs side by side: one table and one picture.
+
+    python recipes/compare.py RUN RUN... [output_dir=comparison]
+
+It prints the table in Markdown, writes it as comparison.md, .csv and .tex, and the learning curves as comparison.png.
+Accuracy is that of the last model, as in summary.json, beside the best; a run that is not finished shows how far it is.
+The energy is that of `analyze.py` or `analyze=true`, where it has been computed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from command_line import short_errors
+from config import ConfigError, RunError
+
+COLUMNS = {
+    "run": "run",
+    "model": "model",
+    "data": "data",
+    "epochs": "epochs",
+    "test_top1": "top-1 (%)",
+    "best_top1": "best top-1 (%)",
+    "params": "parameters",
+    "energy_mj": "energy (mJ)",
+    "firing_rate": "firing rate",
+    "seconds": "time (s)",
+}
+"""What the table shows of a run: the key, as in summary.json, and the heading."""
+
+FORMATS = {"test_top1": ".2f", "best_top1": ".2f", "params": ",", "energy_mj": ".4g", "firing_rate": ".4f"}
+FORMATS |= {"seconds": ".0f"}
+ABSENT = "–"
+
+_LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\^{}"}
+
+
+def read_run(folder: Path, name: str) -> dict[str, Any]:
+    """A row of the table from a run folder. Raises `ConfigError`."""
+    from progress import read_metrics
+
+    try:
+        lines = read_metrics(folder)
+        summary = _read(folder / "summary.json")
+        energy = _read(folder / "analysis" / "energy.json")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: {error}") from error
+    if not lines:
+        raise ConfigError(f"{folder} is no run folder: it has no metrics.jsonl with an epoch in it")
+    accuracies = [line[key] for line in lines for key in ("test_top1", "ema_test_top1") if line.get(key) is not None]
+    last = {"epochs": lines[-1].get("epoch"), "seconds": lines[-1].get("seconds")}
+    measured = [line for line in lines if line.get("test_top1") is not None]
+    last |= {key: measured[-1].get(key) if measured else None for key in ("test_top1", "firing_rate")}
+    row = {"best_top1": max(accuracies, default=None), **last, **summary, "energy_mj": energy.get("total_mj")}
+    for key in FORMATS:
+        if isinstance(row.get(key), bool) or not isinstance(row.get(key), int | float | None):
+            raise ConfigError(f"{folder}: {key} should be a number, found {row[key]!r}")
+    return row | {"run": name if summary else f"{name} (not finished)", "lines": lines}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds no mapping")
+    return content
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of the paths that tell the runs apart."""
+    paths = [folder.resolve() for folder in folders]
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise ConfigError("a run is named twice; name each once")
+
+
+def shown(row: dict[str, Any], key: str) -> str:
+    """A cell of the printed tables."""
+    value = row.get(key)
+    return ABSENT if value is None else format(value, FORMATS.get(key, "")) if key in FORMATS else str(value)
+
+
+def markdown(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    """The rows as a Markdown table, numbers to the right."""
+    cells = [[shown(row, key).replace("|", "\\|") for key in columns] for row in rows]
+    sides = ["---" if key in ("run", "model", "data") else "---:" for key in columns]
+    lines = [[COLUMNS[key] for key in columns], sides, *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def latex(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    """The rows as a LaTeX tabular with booktabs' rules."""
+
+    def line(cells: Sequence[str]) -> str:
+        escaped = ["".join(_LATEX.get(c, c) for c in cell).replace(ABSENT, "--") for cell in cells]
+        return " & ".join(escaped) + r" \\"
+
+    sides = "".join("l" if key in ("run", "model", "data") else "r" for key in columns)
+    head, body = line([COLUMNS[key] for key in columns]), [line([shown(row, key) for key in columns]) for row in rows]
+    return "\n".join(
+        [rf"\begin{{tabular}}{{{sides}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""]
+    )
+
+
+def as_csv(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    """The rows as CSV, numbers in full."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(columns)
+    table.writerows(["" if row.get(key) is None else row[key] for key in columns] for row in rows)
+    return text.getvalue()
+
+
+def main(arguments: Sequence[str]) -> None:
+    output, folders = Path("comparison"), []
+    for argument in arguments:
+        if argument.startswith("output_dir="):
+            output = Path(argument.removeprefix("output_dir="))
+        else:
+            folders.append(Path(argument))
+    if not folders:
+        raise ConfigError("name the run folders to compare, such as runs/a runs/b")
+    missing = [str(folder) for folder in folders if not folder.is_dir()]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)}: no such folder")
+    rows = [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
+    columns = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+    table = markdown(rows, columns)
+    texts = {"md": table, "csv": as_csv(rows, columns), "tex": latex(rows, columns)}
+    from pictures import draw_comparison
+
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for ending, text in texts.items():
+            (output / f"comparison.{ending}").write_text(text, encoding="utf-8", errors="backslashreplace")
+        draw_comparison({row["run"]: row["lines"] for row in rows}, output / "comparison.png")
+    except OSError as error:
+        raise RunError(f"output_dir={output} cannot be written ({error})") from error
+    print(table)
+    if "energy_mj" not in columns:
+        print("Energy is computed by: accelerate launch recipes/analyze.py checkpoint=RUN")
+    print(f"comparison.md, .csv, .tex and .png are in {output}")
+
+
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+    else:
+        with short_errors():
+            main(sys.argv[1:])
