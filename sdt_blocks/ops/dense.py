@@ -12,16 +12,17 @@ import ctypes
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
-from pathlib import Path
+from ctypes import c_int64, c_void_p
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cpu.build import BuildError, library
+from .cpu import bindings
+from .cpu.build import BuildError
 from .lif import lif, lif_reference
+from .spec import NeuronSpec
 
 
 class Neuron(NamedTuple):
@@ -45,9 +46,8 @@ def fire(
         spikes = torch.empty(x.shape, dtype=dtype)
         total = x if shortcut is None else torch.empty(x.shape, dtype=torch.float32)
         before = None if shortcut is None else shortcut.contiguous()
-        u, into = (None, None) if before is None else (before.data_ptr(), total.data_ptr())
-        layout = (len(x), x[0].numel(), x.data_ptr(), x.stride(0))
-        _call("fire", x, spikes, *layout, u, into, _neurons((neuron,)))
+        into = None if before is None else total
+        _call("fire", x, spikes, len(x), x[0].numel(), x, x.stride(0), before, into, _layers((neuron,)))
         return total, spikes
     run = _traced(_fire, dynamic=True) if compiled else _fire
     flat = functools.partial(torch.flatten, start_dim=1, end_dim=-2 if neuron.inv_tau.ndim else -1)
@@ -61,7 +61,7 @@ def fire_and_pool(x: Tensor, neuron: Neuron, dtype: torch.dtype, *, compiled: bo
         x = _frames(x)
         steps, batch, height, width, channels = x.shape
         out = torch.empty(steps, batch, (height + 1) // 2, (width + 1) // 2, channels, dtype=dtype)
-        _call("fire_and_pool", x, out, _sizes(*x.shape), x.data_ptr(), x.stride(0), _neurons((neuron,)))
+        _call("fire_and_pool", x, out, _sizes(*x.shape), x, x.stride(0), _layers((neuron,)))
         return out
     run = _traced(_fire_and_pool) if compiled else _fire_and_pool
     pooled: Tensor = run(x, neuron, dtype)
@@ -81,7 +81,7 @@ def attend(
         steps, batch, height, width, channels = qkv.shape
         out = torch.empty(steps, batch, height, width, channels // 3, dtype=dtype)
         shape = _sizes(steps, batch, height * width, channels // 3)
-        _call("attend", qkv, out, shape, qkv.data_ptr(), _neurons(tuple(neurons)))
+        _call("attend", qkv, out, shape, qkv, _layers(tuple(neurons)))
         return out
     run = _traced(_attend) if compiled and not _native(qkv) else _attend
     masked: Tensor = run(qkv, neurons, dtype, heads)
@@ -171,7 +171,7 @@ def _native(x: Tensor) -> bool:
     if x.device.type != "cpu" or x.dtype not in _DTYPES or _uncompiled:
         return False
     try:
-        _library()
+        bindings.built("dense.cpp")
     except BuildError as error:
         _warn_uncompiled(error)
         return False
@@ -196,47 +196,30 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 _WORTH_SHARING = 1 << 14
 
 
-class _Neuron(ctypes.Structure):
-    _fields_ = (
-        ("inv_tau", c_void_p),
-        ("constants", c_int64),
-        ("threshold", c_float),
-        *((name, c_int32) for name in ("to_zero", "subtract", "strict")),
-    )
+class _Layer(ctypes.Structure):
+    _fields_ = (("neuron", bindings.Neuron), ("inv_tau", c_void_p), ("constants", c_int64))
 
 
 def _sizes(*sizes: int) -> Any:
     return (c_int64 * len(sizes))(*sizes)
 
 
-@functools.cache
-def _library() -> ctypes.CDLL:
-    functions = library(Path(__file__).with_name("cpu") / "dense.cpp")
-    p, i = c_void_p, c_int64
-    functions.fire.argtypes = (c_int, c_int, i, i, p, i, p, p, p, p, i)
-    functions.fire_and_pool.argtypes = (c_int, c_int, p, p, i, p, p, i)
-    functions.attend.argtypes = (c_int, c_int, p, p, p, p, i)
-    for function in (functions.fire, functions.fire_and_pool, functions.attend):
-        function.restype = None
-    return functions
-
-
-def _neurons(neurons: tuple[Neuron, ...]) -> Any:
+def _layers(neurons: tuple[Neuron, ...]) -> Any:
     return _structures(
         tuple((n.inv_tau.data_ptr(), n.inv_tau.numel(), n.threshold, n.reset, n.strict) for n in neurons)
     )
 
 
 @functools.lru_cache(maxsize=1024)
-def _structures(neurons: tuple[tuple[int, int, float, str, bool], ...]) -> Any:
-    return (_Neuron * len(neurons))(
+def _structures(layers: tuple[tuple[int, int, float, str, bool], ...]) -> Any:
+    return (_Layer * len(layers))(
         *(
-            _Neuron(inv_tau, constants, threshold, reset == "zero", reset == "subtract", strict)
-            for inv_tau, constants, threshold, reset, strict in neurons
+            _Layer(bindings.Neuron.of(NeuronSpec(threshold, reset, strict=strict)), inv_tau, constants)
+            for inv_tau, constants, threshold, reset, strict in layers
         )
     )
 
 
 def _call(name: str, x: Tensor, out: Tensor, *arguments: Any) -> None:
-    threads = torch.get_num_threads() if x.numel() > _WORTH_SHARING else 1
-    getattr(_library(), name)(_DTYPES[x.dtype], _DTYPES[out.dtype], *arguments, out.data_ptr(), threads)
+    threads = bindings.threads(x.numel(), _WORTH_SHARING)
+    bindings.call("dense.cpp", name, _DTYPES[x.dtype], _DTYPES[out.dtype], *arguments, out, threads)

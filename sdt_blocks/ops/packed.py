@@ -7,8 +7,7 @@ A product with spikes is a sum of weight rows, so a silent input costs nothing. 
 from __future__ import annotations
 
 import ctypes
-import functools
-from ctypes import c_float, c_int, c_int64, c_void_p
+from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cpu import build
+from .cpu import bindings, build
 from .lif import lif_reference
-from .spec import RESETS, NeuronSpec
+from .spec import NeuronSpec
 
 WORD = 64
 """Spikes in a word."""
@@ -170,7 +169,7 @@ def spike_product(
     words = _frames(spikes.words)
     kept, fired, arguments = _outputs(epilogue, (steps, images, height, width), residual, membrane)
     frames = _Frames(words.data_ptr(), words.stride(0), steps, images, height, width, spikes.channels)
-    _call("spike_product", ctypes.byref(frames), weight.radius, weight.tiles, ctypes.byref(arguments))
+    _call("spike_product", frames, weight.radius, weight.tiles, arguments)
     return kept, fired
 
 
@@ -203,7 +202,7 @@ def spike_neuron(
     frames, *places, _ = x.shape
     kept, fired, arguments = _outputs(epilogue, (steps, *places), residual, membrane)
     step = 0 if frames == 1 else x.stride(0)
-    _call("spike_neuron", x, frames, step, steps, x[0, ..., 0].numel(), ctypes.byref(arguments))
+    _call("spike_neuron", x, frames, step, steps, x[0, ..., 0].numel(), arguments)
     return kept, fired
 
 
@@ -257,9 +256,7 @@ def spike_attention(qkv: PackedSpikes, neuron: NeuronSpec, inv_tau: Tensor | Non
         height * width,
         channels // WORD,
         leak.contiguous(),
-        c_float(neuron.threshold),
-        RESETS.index(neuron.reset),
-        int(neuron.strict),
+        bindings.Neuron.of(neuron),
     )
     return PackedSpikes(out, channels)
 
@@ -313,9 +310,7 @@ class _Epilogue(ctypes.Structure):
         ("membrane_step", c_int64),
         ("spikes", c_void_p),
         ("spikes_step", c_int64),
-        ("threshold", c_float),
-        ("reset", c_int),
-        ("strict", ctypes.c_bool),
+        ("neuron", bindings.Neuron),
     ]
 
 
@@ -343,8 +338,7 @@ def _outputs(
             setattr(arguments, name, tensor.data_ptr())
             setattr(arguments, f"{name}_step", tensor.stride(0))
     if neuron is not None:
-        arguments.threshold, arguments.strict = neuron.threshold, neuron.strict
-        arguments.reset = RESETS.index(neuron.reset)
+        arguments.neuron = bindings.Neuron.of(neuron)
     return kept, None if words is None else PackedSpikes(words, epilogue.channels), arguments
 
 
@@ -362,7 +356,7 @@ def _pool(kernel: str, x: Tensor) -> Tensor:
 
 def _tiled(rows: Tensor) -> Tensor:
     """rows `[n, out]` -> `[tiles, n, lanes]`, zeros behind the last output."""
-    lanes = _library().spike_lanes()
+    lanes = bindings.call("packed.cpp", "spike_lanes")
     padded = F.pad(rows, (0, -rows.shape[1] % lanes))
     return padded.unflatten(1, (-1, lanes)).transpose(0, 1).contiguous()
 
@@ -389,17 +383,10 @@ def _attention_channels(qkv: PackedSpikes) -> int:
     return qkv.channels // 3
 
 
-@functools.cache
 def _library() -> ctypes.CDLL:
-    library = build.library(Path(__file__).with_name("cpu") / "packed.cpp")
-    library.spike_count.restype = c_int64
-    return library
+    return bindings.built("packed.cpp")
 
 
-def _call(name: str, *arguments: object) -> int:
-    """Calls a kernel with tensors as their addresses and numbers in 64 bits, and behind them the number of threads."""
-    values = [
-        c_void_p(a.data_ptr()) if isinstance(a, Tensor) else c_int64(a) if isinstance(a, int) else a for a in arguments
-    ]
-    result: int = getattr(_library(), name)(*values, c_int(torch.get_num_threads()))
-    return result
+def _call(name: str, *arguments: Any) -> int:
+    """Calls a kernel; behind its arguments goes the number of threads."""
+    return bindings.call("packed.cpp", name, *arguments, torch.get_num_threads())

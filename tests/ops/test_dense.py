@@ -149,10 +149,10 @@ def test_frames_that_are_not_contiguous() -> None:
 
 
 def test_without_a_compiler_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> None:
+    def broken(source: str) -> None:
         raise BuildError("no C++ compiler was found; install g++ or clang++")
 
-    monkeypatch.setattr(dense, "_library", broken)
+    monkeypatch.setattr(dense.bindings, "built", broken)
     monkeypatch.setattr(dense, "_uncompiled", [])
     cells, x = dense.Neuron(*NEURONS["LIF"]), membranes(2, 1, 3, 3, 4)
     with pytest.warns(UserWarning, match="no C.. compiler was found") as caught:

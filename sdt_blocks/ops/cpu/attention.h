@@ -6,7 +6,7 @@
 
 #pragma once
 
-#include "neuron.h"
+#include "blocks.h"
 
 namespace {
 

@@ -6,9 +6,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <vector>
 
+#include "neuron.h"
 #include "storage.h"
 
 namespace {
@@ -24,25 +24,20 @@ inline void store(float spike, bfloat16& out) {
 
 }  // namespace
 
-// The same fields in the same order as in dense.py.
-struct Neuron {
-    const float* inv_tau;      // one for each channel, or one
-    int64_t constants;         // how many
-    float threshold;
-    int32_t to_zero, subtract, strict;
+// The same fields in the same order as in bindings.py.
+struct Layer {
+    Neuron neuron;
+    const float* inv_tau;  // one for each channel, or one
+    int64_t constants;     // how many
 };
 
 namespace {
 
-struct Dynamics {
+struct Cells : Dynamics<float> {
     const float* inv_tau;
     int64_t constants;
-    float fires_at, to_zero, taken;
 
-    explicit Dynamics(const Neuron& n)
-        : inv_tau(n.inv_tau), constants(n.constants),
-          fires_at(n.strict ? std::nextafter(n.threshold, std::numeric_limits<float>::infinity()) : n.threshold),
-          to_zero(n.to_zero ? 1.f : 0.f), taken(n.subtract ? n.threshold : 0.f) {}
+    explicit Cells(const Layer& l) : Dynamics<float>(l.neuron), inv_tau(l.inv_tau), constants(l.constants) {}
     // The time constants of `width` neurons in a row, the first of which belongs to channel `first`.
     std::vector<float> row(int64_t width, int64_t first = 0) const {
         std::vector<float> values(width);
@@ -51,13 +46,11 @@ struct Dynamics {
     }
 };
 
-inline float fires(const Dynamics& d, float h) { return h >= d.fires_at ? 1.f : 0.f; }
+inline float spike(const Cells& d, float h) { return d.fires(h) ? 1.f : 0.f; }
 
 // One step: h from that of the step before, in place.
-template <class X> inline float advance(const Dynamics& d, X x, float h, float inv_tau) {
-    const float r = fires(d, h);
-    const float u = h * (1.f - d.to_zero * r);
-    return u + (load(x) - u) * inv_tau - r * d.taken;
+template <class X> inline float advance(const Cells& d, X x, float h, float inv_tau) {
+    return step(d, load(x), h, d.fires(h), inv_tau);
 }
 
 constexpr int64_t BLOCK = 512;
@@ -65,9 +58,9 @@ constexpr int64_t BLOCK = 512;
 // ---- spikes of x, or of u + x, which `total` keeps
 
 template <class X, class Out>
-void fire(int64_t steps, int64_t size, const X* x, int64_t x_step, const float* u, float* total, const Neuron& neuron,
+void fire(int64_t steps, int64_t size, const X* x, int64_t x_step, const float* u, float* total, const Layer& layer,
           Out* out, int64_t threads) {
-    const Dynamics d(neuron);
+    const Cells d(layer);
     const int64_t width = d.constants == 1 ? BLOCK : std::max<int64_t>(1, BLOCK / d.constants) * d.constants;
     const int64_t count = (size + width - 1) / width;
     parallel(threads, [&](int64_t thread, int64_t all) {
@@ -87,12 +80,12 @@ void fire(int64_t steps, int64_t size, const X* x, int64_t x_step, const float* 
                     SIMD for (int64_t i = 0; i < n; ++i) {
                         sum[i] = before[i] + load(in[i]);
                         h[i] = advance(d, sum[i], h[i], inv_tau[i]);
-                        spikes[i] = fires(d, h[i]);
+                        spikes[i] = spike(d, h[i]);
                     }
                 } else {
                     SIMD for (int64_t i = 0; i < n; ++i) {
                         h[i] = advance(d, in[i], h[i], inv_tau[i]);
-                        spikes[i] = fires(d, h[i]);
+                        spikes[i] = spike(d, h[i]);
                     }
                 }
                 // Apart from the arithmetic: compilers do not vectorize both at once for every type.
@@ -107,7 +100,7 @@ void fire(int64_t steps, int64_t size, const X* x, int64_t x_step, const float* 
 struct Frames { int64_t steps, batch, height, width, channels; };
 
 template <class X>
-void fire_row(const Frames& f, const X* x, int64_t x_step, const Dynamics& d, const float* inv_tau, uint8_t* bits) {
+void fire_row(const Frames& f, const X* x, int64_t x_step, const Cells& d, const float* inv_tau, uint8_t* bits) {
     const int64_t size = f.width * f.channels;
     float h[BLOCK];
     int32_t byte[BLOCK];
@@ -121,7 +114,7 @@ void fire_row(const Frames& f, const X* x, int64_t x_step, const Dynamics& d, co
                 const int32_t bit = 1 << (i - t);
                 SIMD for (int64_t j = 0; j < n; ++j) {
                     h[j] = advance(d, in[j], h[j], inv_tau[start + j]);
-                    byte[j] |= h[j] >= d.fires_at ? bit : 0;
+                    byte[j] |= d.fires(h[j]) ? bit : 0;
                 }
             }
             uint8_t* to = bits + t / 8 * size + start;
@@ -142,8 +135,8 @@ void pool_row(int64_t width, int64_t channels, const uint8_t* row, uint8_t* out)
 }
 
 template <class X, class Out>
-void fire_and_pool(const Frames& f, const X* x, int64_t x_step, const Neuron& neuron, Out* out, int64_t threads) {
-    const Dynamics d(neuron);
+void fire_and_pool(const Frames& f, const X* x, int64_t x_step, const Layer& layer, Out* out, int64_t threads) {
+    const Cells d(layer);
     const int64_t rows_out = (f.height + 1) / 2, size_out = (f.width + 1) / 2 * f.channels, row_in = f.width * f.channels;
     const int64_t bytes = (f.steps + 7) / 8, rows = f.batch * rows_out, frame_out = rows * size_out;
     parallel(threads, [&](int64_t thread, int64_t all) {
@@ -175,9 +168,9 @@ void fire_and_pool(const Frames& f, const X* x, int64_t x_step, const Neuron& ne
 struct Tokens { int64_t steps, batch, tokens, channels; };
 
 template <class X, class Out>
-void attend(const Tokens& f, const X* qkv, const Neuron* neurons, Out* out, int64_t threads) {
+void attend(const Tokens& f, const X* qkv, const Layer* layers, Out* out, int64_t threads) {
     constexpr int64_t WIDTH = 64;
-    const Dynamics of_q(neurons[0]), of_k(neurons[1]), of_v(neurons[2]), of_a(neurons[3]);
+    const Cells of_q(layers[0]), of_k(layers[1]), of_v(layers[2]), of_a(layers[3]);
     const int64_t per_image = (f.channels + WIDTH - 1) / WIDTH, count = f.batch * per_image, stride = 3 * f.channels;
     const int64_t step_in = f.batch * f.tokens * stride, step_out = f.batch * f.tokens * f.channels;
     parallel(threads, [&](int64_t thread, int64_t all) {
@@ -200,7 +193,7 @@ void attend(const Tokens& f, const X* qkv, const Neuron* neurons, Out* out, int6
                     SIMD for (int64_t c = 0; c < n; ++c) {
                         hk[c] = advance(of_k, k[c], hk[c], kt[c]);
                         hv[c] = advance(of_v, v[c], hv[c], vt[c]);
-                        sum[c] += fires(of_k, hk[c]) * fires(of_v, hv[c]);
+                        sum[c] += spike(of_k, hk[c]) * spike(of_v, hv[c]);
                     }
                 }
             }
@@ -208,7 +201,7 @@ void attend(const Tokens& f, const X* qkv, const Neuron* neurons, Out* out, int6
             for (int64_t t = 0; t < f.steps; ++t)
                 for (int64_t c = 0; c < n; ++c) {
                     hk[c] = advance(of_a, counts[t * WIDTH + c], hk[c], a_tau[c]);
-                    mask[t * WIDTH + c] = fires(of_a, hk[c]);
+                    mask[t * WIDTH + c] = spike(of_a, hk[c]);
                 }
             for (int64_t token = 0; token < f.tokens; ++token) {
                 std::fill_n(hk, n, 0.f);
@@ -218,7 +211,7 @@ void attend(const Tokens& f, const X* qkv, const Neuron* neurons, Out* out, int6
                     Out* to = out + t * step_out + (image * f.tokens + token) * f.channels + first;
                     SIMD for (int64_t c = 0; c < n; ++c) {
                         hk[c] = advance(of_q, q[c], hk[c], qt[c]);
-                        store(fires(of_q, hk[c]) * open[c], to[c]);
+                        store(spike(of_q, hk[c]) * open[c], to[c]);
                     }
                 }
             }
@@ -241,18 +234,18 @@ void attend(const Tokens& f, const X* qkv, const Neuron* neurons, Out* out, int6
 
 extern "C" {
 
-void fire(int x_dtype, int out_dtype, int64_t steps, int64_t size, const void* x, int64_t x_step, const float* u, float* total,
-          const Neuron* neuron, void* out, int64_t threads) {
-    WITH_DTYPES(x_dtype, out_dtype, fire(steps, size, (const X*)x, x_step, u, total, *neuron, (Out*)out, threads))
+void fire(int64_t x_dtype, int64_t out_dtype, int64_t steps, int64_t size, const void* x, int64_t x_step, const float* u, float* total,
+          const Layer* layer, void* out, int64_t threads) {
+    WITH_DTYPES(x_dtype, out_dtype, fire(steps, size, (const X*)x, x_step, u, total, *layer, (Out*)out, threads))
 }
 
-void fire_and_pool(int x_dtype, int out_dtype, const Frames* frames, const void* x, int64_t x_step, const Neuron* neuron,
+void fire_and_pool(int64_t x_dtype, int64_t out_dtype, const Frames* frames, const void* x, int64_t x_step, const Layer* layer,
                    void* out, int64_t threads) {
-    WITH_DTYPES(x_dtype, out_dtype, fire_and_pool(*frames, (const X*)x, x_step, *neuron, (Out*)out, threads))
+    WITH_DTYPES(x_dtype, out_dtype, fire_and_pool(*frames, (const X*)x, x_step, *layer, (Out*)out, threads))
 }
 
-void attend(int x_dtype, int out_dtype, const Tokens* tokens, const void* qkv, const Neuron* neurons, void* out,
+void attend(int64_t x_dtype, int64_t out_dtype, const Tokens* tokens, const void* qkv, const Layer* layers, void* out,
             int64_t threads) {
-    WITH_DTYPES(x_dtype, out_dtype, attend(*tokens, (const X*)qkv, neurons, (Out*)out, threads))
+    WITH_DTYPES(x_dtype, out_dtype, attend(*tokens, (const X*)qkv, layers, (Out*)out, threads))
 }
 }

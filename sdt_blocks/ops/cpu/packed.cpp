@@ -150,7 +150,7 @@ void run_task(Task& task, const Frames& in, int radius, const float* weights, co
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class T, class Larger>
-void pool(const T* in, T* out, int64_t frames, int64_t height, int64_t width, int64_t channels, int threads, Larger larger) {
+void pool(const T* in, T* out, int64_t frames, int64_t height, int64_t width, int64_t channels, int64_t threads, Larger larger) {
     const int64_t rows = (height + 1) / 2, columns = (width + 1) / 2;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < frames * rows; row++) {
@@ -170,7 +170,7 @@ void pool(const T* in, T* out, int64_t frames, int64_t height, int64_t width, in
 }
 
 template <class T>
-void expand(const uint64_t* words, T* out, int64_t rows, int64_t channels, int threads) {
+void expand(const uint64_t* words, T* out, int64_t rows, int64_t channels, int64_t threads) {
     const int64_t stride = ceil_divide(channels, 64);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < rows; row++)
@@ -189,9 +189,9 @@ void expand(const uint64_t* words, T* out, int64_t rows, int64_t channels, int t
 
 extern "C" {
 
-int spike_lanes() { return LANES; }
+int64_t spike_lanes() { return LANES; }
 
-void spike_product(const Frames* spikes, int64_t radius, const float* weights, const Epilogue* epilogue, int threads) {
+void spike_product(const Frames* spikes, int64_t radius, const float* weights, const Epilogue* epilogue, int64_t threads) {
     const Frames& in = *spikes;
     const Epilogue& e = *epilogue;
     const int64_t channels = in.channels, steps = in.steps;
@@ -218,7 +218,7 @@ void spike_product(const Frames* spikes, int64_t radius, const float* weights, c
 // The epilogue alone: x is [frames, pixels, channels] with frames = steps, or one frame that is shown at every step (then
 // step = 0); one frame is `step` values from the next.
 void spike_neuron(const float* x, int64_t frames, int64_t step, int64_t steps, int64_t pixels, const Epilogue* epilogue,
-                  int threads) {
+                  int64_t threads) {
     const Epilogue& e = *epilogue;
     const int64_t channels = e.channels;
     constexpr int64_t BLOCK = 32;
@@ -246,19 +246,18 @@ void spike_neuron(const float* x, int64_t frames, int64_t step, int64_t steps, i
 
 // Maximum over 3x3 windows, stride 2, padding 1, of `frames` frames: words of spikes by OR, or real values.
 void spike_pool(const uint64_t* in, uint64_t* out, int64_t frames, int64_t height, int64_t width, int64_t words,
-                int threads) {
+                int64_t threads) {
     pool(in, out, frames, height, width, words, threads, [](uint64_t a, uint64_t b) { return a | b; });
 }
 
-void real_pool(const float* in, float* out, int64_t frames, int64_t height, int64_t width, int64_t channels, int threads) {
+void real_pool(const float* in, float* out, int64_t frames, int64_t height, int64_t width, int64_t channels, int64_t threads) {
     pool(in, out, frames, height, width, channels, threads, [](float a, float b) { return a > b ? a : b; });
 }
 
 // q & neuron(sum over tokens of k & v), for rows [steps, images, tokens] of three times `words` words: q, k, v.
 void spike_attention(const uint64_t* qkv, uint64_t* out, int64_t steps, int64_t images, int64_t tokens, int64_t words,
-                     const float* inv_tau, float threshold, int64_t reset, int64_t strict, int threads) {
-    const float fires_at = strict ? std::nextafterf(threshold, INFINITY) : threshold;
-    const float subtracted = reset == SUBTRACT ? threshold : 0.0f;
+                     const float* inv_tau, const Neuron* neuron, int64_t threads) {
+    const Dynamics<float> dynamics(*neuron);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t column = 0; column < images * words; column++) {
         const int64_t image = column / words, word = column % words;
@@ -282,10 +281,8 @@ void spike_attention(const uint64_t* qkv, uint64_t* out, int64_t steps, int64_t 
             for (int c = 0; c < 64; c++) {
                 int64_t count = 0;
                 for (int i = 0; i < used; i++) count |= int64_t(planes[i] >> c & 1) << i;
-                const bool resets = h[c] >= fires_at;
-                const float before = resets && reset == ZERO ? 0.0f : h[c];
-                h[c] = before + (float(count) - before) * inv_tau[word * 64 + c] - (resets ? subtracted : 0.0f);
-                fired |= uint64_t(h[c] >= fires_at) << c;
+                h[c] = step(dynamics, float(count), h[c], dynamics.fires(h[c]), inv_tau[word * 64 + c]);
+                fired |= uint64_t(dynamics.fires(h[c])) << c;
             }
             for (int64_t token = 0; token < tokens; token++)
                 out[(row + token) * words + word] = qkv[(row + token) * 3 * words + word] & fired;
@@ -294,15 +291,15 @@ void spike_attention(const uint64_t* qkv, uint64_t* out, int64_t steps, int64_t 
 }
 
 // Spikes as zeros and ones, row after row, without the padding of the words.
-void spike_expand_float(const uint64_t* words, float* out, int64_t rows, int64_t channels, int threads) {
+void spike_expand_float(const uint64_t* words, float* out, int64_t rows, int64_t channels, int64_t threads) {
     expand(words, out, rows, channels, threads);
 }
 
-void spike_expand_byte(const uint64_t* words, uint8_t* out, int64_t rows, int64_t channels, int threads) {
+void spike_expand_byte(const uint64_t* words, uint8_t* out, int64_t rows, int64_t channels, int64_t threads) {
     expand(words, out, rows, channels, threads);
 }
 
-int64_t spike_count(const uint64_t* words, int64_t count, int threads) {
+int64_t spike_count(const uint64_t* words, int64_t count, int64_t threads) {
     int64_t total = 0;
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : total)
     for (int64_t i = 0; i < count; i++) total += __builtin_popcountll(words[i]);

@@ -12,6 +12,8 @@
 #include <immintrin.h>
 #endif
 
+#include "neuron.h"
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -98,8 +100,6 @@ struct Buffer {
     ~Buffer() { std::free(data); }
 };
 
-enum Reset { ZERO, SUBTRACT, NONE };
-
 // What becomes of a sum: u = residual + (sum + bias) * scale + shift, kept in `membrane` and handed to a neuron, where
 // these are wanted. `constants` has bias, scale, shift and 1 / tau of every tile.
 struct Epilogue {
@@ -111,9 +111,7 @@ struct Epilogue {
     int64_t membrane_step;
     uint64_t* spikes;
     int64_t spikes_step;  // from one time step to the next, in elements, as above
-    float threshold;
-    int reset;
-    bool strict;
+    Neuron neuron;
     int64_t stride() const { return (channels + 63) / 64; }
     int64_t tiles() const { return (channels + LANES - 1) / LANES; }
     // Whether the membrane of so many rows is best written past the caches, and lies as that needs it.
@@ -121,6 +119,17 @@ struct Epilogue {
         const bool aligned = reinterpret_cast<uintptr_t>(membrane) % (4 * WIDTH) == 0 && membrane_step % WIDTH == 0;
         return membrane && !residual && aligned && channels % LANES == 0 && 4 * rows * channels > STREAM_BYTES;
     }
+};
+
+// `Dynamics` of a vector of neurons.
+struct VectorDynamics {
+    Vector fires_at, left, taken;  // `left`: what a spike leaves of the membrane, as a factor
+
+    explicit VectorDynamics(const Dynamics<float>& d)
+        : fires_at(broadcast(d.fires_at)), left(broadcast(1 - d.to_zero)), taken(broadcast(d.taken)) {}
+    Fired fires(Vector h) const { return at_least(h, fires_at); }
+    Vector kept(Fired fired) const { return choose(fired, left, broadcast(1)); }
+    Vector lost(Fired fired) const { return choose(fired, taken, Vector{}); }
 };
 
 using Mask = std::conditional_t<LANES == 32, uint32_t, uint16_t>;
@@ -132,13 +141,11 @@ struct Strided {
     int64_t pixel, step;
 };
 
-// The epilogue of `count` pixels in one tile. As in the equations, h is the membrane before its reset, and u what it
-// continues from.
+// The epilogue of `count` pixels in one tile.
 template <int RESET, bool STREAM>
 void finish_tile(const Epilogue& e, int64_t tile, int64_t steps, int64_t count, Strided<const float> sums,
                  Strided<const float> residual, Strided<float> membrane, Strided<char> spikes) {
-    const Vector zero{}, threshold = broadcast(e.threshold);
-    const Vector fires_at = broadcast(e.strict ? std::nextafterf(e.threshold, INFINITY) : e.threshold);
+    const VectorDynamics c{Dynamics<float>(e.neuron)};
     Vector bias[VECTORS], scale[VECTORS], shift[VECTORS], inv_tau[VECTORS];
     for (int v = 0; v < VECTORS; v++) {
         const float* constants = e.constants + tile * 4 * LANES + v * WIDTH;
@@ -148,7 +155,8 @@ void finish_tile(const Epilogue& e, int64_t tile, int64_t steps, int64_t count, 
         inv_tau[v] = load(constants + 3 * LANES);
     }
     for (int64_t q = 0; q < count; q++) {
-        Vector u[VECTORS] = {}, lost[VECTORS] = {};
+        Vector h[VECTORS] = {};
+        Fired fired[VECTORS] = {};
         for (int64_t t = 0; t < steps; t++) {
             const float* sum = sums.data + q * sums.pixel + t * sums.step;
             const float* before = residual.data + q * residual.pixel + t * residual.step;
@@ -161,12 +169,9 @@ void finish_tile(const Epilogue& e, int64_t tile, int64_t steps, int64_t count, 
                     stream(kept + v * WIDTH, x);
                 else if (membrane.data)
                     store(kept + v * WIDTH, x);
-                Vector h = u[v] + (x - u[v]) * inv_tau[v];
-                if (RESET == SUBTRACT) h = h - lost[v];
-                const Fired fired = at_least(h, fires_at);
-                u[v] = RESET == ZERO ? choose(fired, zero, h) : h;
-                if (RESET == SUBTRACT) lost[v] = choose(fired, threshold, zero);
-                mask |= Mask(bits(fired)) << (v * WIDTH);
+                h[v] = step<RESET>(c, x, h[v], fired[v], inv_tau[v]);
+                fired[v] = c.fires(h[v]);
+                mask |= Mask(bits(fired[v])) << (v * WIDTH);
             }
             if (spikes.data) std::memcpy(spikes.data + q * spikes.pixel + t * spikes.step, &mask, sizeof mask);
         }
@@ -174,7 +179,7 @@ void finish_tile(const Epilogue& e, int64_t tile, int64_t steps, int64_t count, 
 }
 
 template <bool STREAM>
-auto finish_tile_of(int reset) {
+auto finish_tile_of(int64_t reset) {
     return reset == ZERO       ? finish_tile<ZERO, STREAM>
            : reset == SUBTRACT ? finish_tile<SUBTRACT, STREAM>
                                : finish_tile<NONE, STREAM>;
@@ -184,7 +189,7 @@ auto finish_tile_of(int reset) {
 void finish(const Epilogue& e, int64_t tile, int64_t steps, int64_t first, int64_t count, Strided<const float> sums,
             bool streams) {
     static thread_local Buffer<float> copies;
-    const auto finish_tile = streams ? finish_tile_of<true>(e.reset) : finish_tile_of<false>(e.reset);
+    const auto finish_tile = streams ? finish_tile_of<true>(e.neuron.reset) : finish_tile_of<false>(e.neuron.reset);
     const int64_t at = first * e.channels + tile * LANES, lanes = std::min(int64_t(LANES), e.channels - tile * LANES);
     Strided<const float> residual{e.residual ? e.residual + at : nullptr, e.channels, e.residual_step};
     Strided<float> membrane{e.membrane ? e.membrane + at : nullptr, e.channels, e.membrane_step};

@@ -2,7 +2,9 @@
 
 #pragma once
 
-#include "neuron.h"
+#include <limits>
+
+#include "blocks.h"
 
 namespace {
 

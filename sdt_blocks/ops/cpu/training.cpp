@@ -1,4 +1,4 @@
-// The CPU kernels, built once on a machine by build.py and called through ctypes by training.py.
+// The CPU kernels, built once on a machine by build.py and called through ctypes by bindings.py.
 //
 // Every kernel walks the neurons of a frame in blocks that stay in the first-level cache and runs all time steps of a block
 // before the next: an input is read once and a spike written once, whatever T. The state is float32 (float64 for float64
@@ -6,7 +6,7 @@
 // the reference's and the spikes are the same bit for bit.
 
 #include "attention.h"
-#include "neuron.h"
+#include "blocks.h"
 #include "pool.h"
 
 namespace {
@@ -238,13 +238,13 @@ template <class X> void unpack(const uint8_t* bits, int64_t count, int64_t threa
 
 extern "C" {
 
-int lif_forward(int dtype, const Layout* l, const Neuron* n, const void* x, const void* scale, const void* shift,
+int64_t lif_forward(int64_t dtype, const Layout* l, const Neuron* n, const void* x, const void* scale, const void* shift,
                 const void* inv_tau, int64_t time_constants, const void* membrane, void* spikes, void* last) {
     FOR_DTYPE(dtype, (forward(*l, *n, (const X*)x, (const S*)scale, (const S*)shift, (const S*)inv_tau, time_constants,
                               (const S*)membrane, (X*)spikes, (S*)last)))
 }
 
-int lif_backward(int dtype, const Layout* l, const Neuron* n, const void* grad, int64_t grad_step, const void* mask,
+int64_t lif_backward(int64_t dtype, const Layout* l, const Neuron* n, const void* grad, int64_t grad_step, const void* mask,
                  const uint8_t* codes, int64_t images, int64_t bit, const void* grad_last, const void* x, const void* scale,
                  const void* shift, const void* center, const void* inv_tau, int64_t time_constants, const void* membrane,
                  void* grad_x, void* grad_membrane, double* sums) {
@@ -253,39 +253,39 @@ int lif_backward(int dtype, const Layout* l, const Neuron* n, const void* grad, 
                                (const S*)inv_tau, time_constants, (const S*)membrane, (X*)grad_x, (S*)grad_membrane, sums)))
 }
 
-int attend(int dtype, const Layout* l, int64_t images, const Neuron* n, const void* q, const void* k, const void* v,
+int64_t attend(int64_t dtype, const Layout* l, int64_t images, const Neuron* n, const void* q, const void* k, const void* v,
            const void* scale, const void* shift, const void* inv_tau, void* out, uint8_t* codes, void* counts) {
     FOR_DTYPE(dtype, (attend(*l, images, n, (const X*)q, (const X*)k, (const X*)v, (const S*)scale, (const S*)shift,
                              (const S*)inv_tau, (X*)out, codes, (S*)counts)))
 }
 
-int mask_gradient(int dtype, const Layout* l, int64_t images, const void* grad, int64_t grad_step, const uint8_t* codes,
+int64_t mask_gradient(int64_t dtype, const Layout* l, int64_t images, const void* grad, int64_t grad_step, const uint8_t* codes,
                   void* result) {
     FOR_DTYPE(dtype, (mask_gradient(*l, images, (const X*)grad, grad_step, codes, (S*)result)))
 }
 
-int channel_statistics(int dtype, const Layout* l, const void* x, double* mean, double* variance) {
+int64_t channel_statistics(int64_t dtype, const Layout* l, const void* x, double* mean, double* variance) {
     FOR_DTYPE(dtype, (statistics<X, S>(*l, (const X*)x, mean, variance)))
 }
 
-int channel_combine(int dtype, const Layout* l, void* gradient, const void* x, const void* a, const void* b, const void* d) {
+int64_t channel_combine(int64_t dtype, const Layout* l, void* gradient, const void* x, const void* a, const void* b, const void* d) {
     FOR_DTYPE(dtype, (combine(*l, (X*)gradient, (const X*)x, (const S*)a, (const S*)b, (const S*)d)))
 }
 
-int max_pool(int dtype, const Planes* planes, const void* x, void* out, uint8_t* places) {
+int64_t max_pool(int64_t dtype, const Planes* planes, const void* x, void* out, uint8_t* places) {
     FOR_DTYPE(dtype, (max_pool<X, S>(*planes, (const X*)x, (X*)out, places)))
 }
 
-int max_pool_backward(int dtype, const Planes* planes, const void* grad, const uint8_t* places, void* grad_x) {
+int64_t max_pool_backward(int64_t dtype, const Planes* planes, const void* grad, const uint8_t* places, void* grad_x) {
     FOR_DTYPE(dtype, (max_pool_backward<X, S>(*planes, (const X*)grad, places, (X*)grad_x)))
 }
 
 // 1 where every value was 0 or 1, else 0.
-int pack_bits(int dtype, const void* x, int64_t count, int64_t threads, uint8_t* bits, int* binary) {
+int64_t pack_bits(int64_t dtype, const void* x, int64_t count, int64_t threads, uint8_t* bits, int* binary) {
     FOR_DTYPE(dtype, *binary = pack((const X*)x, count, threads, bits))
 }
 
-int unpack_bits(int dtype, const uint8_t* bits, int64_t count, int64_t threads, void* x) {
+int64_t unpack_bits(int64_t dtype, const uint8_t* bits, int64_t count, int64_t threads, void* x) {
     FOR_DTYPE(dtype, unpack(bits, count, threads, (X*)x))
 }
 }

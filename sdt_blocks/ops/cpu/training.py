@@ -5,15 +5,15 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from ctypes import c_double, c_int, c_int64, c_void_p
+from ctypes import c_int, c_int64
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...surrogate import KINDS
-from ..spec import RESETS, Layout, Mask, NeuronSpec, state_dtype
-from .build import library
+from ..spec import Layout, Mask, NeuronSpec, state_dtype
+from .bindings import call, threads
+from .bindings import neurons as neuron_array
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # Elements from which a second thread pays.
@@ -37,7 +37,7 @@ def lif_forward(
     constants = 0 if inv_tau is None else inv_tau.numel()
     before = None if membrane is None else layout.frame(membrane)
     inputs = (x, scale, shift, inv_tau, constants, before)
-    _call("lif_forward", x, layout, _neurons(neuron), *inputs, spikes, last)
+    _call("lif_forward", x, layout, neuron_array(neuron), *inputs, spikes, last)
     return spikes, last
 
 
@@ -71,7 +71,7 @@ def lif_backward(
     grad_last = None if grad_last is None else layout.frame(grad_last)
     masked = (None, None, 1, 0) if mask is None else (mask.values, mask.codes, mask.values.shape[1], mask.bit)
     inputs = (grad, grad_step, *masked, grad_last, x, scale, shift, center, inv_tau, constants, before)
-    _call("lif_backward", x, layout, _neurons(neuron), *inputs, grad_x, grad_before, sums)
+    _call("lif_backward", x, layout, neuron_array(neuron), *inputs, grad_x, grad_before, sums)
     return grad_x, grad_before, sums
 
 
@@ -93,7 +93,7 @@ def attend(
     sum; scale and shift `[3, C]`; inv_tau `[4, C]`. `codes`, if given, gets what fired: q, k and v as bits 0, 1 and 2.
     """
     q, k, v = x
-    _call("attend", q, layout, q.shape[1], _neurons(*neurons), q, k, v, scale, shift, inv_tau, out, codes, sums)
+    _call("attend", q, layout, q.shape[1], neuron_array(*neurons), q, k, v, scale, shift, inv_tau, out, codes, sums)
 
 
 def mask_gradient(grad: Tensor, codes: Tensor, result: Tensor, layout: Layout) -> None:
@@ -118,24 +118,24 @@ def max_pool(x: Tensor, out: Tensor, places: Tensor | None) -> None:
 
     All are contiguous, or all are channels-last.
     """
-    _run("max_pool", x, _planes(x), x.data_ptr(), out.data_ptr(), None if places is None else places.data_ptr())
+    _run("max_pool", x, _planes(x), x, out, places)
 
 
 def max_pool_backward(grad: Tensor, places: Tensor, grad_x: Tensor) -> None:
     """Fills grad_x from the gradient of the maxima; all are contiguous, or all are channels-last."""
-    _run("max_pool_backward", grad, _planes(grad_x), grad.data_ptr(), places.data_ptr(), grad_x.data_ptr())
+    _run("max_pool_backward", grad, _planes(grad_x), grad, places, grad_x)
 
 
 def pack_bits(x: Tensor) -> Tensor | None:
     """One bit for each element of x in the order of memory, `[ceil(n / 8)]`; `None` where x is not all 0 and 1."""
     bits, binary = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8), c_int()
-    _run("pack_bits", x, x.data_ptr(), x.numel(), _threads(x.numel()), bits.data_ptr(), ctypes.byref(binary))
+    _run("pack_bits", x, x, x.numel(), _threads(x.numel()), bits, ctypes.byref(binary))
     return bits if binary.value else None
 
 
 def unpack_bits(bits: Tensor, x: Tensor) -> None:
     """Fills x with the elements that `pack_bits` packed."""
-    _run("unpack_bits", x, bits.data_ptr(), x.numel(), _threads(x.numel()), x.data_ptr())
+    _run("unpack_bits", x, bits, x.numel(), _threads(x.numel()), x)
 
 
 _FIELDS = ("steps", "size", "chunk", "chunk_stride", "x_step", "repeat", "channels", "inner")
@@ -145,72 +145,24 @@ class _Layout(ctypes.Structure):
     _fields_ = tuple((name, c_int64) for name in (*_FIELDS, "threads"))
 
 
-class _Neuron(ctypes.Structure):
-    _fields_ = (
-        *((name, c_double) for name in ("inv_tau", "threshold", "alpha")),
-        *((name, c_int64) for name in ("reset", "detach_reset", "strict", "surrogate")),
-    )
-
-
-_P, _I = c_void_p, c_int64
-_ARGUMENTS = {
-    "lif_forward": (_P, _P, _P, _P, _P, _P, _I, _P, _P, _P),
-    "lif_backward": (_P, _P, _P, _I, _P, _P, _I, _I, _P, _P, _P, _P, _P, _P, _I, _P, _P, _P, _P),
-    "attend": (_P, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P),
-    "mask_gradient": (_P, _I, _P, _I, _P, _P),
-    "channel_statistics": (_P, _P, _P, _P),
-    "channel_combine": (_P, _P, _P, _P, _P, _P),
-    "max_pool": (_P, _P, _P, _P),
-    "max_pool_backward": (_P, _P, _P, _P),
-    "pack_bits": (_P, _I, _I, _P, _P),
-    "unpack_bits": (_P, _I, _I, _P),
-}
-
-
-@functools.cache
-def _function(name: str) -> Any:
-    function = getattr(library(), name)
-    function.argtypes = (c_int, *_ARGUMENTS[name])
-    return function
-
-
 def _run(name: str, x: Tensor, *arguments: Any) -> None:
-    if _function(name)(_DTYPES[x.dtype], *arguments):
+    if call("training.cpp", name, _DTYPES[x.dtype], *arguments):
         raise TypeError(f"the compiler that built the CPU kernels has no type for {x.dtype}")
 
 
 def _call(name: str, x: Tensor, layout: Layout, *arguments: Any) -> None:
-    pointers = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
-    _run(name, x, _layout(layout, _threads(layout.size * layout.steps)), *pointers)
+    _run(name, x, _layout(layout, _threads(layout.size * layout.steps)), *arguments)
 
 
 def _planes(x: Tensor) -> Any:
-    return ctypes.byref((c_int64 * 6)(*x.shape, not x.is_contiguous(), _threads(x.numel())))
+    return (c_int64 * 6)(*x.shape, not x.is_contiguous(), _threads(x.numel()))
 
 
 def _threads(elements: int) -> int:
-    return torch.get_num_threads() if elements > _WORTH_SHARING else 1
+    return threads(elements, _WORTH_SHARING)
 
 
 @functools.lru_cache(maxsize=1024)
-def _layout(layout: Layout, threads: int) -> Any:
+def _layout(layout: Layout, team: int) -> Any:
     fields = [getattr(layout, name) for name in _FIELDS]
-    return ctypes.pointer(_Layout(*fields, threads))
-
-
-@functools.lru_cache(maxsize=256)
-def _neurons(*neurons: NeuronSpec) -> Any:
-    return (_Neuron * len(neurons))(
-        *(
-            _Neuron(
-                neuron.inv_tau,
-                neuron.threshold,
-                neuron.surrogate.alpha,
-                RESETS.index(neuron.reset),
-                neuron.detach_reset,
-                neuron.strict,
-                KINDS.index(neuron.surrogate.kind),
-            )
-            for neuron in neurons
-        )
-    )
+    return _Layout(*fields, team)

@@ -1,0 +1,80 @@
+"""How Python calls the C++ kernels: structures as in their files, and one call for all."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import c_double, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...surrogate import KINDS
+from ..spec import RESETS, NeuronSpec
+from .build import library
+
+
+class Neuron(ctypes.Structure):
+    """`Neuron` of neuron.h: the same fields in the same order."""
+
+    _fields_ = (
+        *((name, c_double) for name in ("inv_tau", "threshold", "alpha")),
+        *((name, c_int64) for name in ("reset", "detach_reset", "strict", "surrogate")),
+    )
+
+    @staticmethod
+    def of(spec: NeuronSpec) -> Neuron:
+        return Neuron(
+            spec.inv_tau,
+            spec.threshold,
+            spec.surrogate.alpha,
+            RESETS.index(spec.reset),
+            spec.detach_reset,
+            spec.strict,
+            KINDS.index(spec.surrogate.kind),
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def neurons(*specs: NeuronSpec) -> Any:
+    """An array of `Neuron`."""
+    return (Neuron * len(specs))(*map(Neuron.of, specs))
+
+
+def call(source: str, name: str, *arguments: Any) -> int:
+    """Calls the kernel `name` of a C++ file beside this one, and gives what it returns, if anything.
+
+    Tensors go as their addresses, `None` as no address, numbers and truth values in 64 bits; what ctypes knows goes as
+    it is, arrays and structures by reference.
+    """
+    result: int = _function(source, name)(*map(_argument, arguments))
+    return result
+
+
+def threads(elements: int, worth_sharing: int) -> int:
+    """PyTorch's number of threads, from so many elements on that a second one pays."""
+    return torch.get_num_threads() if elements > worth_sharing else 1
+
+
+def built(source: str) -> ctypes.CDLL:
+    """The kernels of a C++ file beside this one; raises `BuildError` where they cannot be built."""
+    return library(Path(__file__).with_name(source))
+
+
+@functools.cache
+def _function(source: str, name: str) -> Any:
+    function = getattr(built(source), name)
+    function.restype = c_int64
+    return function
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return c_void_p(value.data_ptr())
+    if value is None:
+        return c_void_p()
+    if isinstance(value, int):
+        return c_int64(value)
+    return ctypes.byref(value) if isinstance(value, ctypes.Structure) else value

@@ -1,0 +1,255 @@
+// What the kernels of training share: conversions, the blocks in which neurons are walked, and a row of neurons, forth and back.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <type_traits>
+#include <vector>
+
+#include "neuron.h"
+#include "storage.h"
+
+namespace {
+
+// ---- conversions on the way in and out
+
+#ifdef __FLT16_MANT_DIG__
+using float16 = _Float16;
+#endif
+
+template <class T> struct State { using type = float; };
+template <> struct State<double> { using type = double; };
+
+inline double load(double v) { return v; }
+inline void store(float v, float& out) { out = v; }
+inline void store(double v, double& out) { out = v; }
+inline void store(float v, bfloat16& out) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    out.bits = uint16_t(v == v ? rounded : 0x7fc0);
+}
+#ifdef __FLT16_MANT_DIG__
+inline float load(float16 v) { return float(v); }
+inline void store(float v, float16& out) { out = float16(v); }
+#endif
+
+// x itself where it is of the state's type, else converted into the buffer.
+template <class X, class S> const S* widen(int64_t n, const X* x, std::vector<S>& buffer) {
+    if constexpr (std::is_same_v<X, S>) {
+        return x;
+    } else {
+        S* out = buffer.data();
+        SIMD for (int64_t i = 0; i < n; ++i) out[i] = load(x[i]);
+        return out;
+    }
+}
+// Where to compute what belongs into out: there, or in the buffer, from where `narrow` takes it.
+template <class X, class S> S* target(X* out, std::vector<S>& buffer) {
+    if constexpr (std::is_same_v<X, S>) return out; else return buffer.data();
+}
+template <class X, class S> void narrow(int64_t n, const std::vector<S>& buffer, X* out) {
+    if constexpr (!std::is_same_v<X, S>) {
+        const S* in = buffer.data();
+        SIMD for (int64_t i = 0; i < n; ++i) store(in[i], out[i]);
+    }
+}
+
+// ---- what Python hands over; the same fields in the same order as in bindings.py
+
+struct Layout {
+    int64_t steps, size;           // time steps, neurons of a frame
+    int64_t chunk, chunk_stride;   // x lies in chunks of consecutive elements, chunk_stride apart
+    int64_t x_step;                // from one time step to the next in x
+    int64_t repeat;                // whether x is one frame, shown at every step
+    int64_t channels, inner;       // the channel of neuron i is (i / inner) % channels
+    int64_t threads;
+};
+
+// ---- blocks of neurons
+
+constexpr int64_t WIDTH = 128;  // neurons of a block: with all their steps they fit the first-level cache
+
+// Neurons that lie together. `channel` is theirs where they share one, else that of the first.
+struct Block { int64_t start, x_start, length, channel; };
+
+// How channels and blocks meet: one channel for all, a channel for each block, part of the channels in a block (innermost and
+// many), or all channels several times over (innermost and few).
+enum Meeting { SINGLE, SHARED, PART, TILED };
+
+struct Blocks {
+    const Layout& l;
+    Meeting meeting;
+    int64_t width = WIDTH, run, per_run, count;
+
+    explicit Blocks(const Layout& layout) : l(layout) {
+        meeting = l.channels == 1 ? SINGLE : l.inner > 1 ? SHARED : l.channels > WIDTH ? PART : TILED;
+        run = meeting == SHARED ? l.inner : meeting == PART ? l.channels : l.chunk;
+        if (meeting == TILED) width = WIDTH / l.channels * l.channels;
+        width = std::min(width, run);
+        per_run = (run + width - 1) / width;
+        count = l.size / run * per_run;
+    }
+    template <class F> void share(int thread, int threads, F body) const {
+        int64_t id = count * thread / threads, row = id / per_run, within = id % per_run * width;
+        for (const int64_t end = count * (thread + 1) / threads; id < end; ++id) {
+            const int64_t start = row * run + within;
+            const int64_t x_start = l.chunk == l.size ? start : start / l.chunk * l.chunk_stride + start % l.chunk;
+            body({start, x_start, std::min(width, run - within),
+                  meeting == SHARED ? row % l.channels : meeting == PART ? within : 0});
+            within += width;
+            if (within >= run) within = 0, ++row;
+        }
+    }
+};
+
+// A value for each neuron of a block, from one number or one for each channel.
+template <class S> struct PerNeuron {
+    const S* values;
+    Meeting meeting;
+    int64_t shown = -1;
+    std::vector<S> tile;
+
+    PerNeuron(const Blocks& b, const S* v, int64_t count, S otherwise)
+        : values(v), meeting(values && count > 1 ? b.meeting : SINGLE),
+          tile(std::max(b.width, meeting == PART ? count : 0), values ? values[0] : otherwise) {
+        if (meeting == PART || meeting == TILED)
+            for (size_t i = 0; i < tile.size(); ++i) tile[i] = values[i % count];
+    }
+    const S* operator()(const Block& block) {
+        if (meeting == PART) return tile.data() + block.channel;
+        if (meeting == SHARED && block.channel != shown) {
+            shown = block.channel;
+            std::fill(tile.begin(), tile.end(), values[shown]);
+        }
+        return tile.data();
+    }
+};
+
+// Sums over neurons, one for each channel, in float64 from block to block.
+template <class S> struct PerChannel {
+    const Blocks& blocks;
+    std::vector<S> block_sum;
+    std::vector<double> sums;
+
+    explicit PerChannel(const Blocks& b)
+        : blocks(b), block_sum(b.width, S(0)), sums(std::max(b.width, b.l.channels), 0.0) {}
+    void flush(const Block& block) {
+        double* to = sums.data() + block.channel;
+        if (blocks.meeting == SHARED)
+            for (int64_t i = 0; i < block.length; ++i) *to += block_sum[i];
+        else
+            SIMD for (int64_t i = 0; i < block.length; ++i) to[i] += block_sum[i];
+        std::fill(block_sum.begin(), block_sum.end(), S(0));
+    }
+    void add_to(double* totals) const {
+        for (size_t i = 0; i < sums.size(); ++i) totals[i % blocks.l.channels] += sums[i];
+    }
+};
+
+// Asks for memory that the next block will use, while this one is computed.
+template <int Write, class X> inline void prefetch(const X* p, int64_t n) {
+    for (const char *c = (const char*)p, *end = (const char*)(p + n); c < end; c += 64) __builtin_prefetch(c, Write, 2);
+}
+
+// ---- a row of neurons
+
+inline float multiply_add(float a, float b, float c) {
+#ifdef __FP_FAST_FMAF
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+// exp for -87 <= x <= 0 with a relative error of about 1e-7, in a form that compilers vectorize.
+inline float exponential(float x) {
+    x = x < -87.f ? -87.f : x;
+    const float magic = 12582912.f;  // 1.5 * 2^23: what is added to it is rounded to a whole number
+    const float k = multiply_add(x, 1.44269504f, magic) - magic;
+    const float r = multiply_add(k, 2.12194440e-4f, multiply_add(k, -0.693359375f, x));
+    float p = 1.3981999e-3f;
+    p = multiply_add(p, r, 8.3333333e-3f);
+    p = multiply_add(p, r, 4.1666667e-2f);
+    p = multiply_add(p, r, 1.6666667e-1f);
+    p = multiply_add(p, r, 0.5f);
+    p = multiply_add(p, r * r, r + 1.f);
+    const int32_t bits = (int32_t(k) + 127) << 23;
+    float scale;
+    std::memcpy(&scale, &bits, 4);
+    return p * scale;
+}
+inline double exponential(double x) { return std::exp(x); }
+
+// h of one step from that of the step before, which may be the same array, and what fired.
+template <bool Affine, bool Fire, class S>
+void advance(const Dynamics<S>& d, int64_t n, const S* x, const S* scale, const S* shift, const S* inv_tau, const S* h_before,
+             S* h, S* spikes) {
+    const Dynamics<S> c = d;
+    SIMD for (int64_t i = 0; i < n; ++i) {
+        const S y = Affine ? x[i] * scale[i] + shift[i] : x[i];
+        h[i] = step(c, y, h_before[i], c.fires(h_before[i]), inv_tau[i]);
+        if (Fire) spikes[i] = c.fires(h[i]) ? S(1) : S(0);
+    }
+}
+
+// The surrogate derivative at h.
+template <int Surrogate, class S> inline S slope(const Dynamics<S>& d, S h) {
+    const S a = d.alpha, shift = h - d.threshold;
+    if constexpr (Surrogate == SIGMOID) {
+        const S e = exponential(-a * std::abs(shift));
+        return a * e / ((1 + e) * (1 + e));
+    } else if constexpr (Surrogate == ATAN) {
+        const S scaled = S(1.5707963267948966) * a * shift;
+        return a / 2 / (1 + scaled * scaled);
+    } else if constexpr (Surrogate == FAST_SIGMOID) {
+        const S e = a * std::abs(shift) + 1;
+        return 1 / (e * e);
+    } else if constexpr (Surrogate == TRIANGULAR) {
+        return a * std::max(1 - a * std::abs(shift), S(0));  // in this order NaN stays NaN
+    } else {
+        return S(1);
+    }
+}
+
+// One step back, from the gradient of the spikes to that of the neuron's input. `carry` holds the gradient of h that comes
+// from later steps and `fired` that of what fired; both are left as the step before needs them. `time` sums the gradient of
+// 1 / tau.
+template <int Surrogate, bool Time, bool Follows, class S>
+void retreat(const Dynamics<S>& d, int64_t n, const S* x, const S* scale, const S* shift, const S* inv_tau, const S* h_before,
+             const S* h, const S* of_spikes, S* carry, S* fired, S* of_y, S* time) {
+    const Dynamics<S> c = d;
+    SIMD for (int64_t i = 0; i < n; ++i) {
+        const S of_fired = Follows ? of_spikes[i] + fired[i] : of_spikes[i];
+        const S of_h = of_fired * slope<Surrogate>(c, h[i]) + carry[i];
+        const S kept = 1 - c.to_zero * (c.fires(h_before[i]) ? S(1) : S(0));
+        const S of_input = of_h * inv_tau[i];
+        const S of_u = of_h - of_input;
+        if (Time) time[i] += of_h * (x[i] * scale[i] + shift[i] - h_before[i] * kept);
+        of_y[i] = of_input;
+        carry[i] = of_u * kept;
+        if (Follows) fired[i] = -(c.to_zero > 0 ? of_u * h_before[i] : c.taken * of_h);
+    }
+}
+
+// Calls f with the neuron's surrogate as a constant of the compiler's.
+template <class F> void with_surrogate(int64_t surrogate, F f) {
+    switch (surrogate) {
+    case SIGMOID: return f(std::integral_constant<int, SIGMOID>());
+    case ATAN: return f(std::integral_constant<int, ATAN>());
+    case FAST_SIGMOID: return f(std::integral_constant<int, FAST_SIGMOID>());
+    case TRIANGULAR: return f(std::integral_constant<int, TRIANGULAR>());
+    default: return f(std::integral_constant<int, STRAIGHT_THROUGH>());
+    }
+}
+
+// Calls f with each of the flags as a constant of the compiler's.
+template <class F> void with_flags(F f) { f(); }
+template <class F, class... Flags> void with_flags(F f, bool flag, Flags... flags) {
+    if (flag) with_flags([&](auto... known) { f(std::true_type(), known...); }, flags...);
+    else with_flags([&](auto... known) { f(std::false_type(), known...); }, flags...);
+}
+
+}  // namespace
