@@ -31,7 +31,8 @@ from torch.utils.data import DataLoader
 
 from sdt_blocks import save_model
 from sdt_blocks.analysis import analyze_model
-from sdt_blocks.checkpoint import WEIGHTS, write_atomically
+from sdt_blocks.files import write_atomically
+from sdt_blocks.models.saved import WEIGHTS
 
 ANALYZED = 256
 """Samples of each process that `analyze=true` looks at."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from progress import read_metrics
 
-from sdt_blocks.checkpoint import write_atomically
+from sdt_blocks.files import write_atomically
 
 Lines = Sequence[Mapping[str, Any]]
 """Of a metrics.jsonl."""

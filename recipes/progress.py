@@ -17,7 +17,7 @@ from config import ConfigError, one_paragraph
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sdt_blocks.checkpoint import write_atomically
+from sdt_blocks.files import write_atomically
 
 SECONDS_BETWEEN_LINES = 30
 METRICS, DAMAGED, CURVES = "metrics.jsonl", "metrics_damaged.jsonl", "curves.png"

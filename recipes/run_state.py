@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from sdt_blocks import load_model, save_model
-from sdt_blocks.checkpoint import CONFIG, WEIGHTS
+from sdt_blocks.models.saved import CONFIG, WEIGHTS
 
 CHECKPOINTS, MANIFEST, TRAINING, SUMMARY = "checkpoints", "manifest.json", "training.pt", "summary.json"
 MODELS = ("best", "last", "ema")

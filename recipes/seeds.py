@@ -12,7 +12,7 @@ from config import Config
 from engine import train
 from set_up import set_up
 
-from sdt_blocks.checkpoint import write_atomically
+from sdt_blocks.files import write_atomically
 
 
 def train_seeds(configs: list[Config]) -> None:

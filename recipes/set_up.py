@@ -25,7 +25,7 @@ from schema import Derived
 from torch import Tensor, nn
 from trained import check_resumed_classes
 
-from sdt_blocks.checkpoint import write_atomically
+from sdt_blocks.files import write_atomically
 
 T = TypeVar("T")
 

@@ -2,13 +2,21 @@
 
 from .blocks import MembraneShortcut, SpikeDrivenSelfAttention, SpikingMLP, SpikingPatchSplitting
 from .calibration import calibrate_norms
-from .checkpoint import convert_released_state_dict, load_model, load_released_checkpoint, save_model
 from .example import example_images, example_model
 from .inference import optimize_for_inference
+from .models import (
+    SpikeDrivenBlock,
+    SpikeDrivenTransformer,
+    convert_released_state_dict,
+    create_model,
+    list_models,
+    load_model,
+    load_released_checkpoint,
+    save_model,
+)
 from .neuron import LIF, ParametricLIF
 from .stepping import over_time
 from .stream import Stream
-from .transformer import SpikeDrivenBlock, SpikeDrivenTransformer, create_model, list_models
 
 __version__ = "0.1.0"
 

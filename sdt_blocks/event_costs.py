@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import write_atomically
 from .event_driven import EventDrivenTransformer, EventProduct
+from .files import write_atomically
+from .models import SpikeDrivenTransformer
 from .ops.packed import Epilogue, PackedSpikes, kernels_path
 from .ops.spec import NeuronSpec
-from .transformer import SpikeDrivenTransformer
 
 FITTED_ON = ((384, 1536, 1), (1536, 384, 1), (96, 192, 3))
 """Inputs, outputs and kernel of the products that a model of the costs is fitted on."""

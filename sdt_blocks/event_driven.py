@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .blocks import ConvNorm, MaskMixer, MembraneShortcut, SpikeDrivenSelfAttention, SpikingMLP, SpikingPatchSplitting
 from .blocks.mixers import PlanePool
+from .models import SpikeDrivenBlock, SpikeDrivenTransformer
 from .neuron import LIF
 from .ops.packed import (
     Epilogue,
@@ -27,7 +28,6 @@ from .ops.packed import (
 )
 from .ops.spec import NeuronSpec
 from .product import Product
-from .transformer import SpikeDrivenBlock, SpikeDrivenTransformer
 
 CHUNK_BYTES = 8 << 20
 """Real values between a convolution and a pooling are kept this few, so that they stay in the cache."""

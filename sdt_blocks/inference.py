@@ -16,11 +16,11 @@ from .blocks.mixers import MaskMixer
 from .blocks.patch import WIDTHS
 from .blocks.units import ConvNorm
 from .event_driven import EventDrivenTransformer
+from .models import SpikeDrivenBlock, SpikeDrivenTransformer
 from .neuron import LIF
 from .ops import dense as firing
 from .product import Product
 from .steps import present
-from .transformer import SpikeDrivenBlock, SpikeDrivenTransformer
 
 DTYPES = (torch.float32, torch.bfloat16)
 _PASS_BYTES = 48 << 20

@@ -18,7 +18,7 @@ from sdt_blocks import (
     load_released_checkpoint,
     save_model,
 )
-from sdt_blocks.checkpoint import write_atomically
+from sdt_blocks.files import write_atomically
 
 TINY = {"depth": 1, "dim": 16, "num_heads": 2, "num_classes": 5, "pooling": "0011", "time_steps": 2}
 

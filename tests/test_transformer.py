@@ -8,7 +8,7 @@ from torch import nn
 
 from sdt_blocks import LIF, SpikeDrivenTransformer, calibrate_norms, create_model, list_models
 from sdt_blocks.analysis import firing_rates
-from sdt_blocks.transformer import model_options
+from sdt_blocks.models.registry import model_options
 
 PUBLISHED = {
     "sdt_8_384": 16_816_536,

@@ -7,8 +7,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..checkpoint import load_model
-from ..transformer import SpikeDrivenTransformer
+from ..models import SpikeDrivenTransformer, load_model
 
 FOLDER = Path(__file__).parent
 IMAGES = "images.safetensors"

@@ -18,7 +18,7 @@ from config import load_config
 from models import build_model, optimizer_state, restore_optimizer, whole_model
 from optim import build_optimizer
 
-from sdt_blocks.transformer import SpikeDrivenBlock
+from sdt_blocks import SpikeDrivenBlock
 
 CONFIG = load_config(["model.dim=16", "model.depth=2", "model.pooling=0001"], default="digits")
 # What Accelerate would be on GPUs; on CPUs it does not offer FSDP.

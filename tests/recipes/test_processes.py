@@ -146,11 +146,11 @@ def test_a_divided_model_is_saved_whole_and_restored_divided(tmp_path):
 def test_accelerate_reads_the_configurations(name, processes, kind):
     from accelerate.commands.config.config_args import load_config_from_file
 
-    from sdt_blocks import transformer
+    from sdt_blocks.models import sdt
 
     file = RECIPES / "accelerate" / f"{name}.yaml"
     config = load_config_from_file(str(file))
     assert config.num_processes == processes and config.distributed_type.value == kind
     assert f"--config_file recipes/accelerate/{name}.yaml" in file.read_text().split("compute_environment")[0]
     if kind == "FSDP":
-        assert hasattr(transformer, config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"])
+        assert hasattr(sdt, config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"])

@@ -1,25 +1,19 @@
-"""Checkpoints: the released files in, safetensors in and out. No file is ever unpickled in full."""
+"""The files that the papers' authors released. None is ever unpickled in full."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pickle
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .transformer import SpikeDrivenTransformer, model_options
-
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+from .sdt import SpikeDrivenTransformer
 
 _PARTS = {"conv": "{}.conv.", "bn": "{}.norm.", "lif": "{}_neuron."}
 _PATCH = {"conv": "patch.stages.{}.conv.", "bn": "patch.stages.{}.norm.", "lif": "patch.neurons.{}."}
@@ -97,7 +91,7 @@ def load_released_checkpoint(
         model = SpikeDrivenTransformer(**{**_infer_config(released, args), **overrides})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
-    _load_strictly(model, converted, path)
+    load_strictly(model, converted, path)
     return model.eval()
 
 
@@ -152,7 +146,7 @@ def _infer_config(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> 
     return config
 
 
-def _load_strictly(model: torch.nn.Module, state_dict: Mapping[str, Tensor], path: Path) -> None:
+def load_strictly(model: torch.nn.Module, state_dict: Mapping[str, Tensor], path: Path) -> None:
     expected = model.state_dict()
     missing = [key for key in expected if key not in state_dict]
     unexpected = [key for key in state_dict if key not in expected]
@@ -174,68 +168,3 @@ def _load_strictly(model: torch.nn.Module, state_dict: Mapping[str, Tensor], pat
 def _listed(names: Any, most: int = 12) -> str:
     names = [str(name) for name in names]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def save_model(model: SpikeDrivenTransformer, folder: str | os.PathLike[str]) -> None:
-    """Writes `model.safetensors` and `config.json` into the folder, each whole or not at all.
-
-    Raises `ValueError` where the neuron is a factory that cannot be written down: use the names "lif" or "plif".
-    """
-    config = model.config
-    if not isinstance(config["neuron"], str):
-        raise ValueError(
-            f"a model with the neuron factory {config['neuron']!r} cannot be written to {CONFIG}; save its "
-            f'state_dict(), or build it with neuron="lif" or "plif"'
-        )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {key: value.detach().contiguous().cpu() for key, value in model.state_dict().items()}
-    write_atomically(folder / WEIGHTS, lambda temporary: save_file(weights, temporary, {"format": "pt"}))
-    text = json.dumps({"model": "SpikeDrivenTransformer", **config}, indent=2) + "\n"
-    write_atomically(folder / CONFIG, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
-
-
-def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
-    """Calls `write(temporary name)` and renames the result to `path`, so that a reader never sees half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def load_model(folder: str | os.PathLike[str], **overrides: Any) -> SpikeDrivenTransformer:
-    """The model that `save_model` wrote, in eval mode. A recipe's run folder gives its best model, else its last.
-
-    `overrides` are options of `SpikeDrivenTransformer`. Raises `FileNotFoundError` or `ValueError` naming file and
-    cause.
-    """
-    folder = Path(folder)
-    candidates = [folder, folder / "best", folder / "last"]
-    found = next((c for c in candidates if (c / CONFIG).is_file() and (c / WEIGHTS).is_file()), None)
-    if found is None:
-        raise FileNotFoundError(f"{folder}: no {WEIGHTS} with its {CONFIG} here, nor in best/ or last/")
-    try:
-        config = json.loads((found / CONFIG).read_text(encoding="utf-8"))
-        options = {key: value for key, value in config.items() if key in model_options()}
-        model = SpikeDrivenTransformer(**{**options, **overrides})
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{found / CONFIG}: {error}") from None
-    try:
-        weights = load_file(found / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{found / WEIGHTS}: truncated or not a safetensors file ({error})") from None
-    _load_strictly(model, weights, found / WEIGHTS)
-    return model.eval()
