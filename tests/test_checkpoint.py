@@ -184,3 +184,47 @@ def test_published_variant_survives_the_round_trip(tmp_path):
     model = create_model("sdt_2_256_gesture")
     save_model(model, tmp_path)
     assert load_model(tmp_path).config == model.config
+
+
+def _new_head(model):
+    model.head = torch.nn.Linear(16, 3)
+
+
+CHANGES = {
+    "head": _new_head,
+    "time_steps": lambda model: setattr(model, "time_steps", 6),
+    "per_step": lambda model: setattr(model, "per_step", True),
+    "tau": lambda model: setattr(model.head_neuron, "tau", 1.25),
+    "threshold": lambda model: setattr(model, "head_neuron", LIF(threshold=0.2)),
+    "surrogate": lambda model: setattr(model, "head_neuron", LIF(surrogate="atan")),
+    "blocks": lambda model: model.blocks.append(torch.nn.Identity()),
+    "float64": lambda model: model.double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_was_changed_is_not_saved_as_another(change, tmp_path):
+    model = SpikeDrivenTransformer(**TINY)
+    CHANGES[change](model)
+    with pytest.raises(ValueError, match=f"no longer as it was built.*{change}"):
+        save_model(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel, torch.optim.swa_utils.AveragedModel])
+def test_a_wrapper_is_refused_by_name(wrap, tmp_path):
+    wrapped = wrap(SpikeDrivenTransformer(**TINY))
+    with pytest.raises(TypeError, match=type(wrapped).__name__):
+        save_model(wrapped, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"model": "Stranger"}, {"time_stps": 2}, {"per_step": "no"}, {"depth": True}, {"depth": 10**8}, {"dim": 10**6}],
+)
+def test_a_config_that_says_anything_else_is_refused(change, tmp_path):
+    save_model(SpikeDrivenTransformer(**TINY), tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    with pytest.raises(ValueError, match=r"(config\.json|model\.safetensors): "):
+        load_model(tmp_path)

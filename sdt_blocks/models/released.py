@@ -123,6 +123,8 @@ def _infer_config(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> 
         return state_dict[key].shape
 
     blocks = {int(m[1]) for key in state_dict if (m := re.match(r"block\.(\d+)\.", key))}
+    if blocks and max(blocks) >= len(blocks):
+        raise ValueError(f"the blocks are not numbered 0 to {len(blocks) - 1}: block.{max(blocks)} is there")
     dim = shape("patch_embed.proj_conv3.weight")[0]
     config: dict[str, Any] = {
         "depth": max(blocks, default=-1) + 1,
@@ -147,6 +149,12 @@ def _infer_config(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> 
 
 
 def load_strictly(model: torch.nn.Module, state_dict: Mapping[str, Tensor], path: Path) -> None:
+    check_fit(model, state_dict, path)
+    model.load_state_dict(state_dict)
+
+
+def check_fit(model: torch.nn.Module, state_dict: Mapping[str, Tensor], path: Path) -> None:
+    """Raises `ValueError` naming the file unless the weights have the model's names and shapes."""
     expected = model.state_dict()
     missing = [key for key in expected if key not in state_dict]
     unexpected = [key for key in state_dict if key not in expected]
@@ -162,7 +170,6 @@ def load_strictly(model: torch.nn.Module, state_dict: Mapping[str, Tensor], path
     ]
     if faults:
         raise ValueError(f"{path}: the weights do not match the model; {'; '.join(faults)}")
-    model.load_state_dict(state_dict)
 
 
 def _listed(names: Any, most: int = 12) -> str:
