@@ -1,6 +1,15 @@
 """Spiking blocks for transformers that add instead of multiply: neurons, attention, models, analysis."""
 
-from .blocks import MembraneShortcut, SpikeDrivenSelfAttention, SpikingMLP, SpikingPatchSplitting
+from .blocks import (
+    ConvolutionBlock,
+    Downsampling,
+    LinearSpikeAttention,
+    MembraneShortcut,
+    SeparableConvolution,
+    SpikeDrivenSelfAttention,
+    SpikingMLP,
+    SpikingPatchSplitting,
+)
 from .calibration import calibrate_norms
 from .example import example_images, example_model
 from .inference import optimize_for_inference
@@ -22,8 +31,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LIF",
+    "ConvolutionBlock",
+    "Downsampling",
+    "LinearSpikeAttention",
     "MembraneShortcut",
     "ParametricLIF",
+    "SeparableConvolution",
     "SpikeDrivenBlock",
     "SpikeDrivenSelfAttention",
     "SpikeDrivenTransformer",

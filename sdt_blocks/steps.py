@@ -176,13 +176,15 @@ def per_frame(module: nn.Module, x: Tensor) -> Tensor:
     if not are_spikes(x):
         frames: Tensor = module(x.flatten(0, 1))
     else:
-        with SpikesAsBits(x, _autocast_dtype(module, x)) as spikes:
+        with SpikesAsBits(x, dtype=_autocast_dtype(module, x)) as (spikes,):
             frames = module(spikes.flatten(0, 1))
     return frames.unflatten(0, x.shape[:2])
 
 
 def _autocast_dtype(module: nn.Module, x: Tensor) -> torch.dtype | None:
-    """What autocast would cast x to within a convolution; within another module nobody can know."""
+    """What autocast would cast x to within a convolution, or a chain of them; within another module nobody can know."""
+    if is_plain(module, nn.Sequential) and isinstance(module, nn.Sequential) and len(module):
+        return _autocast_dtype(module[0], x)
     if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64 or not is_plain(module, nn.Conv2d):
         return None
     return torch.get_autocast_dtype(x.device.type)
@@ -246,7 +248,9 @@ def repeat_frame(norm: Any, x: Tensor, time_steps: int) -> Tensor:
 
 def _convolve(unit: Any, x: Tensor) -> Tensor:
     """`unit.conv` of every frame of x, or of the one frame `[1, B, C, H, W]` that x shows at every step."""
-    return per_frame(unit.conv, _shown(x))
+    # In training the norms of a chain count the frames that they see.
+    once = not unit.training or isinstance(unit.conv, nn.Conv2d)
+    return per_frame(unit.conv, _shown(x) if once else x)
 
 
 def _shown(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Spike-driven self-attention (SDSA)."""
+"""Spike-driven self-attention (SDSA): by mask, and linear."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from ..neuron import LIF, NeuronFactory, make_neuron
 from ..steps import check_sequence, fire, project, project_and_mix
-from .mixers import MaskMixer
-from .units import ConvNorm
+from .mixers import ATTENTION_THRESHOLD, LinearSpikeMixer, MaskMixer
+from .units import ConvNorm, RepConv
 
 
 class SpikeDrivenSelfAttention(nn.Module):
@@ -43,3 +43,39 @@ class SpikeDrivenSelfAttention(nn.Module):
         check_sequence(membrane, self.dim, "SpikeDrivenSelfAttention")
         units, neurons = (self.q, self.k, self.v), (self.q_neuron, self.k_neuron, self.v_neuron)
         return project(self.proj, project_and_mix(units, neurons, self.mixer, fire(self.neuron, membrane)))
+
+
+class LinearSpikeAttention(nn.Module):
+    """Linear self-attention of spikes (SDSA-3; Yao et al., 2024, https://arxiv.org/abs/2404.03663).
+
+        s = LIF(u);   q, k, v = LIF(BN(RepConv(s)))
+        a = LIF_0.5(0.125 q (k^T v))                 per step and head
+        result = BN(RepConv(a))
+
+    `num_heads` and `scale` are those of `LinearSpikeMixer`; 0.125 is the published scale for any width of the heads.
+
+    Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
+
+    Raises `ValueError` where num_heads does not divide dim.
+
+    >>> LinearSpikeAttention(64)(torch.randn(4, 2, 64, 8, 8)).shape
+    torch.Size([4, 2, 64, 8, 8])
+    """
+
+    def __init__(
+        self, dim: int, *, num_heads: int = 8, scale: float = 0.125, neuron: str | NeuronFactory = LIF
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.mixer = LinearSpikeMixer(dim, num_heads=num_heads, scale=scale)
+        self.neuron = make_neuron(neuron, channels=dim)
+        self.q, self.k, self.v = (RepConv(dim, dim) for _ in range(3))
+        self.q_neuron, self.k_neuron, self.v_neuron = (make_neuron(neuron, channels=dim) for _ in range(3))
+        self.mixer_neuron = make_neuron(neuron, channels=dim, threshold=ATTENTION_THRESHOLD)
+        self.proj = RepConv(dim, dim)
+
+    def forward(self, membrane: Tensor) -> Tensor:
+        check_sequence(membrane, self.dim, "LinearSpikeAttention")
+        units, neurons = (self.q, self.k, self.v), (self.q_neuron, self.k_neuron, self.v_neuron)
+        counts = project_and_mix(units, neurons, self.mixer, fire(self.neuron, membrane))
+        return project(self.proj, fire(self.mixer_neuron, counts))

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from ..neuron import LIF, NeuronFactory, make_neuron
-from ..ops.bits import as_spikes
+from ..ops.bits import SpikesAsBits, are_spikes, as_spikes
 from ..ops.spec import state_dtype
 from ..steps import check_multiple, fire, fused_attention, is_plain
 
 ATTENTION_THRESHOLD = 0.5
-"""Threshold of the neuron on the summed k * v: with tau = 2 one coincidence makes h = 0.5, which fires."""
+"""Threshold of the neuron on what a mixer sums: with tau = 2 one coincidence of k and v makes h = 0.5, which fires."""
 
 
 class MaskMixer(nn.Module):
@@ -36,9 +37,7 @@ class MaskMixer(nn.Module):
         self, dim: int, *, num_heads: int = 8, neuron: str | NeuronFactory = LIF, event_pooling: bool = False
     ) -> None:
         super().__init__()
-        if num_heads < 1:
-            raise ValueError(f"num_heads must be positive, got {num_heads}")
-        check_multiple(dim, num_heads, "dim (for this number of heads)")
+        check_heads(dim, num_heads)
         self.num_heads, self.event_pooling = num_heads, event_pooling
         self.k_pool = PlanePool() if event_pooling else nn.Identity()
         self.v_pool = PlanePool() if event_pooling else nn.Identity()
@@ -68,6 +67,45 @@ class MaskMixer(nn.Module):
         return rearrange(max_pool_plane(heads), "t b heads (h w) d -> t b (heads d) h w", h=height, w=width)
 
 
+class LinearSpikeMixer(nn.Module):
+    """`scale * q (k^T v)` per step and head (SDSA-3; Yao et al., 2024, https://arxiv.org/abs/2404.03663).
+
+    Channel c belongs to head c // (dim / num_heads); q, k and v of a head are `[tokens, dim / num_heads]`. Spikes make
+    it counts, times `scale`, for a neuron to fire on. The product of k and v comes first, so that the cost grows
+    linearly with the number of tokens.
+
+    Shapes: spikes q, k, v `[T, B, dim, H, W]` each `-> [T, B, dim, H, W]`.
+
+    Raises `ValueError` where num_heads does not divide dim, or scale is not positive.
+
+    >>> q, k, v = torch.ones(3, 4, 2, 16, 5, 5)
+    >>> LinearSpikeMixer(16, num_heads=8)(q, k, v).unique()
+    tensor([6.2500])
+    """
+
+    emits = "counts"
+
+    def __init__(self, dim: int, *, num_heads: int = 8, scale: float = 0.125) -> None:
+        super().__init__()
+        check_heads(dim, num_heads)
+        if not scale > 0:
+            raise ValueError(f"scale must be positive, got {scale!r}")
+        self.num_heads, self.scale = num_heads, scale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # Half precision could not hold the counts of many tokens.
+        dtype, shape = state_dtype(q), q.shape
+        spikes = [as_spikes(x.to(dtype), x) for x in (q, k, v)]
+        with torch.autocast(q.device.type, enabled=False), SpikesAsBits(*filter(are_spikes, spikes)):
+            # [T, B, heads, dim / heads, tokens]: transposed, as they lie in memory.
+            of_q, of_k, of_v = (x.flatten(3).unflatten(2, (self.num_heads, -1)) for x in spikes)
+            counts = (of_v @ of_k.mT) @ of_q
+        return (counts * self.scale).to(q.dtype).reshape(shape)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, scale={self.scale:g}"
+
+
 class PlanePool(nn.Module):
     """3x3 maximum, stride 1, over the last two axes of `[T, B, C, H, W]`."""
 
@@ -78,3 +116,10 @@ class PlanePool(nn.Module):
 def max_pool_plane(x: Tensor) -> Tensor:
     """3x3 maximum, stride 1, over the last two axes of x `[T, B, ...]`."""
     return F.max_pool2d(x.flatten(0, 1), 3, stride=1, padding=1).unflatten(0, x.shape[:2])
+
+
+def check_heads(dim: int, num_heads: int) -> None:
+    """Raises `ValueError` unless the heads share the channels evenly."""
+    if num_heads < 1:
+        raise ValueError(f"num_heads must be positive, got {num_heads}")
+    check_multiple(dim, num_heads, "dim (for this number of heads)")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections import OrderedDict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..steps import Unit
 
@@ -31,3 +36,110 @@ class ConvNorm(Unit):
             in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias
         )
         self.norm = nn.BatchNorm2d(out_channels)
+
+
+class SeparableConvNorm(Unit):
+    """A depthwise convolution, a 1x1 convolution and a batch normalization.
+
+    The 1x1 convolution sees sums of weights, not spikes; `kernel` has both as the one convolution of spikes that they
+    are.
+
+    Shapes: frames `[N, in_channels, H, W] -> [N, out_channels, H, W]`.
+
+    >>> SeparableConvNorm(16, 8)(torch.rand(4, 16, 9, 9)).shape
+    torch.Size([4, 8, 9, 9])
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 7) -> None:
+        super().__init__()
+        layers = {
+            "depthwise": nn.Conv2d(
+                in_channels, in_channels, kernel_size, padding=kernel_size // 2, groups=in_channels, bias=False
+            ),
+            "pointwise": nn.Conv2d(in_channels, out_channels, 1, bias=False),
+        }
+        self.conv = nn.Sequential(OrderedDict(layers))
+        self.norm = nn.BatchNorm2d(out_channels)
+
+    @torch.no_grad()
+    def kernel(self) -> nn.Conv2d:
+        chain: Any = self.conv
+        weight = chain.pointwise.weight.double() * chain.depthwise.weight.double()[:, 0]
+        return _convolution(weight, None, like=chain.pointwise)
+
+
+class RepConv(Unit):
+    """A 3x3 convolution that is trained as 1x1, depthwise 3x3 and 1x1 (Yao et al., 2024, Meta-SpikeFormer).
+
+        conv: 1x1 -> PaddedNorm -> depthwise 3x3 -> 1x1 -> BN
+
+    There is no neuron in between, so that in eval mode the chain is one 3x3 convolution, which `kernel` gives: exactly,
+    since `PaddedNorm` puts the border behind the first norm to where zeros before the chain would put it.
+
+    Shapes: frames `[N, in_channels, H, W] -> [N, out_channels, H, W]`.
+
+    >>> RepConv(16, 16)(torch.rand(4, 16, 9, 9)).shape
+    torch.Size([4, 16, 9, 9])
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        layers = {
+            "pointwise1": nn.Conv2d(in_channels, in_channels, 1, bias=False),
+            "border": PaddedNorm(in_channels),
+            "depthwise": nn.Conv2d(in_channels, in_channels, 3, groups=in_channels, bias=False),
+            "pointwise2": nn.Conv2d(in_channels, out_channels, 1, bias=False),
+            "norm": nn.BatchNorm2d(out_channels),
+        }
+        self.conv = nn.Sequential(OrderedDict(layers))
+        self.norm = nn.BatchNorm2d(out_channels)
+
+    @torch.no_grad()
+    def kernel(self) -> nn.Conv2d:
+        chain: Any = self.conv
+        (gain1, offset1), (gain2, offset2) = _affine(chain.border.norm), _affine(chain.norm)
+        before = gain1[:, None] * chain.pointwise1.weight.double()[..., 0, 0]
+        depthwise = chain.depthwise.weight.double()[:, 0]
+        after = gain2[:, None] * chain.pointwise2.weight.double()[..., 0, 0]
+        weight = torch.einsum("om,mhw,mi->oihw", after, depthwise, before)
+        bias = after @ (depthwise.sum((1, 2)) * offset1) + offset2
+        return _convolution(weight, bias, like=chain.pointwise2)
+
+
+class PaddedNorm(nn.Module):
+    """Batch normalization, and around it a border of one pixel that holds what it makes of zero.
+
+    The border is that of the running statistics, in training as they are after the step, and carries no gradient.
+
+    Shapes: `[N, channels, H, W] -> [N, channels, H + 2, W + 2]`.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        padded = F.pad(self.norm(frames), (1, 1, 1, 1))
+        with torch.no_grad():
+            norm = self.norm
+            assert norm.running_mean is not None and norm.running_var is not None
+            of_zero = norm.bias - norm.running_mean * norm.weight / (norm.running_var + norm.eps).sqrt()
+            for edge in (padded[..., 0, :], padded[..., -1, :], padded[..., 0], padded[..., -1]):
+                edge.copy_(of_zero[:, None])
+        return padded
+
+
+def _affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """Gain and offset per channel of an `nn.BatchNorm2d` in eval mode, in float64."""
+    gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    return gain, norm.bias.double() - norm.running_mean.double() * gain
+
+
+def _convolution(weight: Tensor, bias: Tensor | None, like: nn.Conv2d) -> nn.Conv2d:
+    """A convolution that keeps the frame's size, with this weight and bias in the dtype of `like`."""
+    out_channels, in_channels, size, _ = weight.shape
+    conv = nn.Conv2d(in_channels, out_channels, size, padding=size // 2, bias=bias is not None, device="meta")
+    conv.weight = nn.Parameter(weight.to(like.weight.dtype))
+    if bias is not None:
+        conv.bias = nn.Parameter(bias.to(like.weight.dtype))
+    return conv.train(like.training)

@@ -47,24 +47,24 @@ def are_spikes(tensor: Tensor) -> bool:
 class SpikesAsBits(saved_tensors_hooks):
     """Within it, what autograd keeps of `spikes` takes one bit an element, not a float; all else stays as it is.
 
-    It gives a copy of the spikes in `dtype`, the tensor itself without one, whose bits are made once for all uses.
+    It gives a copy of the spikes in `dtype`, the tensors themselves without one, whose bits are made once for all uses.
 
     Raises `ValueError` for a tensor that is not known to be spikes (see `as_spikes`).
 
     >>> spikes, weight = as_spikes(torch.ones(8, 16)), torch.rand(16, 4, requires_grad=True)
-    >>> with SpikesAsBits(spikes) as kept:
+    >>> with SpikesAsBits(spikes) as (kept,):
     ...     (kept @ weight).sum().backward()
     """
 
-    def __init__(self, spikes: Tensor, dtype: torch.dtype | None = None) -> None:
-        if not are_spikes(spikes):
+    def __init__(self, *spikes: Tensor, dtype: torch.dtype | None = None) -> None:
+        if not all(map(are_spikes, spikes)):
             raise ValueError("only what is known to be spikes can be kept as bits; see as_spikes")
         super().__init__(self._pack, _unpack)
-        self.known = _known[spikes]
-        self.spikes = spikes if dtype is None else spikes.to(dtype)
-        self.version = self.spikes._version
+        self.known = [_known[tensor] for tensor in spikes]
+        self.spikes = [tensor if dtype is None else tensor.to(dtype) for tensor in spikes]
+        self.versions = [tensor._version for tensor in self.spikes]
 
-    def __enter__(self) -> Tensor:  # type: ignore[override]
+    def __enter__(self) -> list[Tensor]:  # type: ignore[override]
         super().__enter__()
         return self.spikes
 
@@ -73,19 +73,19 @@ class SpikesAsBits(saved_tensors_hooks):
         del self.spikes
 
     def _pack(self, tensor: Tensor) -> _Bits | _Kept:
-        if not self._holds(tensor):
-            return _Kept(tensor, tensor._version)
-        if self.known.bits is None:
-            self.known.bits = kernels(tensor).pack_bits(tensor)
-        if self.known.bits is None:
-            return _Kept(tensor, tensor._version)
-        return _Bits(self.known.bits, tensor.shape, tensor.stride(), tensor.dtype)
+        for spikes, known, version in zip(self.spikes, self.known, self.versions, strict=True):
+            if tensor._version == version and _holds_all(tensor, spikes):
+                if known.bits is None:
+                    known.bits = kernels(tensor).pack_bits(tensor)
+                if known.bits is not None:
+                    return _Bits(known.bits, tensor.shape, tensor.stride(), tensor.dtype)
+        return _Kept(tensor, tensor._version)
 
-    def _holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor is a view of all the spikes, as they were."""
-        same = tensor.data_ptr() == self.spikes.data_ptr() and tensor.dtype == self.spikes.dtype
-        unchanged = tensor._version == self.version
-        return same and unchanged and tensor.numel() == self.spikes.numel() and _dense(tensor)
+
+def _holds_all(tensor: Tensor, spikes: Tensor) -> bool:
+    """Whether a tensor is a view of all the spikes."""
+    same = tensor.data_ptr() == spikes.data_ptr() and tensor.dtype == spikes.dtype
+    return same and tensor.numel() == spikes.numel() and _dense(tensor)
 
 
 class _Bits(NamedTuple):

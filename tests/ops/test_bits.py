@@ -6,6 +6,7 @@ from snntorch import surrogate as snntorch_surrogate
 from torch import nn
 
 from sdt_blocks import LIF, SpikeDrivenSelfAttention, SpikeDrivenTransformer, SpikingMLP, SpikingPatchSplitting
+from sdt_blocks.blocks import LinearSpikeAttention, LinearSpikeMixer
 from sdt_blocks.ops.bits import SpikesAsBits, are_spikes, as_spikes
 from sdt_blocks.ops.dispatch import kernels
 from sdt_blocks.steps import normalize_and_fire, per_frame
@@ -237,3 +238,28 @@ def test_memory_of_a_layer(monkeypatch, packed, dtype, most):
     total = sum(t.numel() * t.element_size() for t in tensors if not isinstance(t, nn.Parameter))
     assert packed()
     assert 0 < total / result.numel() <= most
+
+
+def test_the_linear_attention_keeps_q_k_and_v_as_bits(backend, device, packed):
+    """Each of its products of spikes: four chains by their first convolution, q, k and v within the mixer."""
+    torch.manual_seed(0)
+    block = LinearSpikeAttention(16, num_heads=2).to(device)
+    membrane = torch.randn(2, 3, 16, 4, 4, device=device) * 3
+    for dtype in (None, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=dtype is not None):
+            block(membrane)
+    assert [tensor.dtype for tensor, _ in packed()].count(torch.bfloat16) == 4
+    assert len(packed()) == 2 * 7
+
+
+def test_mixing_bits_gives_the_gradients_of_the_equation(packed, monkeypatch):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    torch.manual_seed(0)
+    q, k, v = (neurons_spikes() for _ in range(3))
+    heads, gradients = LinearSpikeMixer(6, num_heads=2), []
+    for spikes in ((q, k, v), [x * 1 for x in (q, k, v)]):
+        counts = heads(*spikes)
+        gradients.append(torch.autograd.grad(counts.square().sum(), [q, k, v]))
+    assert len(packed()) == 3 and all(gradient.any() for gradient in gradients[0])
+    for bits, floats in zip(*gradients, strict=True):
+        assert torch.equal(bits, floats)

@@ -1,0 +1,94 @@
+"""Units: the chains that are trained and the one convolution that they are."""
+
+import pytest
+import torch
+from torch import nn
+
+from sdt_blocks.blocks import ConvNorm, RepConv, SeparableConvNorm
+from sdt_blocks.blocks.units import PaddedNorm
+from sdt_blocks.steps import project
+
+
+def with_statistics(module):
+    """The module in eval mode, its norms with weights and statistics far from those of a fresh one."""
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.5)
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.2, 3)
+    return module.eval()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: RepConv(6, 6),
+        lambda: RepConv(4, 7),
+        lambda: RepConv(1, 1),
+        lambda: SeparableConvNorm(6, 4),
+        lambda: SeparableConvNorm(3, 5, 3),
+        lambda: ConvNorm(4, 6, 3, stride=2, bias=True),
+    ],
+)
+@pytest.mark.parametrize("size", [(9, 7), (2, 5), (1, 1)])
+def test_a_unit_is_one_convolution_borders_included(make, size):
+    unit = with_statistics(make().double())
+    kernel = unit.kernel()
+    x = torch.rand(3, kernel.in_channels, *size, dtype=torch.float64)
+    assert type(kernel) is nn.Conv2d and not kernel.training
+    torch.testing.assert_close(unit.norm(kernel(x)), unit(x), rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_merged_kernel_is_a_copy_in_the_dtype_of_the_weights():
+    unit = with_statistics(RepConv(4, 4))
+    kernel, x = unit.kernel(), torch.rand(2, 4, 5, 5)
+    before = unit(x)
+    kernel.weight.zero_()
+    assert kernel.weight.dtype == torch.float32 and torch.equal(unit(x), before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_border_is_what_the_norm_makes_of_zero(training, memory_format):
+    module = with_statistics(PaddedNorm(3).double()).train(training)
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    padded = module(x)
+    assert padded.shape == (2, 3, 6, 7) and padded.is_contiguous(memory_format=memory_format)
+    # With the statistics that the step has left behind, in training as well.
+    of_zero = module.eval().norm(torch.zeros(1, 3, 6, 7, dtype=torch.float64)).expand(2, -1, -1, -1)
+    border = torch.ones(6, 7, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    assert of_zero.abs().min() > 0
+    torch.testing.assert_close(padded[..., border], of_zero[..., border], rtol=0, atol=1e-12)
+    gradients = torch.autograd.grad(padded[..., border].sum(), [x, *module.parameters()], retain_graph=True)
+    assert all(not gradient.any() for gradient in gradients)
+    inside = torch.autograd.grad(padded.square().sum(), module.norm.bias)[0]
+    torch.testing.assert_close(inside, 2 * padded[..., 1:-1, 1:-1].sum((0, 2, 3)), rtol=0, atol=1e-10)
+
+
+def test_compiled_training_has_the_same_border_and_gradients():
+    results = []
+    for compiled in (False, True):
+        unit = with_statistics(RepConv(4, 4)).train()
+        call = torch.compile(unit, backend="aot_eager") if compiled else unit
+        x = torch.rand(2, 4, 5, 5, generator=torch.Generator().manual_seed(1))
+        y = call(x)
+        y.sin().sum().backward()
+        results.append([y, *(p.grad for p in unit.parameters()), *unit.buffers()])
+    for eager, traced in zip(*results, strict=True):
+        torch.testing.assert_close(traced, eager)
+
+
+@pytest.mark.parametrize("make", [lambda: RepConv(3, 4), lambda: SeparableConvNorm(3, 4, 3)])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_still_image_counts_at_every_step(make, training):
+    """What is shown at every step leaves the norms within a chain as if it came each time."""
+    once, repeated = (with_statistics(make()).train(training) for _ in range(2))
+    x = torch.rand(1, 2, 3, 6, 6)
+    a, b = project(once, x.expand(5, -1, -1, -1, -1)), project(repeated, x.repeat(5, 1, 1, 1, 1))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    for (name, a), b in zip(once.state_dict().items(), repeated.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
