@@ -23,12 +23,11 @@ from torch.utils.benchmark import Timer
 
 from sdt_blocks import SpikeDrivenTransformer, create_model, optimize_for_inference
 from sdt_blocks.analysis import E_AC, E_MAC
-from sdt_blocks.event_costs import Calibration
-from sdt_blocks.event_driven import EventDrivenTransformer
+from sdt_blocks.inference import Events, Product, plan
+from sdt_blocks.inference.timings import Calibration
 from sdt_blocks.ops import dense as firing
 from sdt_blocks.ops.packed import Epilogue, EventWeight, PackedSpikes, spike_product
 from sdt_blocks.ops.spec import NeuronSpec
-from sdt_blocks.product import Product
 
 PRODUCTS = (
     # inputs, outputs, kernel, side; 32 frames (8 images of 4 steps)
@@ -151,14 +150,14 @@ def break_even(ratios: list[float]) -> float:
 def race_models(bench: Bench, model: SpikeDrivenTransformer, images: Tensor, setting: str) -> None:
     """Times the whole model for one image and for eight, and counts the additions."""
     fast = optimize_for_inference(model, sparse=True)
-    assert isinstance(fast, EventDrivenTransformer)
+    assert isinstance(fast, Events)
     expected = like_convolutions(model, images)
     dense, dense_bf16 = (optimize_for_inference(model, dtype) for dtype in (torch.float32, torch.bfloat16))
     for batch in (1, len(images)):
         some = images[:batch]
         auto: Any = optimize_for_inference(model, sparse="auto", calibrate=[some])
         choices: dict[str, nn.Module] = {AUTO: auto}
-        if not isinstance(auto, EventDrivenTransformer):
+        if not isinstance(auto, Events):
             choices[FALLBACK] = dense_by_call(model, auto.calibration)
         floor = ConvolutionFloor(model, some)
         samples = bench.race(
@@ -184,9 +183,9 @@ def race_models(bench: Bench, model: SpikeDrivenTransformer, images: Tensor, set
     count_work(bench, fast, floor, images, setting)
 
 
-def dense_by_call(model: SpikeDrivenTransformer, calibration: Calibration) -> EventDrivenTransformer:
+def dense_by_call(model: SpikeDrivenTransformer, calibration: Calibration) -> Events:
     """The event-driven model with the limits of a calibration that has chosen the dense one."""
-    chosen = EventDrivenTransformer(model)
+    chosen = Events(plan(model))
     for (_, product), layer in zip(chosen.products(), calibration.layers, strict=True):
         product.break_even = layer.break_even
     return chosen
@@ -235,15 +234,13 @@ def answers_of_a_large_network(bench: Bench, model: SpikeDrivenTransformer) -> N
 def compare_answers(
     bench: Bench, setting: str, model: SpikeDrivenTransformer, images: Tensor, expected: Tensor
 ) -> None:
-    fast = EventDrivenTransformer(model)
+    fast = Events(plan(model))
     found = torch.cat([fast(part) for part in images.split(100)])
     same = (found.argmax(1) == expected.argmax(1)).float().mean().item()
     bench.record("same class", setting, EVENTS, same, unit="share", parity=same_answers(found, expected))
 
 
-def count_work(
-    bench: Bench, fast: EventDrivenTransformer, floor: ConvolutionFloor, images: Tensor, setting: str
-) -> None:
+def count_work(bench: Bench, fast: Events, floor: ConvolutionFloor, images: Tensor, setting: str) -> None:
     """Additions and multiply-adds an image, as energy at the costs a spiking network is charged, and by the meter."""
     spikes, neurons, additions = 0, 0, 0
 

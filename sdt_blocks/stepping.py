@@ -48,6 +48,12 @@ class OverTime(nn.Module, Streamed):
         self.neuron = neuron
         _clear(neuron)
 
+    @property
+    def emits(self) -> str:
+        """ "spikes" where the neuron is known to give zeros and ones alone."""
+        graded = torch.as_tensor(getattr(self.neuron, "graded_spikes_factor", 2.0))
+        return "spikes" if isinstance(self.neuron, SpikingNeuron) and bool((graded == 1).all()) else "real"
+
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim == 0 or x.shape[0] == 0:
             raise ValueError(

@@ -53,10 +53,9 @@ class Unit(nn.Module):
         normalized: Tensor = self.norm(self.conv(frames))
         return normalized
 
-    def kernel(self) -> nn.Conv2d:
-        """`conv` as one convolution."""
-        assert isinstance(self.conv, nn.Conv2d)
-        return self.conv
+    def kernel(self) -> nn.Conv2d | None:
+        """`conv` as one convolution, `None` where it is none."""
+        return self.conv if isinstance(self.conv, nn.Conv2d) else None
 
 
 # ---- the steps

@@ -10,16 +10,15 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import sdt_blocks
-from sdt_blocks import event_costs, event_driven
-from sdt_blocks.event_costs import EventCosts
-from sdt_blocks.event_driven import EventDrivenTransformer, EventProduct
+from sdt_blocks.inference import EventProduct, Events, events, plan, timings
+from sdt_blocks.inference.timings import EventCosts
 from sdt_blocks.neuron import LIF
 from sdt_blocks.ops.packed import Epilogue, spike_neuron
 
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_golden_logits(golden, dense):
-    fast = EventDrivenTransformer(golden.model())
+    fast = Events(plan(golden.model()))
     for _, product in fast.products():
         product.break_even = 0.0 if dense else 1.0
     torch.testing.assert_close(fast(golden.tensors["input"]), golden.tensors["logits_eval"], rtol=0, atol=1e-5)
@@ -45,7 +44,7 @@ def test_answers_are_those_of_the_model(firing_model, options):
     x = torch.rand(3, 5, channels, 24, 20) if channels == 2 else torch.rand(3, channels, 24, 20)
     model = firing_model(x, **options)
     before = copy.deepcopy(model.state_dict())
-    fast = EventDrivenTransformer(model)
+    fast = Events(plan(model))
     with torch.no_grad():
         torch.testing.assert_close(fast(x), model(x), rtol=0, atol=1e-5)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -59,20 +58,20 @@ def test_norms_are_rounded_as_in_the_model():
         tensor.normal_(generator=generator)
     norm.running_var.uniform_(0.01, 2, generator=generator)
     x = torch.randn(2, 1, 6, 6, 96, generator=generator)
-    found, _ = spike_neuron(x, event_driven._epilogue(norm, None), 2, membrane=True)
+    found, _ = spike_neuron(x, events._epilogue(norm, None, channels=96), 2, membrane=True)
     assert torch.equal(found, norm(x.flatten(0, 1).movedim(-1, 1)).movedim(1, -1).view_as(x))
 
 
 def test_an_image_is_answered_alike_in_any_batch(firing_model):
     x = torch.rand(5, 3, 32, 32)
-    fast = EventDrivenTransformer(firing_model(x))
+    fast = Events(plan(firing_model(x)))
     whole = fast(x)
     assert torch.equal(torch.cat([fast(image[None]) for image in x]), whole)
 
 
 def test_a_layer_too_dense_for_events_is_convolved(firing_model, monkeypatch):
     x = torch.rand(2, 3, 32, 32)
-    fast = EventDrivenTransformer(firing_model(x))
+    fast = Events(plan(firing_model(x)))
     expected = fast(x)
     rates = {}
     for name, product in fast.products():
@@ -90,7 +89,7 @@ def test_a_layer_too_dense_for_events_is_convolved(firing_model, monkeypatch):
 def test_hundreds_of_images_get_the_same_class(firing_model):
     x = torch.rand(300, 3, 24, 24, generator=torch.Generator().manual_seed(1))
     model = firing_model(x[:32])
-    fast = EventDrivenTransformer(model)
+    fast = Events(plan(model))
     with torch.no_grad():
         assert torch.equal(fast(x).argmax(1), model(x).argmax(1))
 
@@ -103,7 +102,7 @@ def test_a_thousand_images_get_the_class_that_golden_weights_give(golden):
     # Patterns of every contrast: plain noise would give all images one class.
     patterns = nn.functional.interpolate(torch.randn(1000, 3, 4, 4, generator=generator), size, mode="bilinear")
     images = patterns * torch.rand(1000, 1, 1, 1, generator=generator) * 4
-    found, expected = EventDrivenTransformer(model)(images), model(images)
+    found, expected = Events(plan(model))(images), model(images)
     assert len(expected.argmax(1).unique()) > 1
     assert torch.equal(found.argmax(1), expected.argmax(1))
     assert ((found - expected).abs().amax(1) <= 1e-4).float().mean() >= 0.99
@@ -121,7 +120,7 @@ def test_a_trained_model_gives_the_same_classes_and_logits():
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
             optimizer.step()
-    fast = EventDrivenTransformer(model.eval())
+    fast = Events(plan(model.eval()))
     with torch.no_grad():
         found, expected = fast(x), model(x)
     assert (expected.argmax(1) == y).float().mean() > 0.8
@@ -134,10 +133,10 @@ def test_auto_returns_the_faster_model_and_says_why(firing_model, costs_file):
     model = firing_model(x)
     fast = sdt_blocks.optimize_for_inference(model, sparse="auto", calibrate=[(x, torch.zeros(2)), x])
     calibration = fast.calibration
-    assert isinstance(fast, EventDrivenTransformer) == calibration.event_driven
+    assert isinstance(fast, Events) == calibration.event_driven
     assert calibration.event_driven == (calibration.event_driven_seconds <= 0.98 * calibration.dense_seconds)
     rates = {}
-    reference = EventDrivenTransformer(model)
+    reference = Events(plan(model))
     for name, product in reference.products():
         product.register_forward_pre_hook(lambda _, given, name=name: rates.update({name: given[0].rate()}))
     reference(x)
@@ -182,7 +181,7 @@ def test_dense_products_are_measured_where_the_shape_is_new():
 
 def test_sparse_arguments_are_checked(firing_model):
     model = firing_model(torch.rand(2, 3, 16, 16))
-    assert isinstance(sdt_blocks.optimize_for_inference(model, sparse=True), EventDrivenTransformer)
+    assert isinstance(sdt_blocks.optimize_for_inference(model, sparse=True), Events)
     with pytest.raises(ValueError, match="sparse must be"):
         sdt_blocks.optimize_for_inference(model, sparse="sometimes")
     with pytest.raises(ValueError, match="float32"):
@@ -191,34 +190,68 @@ def test_sparse_arguments_are_checked(firing_model):
         sdt_blocks.optimize_for_inference(model, sparse="auto")
     with pytest.raises(TypeError, match="calibration batch"):
         sdt_blocks.optimize_for_inference(model, sparse="auto", calibrate=["a"])
-    model.blocks[1] = OwnBlock(32).eval()
-    with pytest.warns(UserWarning, match="OwnBlock"):
-        fast = sdt_blocks.optimize_for_inference(model, sparse="auto", calibrate=[torch.rand(1, 3, 16, 16)])
-    assert not isinstance(fast, EventDrivenTransformer)
+    with pytest.warns(UserWarning, match="float64"):
+        fast = sdt_blocks.optimize_for_inference(
+            copy.deepcopy(model).double(), sparse="auto", calibrate=[torch.rand(1, 3, 16, 16)]
+        )
+    assert not isinstance(fast, Events)
 
 
 @pytest.fixture
 def costs_file(tmp_path, monkeypatch):
     """Where this test's costs are kept."""
-    monkeypatch.setattr(event_costs, "_costs_path", lambda: tmp_path / "costs.json")
+    monkeypatch.setattr(timings, "_costs_path", lambda: tmp_path / "costs.json")
     return tmp_path / "costs.json"
 
 
-class OwnBlock(sdt_blocks.SpikeDrivenBlock):
+class Doubled(sdt_blocks.SpikeDrivenBlock):
+    """A block of one's own that steps describe."""
+
     def forward(self, membrane):
         return super().forward(membrane) * 2
 
 
-def test_other_models_are_refused(firing_model):
+class Branching(nn.Module):
+    """A part whose forward nobody can trace."""
+
+    def forward(self, membrane):
+        return membrane + 0.1 if membrane.mean() > -1 else membrane
+
+
+class Scaled(sdt_blocks.LIF):
+    """A neuron of one's own, which emits other values than 0 and 1."""
+
+    def forward(self, x, membrane=None, **options):
+        return 1.5 * super().forward(x, membrane, **options)
+
+
+def foreign_parts(model):
+    model.blocks[0] = nn.Sequential(Doubled(32), Branching())
+    model.blocks[1].attention.branch.k_neuron = Scaled()
+    model.blocks[1].mlp.branch.fc1 = nn.Conv2d(32, 128, 1)
+    model.blocks[1].mlp.branch.fc2 = sdt_blocks.blocks.ConvNorm(128, 32, 5, groups=4)
+    return model.eval()
+
+
+def test_foreign_parts_run_as_they_are_and_the_rest_by_events(firing_model):
+    x = torch.rand(3, 3, 16, 16)
+    model = foreign_parts(firing_model(x))
+    with pytest.warns(UserWarning, match=r"blocks.0.1 \(symbolically traced"):
+        fast = Events(plan(model))
+    names = [name for name, _ in fast.products()]
+    assert "blocks.0.0.mlp.branch.fc1" in names and "blocks.1.mlp.branch.fc1" in names
+    assert "blocks.1.mlp.branch.fc2" not in names  # five by five, in groups
+    with torch.no_grad():
+        expected = model(x)
+        assert expected.std() > 0.01
+        torch.testing.assert_close(fast(x), expected, rtol=0, atol=1e-5)
+
+
+def test_errors_at_the_door(firing_model):
     model = firing_model(torch.rand(2, 3, 16, 16))
-    with pytest.raises(TypeError, match="got Linear"):
-        EventDrivenTransformer(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="float64 on cpu"):
-        EventDrivenTransformer(copy.deepcopy(model).double())
+        Events(plan(copy.deepcopy(model).double()))
     with pytest.raises(ValueError, match=r"\[B, 3, H, W\]"):
-        EventDrivenTransformer(model)(torch.rand(2, 1, 16, 16))
+        Events(plan(model))(torch.rand(2, 1, 16, 16))
     with pytest.raises(RuntimeError, match="only evaluates"):
-        EventDrivenTransformer(model).train()
-    model.blocks[1] = OwnBlock(32)
-    with pytest.raises(TypeError, match=r"OwnBlock \(blocks.1\)"):
-        EventDrivenTransformer(model)
+        Events(plan(model)).train()

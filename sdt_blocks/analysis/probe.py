@@ -34,9 +34,6 @@ SEQUENCE_NEURONS: tuple[type[nn.Module], ...] = (
 )
 """Neurons that take `[T, B, ...]` at once; every other snnTorch neuron takes one step."""
 
-REBUILT = ("sdt_blocks.inference", "sdt_blocks.event_driven")
-"""Modules whose networks compute several layers at once, where no hook would see all of them."""
-
 T_ = TypeVar("T_")
 
 
@@ -147,7 +144,7 @@ class Probe:
     ) -> None:
         self.model = unwrap(model)
         for module in self.model.modules():
-            if type(module).__module__ in REBUILT:
+            if getattr(module, "rebuilt", False):
                 raise TypeError(
                     f"{type(module).__name__} is rebuilt for speed and has no layers to look at; analyse the model "
                     f"that it was made from"

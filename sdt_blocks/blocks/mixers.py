@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..neuron import LIF, NeuronFactory, make_neuron
+from ..ops import dense
 from ..ops.bits import SpikesAsBits, are_spikes, as_spikes
-from ..ops.spec import state_dtype
+from ..ops.packed import PackedSpikes, pad_to_words, spike_attention
+from ..ops.spec import NeuronSpec, state_dtype
 from ..steps import check_multiple, fire, fused_attention, is_plain
 
 ATTENTION_THRESHOLD = 0.5
@@ -42,7 +45,7 @@ class MaskMixer(nn.Module):
         self.k_pool = PlanePool() if event_pooling else nn.Identity()
         self.v_pool = PlanePool() if event_pooling else nn.Identity()
         self.coincidences = nn.Identity()
-        self.neuron = make_neuron(neuron, channels=dim, threshold=ATTENTION_THRESHOLD)
+        self.neuron: Any = make_neuron(neuron, channels=dim, threshold=ATTENTION_THRESHOLD)
         self.masked = nn.Identity()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -58,6 +61,26 @@ class MaskMixer(nn.Module):
             return None
         between = (self.k_pool, self.v_pool, self.coincidences, self.masked)
         return fused_attention(norms, (*neurons, self.neuron), x, between)
+
+    def dense(
+        self, qkv: Tensor, neurons: Sequence[dense.Neuron], dtype: torch.dtype, *, compiled: bool = False
+    ) -> Tensor:
+        """The evaluation form: masked spikes in `dtype` of the inputs of q, k and v `[T, B, H, W, 3 dim]`.
+
+        `neurons` are those of q, k, v and of this mixer.
+        """
+        heads = self.num_heads if self.event_pooling else None
+        return dense.attend(qkv, neurons, dtype, heads=heads, compiled=compiled)
+
+    def packed(self, qkv: PackedSpikes, channels: int) -> PackedSpikes:
+        """The event-driven form, from q, k and v behind each other with `channels` each, padded to whole words."""
+        if self.event_pooling:
+            # The pooling mixes channels, which have to be apart for it.
+            q, k, v = (part[:, :, :channels] for part in qkv.unpack().chunk(3, dim=2))
+            return PackedSpikes.pack(self(q, k, v))
+        spec = NeuronSpec(self.neuron.threshold, self.neuron.reset_mechanism, strict=self.neuron.strict)
+        leak = torch.as_tensor(self.neuron.inv_tau, dtype=torch.float32).detach().expand(channels)
+        return PackedSpikes(spike_attention(qkv, spec, pad_to_words(leak)).words, channels)
 
     def _pool_tokens(self, spikes: Tensor) -> Tensor:
         if not self.event_pooling:

@@ -344,7 +344,7 @@ def test_a_network_mixed_from_blocks(steps, batch):
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(lambda m, args, output, name=name: inputs.update({name: args[0]}))
     report = energy(net, x)
-    assert all(sum(report[f"patch.convs.{stage}"].rate) > 0 for stage in (1, 2, 3))
+    assert all(sum(report[f"patch.stages.{stage}.conv"].rate) > 0 for stage in (1, 2, 3))
     assert (report.steps, report.samples) == (steps, batch)
     assert [layer.kind for layer in report.layers] == ["MAC"] + ["AC"] * (len(report.layers) - 1)
     for name, value in inputs.items():

@@ -168,7 +168,7 @@ def test_work_is_counted_spike_by_spike() -> None:
     import peers
     import run
 
-    from sdt_blocks.event_driven import EventDrivenTransformer
+    from sdt_blocks.inference import Events, plan
     from sdt_blocks.ops.packed import kernels_problem
 
     if kernels_problem():
@@ -176,7 +176,7 @@ def test_work_is_counted_spike_by_spike() -> None:
     sparse = run.load_suite("sparse")
     images = torch.rand(2, 3, 32, 32)
     model = peers.firing_model("sdt_2_256", images, dim=64, depth=1)
-    spikes = {}
+    fast, spikes = Events(plan(model)), {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Conv2d):
             module.register_forward_hook(lambda m, x, _, name=name: spikes.update({name: (m, x[0])}))
@@ -187,7 +187,7 @@ def test_work_is_counted_spike_by_spike() -> None:
     read_once = [x for name, (_, x) in spikes.items() if name[-6:] not in ("k.conv", "v.conv")]
     rate = sum(x.sum().item() for x in read_once) / sum(x.numel() for x in read_once)
     bench = harness.Bench("s")
-    sparse.count_work(bench, EventDrivenTransformer(model), peers.ConvolutionFloor(model, images), images, "x")
+    sparse.count_work(bench, fast, peers.ConvolutionFloor(model, images), images, "x")
     found = {row["contestant"]: float(row["median"]) for row in bench.rows if "median" in row}
     assert found["mean input rate"] == pytest.approx(rate, rel=1e-2)
     assert found["event-driven: additions"] == pytest.approx(additions / len(images) / 1e9, rel=1e-2)

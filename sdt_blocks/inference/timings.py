@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .event_driven import EventDrivenTransformer, EventProduct
-from .files import write_atomically
-from .models import SpikeDrivenTransformer
-from .ops.packed import Epilogue, PackedSpikes, kernels_path
-from .ops.spec import NeuronSpec
+from ..files import write_atomically
+from ..ops.packed import Epilogue, PackedSpikes, kernels_path
+from ..ops.spec import NeuronSpec
+from .events import EventProduct, Events
+from .plan import plan
 
 FITTED_ON = ((384, 1536, 1), (1536, 384, 1), (96, 192, 3))
 """Inputs, outputs and kernel of the products that a model of the costs is fitted on."""
@@ -143,7 +143,7 @@ class Calibration:
         return "\n".join(lines)
 
 
-def calibrate(model: EventDrivenTransformer, batches: Iterable[Any], costs: EventCosts) -> list[Layer]:
+def calibrate(model: Events, batches: Iterable[Any], costs: EventCosts) -> list[Layer]:
     """Sets the `break_even` of every product of the model from the shapes of its inputs; returns what was measured.
 
     `batches` are what the model takes, or tuples that start with it, as a data loader gives them.
@@ -177,7 +177,7 @@ def calibrate(model: EventDrivenTransformer, batches: Iterable[Any], costs: Even
     return layers
 
 
-def choose(model: SpikeDrivenTransformer, dense: nn.Module, batches: Iterable[Any]) -> nn.Module:
+def choose(model: nn.Module, dense: nn.Module, batches: Iterable[Any]) -> nn.Module:
     """`dense`, or the event-driven model where that is faster on the calibration batches; `calibration` says why.
 
     Where `model` cannot run event-driven, one warning says so. Raises `ValueError` without batches.
@@ -186,8 +186,8 @@ def choose(model: SpikeDrivenTransformer, dense: nn.Module, batches: Iterable[An
     if not batches:
         raise ValueError("calibrate must hold at least one batch of images or frames")
     try:
-        event_driven = EventDrivenTransformer(model)
-    except (TypeError, ValueError, RuntimeError) as error:
+        event_driven = Events(plan(model))
+    except (ValueError, RuntimeError) as error:
         warnings.warn(f"the model is optimised densely: {error}", stacklevel=3)
         return dense
     costs = EventCosts.load()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,25 @@ from torch import Tensor, nn
 
 _ROUNDS = 5
 _SLICE_BYTES = 5 << 20
+
+
+class Geometry(NamedTuple):
+    """How a convolution's windows lie."""
+
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
+
+    @staticmethod
+    def of(conv: nn.Conv2d) -> Geometry:
+        assert not isinstance(conv.padding, str)
+        return Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    def size(self, frame: torch.Size, kernel: torch.Size) -> list[int]:
+        """Height and width of the result for a frame's."""
+        axes = zip(frame, kernel, self.stride, self.padding, self.dilation, strict=False)
+        return [(n + 2 * around - gap * (k - 1) - 1) // step + 1 for n, k, step, around, gap in axes]
 
 
 class Convolution:
@@ -29,9 +48,8 @@ class Convolution:
         return product.weight.dtype
 
     def __call__(self, frames: Tensor) -> Tensor:
-        weight = self.product.weight
         images = frames.permute(0, 3, 1, 2)
-        return F.conv2d(images, weight, self.product.bias, padding=weight.shape[-1] // 2).permute(0, 2, 3, 1)
+        return F.conv2d(images, self.product.weight, self.product.bias, *self.product.geometry).permute(0, 2, 3, 1)
 
 
 class Linear(Convolution):
@@ -39,7 +57,7 @@ class Linear(Convolution):
 
     @staticmethod
     def applies(product: Product) -> bool:
-        return product.weight.shape[-1] == 1
+        return product.weight.shape[2:] == (1, 1) and product.geometry == Geometry()
 
     def __call__(self, frames: Tensor) -> Tensor:
         return F.linear(frames, self.product.weight.flatten(1), self.product.bias)
@@ -80,7 +98,7 @@ class Integers(Convolution):
 
     def __call__(self, frames: Tensor) -> Tensor:
         out = self.product.weight.shape[0]
-        if self.product.weight.shape[-1] == 1:
+        if Linear.applies(self.product):
             x = frames.flatten(0, -2)
             return self._sliced(x, out).view(*frames.shape[:-1], out)
         return self._sliced(frames.permute(0, 3, 1, 2), out * frames.shape[1:3].numel()).permute(0, 2, 3, 1)
@@ -90,7 +108,8 @@ class Integers(Convolution):
         parts = x.split(max(1, _SLICE_BYTES // (4 * out)))
         if len(parts) == 1:
             return self._sum(x)
-        shape = (len(x), len(self.zeros), *x.shape[2:])
+        size = self.product.geometry.size(x.shape[2:], self.product.weight.shape[2:])
+        shape = (len(x), len(self.zeros), *size)
         total = torch.empty(shape, memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
         for part, into in zip(parts, total.split(len(parts[0])), strict=True):
             self._sum(part, into)
@@ -105,21 +124,20 @@ class Integers(Convolution):
         return total
 
     def _pack(self, piece: Tensor) -> Tensor:
-        if piece.shape[-1] == 1:
+        if Linear.applies(self.product):
             packed: Tensor = torch.ops.onednn.qlinear_prepack(piece.flatten(1), None)
         else:
-            packed = torch.ops.onednn.qconv_prepack(piece, torch.ones(len(piece)), 1.0, 0, *self._geometry, None)
+            packed = torch.ops.onednn.qconv_prepack(piece, torch.ones(len(piece)), 1.0, 0, *self.geometry, None)
         return packed
 
     @property
-    def _geometry(self) -> tuple[Any, ...]:
-        around = self.product.weight.shape[-1] // 2
-        return [1, 1], [around, around], [1, 1], 1
+    def geometry(self) -> tuple[Any, ...]:
+        return (*map(list, self.product.geometry[:3]), self.product.geometry.groups)
 
     def _multiply(self, x: Tensor, piece: int, total: Tensor | None = None) -> Tensor:
         """x times one piece of the weights, plus the bias; or added in place to what was summed before."""
         op = torch.ops.onednn.qlinear_pointwise if x.ndim == 2 else torch.ops.onednn.qconv2d_pointwise
-        geometry = () if x.ndim == 2 else self._geometry
+        geometry = () if x.ndim == 2 else self.geometry
         head = (x, 1.0, 0, self.packed[piece], self.scales[piece], self.zeros)
         if total is None:
             result: Tensor = op(*head, self.product.bias, *geometry, 1.0, 0, torch.float32, "none", [], "")
@@ -133,12 +151,12 @@ PATHS: dict[str, type[Convolution]] = {"convolution": Convolution, "linear": Lin
 
 
 class Product(nn.Module):
-    """A convolution of stride 1 that keeps the frame's size, with its bias, on contiguous channels-last frames.
+    """A convolution with its bias on contiguous channels-last frames; without a `geometry` it keeps the frame's size.
 
     Every product of an optimised model goes through here. `path` names the way in `PATHS`; "auto" takes the one that
     was fastest when a shape was first met. `spikes` says that frames hold zeros and ones alone.
 
-    Shapes: frames `[N, H, W, in] -> [N, H, W, out]`, in the dtype that `input_dtype` names.
+    Shapes: frames `[N, H, W, in] -> [N, H', W', out]`, in the dtype that `input_dtype` names.
 
     Raises `ValueError` for a path that is unknown or cannot compute this product.
     """
@@ -147,6 +165,7 @@ class Product(nn.Module):
         self,
         weight: Tensor,
         bias: Tensor,
+        geometry: Geometry | None = None,
         *,
         dtype: torch.dtype = torch.float32,
         spikes: bool = True,
@@ -154,6 +173,7 @@ class Product(nn.Module):
     ) -> None:
         super().__init__()
         self.spikes = spikes
+        self.geometry = geometry or Geometry(padding=tuple(size // 2 for size in weight.shape[2:]))
         self.register_buffer("weight", weight.to(dtype).contiguous(memory_format=torch.channels_last))
         self.register_buffer("bias", bias.to(dtype))
         self.weight: Tensor
@@ -178,7 +198,8 @@ class Product(nn.Module):
         # Shapes of about the same size share a choice, so that odd last batches need no trial of their own.
         size = (shape[:-1].numel().bit_length(), torch.get_num_threads())
         if size not in self._chosen:
-            key = (*self.paths, str(self.weight.device), self.weight.dtype, *size, *self.weight.shape)
+            kept = (str(self.weight.device), self.weight.dtype, self.geometry, *self.weight.shape)
+            key = (*self.paths, *kept, *size)
             if key not in _fastest:
                 _fastest[key] = self._compare(shape)
             self._chosen[size] = _fastest[key]
@@ -224,7 +245,7 @@ class Product(nn.Module):
 
     def extra_repr(self) -> str:
         out, into, kernel, _ = self.weight.shape
-        return f"{into}, {out}, kernel={kernel}, dtype={self.weight.dtype}, paths={self.paths}"
+        return f"{into * self.geometry.groups}, {out}, kernel={kernel}, dtype={self.weight.dtype}, paths={self.paths}"
 
 
 def _wait_for(device: torch.device) -> None:

@@ -1,0 +1,344 @@
+"""The dense form of a plan: norms folded, neurons fused with the shortcut, pooling or mask beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import steps
+from ..neuron import LIF
+from ..ops import dense as kernels
+from .passes import SPIKES, changes_in_place, kinds, last_uses, of_samples, over_places
+from .plan import (
+    ADD,
+    CALL,
+    CHECK,
+    FIRE,
+    INPUT,
+    MIX,
+    OUTPUT,
+    POOL,
+    PRESENT,
+    PROJECT,
+    Mixing,
+    Node,
+    Plan,
+    convolution,
+    filled,
+    fold,
+    is_neuron,
+    leaves,
+)
+from .product import Geometry, Product
+
+_PASS_BYTES = 48 << 20
+
+
+class Firing(nn.Module):
+    """A layer of neurons; `compile` says whether its steps are compiled (see `ops.dense`)."""
+
+    def __init__(self, neuron: LIF, dtype: torch.dtype, compile: bool) -> None:
+        super().__init__()
+        self.compiled = compile
+        self.register_buffer("inv_tau", torch.as_tensor(neuron.inv_tau, dtype=dtype).detach().clone())
+        self.inv_tau: Tensor
+        self.constants = (neuron.threshold, neuron.reset_mechanism, neuron.strict)
+
+    @property
+    def neuron(self) -> kernels.Neuron:
+        """As the ops take it."""
+        return kernels.Neuron(self.inv_tau, *self.constants)
+
+
+class Membrane:
+    """Real values `[T, B, H, W, C]`: one tensor, or a shortcut and what is added to it, which nobody has added yet."""
+
+    def __init__(self, *terms: Tensor) -> None:
+        self.terms = terms
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.terms[0].shape
+
+    def real(self, dtype: torch.dtype | None = None) -> Tensor:
+        if len(self.terms) > 1:
+            self.terms = (self.terms[0] + self.terms[1],)
+        return self.terms[0] if dtype is None else self.terms[0].to(dtype)
+
+
+class Spiking:
+    """Spikes `[T, B, H, W, C]` that fire when a layer takes them, in the dtype that it wants."""
+
+    def __init__(self, shape: torch.Size, fired: Callable[[torch.dtype], Tensor], source: Any = None) -> None:
+        self.shape, self.fired, self.source = shape, fired, source
+        self.made: Tensor | None = None
+
+    def real(self, dtype: torch.dtype | None = None) -> Tensor:
+        if self.made is None:
+            self.made = self.fired(dtype or torch.float32)
+            self.source = None
+        return self.made if dtype is None else self.made.to(dtype)
+
+
+Frames = Membrane | Spiking
+
+
+class Dense(nn.Module):
+    """What `optimize_for_inference` makes of any network: input and output are the network's in eval mode.
+
+    There is no training mode; gradients do not flow.
+    """
+
+    streams = False
+    rebuilt = True
+    """Layers are computed together: there is nothing for a hook to see."""
+
+    def __init__(self, plan: Plan, dtype: torch.dtype = torch.float32, compile: bool = True, paths: str = "auto"):
+        super().__init__()
+        self.plan, self.dtype, self.compiled = plan, dtype, compile
+        self.real_dtype = torch.promote_types(dtype, torch.float32)
+        self.in_place = changes_in_place(plan)
+        self.leaves = nn.ModuleList()
+        self.forms: dict[Node, Any] = {}
+        self.kinds = kinds(plan)
+        for node in plan.nodes:
+            self.forms[node] = self._form(node, paths)
+        self.together = [] if self.in_place else of_samples(plan)
+        self.apart = [node for node in plan.nodes if node not in set(self.together)]
+        crossing = {given for node in self.apart for given in node.inputs()}
+        self.crossing = {node: None for node in self.together if node in crossing}
+        self.last = last_uses(plan)
+        self.inputs = [node for node in plan.nodes if node.op == INPUT]
+        super().train(False)
+
+    def _form(self, node: Node, paths: str) -> Any:
+        form: nn.Module | None = None
+        if node.op == PROJECT:
+            form = self._product([node.target], node, paths)
+        elif node.op == FIRE and is_neuron(node.target):
+            form = Firing(node.target, self.real_dtype, self.compiled)
+        elif node.op == MIX and hasattr(node.target.mixer, "dense") and _known(node.target):
+            product = self._product(node.target.units, node, paths)
+            neurons = [*node.target.neurons, node.target.mixer.neuron]
+            if product is not None:
+                layers = nn.ModuleList(Firing(neuron, self.real_dtype, self.compiled) for neuron in neurons)
+                form = nn.ModuleList([product, *layers])
+        if form is None:
+            self.leaves.extend(leaves(node.target))
+        else:
+            self.leaves.append(form)
+            # The weights are in the form: the frozen copy of the network need not stay in memory beside it.
+            if node.op == PROJECT:
+                node.target = None
+            elif node.op == MIX:
+                node.target = Mixing((), (), node.target.mixer)
+        return form
+
+    def _product(self, units: Any, node: Node, paths: str) -> Product | None:
+        found = [convolution(unit) for unit in units]
+        known = [one for one in found if one is not None]
+        geometries = {(Geometry.of(conv), conv.weight.shape) for conv, _ in known}
+        if len(known) != len(found) or len(geometries) > 1:
+            return None
+        weights, biases = zip(*(fold(conv, norm) for conv, norm in known), strict=True)
+        bias = torch.cat(biases).to(self.real_dtype)
+        product = Product(
+            torch.cat(weights).to(self.real_dtype),
+            bias,
+            Geometry.of(known[0][0]),
+            dtype=self.dtype,
+            spikes=self.kinds[node.inputs()[0]] == SPIKES,
+        )
+        if paths != "auto":
+            product.paths = [paths if paths in product.paths else "convolution"]
+        return product
+
+    def forward(self, *inputs: Tensor) -> Any:
+        if len(inputs) != len(self.inputs):
+            raise TypeError(f"expected {len(self.inputs)} input(s), got {len(inputs)}; options keep their defaults")
+        for x in inputs:
+            if isinstance(x, Tensor) and not x.is_floating_point():
+                raise TypeError(f"images and frames must be floating-point tensors, got {x.dtype}")
+        # Tensors are ordinary ones even inside inference_mode: nothing compiles twice, and the result can go anywhere.
+        with torch.inference_mode(False), torch.no_grad():
+            values: dict[Node, Any] = dict(zip(self.inputs, inputs, strict=True))
+            if self.together:
+                self._together(values)
+            for node in self.apart:
+                if node.op == OUTPUT:
+                    return filled(node.args[0], lambda given: self._plain(values[given]))
+                if node.op != INPUT:
+                    self._run(node, values)
+        raise AssertionError("a plan ends with its output")
+
+    def _together(self, values: dict[Node, Any]) -> None:
+        """Computes what treats samples one by one, a few of them at a time."""
+        starts = [node for node in self.together if node.op in (PRESENT, INPUT)]
+        first: dict[Node, Any] = {}
+        for node in starts:
+            if node.op == PRESENT:
+                self._run(node, values)
+            first[node] = values[node]
+        rest = [node for node in self.together if node not in first]
+        results: list[dict[Node, Any]] = []
+        for part in self._parts([first[node] for node in starts if isinstance(first[node], Tensor)]):
+            some = {node: value[:, part] for node, value in first.items() if value.ndim > 1}
+            for node in rest:
+                if any(given in some for given in node.inputs()):
+                    self._run(node, some)
+            results.append({node: self._plain(some[node]) for node in self.crossing if node in some})
+        for node in self.crossing:
+            parts = [result[node] for result in results]
+            values[node] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _parts(self, starts: list[Tensor]) -> list[slice]:
+        """How a batch is cut: on a CPU a few images stay in its caches and in reused memory."""
+        x = next((x for x in starts if x.ndim == 5), None)
+        products = [form for form in self.forms.values() if isinstance(form, Product)]
+        if x is None or x.device.type != "cpu" or not products:
+            return [slice(None)]
+        image_bytes = 4 * len(x) * x.shape[-2:].numel() * len(products[0].bias)
+        images = x.shape[1]
+        passes = math.ceil(images / max(1, _PASS_BYTES // image_bytes))
+        size = math.ceil(images / passes)
+        return [slice(first, first + size) for first in range(0, images, size)]
+
+    def _run(self, node: Node, values: dict[Node, Any]) -> None:
+        given = [values[one] for one in node.inputs()]
+        result = _RULES[node.op](self, node, given, values)
+        values[node] = self._plain(result) if self.in_place else result
+        for one in node.inputs():
+            if self.last.get(one) is node and one in values and one not in self.crossing:
+                del values[one]
+
+    # ---- what a node gives
+
+    def _present(self, node: Node, given: list[Any], values: dict[Node, Any]) -> Any:
+        return self._call(node, given, values)
+
+    def _check(self, node: Node, given: list[Any], values: dict[Node, Any]) -> None:
+        if isinstance(given[0], Tensor):
+            node.target(*filled(node.args, values.__getitem__), **node.kwargs)
+
+    def _project(self, node: Node, given: list[Any], values: dict[Node, Any]) -> Any:
+        product = self.forms[node]
+        frames = self._frames(given[0])
+        if product is None or frames is None:
+            return steps.project(node.target, self._plain(given[0]))
+        return self._multiplied(product, frames)
+
+    def _multiplied(self, product: Product, frames: Frames) -> Membrane:
+        time_steps, *_ = frames.shape
+        once = isinstance(frames, Membrane) and len(frames.terms) == 1 and _shown_once(frames.terms[0])
+        shape = torch.Size(((1 if once else time_steps) * frames.shape[1], *frames.shape[2:]))
+        x = frames.real(product.input_dtype(shape))
+        x = x[:1] if once else x
+        y = product(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return Membrane(y.expand(time_steps, *y.shape[1:]) if once else y)
+
+    def _fire(self, node: Node, given: list[Any], values: dict[Node, Any]) -> Any:
+        firing, frames = self.forms[node], self._frames(given[0])
+        if firing is None or frames is None:
+            return node.target(self._plain(given[0]))
+        membrane = frames if isinstance(frames, Membrane) else Membrane(frames.real(self.real_dtype))
+
+        def fired(dtype: torch.dtype) -> Tensor:
+            options = {"compiled": firing.compiled}
+            if len(membrane.terms) == 1:
+                return kernels.fire(membrane.terms[0], firing.neuron, dtype, **options)[1]
+            u, change = membrane.terms
+            total, spikes = kernels.fire(change, firing.neuron, dtype, shortcut=u, **options)
+            membrane.terms = (total,)
+            return spikes
+
+        return Spiking(membrane.shape, fired, (membrane, firing))
+
+    def _pool(self, node: Node, given: list[Any], values: dict[Node, Any]) -> Any:
+        layer, x = node.target, given[0]
+        frames = self._frames(x)
+        if frames is None or len(frames.shape) != 5:
+            return steps.pool(layer, self._plain(x))
+        if not (steps.is_plain(layer, nn.MaxPool2d) and steps.halves(layer)):
+            real = frames.real(self.real_dtype)
+            pooled = layer(real.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            return Membrane(pooled.unflatten(0, real.shape[:2]))
+        steps_, batch, height, width, channels = frames.shape
+        shape = torch.Size((steps_, batch, (height + 1) // 2, (width + 1) // 2, channels))
+        if isinstance(frames, Spiking):
+            source = frames.source
+            if source is not None and frames.made is None and len(source[0].terms) == 1:
+                (u,), firing = source[0].terms, source[1]
+                fired = lambda dtype: kernels.fire_and_pool(u, firing.neuron, dtype, compiled=firing.compiled)  # noqa: E731
+                return Spiking(shape, fired)
+            return Spiking(shape, lambda dtype: kernels.pool(frames.real(self.real_dtype)).to(dtype))
+        return Membrane(kernels.pool(frames.real()).to(self.real_dtype))
+
+    def _mix(self, node: Node, given: list[Any], values: dict[Node, Any]) -> Any:
+        mixing, form, frames = node.target, self.forms[node], self._frames(given[0])
+        if form is None or frames is None:
+            return steps.project_and_mix(mixing.units, mixing.neurons, mixing.mixer, self._plain(given[0]))
+        qkv = self._multiplied(form[0], frames).real()
+        neurons = [firing.neuron for firing in form[1:]]
+        shape = torch.Size((*qkv.shape[:-1], qkv.shape[-1] // 3))
+        return Spiking(shape, lambda dtype: mixing.mixer.dense(qkv, neurons, dtype, compiled=self.compiled))
+
+    def _add(self, node: Node, given: list[Any], values: dict[Node, Any]) -> Any:
+        a, b = filled(node.args, values.__getitem__)
+        if isinstance(a, Membrane | Spiking) and isinstance(b, Membrane | Spiking) and a.shape == b.shape:
+            change = b.real() if isinstance(b, Membrane) else b.real(self.real_dtype)
+            return Membrane(a.real(self.real_dtype), change)
+        return node.target(*(self._plain(part) if isinstance(part, Membrane | Spiking) else part for part in (a, b)))
+
+    def _call(self, node: Node, given: list[Any], values: dict[Node, Any]) -> Any:
+        if node.target == "mean" and len(given) == 1 and isinstance(given[0], Membrane) and over_places(node):
+            means = [part.mean((2, 3), dtype=self.real_dtype) for part in given[0].terms]
+            return means[0] if len(means) == 1 else means[0] + means[1]
+        args, kwargs = filled((node.args, node.kwargs), lambda one: self._plain(values[one]))
+        if isinstance(node.target, str):
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)
+
+    def _plain(self, x: Any) -> Any:
+        """A value as the network's own modules take it: `[T, B, C, H, W]`, without gaps."""
+        return x.real(self.real_dtype).movedim(-1, 2).contiguous() if isinstance(x, Membrane | Spiking) else x
+
+    def _frames(self, x: Any) -> Frames | None:
+        """x as frames with the channels last, if it is `[T, B, C, H, W]`."""
+        if isinstance(x, Membrane | Spiking):
+            return x
+        if not isinstance(x, Tensor) or x.ndim != 5 or 0 in x.shape or not x.is_floating_point():
+            return None
+        shown = x[:1] if _shown_once(x) else x
+        frames = shown.movedim(2, -1).contiguous().to(self.real_dtype)
+        return Membrane(frames.expand(len(x), *frames.shape[1:]))
+
+    def train(self, mode: bool = True) -> Dense:
+        """Raises `RuntimeError` for training mode: norms are folded and gradients do not flow."""
+        if mode:
+            raise RuntimeError("an optimised model only evaluates; train the model it was made from")
+        return self
+
+
+_RULES: dict[str, Callable[[Any, Node, list[Any], dict[Node, Any]], Any]] = {
+    PRESENT: Dense._present,
+    CHECK: Dense._check,
+    PROJECT: Dense._project,
+    FIRE: Dense._fire,
+    MIX: Dense._mix,
+    POOL: Dense._pool,
+    ADD: Dense._add,
+    CALL: Dense._call,
+}
+
+
+def _shown_once(x: Tensor) -> bool:
+    return len(x) > 1 and x.stride(0) == 0
+
+
+def _known(mixing: Mixing) -> bool:
+    leaves = (*mixing.neurons, getattr(mixing.mixer, "neuron", None))
+    return not steps.has_hooks(mixing.mixer) and all(map(is_neuron, leaves))

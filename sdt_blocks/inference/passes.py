@@ -1,0 +1,142 @@
+"""What the executors ask of a plan: pure functions of its nodes."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .. import steps
+from .plan import ADD, CALL, CHECK, FIRE, INPUT, MIX, OUTPUT, POOL, PRESENT, PROJECT, Node, Plan, is_neuron
+
+SPIKES, REAL = "spikes", "real"
+
+# Calls that move values without changing them.
+_MOVES = """flatten unflatten reshape view permute transpose movedim contiguous clone squeeze unsqueeze expand getitem
+select narrow chunk split unbind repeat cat stack detach roll flip"""
+
+
+def kinds(plan: Plan) -> dict[Node, str]:
+    """For every node whether it holds spikes, zeros and ones alone, or real values."""
+    found: dict[Node, str] = {}
+    for node in plan.nodes:
+        of = [found[given] for given in node.inputs()]
+        all_spikes = bool(of) and set(of) == {SPIKES}
+        if node.op == FIRE:
+            spikes = is_neuron(node.target) or emits_spikes(node.target)
+        elif node.op == MIX:
+            spikes = emits_spikes(node.target.mixer)
+        elif node.op == POOL or (node.op == CALL and isinstance(node.target, nn.MaxPool2d)):
+            spikes = all_spikes and isinstance(node.target, nn.MaxPool2d) and not steps.has_hooks(node.target)
+        elif node.op == CALL and isinstance(node.target, nn.Module):
+            spikes = emits_spikes(node.target)
+        elif node.op == CALL:
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+            spikes = all_spikes and (name in _MOVES.split() or node.target in (operator.mul, torch.mul))
+        else:
+            spikes = False
+        found[node] = SPIKES if spikes else REAL
+    return found
+
+
+def emits_spikes(leaf: Any) -> bool:
+    """Whether a leaf says that it emits zeros and ones, and nobody changes what it emits."""
+    return getattr(leaf, "emits", None) == "spikes" and not steps.has_hooks(leaf)
+
+
+class Epilogue(NamedTuple):
+    """What becomes of a product at once: the shortcut it is added to, and the neuron on the sum."""
+
+    total: Node
+    """The sum with the shortcut, or the product itself."""
+    residual: Node | None
+    fire: Node | None
+    """The one neuron on the sum."""
+    keep: bool
+    """Whether anything but that neuron takes the sum."""
+
+
+def epilogues(plan: Plan) -> dict[Node, Epilogue]:
+    """For every product what follows it, whoever's block it stands in."""
+    users, place = plan.users(), {node: i for i, node in enumerate(plan.nodes)}
+    found = {}
+    for node in plan.nodes:
+        if node.op != PROJECT:
+            continue
+        total, residual = node, None
+        followers = _values(users[node])
+        if len(followers) == 1 and followers[0].op == ADD and followers[0].args[1] is node:
+            before = followers[0].args[0]
+            if isinstance(before, Node) and before is not node and place[before] < place[node]:
+                total, residual = followers[0], before
+        takers = _values(users[total])
+        fires = [taker for taker in takers if taker.op == FIRE and is_neuron(taker.target)]
+        fire = fires[0] if len(fires) == 1 else None
+        found[node] = Epilogue(total, residual, fire, keep=fire is None or len(takers) > 1)
+    return found
+
+
+def _values(nodes: list[Node]) -> list[Node]:
+    return [node for node in nodes if node.op != CHECK]
+
+
+def last_uses(plan: Plan) -> dict[Node, Node]:
+    """For every node the last one that takes its value."""
+    return {given: node for node in plan.nodes for given in node.inputs()}
+
+
+def of_samples(plan: Plan) -> list[Node]:
+    """The nodes that treat every sample `[:, b]` of `[T, B, ...]` by itself, whose batch may be cut into parts."""
+    users = plan.users()
+    found: dict[Node, None] = {}
+    for node in plan.nodes:
+        given = node.inputs()
+        if node.op == INPUT:
+            takers = users[node]
+            own = bool(takers) and all(taker.op in (PROJECT, FIRE, MIX, POOL, CHECK) for taker in takers)
+        elif node.op == PRESENT:
+            own = True
+        elif node.op == FIRE:
+            own = is_neuron(node.target) and given[0] in found
+        elif node.op in (PROJECT, POOL, ADD, CHECK):
+            plain = not isinstance(node.target, nn.Module) or _independent(node.target)
+            own = plain and bool(given) and all(one in found for one in given)
+        elif node.op == MIX:
+            mixing = node.target
+            parts = (*mixing.units, *mixing.neurons, mixing.mixer)
+            own = given[0] in found and all(map(_independent, parts))
+        elif node.op == CALL and isinstance(node.target, nn.Linear):
+            own = given[0] in found and not steps.has_hooks(node.target)
+        else:
+            own = node.op == CALL and node.target == "mean" and over_places(node) and given[0] in found
+        if own and node.op != OUTPUT:
+            found[node] = None
+    return list(found)
+
+
+def _independent(leaf: nn.Module) -> bool:
+    """Whether a leaf of the kit or of torch treats each frame by itself in eval mode."""
+    known = isinstance(leaf, steps.Unit | nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) or is_neuron(leaf)
+    return (known or emits_spikes(leaf)) and not steps.has_hooks(leaf)
+
+
+def over_places(node: Node) -> bool:
+    """Whether a mean is taken over height and width alone."""
+    axes = node.args[1] if len(node.args) == 2 else None
+    return not node.kwargs and isinstance(axes, list | tuple) and sorted(axes) in ([-2, -1], [3, 4])
+
+
+def changes_in_place(plan: Plan) -> bool:
+    """Whether a call writes into a value that others take too."""
+    users = plan.users()
+    for node in plan.nodes:
+        if node.op != CALL:
+            continue
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        writes = (name.endswith("_") and not name.endswith("__")) or getattr(node.target, "inplace", False)
+        writes = writes or name in ("setitem", "iadd", "imul", "isub", "itruediv") or "out" in node.kwargs
+        if writes and any(len(users[given]) > 1 for given in node.inputs()):
+            return True
+    return False

@@ -1,0 +1,359 @@
+"""What a network computes, as one list of nodes: a coarse trace of `forward` at the altitude of the steps.
+
+Units, neurons, mixers and torch's own layers are leaves, which a node keeps whole; blocks, containers and a user's own
+modules are looked through. A module whose forward cannot be traced (it branches on a tensor, or asks for a shape in
+Python) becomes one opaque node, and one warning names it; all else keeps its forms.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+
+from .. import steps
+from ..stream import Streamed
+
+INPUT, PRESENT, CHECK, PROJECT, FIRE, MIX, POOL, ADD, CALL, OUTPUT = (
+    "input",
+    "present",
+    "check",
+    "project",
+    "fire",
+    "mix",
+    "pool",
+    "add",
+    "call",
+    "output",
+)
+
+
+@dataclass(eq=False)
+class Node:
+    """One value of a plan and how it comes about.
+
+    `op` is one of the names above. `target` is the leaf (a unit, a neuron, a pooling, a `Mixing`), or what is called:
+    a module, a function or the name of a method. `args` and `kwargs` hold nodes and constants, nested as the call has
+    them. `name` is that of the leaf in the model, or of the call.
+    """
+
+    name: str
+    op: str
+    target: Any = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def inputs(self) -> list[Node]:
+        """The nodes among the arguments."""
+        return list(_nodes((self.args, self.kwargs)))
+
+    def __repr__(self) -> str:
+        return f"{self.name} = {self.op}({', '.join(node.name for node in self.inputs())})"
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """q, k and v of an attention and what mixes them: units and neurons in the mixer's order, and the unit's names."""
+
+    units: tuple[Any, ...]
+    neurons: tuple[Any, ...]
+    mixer: Any
+
+
+@dataclass
+class Plan:
+    """The nodes of a network in their order; their targets are leaves of a frozen copy of it."""
+
+    nodes: list[Node]
+
+    def users(self) -> dict[Node, list[Node]]:
+        """For every node those that take its value."""
+        found: dict[Node, list[Node]] = {node: [] for node in self.nodes}
+        for node in self.nodes:
+            for given in dict.fromkeys(node.inputs()):
+                found[given].append(node)
+        return found
+
+    def __str__(self) -> str:
+        return "\n".join(map(repr, self.nodes))
+
+
+def plan(model: nn.Module) -> Plan:
+    """The plan of a frozen copy of the model in eval mode, as a function of its required inputs.
+
+    Raises `TypeError` for what is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    opaque: dict[str, str] = {}
+    while True:
+        root = _Root(copy.deepcopy(model).eval().requires_grad_(False))
+        tracer = _Tracer(opaque)
+        random = torch.get_rng_state()
+        try:
+            graph = tracer.trace(root)
+        except Exception as error:
+            opaque[tracer.failed or _NETWORK] = _first_line(error)
+            continue
+        stateful = [name for name, module in root.named_modules() if _holds_proxies(module)]
+        if not torch.equal(random, torch.get_rng_state()):
+            torch.set_rng_state(random)
+            opaque[_NETWORK] = "it draws random numbers"
+        elif stateful:
+            opaque[stateful[-1]] = "it keeps a state in its attributes"
+        else:
+            break
+    opaque |= tracer.watched
+    if opaque:
+        told = "; ".join(f"{_short(name) or type(model).__name__} ({why})" for name, why in opaque.items())
+        warnings.warn(f"kept as it is, since only its own forward can compute it: {told}", stacklevel=4)
+    return Plan(list(_Lowering(root).nodes_of(graph)))
+
+
+_NETWORK = "network"
+
+
+class _Root(nn.Module):
+    """The network as a function of its required inputs: what is optional keeps its default."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        parameters = inspect.signature(network.forward).parameters.values()
+        required = [
+            p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        self.__class__ = _Two if len(required) == 2 else _Root
+
+    def forward(self, x: Any) -> Any:
+        return self.network(x)
+
+
+class _Two(_Root):
+    def forward(self, x: Any, y: Any) -> Any:  # type: ignore[override]
+        return self.network(x, y)
+
+
+def _holds_proxies(module: nn.Module) -> bool:
+    """Whether tracing has left a traced value in the module's attributes."""
+    values = (*vars(module).values(), *module._buffers.values())
+    return any(isinstance(value, fx.Proxy) for value in values)
+
+
+def _short(name: str) -> str:
+    return name.removeprefix(_NETWORK).removeprefix(".")
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, opaque: dict[str, str]) -> None:
+        super().__init__()
+        self.opaque = opaque
+        self.failed: str | None = None
+        self.watched: dict[str, str] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        leaf = module_qualified_name in self.opaque or is_leaf(m)
+        if any(map(steps.has_hooks, m.modules() if leaf else (m,))):
+            self.watched[module_qualified_name] = "it has hooks"
+            return True
+        return leaf
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed is None:
+                self.failed = self.path_of_module(m)
+            raise
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, nn.Module):
+            path = self.path_of_module(a)
+            # A step's leaf is none of the tracer's own calls.
+            self.is_leaf_module(a, path)
+            return self.create_node("get_attr", path, (), {})
+        return super().create_arg(a)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is kept whole by what it is: torch's own layers, units, neurons, mixers."""
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    of_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(module, containers)
+    return of_torch or isinstance(module, steps.Unit | Streamed) or hasattr(module, "emits")
+
+
+class Constant(nn.Module):
+    """A tensor that the network holds by itself, such as a position embedding."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value.detach())
+        self.value: Tensor
+
+    def forward(self) -> Tensor:
+        return self.value
+
+
+class _Lowering:
+    """From the nodes of `torch.fx` to those of a plan: steps taken apart, what does nothing in eval mode left out."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.values: dict[fx.Node, Any] = {}
+
+    def nodes_of(self, graph: fx.Graph) -> Iterator[Node]:
+        for node in graph.nodes:
+            made = list(self._lower(node))
+            if made:
+                self.values[node] = made[-1]
+            yield from made
+
+    def _lower(self, node: fx.Node) -> Iterator[Node]:
+        args: Any = map_arg(node.args, self.values.__getitem__)
+        kwargs: Any = map_arg(node.kwargs, self.values.__getitem__)
+        if node.op == "placeholder":
+            yield Node(str(node.target), INPUT)
+        elif node.op == "get_attr":
+            value = _attribute(self.network, str(node.target))
+            if not isinstance(value, Tensor):
+                self.values[node] = value
+            else:
+                yield Node(_short(str(node.target)), CALL, Constant(value))
+        elif node.op == "output":
+            yield Node("output", OUTPUT, args=args)
+        elif node.op == "call_module":
+            yield from self._module(node, self.network.get_submodule(str(node.target)), args, kwargs)
+        elif node.op == "call_function" and node.target in _STEPS:
+            yield from self._step(node, _STEPS[node.target], args, kwargs)
+        elif node.op == "call_function" and node.target in (operator.add, torch.add) and not kwargs:
+            yield Node(node.name, ADD, operator.add, args)
+        else:
+            yield Node(node.name, CALL, node.target, args, kwargs)
+
+    def _module(self, node: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> Iterator[Node]:
+        name = _short(str(node.target))
+        if isinstance(module, nn.Identity | nn.Dropout | nn.Dropout2d | nn.Dropout3d) and not steps.has_hooks(module):
+            self.values[node] = args[0]
+        elif is_neuron(module) and not kwargs and len(args) == 1:
+            yield Node(name, FIRE, module, args)
+        else:
+            yield Node(name, CALL, module, args, kwargs)
+
+    def _step(self, node: fx.Node, op: str, args: Any, kwargs: Any) -> Iterator[Node]:
+        names = [_short(str(part.target)) for part in node.all_input_nodes if part.op == "get_attr"]
+        if op == "project_and_fire":
+            unit, neuron, x = args
+            change = Node(names[0], PROJECT, unit, (x,))
+            yield change
+            yield Node(names[1], FIRE, neuron, (change,))
+        elif op == MIX:
+            units, neurons, mixer, x = args
+            yield Node(names[-1], MIX, Mixing(tuple(units), tuple(neurons), mixer), (x,))
+        elif op == POOL and isinstance(args[0], nn.Identity) and not steps.has_hooks(args[0]):
+            self.values[node] = args[1]
+        elif op in (PROJECT, FIRE, POOL):
+            yield Node(names[0], op, args[0], args[1:])
+        elif op == ADD:
+            yield Node(node.name, ADD, steps.shortcut, args[:2])
+        else:
+            yield Node(node.name, op, node.target, args, kwargs)
+
+
+_STEPS: dict[Any, str] = {
+    steps.present: PRESENT,
+    steps.check_sequence: CHECK,
+    steps.project: PROJECT,
+    steps.fire: FIRE,
+    steps.project_and_fire: "project_and_fire",
+    steps.project_and_mix: MIX,
+    steps.pool: POOL,
+    steps.shortcut: ADD,
+}
+
+
+# ---- what leaves are
+
+
+def is_neuron(module: Any) -> bool:
+    """Whether a leaf is a neuron whose steps the executors know."""
+    return isinstance(module, nn.Module) and steps.is_neuron(module)
+
+
+def leaves(target: Any) -> list[nn.Module]:
+    """The modules that a node's target is made of."""
+    parts = (*target.units, *target.neurons, target.mixer) if isinstance(target, Mixing) else (target,)
+    return [part for part in parts if isinstance(part, nn.Module)]
+
+
+def convolution(unit: Any) -> tuple[nn.Conv2d, nn.BatchNorm2d | None] | None:
+    """The convolution of a unit, or of a bare `nn.Conv2d`, and its norm; `None` where a unit has to run as it is."""
+    if isinstance(unit, nn.Conv2d):
+        conv, norm = unit, None
+    elif steps.is_unit(unit) and not any(map(steps.has_hooks, unit.modules())):
+        conv, norm = unit.kernel(), unit.norm
+    else:
+        return None
+    norm = None if isinstance(norm, nn.Identity) else norm
+    plain_norm = norm is None or (steps.is_plain(norm, nn.BatchNorm2d) and norm.running_var is not None)
+    if conv is None or not plain_norm or not steps.is_plain(conv, nn.Conv2d):
+        return None
+    return (conv, norm) if conv.padding_mode == "zeros" and not isinstance(conv.padding, str) else None
+
+
+def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of `norm(conv(x))` in float64."""
+    bias = torch.zeros(conv.out_channels).double() if conv.bias is None else conv.bias.double()
+    if norm is None:
+        return conv.weight.double(), bias.to(conv.weight.device)
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    bias = (bias.to(scale.device) - norm.running_mean.double()) * scale
+    bias = bias if norm.bias is None else bias + norm.bias.double()
+    return conv.weight.double() * scale.view(-1, 1, 1, 1), bias
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+def _nodes(nested: Any) -> Iterator[Node]:
+    if isinstance(nested, Node):
+        yield nested
+    elif isinstance(nested, dict):
+        for value in nested.values():
+            yield from _nodes(value)
+    elif isinstance(nested, list | tuple):
+        for value in nested:
+            yield from _nodes(value)
+    elif isinstance(nested, slice):
+        yield from _nodes((nested.start, nested.stop, nested.step))
+
+
+def filled(nested: Any, value: Callable[[Node], Any]) -> Any:
+    """The arguments of a node with values in the place of nodes."""
+    if isinstance(nested, Node):
+        return value(nested)
+    if isinstance(nested, dict):
+        return {key: filled(part, value) for key, part in nested.items()}
+    if isinstance(nested, list | tuple):
+        parts = [filled(part, value) for part in nested]
+        return type(nested)(*parts) if hasattr(nested, "_fields") else type(nested)(parts)
+    if isinstance(nested, slice):
+        return slice(*(filled(part, value) for part in (nested.start, nested.stop, nested.step)))
+    return nested
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,268 @@
+"""Plans of any network: what is traced, what is kept as it is, and the same answers in every form."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from functools import partial
+
+import pytest
+import snntorch
+import torch
+from torch import Tensor, nn
+
+from sdt_blocks import (
+    LIF,
+    MembraneShortcut,
+    ParametricLIF,
+    SpikeDrivenSelfAttention,
+    SpikeDrivenTransformer,
+    SpikingMLP,
+    SpikingPatchSplitting,
+    calibrate_norms,
+    optimize_for_inference,
+    over_time,
+)
+from sdt_blocks.blocks import ConvNorm
+from sdt_blocks.inference import Dense, Events, plan
+from sdt_blocks.steps import fire, pool, project, project_and_fire, shortcut
+
+
+class TimeFirst(nn.Module):
+    """A network of one's own, mixed from the kit's blocks; its input is `[T, B, C, H, W]`."""
+
+    def __init__(self, dim: int = 32, head: int = 3) -> None:
+        super().__init__()
+        self.patch = SpikingPatchSplitting(dim, in_channels=1, pooling="0001", neuron=ParametricLIF)
+        self.blocks = nn.Sequential(
+            MembraneShortcut(SpikingMLP(dim)),
+            MembraneShortcut(SpikeDrivenSelfAttention(dim, num_heads=4, neuron=ParametricLIF), drop_path=0.1),
+        )
+        self.fire = LIF(tau=1.5, reset="subtract", surrogate="atan")
+        self.head = nn.Linear(dim, head)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        membrane = self.blocks(self.patch(x)).mean((-2, -1))
+        logits = self.head(self.fire(membrane)).mean(0)
+        return logits if scale is None else logits * scale
+
+
+class SoftmaxAttention(nn.Module):
+    """A foreign attention, whose arithmetic is plain PyTorch."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.neuron, self.qkv = LIF(), nn.Linear(dim, 3 * dim)
+
+    def forward(self, membrane: Tensor) -> Tensor:
+        tokens = self.neuron(membrane).flatten(3).transpose(-1, -2)
+        q, k, v = self.qkv(tokens).chunk(3, dim=-1)
+        mixed = ((q @ k.transpose(-1, -2)) * 0.1).softmax(-1) @ v
+        return mixed.transpose(-1, -2).reshape(membrane.shape)
+
+
+class Convolutional(nn.Module):
+    """A plain convolutional network of snnTorch's neurons, time steps folded into the batch for the layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 12, 5), nn.Conv2d(12, 24, 3, stride=2)
+        self.norm = nn.BatchNorm2d(24)
+        self.fire1, self.fire2 = (over_time(snntorch.Leaky(beta=0.8)) for _ in range(2))
+        self.pool, self.head = nn.MaxPool2d(2), nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spikes = pool(self.pool, fire(self.fire1, project(self.conv1, x)))
+        frames = self.norm(self.conv2(spikes.flatten(0, 1)))
+        spikes = self.fire2(frames.unflatten(0, x.shape[:2]))
+        return self.head(spikes.mean((-2, -1))).mean(0)
+
+
+class SpikeResidual(nn.Module):
+    """Spikes added to spikes are counts, which no product may take for spikes."""
+
+    def __init__(self, dim: int = 16) -> None:
+        super().__init__()
+        self.first, self.second, self.down = ConvNorm(2, dim, 3), ConvNorm(dim, dim), ConvNorm(dim, dim, 3, stride=2)
+        self.wide = ConvNorm(dim, dim, 7, groups=dim)
+        self.fire1, self.fire2, self.fire3, self.fire4 = (LIF(tau=1.3) for _ in range(4))
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, dim).view(dim, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        spikes = project_and_fire(self.first, self.fire1, x)
+        counts = spikes + project_and_fire(self.second, self.fire2, spikes)
+        membrane = project(self.down, counts) * self.scale
+        spikes = fire(self.fire3, membrane)
+        return fire(self.fire4, shortcut(membrane, project(self.wide, spikes))).mean((0, -2, -1))
+
+
+class Branching(nn.Module):
+    def forward(self, membrane: Tensor) -> Tensor:
+        return membrane + 0.1 if membrane.mean() > -5 else membrane
+
+
+def v1(attention: bool = False) -> nn.Module:
+    model = SpikeDrivenTransformer(depth=2, dim=32, num_heads=4, num_classes=5, pooling="0011")
+    if attention:
+        model.blocks[0].attention.branch = SoftmaxAttention(32)
+    return model
+
+
+def opaque() -> nn.Module:
+    network = TimeFirst()
+    network.blocks.insert(1, Branching())
+    return network
+
+
+NETWORKS = {
+    "v1": (v1, (6, 3, 16, 16)),
+    "v1, foreign attention": (partial(v1, True), (6, 3, 16, 16)),
+    "time first": (TimeFirst, (4, 6, 1, 12, 12)),
+    "opaque part": (opaque, (4, 6, 1, 12, 12)),
+    "snnTorch": (Convolutional, (5, 6, 1, 16, 16)),
+    "counts, strides, groups": (SpikeResidual, (4, 6, 2, 11, 9)),
+}
+
+
+def lively(name: str) -> tuple[nn.Module, Tensor]:
+    """A network whose samples get different answers, and its input."""
+    make, shape = NETWORKS[name]
+    torch.manual_seed(3)
+    model, x = (
+        make(),
+        torch.rand(*shape) * torch.linspace(0.3, 2, 6).view(1, -1, *[1] * (len(shape) - 2))[:, : shape[1]],
+    )
+    x = torch.rand(shape)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.6, 1.4)
+            nn.init.normal_(module.bias, 0.4, 0.2)
+    calibrate_norms(model, [x])
+    return model.eval(), x
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_every_form_answers_as_the_network(name: str) -> None:
+    model, x = lively(name)
+    expected = model(x)
+    assert (expected[0] - expected[1]).abs().max() > 1e-3
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        forms = {
+            "dense": Dense(plan(model), compile=False),
+            "compiled": Dense(plan(model)),
+            "pinned": optimize_for_inference(model, paths="convolution"),
+            "events": Events(plan(model)),
+        }
+    for form, fast in forms.items():
+        torch.testing.assert_close(fast(x), expected, atol=1e-5, rtol=1e-5, msg=form)
+    # The kernels know no 5x5 and no stride; snnTorch's network has nothing else.
+    assert (len(list(forms["events"].products())) > 0) == (name != "snnTorch")
+
+
+@pytest.mark.filterwarnings("ignore:kept as it is")
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "snnTorch"])  # its neurons know no float64
+@torch.no_grad()
+def test_float64_is_exact(name: str) -> None:
+    model, x = lively(name)
+    model, x = model.double(), x.double()
+    expected = model(x)
+    assert (expected[0] - expected[1]).abs().max() > 1e-3
+    fast = optimize_for_inference(model, torch.float64)
+    assert (fast(x) - expected).abs().max() <= 1e-12
+
+
+def test_only_what_cannot_be_traced_is_kept_and_named_once() -> None:
+    with pytest.warns(UserWarning) as caught:
+        found = plan(opaque())
+    assert len(caught) == 1 and "blocks.1 (symbolically traced" in str(caught[0].message)
+    assert next(node.name for node in found.nodes if node.op == "call") == "blocks.1"
+    assert sum(node.op in ("project", "mix") for node in found.nodes) == 9
+
+
+class Stateful(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.seen + x.mean()
+        return x + self.seen
+
+
+class Noisy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand(1)
+
+
+class InPlace(nn.Module):
+    """What is written in place is seen by those who took the value before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unit, self.neuron, self.after = ConvNorm(2, 8, 3), LIF(), ConvNorm(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        membrane = project(self.unit, x)
+        spikes = fire(self.neuron, membrane)
+        membrane.mul_(0.5)
+        return (membrane + project(self.after, spikes)).mean((0, -2, -1))
+
+
+@pytest.mark.parametrize(("make", "why"), [(Stateful, "keeps a state"), (Noisy, "random numbers")])
+def test_state_and_chance_are_not_frozen_into_a_plan(make, why: str) -> None:
+    model = nn.Sequential(ConvNorm(2, 2), make()).eval()
+    with pytest.warns(UserWarning, match=why):
+        fast = optimize_for_inference(model)
+    first, second = fast(torch.ones(1, 2, 3, 3)), fast(torch.ones(1, 2, 3, 3))
+    assert not torch.equal(first, second)
+
+
+@torch.no_grad()
+def test_changes_in_place_are_kept() -> None:
+    torch.manual_seed(0)
+    model, x = InPlace().eval(), torch.rand(3, 4, 2, 6, 6) * 4
+    expected = model(x)
+    assert (expected[0] - expected[1]).abs().max() > 1e-3
+    for fast in (optimize_for_inference(model), optimize_for_inference(model, sparse=True)):
+        torch.testing.assert_close(fast(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_hooks_are_still_called_and_said() -> None:
+    model, x = lively("time first")
+    seen: list[float] = []
+    model.blocks[0].branch.fc1.conv.register_forward_hook(lambda module, args, out: seen.append(out.mean().item()))
+    with pytest.warns(UserWarning, match=r"blocks.0.branch.fc1 \(it has hooks\)"):
+        fast = optimize_for_inference(model)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), atol=1e-5, rtol=1e-5)
+    assert len(seen) == 2
+
+
+def test_options_keep_their_defaults_and_more_inputs_are_refused() -> None:
+    model, x = lively("time first")
+    fast = optimize_for_inference(model)
+    with pytest.raises(TypeError, match=r"expected 1 input\(s\), got 2"):
+        fast(x, torch.ones(3))
+
+
+def test_a_batch_in_parts_is_answered_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sdt_blocks.inference import dense
+
+    model, x = lively("time first")
+    fast = optimize_for_inference(model, compile=False)
+    whole = fast(x)
+    monkeypatch.setattr(dense, "_PASS_BYTES", 1)
+    torch.testing.assert_close(fast(x), whole, atol=1e-6, rtol=1e-6)
+
+
+def test_copies_hold_no_second_set_of_weights() -> None:
+    model, x = lively("v1")
+    fast = optimize_for_inference(model, compile=False)
+    expected = fast(x)
+    assert torch.equal(copy.deepcopy(fast)(x), expected)
+    held = sum(tensor.numel() for tensor in fast.state_dict().values())
+    assert held < 1.1 * sum(parameter.numel() for parameter in model.parameters())
