@@ -23,7 +23,7 @@ from sdt_blocks import (
     optimize_for_inference,
     over_time,
 )
-from sdt_blocks.blocks import ConvNorm
+from sdt_blocks.blocks import ConvNorm, ConvolutionBlock, Downsampling, LinearSpikeAttention
 from sdt_blocks.inference import Dense, Events, plan
 from sdt_blocks.steps import fire, pool, project, project_and_fire, shortcut
 
@@ -96,6 +96,22 @@ class SpikeResidual(nn.Module):
         return fire(self.fire4, shortcut(membrane, project(self.wide, spikes))).mean((0, -2, -1))
 
 
+class Hierarchical(nn.Module):
+    """Meta-SpikeFormer's blocks: strides, depthwise chains, re-parameterised 3x3, linear attention."""
+
+    def __init__(self, dim: int = 16) -> None:
+        super().__init__()
+        self.down1 = Downsampling(2, dim, kernel_size=7, neuron=None)
+        self.convolutions = ConvolutionBlock(dim, hidden=24, neuron=partial(LIF, tau=1.5))
+        self.down2 = Downsampling(dim, 2 * dim)
+        self.attention = MembraneShortcut(LinearSpikeAttention(2 * dim, num_heads=4, neuron=partial(LIF, tau=1.5)))
+        self.fire, self.head = LIF(tau=1.5), nn.Linear(2 * dim, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        membrane = self.down2(self.convolutions(self.down1(x)))
+        return self.head(fire(self.fire, self.attention(membrane)).flatten(3).mean(3)).mean(0)
+
+
 class Branching(nn.Module):
     def forward(self, membrane: Tensor) -> Tensor:
         return membrane + 0.1 if membrane.mean() > -5 else membrane
@@ -120,6 +136,7 @@ NETWORKS = {
     "time first": (TimeFirst, (4, 6, 1, 12, 12)),
     "opaque part": (opaque, (4, 6, 1, 12, 12)),
     "snnTorch": (Convolutional, (5, 6, 1, 16, 16)),
+    "hierarchical": (Hierarchical, (3, 6, 2, 17, 13)),
     "counts, strides, groups": (SpikeResidual, (4, 6, 2, 11, 9)),
 }
 

@@ -121,12 +121,14 @@ class Dense(nn.Module):
             form = self._product([node.target], node, paths)
         elif node.op == FIRE and is_neuron(node.target):
             form = Firing(node.target, self.real_dtype, self.compiled)
-        elif node.op == MIX and hasattr(node.target.mixer, "dense") and _known(node.target):
+        elif node.op == MIX and _known(node.target):
+            # q, k and v are one product; what is behind it one op, where the mixer has a dense form.
             product = self._product(node.target.units, node, paths)
-            neurons = [*node.target.neurons, node.target.mixer.neuron]
+            fused = hasattr(node.target.mixer, "dense")
+            neurons = [*node.target.neurons, *([node.target.mixer.neuron] if fused else [])]
             if product is not None:
                 layers = nn.ModuleList(Firing(neuron, self.real_dtype, self.compiled) for neuron in neurons)
-                form = nn.ModuleList([product, *layers])
+                form = nn.ModuleList([product, *layers, *([] if fused else [node.target.mixer])])
         if form is None:
             self.leaves.extend(leaves(node.target))
         else:
@@ -152,6 +154,7 @@ class Dense(nn.Module):
             Geometry.of(known[0][0]),
             dtype=self.dtype,
             spikes=self.kinds[node.inputs()[0]] == SPIKES,
+            chain=units[0] if len(units) == 1 and _is_chain(units[0]) else None,
         )
         if paths != "auto":
             product.paths = [paths if paths in product.paths else "convolution"]
@@ -282,6 +285,10 @@ class Dense(nn.Module):
         if form is None or frames is None:
             return steps.project_and_mix(mixing.units, mixing.neurons, mixing.mixer, self._plain(given[0]))
         qkv = self._multiplied(form[0], frames).real()
+        if not hasattr(mixing.mixer, "dense"):
+            parts = zip(form[1:-1], qkv.chunk(len(form) - 2, dim=-1), strict=True)
+            fired = [kernels.fire(x.contiguous(), f.neuron, self.real_dtype, compiled=f.compiled)[1] for f, x in parts]
+            return mixing.mixer(*(spikes.movedim(-1, 2).contiguous() for spikes in fired))
         neurons = [firing.neuron for firing in form[1:]]
         shape = torch.Size((*qkv.shape[:-1], qkv.shape[-1] // 3))
         return Spiking(shape, lambda dtype: mixing.mixer.dense(qkv, neurons, dtype, compiled=self.compiled))
@@ -339,6 +346,13 @@ def _shown_once(x: Tensor) -> bool:
     return len(x) > 1 and x.stride(0) == 0
 
 
+def _is_chain(unit: Any) -> bool:
+    """Whether a unit is trained as several layers, which cost less than the one convolution that they are."""
+    return isinstance(unit, steps.Unit) and not isinstance(unit.conv, nn.Conv2d)
+
+
 def _known(mixing: Mixing) -> bool:
-    leaves = (*mixing.neurons, getattr(mixing.mixer, "neuron", None))
-    return not steps.has_hooks(mixing.mixer) and all(map(is_neuron, leaves))
+    """Whether the neurons of q, k and v are the kit's, and that of a mixer with a dense form too."""
+    inside = [getattr(mixing.mixer, "neuron", None)] if hasattr(mixing.mixer, "dense") else []
+    hooked = any(map(steps.has_hooks, mixing.mixer.modules()))
+    return not (hooked and inside) and all(map(is_neuron, (*mixing.neurons, *inside)))

@@ -92,6 +92,9 @@ class Events(nn.Module):
         for node, form in self.forms.items():
             if isinstance(form, EventProduct):
                 yield node.name, form
+            elif isinstance(form, nn.ModuleList):
+                parts: Any = form
+                yield from ((f"{node.name}.{i}", part) for i, part in enumerate(parts))
 
     def _pooled_products(self) -> dict[Node, Node]:
         """Products whose membrane goes nowhere but into a 3x3 maximum of stride 2: that pooling by product."""
@@ -118,8 +121,9 @@ class Events(nn.Module):
             return DenseSums(conv, epilogue)
         if node.op == FIRE and is_neuron(node.target):
             return node.target
-        if node.op == MIX and self.kinds[node.inputs()[0]] == SPIKES and hasattr(node.target.mixer, "packed"):
-            return _packed_mixing(node.target)
+        if node.op == MIX and self.kinds[node.inputs()[0]] == SPIKES:
+            packed = _packed_mixing(node.target) if hasattr(node.target.mixer, "packed") else None
+            return _apart(node.target) if packed is None else packed
         return None
 
     @torch.no_grad()
@@ -206,9 +210,12 @@ class Events(nn.Module):
 
     def _mix(self, node: Node, x: Any) -> Any:
         mixing, form = node.target, self.forms.get(node)
-        if form is not None and isinstance(x, PackedSpikes):
+        if isinstance(form, EventProduct) and isinstance(x, PackedSpikes):
             _, qkv = form(x)
             return mixing.mixer.packed(qkv, form.channels)
+        if form is not None and isinstance(x, PackedSpikes):
+            fired = [product(x)[1].unpack().contiguous() for product in form]
+            return _repacked(mixing.mixer, mixing.mixer(*fired))
         mixed = steps.project_and_mix(mixing.units, mixing.neurons, mixing.mixer, plain(x))
         return _repacked(mixing.mixer, mixed)
 
@@ -409,6 +416,19 @@ def _packed_mixing(mixing: Mixing) -> EventProduct | None:
     }
     rows["inv_tau"] = torch.cat([pad_to_words(leak) for leak in leaks])
     return EventProduct(weights, Epilogue(len(weights), neuron=specs[0], **rows), channels)
+
+
+def _apart(mixing: Mixing) -> nn.ModuleList | None:
+    """q, k and v each as a product with its neuron, for a mixer without a packed form."""
+    found = [convolution(unit) for unit in mixing.units]
+    if not all(one is not None and _by_events(one[0]) for one in found) or not all(map(is_neuron, mixing.neurons)):
+        return None
+    parts = []
+    for one, neuron in zip(found, mixing.neurons, strict=True):
+        assert one is not None
+        conv, norm = one
+        parts.append(EventProduct(conv.weight, _epilogue(norm, neuron, bias=conv.bias, channels=conv.out_channels)))
+    return nn.ModuleList(parts)
 
 
 def _epilogue(

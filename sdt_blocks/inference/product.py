@@ -146,7 +146,25 @@ class Integers(Convolution):
         return total
 
 
-PATHS: dict[str, type[Convolution]] = {"convolution": Convolution, "linear": Linear, "integers": Integers}
+class Chain(Convolution):
+    """The layers that a unit is trained as, where they are fewer multiply-adds than the one convolution."""
+
+    @staticmethod
+    def applies(product: Product) -> bool:
+        return product.chain is not None
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        assert self.product.chain is not None
+        made: Tensor = self.product.chain(frames.permute(0, 3, 1, 2).to(self.product.chain_dtype))
+        return made.permute(0, 2, 3, 1).contiguous().to(self.product.weight.dtype)
+
+
+PATHS: dict[str, type[Convolution]] = {
+    "convolution": Convolution,
+    "linear": Linear,
+    "integers": Integers,
+    "chain": Chain,
+}
 """The ways to compute a product."""
 
 
@@ -154,7 +172,8 @@ class Product(nn.Module):
     """A convolution with its bias on contiguous channels-last frames; without a `geometry` it keeps the frame's size.
 
     Every product of an optimised model goes through here. `path` names the way in `PATHS`; "auto" takes the one that
-    was fastest when a shape was first met. `spikes` says that frames hold zeros and ones alone.
+    was fastest when a shape was first met. `spikes` says that frames hold zeros and ones alone; `chain` computes
+    the same by several layers.
 
     Shapes: frames `[N, H, W, in] -> [N, H', W', out]`, in the dtype that `input_dtype` names.
 
@@ -170,8 +189,10 @@ class Product(nn.Module):
         dtype: torch.dtype = torch.float32,
         spikes: bool = True,
         path: str = "auto",
+        chain: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.chain = chain
         self.spikes = spikes
         self.geometry = geometry or Geometry(padding=tuple(size // 2 for size in weight.shape[2:]))
         self.register_buffer("weight", weight.to(dtype).contiguous(memory_format=torch.channels_last))
@@ -184,6 +205,12 @@ class Product(nn.Module):
         self.paths = possible if path == "auto" else [path]
         self._ways: dict[str, Convolution] = {}
         self._chosen: dict[tuple[int, int], str] = {}
+
+    @property
+    def chain_dtype(self) -> torch.dtype:
+        """The dtype of the chain's own weights."""
+        assert self.chain is not None
+        return next(self.chain.parameters()).dtype
 
     def input_dtype(self, shape: torch.Size) -> torch.dtype:
         """What the neuron in front should emit for frames of the shape `[N, H, W, in]`."""
@@ -199,7 +226,7 @@ class Product(nn.Module):
         size = (shape[:-1].numel().bit_length(), torch.get_num_threads())
         if size not in self._chosen:
             kept = (str(self.weight.device), self.weight.dtype, self.geometry, *self.weight.shape)
-            key = (*self.paths, *kept, *size)
+            key = (*self.paths, *kept, *size, str(self.chain))
             if key not in _fastest:
                 _fastest[key] = self._compare(shape)
             self._chosen[size] = _fastest[key]
