@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassStatScores
 
+from sdt_blocks.stepping import spikes_of
+
 TOP_K = 5
 """Beside top-1, where there are at least twice as many classes."""
 
@@ -115,10 +117,13 @@ def build_metrics(num_classes: int, device: torch.device) -> dict[str, Metric]:
 def with_firing_rate(model: nn.Module, inputs: Tensor) -> tuple[Tensor, float]:
     """The logits, and the mean over all neurons of spikes per time step."""
     counts: list[tuple[Tensor, int]] = []
+
+    def count(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        spikes = spikes_of(output)
+        counts.append((spikes.sum(), spikes.numel()))
+
     hooks = [
-        module.register_forward_hook(lambda _module, _inputs, spikes: counts.append((spikes.sum(), spikes.numel())))
-        for module in model.modules()
-        if isinstance(module, snntorch.SpikingNeuron)
+        module.register_forward_hook(count) for module in model.modules() if isinstance(module, snntorch.SpikingNeuron)
     ]
     try:
         logits = model(inputs)

@@ -73,8 +73,8 @@ class OverTime(nn.Module, Streamed):
     @staticmethod
     def _run(neuron: nn.Module, x: Tensor) -> Tensor:
         if takes_sequence(neuron):
-            return spikes_of(neuron, neuron(x))
-        return torch.stack([spikes_of(neuron, neuron(x_t)) for x_t in x.unbind(0)])
+            return spikes_of(neuron(x))
+        return torch.stack([spikes_of(neuron(x_t)) for x_t in x.unbind(0)])
 
 
 def takes_sequence(neuron: nn.Module) -> bool:
@@ -92,12 +92,13 @@ def remembers(neuron: nn.Module) -> bool:
     return _forget(neuron) is not None
 
 
-def spikes_of(neuron: nn.Module, output: Any) -> Tensor:
+def spikes_of(output: Any, owner: str = "a neuron") -> Tensor:
     """The spikes in a neuron's output, which may come with its state behind them."""
-    spikes = output[0] if isinstance(output, tuple | list) and output else output
-    if not isinstance(spikes, Tensor):
-        raise TypeError(f"a neuron must give a tensor of spikes, {type(neuron).__name__} gave {type(output).__name__}")
-    return spikes
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise TypeError(f"a neuron must give a tensor of spikes, {owner} gave {type(output).__name__}")
 
 
 def _forget(neuron: nn.Module) -> Callable[[], Any] | None:

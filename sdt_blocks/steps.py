@@ -107,7 +107,7 @@ def fire(neuron: nn.Module, membrane: Tensor) -> Tensor:
             f"{name} remembers its last call, and may take one time step where a sequence [T, ...] is given: "
             f"put over_time({name}(...)) in its place"
         )
-    return spikes_of(neuron, neuron(membrane))
+    return spikes_of(neuron(membrane), type(neuron).__name__)
 
 
 @step
@@ -216,7 +216,7 @@ def fused_attention(
     It takes what `normalize_and_fire` takes, in one mode, with nothing to see or do in the modules `between`.
     """
     idle = all(is_plain(module, nn.Identity) for module in between) and is_neuron(neurons[3])
-    fusible = all(_fusible(norm, neuron, part) for norm, neuron, part in zip(norms, neurons, x, strict=False))
+    fusible = all(_fusible(norm, neuron, part) for norm, neuron, part in zip(norms, neurons[:3], x, strict=True))
     modes = {norm.training or norm.running_mean is None for norm in norms}
     streamed = any(getattr(neuron, "carrier", None) is not None for neuron in neurons)
     if not (idle and fusible and len(modes) == 1) or streamed:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..stepping import spikes_of
 from .operators import (
     ADDITIONS,
     BATCH_NORMS,
@@ -23,7 +24,7 @@ from .operators import (
     WEIGHTED,
     operation,
 )
-from .probe import Probe, spikes_of
+from .probe import Probe
 
 ADDS, FIRST, MASKS, FOLDS, SCALES, LEAKS, MULTIPLIES = "AC", "MAC", "mask", "fold", "scale", "leak", "violation"
 

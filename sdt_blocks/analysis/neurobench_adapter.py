@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ..neuron import LIF
-from .probe import evaluating, find_neurons, spikes_of, unwrap
+from ..stepping import spikes_of
+from .probe import evaluating, find_neurons, unwrap
 from .record import trajectory
 
 

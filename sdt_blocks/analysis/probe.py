@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..blocks import SpikeDrivenSelfAttention
 from ..neuron import LIF
+from ..stepping import spikes_of, takes_sequence
 
 Forward = Callable[[nn.Module, Tensor], Any]
 """How one batch goes through the model, where it is not just `model(x)`: a loop over steps outside it, for instance."""
@@ -59,19 +60,6 @@ def find_neurons(model: nn.Module, extra: Sequence[type[nn.Module]] = ()) -> dic
 def find_attention(model: nn.Module) -> dict[str, SpikeDrivenSelfAttention]:
     """The spike-driven self-attention modules by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, SpikeDrivenSelfAttention)}
-
-
-def takes_sequence(neuron: nn.Module) -> bool:
-    """Whether the neuron takes `[T, B, ...]` in one call; a foreign one may say so by `step_mode`, "m" or "s"."""
-    if isinstance(neuron, SpikingNeuron) and not isinstance(neuron, SEQUENCE_NEURONS):
-        return False
-    return getattr(neuron, "step_mode", "m") != "s"
-
-
-def spikes_of(output: Any) -> Tensor:
-    """The spikes in a neuron's output: itself, or the first of a tuple."""
-    spikes: Tensor = output[0] if isinstance(output, tuple | list) else output
-    return spikes
 
 
 class Clock:

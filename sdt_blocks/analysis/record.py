@@ -10,7 +10,8 @@ from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
 from ..neuron import LIF
-from .probe import Forward, Probe, spikes_of
+from ..stepping import spikes_of
+from .probe import Forward, Probe
 
 
 @dataclass

@@ -78,7 +78,7 @@ def _compose(
 ) -> Tensor:
     q, k, v = (
         batch_norm_lif(part, **norm, **neuron, training=training)
-        for part, norm, neuron in zip(x, norms, neurons, strict=False)
+        for part, norm, neuron in zip(x, norms, neurons[:3], strict=True)
     )
     tokens = tuple(range(3, q.ndim))
     mask: Tensor = lif((k * v).sum(tokens, keepdim=True, dtype=state_dtype(q)), **neurons[3])

@@ -27,8 +27,7 @@ def state_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-@dataclass(frozen=True)
-class NeuronSpec:
+class NeuronSpec(NamedTuple):
     """The constants of a layer of neurons; `inv_tau` stands for a time constant that is no tensor."""
 
     threshold: float = 1.0
