@@ -14,6 +14,8 @@ from .calibration import calibrate_norms
 from .example import example_images, example_model
 from .inference import optimize_for_inference
 from .models import (
+    LinearAttentionBlock,
+    MetaSpikeFormer,
     SpikeDrivenBlock,
     SpikeDrivenTransformer,
     convert_released_state_dict,
@@ -33,8 +35,10 @@ __all__ = [
     "LIF",
     "ConvolutionBlock",
     "Downsampling",
+    "LinearAttentionBlock",
     "LinearSpikeAttention",
     "MembraneShortcut",
+    "MetaSpikeFormer",
     "ParametricLIF",
     "SeparableConvolution",
     "SpikeDrivenBlock",

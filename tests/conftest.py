@@ -37,8 +37,19 @@ class Golden:
     def group(self, prefix: str) -> dict[str, Tensor]:
         return {key.split(".", 1)[1]: value for key, value in self.tensors.items() if key.startswith(f"{prefix}.")}
 
-    def model(self, **overrides) -> sdt_blocks.SpikeDrivenTransformer:
+    def model(self, **overrides):
         c = self.config
+        if "embed_dims" in c:
+            options = {
+                "dims": c["embed_dims"],
+                "depths": c["depths"],
+                "num_heads": c["num_heads"],
+                "in_channels": c["in_channels"],
+                "num_classes": c["num_classes"],
+                "time_steps": c["T"],
+                "distillation": c["kd"],
+            }
+            return self._filled(sdt_blocks.MetaSpikeFormer(**{**options, **overrides}))
         options = {
             "depth": c["depth"],
             "dim": c["dim"],
@@ -52,7 +63,9 @@ class Golden:
             "event_pooling": c["dvs_mode"],
             "per_step": c["TET"],
         }
-        model = sdt_blocks.SpikeDrivenTransformer(**{**options, **overrides})
+        return self._filled(sdt_blocks.SpikeDrivenTransformer(**{**options, **overrides}))
+
+    def _filled(self, model: nn.Module) -> nn.Module:
         model.load_state_dict(sdt_blocks.convert_released_state_dict(self.group("state")))
         return model.eval()
 
@@ -78,6 +91,12 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 def static_golden() -> Golden:
     """The golden file with images, pooling 1111 and LIF."""
     return load_golden("sdt_lif_static_64")
+
+
+@pytest.fixture
+def v2_golden() -> Golden:
+    """The golden file of Meta-SpikeFormer: images, T = 2, every neuron alive."""
+    return load_golden("sdtv2_grads_T2_64")
 
 
 @pytest.fixture

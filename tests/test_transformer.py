@@ -8,7 +8,7 @@ from torch import nn
 
 from sdt_blocks import LIF, SpikeDrivenTransformer, calibrate_norms, create_model, list_models
 from sdt_blocks.analysis import firing_rates
-from sdt_blocks.models.registry import model_options
+from sdt_blocks.models.sdt import FAMILY
 
 PUBLISHED = {
     "sdt_8_384": 16_816_536,
@@ -30,12 +30,13 @@ def test_parameter_counts_are_the_published_ones_less_the_unused(name, count):
 
 
 def test_names():
-    assert list_models() == [*PUBLISHED, "sdt_2_256", "sdt_2_512", "sdt_2_256_dvs", "sdt_2_256_gesture"]
+    assert list(FAMILY.variants) == [*PUBLISHED, "sdt_2_256", "sdt_2_512", "sdt_2_256_dvs", "sdt_2_256_gesture"]
+    assert set(FAMILY.variants) < set(list_models())
     with pytest.raises(ValueError, match=r"'sdt_8_348' is unknown; did you mean .*sdt_8_384"):
         create_model("sdt_8_348")
     with pytest.raises(TypeError, match="unknown model option widht; the options are depth, dim"):
         create_model("sdt_8_384", widht=3)
-    assert {"depth", "pooling", "neuron", "drop_path"} <= set(model_options())
+    assert {"depth", "pooling", "neuron", "drop_path"} <= set(FAMILY.options)
 
 
 @pytest.mark.parametrize("name", ["sdt_2_256", "sdt_2_256_dvs", "sdt_2_256_gesture"])

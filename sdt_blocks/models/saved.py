@@ -13,33 +13,35 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..files import write_atomically
-from .registry import model_options
+from .family import Family
+from .registry import FAMILIES
 from .released import check_fit, load_strictly
-from .sdt import SpikeDrivenTransformer
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-_MOST = {"depth": 1000, "time_steps": 4096}
+_MOST = {"depth": 1000, "depths": 1000, "time_steps": 4096}
+_LONGEST = 16
 
 
-def save_model(model: SpikeDrivenTransformer, folder: str | os.PathLike[str]) -> None:
+def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Writes `model.safetensors` and `config.json` into the folder, each whole or not at all.
 
     Raises `TypeError` for anything but a model of this kit, such as a compiled or averaged one in its wrapper, and
     `ValueError` where `load_model` would give another model: the neuron is a factory that cannot be written down (use
     the names "lif" or "plif"), or the model was changed after it was built.
     """
-    if type(model) is not SpikeDrivenTransformer:
+    family = next((family for family in FAMILIES if type(model) is family.model), None)
+    if family is None:
         raise TypeError(
-            f"save_model takes a SpikeDrivenTransformer, got {type(model).__name__}; of a wrapper, give the model "
+            f"save_model takes a {' or '.join(_names())}, got {type(model).__name__}; of a wrapper, give the model "
             f"inside (model.module, or model._orig_mod after torch.compile)"
         )
-    config = model.config
+    config: Any = model.config
     if not isinstance(config["neuron"], str):
         raise ValueError(
             f"a model with the neuron factory {config['neuron']!r} cannot be written to {CONFIG}; save its "
             f'state_dict(), or build it with neuron="lif" or "plif"'
         )
-    changed = _changes(model)
+    changed = _changes(model, family)
     if changed:
         raise ValueError(
             f"the model is no longer as it was built and would not load as it is: {'; '.join(changed[:6])}; build it "
@@ -49,14 +51,18 @@ def save_model(model: SpikeDrivenTransformer, folder: str | os.PathLike[str]) ->
     folder.mkdir(parents=True, exist_ok=True)
     weights = {key: value.detach().contiguous().cpu() for key, value in model.state_dict().items()}
     write_atomically(folder / WEIGHTS, lambda temporary: save_file(weights, temporary, {"format": "pt"}))
-    text = json.dumps({"model": "SpikeDrivenTransformer", **config}, indent=2) + "\n"
+    text = json.dumps({"model": family.name, **config}, indent=2) + "\n"
     write_atomically(folder / CONFIG, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
-def _changes(model: SpikeDrivenTransformer) -> list[str]:
+def _names() -> list[str]:
+    return [family.name for family in FAMILIES]
+
+
+def _changes(model: Any, family: Family) -> list[str]:
     """What differs between the model and a new one with its config, weights apart."""
     with torch.device("meta"):
-        new = SpikeDrivenTransformer(**model.config)
+        new = family.model(**model.config)
     ours, theirs = dict(model.named_modules()), dict(new.named_modules())
     changes = [f"{name} was {'added' if name in ours else 'removed'}" for name in ours.keys() ^ theirs.keys()]
     for name in ours.keys() & theirs.keys():
@@ -90,10 +96,10 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     return kept | {key: repr(value) for key, value in values.items() if key == "surrogate"}
 
 
-def load_model(folder: str | os.PathLike[str], **overrides: Any) -> SpikeDrivenTransformer:
+def load_model(folder: str | os.PathLike[str], **overrides: Any) -> Any:
     """The model that `save_model` wrote, in eval mode. A recipe's run folder gives its best model, else its last.
 
-    `overrides` are options of `SpikeDrivenTransformer`. Raises `FileNotFoundError` or `ValueError` naming file and
+    `overrides` are options of the model's class. Raises `FileNotFoundError` or `ValueError` naming file and
     cause.
     """
     folder = Path(folder)
@@ -103,9 +109,9 @@ def load_model(folder: str | os.PathLike[str], **overrides: Any) -> SpikeDrivenT
         raise FileNotFoundError(f"{folder}: no {WEIGHTS} with its {CONFIG} here, nor in best/ or last/")
     try:
         config = json.loads((found / CONFIG).read_text(encoding="utf-8"))
-        options = _checked(config)
+        family, options = _checked(config)
         with torch.device("meta"):
-            sketch = SpikeDrivenTransformer(**{**options, **overrides})
+            sketch = family.model(**{**options, **overrides})
     except (ValueError, TypeError, OverflowError, ZeroDivisionError, RecursionError, RuntimeError) as error:
         raise ValueError(f"{found / CONFIG}: {error}") from None
     try:
@@ -113,27 +119,35 @@ def load_model(folder: str | os.PathLike[str], **overrides: Any) -> SpikeDrivenT
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{found / WEIGHTS}: truncated or not a safetensors file ({error})") from None
     check_fit(sketch, weights, found / WEIGHTS)
-    model = SpikeDrivenTransformer(**{**options, **overrides})
+    model = family.model(**{**options, **overrides})
     load_strictly(model, weights, found / WEIGHTS)
     return model.eval()
 
 
-def _checked(config: Any) -> dict[str, Any]:
-    """The options in the content of a config.json. Raises `ValueError` unless each is a known one of its type."""
+def _checked(config: Any) -> tuple[Family, dict[str, Any]]:
+    """Family and options in the content of a config.json. Raises `ValueError` unless each is known and of its type."""
     if not isinstance(config, dict):
         raise ValueError(f"expected a JSON object, found {type(config).__name__}")
     options = dict(config)
-    model = options.pop("model", "SpikeDrivenTransformer")
-    if model != "SpikeDrivenTransformer":
-        raise ValueError(f"of the model {str(model)[:80]!r}, which is unknown; known: SpikeDrivenTransformer")
-    kinds = {"int": (int,), "float": (int, float), "bool": (bool,)}
-    annotations = SpikeDrivenTransformer.__init__.__annotations__
+    name = options.pop("model", FAMILIES[0].name)
+    family = next((family for family in FAMILIES if family.name == name), None)
+    if family is None:
+        raise ValueError(f"of the model {str(name)[:80]!r}, which is unknown; known: {', '.join(_names())}")
     for key, value in options.items():
-        if key not in model_options():
-            raise ValueError(f"unknown option {key[:80]!r}; the options are {', '.join(model_options())}")
-        kind = annotations[key].split(" ")[0]
-        if not isinstance(value, kinds.get(kind, (str,))) or (isinstance(value, bool) and kind != "bool"):
-            raise ValueError(f"{key} must be of type {kind}, found {str(value)[:80]!r}")
-        if kind in ("int", "float") and not abs(float(str(value))) <= _MOST.get(key, 10**9):
-            raise ValueError(f"{key} must be at most {_MOST.get(key, 10**9)}, found {str(value)[:80]}")
-    return options
+        if key not in family.options:
+            raise ValueError(f"unknown option {key[:80]!r}; the options are {', '.join(family.options)}")
+        kind = family.options[key].split(" ")[0]
+        several = kind.startswith("Sequence[")
+        if several and not (isinstance(value, list) and len(value) <= _LONGEST):
+            raise ValueError(f"{key} must be a list of at most {_LONGEST}, found {str(value)[:80]!r}")
+        for one in value if several else [value]:
+            _check_type(key, one, kind.removeprefix("Sequence[").removesuffix("]"))
+    return family, options
+
+
+def _check_type(key: str, value: Any, kind: str) -> None:
+    kinds = {"int": (int,), "float": (int, float), "bool": (bool,)}
+    if not isinstance(value, kinds.get(kind, (str,))) or (isinstance(value, bool) and kind != "bool"):
+        raise ValueError(f"{key} must be of type {kind}, found {str(value)[:80]!r}")
+    if kind in ("int", "float") and not abs(float(str(value))) <= _MOST.get(key, 10**9):
+        raise ValueError(f"{key} must be at most {_MOST.get(key, 10**9)}, found {str(value)[:80]}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from ..blocks import MembraneShortcut, SpikeDrivenSelfAttention, SpikingMLP, Spi
 from ..neuron import LIF, NeuronFactory, make_neuron
 from ..steps import check_multiple, fire, present
 from ..stream import Stream
+from .family import Family, count_blocks, shape_of
 
 
 class SpikeDrivenBlock(nn.Module):
@@ -177,3 +180,55 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 """Published variants: what differs from the defaults of `SpikeDrivenTransformer`."""
+
+_PARTS = {"conv": "{}.conv.", "bn": "{}.norm.", "lif": "{}_neuron."}
+_PATCH = {"conv": "patch.stages.{}.conv.", "bn": "patch.stages.{}.norm.", "lif": "patch.neurons.{}."}
+_MLP = {"conv": "fc{}.conv.", "bn": "fc{}.norm.", "lif": "neuron{}."}
+
+
+def _attention(block: str) -> str:
+    return f"blocks.{block}.attention.branch."
+
+
+KEYS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    (r"patch_embed\.proj_(conv|bn|lif)(\d?)\.", lambda m: _PATCH[m[1]].format(m[2] or 0)),
+    (r"patch_embed\.rpe_(conv|bn)\.", lambda m: "patch." + _PARTS[m[1]].format("position")),
+    (r"block\.(\d+)\.attn\.(q|k|v|proj)_(conv|bn|lif)\.", lambda m: _attention(m[1]) + _PARTS[m[3]].format(m[2])),
+    (r"block\.(\d+)\.attn\.shortcut_lif\.", lambda m: f"{_attention(m[1])}neuron."),
+    (r"block\.(\d+)\.attn\.talking_heads_lif\.", lambda m: f"{_attention(m[1])}mixer.neuron."),
+    (r"block\.(\d+)\.mlp\.fc([12])_(conv|bn|lif)\.", lambda m: f"blocks.{m[1]}.mlp.branch." + _MLP[m[3]].format(m[2])),
+    (r"head_lif\.", "head_neuron."),
+    (r"head\.", "head."),
+]
+"""Released prefixes, and what they are called here."""
+
+UNUSED = r"block\.\d+\.attn\.(talking_heads\.weight|attn_lif\.w)|patch_embed\.rpe_lif\.w"
+
+
+def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a released model from its state_dict and training arguments."""
+    depth = count_blocks(state_dict, "block.")
+    dim = shape_of(state_dict, "patch_embed.proj_conv3.weight")[0]
+    options: dict[str, Any] = {
+        "depth": depth,
+        "dim": dim,
+        "in_channels": shape_of(state_dict, "patch_embed.proj_conv.weight")[1],
+        "num_classes": state_dict["head.weight"].shape[0] if "head.weight" in state_dict else 0,
+        "neuron": "plif" if "head_lif.w" in state_dict else "lif",
+    }
+    if depth:
+        options["mlp_ratio"] = shape_of(state_dict, "block.0.mlp.fc1_conv.weight")[0] / dim
+    heads = state_dict.get("block.0.attn.talking_heads.weight")
+    if heads is not None:
+        options["num_heads"] = heads.shape[0]
+    elif "num_heads" in args:
+        options["num_heads"] = args["num_heads"]
+    for ours, theirs in {"time_steps": "time_steps", "pooling": "pooling_stat", "per_step": "TET"}.items():
+        if args.get(theirs) is not None:
+            options[ours] = args[theirs]
+    if args.get("dvs_mode") is not None:
+        options["event_pooling"] = bool(args["dvs_mode"])
+    return options
+
+
+FAMILY = Family(SpikeDrivenTransformer, VARIANTS, KEYS, UNUSED, read_options)

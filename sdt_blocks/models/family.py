@@ -1,0 +1,53 @@
+"""What the kit knows of a family of models: the class, its published variants, how its authors' files are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of model; `FAMILIES` of `models.registry` has all of them."""
+
+    model: Callable[..., Any]
+    """The class: keyword arguments alone, all of them noted in its `config`."""
+    variants: Mapping[str, Mapping[str, Any]]
+    """Published variants: what differs from the defaults of the class."""
+    keys: Sequence[tuple[str, str | Callable[[Any], str]]]
+    """Prefixes of the released state_dict (patterns) and what they are called here (as `re.sub` takes it)."""
+    unused: str
+    """A pattern of whole keys that are released, but never used in the forward pass."""
+    read_options: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Any]]
+    """Options of the class from a released state_dict and the training arguments; `ValueError` where it is not one."""
+
+    @property
+    def name(self) -> str:
+        """The name of the class, as `config.json` has it."""
+        return self.model.__name__
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The keyword arguments of the class and their annotations."""
+        annotations = self.model.__init__.__annotations__  # type: ignore[misc]
+        return {name: kind for name, kind in annotations.items() if name != "return"}
+
+
+def shape_of(state_dict: Mapping[str, Tensor], key: str) -> Sequence[int]:
+    """The shape of a released tensor. Raises `ValueError` naming the key if it is missing."""
+    if key not in state_dict:
+        raise ValueError(f"the architecture cannot be read from the weights: {key} is missing")
+    return state_dict[key].shape
+
+
+def count_blocks(state_dict: Mapping[str, Tensor], prefix: str) -> int:
+    """How many blocks `{prefix}0.`, `{prefix}1.`, ... there are. Raises `ValueError` where a number is left out."""
+    found = {key.removeprefix(prefix).split(".")[0] for key in state_dict if key.startswith(prefix)}
+    missing = [number for number in range(len(found)) if str(number) not in found]
+    if missing:
+        last = max(found, key=lambda number: (len(number), number))
+        raise ValueError(f"the blocks are not numbered 0 to {len(found) - 1}: {prefix}{last} is there")
+    return len(found)

@@ -1,0 +1,235 @@
+"""Meta-SpikeFormer (Spike-Driven Transformer V2) and its published variants."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..blocks import ConvolutionBlock, Downsampling, LinearSpikeAttention, MembraneShortcut, SpikingMLP
+from ..blocks.mixers import check_heads
+from ..neuron import LIF, NeuronFactory, make_neuron
+from ..steps import check_multiple, fire, present
+from ..stream import Stream
+from .family import Family, count_blocks, shape_of
+
+DEPTHS = (1, 1, 2, 6, 2)
+"""Blocks of each stage, the same in every published variant."""
+
+CONVOLUTION_STAGES = 3
+"""The first stages have convolution blocks, the others attention."""
+
+
+class LinearAttentionBlock(nn.Module):
+    """Linear spike attention and spiking MLP, each within a membrane shortcut.
+
+    Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
+    """
+
+    def __init__(
+        self, dim: int, *, num_heads: int = 8, mlp_ratio: float = 4, neuron: str | NeuronFactory = LIF
+    ) -> None:
+        super().__init__()
+        self.attention = MembraneShortcut(LinearSpikeAttention(dim, num_heads=num_heads, neuron=neuron))
+        self.mlp = MembraneShortcut(SpikingMLP(dim, hidden=int(dim * mlp_ratio), neuron=neuron))
+
+    def forward(self, membrane: Tensor) -> Tensor:
+        result: Tensor = self.mlp(self.attention(membrane))
+        return result
+
+
+class MetaSpikeFormer(nn.Module):
+    """Meta-SpikeFormer (Yao et al., ICLR 2024, https://arxiv.org/abs/2404.03663).
+
+    Five stages, each a downsampling and its blocks: convolution blocks of `dims[0] / 2`, `dims[0]` and `dims[1]`
+    channels at 1/2, 1/4 and 1/8 of the image's size, attention blocks of `dims[2]` and `dims[3]` at 1/16. Then mean
+    over tokens, LIF, linear head, mean over time steps.
+
+    Input: images `[B, in_channels, H, W]` of any size, shown `time_steps` times, or frames `[B, T, in_channels, H, W]`
+    with any T >= 1. Output: logits `[B, num_classes]`, or with `per_step` (TET training, Deng et al., 2022) `[T, B,
+    num_classes]`. With `distillation` a second head learns from a teacher: in training the output is `(logits, logits
+    of the second head)`, in evaluation their mean. `num_classes=0` leaves the head out: the output is the mean of the
+    head neuron's spikes.
+
+    Raises `ValueError` for dimensions that do not fit each other, and for input of another shape.
+
+    >>> MetaSpikeFormer(dims=(16, 32, 48, 64), depths=(1, 1, 1, 1, 1), num_classes=10)(torch.rand(2, 3, 64, 48)).shape
+    torch.Size([2, 10])
+    """
+
+    # Blocks stay whole when FSDP or device maps shard the model.
+    _no_split_modules = ("ConvolutionBlock", "LinearAttentionBlock")
+
+    def __init__(
+        self,
+        *,
+        dims: Sequence[int],
+        depths: Sequence[int] = DEPTHS,
+        num_heads: int = 8,
+        mlp_ratio: float = 4,
+        in_channels: int = 3,
+        num_classes: int = 1000,
+        time_steps: int = 4,
+        neuron: str | NeuronFactory = "lif",
+        distillation: bool = False,
+        per_step: bool = False,
+    ) -> None:
+        super().__init__()
+        _check(dims, depths, num_heads, num_classes, time_steps, distillation)
+        self.config: dict[str, Any] = {
+            "dims": list(dims),
+            "depths": list(depths),
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "in_channels": in_channels,
+            "num_classes": num_classes,
+            "time_steps": time_steps,
+            "neuron": neuron,
+            "distillation": distillation,
+            "per_step": per_step,
+        }
+        self.in_channels, self.num_classes = in_channels, num_classes
+        self.time_steps, self.per_step, self.distillation = time_steps, per_step, distillation
+        widths = (dims[0] // 2, *dims)
+        self.downsamplings = nn.ModuleList(
+            [
+                Downsampling(in_channels, widths[0], kernel_size=7, neuron=None),
+                Downsampling(widths[0], widths[1], neuron=neuron),
+                Downsampling(widths[1], widths[2], neuron=neuron),
+                Downsampling(widths[2], widths[3], neuron=neuron),
+                Downsampling(widths[3], widths[4], stride=1, neuron=neuron),
+            ]
+        )
+
+        def block(stage: int) -> nn.Module:
+            if stage < CONVOLUTION_STAGES:
+                return ConvolutionBlock(widths[stage], neuron=neuron)
+            return LinearAttentionBlock(widths[stage], num_heads=num_heads, mlp_ratio=mlp_ratio, neuron=neuron)
+
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(block(stage) for _ in range(depth))) for stage, depth in enumerate(depths)
+        )
+        self.head_neuron = make_neuron(neuron, channels=dims[-1])
+        self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
+        self.distillation_head = nn.Linear(dims[-1], num_classes) if distillation else None
+        self.apply(_initialize)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Membranes of the tokens, `[T, B, dims[3], H / 16, W / 16]`, sizes rounded up at every halving."""
+        membrane: Tensor = present(x, self.time_steps, self.in_channels)
+        for downsampling, blocks in zip(self.downsamplings, self.stages, strict=True):
+            membrane = blocks(downsampling(membrane))
+        return membrane
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        spikes = fire(self.head_neuron, self.forward_features(x).mean((-2, -1)))
+        logits = self._over_steps(self.head(spikes))
+        if self.distillation_head is None:
+            return logits
+        distilled = self._over_steps(self.distillation_head(spikes))
+        return (logits, distilled) if self.training else (logits + distilled) / 2
+
+    def stream(self) -> Stream:
+        """This model for frames that come chunk by chunk: `stream(chunk)` goes on where the chunk before ended."""
+        return Stream(self)
+
+    def _over_steps(self, logits: Tensor) -> Tensor:
+        return logits if self.per_step else logits.mean(0)
+
+
+def _check(
+    dims: Sequence[int], depths: Sequence[int], num_heads: int, num_classes: int, time_steps: int, distillation: bool
+) -> None:
+    if len(dims) != 4 or len(depths) != len(DEPTHS) or min(depths) < 0:
+        raise ValueError(
+            f"dims must be four widths and depths {len(DEPTHS)} numbers of blocks, none negative, got {list(dims)} and "
+            f"{list(depths)}"
+        )
+    if num_classes < 0 or time_steps < 1:
+        raise ValueError(
+            f"num_classes must not be negative and time_steps must be positive, got num_classes={num_classes}, "
+            f"time_steps={time_steps}"
+        )
+    if distillation and not num_classes:
+        raise ValueError("distillation needs classes for its head, got num_classes=0")
+    check_multiple(dims[0], 2, "dims[0]")
+    for width in dims[CONVOLUTION_STAGES - 1 :]:
+        check_heads(width, num_heads)
+
+
+def _initialize(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sdt_v2_15m": {"dims": (64, 128, 256, 360)},
+    "sdt_v2_31m": {"dims": (96, 192, 384, 480)},
+    "sdt_v2_55m": {"dims": (128, 256, 512, 640)},
+    "sdt_v2_124m": {"dims": (192, 384, 768, 960)},
+}
+"""Published variants: what differs from the defaults of `MetaSpikeFormer`."""
+
+_DOWNSAMPLINGS = ("1_1", "1_2", "2", "3", "4")
+_BLOCKS = {"1_1": "0.0", "1_2": "1.0", "2_1": "2.0", "2_2": "2.1"}
+_SEPARABLE = {
+    "pwconv1": "expand.conv",
+    "bn1": "expand.norm",
+    "dwconv": "separable.conv.depthwise",
+    "pwconv2": "separable.conv.pointwise",
+    "bn2": "separable.norm",
+}
+_REP_CONV = {
+    "0.body.0": "conv.pointwise1",
+    "0.body.1.bn": "conv.border.norm",
+    "0.body.2.0": "conv.depthwise",
+    "0.body.2.1": "conv.pointwise2",
+    "0.body.2.2": "conv.norm",
+    "1": "norm",
+}
+_KINDS = {"conv": "conv", "bn": "norm"}
+_ATTENTION = r"block([34])\.(\d+)\."
+
+KEYS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    (
+        r"downsample(1_1|1_2|[234])\.encode_(conv|bn)\.",
+        lambda m: f"downsamplings.{_DOWNSAMPLINGS.index(m[1])}.conv.{_KINDS[m[2]]}.",
+    ),
+    (
+        r"ConvBlock([12]_[12])\.0\.Conv\.(pwconv1|bn1|dwconv|pwconv2|bn2)\.",
+        lambda m: f"stages.{_BLOCKS[m[1]]}.separable.branch.{_SEPARABLE[m[2]]}.",
+    ),
+    (r"ConvBlock([12]_[12])\.0\.(conv|bn)([12])\.", lambda m: f"stages.{_BLOCKS[m[1]]}.conv{m[3]}.{_KINDS[m[2]]}."),
+    (
+        _ATTENTION + r"attn\.(q|k|v|proj)_conv\.(0\.body\.(?:0|1\.bn|2\.[012])|1)\.",
+        lambda m: f"stages.{m[1]}.{m[2]}.attention.branch.{m[3]}.{_REP_CONV[m[4]]}.",
+    ),
+    (_ATTENTION + r"mlp\.fc([12])_(conv|bn)\.", lambda m: f"stages.{m[1]}.{m[2]}.mlp.branch.fc{m[3]}.{_KINDS[m[4]]}."),
+    (r"head\.", "head."),
+    (r"head_kd\.", "distillation_head."),
+]
+"""Released prefixes, and what they are called here."""
+
+
+def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a released model from its state_dict and training arguments."""
+    dims = [shape_of(state_dict, f"downsample{name}.encode_conv.weight")[0] for name in _DOWNSAMPLINGS[1:]]
+    attention = [count_blocks(state_dict, f"block{stage}.") for stage in (3, 4)]
+    options: dict[str, Any] = {
+        "dims": dims,
+        "depths": [*DEPTHS[:CONVOLUTION_STAGES], *attention],
+        "in_channels": shape_of(state_dict, "downsample1_1.encode_conv.weight")[1],
+        "num_classes": state_dict["head.weight"].shape[0] if "head.weight" in state_dict else 0,
+        "distillation": "head_kd.weight" in state_dict,
+    }
+    if attention[0]:
+        options["mlp_ratio"] = shape_of(state_dict, "block3.0.mlp.fc1_conv.weight")[0] / dims[2]
+    if args.get("time_steps") is not None:
+        options["time_steps"] = args["time_steps"]
+    return options
+
+
+FAMILY = Family(MetaSpikeFormer, VARIANTS, KEYS, "", read_options)
