@@ -145,11 +145,7 @@ def lively(name: str) -> tuple[nn.Module, Tensor]:
     """A network whose samples get different answers, and its input."""
     make, shape = NETWORKS[name]
     torch.manual_seed(3)
-    model, x = (
-        make(),
-        torch.rand(*shape) * torch.linspace(0.3, 2, 6).view(1, -1, *[1] * (len(shape) - 2))[:, : shape[1]],
-    )
-    x = torch.rand(shape)
+    model, x = make(), torch.rand(shape)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight)

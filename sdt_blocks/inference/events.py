@@ -113,12 +113,11 @@ class Events(nn.Module):
                 return None
             conv, norm = known
             fire = self.epilogues[node].fire
-            epilogue = _epilogue(
-                norm, None if fire is None else fire.target, bias=conv.bias, channels=conv.out_channels
-            )
+            neuron, channels = None if fire is None else fire.target, conv.out_channels
             if self.kinds[node.inputs()[0]] == SPIKES and _by_events(conv):
-                return EventProduct(conv.weight, epilogue)
-            return DenseSums(conv, epilogue)
+                return EventProduct(conv.weight, _epilogue(norm, neuron, bias=conv.bias, channels=channels))
+            layers = node.target if isinstance(node.target, nn.Conv2d) else node.target.conv
+            return DenseSums(layers, _epilogue(norm, neuron, channels=channels))
         if node.op == FIRE and is_neuron(node.target):
             return node.target
         if node.op == MIX and self.kinds[node.inputs()[0]] == SPIKES:
@@ -296,13 +295,11 @@ class EventProduct(nn.Module):
 
 
 class DenseSums(nn.Module):
-    """Any convolution of any frames, and its epilogue, a few images at a time."""
+    """A unit's layers on any frames, and what follows them, a few images at a time."""
 
-    def __init__(self, conv: nn.Conv2d, epilogue: Epilogue) -> None:
+    def __init__(self, layers: nn.Module, epilogue: Epilogue) -> None:
         super().__init__()
-        self.conv, self.epilogue = copy.deepcopy(conv).to(memory_format=torch.channels_last), epilogue
-        # The bias is added with the norm, where one frame may stand for all steps.
-        self.conv.bias = None
+        self.layers, self.epilogue = copy.deepcopy(layers).to(memory_format=torch.channels_last), epilogue
 
     def forward(
         self,
@@ -316,7 +313,7 @@ class DenseSums(nn.Module):
         size, images = _chunk(x[:, 0, ..., 0].numel(), self.epilogue.channels), x.shape[1]
         for first in range(0, images, size):
             some = slice(first, first + size)
-            sums = self.conv(x[:, some].flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            sums = self.layers(x[:, some].flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             sums = sums.unflatten(0, (len(x), -1)).contiguous()
             before = None if residual is None else residual[:, some].contiguous()
             parts.append(spike_neuron(sums, self.epilogue, time_steps, residual=before, membrane=membrane is not False))
