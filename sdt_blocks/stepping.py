@@ -25,6 +25,7 @@ def over_time(neuron: nn.Module) -> nn.Module:
 
     Raises `TypeError` for what is no module, and for a module whose memory nobody knows how to clear.
 
+    >>> import snntorch
     >>> over_time(snntorch.Leaky(beta=0.9))(torch.full((4, 2, 8), 0.5)).mean((1, 2))
     tensor([0., 0., 1., 0.])
     """

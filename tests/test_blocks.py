@@ -208,3 +208,30 @@ def test_blocks_mix_with_other_modules():
     assert out.shape == (2, 3, 32, 5, 4)
     out.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_parts_have_the_names_of_the_released_weights_too():
+    attention, mlp, patch = SpikeDrivenSelfAttention(16), SpikingMLP(16), SpikingPatchSplitting(16)
+    assert attention.q_conv is attention.q.conv and attention.attention_neuron is attention.mixer.neuron
+    assert mlp.norm2 is mlp.fc2.norm and patch.convs[1] is patch.stages[1].conv
+    assert not any("q_conv" in name for name in attention.state_dict())
+    mlp.conv1 = other = nn.Conv2d(16, 64, 1)
+    assert mlp.fc1.conv is other and sum(p is other.weight for p in mlp.parameters()) == 1
+    with pytest.raises(AttributeError, match="stages"):
+        patch.convs = nn.ModuleList()
+    with pytest.raises(AttributeError, match="no attribute 'q_convolution'"):
+        attention.q_convolution  # noqa: B018
+
+
+def test_an_attend_of_ones_own_replaces_the_mixer():
+    class Counts(SpikeDrivenSelfAttention):
+        def attend(self, q, k, v):
+            return q * (k * v).sum((-2, -1), keepdim=True)
+
+    torch.manual_seed(0)
+    block = Counts(8, num_heads=2).eval()
+    for unit in (block.q, block.k, block.v):
+        nn.init.constant_(unit.norm.bias, 2.0)
+    seen = record(block.proj.conv)
+    block(torch.rand(2, 2, 8, 3, 3) * 4)
+    assert seen[0][0].max() > 1

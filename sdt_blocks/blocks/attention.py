@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from ..neuron import LIF, NeuronFactory, make_neuron
 from ..steps import check_sequence, fire, project, project_and_mix
 from .mixers import ATTENTION_THRESHOLD, LinearSpikeMixer, MaskMixer
+from .names import Named
 from .units import ConvNorm, RepConv
 
 
-class SpikeDrivenSelfAttention(nn.Module):
+class SpikeDrivenSelfAttention(Named):
     """Self-attention by mask and addition alone (Yao et al., 2023, https://arxiv.org/abs/2307.01694).
 
         s = LIF(u);   q, k, v = LIF(BN(W s))
@@ -20,6 +23,8 @@ class SpikeDrivenSelfAttention(nn.Module):
     What is called (k, v, q) here, as in the released weights, is (Q, K, V) in the paper's text. `num_heads` and
     `event_pooling` are those of `MaskMixer`, which computes the second line and the mask.
 
+    A subclass with an `attend(q, k, v)` of its own computes that instead of the mixer.
+
     Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
 
     Raises `ValueError` where num_heads does not divide dim.
@@ -27,6 +32,12 @@ class SpikeDrivenSelfAttention(nn.Module):
     >>> SpikeDrivenSelfAttention(64)(torch.randn(4, 2, 64, 8, 8)).shape
     torch.Size([4, 2, 64, 8, 8])
     """
+
+    names: ClassVar[dict[str, str]] = {
+        **{f"{unit}_{part}": f"{unit}.{part}" for unit in ("q", "k", "v", "proj") for part in ("conv", "norm")},
+        **{part: f"mixer.{part}" for part in ("k_pool", "v_pool", "coincidences", "masked")},
+        "attention_neuron": "mixer.neuron",
+    }
 
     def __init__(
         self, dim: int, *, num_heads: int = 8, neuron: str | NeuronFactory = LIF, event_pooling: bool = False
@@ -42,7 +53,14 @@ class SpikeDrivenSelfAttention(nn.Module):
     def forward(self, membrane: Tensor) -> Tensor:
         check_sequence(membrane, self.dim, "SpikeDrivenSelfAttention")
         units, neurons = (self.q, self.k, self.v), (self.q_neuron, self.k_neuron, self.v_neuron)
-        return project(self.proj, project_and_mix(units, neurons, self.mixer, fire(self.neuron, membrane)))
+        own = type(self).attend is not SpikeDrivenSelfAttention.attend or "attend" in self.__dict__
+        mixer = self.attend if own else self.mixer
+        return project(self.proj, project_and_mix(units, neurons, mixer, fire(self.neuron, membrane)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What the mixer makes of spikes `[T, B, dim, H, W]`, same shape."""
+        mixed: Tensor = self.mixer(q, k, v)
+        return mixed
 
 
 class LinearSpikeAttention(nn.Module):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import ClassVar
+
+from torch import Tensor
 
 from ..neuron import LIF, NeuronFactory, make_neuron
 from ..steps import check_sequence, fire, project, project_and_fire
+from .names import Named
 from .units import ConvNorm
 
 
-class SpikingMLP(nn.Module):
+class SpikingMLP(Named):
     """Two 1x1 convolutions, each fed by spikes: `BN(W2 LIF(m))` with `m = BN(W1 LIF(u))`.
 
     Where `hidden` equals `dim`, the first half has a membrane shortcut of its own, as in the released models:
@@ -20,6 +23,8 @@ class SpikingMLP(nn.Module):
     >>> SpikingMLP(64, hidden=256)(torch.randn(4, 2, 64, 8, 8)).shape
     torch.Size([4, 2, 64, 8, 8])
     """
+
+    names: ClassVar[dict[str, str]] = {f"{part}{i}": f"fc{i}.{part}" for i in (1, 2) for part in ("conv", "norm")}
 
     def __init__(self, dim: int, *, hidden: int | None = None, neuron: str | NeuronFactory = LIF) -> None:
         super().__init__()

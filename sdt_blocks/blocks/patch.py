@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from ..neuron import LIF, NeuronFactory, make_neuron
 from ..steps import check_multiple, check_sequence, fire, pool, project, project_and_fire, shortcut
+from .names import Named
 from .units import ConvNorm
 
 WIDTHS = (8, 4, 2, 1)
 """The four stages have dim / 8, dim / 4, dim / 2 and dim channels."""
 
 
-class SpikingPatchSplitting(nn.Module):
+class SpikingPatchSplitting(Named):
     """Four 3x3 convolution stages from frames to membranes of tokens, and a convolutional relative position embedding.
 
         stages 0-2: conv -> BN -> LIF -> max pool where pooling[i] is "1"
@@ -30,6 +32,13 @@ class SpikingPatchSplitting(nn.Module):
     >>> SpikingPatchSplitting(64, pooling="0011")(torch.rand(4, 2, 3, 32, 32)).shape
     torch.Size([4, 2, 64, 8, 8])
     """
+
+    names: ClassVar[dict[str, str]] = {
+        "convs": "stages.*.conv",
+        "norms": "stages.*.norm",
+        "position_conv": "position.conv",
+        "position_norm": "position.norm",
+    }
 
     def __init__(
         self, dim: int, *, in_channels: int = 3, pooling: str = "1111", neuron: str | NeuronFactory = LIF
