@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassStatScores
 
-from sdt_blocks.stepping import spikes_of
+from sdt_blocks.neuron import spikes_of
 
 TOP_K = 5
 """Beside top-1, where there are at least twice as many classes."""

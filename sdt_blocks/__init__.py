@@ -10,7 +10,7 @@ from .blocks import (
     SpikingMLP,
     SpikingPatchSplitting,
 )
-from .calibration import calibrate_norms
+from .blocks.calibration import calibrate_norms
 from .example import example_images, example_model
 from .inference import optimize_for_inference
 from .models import (
@@ -25,9 +25,7 @@ from .models import (
     load_released_checkpoint,
     save_model,
 )
-from .neuron import LIF, ParametricLIF
-from .stepping import over_time
-from .stream import Stream
+from .neuron import LIF, ParametricLIF, Stream, over_time
 
 __version__ = "0.1.0"
 

@@ -14,11 +14,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from .neuron import LIF
+from .neuron import LIF, remembers, spikes_of
 from .ops import attend, batch_norm_lif, max_pool
 from .ops.bits import SpikesAsBits, are_spikes, as_spikes
 from .ops.dispatch import fused
-from .stepping import remembers, spikes_of
 from .surrogate import Surrogate
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sdt_blocks import LIF, SpikeDrivenSelfAttention, SpikeDrivenTransformer, SpikingMLP, over_time
-from sdt_blocks.stepping import OverTime
+from sdt_blocks.neuron import OverTime
 from sdt_blocks.steps import fire
 
 SNNTORCH = {

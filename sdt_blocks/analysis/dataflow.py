@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..stepping import spikes_of
+from ..neuron import spikes_of
 from .operators import (
     ADDITIONS,
     BATCH_NORMS,

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..neuron import LIF
-from ..stepping import spikes_of
+from ..neuron import LIF, spikes_of
 from .probe import evaluating, find_neurons, unwrap
 from .record import trajectory
 

@@ -15,8 +15,7 @@ from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
 from ..blocks import SpikeDrivenSelfAttention
-from ..neuron import LIF
-from ..stepping import spikes_of, takes_sequence
+from ..neuron import LIF, spikes_of, takes_sequence
 
 Forward = Callable[[nn.Module, Tensor], Any]
 """How one batch goes through the model, where it is not just `model(x)`: a loop over steps outside it, for instance."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, nn
 
-from ..stepping import spikes_of, takes_sequence
+from ..neuron import spikes_of, takes_sequence
 from .probe import Batches, Clock, Forward, Probe, add_at, find_attention, gather
 from .silence import as_text, merge_fired, silence, warn_if_dead
 

@@ -9,8 +9,7 @@ import torch
 from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
-from ..neuron import LIF
-from ..stepping import spikes_of
+from ..neuron import LIF, spikes_of
 from .probe import Forward, Probe
 
 

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from ..blocks import ConvolutionBlock, Downsampling, LinearSpikeAttention, MembraneShortcut, SpikingMLP
 from ..blocks.mixers import check_heads
-from ..neuron import LIF, NeuronFactory, make_neuron
+from ..neuron import LIF, NeuronFactory, Stream, make_neuron
 from ..steps import check_multiple, fire, present
-from ..stream import Stream
 from .family import Family, count_blocks, shape_of
 
 DEPTHS = (1, 1, 2, 6, 2)

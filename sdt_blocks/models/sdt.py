@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..blocks import MembraneShortcut, SpikeDrivenSelfAttention, SpikingMLP, SpikingPatchSplitting
-from ..neuron import LIF, NeuronFactory, make_neuron
+from ..neuron import LIF, NeuronFactory, Stream, make_neuron
 from ..steps import check_multiple, fire, present
-from ..stream import Stream
 from .family import Family, count_blocks, shape_of
 
 

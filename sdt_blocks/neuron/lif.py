@@ -14,10 +14,10 @@ import torch
 from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
-from .ops import lif
+from ..ops import lif
+from ..surrogate import Surrogate, SurrogateLike, fire, resolve
 from .stepping import OverTime, remembers
 from .stream import Streamed
-from .surrogate import Surrogate, SurrogateLike, fire, resolve
 
 NeuronFactory = Callable[..., nn.Module]
 

@@ -1,0 +1,20 @@
+"""Neurons that take a whole sequence, what makes such of single-step ones, and streams that hand their state over."""
+
+from .lif import LIF, NEURONS, NeuronFactory, ParametricLIF, make_neuron
+from .stepping import OverTime, over_time, remembers, spikes_of, takes_sequence
+from .stream import Stream, Streamed
+
+__all__ = [
+    "LIF",
+    "NEURONS",
+    "NeuronFactory",
+    "OverTime",
+    "ParametricLIF",
+    "Stream",
+    "Streamed",
+    "make_neuron",
+    "over_time",
+    "remembers",
+    "spikes_of",
+    "takes_sequence",
+]
