@@ -66,6 +66,8 @@ def present(x: Tensor, time_steps: int, channels: int) -> Tensor:
 
     Raises `ValueError` unless x has `channels` channels and no empty axis.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a tensor of images or frames, got {type(x).__name__}")
     if x.ndim not in (4, 5) or x.shape[-3] != channels or 0 in x.shape:
         raise ValueError(
             f"expected images [B, {channels}, H, W] or frames [B, T, {channels}, H, W], got {list(x.shape)}"
@@ -76,6 +78,8 @@ def present(x: Tensor, time_steps: int, channels: int) -> Tensor:
 @step
 def check_sequence(x: Tensor, channels: int, owner: str) -> None:
     """Raises `ValueError` unless x is `[T, B, channels, H, W]` with nothing empty."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{owner} expects a tensor [T, B, {channels}, H, W], got {type(x).__name__}")
     if x.ndim != 5 or x.shape[2] != channels or 0 in x.shape:
         raise ValueError(f"{owner} expects [T, B, {channels}, H, W] with T >= 1 and nothing empty, got {list(x.shape)}")
 

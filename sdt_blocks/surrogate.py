@@ -7,8 +7,10 @@ surrogate (Neftci et al., 2019, https://arxiv.org/abs/1901.09948). Every surroga
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,8 @@ class Surrogate:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"surrogate {self.kind!r} is unknown; choose one of {', '.join(KINDS)}")
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, numbers.Real):
+            raise TypeError(f"surrogate alpha must be a number, got {self.alpha!r}")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"surrogate alpha must be a positive finite number, got {self.alpha!r}")
 
@@ -104,16 +108,34 @@ def straight_through() -> Surrogate:
     return Surrogate("straight_through", 1.0)
 
 
-SurrogateLike = str | Surrogate | Callable[[Tensor], Tensor]
+SurrogateLike = str | Mapping[str, Any] | Surrogate | Callable[[Tensor], Tensor]
 
 
 def resolve(surrogate: SurrogateLike) -> Surrogate | Callable[[Tensor], Tensor]:
-    """A name (`"atan"`), a `Surrogate` or any snnTorch `spike_grad` callable, as something callable."""
+    """A name (`"atan"`), one with its alpha, a `Surrogate` or any snnTorch `spike_grad`, as something callable.
+
+    Raises `ValueError` or `TypeError` for anything else.
+
+    >>> resolve({"kind": "atan", "alpha": 3.0})
+    Surrogate(kind='atan', alpha=3.0)
+    """
     if isinstance(surrogate, str):
         if surrogate not in KINDS:
             raise ValueError(f"surrogate {surrogate!r} is unknown; choose one of {', '.join(KINDS)}")
         made: Surrogate = globals()[surrogate]()
         return made
+    if isinstance(surrogate, Mapping):
+        if surrogate.keys() != {"kind", "alpha"}:
+            raise ValueError(f'a surrogate with its alpha is {{"kind": ..., "alpha": ...}}, got {dict(surrogate)!r}')
+        return Surrogate(**surrogate)
     if not callable(surrogate):
         raise TypeError(f"surrogate must be a name, a Surrogate or a snnTorch spike_grad callable, got {surrogate!r}")
     return surrogate
+
+
+def surrogate_spec(surrogate: SurrogateLike) -> str | dict[str, Any] | None:
+    """The surrogate as it can be written down: its name, with its alpha where that is another; None for a function."""
+    chosen = resolve(surrogate)
+    if not isinstance(chosen, Surrogate):
+        return None
+    return chosen.kind if chosen == resolve(chosen.kind) else {"kind": chosen.kind, "alpha": chosen.alpha}

@@ -3,22 +3,30 @@
 import argparse
 import json
 import pickle
+from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+import snntorch
 import torch
+from safetensors.torch import save_file
 
 from sdt_blocks import (
     LIF,
+    ParametricLIF,
     SpikeDrivenTransformer,
     convert_released_state_dict,
     create_model,
+    list_models,
     load_model,
     load_released_checkpoint,
     save_model,
 )
 from sdt_blocks.files import write_atomically
+from sdt_blocks.models import Option, keeps_options, register, registry
 
 TINY = {"depth": 1, "dim": 16, "num_heads": 2, "num_classes": 5, "pooling": "0011", "time_steps": 2}
 
@@ -56,7 +64,7 @@ def test_ema_on_request(static_golden, tmp_path):
     ema = load_released_checkpoint(tmp_path / "x.pth.tar", ema=True)
     assert torch.equal(ema.head.weight * 2, plain.head.weight)
     torch.save({"state_dict": state}, tmp_path / "y.pth.tar")
-    with pytest.raises(ValueError, match=r"y.pth.tar: has no 'state_dict_ema'; it holds state_dict"):
+    with pytest.raises(ValueError, match=r"y.pth.tar: has no 'state_dict_ema'.*; it holds state_dict"):
         load_released_checkpoint(tmp_path / "y.pth.tar", ema=True)
 
 
@@ -84,12 +92,98 @@ def test_missing_and_unexpected_are_listed(static_golden, tmp_path):
 
 
 def test_wrong_variant_and_wrong_shape(released_file):
-    with pytest.raises(ValueError, match=r"_format.pth.tar: the weights do not match the model; of another shape"):
+    with pytest.raises(ValueError, match=r"_format.pth.tar: the head is of 10 classes, num_classes=7 .*new_head=True"):
         load_released_checkpoint(released_file, num_classes=7)
     with pytest.raises(ValueError, match=r"missing: blocks\.2.attention"):
         load_released_checkpoint(released_file, depth=3)
-    with pytest.raises(ValueError, match=r"released_format.pth.tar: .*unexpected keyword argument 'layers'"):
+    with pytest.raises(ValueError, match=r"released_format.pth.tar: .*unknown model option layers"):
         load_released_checkpoint(released_file, layers=3)
+
+
+def test_another_number_of_classes(released_file, tmp_path):
+    released = load_released_checkpoint(released_file)
+    tuned = load_released_checkpoint(released_file, num_classes=7, new_head=True)
+    assert tuned.head.weight.shape == (7, 64) and tuned.config["num_classes"] == 7
+    assert torch.equal(tuned.patch.position.conv.weight, released.patch.position.conv.weight)
+    save_model(released, tmp_path)
+    for load, source in ((load_released_checkpoint, released_file), (load_model, tmp_path)):
+        anew = load(source, new_head=True)
+        assert anew.num_classes == 10 and not torch.equal(anew.head.weight, released.head.weight)
+        assert isinstance(load(source, num_classes=0).head, torch.nn.Identity)
+        with pytest.raises(ValueError, match=r"the head is of 10 classes, num_classes=7 .*new_head=True"):
+            load(source, num_classes=7)
+    save_model(load_model(tmp_path, num_classes=0), tmp_path)
+    assert load_model(tmp_path, num_classes=4, new_head=True).head.weight.shape == (4, 64)
+    with pytest.raises(ValueError, match=r"the head is of 0 classes"):
+        load_model(tmp_path, num_classes=4)
+
+
+WRAPPINGS = {
+    "compiled": lambda weights: {"state_dict": {f"_orig_mod.{k}": v for k, v in weights.items()}},
+    "compiled and distributed": lambda weights: {"model": {f"module._orig_mod.{k}": v for k, v in weights.items()}},
+    "Lightning": lambda weights: {"state_dict": {f"model.{k}": v for k, v in weights.items()}, "epoch": 3},
+    "compiled Lightning": lambda weights: {"state_dict": {f"model._orig_mod.{k}": v for k, v in weights.items()}},
+    "model": lambda weights: {"model": weights, "epoch": 3, "args": argparse.Namespace(num_heads=8)},
+    "arguments in a dict": lambda weights: {"model": weights, "args": {"time_steps": 4}},
+    "model_state_dict": lambda weights: {"model_state_dict": weights, "optimizer_state_dict": {}},
+    "averaged": lambda weights: {"n_averaged": torch.tensor(3), **{f"module.{k}": v for k, v in weights.items()}},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_wrappings_of_training_loops(wrapping, static_golden, tmp_path):
+    torch.save(WRAPPINGS[wrapping](static_golden.group("state")), tmp_path / "x.pth")
+    logits = load_released_checkpoint(tmp_path / "x.pth")(static_golden.tensors["input"])
+    torch.testing.assert_close(logits, static_golden.tensors["logits_eval"], atol=1e-4, rtol=0)
+
+
+def test_safetensors_and_names_of_the_average(static_golden, tmp_path):
+    state = static_golden.group("state")
+    save_file(state, tmp_path / "x.safetensors")
+    assert torch.equal(load_released_checkpoint(tmp_path / "x.safetensors").head.weight, state["head.weight"])
+    for key in ("state_dict_ema", "model_ema", "ema"):
+        torch.save({"model": state, key: {**state, "head.weight": -state["head.weight"]}}, tmp_path / "x.pth")
+        ema = load_released_checkpoint(tmp_path / "x.pth", ema=True)
+        assert torch.equal(ema.head.weight, -state["head.weight"])
+    torch.save({"model_ema": state}, tmp_path / "y.pth")
+    with pytest.raises(ValueError, match=r"y.pth: has no 'state_dict'.*ema=True takes 'model_ema'"):
+        load_released_checkpoint(tmp_path / "y.pth")
+    torch.save({"model": state, "state_dict": state}, tmp_path / "z.pth")
+    with pytest.raises(ValueError, match=r"z.pth: holds weights under state_dict, model"):
+        load_released_checkpoint(tmp_path / "z.pth")
+
+
+FOREIGN = {
+    "V3": ("downsample1_1.encode_conv.weight", "ConvBlock1_1.0.Conv.pwconv1.0.weight"),
+    "QKFormer": ("patch_embed1.proj_conv.weight", "stage1.0.tssa.q_conv.weight"),
+    "Spikformer": ("patch_embed.proj_conv.weight", "block.0.norm1.weight"),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("family", FOREIGN)
+def test_another_family_is_named(family, prefix, tmp_path):
+    weights = {prefix + key: torch.zeros(1) for key in FOREIGN[family]}
+    torch.save({"model": weights}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=rf"x.pth: the weights of a .*{family}"):
+        load_released_checkpoint(tmp_path / "x.pth")
+
+
+def test_a_fragment_is_said_to_be_of_its_family(tmp_path):
+    torch.save({"model": {"downsample1_1.encode_conv.weight": torch.zeros(1)}}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"x.pth: read as Spike-Driven Transformer V2: .* is missing"):
+        load_released_checkpoint(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("entry", [{1: torch.ones(1)}, {"head.weight": 3}, {"a": [1]}, {None: None}])
+def test_what_is_no_state_dict_is_named(entry, static_golden, tmp_path):
+    content = {**static_golden.group("state"), **entry}
+    with pytest.raises(TypeError, match="a state_dict maps names to tensors"):
+        convert_released_state_dict(content)
+    torch.save({"state_dict": content}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"x.pth: a state_dict maps names to tensors"):
+        load_released_checkpoint(tmp_path / "x.pth")
 
 
 class Evil:
@@ -146,8 +240,9 @@ def test_run_folder_gives_its_best_model(tmp_path):
 
 
 def test_what_cannot_be_saved_or_loaded_says_why(tmp_path):
-    with pytest.raises(ValueError, match="neuron factory"):
-        save_model(SpikeDrivenTransformer(**TINY, neuron=partial(LIF, tau=3.0)), tmp_path)
+    for neuron in (lambda threshold: LIF(threshold=threshold), partial(LIF, surrogate=snntorch.surrogate.atan())):
+        with pytest.raises(ValueError, match=r"neuron=.*cannot be written"):
+            save_model(SpikeDrivenTransformer(**TINY, neuron=neuron), tmp_path)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(FileNotFoundError, match=r"no model.safetensors with its config.json here"):
         load_model(tmp_path)
@@ -186,6 +281,10 @@ def test_published_variant_survives_the_round_trip(tmp_path):
     assert load_model(tmp_path).config == model.config
 
 
+def _attention(model):
+    return model.blocks[0].attention.branch
+
+
 def _new_head(model):
     model.head = torch.nn.Linear(16, 3)
 
@@ -198,7 +297,15 @@ CHANGES = {
     "threshold": lambda model: setattr(model, "head_neuron", LIF(threshold=0.2)),
     "surrogate": lambda model: setattr(model, "head_neuron", LIF(surrogate="atan")),
     "blocks": lambda model: model.blocks.append(torch.nn.Identity()),
-    "float64": lambda model: model.double(),
+    "a forward hook": lambda model: model.patch.register_forward_hook(lambda module, inputs, output: 2 * output),
+    "blocks has a forward hook": lambda model: model.blocks.register_forward_pre_hook(lambda module, inputs: None),
+    "another forward": lambda model: setattr(model.patch, "forward", lambda x: x),
+    "gain was added": lambda model: model.register_parameter("gain", torch.nn.Parameter(torch.ones(1))),
+    "buffer was added": lambda model: model.blocks.register_buffer("buffer", torch.ones(1), persistent=False),
+    "share their memory": lambda model: setattr(_attention(model).q.conv, "weight", _attention(model).k.conv.weight),
+    "int64": lambda model: setattr(model.patch.position.norm, "running_mean", torch.zeros(16, dtype=torch.int64)),
+    "complex": lambda model: model.head.to(torch.complex64),
+    "meta": lambda model: model.head.to("meta"),
 }
 
 
@@ -209,6 +316,112 @@ def test_a_model_that_was_changed_is_not_saved_as_another(change, tmp_path):
     with pytest.raises(ValueError, match=f"no longer as it was built.*{change}"):
         save_model(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "neuron",
+    [
+        partial(LIF, tau=1.5, surrogate="atan"),
+        partial(LIF, threshold=0.7, reset="subtract", strict=True, detach_reset=False),
+        {"name": "lif", "tau": 3.0, "surrogate": {"kind": "atan", "alpha": 3.0}},
+        {"name": "plif", "init_tau": 3.0, "channels": True},
+        partial(ParametricLIF, init_tau=1.5),
+    ],
+)
+def test_neuron_options_survive_the_round_trip(neuron, tmp_path, firing_model):
+    model = firing_model(**TINY, neuron=neuron)
+    save_model(model, tmp_path)
+    loaded, x = load_model(tmp_path), torch.rand(2, 3, 16, 16)
+    assert torch.equal(loaded(x), model(x)) and model(x).std(0).any() and loaded.config == model.config
+    ours, theirs = (str({**vars(one.head_neuron), "_modules": 0, "_parameters": 0}) for one in (model, loaded))
+    assert ours.split("spike_grad")[0] == theirs.split("spike_grad")[0]
+    assert loaded.head_neuron.surrogate == model.head_neuron.surrogate
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_the_dtype_survives_the_round_trip(dtype, tmp_path, firing_model):
+    model = firing_model(**TINY).to(dtype)
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path).state_dict()
+    assert loaded["head.weight"].dtype == loaded["patch.stages.0.norm.running_var"].dtype == dtype
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.items())
+
+
+def test_what_lies_in_one_storage_without_overlapping_is_saved(tmp_path):
+    model = SpikeDrivenTransformer(**TINY)
+    flat = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    torch.nn.utils.vector_to_parameters(flat, model.parameters())
+    save_model(model, tmp_path)
+    assert torch.equal(load_model(tmp_path).head.weight, model.head.weight)
+
+
+def test_a_shared_block_is_named(tmp_path):
+    model = SpikeDrivenTransformer(**{**TINY, "depth": 2})
+    model.blocks[1] = model.blocks[0]
+    with pytest.raises(ValueError, match=r"blocks\.0\..* and blocks\.1\..* share their memory"):
+        save_model(model, tmp_path)
+
+
+class Small(torch.nn.Module):
+    """A user's own model of the kit's blocks."""
+
+    @keeps_options
+    def __init__(
+        self,
+        *,
+        dims: Sequence[int],
+        gain: Annotated[float, Option("of the patches", above=0)] = 1.0,
+        label: str | None = None,
+        num_classes: int = 3,
+    ) -> None:
+        super().__init__()
+        self.gain = gain
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(a, b) for a, b in pairwise(dims))
+        self.head = torch.nn.Linear(dims[-1], num_classes) if num_classes else torch.nn.Identity()
+
+
+def test_a_registered_class_is_made_saved_and_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
+    register(Small, {"small_1": {"dims": [2, 3]}})
+    assert list_models("Small") == ["small_1"] and "small_1" in list_models()
+    model = create_model("small_1", gain=2)
+    assert model.config == {"dims": (2, 3), "gain": 2, "label": None, "num_classes": 3}
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path)
+    assert type(loaded) is Small and loaded.config == model.config
+    assert torch.equal(loaded.layers[0].weight, model.layers[0].weight)
+    assert isinstance(load_model(tmp_path, num_classes=0).head, torch.nn.Identity)
+    with pytest.raises(TypeError, match=r"unknown model option dim; the options are dims, gain"):
+        create_model("small_1", dim=3)
+    with pytest.raises(TypeError, match=r"dims\[1\] must be a whole number, got 2.5"):
+        Small(dims=[1, 2.5])
+    with pytest.raises(TypeError, match=r"dims must be a list"):
+        Small(dims=3)
+    with pytest.raises(ValueError, match=r"gain must be above 0 .*got -1"):
+        Small(dims=[1], gain=-1)
+    with pytest.raises(ValueError, match=r"variants are registered already: sdt_8_384"):
+        register(Small, {"sdt_8_384": {"dims": [1]}})
+    with pytest.raises(TypeError, match=r"unknown model option depth of small_2"):
+        register(Small, {"small_2": {"depth": 1}})
+
+
+def test_an_option_without_a_name_is_refused():
+    with pytest.raises(TypeError, match="each option by its name"):
+
+        @keeps_options
+        def __init__(self, **options):
+            pass
+
+
+def test_a_class_of_ones_own_that_is_not_registered(tmp_path):
+    class Other(SpikeDrivenTransformer):
+        pass
+
+    with pytest.raises(TypeError, match=r"Other is a class derived from SpikeDrivenTransformer.*register\(Other\)"):
+        save_model(Other(**TINY), tmp_path)
+    with pytest.raises(TypeError, match="Other needs @keeps_options"):
+        register(Other)
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel, torch.optim.swa_utils.AveragedModel])

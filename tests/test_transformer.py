@@ -1,14 +1,17 @@
 import copy
+import json
 import pickle
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from sdt_blocks import LIF, SpikeDrivenTransformer, calibrate_norms, create_model, list_models
+from sdt_blocks import LIF, ParametricLIF, SpikeDrivenTransformer, calibrate_norms, create_model, list_models
 from sdt_blocks.analysis import firing_rates
 from sdt_blocks.models.sdt import FAMILY
+from sdt_blocks.surrogate import atan
 
 PUBLISHED = {
     "sdt_8_384": 16_816_536,
@@ -91,6 +94,32 @@ def test_deepcopy_pickle_and_neuron_factory(firing_model):
     assert {m.tau for m in model.modules() if isinstance(m, LIF)} == {1.5}
 
 
+def test_options_are_kept_as_plain_python():
+    """NumPy's numbers are numbers; what a config holds, JSON can hold."""
+    model = SpikeDrivenTransformer(
+        **{**TINY, "dim": np.int64(16)}, mlp_ratio=np.float32(2.5), neuron=partial(LIF, tau=3.0, surrogate=atan(1.5))
+    )
+    assert type(model.config["dim"]) is int and model.config["mlp_ratio"] == 2.5
+    assert model.config["neuron"] == {"name": "lif", "tau": 3.0, "surrogate": {"kind": "atan", "alpha": 1.5}}
+    assert json.loads(json.dumps(model.config)) == model.config
+    assert SpikeDrivenTransformer(**TINY, neuron=ParametricLIF).config["neuron"] == "plif"
+
+
+def test_a_threshold_is_a_factor_of_the_layers_own():
+    for neuron in ({"name": "lif", "threshold": 3.0}, partial(LIF, threshold=3.0), partial(_Mine, threshold=3.0)):
+        model = SpikeDrivenTransformer(**TINY, neuron=neuron)
+        assert model.head_neuron.threshold == 3 and model.blocks[0].attention.branch.mixer.neuron.threshold == 1.5
+
+
+class _Mine(LIF):
+    pass
+
+
+def test_one_time_constant_a_channel():
+    model = SpikeDrivenTransformer(**TINY, neuron={"name": "plif", "channels": True})
+    assert model.head_neuron.w.shape == (16,) and model.blocks[0].mlp.branch.neuron2.w.shape == (64,)
+
+
 def test_autocast_keeps_the_neuron_state_in_float32():
     model = SpikeDrivenTransformer(**TINY)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -103,15 +132,31 @@ def test_autocast_keeps_the_neuron_state_in_float32():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"depth": -1}, "depth=-1"),
-        ({"time_steps": 0}, "time_steps=0"),
+        ({"depth": -1}, "depth must be at least 0 .*got -1"),
+        ({"time_steps": 0}, "time_steps must be at least 1 .*got 0"),
         ({"dim": 24, "num_heads": 16}, "multiple of 16, got 24"),
         ({"neuron": "izhikevich"}, "'izhikevich' is unknown"),
+        ({"neuron": {"name": "lif", "tau": 0.5}}, "tau must be at least 1"),
+        ({"neuron": {"name": "lif", "taus": 2.0}}, "'lif' has no option taus; its options are tau, threshold"),
+        ({"neuron": {"tau": 2.0}}, "neuron None is unknown"),
         ({"drop_path": 1.5}, "drop_path"),
+        ({"num_heads": 0}, "num_heads must be at least 1"),
+        ({"mlp_ratio": float("inf")}, "mlp_ratio must be finite"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio must be finite"),
+        ({"num_classes": 10**40}, "num_classes must be .*a whole number of more than 30 digits"),
+        ({"time_steps": 1.5}, r"time_steps must be a whole number, got 1.5"),
+        ({"depth": True}, r"depth must be a whole number, got True \(bool\)"),
+        ({"dim": "32"}, r"dim must be a whole number, got '32' \(str\)"),
+        ({"in_channels": None}, r"in_channels must be a whole number, got None"),
+        ({"per_step": "no"}, r"per_step must be True or False, got 'no'"),
+        ({"event_pooling": 1}, r"event_pooling must be True or False, got 1"),
+        ({"pooling": 1111}, r"pooling must be text, got 1111"),
+        ({"neuron": 3}, r"neuron must be a name"),
+        ({"neuron": partial(LIF, tau="2")}, r"tau must be a number"),
     ],
 )
 def test_impossible_models_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         SpikeDrivenTransformer(**{**TINY, "depth": 2, **options})
 
 
@@ -119,6 +164,14 @@ def test_impossible_models_are_refused(options, message):
 def test_input_of_another_shape_is_refused(shape):
     with pytest.raises(ValueError, match=r"expected images \[B, 3, H, W\] or frames \[B, T, 3, H, W\]"):
         SpikeDrivenTransformer(**TINY)(torch.rand(shape))
+
+
+@pytest.mark.parametrize("x", [[[1.0]], np.ones((1, 3, 16, 16)), None])
+def test_what_is_no_tensor_is_refused(x):
+    model = SpikeDrivenTransformer(**TINY)
+    for module in (model, model.patch, model.blocks[0].mlp.branch, model.head_neuron):
+        with pytest.raises(TypeError, match=rf"tensor.*got {type(x).__name__}"):
+            module(x)
 
 
 def test_learns_to_tell_two_patterns():

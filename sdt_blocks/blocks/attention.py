@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..neuron import LIF, NeuronFactory, make_neuron
+from ..neuron import LIF, NeuronLike, make_neuron
 from ..steps import check_sequence, fire, project, project_and_mix
 from .mixers import ATTENTION_THRESHOLD, LinearSpikeMixer, MaskMixer
 from .names import Named
@@ -39,9 +39,7 @@ class SpikeDrivenSelfAttention(Named):
         "attention_neuron": "mixer.neuron",
     }
 
-    def __init__(
-        self, dim: int, *, num_heads: int = 8, neuron: str | NeuronFactory = LIF, event_pooling: bool = False
-    ) -> None:
+    def __init__(self, dim: int, *, num_heads: int = 8, neuron: NeuronLike = LIF, event_pooling: bool = False) -> None:
         super().__init__()
         self.dim, self.num_heads, self.event_pooling = dim, num_heads, event_pooling
         self.neuron = make_neuron(neuron, channels=dim)
@@ -80,9 +78,7 @@ class LinearSpikeAttention(nn.Module):
     torch.Size([4, 2, 64, 8, 8])
     """
 
-    def __init__(
-        self, dim: int, *, num_heads: int = 8, scale: float = 0.125, neuron: str | NeuronFactory = LIF
-    ) -> None:
+    def __init__(self, dim: int, *, num_heads: int = 8, scale: float = 0.125, neuron: NeuronLike = LIF) -> None:
         super().__init__()
         self.dim = dim
         self.mixer = LinearSpikeMixer(dim, num_heads=num_heads, scale=scale)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..neuron import LIF, NeuronFactory, make_neuron
+from ..neuron import LIF, NeuronLike, make_neuron
 from ..steps import check_sequence, fire, project, project_and_fire, shortcut
 from .shortcut import MembraneShortcut
 from .units import ConvNorm, SeparableConvNorm
@@ -28,7 +28,7 @@ class Downsampling(nn.Module):
         *,
         kernel_size: int = 3,
         stride: int = 2,
-        neuron: str | NeuronFactory | None = LIF,
+        neuron: NeuronLike | None = LIF,
     ) -> None:
         super().__init__()
         check_widths(in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride)
@@ -56,7 +56,7 @@ class SeparableConvolution(nn.Module):
         *,
         hidden: int | None = None,
         kernel_size: int = 7,
-        neuron: str | NeuronFactory = LIF,
+        neuron: NeuronLike = LIF,
     ) -> None:
         super().__init__()
         hidden = 2 * dim if hidden is None else hidden
@@ -83,7 +83,7 @@ class ConvolutionBlock(nn.Module):
     torch.Size([4, 2, 32, 8, 8])
     """
 
-    def __init__(self, dim: int, *, hidden: int | None = None, neuron: str | NeuronFactory = LIF) -> None:
+    def __init__(self, dim: int, *, hidden: int | None = None, neuron: NeuronLike = LIF) -> None:
         super().__init__()
         hidden = 4 * dim if hidden is None else hidden
         check_widths(dim=dim, hidden=hidden)

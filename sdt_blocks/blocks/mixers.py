@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..neuron import LIF, NeuronFactory, make_neuron
+from ..neuron import LIF, NeuronLike, make_neuron
 from ..ops import dense
 from ..ops.bits import SpikesAsBits, are_spikes, as_spikes
 from ..ops.packed import PackedSpikes, pad_to_words, spike_attention
@@ -36,9 +36,7 @@ class MaskMixer(nn.Module):
 
     emits = "spikes"
 
-    def __init__(
-        self, dim: int, *, num_heads: int = 8, neuron: str | NeuronFactory = LIF, event_pooling: bool = False
-    ) -> None:
+    def __init__(self, dim: int, *, num_heads: int = 8, neuron: NeuronLike = LIF, event_pooling: bool = False) -> None:
         super().__init__()
         check_heads(dim, num_heads)
         self.num_heads, self.event_pooling = num_heads, event_pooling

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..neuron import LIF, NeuronFactory, make_neuron
+from ..neuron import LIF, NeuronLike, make_neuron
 from ..steps import check_sequence, fire, project, project_and_fire
 from .names import Named
 from .units import ConvNorm
@@ -26,7 +26,7 @@ class SpikingMLP(Named):
 
     names: ClassVar[dict[str, str]] = {f"{part}{i}": f"fc{i}.{part}" for i in (1, 2) for part in ("conv", "norm")}
 
-    def __init__(self, dim: int, *, hidden: int | None = None, neuron: str | NeuronFactory = LIF) -> None:
+    def __init__(self, dim: int, *, hidden: int | None = None, neuron: NeuronLike = LIF) -> None:
         super().__init__()
         hidden = 4 * dim if hidden is None else hidden
         if dim < 1 or hidden < 1:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..neuron import LIF, NeuronFactory, make_neuron
+from ..neuron import LIF, NeuronLike, make_neuron
 from ..steps import check_multiple, check_sequence, fire, pool, project, project_and_fire, shortcut
 from .names import Named
 from .units import ConvNorm
@@ -40,9 +40,7 @@ class SpikingPatchSplitting(Named):
         "position_norm": "position.norm",
     }
 
-    def __init__(
-        self, dim: int, *, in_channels: int = 3, pooling: str = "1111", neuron: str | NeuronFactory = LIF
-    ) -> None:
+    def __init__(self, dim: int, *, in_channels: int = 3, pooling: str = "1111", neuron: NeuronLike = LIF) -> None:
         super().__init__()
         check_multiple(dim, WIDTHS[0], "dim")
         if in_channels < 1:

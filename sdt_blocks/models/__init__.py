@@ -1,20 +1,27 @@
 """Model families: by name, saved and loaded, and as their authors released them."""
 
+from .family import Family, ReleasedKeys
 from .meta_spikeformer import LinearAttentionBlock, MetaSpikeFormer
-from .registry import create_model, list_models
+from .options import Option, keeps_options
+from .registry import create_model, list_models, register
 from .released import convert_released_state_dict, load_released_checkpoint
 from .saved import load_model, save_model
 from .sdt import SpikeDrivenBlock, SpikeDrivenTransformer
 
 __all__ = [
+    "Family",
     "LinearAttentionBlock",
     "MetaSpikeFormer",
+    "Option",
+    "ReleasedKeys",
     "SpikeDrivenBlock",
     "SpikeDrivenTransformer",
     "convert_released_state_dict",
     "create_model",
+    "keeps_options",
     "list_models",
     "load_model",
     "load_released_checkpoint",
+    "register",
     "save_model",
 ]

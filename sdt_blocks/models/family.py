@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from .options import Keyword, options_of
+
+
+@dataclass(frozen=True)
+class ReleasedKeys:
+    """How the authors of a family named its weights."""
+
+    renames: Sequence[tuple[str, str | Callable[[Any], str]]]
+    """Prefixes of the released state_dict (patterns) and what they are called here (as `re.sub` takes it)."""
+    read_options: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Any]]
+    """Options of the class from a released state_dict and the training arguments; `ValueError` where it is not one."""
+    title: str
+    """The family in words."""
+    unused: str = ""
+    """A pattern of whole keys that are released, but never used in the forward pass."""
+
+    def renamed(self, key: str) -> str | None:
+        """What a released key is called here: "" if nothing uses it, `None` if it is not one of the family's."""
+        if re.fullmatch(self.unused, key):
+            return ""
+        for pattern, ours in self.renames:
+            if re.match(pattern, key):
+                return re.sub(f"^{pattern}", ours, key, count=1)
+        return None
 
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of model; `FAMILIES` of `models.registry` has all of them."""
+    """One kind of model."""
 
-    model: Callable[..., Any]
-    """The class: keyword arguments alone, all of them noted in its `config`."""
+    model: type[nn.Module]
     variants: Mapping[str, Mapping[str, Any]]
     """Published variants: what differs from the defaults of the class."""
-    keys: Sequence[tuple[str, str | Callable[[Any], str]]]
-    """Prefixes of the released state_dict (patterns) and what they are called here (as `re.sub` takes it)."""
-    unused: str
-    """A pattern of whole keys that are released, but never used in the forward pass."""
-    read_options: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Any]]
-    """Options of the class from a released state_dict and the training arguments; `ValueError` where it is not one."""
+    keys: ReleasedKeys | None
 
     @property
     def name(self) -> str:
@@ -30,10 +50,9 @@ class Family:
         return self.model.__name__
 
     @property
-    def options(self) -> dict[str, str]:
-        """The keyword arguments of the class and their annotations."""
-        annotations = self.model.__init__.__annotations__  # type: ignore[misc]
-        return {name: kind for name, kind in annotations.items() if name != "return"}
+    def options(self) -> dict[str, Keyword]:
+        """The keyword arguments of the class."""
+        return options_of(self.model)
 
 
 def shape_of(state_dict: Mapping[str, Tensor], key: str) -> Sequence[int]:

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from ..blocks import ConvolutionBlock, Downsampling, LinearSpikeAttention, MembraneShortcut, SpikingMLP
 from ..blocks.mixers import check_heads
-from ..neuron import LIF, NeuronFactory, Stream, make_neuron
+from ..neuron import LIF, NeuronLike, Stream, make_neuron
 from ..steps import check_multiple, fire, present
-from .family import Family, count_blocks, shape_of
+from .family import ReleasedKeys, count_blocks, shape_of
+from .options import Channels, Classes, Depths, Heads, Neuron, PerStep, Ratio, SecondHead, Steps, Widths, keeps_options
+from .registry import register
 
 DEPTHS = (1, 1, 2, 6, 2)
 """Blocks of each stage, the same in every published variant."""
@@ -27,9 +29,7 @@ class LinearAttentionBlock(nn.Module):
     Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
     """
 
-    def __init__(
-        self, dim: int, *, num_heads: int = 8, mlp_ratio: float = 4, neuron: str | NeuronFactory = LIF
-    ) -> None:
+    def __init__(self, dim: int, *, num_heads: int = 8, mlp_ratio: float = 4, neuron: NeuronLike = LIF) -> None:
         super().__init__()
         self.attention = MembraneShortcut(LinearSpikeAttention(dim, num_heads=num_heads, neuron=neuron))
         self.mlp = MembraneShortcut(SpikingMLP(dim, hidden=int(dim * mlp_ratio), neuron=neuron))
@@ -61,34 +61,25 @@ class MetaSpikeFormer(nn.Module):
     # Blocks stay whole when FSDP or device maps shard the model.
     _no_split_modules = ("ConvolutionBlock", "LinearAttentionBlock")
 
+    config: dict[str, Any]
+
+    @keeps_options
     def __init__(
         self,
         *,
-        dims: Sequence[int],
-        depths: Sequence[int] = DEPTHS,
-        num_heads: int = 8,
-        mlp_ratio: float = 4,
-        in_channels: int = 3,
-        num_classes: int = 1000,
-        time_steps: int = 4,
-        neuron: str | NeuronFactory = "lif",
-        distillation: bool = False,
-        per_step: bool = False,
+        dims: Widths,
+        depths: Depths = DEPTHS,
+        num_heads: Heads = 8,
+        mlp_ratio: Ratio = 4,
+        in_channels: Channels = 3,
+        num_classes: Classes = 1000,
+        time_steps: Steps = 4,
+        neuron: Neuron = "lif",
+        distillation: SecondHead = False,
+        per_step: PerStep = False,
     ) -> None:
         super().__init__()
-        _check(dims, depths, num_heads, num_classes, time_steps, distillation)
-        self.config: dict[str, Any] = {
-            "dims": list(dims),
-            "depths": list(depths),
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-            "in_channels": in_channels,
-            "num_classes": num_classes,
-            "time_steps": time_steps,
-            "neuron": neuron,
-            "distillation": distillation,
-            "per_step": per_step,
-        }
+        _check(dims, depths, num_heads, num_classes, distillation)
         self.in_channels, self.num_classes = in_channels, num_classes
         self.time_steps, self.per_step, self.distillation = time_steps, per_step, distillation
         widths = (dims[0] // 2, *dims)
@@ -138,18 +129,11 @@ class MetaSpikeFormer(nn.Module):
         return logits if self.per_step else logits.mean(0)
 
 
-def _check(
-    dims: Sequence[int], depths: Sequence[int], num_heads: int, num_classes: int, time_steps: int, distillation: bool
-) -> None:
+def _check(dims: Sequence[int], depths: Sequence[int], num_heads: int, num_classes: int, distillation: bool) -> None:
     if len(dims) != 4 or len(depths) != len(DEPTHS) or min(depths) < 0:
         raise ValueError(
             f"dims must be four widths and depths {len(DEPTHS)} numbers of blocks, none negative, got {list(dims)} and "
             f"{list(depths)}"
-        )
-    if num_classes < 0 or time_steps < 1:
-        raise ValueError(
-            f"num_classes must not be negative and time_steps must be positive, got num_classes={num_classes}, "
-            f"time_steps={time_steps}"
         )
     if distillation and not num_classes:
         raise ValueError("distillation needs classes for its head, got num_classes=0")
@@ -231,4 +215,4 @@ def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> d
     return options
 
 
-FAMILY = Family(MetaSpikeFormer, VARIANTS, KEYS, "", read_options)
+FAMILY = register(MetaSpikeFormer, VARIANTS, keys=ReleasedKeys(KEYS, read_options, "Spike-Driven Transformer V2"))

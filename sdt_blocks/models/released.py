@@ -1,4 +1,4 @@
-"""The files that the papers' authors released. None is ever unpickled in full."""
+"""The files that the papers' authors released, and what training loops make of them. None is unpickled in full."""
 
 from __future__ import annotations
 
@@ -14,82 +14,142 @@ import torch
 from torch import Tensor
 
 from .family import Family
-from .registry import FAMILIES
+from .registry import check_names, families
+from .weights import build_filled, listed, load_safely
+
+_WEIGHTS = ("state_dict", "model", "model_state_dict")
+_AVERAGED = ("state_dict_ema", "model_ema", "ema", "ema_state_dict")
+"""Where training loops keep weights and their moving average."""
+
+_PREFIX = re.compile(r"((module|_orig_mod|model)\.)+")
+"""What distributed training, torch.compile and Lightning put before every name."""
+
+_STRANGERS = {
+    r"ConvBlock1_1\.0\.Conv\.pwconv1\.\d+\.": "Spike-Driven Transformer V3 (E-SpikeFormer)",
+    r"patch_embed1\.": "QKFormer",
+    r"block\.0\.norm1\.": "Spikformer",
+}
+"""Names of weights in the files of families that are not registered, the more telling first."""
 
 
 def convert_released_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The released models' state_dict under this kit's names, without `module.` prefixes and never-used entries.
+    """The released models' state_dict under this kit's names, without never-used entries.
 
-    Raises `ValueError` that lists every key that is not of a released model, or not of the one that most are of.
+    The prefixes of distributed training, torch.compile and Lightning are left out. Raises `ValueError` that lists every
+    key that is not of a released model, or names the family that the weights are of where this kit has none of it, and
+    `TypeError` for what is no name of a tensor.
     """
-    return _converted(state_dict, _family_of(state_dict))
+    released = _plain_names(state_dict)
+    return _converted(released, _family(released))
 
 
-def _family_of(state_dict: Mapping[str, Tensor]) -> Family:
-    """The family that most keys are of."""
-    return max(FAMILIES, key=lambda family: sum(_renamed(key, family) is not None for key in state_dict))
+def _plain_names(state_dict: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Without prefixes. Raises `TypeError` or `ValueError`."""
+    plain: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        if not isinstance(key, str):
+            raise TypeError(f"a state_dict maps names to tensors, found the key {key!r} ({type(key).__name__})")
+        if not isinstance(value, Tensor):
+            raise TypeError(f"a state_dict maps names to tensors, {key[:200]} is {type(value).__name__}")
+        name = _PREFIX.sub("", key, count=1) if _PREFIX.match(key) else key
+        if name in plain:
+            raise ValueError(f"{name} stands there twice, once as {key}")
+        plain[name] = value
+    # What an averaged model counts beside its weights.
+    plain.pop("n_averaged", None)
+    return plain
+
+
+def _family(released: Mapping[str, Tensor]) -> Family:
+    """The family that most names are of. Raises `ValueError`."""
+    readable = [family for family in families().values() if family.keys is not None]
+    for pattern, name in _STRANGERS.items():
+        if any(re.match(pattern, key) for key in released):
+            known = ", ".join(family.name for family in readable)
+            raise ValueError(f"the weights of a {name}, which is not among what is read here: {known}")
+    return max(readable, key=lambda family: sum(_renamed(key, family) is not None for key in released))
 
 
 def _renamed(key: str, family: Family) -> str | None:
-    """What a released key is called here: "" if nothing uses it, `None` if it is not one of the family's."""
-    name = key.removeprefix("module.")
-    if re.fullmatch(family.unused, name):
-        return ""
-    for pattern, ours in family.keys:
-        if re.match(pattern, name):
-            return re.sub(f"^{pattern}", ours, name, count=1)
-    return None
+    return None if family.keys is None else family.keys.renamed(key)
 
 
-def _converted(state_dict: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
-    names = {key: _renamed(key, family) for key in state_dict}
+def _converted(released: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+    names = {key: _renamed(key, family) for key in released}
     unexpected = [key for key, name in names.items() if name is None]
     if unexpected:
         kind = f"a released {family.name}" if len(unexpected) < len(names) else "a released model"
-        raise ValueError(f"not the state_dict of {kind}; unexpected: {_listed(unexpected)}")
+        raise ValueError(f"not the state_dict of {kind}; unexpected: {listed(unexpected)}")
     # A 1-D convolution over the tokens is a 1x1 convolution over the plane.
     return {
-        name: value.unsqueeze(-1) if value.ndim == 3 else value
-        for name, value in zip(names.values(), state_dict.values(), strict=True)
+        name: released[key].unsqueeze(-1) if released[key].ndim == 3 else released[key]
+        for key, name in names.items()
         if name
     }
 
 
-def load_released_checkpoint(path: str | os.PathLike[str], *, ema: bool = False, **overrides: Any) -> Any:
-    """The model of a released file (`.pth.tar`, `.pth`), or of a bare state_dict in a file, in eval mode.
+def _read_options(family: Family, released: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
+    assert family.keys is not None
+    try:
+        return family.keys.read_options(released, args)
+    except ValueError as error:
+        raise ValueError(f"read as {family.keys.title}: {error}") from None
+
+
+def load_released_checkpoint(
+    path: str | os.PathLike[str], *, ema: bool = False, new_head: bool = False, **overrides: Any
+) -> Any:
+    """The model of a released `.pth.tar`, or of a state_dict in a file of torch or safetensors, in eval mode.
 
     The family, the architecture and a second head are read from the weights and the file's training arguments;
-    `overrides` (options of the model's class, such as `time_steps=4`) win. `ema=True` takes `state_dict_ema`.
+    `overrides` (options of the model's class, such as `time_steps=4` or `event_pooling=True`) win. The weights may lie
+    under "state_dict", "model" or "model_state_dict"; `ema=True` takes their moving average. Prefixes of distributed
+    training, torch.compile and Lightning are left out. `new_head=True` leaves the head as it is initialised, for
+    `num_classes` of other data; `num_classes=0` leaves it out.
 
     Only tensors and one `argparse.Namespace` are unpickled. Raises `FileNotFoundError`; `ValueError` naming the file
     and the cause where it is damaged, wants another class, or does not match the architecture.
     """
     path = Path(path)
     content = _load_weights_only(path)
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: expected a checkpoint or a state_dict, found {type(content).__name__}")
-    args: Mapping[str, Any] = {}
-    state_dict: Any = content
-    entries = ["state_dict_ema"] if ema else [name for name in ("state_dict", "model") if name in content]
-    if entries:
-        if not isinstance(content.get(entries[0]), Mapping):
-            raise ValueError(f"{path}: has no {entries[0]!r}; it holds {_listed(content)}")
-        args = vars(content["args"]) if isinstance(content.get("args"), argparse.Namespace) else {}
-        state_dict = content[entries[0]]
     try:
-        released = {str(key).removeprefix("module."): value for key, value in state_dict.items()}
-        family = _family_of(released)
+        weights, args = _find_weights(content, averaged=ema)
+        released = _plain_names(weights)
+        family = _family(released)
         converted = _converted(released, family)
-        model = family.model(**{**family.read_options(released, args), **overrides})
+        check_names(overrides, family.model)
+        options = _read_options(family, released, args)
+        model = build_filled(family.model, options, overrides, converted, new_head=new_head)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
-    load_strictly(model, converted, path)
     return model.eval()
+
+
+def _find_weights(content: Any, *, averaged: bool) -> tuple[Mapping[Any, Any], Mapping[str, Any]]:
+    """The weights in a file's content, and the arguments of the training. Raises `ValueError`."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"expected a checkpoint or a state_dict, found {type(content).__name__}")
+    args = content.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
+    plain = [key for key in _WEIGHTS if isinstance(content.get(key), Mapping)]
+    mean = [key for key in _AVERAGED if isinstance(content.get(key), Mapping)]
+    found = mean if averaged else plain
+    if len(found) > 1:
+        raise ValueError(f"holds weights under {listed(found)}; save the ones that are meant to a file of their own")
+    if found:
+        return content[found[0]], args
+    if averaged or mean or any(key in content for key in _WEIGHTS):
+        wanted = _AVERAGED if averaged else _WEIGHTS
+        instead = f"; ema=True takes {mean[0]!r}" if mean else ""
+        raise ValueError(f"has no {wanted[0]!r} (nor {', '.join(wanted[1:])}); it holds {listed(content)}{instead}")
+    return content, args
 
 
 def _load_weights_only(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give the path of a released .pth.tar")
+    if path.suffix == ".safetensors":
+        return load_safely(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -106,32 +166,3 @@ def _load_weights_only(path: Path) -> Any:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def load_strictly(model: torch.nn.Module, state_dict: Mapping[str, Tensor], path: Path) -> None:
-    check_fit(model, state_dict, path)
-    model.load_state_dict(state_dict)
-
-
-def check_fit(model: torch.nn.Module, state_dict: Mapping[str, Tensor], path: Path) -> None:
-    """Raises `ValueError` naming the file unless the weights have the model's names and shapes."""
-    expected = model.state_dict()
-    missing = [key for key in expected if key not in state_dict]
-    unexpected = [key for key in state_dict if key not in expected]
-    wrong = [
-        f"{key} is {list(state_dict[key].shape)}, the model has {list(expected[key].shape)}"
-        for key in expected
-        if key in state_dict and state_dict[key].shape != expected[key].shape
-    ]
-    faults = [
-        f"{what}: {_listed(keys)}"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
-        if keys
-    ]
-    if faults:
-        raise ValueError(f"{path}: the weights do not match the model; {'; '.join(faults)}")
-
-
-def _listed(names: Any, most: int = 12) -> str:
-    names = [str(name) for name in names]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

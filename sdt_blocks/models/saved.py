@@ -4,85 +4,137 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from ..files import write_atomically
-from .family import Family
-from .registry import FAMILIES
-from .released import check_fit, load_strictly
+from .registry import check_names, families
+from .weights import DTYPES, build_filled, listed, load_safely
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-_MOST = {"depth": 1000, "depths": 1000, "time_steps": 4096}
-_LONGEST = 16
+_FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Writes `model.safetensors` and `config.json` into the folder, each whole or not at all.
 
-    Raises `TypeError` for anything but a model of this kit, such as a compiled or averaged one in its wrapper, and
-    `ValueError` where `load_model` would give another model: the neuron is a factory that cannot be written down (use
-    the names "lif" or "plif"), or the model was changed after it was built.
+    Raises `TypeError` for anything but a model of a registered class, such as a compiled or averaged one in its
+    wrapper, and `ValueError` where `load_model` would give another model: the neuron is a factory that cannot be
+    written down, or the model was changed after it was built.
     """
-    family = next((family for family in FAMILIES if type(model) is family.model), None)
-    if family is None:
-        raise TypeError(
-            f"save_model takes a {' or '.join(_names())}, got {type(model).__name__}; of a wrapper, give the model "
-            f"inside (model.module, or model._orig_mod after torch.compile)"
-        )
-    config: Any = model.config
-    if not isinstance(config["neuron"], str):
+    _check_class(model)
+    config: dict[str, Any] = model.config  # type: ignore[assignment]
+    unwritten = [f"{key}={value!r}" for key, value in config.items() if not _is_plain(value)]
+    if unwritten:
         raise ValueError(
-            f"a model with the neuron factory {config['neuron']!r} cannot be written to {CONFIG}; save its "
-            f'state_dict(), or build it with neuron="lif" or "plif"'
+            f"a model with {', '.join(unwritten)} cannot be written to {CONFIG}; save its state_dict(), or build it "
+            f'with a neuron of the kit by name and options, such as neuron={{"name": "lif", "tau": 3.0}}'
         )
-    changed = _changes(model, family)
+    changed = [*_tied(model), *_changes(model)]
     if changed:
         raise ValueError(
-            f"the model is no longer as it was built and would not load as it is: {'; '.join(changed[:6])}; build it "
+            f"the model is no longer as it was built and would not load as it is: {listed(changed, 6)}; build it "
             f"with these options (create_model(..., time_steps=...)) and load the weights, or save its state_dict()"
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {key: value.detach().contiguous().cpu() for key, value in model.state_dict().items()}
+    # Clones: what shares one storage without overlapping, such as slices of a flat vector, is written apart.
+    layout = torch.contiguous_format
+    weights = {key: value.detach().cpu().clone(memory_format=layout) for key, value in model.state_dict().items()}
     write_atomically(folder / WEIGHTS, lambda temporary: save_file(weights, temporary, {"format": "pt"}))
-    text = json.dumps({"model": family.name, **config}, indent=2) + "\n"
+    text = json.dumps({"model": type(model).__name__, **config}, indent=2) + "\n"
     write_atomically(folder / CONFIG, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
-def _names() -> list[str]:
-    return [family.name for family in FAMILIES]
+def _check_class(model: Any) -> None:
+    """Raises `TypeError` unless the model is of a registered class itself."""
+    known = {name: family.model for name, family in families().items()}
+    name = type(model).__name__
+    if type(model) in known.values():
+        return
+    parents = [parent for parent, kind in known.items() if isinstance(model, kind)]
+    if parents:
+        raise TypeError(
+            f"{name} is a class derived from {parents[0]}, which load_model would not build again; register({name}) "
+            f"with @keeps_options on its constructor, both of sdt_blocks.models, or save its state_dict()"
+        )
+    raise TypeError(
+        f"save_model takes a model of {', '.join(known)}, got {name}; of a wrapper, give the model inside "
+        f"(model.module, or model._orig_mod after torch.compile)"
+    )
 
 
-def _changes(model: Any, family: Family) -> list[str]:
+def _is_plain(value: Any) -> bool:
+    """Whether JSON gives the value back."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _tied(model: nn.Module) -> list[str]:
+    """Entries of the state_dict that share memory, which two files' worth of numbers cannot say."""
+    found, spans = [], []
+    for key, value in model.state_dict().items():
+        if value.is_meta or value.numel() == 0:
+            continue
+        start = value.data_ptr()
+        length = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)) + 1
+        spans.append((start, start + length * value.element_size(), key))
+    spans.sort()
+    for (_, end, one), (start, _, other) in pairwise(spans):
+        if start < end:
+            found.append(f"{one} and {other} share their memory (tied weights would come apart)")
+    return found
+
+
+def _changes(model: nn.Module) -> list[str]:
     """What differs between the model and a new one with its config, weights apart."""
     with torch.device("meta"):
-        new = family.model(**model.config)
-    ours, theirs = dict(model.named_modules()), dict(new.named_modules())
+        new = type(model)(**model.config)  # type: ignore[arg-type]
+    ours, theirs = (dict(one.named_modules(remove_duplicate=False)) for one in (model, new))
     changes = [f"{name} was {'added' if name in ours else 'removed'}" for name in ours.keys() ^ theirs.keys()]
     for name in ours.keys() & theirs.keys():
-        one, other = ours[name], theirs[name]
-        what = name or type(model).__name__
-        if type(one) is not type(other) and not isinstance(one, nn.SyncBatchNorm):
-            changes.append(f"{what} is {type(one).__name__}, was {type(other).__name__}")
-            continue
-        before = _settings(other)
-        changes += [
-            f"{what}.{key} is {value!r}, was {before[key]!r}"
-            for key, value in _settings(one).items()
-            if key in before and value != before[key]
-        ]
-    tensors = new.state_dict()
-    for key, value in model.state_dict().items():
-        if key in tensors and (value.shape, value.dtype) != (tensors[key].shape, tensors[key].dtype):
-            expected = f"{list(tensors[key].shape)} of {tensors[key].dtype}"
+        changes += _module_changes(name or type(model).__name__, ours[name], theirs[name])
+    before, after = (dict(_tensors(one)) for one in (new, model))
+    changes += [f"{name} was {'added' if name in after else 'removed'}" for name in after.keys() ^ before.keys()]
+    for key in after.keys() & before.keys():
+        value, built = after[key], before[key]
+        floats = value.dtype in DTYPES and built.dtype in DTYPES
+        if value.shape != built.shape or (value.dtype != built.dtype and not floats):
+            expected = f"{list(built.shape)} of {built.dtype}"
             changes.append(f"{key} is {list(value.shape)} of {value.dtype}, was {expected}")
+        elif value.is_meta:
+            changes.append(f"{key} is on the meta device and holds no numbers")
     return sorted(changes)
+
+
+def _module_changes(name: str, one: nn.Module, other: nn.Module) -> Iterator[str]:
+    if type(one) is not type(other) and not isinstance(one, nn.SyncBatchNorm):
+        yield f"{name} is {type(one).__name__}, was {type(other).__name__}"
+        return
+    if any(vars(one)[kind] for kind in _FORWARD_HOOKS):
+        yield f"{name} has a forward hook, which is not saved (remove it by its handle)"
+    # accelerate puts a forward with autocast in the class's place, and keeps that.
+    if "forward" in vars(one) and "_original_forward" not in vars(one):
+        yield f"{name} has another forward than its class"
+    before = _settings(other)
+    for key, value in _settings(one).items():
+        if key in before and value != before[key]:
+            yield f"{name}.{key} is {value!r}, was {before[key]!r}"
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, those too that a state_dict leaves out."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
@@ -96,11 +148,12 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     return kept | {key: repr(value) for key, value in values.items() if key == "surrogate"}
 
 
-def load_model(folder: str | os.PathLike[str], **overrides: Any) -> Any:
+def load_model(folder: str | os.PathLike[str], *, new_head: bool = False, **overrides: Any) -> Any:
     """The model that `save_model` wrote, in eval mode. A recipe's run folder gives its best model, else its last.
 
-    `overrides` are options of the model's class. Raises `FileNotFoundError` or `ValueError` naming file and
-    cause.
+    `overrides` are options of the model's class; `new_head=True` leaves the head as it is initialised, for
+    `num_classes` of other data, and `num_classes=0` leaves it out. Raises `FileNotFoundError` or `ValueError` naming
+    file and cause.
     """
     folder = Path(folder)
     candidates = [folder, folder / "best", folder / "last"]
@@ -108,46 +161,26 @@ def load_model(folder: str | os.PathLike[str], **overrides: Any) -> Any:
     if found is None:
         raise FileNotFoundError(f"{folder}: no {WEIGHTS} with its {CONFIG} here, nor in best/ or last/")
     try:
-        config = json.loads((found / CONFIG).read_text(encoding="utf-8"))
-        family, options = _checked(config)
+        kind, options = _read(json.loads((found / CONFIG).read_text(encoding="utf-8")))
+        check_names(overrides, kind)
         with torch.device("meta"):
-            sketch = family.model(**{**options, **overrides})
-    except (ValueError, TypeError, OverflowError, ZeroDivisionError, RecursionError, RuntimeError) as error:
+            kind(**{**options, **overrides})
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{found / CONFIG}: {error}") from None
+    weights = load_safely(found / WEIGHTS)
     try:
-        weights = load_file(found / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{found / WEIGHTS}: truncated or not a safetensors file ({error})") from None
-    check_fit(sketch, weights, found / WEIGHTS)
-    model = family.model(**{**options, **overrides})
-    load_strictly(model, weights, found / WEIGHTS)
-    return model.eval()
+        return build_filled(kind, options, overrides, weights, new_head=new_head).eval()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{found / WEIGHTS}: {error}") from None
 
 
-def _checked(config: Any) -> tuple[Family, dict[str, Any]]:
-    """Family and options in the content of a config.json. Raises `ValueError` unless each is known and of its type."""
+def _read(config: Any) -> tuple[type[nn.Module], dict[str, Any]]:
+    """Class and options of a config.json's content. Raises `ValueError` or `TypeError`; the class checks the values."""
     if not isinstance(config, dict):
         raise ValueError(f"expected a JSON object, found {type(config).__name__}")
     options = dict(config)
-    name = options.pop("model", FAMILIES[0].name)
-    family = next((family for family in FAMILIES if family.name == name), None)
-    if family is None:
-        raise ValueError(f"of the model {str(name)[:80]!r}, which is unknown; known: {', '.join(_names())}")
-    for key, value in options.items():
-        if key not in family.options:
-            raise ValueError(f"unknown option {key[:80]!r}; the options are {', '.join(family.options)}")
-        kind = family.options[key].split(" ")[0]
-        several = kind.startswith("Sequence[")
-        if several and not (isinstance(value, list) and len(value) <= _LONGEST):
-            raise ValueError(f"{key} must be a list of at most {_LONGEST}, found {str(value)[:80]!r}")
-        for one in value if several else [value]:
-            _check_type(key, one, kind.removeprefix("Sequence[").removesuffix("]"))
-    return family, options
-
-
-def _check_type(key: str, value: Any, kind: str) -> None:
-    kinds = {"int": (int,), "float": (int, float), "bool": (bool,)}
-    if not isinstance(value, kinds.get(kind, (str,))) or (isinstance(value, bool) and kind != "bool"):
-        raise ValueError(f"{key} must be of type {kind}, found {str(value)[:80]!r}")
-    if kind in ("int", "float") and not abs(float(str(value))) <= _MOST.get(key, 10**9):
-        raise ValueError(f"{key} must be at most {_MOST.get(key, 10**9)}, found {str(value)[:80]}")
+    name, known = options.pop("model", None), families()
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"of the model {str(name)[:80]!r}, which is unknown; known: {', '.join(known)}")
+    check_names(options, known[name].model)
+    return known[name].model, options

@@ -9,9 +9,25 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..blocks import MembraneShortcut, SpikeDrivenSelfAttention, SpikingMLP, SpikingPatchSplitting
-from ..neuron import LIF, NeuronFactory, Stream, make_neuron
+from ..neuron import LIF, NeuronLike, Stream, make_neuron
 from ..steps import check_multiple, fire, present
-from .family import Family, count_blocks, shape_of
+from .family import ReleasedKeys, count_blocks, shape_of
+from .options import (
+    Channels,
+    Classes,
+    Depth,
+    DropPath,
+    EventPooling,
+    Heads,
+    Neuron,
+    PerStep,
+    Pooling,
+    Ratio,
+    Steps,
+    Width,
+    keeps_options,
+)
+from .registry import register
 
 
 class SpikeDrivenBlock(nn.Module):
@@ -26,7 +42,7 @@ class SpikeDrivenBlock(nn.Module):
         *,
         num_heads: int = 8,
         mlp_ratio: float = 4,
-        neuron: str | NeuronFactory = LIF,
+        neuron: NeuronLike = LIF,
         event_pooling: bool = False,
         drop_path: float = 0.0,
     ) -> None:
@@ -64,43 +80,27 @@ class SpikeDrivenTransformer(nn.Module):
     # Blocks stay whole when FSDP or device maps shard the model.
     _no_split_modules = ("SpikeDrivenBlock",)
 
+    config: dict[str, Any]
+
+    @keeps_options
     def __init__(
         self,
         *,
-        depth: int,
-        dim: int,
-        num_heads: int = 8,
-        mlp_ratio: float = 4,
-        in_channels: int = 3,
-        num_classes: int = 1000,
-        time_steps: int = 4,
-        pooling: str = "1111",
-        neuron: str | NeuronFactory = "lif",
-        event_pooling: bool = False,
-        per_step: bool = False,
-        drop_path: float = 0.0,
+        depth: Depth,
+        dim: Width,
+        num_heads: Heads = 8,
+        mlp_ratio: Ratio = 4,
+        in_channels: Channels = 3,
+        num_classes: Classes = 1000,
+        time_steps: Steps = 4,
+        pooling: Pooling = "1111",
+        neuron: Neuron = "lif",
+        event_pooling: EventPooling = False,
+        per_step: PerStep = False,
+        drop_path: DropPath = 0.0,
     ) -> None:
         super().__init__()
-        if depth < 0 or time_steps < 1 or num_classes < 0:
-            raise ValueError(
-                f"depth and num_classes must not be negative and time_steps must be positive, got depth={depth}, "
-                f"num_classes={num_classes}, time_steps={time_steps}"
-            )
         check_multiple(dim, num_heads, "dim (for this number of heads)")
-        self.config: dict[str, Any] = {
-            "depth": depth,
-            "dim": dim,
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-            "in_channels": in_channels,
-            "num_classes": num_classes,
-            "time_steps": time_steps,
-            "pooling": str(pooling),
-            "neuron": neuron,
-            "event_pooling": event_pooling,
-            "per_step": per_step,
-            "drop_path": drop_path,
-        }
         self.in_channels, self.num_classes = in_channels, num_classes
         self.time_steps, self.per_step = time_steps, per_step
         self.patch = SpikingPatchSplitting(dim, in_channels=in_channels, pooling=pooling, neuron=neuron)
@@ -134,14 +134,6 @@ class SpikeDrivenTransformer(nn.Module):
     def stream(self) -> Stream:
         """This model for frames that come chunk by chunk: `stream(chunk)` goes on where the chunk before ended."""
         return Stream(self)
-
-
-def check_images(x: Tensor, in_channels: int) -> None:
-    """Raises `ValueError` unless x is `[B, in_channels, H, W]` or `[B, T, in_channels, H, W]`, with nothing empty."""
-    if x.ndim not in (4, 5) or x.shape[-3] != in_channels or 0 in x.shape:
-        raise ValueError(
-            f"expected images [B, {in_channels}, H, W] or frames [B, T, {in_channels}, H, W], got {list(x.shape)}"
-        )
 
 
 def _initialize(module: nn.Module) -> None:
@@ -230,4 +222,6 @@ def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> d
     return options
 
 
-FAMILY = Family(SpikeDrivenTransformer, VARIANTS, KEYS, UNUSED, read_options)
+FAMILY = register(
+    SpikeDrivenTransformer, VARIANTS, keys=ReleasedKeys(KEYS, read_options, "Spike-Driven Transformer V1", UNUSED)
+)

@@ -1,6 +1,6 @@
 """Neurons that take a whole sequence, what makes such of single-step ones, and streams that hand their state over."""
 
-from .lif import LIF, NEURONS, NeuronFactory, ParametricLIF, make_neuron
+from .lif import LIF, NEURONS, NeuronFactory, NeuronLike, ParametricLIF, make_neuron, neuron_options, neuron_spec
 from .stepping import OverTime, over_time, remembers, spikes_of, takes_sequence
 from .stream import Stream, Streamed
 
@@ -8,11 +8,14 @@ __all__ = [
     "LIF",
     "NEURONS",
     "NeuronFactory",
+    "NeuronLike",
     "OverTime",
     "ParametricLIF",
     "Stream",
     "Streamed",
     "make_neuron",
+    "neuron_options",
+    "neuron_spec",
     "over_time",
     "remembers",
     "spikes_of",

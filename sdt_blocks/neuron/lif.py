@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,11 +15,13 @@ from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
 from ..ops import lif
-from ..surrogate import Surrogate, SurrogateLike, fire, resolve
+from ..surrogate import Surrogate, SurrogateLike, fire, resolve, surrogate_spec
 from .stepping import OverTime, remembers
 from .stream import Streamed
 
 NeuronFactory = Callable[..., nn.Module]
+NeuronLike = str | Mapping[str, Any] | NeuronFactory
+"""What a block makes its neurons of: a name, a name with options, or a factory; see `make_neuron`."""
 
 
 class LIF(snntorch.Leaky, Streamed):
@@ -60,8 +62,8 @@ class LIF(snntorch.Leaky, Streamed):
         for name, flag in (("detach_reset", detach_reset), ("strict", strict)):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} must be True or False, got {flag!r}")
-        if not tau >= 1:
-            raise ValueError(f"tau must be at least 1 (one time step), got {tau!r}")
+        if not (tau >= 1 and math.isfinite(tau)):
+            raise ValueError(f"tau must be at least 1 (one time step) and finite, got {tau!r}")
         if not (threshold > 0 and math.isfinite(threshold)):
             raise ValueError(f"threshold must be a positive finite number, got {threshold!r}")
         if reset not in SpikingNeuron.reset_dict:
@@ -112,6 +114,8 @@ class LIF(snntorch.Leaky, Streamed):
         The membrane is snnTorch's `mem`: the value before the reset. Handed to the next call it continues the sequence
         exactly. Raises `ValueError` for an empty sequence or a membrane of another shape, such as a single step's.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{type(self).__name__} takes a tensor [T, ...], got {type(x).__name__}")
         if membrane is not None and membrane.shape in (x.shape, (0,)) and membrane.shape != x.shape[1:]:
             raise ValueError(
                 f"LIF takes a sequence [T, ...] and the membrane of one step; got {list(x.shape)} and "
@@ -170,8 +174,8 @@ class ParametricLIF(LIF):
         _check_number("init_tau", init_tau)
         if not (init_tau > 1 and math.isfinite(init_tau)):
             raise ValueError(f"init_tau must be a finite number above 1, got {init_tau!r}")
-        if channels is not None and channels < 1:
-            raise ValueError(f"channels must be a positive number or None, got {channels!r}")
+        if channels is not None and (isinstance(channels, bool) or not isinstance(channels, int) or channels < 1):
+            raise ValueError(f"channels must be a positive whole number or None, got {channels!r}")
         super().__init__(tau=init_tau, **options)
         w = -math.log(init_tau - 1) + 0.0
         self.w = nn.Parameter(torch.full(() if channels is None else (channels,), w))
@@ -203,34 +207,96 @@ class _SpikeGradient:
         return fire(shift, self.surrogate, self.strict)
 
 
-NEURONS: dict[str, NeuronFactory] = {"lif": LIF, "plif": ParametricLIF}
+NEURONS: dict[str, type[LIF]] = {"lif": LIF, "plif": ParametricLIF}
 
 
-def make_neuron(factory: str | NeuronFactory, *, channels: int, threshold: float = 1.0) -> nn.Module:
-    """One neuron layer from "lif", "plif" or a factory.
+def make_neuron(neuron: NeuronLike, *, channels: int, threshold: float = 1.0) -> nn.Module:
+    """One neuron layer from "lif", "plif", one of them with options, or a factory.
 
-    A factory is called with `threshold=`; one that has a `channels` argument without a default gets the layer's width
-    too. What it makes may be a neuron of snnTorch or SpikingJelly, which then runs `over_time`. Raises `ValueError` for
-    an unknown name and `TypeError` for a factory that cannot be called so or makes no module.
+    Options are those of `LIF` or `ParametricLIF`, as in `{"name": "lif", "tau": 3.0, "surrogate": "atan"}`, of which
+    `"threshold"` is a factor of the layer's own (1, and 0.5 for the mask of an attention), and `"channels": True` asks
+    for a time constant a channel. A factory is called with `threshold=`; one that has a `channels` argument without a
+    default gets the layer's width too. What it makes may be a neuron of snnTorch or SpikingJelly, which then runs
+    `over_time`.
+
+    Raises `ValueError` for an unknown name or option and `TypeError` for a factory that cannot be called so or makes no
+    module.
     """
-    if isinstance(factory, str):
-        if factory not in NEURONS:
-            raise ValueError(f"neuron {factory!r} is unknown; choose one of {', '.join(NEURONS)} or pass a factory")
-        factory = NEURONS[factory]
-    if not callable(factory) or isinstance(factory, nn.Module):
-        raise TypeError(
-            f"neuron must be a name or a factory that makes a new module for each layer (a class, a "
-            f"functools.partial, a function taking threshold=), got {type(factory).__name__}"
-        )
-    make = partial(factory, threshold=threshold)
-    parameters = inspect.signature(factory).parameters
+    neuron = neuron_spec(neuron)
+    if isinstance(neuron, str | Mapping):
+        name, options = _parts(neuron)
+        if options.get("channels") is True:
+            options["channels"] = channels
+        return NEURONS[name](**{**options, "threshold": threshold * options.get("threshold", 1.0)})
+    if isinstance(neuron, partial):
+        threshold *= neuron.keywords.get("threshold", 1.0)
+    make = partial(neuron, threshold=threshold)
+    parameters = inspect.signature(neuron).parameters
     if "channels" in parameters and parameters["channels"].default is inspect.Parameter.empty:
         make = partial(make, channels=channels)
     try:
-        inspect.signature(factory).bind(**make.keywords)
+        inspect.signature(neuron).bind(**make.keywords)
     except TypeError as error:
-        raise TypeError(f"the neuron factory {factory!r} must accept threshold= as a keyword: {error}") from None
-    neuron = make()
-    if not isinstance(neuron, nn.Module):
-        raise TypeError(f"the neuron factory {factory!r} must make a torch.nn.Module, got {type(neuron).__name__}")
-    return OverTime(neuron) if remembers(neuron) else neuron
+        raise TypeError(f"the neuron factory {neuron!r} must accept threshold= as a keyword: {error}") from None
+    made = make()
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"the neuron factory {neuron!r} must make a torch.nn.Module, got {type(made).__name__}")
+    return OverTime(made) if remembers(made) else made
+
+
+def neuron_spec(neuron: NeuronLike) -> NeuronLike:
+    """The neuron as it can be written down: a name, or a name with options; any other factory as it is.
+
+    Raises `ValueError` for an unknown name or option and `TypeError` for what makes no neuron.
+
+    >>> neuron_spec(partial(LIF, tau=3.0))
+    {'name': 'lif', 'tau': 3.0}
+    """
+    if isinstance(neuron, str | Mapping):
+        name, options = _parts(neuron)
+    elif not callable(neuron) or isinstance(neuron, nn.Module):
+        raise TypeError(
+            f"neuron must be a name, a name with options or a factory that makes a new module for each layer (a class, "
+            f"a functools.partial, a function taking threshold=), got {type(neuron).__name__}"
+        )
+    else:
+        factory = neuron.func if isinstance(neuron, partial) and not neuron.args else neuron
+        options = dict(neuron.keywords) if isinstance(neuron, partial) and not neuron.args else {}
+        found = next((name for name, kind in NEURONS.items() if kind is factory), None)
+        if found is None:
+            return neuron
+        name = found
+    _check_options(name, options)
+    if "surrogate" in options:
+        spec = surrogate_spec(options["surrogate"])
+        if spec is None:  # a function, which no file can hold
+            return partial(NEURONS[name], **options)
+        options["surrogate"] = spec
+    return {"name": name, **options} if options else name
+
+
+def _parts(neuron: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    options = {"name": neuron} if isinstance(neuron, str) else dict(neuron)
+    name = options.pop("name", None)
+    if name not in NEURONS:
+        raise ValueError(f"neuron {name!r} is unknown; choose one of {', '.join(NEURONS)} or pass a factory")
+    return name, options
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raises `ValueError` or `TypeError`, also for what no layer could take, once and at the door."""
+    known = neuron_options(name)
+    unknown = sorted(str(key) for key in options if key not in known)
+    if unknown:
+        raise ValueError(f"neuron {name!r} has no option {', '.join(unknown)}; its options are {', '.join(known)}")
+    trial = {**options, "channels": None} if options.get("channels") is True else dict(options)
+    NEURONS[name](**trial)
+
+
+def neuron_options(name: str) -> list[str]:
+    """The options of a neuron of the kit."""
+    own = inspect.signature(NEURONS[name]).parameters
+    inherited = inspect.signature(LIF).parameters
+    names = dict.fromkeys([*own, *(key for key in inherited if key != "tau" or NEURONS[name] is LIF)])
+    names.pop("options", None)
+    return list(names)

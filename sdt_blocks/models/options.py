@@ -1,0 +1,156 @@
+"""The options that a model is built with: what each may be stands in the constructor's annotations and nowhere else."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import numbers
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from ..neuron import NeuronLike, neuron_spec
+
+Init = TypeVar("Init", bound=Callable[..., None])
+
+MOST = 10**9
+"""What no number exceeds where its annotation says nothing."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What an annotation says of a number beside its type, and in words what it is."""
+
+    help: str = ""
+    least: float | None = None
+    most: float | None = MOST
+    above: float | None = None
+    below: float | None = None
+    read: Callable[[Any], Any] | None = None
+    """Makes of the value what a config.json holds of it."""
+
+    def bounds(self) -> dict[str, float]:
+        """Those that are set, by name."""
+        named = {"least": self.least, "above": self.above, "most": self.most, "below": self.below}
+        return {name: bound for name, bound in named.items() if bound is not None}
+
+    def check(self, name: str, number: float) -> None:
+        """Raises `ValueError` for a number out of bounds."""
+        words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+        inside = {
+            "least": lambda bound: number >= bound,
+            "above": lambda bound: number > bound,
+            "most": lambda bound: number <= bound,
+            "below": lambda bound: number < bound,
+        }
+        bounds = self.bounds()
+        if not all(inside[key](bound) for key, bound in bounds.items()):
+            expected = " and ".join(f"{words[key]} {bound:g}" for key, bound in bounds.items())
+            raise ValueError(f"{name} must be {expected}, got {_shown(number)}")
+
+
+Depth = Annotated[int, Option("encoder blocks", least=0, most=1000)]
+Width = Annotated[int, Option("channels of a token", least=1, most=65536)]
+Widths = Annotated[Sequence[int], Option("channels of the stages", least=1, most=65536)]
+Depths = Annotated[Sequence[int], Option("blocks of the stages", least=0, most=1000)]
+Heads = Annotated[int, Option("attention heads", least=1, most=65536)]
+Ratio = Annotated[float, Option("hidden width of the MLP over dim", above=0, most=64)]
+Channels = Annotated[int, Option("channels of the input", least=1, most=65536)]
+Classes = Annotated[int, Option("classes; 0 leaves the head out", least=0, most=10**7)]
+Steps = Annotated[int, Option("times an image is shown", least=1, most=4096)]
+DropPath = Annotated[float, Option("stochastic depth of the last block", least=0, below=1, most=None)]
+Pooling = Annotated[str, Option('four flags, quoted in YAML: "0011"')]
+EventPooling = Annotated[bool, Option("3 x 3 max inside the attention")]
+SecondHead = Annotated[bool, Option("a second head, which learns from a teacher")]
+PerStep = Annotated[bool, Option("logits of every step, as TET trains them")]
+Neuron = Annotated[NeuronLike, Option("spiking neuron: lif or plif", read=neuron_spec)]
+
+
+@dataclass(frozen=True)
+class Keyword:
+    """A keyword of a constructor; its default is `inspect.Parameter.empty` where it has none."""
+
+    kind: Any
+    option: Option
+    default: Any
+
+
+def options_of(model: type) -> dict[str, Keyword]:
+    """The keywords of a model's constructor."""
+    hints = typing.get_type_hints(model.__init__, include_extras=True)  # type: ignore[misc]
+    keywords = {}
+    for name, parameter in inspect.signature(model).parameters.items():
+        hint = hints.get(name, Any)
+        kind, *said = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+        option = next((one for one in said if isinstance(one, Option)), Option())
+        keywords[name] = Keyword(kind, option, parameter.default)
+    return keywords
+
+
+def keeps_options(init: Init) -> Init:
+    """A constructor whose arguments are held to their annotations first, and kept as `self.config`.
+
+    Raises `TypeError` or `ValueError` that names the option, what it was given and what is expected.
+    """
+    signature = inspect.signature(init)
+    _, *parameters = signature.parameters.values()
+    if any(parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) for parameter in parameters):
+        raise TypeError("a constructor with @keeps_options states each option by its name, not as *args or **kwargs")
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **options: Any) -> None:
+        bound = signature.bind(self, *args, **options)
+        bound.apply_defaults()
+        _, *given = bound.arguments.items()
+        owner = next(kind for kind in type(self).__mro__ if vars(kind).get("__init__") is checked)
+        keywords = options_of(owner)
+        config = {name: check_option(name, value, keywords[name]) for name, value in given}
+        init(self, **config)
+        self.config = config
+
+    checked.keeps_options = True  # type: ignore[attr-defined]
+    return checked  # type: ignore[return-value]
+
+
+def check_option(name: str, value: Any, keyword: Keyword) -> Any:
+    """The value as plain Python has it. Raises `TypeError` or `ValueError` where the keyword does not allow it."""
+    return _read(name, value, keyword.kind, keyword.option)
+
+
+def _read(name: str, value: Any, kind: Any, option: Option) -> Any:
+    if option.read is not None:
+        return option.read(value)
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        if value is None and type(None) in typing.get_args(kind):
+            return None
+        kind = next(one for one in typing.get_args(kind) if one is not type(None))
+    if typing.get_origin(kind) in (list, tuple, Sequence):
+        if not isinstance(value, list | tuple):
+            raise TypeError(f"{name} must be a list of numbers, got {_shown(value)}")
+        return tuple(_read(f"{name}[{i}]", one, typing.get_args(kind)[0], option) for i, one in enumerate(value))
+    if kind in (int, float):
+        number = numbers.Integral if kind is int else numbers.Real
+        if isinstance(value, bool) or not isinstance(value, number):
+            expected = "a whole number" if kind is int else "a number"
+            raise TypeError(f"{name} must be {expected}, got {_shown(value)}")
+        plain = int(value) if isinstance(value, numbers.Integral) else float(value)
+        if isinstance(plain, float) and not math.isfinite(plain):
+            raise ValueError(f"{name} must be finite, got {plain}")
+        option.check(name, plain)
+        return plain
+    if kind in (bool, str) and not isinstance(value, kind):
+        raise TypeError(f"{name} must be {'True or False' if kind is bool else 'text'}, got {_shown(value)}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A value with its type as an error shows them."""
+    if isinstance(value, int) and abs(value) > 10**30:
+        return "a whole number of more than 30 digits"
+    text = repr(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return text
+    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"

@@ -1,0 +1,91 @@
+"""Weights from a file into a model: what does not fit is named, before anything large is built."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .options import options_of
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def load_safely(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises `ValueError` naming it."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from None
+
+
+def build_filled(
+    kind: type[nn.Module],
+    options: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    *,
+    new_head: bool = False,
+) -> nn.Module:
+    """A model of these options, overridden, with these weights in their own dtypes.
+
+    `new_head=True` leaves the head as it is initialised. Raises `ValueError` or `TypeError` where the options are
+    impossible, the weights do not fit, or are of another number of classes and nothing says what becomes of the head.
+    """
+    wanted = {**options, **overrides}
+    expected = _shapes(kind, wanted)
+    before, after = (one.get("num_classes", options_of(kind)["num_classes"].default) for one in (options, wanted))
+    head: set[str] = set()
+    if new_head or before != after:
+        classes = before or after
+        some, others = (_shapes(kind, {**wanted, "num_classes": n}) for n in (classes, classes - 1 or 2))
+        head = {key for key, value in some.items() if others[key].shape != value.shape}
+    if before != after != 0 and not new_head:
+        raise ValueError(
+            f"the head is of {before} classes, num_classes={after} asks for {after}; new_head=True keeps all but the "
+            f"head, which starts anew (in the recipes: train.init_checkpoint)"
+        )
+    weights = {key: value for key, value in weights.items() if key not in head}
+    check_fit({key: value for key, value in expected.items() if key not in head}, weights)
+    model = kind(**wanted)
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if name in weights:
+            tensor.data = tensor.data.to(weights[name].dtype)
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
+def _shapes(kind: type[nn.Module], options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state_dict of a model that takes no memory."""
+    with torch.device("meta"):
+        return kind(**options).state_dict()
+
+
+def check_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Raises `ValueError` unless the weights have the expected names, shapes and kinds of numbers."""
+    shared = expected.keys() & weights.keys()
+    shapes = {key: (list(weights[key].shape), list(expected[key].shape)) for key in expected if key in shared}
+    kinds = {key: (weights[key].dtype, expected[key].dtype) for key in shapes}
+    faults = {
+        "missing": [key for key in expected if key not in weights],
+        "unexpected": [key for key in weights if key not in expected],
+        "of another shape": [f"{key} is {a}, the model has {b}" for key, (a, b) in shapes.items() if a != b],
+        "of another kind of numbers": [
+            f"{key} is {a}, the model has {b}" for key, (a, b) in kinds.items() if a != b and {a, b} - set(DTYPES)
+        ],
+    }
+    said = [f"{what}: {listed(keys)}" for what, keys in faults.items() if keys]
+    if said:
+        raise ValueError(f"the weights do not match the model; {'; '.join(said)}")
+
+
+def listed(names: Iterable[Any], most: int = 12) -> str:
+    """The first of some names."""
+    words = [str(name)[:200] for name in names]
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
