@@ -8,6 +8,7 @@ mixers, poolings), which own their folded and event-driven forms; see `sdt_block
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -26,11 +27,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def step(function: Function) -> Function:
     """Marks a function of modules and tensors as a step: tracing notes the call instead of looking into it."""
 
+    signature = inspect.signature(function)
+
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        for argument in args:
+        for argument in (*args, *kwargs.values()):
             if isinstance(argument, fx.Proxy):
-                return argument.tracer.create_proxy("call_function", call, args, kwargs)
+                given = signature.bind(*args, **kwargs).args
+                return argument.tracer.create_proxy("call_function", call, given, {})
         return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]

@@ -112,6 +112,24 @@ class Hierarchical(nn.Module):
         return self.head(fire(self.fire, self.attention(membrane)).flatten(3).mean(3)).mean(0)
 
 
+class Rearranged(nn.Module):
+    """Spikes moved about by plain PyTorch, a position that is broadcast, options given by keyword."""
+
+    def __init__(self, dim: int = 16) -> None:
+        super().__init__()
+        self.first, self.second, self.third = ConvNorm(2, dim, 3), ConvNorm(dim, dim), ConvNorm(dim, dim, 3)
+        self.fire1, self.fire2, self.fire3 = (LIF(tau=1.3) for _ in range(3))
+        self.position = nn.Parameter(torch.rand(1, 1, dim, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        spikes = project_and_fire(self.first, self.fire1, x=x)
+        spikes = spikes.flatten(0, 1).roll(1, 1).unflatten(0, (4, -1))
+        membrane = self.position + project(self.second, spikes)
+        spikes = fire(self.fire2, membrane).transpose(-1, -2).contiguous()
+        membrane = shortcut(membrane.mT, change=project(self.third, spikes), drop_path=0.0)
+        return fire(self.fire3, membrane).mean((0, -2, -1))
+
+
 class Branching(nn.Module):
     def forward(self, membrane: Tensor) -> Tensor:
         return membrane + 0.1 if membrane.mean() > -5 else membrane
@@ -136,6 +154,7 @@ NETWORKS = {
     "time first": (TimeFirst, (4, 6, 1, 12, 12)),
     "opaque part": (opaque, (4, 6, 1, 12, 12)),
     "snnTorch": (Convolutional, (5, 6, 1, 16, 16)),
+    "rearranged": (Rearranged, (4, 6, 2, 8, 7)),
     "hierarchical": (Hierarchical, (3, 6, 2, 17, 13)),
     "counts, strides, groups": (SpikeResidual, (4, 6, 2, 11, 9)),
 }
@@ -223,6 +242,35 @@ class InPlace(nn.Module):
         spikes = fire(self.neuron, membrane)
         membrane.mul_(0.5)
         return (membrane + project(self.after, spikes)).mean((0, -2, -1))
+
+
+class Autocast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(2, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.inner(x).float()
+
+
+@torch.no_grad()
+def test_autocast_within_is_kept() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Autocast(), nn.Conv2d(2, 3, 1)).eval(), torch.randn(4, 2, 5, 5)
+    with pytest.warns(UserWarning, match=r"0 \(it sets autocast"):
+        fast = optimize_for_inference(model)
+    assert (model(x) - model[1](model[0].inner(x))).abs().max() > 1e-4
+    torch.testing.assert_close(fast(x), model(x))
+
+
+def test_what_a_product_cannot_take_is_refused_by_name() -> None:
+    model, x = lively("time first")
+    for fast in (optimize_for_inference(model), optimize_for_inference(model, sparse=True)):
+        with pytest.raises(TypeError, match=r"patch.stages.0 expects .* got torch.uint8"):
+            fast((x * 255).to(torch.uint8))
+        with pytest.raises(ValueError, match=r"\[T, B, 1, H, W\]"):
+            fast(x[0])
 
 
 @pytest.mark.parametrize(("make", "why"), [(Stateful, "keeps a state"), (Noisy, "random numbers")])

@@ -163,9 +163,6 @@ class Dense(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         if len(inputs) != len(self.inputs):
             raise TypeError(f"expected {len(self.inputs)} input(s), got {len(inputs)}; options keep their defaults")
-        for x in inputs:
-            if isinstance(x, Tensor) and not x.is_floating_point():
-                raise TypeError(f"images and frames must be floating-point tensors, got {x.dtype}")
         # Tensors are ordinary ones even inside inference_mode: nothing compiles twice, and the result can go anywhere.
         with torch.inference_mode(False), torch.no_grad():
             values: dict[Node, Any] = dict(zip(self.inputs, inputs, strict=True))
@@ -229,10 +226,9 @@ class Dense(nn.Module):
 
     def _project(self, node: Node, given: list[Any], values: dict[Node, Any]) -> Any:
         product = self.forms[node]
-        frames = self._frames(given[0])
-        if product is None or frames is None:
+        if product is None:
             return steps.project(node.target, self._plain(given[0]))
-        return self._multiplied(product, frames)
+        return self._multiplied(product, self._frames_of(node, given[0]))
 
     def _multiplied(self, product: Product, frames: Frames) -> Membrane:
         time_steps, *_ = frames.shape
@@ -281,10 +277,10 @@ class Dense(nn.Module):
         return Membrane(kernels.pool(frames.real()).to(self.real_dtype))
 
     def _mix(self, node: Node, given: list[Any], values: dict[Node, Any]) -> Any:
-        mixing, form, frames = node.target, self.forms[node], self._frames(given[0])
-        if form is None or frames is None:
+        mixing, form = node.target, self.forms[node]
+        if form is None:
             return steps.project_and_mix(mixing.units, mixing.neurons, mixing.mixer, self._plain(given[0]))
-        qkv = self._multiplied(form[0], frames).real()
+        qkv = self._multiplied(form[0], self._frames_of(node, given[0])).real()
         if not hasattr(mixing.mixer, "dense"):
             parts = zip(form[1:-1], qkv.chunk(len(form) - 2, dim=-1), strict=True)
             fired = [kernels.fire(x.contiguous(), f.neuron, self.real_dtype, compiled=f.compiled)[1] for f, x in parts]
@@ -312,6 +308,13 @@ class Dense(nn.Module):
     def _plain(self, x: Any) -> Any:
         """A value as the network's own modules take it: `[T, B, C, H, W]`, without gaps."""
         return x.real(self.real_dtype).movedim(-1, 2).contiguous() if isinstance(x, Membrane | Spiking) else x
+
+    def _frames_of(self, node: Node, x: Any) -> Frames:
+        frames = self._frames(x)
+        if frames is None:
+            given = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{node.name} expects floating-point [T, B, C, H, W] with nothing empty, got {given}")
+        return frames
 
     def _frames(self, x: Any) -> Frames | None:
         """x as frames with the channels last, if it is `[T, B, C, H, W]`."""

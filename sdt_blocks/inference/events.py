@@ -117,6 +117,7 @@ class Events(nn.Module):
             if self.kinds[node.inputs()[0]] == SPIKES and _by_events(conv):
                 return EventProduct(conv.weight, _epilogue(norm, neuron, bias=conv.bias, channels=channels))
             layers = node.target if isinstance(node.target, nn.Conv2d) else node.target.conv
+            neuron = neuron if self.epilogues[node].residual is None else None
             return DenseSums(layers, _epilogue(norm, neuron, channels=channels))
         if node.op == FIRE and is_neuron(node.target):
             return node.target
@@ -168,8 +169,11 @@ class Events(nn.Module):
 
     def _project(self, node: Node, x: Any, values: dict[Node, Any]) -> Any:
         form, source = self.forms.get(node), self._source(node, x)
-        if form is None or source is None:
+        if form is None:
             return steps.project(node.target, plain(x))
+        if source is None:
+            given = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{node.name} expects floating-point [T, B, C, H, W] with nothing empty, got {given}")
         after = self.epilogues[node]
         if node in self.pooled:
             values[self.pooled[node]] = Membrane(_pooled_membrane(form, source))
@@ -178,9 +182,9 @@ class Events(nn.Module):
         into: bool | Tensor = after.keep
         if after.residual is not None:
             before = _membrane(values[after.residual])
-            if before is None:
-                # A shortcut that is no membrane is added by itself, and the neuron behind it fires by itself.
-                return steps.project(node.target, plain(x))
+            if before is None or isinstance(form, DenseSums) or before.real.shape != _result_shape(form, source):
+                # Added by itself, and the neuron behind it fires by itself.
+                return Membrane(form(source, membrane=True)[0], owned=True)
             residual = before.real
             # The shortcut's memory takes the sum where nothing reads it afterwards.
             if after.keep and before.owned and self.last[after.residual] is after.total:
@@ -194,11 +198,12 @@ class Events(nn.Module):
 
     def _source(self, node: Node, x: Any) -> Any:
         """Input of a product: packed spikes for events, else frames with channels last, one if it is shown at all."""
-        if isinstance(self.forms.get(node), EventProduct):
-            return x if isinstance(x, PackedSpikes) else None
         if isinstance(x, PackedSpikes):
             return x
-        return _frames(x)
+        frames = _frames(x)
+        if frames is None or not isinstance(self.forms.get(node), EventProduct):
+            return frames
+        return PackedSpikes.pack(frames.movedim(-1, 2))
 
     def _fire(self, node: Node, x: Any) -> Any:
         membrane = _membrane(x)
@@ -358,6 +363,10 @@ def _frames(x: Any) -> Tensor | None:
         return None
     shown = x[:1] if len(x) > 1 and x.stride(0) == 0 else x
     return shown.movedim(2, -1).contiguous().expand(len(x), *(x.shape[i] for i in (1, 3, 4, 2)))
+
+
+def _result_shape(product: EventProduct, spikes: PackedSpikes) -> torch.Size:
+    return torch.Size((*spikes.words.shape[:4], product.epilogue.channels))
 
 
 def _shown(x: Tensor | PackedSpikes) -> tuple[Tensor, int]:

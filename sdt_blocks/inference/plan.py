@@ -101,6 +101,8 @@ def plan(model: nn.Module) -> Plan:
         try:
             graph = tracer.trace(root)
         except Exception as error:
+            if _NETWORK in opaque:
+                raise
             opaque[tracer.failed or _NETWORK] = _first_line(error)
             continue
         stateful = [name for name, module in root.named_modules() if _holds_proxies(module)]
@@ -157,6 +159,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.opaque = opaque
         self.failed: str | None = None
+        self.autocast = _autocast()
         self.watched: dict[str, str] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -170,9 +173,16 @@ class _Tracer(fx.Tracer):
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
-            if self.failed is None:
-                self.failed = self.path_of_module(m)
+            path = self.path_of_module(m)
+            # A leaf is not to blame for where it is called.
+            if self.failed is None and path not in self.opaque and not is_leaf(m):
+                self.failed = path
             raise
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        if _autocast() != self.autocast:
+            raise RuntimeError("it sets autocast, which a traced call does not remember")
+        return super().create_node(kind, *args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, nn.Module):
@@ -181,6 +191,10 @@ class _Tracer(fx.Tracer):
             self.is_leaf_module(a, path)
             return self.create_node("get_attr", path, (), {})
         return super().create_arg(a)
+
+
+def _autocast() -> list[tuple[bool, torch.dtype]]:
+    return [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")]
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -261,10 +275,10 @@ class _Lowering:
             self.values[node] = args[1]
         elif op in (PROJECT, FIRE, POOL):
             yield Node(names[0], op, args[0], args[1:])
-        elif op == ADD:
+        elif op == ADD and not any(args[2:]):
             yield Node(node.name, ADD, steps.shortcut, args[:2])
         else:
-            yield Node(node.name, op, node.target, args, kwargs)
+            yield Node(node.name, CALL if op == ADD else op, node.target, args, kwargs)
 
 
 _STEPS: dict[Any, str] = {
