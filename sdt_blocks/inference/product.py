@@ -67,7 +67,8 @@ class Integers(Convolution):
     """Spikes times weights that are written as three 8-bit integers a channel, `s (q1 + q2 / 254 + q3 / 254^2)`.
 
     A spike is an integer already, and sums of integers are exact: with 24 bits of the weights kept, the result is as
-    near to the true sum as that of float32 arithmetic, while processors multiply 8-bit integers several times faster.
+    near to the true sum as float32 additions input by input, while processors multiply 8-bit integers several times
+    faster.
     """
 
     BASE = 254
