@@ -12,6 +12,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
@@ -33,22 +35,30 @@ def start_cpu_processes() -> None:
 
 def launch(processes: int) -> NoReturn:
     """Starts this command in so many processes, waits, and ends with the exit code of the first that failed."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    try:
+    with exit_as_processes():
         main(["--standalone", f"--nproc-per-node={processes}", *sys.argv])
+    sys.exit(0)
+
+
+@contextmanager
+def exit_as_processes() -> Iterator[None]:
+    """Ends this process as those ended that torch's launcher started within: with a signal, or as the first failed."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        yield
     except SignalException as stop:
         sys.exit(128 + stop.sigval)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         # One that refuses the configuration has said why.
         if failure.exitcode != 2:
-            print(f"error: process {rank} of {processes} ended with code {failure.exitcode}", file=sys.stderr)
+            print(f"error: process {rank} ended with code {failure.exitcode}", file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
-    sys.exit(0)
 
 
 def _end_with(parent: int) -> None:

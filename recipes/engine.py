@@ -23,7 +23,7 @@ from optim import BatchMixer, learning_rate, set_learning_rate
 from pictures import draw_curves
 from progress import METRICS, Display, append_metrics, peak_memory, read_metrics, warn
 from run_lock import RunLock
-from run_state import Position, last_good, save_checkpoint, seed_step, sha256, state_digest
+from run_state import Position, last_good, nonfinite, save_checkpoint, seed_step, sha256, state_digest
 from safetensors import SafetensorError
 from stop_request import StopRequest
 from torch import Tensor
@@ -192,11 +192,13 @@ def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]], clock: Clock, epo
     # Without a bound the norm is taken all the same: a spike hides a NaN from the loss, but not from the gradient.
     bound = math.inf if config.optim.clip_grad is None else config.optim.clip_grad
     norm = accelerator.clip_grad_norm_(run.model.parameters(), bound)
-    mean, norm, stops = exchange(accelerator, total, norm, float(run.stop.signal > 0))
+    largest = largest_buffer(run.plain)
+    mean, norm, largest, stops = exchange(accelerator, total, norm, largest, float(run.stop.signal > 0))
     run.stopping = stops > 0
     # With a gradient scaler an infinite gradient is no fault: the scaler leaves the update out and lowers its scale.
-    if not math.isfinite(mean) or (accelerator.scaler is None and not math.isfinite(norm)):
-        skip_update(run, before, mean, norm)
+    judged = (mean, largest) if accelerator.scaler else (mean, largest, norm)
+    if not all(map(math.isfinite, judged)):
+        skip_update(run, before, fault(run, mean, norm, largest))
         return math.nan
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -205,14 +207,21 @@ def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]], clock: Clock, epo
     return mean
 
 
-def exchange(accelerator: Accelerator, loss: Tensor, norm: Any, stop: float) -> list[float]:
-    """The mean of the loss, the norm of the gradient and the number of stop requests, the same on every process."""
+def exchange(accelerator: Accelerator, loss: Tensor, norm: Any, largest: Tensor, stop: float) -> list[float]:
+    """Loss, norm of the gradient and largest buffer (means), number of stop requests: the same on every process."""
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    shared = torch.stack(
-        [loss / accelerator.num_processes, norm.to(loss) / accelerator.num_processes, loss.new_tensor(stop)]
-    )
-    values: Tensor = accelerator.reduce(shared, "sum")  # type: ignore[assignment]
+    means = torch.stack([loss, norm.to(loss), largest.to(loss)]) / accelerator.num_processes
+    values: Tensor = accelerator.reduce(torch.cat([means, loss.new_tensor([stop])]), "sum")  # type: ignore[assignment]
     return values.tolist()  # type: ignore[no-any-return]
+
+
+def largest_buffer(model: Any) -> Tensor:
+    """The largest magnitude in the model's buffers, NaN where one of them is, without waiting for the device.
+
+    Running statistics that overflow show nowhere else: a NaN gives no spike, so loss and weights stay finite.
+    """
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point() and buffer.numel()]
+    return torch.nn.utils.get_total_norm(buffers, math.inf) if buffers else torch.zeros(())
 
 
 def learning_rate_at(config: Config, step: int) -> float:
@@ -228,12 +237,24 @@ def learning_rate_at(config: Config, step: int) -> float:
     )
 
 
-def skip_update(run: Run, buffers: list[Tensor], loss: float, norm: float) -> None:
+def fault(run: Run, loss: float, norm: float, largest: float) -> str:
+    """What an update shows that is not finite, and what helps."""
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if math.isfinite(largest):
+        return f"the gradient is {norm} (the loss is {loss:.4g})"
+    name = next(nonfinite(run.plain.named_buffers()), "a batch statistic on another process")
+    return (
+        f"{name} is no longer finite (the loss is {loss:.4g}): inputs or weights beyond the range of "
+        f"train.mixed_precision={run.config.train.mixed_precision}"
+    )
+
+
+def skip_update(run: Run, buffers: list[Tensor], fault: str) -> None:
     """Leaves a non-finite update out, or raises `RunError` where no more are allowed."""
     position = run.position
     position.nonfinite += 1
     allowed = run.config.train.skip_nonfinite
-    fault = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient is {norm} (the loss is {loss:.4g})"
     if position.nonfinite > allowed:
         lr = learning_rate_at(run.config, position.step)
         raise RunError(
@@ -242,7 +263,7 @@ def skip_update(run: Run, buffers: list[Tensor], loss: float, norm: float) -> No
             f"train.skip_nonfinite=K"
         )
     if run.accelerator.scaler is not None:
-        run.optimizer.step()  # which the scaler turns into a lower scale
+        run.accelerator.scaler.update()  # lower where the gradient overflowed; the update is left out either way
     restore(run, buffers)
     run.display.say(f"step {position.step} left out: {fault} ({position.nonfinite} of at most {allowed})")
 
@@ -281,10 +302,12 @@ def close_epoch(run: Run, clock: Clock) -> None:
                 return
             measured = {"loss": result.loss, **result.accuracies}
             line |= {f"{prefix}test_{key}": value for key, value in measured.items()}
-            line["firing_rate"] = line.get("firing_rate", result.firing_rate)
+            line[f"{prefix}firing_rate"] = result.firing_rate
             line["test_samples"] = result.samples
-            if measured["top1"] > position.best_top1:
-                position.best_top1, position.best_epoch = measured["top1"], number
+            silent = is_silent(line, prefix)
+            # Chance may beat what a network has learnt so far; it is no better model.
+            if (not silent, measured["top1"]) > (not position.best_silent, position.best_top1):
+                position.best_top1, position.best_epoch, position.best_silent = measured["top1"], number, silent
                 save_weights(run, "best", model)
     line |= {"nonfinite_steps": position.nonfinite, "seconds": round(run.seconds, 2)}
     if config.data.on_error == "skip":
@@ -328,12 +351,25 @@ def describe(line: dict[str, Any], epochs: int) -> str:
     if line["train_loss"] is not None:
         parts.append(f"loss {line['train_loss']:.4f}")
     for prefix, name in (("", "test"), ("ema_", "averaged")):
-        if f"{prefix}test_top1" in line and line["firing_rate"] < SILENT:
+        if is_silent(line, prefix):
             parts.append(f"{name} evaluation is silent until the norms have settled")
         elif f"{prefix}test_top1" in line:
             accuracies = {key: line.get(f"{prefix}test_{key}") for key in ("top1", "top5")}
             parts.append(f"{name} {describe_accuracies(accuracies)}")
     return " | ".join([*parts, f"{line['images_per_second']:.0f} images/s"])
+
+
+def conclusion(summary: dict[str, Any]) -> str:
+    """What a run came to: the accuracy, or that no neuron fired and there is none to speak of."""
+    if is_silent(summary):
+        return "evaluation is still silent (no neuron fires: the norms have not settled)"
+    return f"test top-1 {summary['test_top1']:.2f} %"
+
+
+def is_silent(measured: dict[str, Any], prefix: str = "") -> bool:
+    """Whether the answers of a line of metrics, or of a summary, are those of the biases alone."""
+    rate = measured.get(f"{prefix}firing_rate")
+    return rate is not None and rate < SILENT
 
 
 def count_unreadable(run: Run) -> int:
@@ -409,6 +445,8 @@ def finish(run: Run) -> None:
             "train_loss": line["train_loss"],
             "best_top1": run.position.best_top1,
             "best_epoch": run.position.best_epoch,
+            "best_silent": run.position.best_silent,
+            "firing_rate": line.get("firing_rate"),
             "epochs": line["epoch"],
             "steps": run.position.step,
             "params": sum(p.numel() for p in model.parameters()),
@@ -420,5 +458,5 @@ def finish(run: Run) -> None:
         text = json.dumps(summary, indent=2) + "\n"
         write_atomically(folder / "summary.json", lambda name: Path(name).write_text(text, encoding="utf-8"))
         draw_curves(folder)
-        run.display.say(f"test top-1 {summary['test_top1']:.2f} % after {summary['seconds']:.0f} s; all in {folder}")
+        run.display.say(f"{conclusion(summary)} after {summary['seconds']:.0f} s; all in {folder}")
     end(run)

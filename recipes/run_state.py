@@ -22,6 +22,7 @@ import pickle
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from accelerate.utils import set_seed
 from config import ConfigError, RunError
 from progress import CURVES, DAMAGED, METRICS, warn
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from sdt_blocks import load_model, save_model
 from sdt_blocks.models.saved import CONFIG, WEIGHTS
@@ -60,6 +61,8 @@ class Position:
     seconds: float = 0.0
     best_top1: float = -1.0
     best_epoch: int = 0
+    best_silent: bool = True
+    """No neuron fired in the evaluation that gave `best_top1`."""
     nonfinite: int = 0
     """Updates left out for a non-finite loss so far."""
     loss_sum: float = 0.0
@@ -303,9 +306,13 @@ def tell_changes(position: Position, settings: dict[str, Any], division: dict[st
 
 def check_finite(model: nn.Module, folder: Path) -> None:
     """Raises `RunError` where a weight or a batch statistic is NaN or infinite."""
-    for name, value in model.state_dict().items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise RunError(f"{name} is no longer finite; {last_good(folder)}. Lower optim.lr or set optim.clip_grad")
+    if name := next(nonfinite(model.state_dict().items()), None):
+        raise RunError(f"{name} is no longer finite; {last_good(folder)}. Lower optim.lr or set optim.clip_grad")
+
+
+def nonfinite(named: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
+    """The names of the tensors that hold a NaN or an infinity."""
+    return (name for name, value in named if value.is_floating_point() and not bool(value.isfinite().all()))
 
 
 def open_folder(folder: Path, resume: str, *, needed: int) -> Path | None:

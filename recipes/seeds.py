@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState
 from config import Config
-from engine import train
+from engine import is_silent, train
 from set_up import set_up
 
 from sdt_blocks.files import write_atomically
@@ -31,10 +31,12 @@ def train_seeds(configs: list[Config]) -> None:
     summary = summarize(summaries)
     text = json.dumps(summary, indent=2) + "\n"
     write_atomically(folder / "summary.json", lambda name: Path(name).write_text(text, encoding="utf-8"))
-    print(
-        f"test top-1 {summary['test_top1']:.2f} % +- {summary['test_top1_std']:.2f} (mean and standard deviation of "
-        f"{len(configs)} seeds); all in {folder}"
-    )
+    silent = [str(run["seed"]) for run in summaries if is_silent(run)]
+    if silent:
+        print(f"evaluation is still silent with seed {', '.join(silent)} (no neuron fires: the norms have not settled)")
+    else:
+        print(f"test top-1 {summary['test_top1']:.2f} % +- {summary['test_top1_std']:.2f}")
+    print(f"mean and standard deviation of {len(configs)} seeds: summary.json in {folder}")
 
 
 def summarize(summaries: list[dict[str, Any]]) -> dict[str, Any]:

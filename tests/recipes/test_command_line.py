@@ -6,7 +6,7 @@ import re
 
 import pytest
 from config import load_config
-from launching import QUIET, read_lines, read_summary, wait_for
+from launching import QUIET, RECIPES, TINY, read_lines, read_summary, steps_saved, wait_for
 
 from sdt_blocks import load_model, load_released_checkpoint
 
@@ -112,6 +112,45 @@ def test_a_mistake_costs_one_paragraph(launcher, recipe, arguments, part):
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and part in errors[0]
     assert "Traceback" not in done.stderr
+
+
+DIGITS = str(RECIPES / "digits.py")
+
+
+@pytest.mark.parametrize("options", [(), ("--num_processes=2", "--cpu"), ("--quiet",)], ids=lambda options: options[:1])
+def test_a_mistake_costs_one_paragraph_through_the_launcher_too(launcher, options):
+    done = launcher.run("launch", *options, DIGITS, "optim.lrr=3")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: unknown key 'optim.lrr'") and done.stderr.count("\n") == 1
+
+
+def test_options_that_contradict_each_other_are_refused(launcher):
+    done = launcher.run("launch", "--cpu", "--multi_gpu", DIGITS)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "--multi_gpu" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", [(), ("--num_processes=2", "--cpu")], ids=["one", "two"])
+def test_a_stopped_launcher_ends_with_the_code_of_its_recipe_which_saves(launcher, tmp_path, options):
+    run = tmp_path / "run"
+    settings = (*TINY, "train.epochs=400", "train.checkpoint_steps=3", "output_dir=run")
+    process = launcher.start("launch", *options, DIGITS, *settings)
+    wait_for(lambda: max(steps_saved(run), default=0) >= 3, process)
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert f"stopped at step {max(steps_saved(run))}" in out
+    assert "Traceback" not in err and "default" not in err
+
+
+def test_a_recipe_that_is_killed_gives_its_code_through_the_launcher(launcher, tmp_path):
+    settings = (*TINY, "train.epochs=400", "train.checkpoint_steps=3", "output_dir=run")
+    process = launcher.start("launch", DIGITS, *settings)
+    wait_for(lambda: steps_saved(tmp_path / "run"), process)
+    (recipe,) = launcher.started[-1].children()
+    recipe.kill()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 137 and "Traceback" not in err
 
 
 def test_help_says_how_to_start_and_names_the_keys(launcher):

@@ -146,45 +146,107 @@ def test_a_released_checkpoint_can_be_fine_tuned_and_another_architecture_is_ref
         set_up(*options, "output_dir=b")
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_non_finite_step_stops_with_its_number_rate_and_checkpoint(set_up, what):
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("output", "the loss is nan"),
+        ("gradient", "the gradient is nan (the loss is "),
+        ("input", "patch.stages.0.norm.running_mean is no longer finite (the loss is "),
+        ("statistics", "patch.stages.1.norm.running_var is no longer finite (the loss is "),
+    ],
+)
+def test_a_non_finite_step_stops_with_its_number_rate_and_checkpoint(set_up, what, message):
     from engine import train
 
     run = set_up(*PLAIN, "output_dir=run", "train.checkpoint_steps=2")
-    spoil(run, at=[5], output=what == "loss")
+    spoil(run, what, at=[5])
     with pytest.raises(RunError) as caught:
         train(run)
-    message = str(caught.value)
-    assert message.startswith(f"the {what} is nan")
-    assert "at step 5 (epoch 1, learning rate 0.00" in message
-    assert "the last good checkpoint is run/checkpoints/step_00000004." in message
-    assert "train.skip_nonfinite=K" in message
+    told = str(caught.value)
+    assert told.startswith(message)
+    assert "at step 5 (epoch 1, learning rate 0.00" in told
+    assert "the last good checkpoint is run/checkpoints/step_00000004." in told
+    assert "train.skip_nonfinite=K" in told
 
 
 def test_non_finite_steps_can_be_skipped_and_leave_no_trace(set_up, tmp_path):
     from engine import train
 
     run = set_up(*PLAIN, "output_dir=run", "train.skip_nonfinite=2", "train.max_steps=8")
-    spoil(run, at=[3, 5], output=False)
+    spoil(run, "input", at=[3, 5])
     train(run)
     assert read_lines(tmp_path / "run")[-1]["nonfinite_steps"] == 2
     assert all(value.isfinite().all() for value in load_model(tmp_path / "run" / "last").state_dict().values())
     run = set_up(*PLAIN, "output_dir=more", "train.skip_nonfinite=2")
-    spoil(run, at=[3, 5, 6], output=True)
+    spoil(run, "output", at=[3, 5, 6])
     with pytest.raises(RunError, match="at step 6"):
         train(run)
 
 
-def spoil(run, at, *, output):
-    """Makes what goes into the model at these updates NaN, which no spike shows, or else what comes out."""
+def spoil(run, what, at):
+    """Makes something not finite at these updates; all but the output leaves the loss finite."""
     forward = run.model.forward
 
     def spoilt(inputs):
         if not run.model.training or run.position.step not in at:
             return forward(inputs)
-        return forward(inputs) * math.nan if output else forward(inputs * math.nan)
+        logits = forward(inputs * math.nan if what == "input" else inputs)
+        if what == "statistics":
+            run.plain.get_buffer("patch.stages.1.norm.running_var")[1] = math.inf
+        if what == "gradient":
+            logits.register_hook(lambda gradient: gradient * math.nan)
+        return logits * math.nan if what == "output" else logits
 
     run.model.forward = spoilt
+
+
+def test_with_a_gradient_scaler_statistics_must_be_finite_and_gradients_need_not(set_up, monkeypatch):
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    run = set_up(*PLAIN, "output_dir=run", "train.skip_nonfinite=1")
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    run.accelerator.scaler, run.optimizer = scaler, AcceleratedOptimizer(run.optimizer.optimizer, scaler=scaler)
+    monkeypatch.setattr(run.accelerator, "unscale_gradients", lambda: scaler.unscale_(run.optimizer.optimizer))
+    one_update(run)
+    spoil(run, "statistics", at=[1])
+    before = state(run.plain)
+    assert math.isnan(one_update(run)) and run.position.nonfinite == 1
+    for key, value in run.plain.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert scaler.get_scale() == 8
+    spoil(run, "gradient", at=[2])
+    assert math.isfinite(one_update(run)) and run.position.nonfinite == 1
+    assert scaler.get_scale() == 4, "an overflow lowers the scale and is no fault"
+    assert math.isfinite(one_update(run))
+    assert not torch.equal(run.plain.head.weight, before["head.weight"])
+    spoil(run, "statistics", at=[4])
+    with pytest.raises(RunError, match="running_var is no longer finite"):
+        one_update(run)
+
+
+def test_chance_of_a_silent_network_is_neither_reported_nor_the_best(set_up, monkeypatch, tmp_path, capsys):
+    import engine
+    from evaluation import Evaluation
+
+    answers = iter([(30.0, 0.0), (20.0, 0.1), (25.0, 0.1), (40.0, 0.0)])
+
+    def evaluate(*_, **__):
+        top1, rate = next(answers)
+        return Evaluation(2.0, {"top1": top1}, torch.eye(10, dtype=torch.int64), rate, (8, 8))
+
+    monkeypatch.setattr(engine, "evaluate", evaluate)
+    best, save_weights = [], engine.save_weights
+    monkeypatch.setattr(
+        engine,
+        "save_weights",
+        lambda run, name, model: best.append((name, run.epoch)) or save_weights(run, name, model),
+    )
+    engine.train(set_up(*PLAIN, "output_dir=run", "train.epochs=4"))
+    summary = read_summary(tmp_path / "run")
+    assert [number for name, number in best if name == "best"] == [0, 1, 2]
+    assert summary["best_epoch"] == 3 and summary["best_top1"] == 25 and summary["best_silent"] is False
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("evaluation is still silent (no neuron fires") and "%" not in last
 
 
 def test_weights_that_are_not_finite_are_never_saved(set_up):
