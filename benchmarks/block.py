@@ -12,7 +12,7 @@ from harness import Bench, close, measure_memory
 from torch import Tensor, nn
 
 from sdt_blocks import LIF, SpikeDrivenBlock, SpikeDrivenSelfAttention, SpikingMLP
-from sdt_blocks.ops import attend, attend_reference, batch_norm_lif, lif, lif_reference
+from sdt_blocks.ops import NeuronSpec, Norm, attend, attend_reference, batch_norm_lif, lif, lif_reference
 from sdt_blocks.steps import normalize_and_fire, per_frame
 
 ALLOCATORS = ["default", "reused"]
@@ -42,7 +42,7 @@ def unit(bench: Bench) -> None:
     following = nn.Conv2d(channels, 1, 1).to(bench.device)
     units: dict[str, Callable[[Tensor], Tensor]] = {
         "sdt_blocks": lambda x: per_frame(following, normalize_and_fire(norm, neuron, x)),
-        "sdt_blocks reference": lambda x: per_frame(following, lif_reference(per_frame(norm, x), 0.5)[0]),
+        "sdt_blocks reference": lambda x: per_frame(following, lif_reference(per_frame(norm, x), NeuronSpec())[0]),
     }
     peer = spikingjelly_lif()
     if peer is not None:
@@ -66,37 +66,34 @@ def attention(bench: Bench, x: Tensor, setting: str) -> None:
     channels = x.shape[2]
     inputs = [(x.roll(shift, 0) + 0.3).requires_grad_() for shift in range(3)]
     norms = [
-        {
-            "running_mean": None,
-            "running_var": None,
-            "weight": torch.ones(channels, device=x.device, requires_grad=True),
-            "bias": torch.full((channels,), 0.5, device=x.device, requires_grad=True),
-        }
+        Norm(
+            weight=torch.ones(channels, device=x.device, requires_grad=True),
+            bias=torch.full((channels,), 0.5, device=x.device, requires_grad=True),
+            training=True,
+        )
         for _ in inputs
     ]
-    neurons = [{"inv_tau": 0.5, "threshold": threshold} for threshold in (1.0, 1.0, 1.0, 0.5)]
+    neurons = [NeuronSpec(threshold) for threshold in (1.0, 1.0, 1.0, 0.5)]
     weights = torch.randn_like(x)
 
     def part_by_part() -> Tensor:
         parts = zip(inputs, norms, neurons, strict=False)
-        q, k, v = (batch_norm_lif(part, **norm, **neuron, training=True) for part, norm, neuron in parts)
-        mask = lif((k * v).sum((-2, -1), keepdim=True), **neurons[3])
+        q, k, v = (batch_norm_lif(part, norm, neuron) for part, norm, neuron in parts)
+        mask = lif((k * v).sum((-2, -1), keepdim=True), neurons[3])
         assert isinstance(mask, Tensor)
         return q * mask
 
     contestants: dict[str, Callable[[], Tensor]] = {
-        "sdt_blocks, one op": lambda: attend(inputs, norms, neurons, training=True),
+        "sdt_blocks, one op": lambda: attend(inputs, norms, neurons),
         "sdt_blocks, part by part": part_by_part,
-        "sdt_blocks reference": lambda: attend_reference(inputs, norms, neurons, training=True),
+        "sdt_blocks reference": lambda: attend_reference(inputs, norms, neurons),
     }
     peer, gate = spikingjelly_lif(), spikingjelly_lif(0.5)
     if peer is not None and gate is not None:
 
         def eager() -> Tensor:
             q, k, v = (
-                peer(
-                    F.batch_norm(part.flatten(0, 1), None, None, n["weight"], n["bias"], True).unflatten(0, x.shape[:2])
-                )
+                peer(F.batch_norm(part.flatten(0, 1), None, None, n.weight, n.bias, True).unflatten(0, x.shape[:2]))
                 for part, n in zip(inputs, norms, strict=True)
             )
             return q * gate((k * v).sum((-2, -1), keepdim=True))

@@ -10,7 +10,7 @@ from harness import Bench, close, measure_memory, same_spikes
 from torch import Tensor
 
 from sdt_blocks import LIF
-from sdt_blocks.ops import lif_reference
+from sdt_blocks.ops import NeuronSpec, lif_reference
 
 ALLOCATORS = ["default", "reused"]
 TAU, ALPHA = 2.0, 4.0
@@ -32,7 +32,7 @@ GPU_SETTINGS = [((steps, 32, 96, 56, 56), dtype) for steps in (4, 16) for dtype 
 
 def forward(bench: Bench, setting: str, x: Tensor) -> None:
     out = torch.empty_like(x)
-    expected = lif_reference(x, 1 / TAU)[0]
+    expected = lif_reference(x, NeuronSpec(inv_tau=1 / TAU))[0]
     neurons = contestants(bench)
 
     def timed(neuron: Callable[[Tensor], Tensor]) -> Callable[[], object]:
@@ -64,7 +64,7 @@ def forward_backward(bench: Bench, setting: str, x: Tensor) -> None:
         assert leaf.grad is not None
         return leaf.grad
 
-    expected = gradient(lambda leaf: lif_reference(leaf, 1 / TAU)[0])
+    expected = gradient(lambda leaf: lif_reference(leaf, NeuronSpec(inv_tau=1 / TAU))[0])
     tolerance = 1e-5 if x.dtype == torch.float32 else 2e-2
     bench.race(
         "LIF forward + backward",
@@ -86,7 +86,7 @@ def contestants(bench: Bench) -> dict[str, Callable[[Tensor], Tensor]]:
     """Neurons of the same equations: input scaled by 1 / tau, hard and detached reset, sigmoid surrogate of alpha 4."""
     found: dict[str, Callable[[Tensor], Tensor]] = {
         "sdt_blocks LIF": LIF(tau=TAU),
-        "sdt_blocks reference": lambda x: lif_reference(x, 1 / TAU)[0],
+        "sdt_blocks reference": lambda x: lif_reference(x, NeuronSpec(inv_tau=1 / TAU))[0],
         "snnTorch Leaky in a loop": snntorch_loop(),
     }
     try:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .neuron import LIF, remembers, spikes_of
-from .ops import attend, batch_norm_lif, max_pool
+from .ops import Norm, attend, batch_norm_lif, max_pool
 from .ops.bits import SpikesAsBits, are_spikes, as_spikes
 from .ops.dispatch import fused
 from .surrogate import Surrogate
@@ -203,12 +203,11 @@ def normalize_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, time_steps
     """
     if _fusible(norm, neuron, x):
         assert isinstance(norm, nn.BatchNorm2d) and isinstance(neuron, LIF)
-        training = norm.training or norm.running_mean is None
-        options = {**norm_arguments(norm), **neuron_arguments(neuron), "training": training, "time_steps": time_steps}
+        settings = norm_settings(norm)
         if neuron.carrier is None:
-            return batch_norm_lif(x, **options)
+            return batch_norm_lif(x, settings, neuron.spec, time_steps=time_steps)
         before = neuron.carrier.membrane(neuron, x)
-        spikes, last = batch_norm_lif(x, **options, membrane=before, return_membrane=True)
+        spikes, last = batch_norm_lif(x, settings, neuron.spec, before, time_steps=time_steps, return_membrane=True)
         neuron.carrier.keep(neuron, last)
         return spikes
     repeated = time_steps is not None and time_steps != x.shape[0]
@@ -216,7 +215,7 @@ def normalize_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, time_steps
 
 
 def fused_attention(
-    norms: Sequence[nn.Module], neurons: Sequence[nn.Module], x: Sequence[Tensor], between: Sequence[nn.Module]
+    norms: Sequence[nn.Module], neurons: Sequence[Any], x: Sequence[Tensor], between: Sequence[nn.Module]
 ) -> Tensor | None:
     """`q * neuron(sum over tokens of k * v)`, one op with the norms and neurons of q, k and v; `None` where none fits.
 
@@ -224,11 +223,10 @@ def fused_attention(
     """
     idle = all(is_plain(module, nn.Identity) for module in between) and is_neuron(neurons[3])
     fusible = all(_fusible(norm, neuron, part) for norm, neuron, part in zip(norms, neurons[:3], x, strict=True))
-    modes = {norm.training or norm.running_mean is None for norm in norms}
     streamed = any(getattr(neuron, "carrier", None) is not None for neuron in neurons)
-    if not (idle and fusible and len(modes) == 1) or streamed:
+    if not (idle and fusible) or streamed:
         return None
-    return attend(x, [norm_arguments(n) for n in norms], [neuron_arguments(n) for n in neurons], training=modes.pop())
+    return attend(x, [norm_settings(norm) for norm in norms], [neuron.spec for neuron in neurons])
 
 
 def repeat_frame(norm: Any, x: Tensor, time_steps: int) -> Tensor:
@@ -311,7 +309,7 @@ def _fusible(norm: nn.Module, neuron: nn.Module, x: Tensor) -> bool:
     return isinstance(neuron.surrogate, Surrogate) and x.shape[2] == norm.num_features < x.numel()
 
 
-def norm_arguments(norm: Any) -> dict[str, Any]:
+def norm_settings(norm: Any) -> Norm:
     """What the fused ops are told of an `nn.BatchNorm2d`, which counts the batch."""
     momentum = norm.momentum or 0.0
     tracked = norm.track_running_stats or not norm.training
@@ -319,26 +317,15 @@ def norm_arguments(norm: Any) -> dict[str, Any]:
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:
             momentum = 1 / int(norm.num_batches_tracked)
-    return {
-        "running_mean": norm.running_mean if tracked else None,
-        "running_var": norm.running_var if tracked else None,
-        "weight": norm.weight,
-        "bias": norm.bias,
-        "momentum": momentum,
-        "eps": norm.eps,
-    }
-
-
-def neuron_arguments(neuron: Any) -> dict[str, Any]:
-    """What the fused ops are told of a neuron."""
-    return {
-        "inv_tau": neuron.inv_tau,
-        "threshold": neuron.threshold,
-        "reset": neuron.reset_mechanism,
-        "surrogate": neuron.surrogate,
-        "detach_reset": neuron.detach_reset,
-        "strict": neuron.strict,
-    }
+    return Norm(
+        norm.running_mean if tracked else None,
+        norm.running_var if tracked else None,
+        norm.weight,
+        norm.bias,
+        norm.training or norm.running_mean is None,
+        momentum,
+        norm.eps,
+    )
 
 
 def check_multiple(value: int, of: int, what: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
-from ..ops import lif
+from ..ops import NeuronSpec, lif
 from ..surrogate import Surrogate, SurrogateLike, fire, resolve, surrogate_spec
 from .stepping import OverTime, remembers
 from .stream import Streamed
@@ -102,6 +102,13 @@ class LIF(snntorch.Leaky, Streamed):
         return 1 / self.tau
 
     @property
+    def spec(self) -> NeuronSpec:
+        """What the ops are told of this layer."""
+        return NeuronSpec(
+            self.threshold, self.reset_mechanism, self.surrogate, self.detach_reset, self.strict, self.inv_tau
+        )
+
+    @property
     def beta(self) -> Tensor:
         """snnTorch's decay rate, `1 - 1 / tau`."""
         return torch.as_tensor(1 - self.inv_tau)
@@ -124,17 +131,7 @@ class LIF(snntorch.Leaky, Streamed):
         carrier = self.carrier if membrane is None else None
         if carrier is not None:
             membrane = carrier.membrane(self, x)
-        result = lif(
-            x,
-            self.inv_tau,
-            membrane,
-            threshold=self.threshold,
-            reset=self.reset_mechanism,
-            surrogate=self.surrogate,
-            detach_reset=self.detach_reset,
-            strict=self.strict,
-            return_membrane=return_membrane or carrier is not None,
-        )
+        result = lif(x, self.spec, membrane, return_membrane=return_membrane or carrier is not None)
         if carrier is None:
             return result
         carrier.keep(self, result[1])

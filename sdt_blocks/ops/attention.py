@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,54 +10,45 @@ from torch import Tensor
 
 from .bits import as_spikes
 from .dispatch import fused, kernels
-from .lif import affine, constants, lif, lif_gradients, lif_reference
+from .lif import constants, lif, lif_gradients, lif_reference
 from .norm_lif import batch_norm_lif, batch_norm_lif_reference, statistics
-from .spec import MOST_TOKENS, Layout, Mask, NeuronSpec, arrange, state_dtype
+from .spec import MOST_TOKENS, Affine, Arriving, Layout, Mask, NeuronSpec, Norm, arrange, state_dtype
 
 
-def attend_reference(
-    x: Sequence[Tensor], norms: Sequence[Mapping[str, Any]], neurons: Sequence[Mapping[str, Any]], *, training: bool
-) -> Tensor:
+def attend_reference(x: Sequence[Tensor], norms: Sequence[Norm], neurons: Sequence[NeuronSpec]) -> Tensor:
     """`q * LIF(sum over tokens of k * v)` with q, k, v = LIF(BN(x)), for x three tensors `[T, B, C, ...]`.
 
-    `norms` and `neurons` are the keyword arguments of `batch_norm_lif_reference` for q, k and v, `neurons` with a
-    fourth for the neuron of the sum. The sums are in float32 or better. Returns spikes `[T, B, C, ...]`.
+    `norms` and `neurons` are those of q, k and v, `neurons` with a fourth for the sum. The sums are in float32 or
+    better. Returns spikes `[T, B, C, ...]`.
     """
-    return _compose(batch_norm_lif_reference, _spikes_of_reference, x, norms, neurons, training)
+    return _compose(batch_norm_lif_reference, _spikes_of_reference, x, norms, neurons)
 
 
-def attend(
-    x: Sequence[Tensor], norms: Sequence[Mapping[str, Any]], neurons: Sequence[Mapping[str, Any]], *, training: bool
-) -> Tensor:
+def attend(x: Sequence[Tensor], norms: Sequence[Norm], neurons: Sequence[NeuronSpec]) -> Tensor:
     """What `attend_reference` computes, in one pass over x.
 
     For the backward pass x is kept, and what fired at one byte for q, k and v together. In training it stays one op
-    under `torch.compile` too; in evaluation it is traced as its equations. Where q, k and v have unlike neurons or more
-    than `MOST_TOKENS` tokens, their norms and neurons are fused, each for itself.
+    under `torch.compile` too; in evaluation it is traced as its equations. Where q, k and v have unlike neurons, norms
+    of unlike modes or more than `MOST_TOKENS` tokens, their norms and neurons are fused, each for itself.
 
     >>> x = [torch.randn(4, 2, 8, 5, 5) for _ in range(3)]
-    >>> norm = {"running_mean": None, "running_var": None, "weight": None, "bias": None}
-    >>> neurons = [{"inv_tau": 0.5, "threshold": threshold} for threshold in (1.0, 1.0, 1.0, 0.5)]
-    >>> attend(x, [norm] * 3, neurons, training=True).shape
+    >>> neurons = [NeuronSpec(threshold) for threshold in (1.0, 1.0, 1.0, 0.5)]
+    >>> attend(x, [Norm(training=True)] * 3, neurons).shape
     torch.Size([4, 2, 8, 5, 5])
     """
-    specs = [constants(**neuron) for neuron in neurons]
-    q = x[0]
+    specs = [constants(neuron) for neuron in neurons]
+    q, training = x[0], norms[0].training
     alike = specs[0] == specs[1] == specs[2] and all(part.shape == q.shape and part.dtype == q.dtype for part in x)
+    alike = alike and all(norm.training == training for norm in norms)
     fits = alike and 0 < q.numel() <= MOST_TOKENS * q.shape[:3].numel()
     if None in specs or not fits or not fused(q, even_traced=training):
-        return _compose(batch_norm_lif, lif, x, norms, neurons, training)
+        return _compose(batch_norm_lif, lif, x, norms, neurons)
     dtype = state_dtype(q)
-    found = [
-        statistics(
-            part, norm["running_mean"], norm["running_var"], training, norm.get("momentum", 0.1), norm.get("eps", 1e-5)
-        )
-        for part, norm in zip(x, norms, strict=True)
-    ]
+    found = [statistics(part, norm) for part, norm in zip(x, norms, strict=True)]
     mean, inv_std = (torch.stack(values).to(dtype) for values in zip(*found, strict=True))
-    weight = _stack([norm["weight"] for norm in norms], 1.0, mean)
-    bias = _stack([norm["bias"] for norm in norms], 0.0, mean)
-    taus = [neuron["inv_tau"] for neuron in neurons]
+    weight = _stack([norm.weight for norm in norms], 1.0, mean)
+    bias = _stack([norm.bias for norm in norms], 0.0, mean)
+    taus = [neuron.inv_tau for neuron in neurons]
     inv_tau = None
     if any(isinstance(tau, Tensor) for tau in taus):
         inv_tau = torch.stack([torch.as_tensor(tau, dtype=dtype, device=q.device).expand_as(mean[0]) for tau in taus])
@@ -72,21 +63,20 @@ def _compose(
     batch_norm_lif: Callable[..., Tensor],
     lif: Callable[..., Any],
     x: Sequence[Tensor],
-    norms: Sequence[Mapping[str, Any]],
-    neurons: Sequence[Mapping[str, Any]],
-    training: bool,
+    norms: Sequence[Norm],
+    neurons: Sequence[NeuronSpec],
 ) -> Tensor:
-    q, k, v = (
-        batch_norm_lif(part, **norm, **neuron, training=training)
-        for part, norm, neuron in zip(x, norms, neurons[:3], strict=True)
-    )
+    q, k, v = (batch_norm_lif(part, norm, neuron) for part, norm, neuron in zip(x, norms, neurons[:3], strict=True))
     tokens = tuple(range(3, q.ndim))
-    mask: Tensor = lif((k * v).sum(tokens, keepdim=True, dtype=state_dtype(q)), **neurons[3])
+    mask: Tensor = lif((k * v).sum(tokens, keepdim=True, dtype=state_dtype(q)), neurons[3])
     return as_spikes(q * mask.to(q.dtype), q, mask)
 
 
-def _spikes_of_reference(x: Tensor, inv_tau: float | Tensor, **neuron: Any) -> Tensor:
-    return lif_reference(x, inv_tau, **neuron)[0]
+def _spikes_of_reference(x: Tensor, neuron: NeuronSpec) -> Tensor:
+    return lif_reference(x, neuron)[0]
+
+
+# The schemas of registered ops are flat, as in `lif`.
 
 
 @torch.library.custom_op("sdt_blocks::attend", mutates_args=())
@@ -108,19 +98,9 @@ def attend_op(
     `neurons` are four encoded `NeuronSpec`; inv_tau `[4, C]`; mean, inv_std, weight and bias `[3, C]`.
     """
     (q, k, v), layout = _arranged(q, k, v)
-    scale, shift = affine(mean, inv_std, weight, bias)
+    norm = Affine.of(mean, inv_std, weight, bias, of_batch)
     masked, codes, sums = _results(q, layout, keep)
-    kernels(q).attend(
-        (q, k, v),
-        masked,
-        codes if keep else None,
-        sums,
-        layout,
-        _specs(neurons),
-        scale=scale,
-        shift=shift,
-        inv_tau=inv_tau,
-    )
+    kernels(q).attend((q, k, v), masked, codes if keep else None, sums, layout, _specs(neurons), norm, inv_tau)
     return masked, codes, sums
 
 
@@ -151,31 +131,19 @@ def attend_backward_op(
     specs, module = _specs(neurons), kernels(q)
     taus = [None] * 4 if inv_tau is None else list(inv_tau.unbind())
     sums, channels = arrange(sums, layout.steps, per_channel=True)
-    mask, _ = module.lif_forward(
-        sums, channels, specs[3], scale=None, shift=None, inv_tau=taus[3], membrane=None, keep_membrane=False
-    )
+    mask, _ = module.lif_forward(sums, channels, specs[3], None, taus[3], None, keep_membrane=False)
     grad = layout.frames(grad)
     of_mask = torch.empty_like(sums)
     module.mask_gradient(grad, codes, of_mask, layout)
-    of_sums, of_tau, *_ = lif_gradients(sums, channels, specs[3], of_mask, inv_tau=taus[3])
+    of_sums, of_tau, *_ = lif_gradients(Arriving(of_mask), sums, channels, specs[3], None, taus[3], None)
     # The gradient of k is that of the sums wherever v fired, and the other way round.
-    masks = (Mask(mask), Mask(of_sums, codes, bit=2), Mask(of_sums, codes, bit=1))
-    found = [
-        lif_gradients(
-            x[i],
-            layout,
-            specs[i],
-            grad if masks[i].codes is None else None,
-            mask=masks[i],
-            inv_tau=taus[i],
-            mean=mean[i],
-            inv_std=inv_std[i],
-            weight=weight[i],
-            bias=bias[i],
-            of_batch=of_batch,
-        )
-        for i in range(3)
-    ]
+    arriving = (
+        Arriving(grad, Mask(mask)),
+        Arriving(None, Mask(of_sums, codes, bit=2)),
+        Arriving(None, Mask(of_sums, codes, bit=1)),
+    )
+    norm = Affine.of(mean, inv_std, weight, bias, of_batch)
+    found = [lif_gradients(arriving[i], x[i], layout, specs[i], norm.row(i), taus[i], None) for i in range(3)]
     of_x, of_taus, _, of_weight, of_bias = zip(*found, strict=True)
     given = [of for of in (*of_taus, of_tau) if of is not None]
     of_inv_tau = torch.stack(given) if given else mean.new_empty(0)

@@ -98,10 +98,10 @@ def pool(x: Tensor) -> Tensor:
 
 
 def _spikes(x: Tensor, neuron: Neuron) -> Tensor:
-    options: dict[str, Any] = {"threshold": neuron.threshold, "reset": neuron.reset, "strict": neuron.strict}
+    spec = NeuronSpec(neuron.threshold, neuron.reset, strict=neuron.strict, inv_tau=neuron.inv_tau)
     if torch.compiler.is_compiling():
-        return lif_reference(x, neuron.inv_tau, **options)[0]
-    spikes = lif(x, neuron.inv_tau, **options)
+        return lif_reference(x, spec)[0]
+    spikes = lif(x, spec)
     assert isinstance(spikes, Tensor)
     return spikes
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
 import warnings
-from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from .kernels import Kernels
 
 BACKENDS = ("reference", "compiled", "triton")
 """The equations in PyTorch; the C++ kernels for CPU tensors; the Triton kernels for CUDA tensors."""
@@ -37,8 +37,8 @@ def fused(x: Tensor, *, even_traced: bool = False) -> bool:
     return _backend(x.device.type, x.dtype) != "reference"
 
 
-def kernels(x: Tensor) -> ModuleType:
-    """The module with the kernels for x, where `fused(x)`."""
+def kernels(x: Tensor) -> Kernels:
+    """The kernels for x, where `fused(x)`."""
     return _module(_backend(x.device.type, x.dtype))
 
 
@@ -100,6 +100,12 @@ def _problem(backend: str) -> str | None:
 
 
 @functools.cache
-def _module(backend: str) -> ModuleType:
+def _module(backend: str) -> Kernels:
     # Imported late: Triton may be missing, and reads TRITON_INTERPRET when it is imported.
-    return importlib.import_module({"compiled": ".cpu.training", "triton": ".triton.training"}[backend], __package__)
+    if backend == "triton":
+        from .triton import training as of_triton
+
+        return of_triton
+    from .cpu import training as of_cpu
+
+    return of_cpu

@@ -6,7 +6,7 @@ Nothing but the inputs is kept for the backward pass, which computes the membran
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,20 +15,10 @@ from torch import Tensor
 from ..surrogate import KINDS, Surrogate, fire
 from .bits import as_spikes
 from .dispatch import fall_back, fused, kernels
-from .spec import RESETS, SIGMOID, Layout, Mask, NeuronSpec, arrange, state_dtype
+from .spec import RESETS, Affine, Arriving, Layout, NeuronSpec, arrange, state_dtype
 
 
-def lif_reference(
-    x: Tensor,
-    inv_tau: float | Tensor,
-    membrane: Tensor | None = None,
-    *,
-    threshold: float = 1.0,
-    reset: str = "zero",
-    surrogate: Surrogate | Callable[[Tensor], Tensor] = SIGMOID,
-    detach_reset: bool = True,
-    strict: bool = False,
-) -> tuple[Tensor, Tensor]:
+def lif_reference(x: Tensor, neuron: NeuronSpec, membrane: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The equations, one time step after the other; the definition of truth for every fused version.
 
         r[t] = s[t-1]                                      what fired, resets
@@ -40,22 +30,23 @@ def lif_reference(
     two halves of a sequence give what the whole gives, and snnTorch's own step can go on from it. The state is
     float32 for half-precision input, else of the input's dtype.
 
-    Shapes: x `[T, ...]`; inv_tau a number, a 0-d tensor, or `[C]` for x `[T, B, C, ...]`; membrane `x.shape[1:]`.
+    Shapes: x `[T, ...]`, `[T, B, C, ...]` where `neuron.inv_tau` is `[C]`; membrane `x.shape[1:]`.
     Returns spikes like x, and the last membrane `x.shape[1:]` in the state's dtype.
     """
-    state_dtype = torch.promote_types(x.dtype, torch.float32)
+    threshold, reset, surrogate, detach_reset, strict, inv_tau = neuron
+    dtype = state_dtype(x)
     if isinstance(inv_tau, Tensor):
-        inv_tau = inv_tau.to(state_dtype)
+        inv_tau = inv_tau.to(dtype)
         if inv_tau.ndim == 1:
             inv_tau = inv_tau.view(-1, *[1] * (x.ndim - 3))
-    h = x.new_zeros(x.shape[1:], dtype=state_dtype) if membrane is None else membrane.to(state_dtype)
+    h = x.new_zeros(x.shape[1:], dtype=dtype) if membrane is None else membrane.to(dtype)
 
     s = torch.zeros_like(h) if membrane is None else fire(h - threshold, surrogate, strict)
     spikes = []
     for x_t in x.unbind(0):
         r = s.detach() if detach_reset else s
         u = h * (1 - r) if reset == "zero" else h
-        h = u + (x_t.to(state_dtype) - u) * inv_tau
+        h = u + (x_t.to(dtype) - u) * inv_tau
         if reset == "subtract":
             h = h - r * threshold
         s = fire(h - threshold, surrogate, strict)
@@ -64,25 +55,16 @@ def lif_reference(
 
 
 def lif(
-    x: Tensor,
-    inv_tau: float | Tensor,
-    membrane: Tensor | None = None,
-    *,
-    threshold: float = 1.0,
-    reset: str = "zero",
-    surrogate: Surrogate | Callable[[Tensor], Tensor] = SIGMOID,
-    detach_reset: bool = True,
-    strict: bool = False,
-    return_membrane: bool = False,
+    x: Tensor, neuron: NeuronSpec, membrane: Tensor | None = None, *, return_membrane: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Spikes of leaky integrate-and-fire neurons for a whole sequence; see `lif_reference` for the equations.
 
     Returns spikes `[T, ...]`, and with `return_membrane` the last membrane too.
 
     Raises `ValueError` for an empty sequence, a wrong `membrane` shape, a wrong `inv_tau` shape or an unknown `reset`;
-    `TypeError` for input that is not floating point.
+    `TypeError` for input that is not floating point, or a tensor as threshold.
 
-    >>> lif(torch.ones(4, 2), inv_tau=0.5, threshold=0.8).sum(0)
+    >>> lif(torch.ones(4, 2), NeuronSpec(threshold=0.8, inv_tau=0.5)).sum(0)
     tensor([1., 1.])
     """
     if not x.is_floating_point():
@@ -91,14 +73,15 @@ def lif(
         raise ValueError(f"a sequence needs at least one time step on its first axis, got the shape {list(x.shape)}")
     if membrane is not None and membrane.shape != x.shape[1:]:
         raise ValueError(f"the initial membrane must have the shape {list(x.shape[1:])}, got {list(membrane.shape)}")
+    inv_tau = neuron.inv_tau
     if isinstance(inv_tau, Tensor) and inv_tau.ndim and (x.ndim < 3 or inv_tau.shape != x.shape[2:3]):
         raise ValueError(
             f"a time constant per channel must have one value for each channel of [T, B, C, ...]; got "
             f"{list(inv_tau.shape)} for the input {list(x.shape)}"
         )
-    if reset not in RESETS:
-        raise ValueError(f"reset {reset!r} is unknown; choose one of {', '.join(RESETS)}")
-    spec = constants(inv_tau, threshold, reset, surrogate, detach_reset, strict)
+    if neuron.reset not in RESETS:
+        raise ValueError(f"reset {neuron.reset!r} is unknown; choose one of {', '.join(RESETS)}")
+    spec = constants(neuron)
     if spec is not None and x.numel() and fused(x):
         dtype = state_dtype(x)
         spikes, last = lif_op(
@@ -111,31 +94,16 @@ def lif(
         )
         as_spikes(spikes)
     else:
-        spikes, last = lif_reference(
-            x,
-            inv_tau,
-            membrane,
-            threshold=threshold,
-            reset=reset,
-            surrogate=surrogate,
-            detach_reset=detach_reset,
-            strict=strict,
-        )
+        spikes, last = lif_reference(x, neuron, membrane)
     return (spikes, last) if return_membrane else spikes
 
 
-def constants(
-    inv_tau: float | Tensor,
-    threshold: float = 1.0,
-    reset: str = "zero",
-    surrogate: Surrogate | Callable[[Tensor], Tensor] = SIGMOID,
-    detach_reset: bool = True,
-    strict: bool = False,
-) -> NeuronSpec | None:
+def constants(neuron: NeuronSpec) -> NeuronSpec | None:
     """What a fused kernel is told of the neurons; `None`, with a warning, for a surrogate that no kernel knows.
 
     Raises `TypeError` for a tensor as threshold, to which no gradient flows.
     """
+    threshold, reset, surrogate, detach_reset, strict, inv_tau = neuron
     if isinstance(threshold, Tensor):
         raise TypeError(f"threshold must be a number, got a {type(threshold).__name__}: it is not learnt")
     if not isinstance(surrogate, Surrogate):
@@ -144,9 +112,12 @@ def constants(
             f"the surrogate gradient {name} is not one of sdt_blocks.surrogate, of which {', '.join(KINDS)} are fused"
         )
         return None
-    return NeuronSpec(
-        threshold, reset, surrogate, detach_reset, strict, 0.0 if isinstance(inv_tau, Tensor) else float(inv_tau)
-    )
+    number = 0.0 if isinstance(inv_tau, Tensor) else float(inv_tau)
+    return NeuronSpec(threshold, reset, surrogate, detach_reset, strict, number)
+
+
+# A registered op takes tensors, numbers and lists of numbers, no tuples of its own: its schema is flat, and its
+# arguments as many as the tuples' fields. Its body puts them together again.
 
 
 @torch.library.custom_op("sdt_blocks::lif", mutates_args=())
@@ -170,16 +141,9 @@ def lif_op(
     mean and inv_std are those of x, through which the gradient flows too.
     """
     x, layout = _arranged(x, steps, inv_tau, mean)
-    scale, shift = affine(mean, inv_std, weight, bias)
+    norm = _affine(mean, inv_std, weight, bias, of_batch)
     spikes, last = kernels(x).lif_forward(
-        x,
-        layout,
-        NeuronSpec.decode(neuron),
-        scale=scale,
-        shift=shift,
-        inv_tau=inv_tau,
-        membrane=membrane,
-        keep_membrane=keep_membrane,
+        x, layout, NeuronSpec.decode(neuron), norm, inv_tau, membrane, keep_membrane=keep_membrane
     )
     return spikes, x.new_empty(0, dtype=state_dtype(x)) if last is None else last
 
@@ -208,20 +172,8 @@ def lif_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, inv_tau, membrane, weight and bias; those of what was not given are empty."""
     x, layout = _arranged(x, steps, inv_tau, mean)
-    gradients = lif_gradients(
-        x,
-        layout,
-        NeuronSpec.decode(neuron),
-        grad,
-        grad_last=grad_last,
-        inv_tau=inv_tau,
-        membrane=membrane,
-        mean=mean,
-        inv_std=inv_std,
-        weight=weight,
-        bias=bias,
-        of_batch=of_batch,
-    )
+    arriving, norm = Arriving(grad, last=grad_last), _affine(mean, inv_std, weight, bias, of_batch)
+    gradients = lif_gradients(arriving, x, layout, NeuronSpec.decode(neuron), norm, inv_tau, membrane)
     # A registered op returns tensors only, none of them twice.
     of_x, of_inv_tau, of_membrane, of_weight, of_bias = (
         x.new_empty(0, dtype=state_dtype(x)) if gradient is None else gradient for gradient in gradients
@@ -230,46 +182,27 @@ def lif_backward_op(
 
 
 def lif_gradients(
+    arriving: Arriving,
     x: Tensor,
     layout: Layout,
     neuron: NeuronSpec,
-    grad: Tensor | None,
-    *,
-    mask: Mask | None = None,
-    grad_last: Tensor | None = None,
-    inv_tau: Tensor | None = None,
-    membrane: Tensor | None = None,
-    mean: Tensor | None = None,
-    inv_std: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    of_batch: bool = False,
+    norm: Affine | None,
+    inv_tau: Tensor | None,
+    membrane: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, inv_tau, membrane, weight and bias, for those of the spikes (through the mask) and membrane."""
-    scale, shift = affine(mean, inv_std, weight, bias)
+    """Gradients of x, inv_tau, membrane and the norm's weight and bias; `None` for what was not given."""
     module = kernels(x)
-    grad_x, grad_membrane, sums = module.lif_backward(
-        grad,
-        grad_last,
-        x,
-        layout,
-        neuron,
-        scale=scale,
-        shift=shift,
-        center=mean,
-        inv_tau=inv_tau,
-        membrane=membrane,
-        mask=mask,
-    )
+    grad_x, grad_membrane, sums = module.lif_backward(arriving, x, layout, neuron, norm, inv_tau, membrane)
     dtype = state_dtype(x)
     grad_inv_tau = grad_weight = grad_bias = None
-    if mean is not None:
+    if norm is not None:
         of_shift, of_scale = sums[1:].to(dtype).unbind()
-        grad_weight = of_scale * inv_std
-        count = layout.size // layout.channels * x.shape[0] if of_batch else torch.inf
-        b = grad_weight * scale * inv_std / -count
+        grad_weight = of_scale * norm.inv_std
+        count = layout.size // layout.channels * x.shape[0] if norm.of_batch else torch.inf
+        b = grad_weight * norm.scale * norm.inv_std / -count
         frames = dataclasses.replace(layout, steps=x.shape[0])
-        module.channel_combine(grad_x, x, frames, scale, b, of_shift * scale / -count - b * mean)
+        d = of_shift * norm.scale / -count - b * norm.mean
+        module.channel_combine(grad_x, x, frames, norm.scale, b, d)
         grad_bias = of_shift.clone()
     if inv_tau is not None:
         grad_inv_tau = (sums[0] if inv_tau.ndim else sums[0].sum()).to(dtype, copy=True)
@@ -318,12 +251,7 @@ def _arranged(x: Tensor, steps: int, inv_tau: Tensor | None, mean: Tensor | None
     return arrange(x, steps, per_channel=mean is not None or (inv_tau is not None and inv_tau.ndim == 1))
 
 
-def affine(
-    mean: Tensor | None, inv_std: Tensor | None, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """A normalization as `x * scale + shift`."""
-    if mean is None or inv_std is None:
-        return None, None
-    scale = inv_std if weight is None else inv_std * weight
-    shift = -mean * scale if bias is None else bias - mean * scale
-    return scale, shift
+def _affine(
+    mean: Tensor | None, inv_std: Tensor | None, weight: Tensor | None, bias: Tensor | None, of_batch: bool
+) -> Affine | None:
+    return None if mean is None or inv_std is None else Affine.of(mean, inv_std, weight, bias, of_batch)

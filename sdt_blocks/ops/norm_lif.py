@@ -11,51 +11,37 @@ from torch import Tensor
 from .bits import as_spikes
 from .dispatch import fused, kernels
 from .lif import constants, lif_op, lif_reference
-from .spec import arrange, state_dtype
+from .spec import NeuronSpec, Norm, arrange, state_dtype
 
 
 def batch_norm_lif_reference(
     x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    inv_tau: float | Tensor,
-    *,
-    training: bool,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    time_steps: int | None = None,
+    norm: Norm,
+    neuron: NeuronSpec,
     membrane: Tensor | None = None,
+    *,
+    time_steps: int | None = None,
     return_membrane: bool = False,
-    **neuron: Any,
 ) -> Any:
-    """`lif(F.batch_norm(x), inv_tau, **neuron)` over the frames x `[T, B, C, ...]`; running statistics change in place.
+    """`lif(F.batch_norm(x, *norm), neuron)` over the frames x `[T, B, C, ...]`; running statistics change in place.
 
     With `time_steps`, x `[1, B, C, ...]` is shown at every step.
     """
     if time_steps is not None:
         x = x.expand(time_steps, *x.shape[1:])
-    frames = F.batch_norm(x.flatten(0, 1), running_mean, running_var, weight, bias, training, momentum, eps)
-    result = lif_reference(frames.unflatten(0, x.shape[:2]), inv_tau, membrane, **neuron)
+    frames = F.batch_norm(x.flatten(0, 1), *norm)
+    result = lif_reference(frames.unflatten(0, x.shape[:2]), neuron, membrane)
     return result if return_membrane else result[0]
 
 
 def batch_norm_lif(
     x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    inv_tau: float | Tensor,
-    *,
-    training: bool,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    time_steps: int | None = None,
+    norm: Norm,
+    neuron: NeuronSpec,
     membrane: Tensor | None = None,
+    *,
+    time_steps: int | None = None,
     return_membrane: bool = False,
-    **neuron: Any,
 ) -> Any:
     """What `batch_norm_lif_reference` computes; x alone is kept for the backward pass.
 
@@ -63,58 +49,39 @@ def batch_norm_lif(
     times as much; with running statistics it is traced as its equations.
 
     >>> x = torch.randn(4, 2, 8, 5, 5)
-    >>> batch_norm_lif(x, None, None, None, None, inv_tau=0.5, training=True, threshold=1.0).shape
+    >>> batch_norm_lif(x, Norm(training=True), NeuronSpec(threshold=1.0, inv_tau=0.5)).shape
     torch.Size([4, 2, 8, 5, 5])
     """
-    spec = constants(inv_tau, **neuron)
-    if spec is None or x.numel() == 0 or not fused(x, even_traced=training):
+    spec = constants(neuron)
+    if spec is None or x.numel() == 0 or not fused(x, even_traced=norm.training):
         return batch_norm_lif_reference(
-            x,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            inv_tau,
-            training=training,
-            momentum=momentum,
-            eps=eps,
-            time_steps=time_steps,
-            membrane=membrane,
-            return_membrane=return_membrane,
-            **neuron,
+            x, norm, neuron, membrane, time_steps=time_steps, return_membrane=return_membrane
         )
     steps = time_steps or x.shape[0]
     dtype = state_dtype(x)
-    mean, inv_std = statistics(x, running_mean, running_var, training, momentum, eps, steps // x.shape[0])
+    mean, inv_std = statistics(x, norm, steps // x.shape[0])
     spikes, last = lif_op(
         x,
         steps,
         spec.encode(),
-        inv_tau=inv_tau.to(dtype) if isinstance(inv_tau, Tensor) else None,
+        inv_tau=neuron.inv_tau.to(dtype) if isinstance(neuron.inv_tau, Tensor) else None,
         membrane=None if membrane is None else membrane.to(dtype),
         keep_membrane=return_membrane,
         mean=mean.to(dtype),
         inv_std=inv_std.to(dtype),
-        weight=None if weight is None else weight.to(dtype),
-        bias=None if bias is None else bias.to(dtype),
-        of_batch=training,
+        weight=None if norm.weight is None else norm.weight.to(dtype),
+        bias=None if norm.bias is None else norm.bias.to(dtype),
+        of_batch=norm.training,
     )
     as_spikes(spikes)
     return (spikes, last) if return_membrane else spikes
 
 
 @torch.no_grad()
-def statistics(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    repeats: int = 1,
-) -> tuple[Tensor, Tensor]:
+def statistics(x: Tensor, norm: Norm, repeats: int = 1) -> tuple[Tensor, Tensor]:
     """Mean and inverse deviation to normalize by; updates the running statistics when training."""
-    if not training:
+    running_mean, running_var, momentum, eps = norm.running_mean, norm.running_var, norm.momentum, norm.eps
+    if not norm.training:
         if running_mean is None or running_var is None:
             raise ValueError("evaluation needs running_mean and running_var; give both, or training=True")
         return running_mean, (running_var + eps).rsqrt()

@@ -135,14 +135,7 @@ class Epilogue:
             u = residual + u
         spikes = None
         if self.neuron is not None:
-            neuron = self.neuron
-            fired, _ = lif_reference(
-                u.movedim(-1, 2),
-                self.inv_tau,
-                threshold=neuron.threshold,
-                reset=neuron.reset,
-                strict=neuron.strict,
-            )
+            fired, _ = lif_reference(u.movedim(-1, 2), self.neuron._replace(inv_tau=self.inv_tau))
             spikes = PackedSpikes.pack(fired)
         return (u if membrane else None), spikes
 
@@ -246,7 +239,7 @@ def spike_attention(qkv: PackedSpikes, neuron: NeuronSpec, inv_tau: Tensor | Non
     words = qkv.words.contiguous()
     steps, images, height, width, _ = words.shape
     out = torch.empty(steps, images, height, width, channels // WORD, dtype=torch.int64)
-    leak = torch.full((channels,), neuron.inv_tau) if inv_tau is None else inv_tau.detach().float().expand(channels)
+    leak = torch.as_tensor(neuron.inv_tau if inv_tau is None else inv_tau).detach().float().expand(channels)
     _call(
         "spike_attention",
         words,
@@ -267,7 +260,7 @@ def spike_attention_reference(qkv: PackedSpikes, neuron: NeuronSpec, inv_tau: Te
     q, k, v = qkv.unpack_reference().chunk(3, dim=2)
     counts = (k * v).sum((-2, -1), keepdim=True)
     leak = neuron.inv_tau if inv_tau is None else inv_tau
-    a, _ = lif_reference(counts, leak, threshold=neuron.threshold, reset=neuron.reset, strict=neuron.strict)
+    a, _ = lif_reference(counts, neuron._replace(inv_tau=leak))
     return PackedSpikes.pack(q * a)
 
 

@@ -1,9 +1,9 @@
-"""What the fused ops are told: a neuron's constants, and how a sequence lies in memory."""
+"""What the ops and their kernels are told, in small tuples, and how a sequence lies in memory."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,26 +28,38 @@ def state_dtype(x: Tensor) -> torch.dtype:
 
 
 class NeuronSpec(NamedTuple):
-    """The constants of a layer of neurons; `inv_tau` stands for a time constant that is no tensor."""
+    """A layer of neurons: the constants of `lif_reference`.
+
+    `inv_tau`, `1 / tau`, is a number, a 0-d tensor or one value a channel `[C]`; `surrogate` may be any callable like
+    a snnTorch `spike_grad`. What a kernel is told (see `lif.constants`) has numbers and a `Surrogate` alone: tensors
+    go beside it.
+    """
 
     threshold: float = 1.0
     reset: str = "zero"
-    surrogate: Surrogate = SIGMOID
+    surrogate: Surrogate | Callable[[Tensor], Tensor] = SIGMOID
     detach_reset: bool = True
     strict: bool = False
-    inv_tau: float = 0.5
+    inv_tau: float | Tensor = 0.5
 
     def encode(self) -> list[float]:
         """As numbers, which is what a registered op can take."""
+        assert not isinstance(self.inv_tau, Tensor)
+        kind, alpha = self.gradient()
         return [
             self.threshold,
             RESETS.index(self.reset),
-            KINDS.index(self.surrogate.kind),
-            self.surrogate.alpha,
+            kind,
+            alpha,
             self.detach_reset,
             self.strict,
             self.inv_tau,
         ]
+
+    def gradient(self) -> tuple[int, float]:
+        """Number and sharpness of the surrogate, as the kernels know it."""
+        assert isinstance(self.surrogate, Surrogate)
+        return KINDS.index(self.surrogate.kind), self.surrogate.alpha
 
     @staticmethod
     def decode(numbers: Sequence[float]) -> NeuronSpec:
@@ -62,6 +74,46 @@ def _decode(numbers: tuple[float, ...]) -> NeuronSpec:
     return NeuronSpec(threshold, RESETS[int(reset)], surrogate, bool(detach_reset), bool(strict), inv_tau)
 
 
+class Norm(NamedTuple):
+    """A batch normalization: the arguments of `F.batch_norm`, in its order.
+
+    While `training`, running statistics that are given change in place.
+    """
+
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+
+class Affine(NamedTuple):
+    """A normalization as the kernels apply it, `x * scale + shift`, and what its gradient needs besides.
+
+    All tensors are `[C]` in the state's dtype; for the attention `[3, C]`, one row each for q, k and v.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor
+    inv_std: Tensor
+    of_batch: bool
+    """Whether mean and inv_std are those of x, through which the gradient flows too."""
+
+    @staticmethod
+    def of(mean: Tensor, inv_std: Tensor, weight: Tensor | None, bias: Tensor | None, of_batch: bool) -> Affine:
+        """`(x - mean) * inv_std * weight + bias`."""
+        scale = inv_std if weight is None else inv_std * weight
+        shift = -mean * scale if bias is None else bias - mean * scale
+        return Affine(scale, shift, mean, inv_std, of_batch)
+
+    def row(self, i: int) -> Affine:
+        """That of q, k or v."""
+        return Affine(self.scale[i], self.shift[i], self.mean[i], self.inv_std[i], self.of_batch)
+
+
 class Mask(NamedTuple):
     """What multiplies the gradient of spikes `[T, B, C, ...]` on its way to their neurons.
 
@@ -73,6 +125,17 @@ class Mask(NamedTuple):
     """`[T, B, C]` in the state's dtype."""
     codes: Tensor | None = None
     bit: int = 0
+
+
+class Arriving(NamedTuple):
+    """The gradients that a backward pass starts from."""
+
+    spikes: Tensor | None = None
+    """`[T, ...]`, like the spikes."""
+    mask: Mask | None = None
+    """Comes between `spikes` and the neurons' own."""
+    last: Tensor | None = None
+    """Of the last membrane, `x.shape[1:]`."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch._dynamo import lookup_backend
 
 from sdt_blocks import LIF, ParametricLIF, SpikeDrivenSelfAttention
 from sdt_blocks.blocks import MaskMixer
-from sdt_blocks.ops import attend, attend_reference
+from sdt_blocks.ops import NeuronSpec, Norm, attend, attend_reference
 from sdt_blocks.ops import attention as attention_op
 from sdt_blocks.surrogate import atan, triangular
 
@@ -43,19 +43,16 @@ def make(shape, dtype, device, *, learnt, seed=0):
     weights = [torch.rand(channels, dtype=state, device=device).add(0.5).requires_grad_() for _ in range(3)]
     biases = [torch.rand(channels, dtype=state, device=device).add(0.3).requires_grad_() for _ in range(3)]
     taus = [torch.rand(channels, dtype=state, device=device).mul(0.5).add(0.3).requires_grad_() for _ in range(4)]
-    norms = [
-        {"weight": w, "bias": b, "running_mean": None, "running_var": None}
-        for w, b in zip(weights, biases, strict=True)
-    ]
+    norms = [Norm(weight=w, bias=b, training=True) for w, b in zip(weights, biases, strict=True)]
     inv_taus = taus if learnt else [0.5, 0.5, 0.5, 0.4]
     thresholds = (1.0, 1.0, 1.0, max(0.5, shape[3] * shape[4] / 32))
-    neurons = [{"inv_tau": k, "threshold": threshold} for k, threshold in zip(inv_taus, thresholds, strict=True)]
+    neurons = [NeuronSpec(threshold, inv_tau=k) for k, threshold in zip(inv_taus, thresholds, strict=True)]
     return x, norms, neurons, [*weights, *biases, *(taus if learnt else [])]
 
 
-def run(op, x, norms, neurons, leaves, training=True):
+def run(op, x, norms, neurons, leaves):
     x = [part.detach().requires_grad_() for part in x]
-    out = op(x, norms, neurons, training=training)
+    out = op(x, norms, neurons)
     given = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     return out, torch.autograd.grad(out, [*x, *leaves], given)
 
@@ -104,8 +101,8 @@ def test_dtypes(backend, device, dtype, learnt):
 def test_neurons(backend, device, reset, detach_reset, strict):
     x, norms, neurons, leaves = make((4, 2, 12, 4, 4), torch.float64, device, learnt=True)
     options = {"reset": reset, "detach_reset": detach_reset, "strict": strict, "surrogate": atan()}
-    neurons = [{**neuron, **options} for neuron in neurons]
-    neurons[3] |= {"reset": "subtract", "surrogate": triangular(0.2)}
+    neurons = [neuron._replace(**options) for neuron in neurons]
+    neurons[3] = neurons[3]._replace(reset="subtract", surrogate=triangular(0.2))
     expected = run(attend_reference, x, norms, neurons, leaves)
     assert worst(run(attend, x, norms, neurons, leaves), expected) <= TAKEN[torch.float64]
 
@@ -113,25 +110,25 @@ def test_neurons(backend, device, reset, detach_reset, strict):
 def test_evaluation(backend, device):
     x, norms, neurons, leaves = make((4, 2, 12, 4, 4), torch.float64, device, learnt=True)
     running = {"running_mean": torch.randn(12).double().to(device), "running_var": torch.rand(12).double().to(device)}
-    norms = [{**norm, **running} for norm in norms]
-    expected = run(attend_reference, x, norms, neurons, leaves, training=False)
-    assert worst(run(attend, x, norms, neurons, leaves, training=False), expected) <= TAKEN[torch.float64]
+    norms = [norm._replace(**running, training=False) for norm in norms]
+    expected = run(attend_reference, x, norms, neurons, leaves)
+    assert worst(run(attend, x, norms, neurons, leaves), expected) <= TAKEN[torch.float64]
 
 
 def test_running_statistics(backend, device):
     x, norms, neurons, _ = make((4, 2, 12, 4, 4), torch.float64, device, learnt=False)
 
     def after(op):
-        own = [{**n, "running_mean": torch.ones(12).to(x[0]), "running_var": torch.ones(12).to(x[0])} for n in norms]
-        op(x, own, neurons, training=True)
-        return torch.stack([torch.stack([norm["running_mean"], norm["running_var"]]) for norm in own])
+        own = [n._replace(running_mean=torch.ones(12).to(x[0]), running_var=torch.ones(12).to(x[0])) for n in norms]
+        op(x, own, neurons)
+        return torch.stack([torch.stack([norm.running_mean, norm.running_var]) for norm in own])
 
     torch.testing.assert_close(after(attend), after(attend_reference))
 
 
 def test_unlike_neurons_are_fused_each_for_itself(backend, device):
     x, norms, neurons, leaves = make((4, 2, 12, 4, 4), torch.float64, device, learnt=False)
-    neurons[1] |= {"threshold": 0.7, "inv_tau": 0.9}
+    neurons[1] = neurons[1]._replace(threshold=0.7, inv_tau=0.9)
     expected = run(attend_reference, x, norms, neurons, leaves)
     assert worst(run(attend, x, norms, neurons, leaves), expected) <= TAKEN[torch.float64]
 
@@ -152,7 +149,7 @@ def test_opcheck(backend, device):
     original = attention_op.attend_op
     attention_op.attend_op = lambda *given: arguments.append(given) or original(*given)
     try:
-        attend([part.requires_grad_() for part in x], norms, neurons, training=True)
+        attend([part.requires_grad_() for part in x], norms, neurons)
     finally:
         attention_op.attend_op = original
     given = tuple(
@@ -231,7 +228,7 @@ def test_kept_for_the_gradient(monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t
     ):
-        out = attend(x, norms, neurons, training=True)
+        out = attend(x, norms, neurons)
     given = {part.untyped_storage().data_ptr() for part in x}
     added = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in given)
     assert added <= 1.1 * out.numel()
@@ -239,12 +236,12 @@ def test_kept_for_the_gradient(monkeypatch):
 
 def test_without_gradient_nothing_is_kept(backend, device, monkeypatch):
     x, norms, neurons, _ = make((2, 2, 6, 3, 3), torch.float32, device, learnt=False)
-    expected = attend_reference(x, norms, neurons, training=True)
+    expected = attend_reference(x, norms, neurons)
     results = []
     original = attention_op.attend_op
     monkeypatch.setattr(attention_op, "attend_op", lambda *given: results.append(original(*given)) or results[-1])
     with torch.no_grad():
-        found = attend(x, norms, neurons, training=True)
+        found = attend(x, norms, neurons)
     assert torch.equal(found, expected) and results[0][1].numel() == 0
 
 

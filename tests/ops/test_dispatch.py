@@ -10,11 +10,10 @@ import torch.distributed as dist
 from torch import nn
 
 from sdt_blocks import LIF, SpikingMLP
-from sdt_blocks.ops import batch_norm_lif, dispatch, lif, lif_reference
+from sdt_blocks.ops import NeuronSpec, Norm, batch_norm_lif, dispatch, lif, lif_reference
 from sdt_blocks.ops.cpu import build
 from sdt_blocks.ops.lif import lif_op
 from sdt_blocks.ops.norm_lif import channel_statistics
-from sdt_blocks.ops.spec import NeuronSpec
 from sdt_blocks.steps import normalize_and_fire
 
 
@@ -33,28 +32,28 @@ def fresh_dispatch(monkeypatch):
 def test_unknown_backend_is_refused(monkeypatch):
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", "cuda")
     with pytest.raises(ValueError, match=r"SDT_BLOCKS_BACKEND='cuda' is unknown; choose one of reference, compiled"):
-        lif(torch.ones(2, 3), 0.5)
+        lif(torch.ones(2, 3), NeuronSpec())
 
 
 def test_triton_on_the_cpu_is_refused_without_the_interpreter(monkeypatch):
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="runs on CUDA tensors"):
-        lif(torch.ones(2, 3), 0.5)
+        lif(torch.ones(2, 3), NeuronSpec())
 
 
 def test_no_compiler_is_one_warning_then_the_reference(fresh_dispatch, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     x = torch.randn(3, 8)
     with pytest.warns(UserWarning, match="no-such-compiler"):
-        first = lif(x, 0.5)
+        first = lif(x, NeuronSpec())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(lif(x, 0.5), first)
-    assert torch.equal(first, lif_reference(x, 0.5)[0])
+        assert torch.equal(lif(x, NeuronSpec()), first)
+    assert torch.equal(first, lif_reference(x, NeuronSpec())[0])
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
     with pytest.raises(RuntimeError, match="cannot run"):
-        lif(x, 0.5)
+        lif(x, NeuronSpec())
 
 
 def test_a_failing_compiler_is_quoted(fresh_dispatch, monkeypatch, tmp_path):
@@ -80,7 +79,7 @@ def test_own_surrogates_fall_back_with_one_warning(fresh_dispatch):
 @pytest.mark.parametrize("backend", dispatch.BACKENDS[:2])
 def test_forced_backend_runs(monkeypatch, backend):
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", backend)
-    name = type(lif(torch.randn(2, 3, requires_grad=True), 0.5).grad_fn).__name__
+    name = type(lif(torch.randn(2, 3, requires_grad=True), NeuronSpec()).grad_fn).__name__
     assert ("sdt_blocks_lif" in name) == (backend == "compiled")
 
 
@@ -156,7 +155,7 @@ def test_autocast_keeps_the_state_in_float32(monkeypatch):
     x = torch.randn(2, 2, 8, 3, 3, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         y = mlp(x)
-        spikes, last = lif(x.detach().bfloat16(), 0.5, return_membrane=True)
+        spikes, last = lif(x.detach().bfloat16(), NeuronSpec(), return_membrane=True)
     y.float().sum().backward()
     assert spikes.dtype == torch.bfloat16 and last.dtype == torch.float32
     assert all(p.grad.dtype == torch.float32 for p in (x, *mlp.parameters()))
@@ -197,10 +196,10 @@ def test_checkpointing_recomputes_the_same(monkeypatch):
 
 def test_meta_and_fake_tensors_have_shapes(monkeypatch):
     monkeypatch.delenv("SDT_BLOCKS_BACKEND", raising=False)
-    assert lif(torch.empty(4, 3, device="meta"), 0.5).shape == (4, 3)
+    assert lif(torch.empty(4, 3, device="meta"), NeuronSpec()).shape == (4, 3)
     with torch._subclasses.FakeTensorMode():
         x = torch.empty(4, 2, 3, 5, 5)
-        assert batch_norm_lif(x, None, None, None, None, 0.5, training=True).shape == x.shape
+        assert batch_norm_lif(x, Norm(training=True), NeuronSpec()).shape == x.shape
 
 
 def test_built_kernels_are_read_from_the_cache(fresh_dispatch, monkeypatch, tmp_path):

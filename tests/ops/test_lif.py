@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdt_blocks.ops import lif, lif_reference
+from sdt_blocks.ops import NeuronSpec, lif, lif_reference
 from sdt_blocks.ops.spec import arrange
 from sdt_blocks.surrogate import KINDS, Surrogate
 
@@ -17,9 +17,9 @@ def run(function, x, inv_tau, membrane, **options):
     """Spikes, last membrane and the gradients of all that has one, under a fixed random weighting."""
     given = {"x": x, "inv_tau": inv_tau, "membrane": membrane}
     given = {name: tensor.detach().requires_grad_() for name, tensor in given.items() if tensor is not None}
-    if function is lif:
-        options["return_membrane"] = True
-    spikes, last = function(given["x"], given.get("inv_tau", 0.45), given.get("membrane"), **options)
+    neuron = NeuronSpec(inv_tau=given.get("inv_tau", 0.45), **options)
+    returned = {"return_membrane": True} if function is lif else {}
+    spikes, last = function(given["x"], neuron, given.get("membrane"), **returned)
     generator = torch.Generator().manual_seed(3)
     weights = [torch.randn(t.shape, generator=generator).to(t) for t in (spikes, last)]
     return spikes, last, *torch.autograd.grad([spikes, last], list(given.values()), weights)
@@ -92,14 +92,14 @@ def test_dtypes_and_sizes(backend, device, shape, dtype, rtol):
 def test_exact_ties_fire(backend, device):
     """h meets the threshold exactly: `>=` fires, `>` does not."""
     x = torch.full((1, 100), 1.0, device=device)
-    assert lif(x, 0.5, threshold=0.5).all()
-    assert not lif(x, 0.5, threshold=0.5, strict=True).any()
+    assert lif(x, NeuronSpec(threshold=0.5)).all()
+    assert not lif(x, NeuronSpec(threshold=0.5, strict=True)).any()
 
 
 def test_not_a_number_stays_silent(backend, device):
     x = torch.tensor([[float("nan"), float("inf"), -float("inf")]] * 2, device=device)
-    expected = lif_reference(x, 0.5)[0]
-    assert torch.equal(lif(x, 0.5), expected)
+    expected = lif_reference(x, NeuronSpec())[0]
+    assert torch.equal(lif(x, NeuronSpec()), expected)
 
 
 @pytest.mark.parametrize("reset", RESETS)
@@ -114,7 +114,7 @@ def test_snntorch_loop(backend, device, reset):
         fired, membrane = leaky(current, membrane)
         expected.append(fired)
     expected = torch.stack(expected)
-    spikes, last = lif(ours, 0.5, threshold=0.9, reset=reset, surrogate=surrogate, return_membrane=True)
+    spikes, last = lif(ours, NeuronSpec(0.9, reset, surrogate), return_membrane=True)
     assert (spikes != expected).sum() == 0, "no input here comes within rounding of the threshold"
     torch.testing.assert_close(last, membrane)
     weight = torch.randn_like(x)
@@ -126,8 +126,8 @@ def test_snntorch_loop(backend, device, reset):
 def test_float64_differs_at_ties_alone(monkeypatch):
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
     torch.manual_seed(1)
-    x = torch.randn(8, 20000)
-    assert (lif(x, 1 / 3) != lif(x.double(), 1 / 3)).sum() <= 2
+    x, third = torch.randn(8, 20000), NeuronSpec(inv_tau=1 / 3)
+    assert (lif(x, third) != lif(x.double(), third)).sum() <= 2
 
 
 def layouts(x):
@@ -199,9 +199,10 @@ def test_many_threads_share_a_large_input(monkeypatch):
 
 def test_two_halves_are_the_whole(backend, device):
     x = torch.randn(6, 40, device=device)
-    whole, last = lif(x, 0.4, reset="subtract", return_membrane=True)
-    first, membrane = lif(x[:2], 0.4, reset="subtract", return_membrane=True)
-    second, end = lif(x[2:], 0.4, membrane, reset="subtract", return_membrane=True)
+    neuron = NeuronSpec(reset="subtract", inv_tau=0.4)
+    whole, last = lif(x, neuron, return_membrane=True)
+    first, membrane = lif(x[:2], neuron, return_membrane=True)
+    second, end = lif(x[2:], neuron, membrane, return_membrane=True)
     assert torch.equal(torch.cat([first, second]), whole) and torch.equal(end, last)
 
 
@@ -214,17 +215,17 @@ def test_only_the_input_is_kept(backend, device):
 
     x = torch.randn(4, 6, 10, device=device, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        lif(x, 0.5)
+        lif(x, NeuronSpec())
     assert sum(tensor.numel() * tensor.element_size() for tensor in kept) == x.numel() * 4
 
 
 def test_empty_batch_and_no_gradient(backend, device):
-    assert lif(torch.empty(4, 0, 3, device=device), 0.5).shape == (4, 0, 3)
+    assert lif(torch.empty(4, 0, 3, device=device), NeuronSpec()).shape == (4, 0, 3)
     x = torch.randn(4, 6, device=device, requires_grad=True)
     with torch.no_grad():
-        assert not lif(x, 0.5).requires_grad
-    spikes, last = lif(x, 0.5, return_membrane=True)
+        assert not lif(x, NeuronSpec()).requires_grad
+    spikes, last = lif(x, NeuronSpec(), return_membrane=True)
     (only_membrane,) = torch.autograd.grad(last.sum(), x)
-    expected = torch.autograd.grad(lif_reference(x, 0.5)[1].sum(), x)[0]
+    expected = torch.autograd.grad(lif_reference(x, NeuronSpec())[1].sum(), x)[0]
     torch.testing.assert_close(only_membrane, expected)
     assert spikes.requires_grad

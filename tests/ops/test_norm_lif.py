@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sdt_blocks import LIF, ParametricLIF
-from sdt_blocks.ops import batch_norm_lif, batch_norm_lif_reference
+from sdt_blocks.ops import NeuronSpec, Norm, batch_norm_lif, batch_norm_lif_reference
 from sdt_blocks.steps import normalize_and_fire
 from sdt_blocks.surrogate import KINDS
 
@@ -66,9 +66,9 @@ def test_half_precision_is_rounded_once(backend, device):
     """The norm's output stays float32 inside the op: spikes are those of the float32 norm of the same input."""
     torch.manual_seed(0)
     x = torch.randn(4, 2, 6, 5, 5, device=device).bfloat16()
-    options = {"training": True, "threshold": 0.9}
-    spikes = batch_norm_lif(x, None, None, None, None, 0.5, **options)
-    expected = batch_norm_lif_reference(x.float(), None, None, None, None, 0.5, **options)
+    options = Norm(training=True), NeuronSpec(threshold=0.9)
+    spikes = batch_norm_lif(x, *options)
+    expected = batch_norm_lif_reference(x.float(), *options)
     assert spikes.dtype == torch.bfloat16
     assert (spikes.float() != expected).sum() <= 1
 
@@ -76,8 +76,8 @@ def test_half_precision_is_rounded_once(backend, device):
 def test_a_large_mean_costs_no_precision(backend, device):
     torch.manual_seed(0)
     x = torch.randn(4, 2, 6, 7, 7, device=device) + 1000
-    spikes = batch_norm_lif(x, None, None, None, None, 0.5, training=True)
-    exact = batch_norm_lif_reference(x.double(), None, None, None, None, 0.5, training=True)
+    spikes = batch_norm_lif(x, Norm(training=True), NeuronSpec())
+    exact = batch_norm_lif_reference(x.double(), Norm(training=True), NeuronSpec())
     assert (spikes.double() != exact).float().mean() < 2e-3
 
 
@@ -108,7 +108,7 @@ def test_one_value_a_channel_is_refused_as_by_the_norm():
 
 def test_evaluation_needs_statistics(backend, device):
     with pytest.raises(ValueError, match="running_mean"):
-        batch_norm_lif(torch.randn(2, 1, 3, 2, 2, device=device), None, None, None, None, 0.5, training=False)
+        batch_norm_lif(torch.randn(2, 1, 3, 2, 2, device=device), Norm(training=False), NeuronSpec())
 
 
 @pytest.mark.parametrize("kind", KINDS)

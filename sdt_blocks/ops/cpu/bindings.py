@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...surrogate import KINDS
 from ..spec import RESETS, NeuronSpec
 from .build import library
 
@@ -26,15 +25,9 @@ class Neuron(ctypes.Structure):
 
     @staticmethod
     def of(spec: NeuronSpec) -> Neuron:
-        return Neuron(
-            spec.inv_tau,
-            spec.threshold,
-            spec.surrogate.alpha,
-            RESETS.index(spec.reset),
-            spec.detach_reset,
-            spec.strict,
-            KINDS.index(spec.surrogate.kind),
-        )
+        kind, alpha = spec.gradient()
+        reset = RESETS.index(spec.reset)
+        return Neuron(spec.inv_tau, spec.threshold, alpha, reset, spec.detach_reset, spec.strict, kind)
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,4 +1,7 @@
-"""The training ops' kernels for CUDA tensors, by Triton; under `TRITON_INTERPRET=1` for CPU tensors too."""
+"""The training ops' kernels for CUDA tensors, by Triton; see `Kernels`.
+
+Under `TRITON_INTERPRET=1` they run on CPU tensors too.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...surrogate import KINDS
-from ..spec import MOST_TOKENS, RESETS, Layout, Mask, NeuronSpec, state_dtype
+from ..spec import MOST_TOKENS, RESETS, Affine, Arriving, Layout, NeuronSpec, state_dtype
 from . import attention, lif, pool
 from . import bits as bit_kernels
 
@@ -23,22 +25,19 @@ def lif_forward(
     x: Tensor,
     layout: Layout,
     neuron: NeuronSpec,
-    *,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    norm: Affine | None,
     inv_tau: Tensor | None,
     membrane: Tensor | None,
-    keep_membrane: bool = False,
+    *,
+    keep_membrane: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Spikes `[steps, ...]` for the input `x * scale + shift`, and the last membrane."""
     spikes = layout.empty(x, layout.steps)
     last = layout.empty_frame(x, state_dtype(x)) if keep_membrane else None
     before = None if membrane is None else layout.frame(membrane)
     with _device_of(x):
         lif.forward[(triton.cdiv(layout.size, BLOCK),)](
             x,
-            _or(scale, x),
-            _or(shift, x),
+            *_affine(norm, x)[:2],
             _or(inv_tau, x),
             _or(before, x),
             spikes,
@@ -47,43 +46,34 @@ def lif_forward(
             layout.channels,
             layout.inner,
             layout.steps,
-            **_constants(x, layout, neuron, scale, inv_tau, before),
+            **_constants(x, layout, neuron, norm, inv_tau, before),
             LAST=keep_membrane,
         )
     return spikes, last
 
 
 def lif_backward(
-    grad: Tensor | None,
-    grad_last: Tensor | None,
+    arriving: Arriving,
     x: Tensor,
     layout: Layout,
     neuron: NeuronSpec,
-    *,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    center: Tensor | None,
+    norm: Affine | None,
     inv_tau: Tensor | None,
     membrane: Tensor | None,
-    mask: Mask | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Gradients of `x * scale + shift` (like x), of the first membrane, and sums `[3, channels]` in float64.
-
-    `mask` comes between `grad` and the neurons' spikes. The sums are over all neurons of a channel and all steps: of
-    the gradient of `inv_tau`; of that of the input; and, where `center` is given, of that of the input times
-    `x - center`.
-    """
     dtype = state_dtype(x)
     grad_x = layout.empty(x, x.shape[0])
     before = None if membrane is None else layout.frame(membrane)
     grad_before = None if before is None else torch.empty_like(before)
+    grad, mask, grad_last = arriving
     grad = None if grad is None else layout.frames(grad)
     grad_last = None if grad_last is None else layout.frame(grad_last)
     blocks = triton.cdiv(layout.size, BLOCK)
     programs = min(blocks, _programs(x.device))
     scratch = x.new_empty(programs * layout.steps * BLOCK, dtype=dtype)
-    rows = 3 if scale is not None else 1 if inv_tau is not None else 0
+    rows = 3 if norm is not None else 1 if inv_tau is not None else 0
     of_neurons = x.new_zeros(rows, layout.size, dtype=dtype)
+    kind, alpha = neuron.gradient()
     with _device_of(x):
         lif.backward[(programs,)](
             _or(grad, x),
@@ -91,9 +81,7 @@ def lif_backward(
             x if mask is None else _or(mask.codes, x),
             _or(grad_last, x),
             x,
-            _or(scale, x),
-            _or(shift, x),
-            _or(center, x),
+            *_affine(norm, x),
             _or(inv_tau, x),
             _or(before, x),
             grad_x,
@@ -107,10 +95,10 @@ def lif_backward(
             layout.inner,
             blocks,
             layout.steps,
-            **_constants(x, layout, neuron, scale, inv_tau, before),
+            **_constants(x, layout, neuron, norm, inv_tau, before),
             DETACH=neuron.detach_reset,
-            KIND=KINDS.index(neuron.surrogate.kind),
-            ALPHA=neuron.surrogate.alpha,
+            KIND=kind,
+            ALPHA=alpha,
             GRAD=grad is not None,
             MASK=mask is not None,
             BIT=0 if mask is None else mask.bit,
@@ -131,16 +119,9 @@ def attend(
     sums: Tensor,
     layout: Layout,
     neurons: Sequence[NeuronSpec],
-    *,
-    scale: Tensor,
-    shift: Tensor,
+    norm: Affine,
     inv_tau: Tensor | None,
 ) -> None:
-    """Fills out with the masked spikes of q, for the inputs x of q, k and v; and sums, `[T, B, C]`.
-
-    All but sums are dense `[T, B, C, ...]`, B outermost in a frame. `neurons` are those of q, k and v, alike, and of
-    the sum; scale and shift `[3, C]`; inv_tau `[4, C]`. `codes`, if given, gets what fired: q, k, v as bits 0, 1, 2.
-    """
     q, k, v = x
     of_q, of_mask = neurons[0], neurons[3]
     tile, where = _tokens(layout, q.shape[1])
@@ -149,8 +130,8 @@ def attend(
             q,
             k,
             v,
-            scale,
-            shift,
+            norm.scale,
+            norm.shift,
             _or(inv_tau, q),
             out,
             _or(codes, q),
@@ -173,7 +154,6 @@ def attend(
 
 
 def mask_gradient(grad: Tensor, codes: Tensor, result: Tensor, layout: Layout) -> None:
-    """Fills result `[T, B, C]` with `(grad * q).sum(tokens)`, for the codes of `attend` and grad in their order."""
     images = grad.shape[1]
     tile, where = _tokens(layout, images)
     with _device_of(grad):
@@ -183,14 +163,12 @@ def mask_gradient(grad: Tensor, codes: Tensor, result: Tensor, layout: Layout) -
 
 
 def channel_statistics(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every channel `[channels]`, in float64."""
     axes = [axis for axis in range(x.ndim) if axis != 2]
     variance, mean = torch.var_mean(x.to(state_dtype(x)), axes, correction=0)
     return mean.double(), variance.double()
 
 
 def channel_combine(grad: Tensor, x: Tensor, layout: Layout, a: Tensor, b: Tensor, d: Tensor) -> None:
-    """`grad = a * grad + b * x + d` in place, with a, b and d `[channels]`."""
     with _device_of(x):
         lif.combine[(triton.cdiv(layout.size, BLOCK), layout.steps)](
             grad,
@@ -207,10 +185,6 @@ def channel_combine(grad: Tensor, x: Tensor, layout: Layout, a: Tensor, b: Tenso
 
 
 def max_pool(x: Tensor, out: Tensor, places: Tensor | None) -> None:
-    """Fills out with the 3x3 maxima of stride 2 of x `[N, C, H, W]`, and places with where in its window each lies.
-
-    All are contiguous, or all are channels-last.
-    """
     with _device_of(x):
         pool.max_pool[(triton.cdiv(out.numel(), BLOCK),)](
             x,
@@ -225,7 +199,6 @@ def max_pool(x: Tensor, out: Tensor, places: Tensor | None) -> None:
 
 
 def max_pool_backward(grad: Tensor, places: Tensor, grad_x: Tensor) -> None:
-    """Fills grad_x from the gradient of the maxima; all are contiguous, or all are channels-last."""
     with _device_of(grad):
         pool.max_pool_backward[(triton.cdiv(grad_x.numel(), BLOCK),)](
             grad, places, grad_x, grad_x.numel(), *_planes(grad_x), STATE=_STATE[state_dtype(grad)], BLOCK=BLOCK
@@ -233,7 +206,6 @@ def max_pool_backward(grad: Tensor, places: Tensor, grad_x: Tensor) -> None:
 
 
 def pack_bits(x: Tensor) -> Tensor | None:
-    """One bit for each spike of x in the order of memory, `[ceil(n / 8)]`; x must be 0 and 1, which is not checked."""
     bits = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
     with _device_of(x):
         bit_kernels.pack[(triton.cdiv(bits.numel(), BLOCK),)](x, bits, x.numel(), BLOCK=BLOCK)
@@ -241,7 +213,6 @@ def pack_bits(x: Tensor) -> Tensor | None:
 
 
 def unpack_bits(bits: Tensor, x: Tensor) -> None:
-    """Fills x with the elements that `pack_bits` packed."""
     with _device_of(x):
         bit_kernels.unpack[(triton.cdiv(x.numel(), BLOCK),)](bits, x, x.numel(), BLOCK=BLOCK)
 
@@ -251,14 +222,14 @@ def _where(layout: Layout) -> tuple[int, int, int, int]:
 
 
 def _constants(
-    x: Tensor, layout: Layout, neuron: NeuronSpec, scale: Tensor | None, inv_tau: Tensor | None, before: Tensor | None
+    x: Tensor, layout: Layout, neuron: NeuronSpec, norm: Affine | None, inv_tau: Tensor | None, before: Tensor | None
 ) -> dict[str, object]:
     return {
         "K": neuron.inv_tau,
         "THRESHOLD": neuron.threshold,
         "RESET": RESETS.index(neuron.reset),
         "STRICT": neuron.strict,
-        "AFFINE": scale is not None,
+        "AFFINE": norm is not None,
         "TAU": 0 if inv_tau is None else 2 if inv_tau.ndim else 1,
         "BEFORE": before is not None,
         "DENSE": layout.chunk == layout.size or layout.chunk_stride == layout.chunk,
@@ -281,6 +252,10 @@ def _tokens(layout: Layout, images: int) -> tuple[dict[str, int], tuple[int, ...
 def _planes(x: Tensor) -> tuple[int, int, int, int, int]:
     channels, height, width = x.shape[1:]
     return height, width, (height + 1) // 2, (width + 1) // 2, 1 if x.is_contiguous() else channels
+
+
+def _affine(norm: Affine | None, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return (x, x, x) if norm is None else (norm.scale, norm.shift, norm.mean)
 
 
 def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:

@@ -1,0 +1,100 @@
+"""What the training ops ask of a runtime: one module of kernels each, `cpu/training.py` and `triton/training.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from .spec import Affine, Arriving, Layout, NeuronSpec
+
+
+class Kernels(Protocol):
+    """The kernels for the tensors of one device; a module's functions.
+
+    `NeuronSpec` has numbers alone here; an `inv_tau` that is given stands in its place, a 0-d tensor or `[channels]`.
+    """
+
+    def lif_forward(
+        self,
+        x: Tensor,
+        layout: Layout,
+        neuron: NeuronSpec,
+        norm: Affine | None,
+        inv_tau: Tensor | None,
+        membrane: Tensor | None,
+        *,
+        keep_membrane: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Spikes `[steps, ...]` for the input x, normalized, and the last membrane."""
+        ...
+
+    def lif_backward(
+        self,
+        arriving: Arriving,
+        x: Tensor,
+        layout: Layout,
+        neuron: NeuronSpec,
+        norm: Affine | None,
+        inv_tau: Tensor | None,
+        membrane: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Gradients of the neurons' input (like x), of the first membrane, and sums `[3, channels]` in float64.
+
+        The sums are over all neurons of a channel and all steps, of the gradient of the input times: what multiplies it
+        in the gradient of `inv_tau`; 1; and, where there is a norm, `x - mean`.
+        """
+        ...
+
+    def attend(
+        self,
+        x: Sequence[Tensor],
+        out: Tensor,
+        codes: Tensor | None,
+        sums: Tensor,
+        layout: Layout,
+        neurons: Sequence[NeuronSpec],
+        norm: Affine,
+        inv_tau: Tensor | None,
+    ) -> None:
+        """Fills out with the masked spikes of q, for the inputs x of q, k and v; and sums, `[T, B, C]`.
+
+        All but sums are dense `[T, B, C, ...]`, B outermost in a frame. `neurons` are those of q, k and v, alike, and
+        of the sum; inv_tau `[4, C]`. `codes`, if given, gets what fired: q, k and v as bits 0, 1 and 2.
+        """
+        ...
+
+    def mask_gradient(self, grad: Tensor, codes: Tensor, result: Tensor, layout: Layout) -> None:
+        """Fills result `[T, B, C]` with `(grad * q).sum(tokens)`, for the codes of `attend` and grad in their order."""
+        ...
+
+    def channel_statistics(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance of every channel `[channels]`, in float64."""
+        ...
+
+    def channel_combine(self, grad: Tensor, x: Tensor, layout: Layout, a: Tensor, b: Tensor, d: Tensor) -> None:
+        """`grad = a * grad + b * x + d` in place, with a, b and d `[channels]`."""
+        ...
+
+    def max_pool(self, x: Tensor, out: Tensor, places: Tensor | None) -> None:
+        """Fills out with the 3x3 maxima of stride 2 of x `[N, C, H, W]`, and places with where in its window each lies.
+
+        All are contiguous, or all are channels-last.
+        """
+        ...
+
+    def max_pool_backward(self, grad: Tensor, places: Tensor, grad_x: Tensor) -> None:
+        """Fills grad_x from the gradient of the maxima; all are contiguous, or all are channels-last."""
+        ...
+
+    def pack_bits(self, x: Tensor) -> Tensor | None:
+        """One bit for each element of x in the order of memory, `[ceil(n / 8)]`.
+
+        x must be all 0 and 1: `None` tells where it is not, but on a GPU, where that is not checked.
+        """
+        ...
+
+    def unpack_bits(self, bits: Tensor, x: Tensor) -> None:
+        """Fills x with the elements that `pack_bits` packed."""
+        ...
