@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from schema import option
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from trained import default_folder, load, with_run_config
+from trained import asked_options, default_folder, load, with_run_config
 
 from sdt_blocks.analysis import analyze_model
 from sdt_blocks.analysis.probe import find_neurons
@@ -100,13 +100,12 @@ def run_neurobench(model: nn.Module, batches: ReadableBatches, folder: Path) -> 
 def main(arguments: list[str]) -> None:
     options, rest = read_arguments(arguments)
     checkpoint = Path(options.checkpoint or "")
-    asked = {argument.partition("=")[0].removeprefix("model.") for argument in rest if argument.startswith("model.")}
     config = load_config(rest, default="imagenet_8_384")
     start_cpu_processes()
     from loading import ShardBatches, UnreadableSample, build_loader, stop_loaders
     from set_up import build_accelerator, open_data
 
-    model = load(checkpoint, averaged=False, overrides={k: v for k, v in asdict(config.model).items() if k in asked})
+    model = load(checkpoint, averaged=False, overrides=asked_options(config, rest))
     config.model.in_channels = model.in_channels
     neurons = find_neurons(model)
     if options.layer is not None and options.layer not in neurons:

@@ -18,6 +18,9 @@ import yaml
 from schema import Config, Derived
 from values import convert, read_yaml, shown
 
+from sdt_blocks.models.registry import model_options
+from sdt_blocks.neuron import neuron_spec
+
 CONFIGS = Path(__file__).with_name("configs")
 
 
@@ -186,8 +189,27 @@ def validate(config: Config) -> None:
         raise ConfigError("train.tet is defined on cross entropy; set train.loss=ce")
     if train.tet and config.model.per_step is False:
         raise ConfigError("train.tet needs the logits of every step; leave model.per_step out")
+    model_keywords(config)
     if train.linear_probe and train.init_checkpoint is None:
         raise ConfigError("train.linear_probe trains the head of a finished model; name it in train.init_checkpoint")
+
+
+def model_keywords(config: Config) -> dict[str, Any]:
+    """What the configuration sets of the model's keywords, the neuron with its options. Raises `ConfigError`."""
+    options = {key: value for key, value in dataclasses.asdict(config.model).items() if value is not None}
+    name = options.pop("name")
+    neuron = {key: value for key, value in dataclasses.asdict(config.neuron).items() if value is not None}
+    if "alpha" in neuron:
+        if "surrogate" not in neuron:
+            raise ConfigError("neuron.alpha is that of a surrogate; name it in neuron.surrogate")
+        neuron["surrogate"] = {"kind": neuron["surrogate"], "alpha": neuron.pop("alpha")}
+    if neuron:
+        kind = options.get("neuron", model_options(name)["neuron"].default)
+        try:
+            options["neuron"] = neuron_spec({"name": kind, **neuron})
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"neuron.*: {error}") from None
+    return options
 
 
 def _get(config: Any, key: str) -> Any:

@@ -19,14 +19,14 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from command_line import print_help, short_errors
 from config import ConfigError, RunError, load_config
 from cpu_processes import start_cpu_processes
-from trained import class_names, default_folder, load, match_classes, with_run_config
+from trained import asked_options, class_names, default_folder, load, match_classes, with_run_config
 
 if TYPE_CHECKING:
     from evaluation import Evaluation
@@ -80,7 +80,6 @@ def read_arguments(arguments: list[str]) -> tuple[Options, list[str]]:
 def main(arguments: list[str]) -> None:
     options, rest = read_arguments(arguments)
     checkpoint = options.checkpoint
-    asked = {argument.partition("=")[0].removeprefix("model.") for argument in rest if argument.startswith("model.")}
     config = load_config(rest, default="imagenet_8_384")
     start_cpu_processes()
     from evaluation import evaluate
@@ -90,8 +89,7 @@ def main(arguments: list[str]) -> None:
 
     from sdt_blocks.analysis.silence import silence
 
-    overrides = {key: value for key, value in asdict(config.model).items() if key in asked}
-    model = load(checkpoint, averaged=options.averaged, overrides=overrides)
+    model = load(checkpoint, averaged=options.averaged, overrides=asked_options(config, rest))
     config.model.in_channels = model.in_channels
     accelerator = build_accelerator(config)
     _, test_set = at_the_door(build_datasets, config, evaluation_only=True)

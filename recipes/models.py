@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from config import Config, ConfigError
+from config import Config, ConfigError, model_keywords
 from torch import nn
 from trained import class_names
 
@@ -31,7 +30,7 @@ def build_model(config: Config, *, in_channels: int, num_classes: int) -> Any:
         setattr(config.model, key, of_data)
     if config.train.tet:
         config.model.per_step = True
-    options = {key: value for key, value in asdict(config.model).items() if key != "name" and value is not None}
+    options = model_keywords(config)
     torch.manual_seed(config.seed)
     try:
         return create_model(config.model.name, **options)

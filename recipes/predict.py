@@ -18,13 +18,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from command_line import print_help, short_errors
 from config import Config, ConfigError, RunError, load_config
-from trained import class_names, describe, load, with_run_config
+from trained import asked_options, class_names, describe, load, with_run_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -169,9 +169,7 @@ def build_dataset(files: Sequence[str], model: Any, config: Config) -> Any:
 
 def load_for(options: Options, rest: Sequence[str], config: Config) -> Any:
     """The model, overridden as asked. Raises `ConfigError` where nothing says how its data were prepared."""
-    asked = {argument.partition("=")[0].removeprefix("model.") for argument in rest if argument.startswith("model.")}
-    overrides = {key: value for key, value in asdict(config.model).items() if key in asked}
-    model = load(options.checkpoint, averaged=options.averaged, overrides=overrides)
+    model = load(options.checkpoint, averaged=options.averaged, overrides=asked_options(config, rest))
     said = any(argument.startswith("config=") for argument in rest)
     if not said and not (model.num_classes == 1000 and model.in_channels == 3):
         raise ConfigError(

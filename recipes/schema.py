@@ -4,10 +4,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import typing
+from dataclasses import dataclass, field, make_dataclass
+from typing import TYPE_CHECKING, Any
 
 from sdt_blocks import list_models
+from sdt_blocks.models.registry import model_options
+from sdt_blocks.neuron import NEURONS
+from sdt_blocks.surrogate import KINDS as SURROGATES
 
 
 def option(default: Any, help: str, **bounds: Any) -> Any:
@@ -69,23 +73,39 @@ class EventsConfig:
     )
 
 
-@dataclass
-class ModelConfig:
-    """`name` and the keywords of `SpikeDrivenTransformer`; null takes the named variant's value."""
+def _model_keys() -> list[tuple[str, Any, Any]]:
+    """`name`, and the keywords of the registered classes within their bounds; null takes the named variant's value."""
+    name = option("sdt_8_384", "a published variant", choices=tuple(list_models()))
+    keys: list[tuple[str, Any, Any]] = [("name", str, name)]
+    for key, keyword in model_options().items():
+        kind, bounds = keyword.kind, keyword.option.bounds()
+        if key == "neuron":
+            kind, bounds = str, {"choices": tuple(NEURONS)}
+        elif typing.get_origin(kind) is not None:
+            kind = list[typing.get_args(kind)[0]]  # type: ignore[misc]
+        keys.append((key, kind | None, option(None, keyword.option.help, **bounds)))
+    return keys
 
-    name: str = option("sdt_8_384", "a published variant", choices=tuple(list_models()))
-    depth: int | None = option(None, "encoder blocks", least=0, most=1000)
-    dim: int | None = option(None, "channels of a token", least=8, most=65536)
-    num_heads: int | None = option(None, "attention heads", least=1, most=65536)
-    mlp_ratio: float | None = option(None, "hidden width of the MLP over dim", above=0, most=64)
-    in_channels: int | None = option(None, "channels of the input; null takes the data's", least=1, most=65536)
-    num_classes: int | None = option(None, "null takes the data's", least=1, most=10**7)
-    time_steps: int | None = option(None, "times an image is shown", least=1, most=1024)
-    pooling: str | None = option(None, 'four flags, quoted in YAML: "0011"')
-    neuron: str | None = option(None, "spiking neuron", choices=("lif", "plif"))
-    event_pooling: bool | None = option(None, "3 x 3 max inside the attention")
-    per_step: bool | None = option(None, "logits of every step; train.tet sets it")
-    drop_path: float | None = option(None, "stochastic depth of the last block", least=0, below=1)
+
+if TYPE_CHECKING:
+    ModelConfig = Any
+else:
+    ModelConfig = make_dataclass("ModelConfig", _model_keys())
+
+
+@dataclass
+class NeuronConfig:
+    """Options of `model.neuron`; null takes the neuron's own."""
+
+    tau: float | None = option(None, "time constant of lif, in time steps", least=1, most=1e6)
+    init_tau: float | None = option(None, "time constant that plif starts from", above=1, most=1e6)
+    channels: bool | None = option(None, "plif: a time constant for each channel")
+    threshold: float | None = option(None, "factor of each layer's threshold", above=0, most=1e6)
+    reset: str | None = option(None, "of the membrane after a spike", choices=("zero", "subtract", "none"))
+    surrogate: str | None = option(None, "derivative of the spike", choices=SURROGATES)
+    alpha: float | None = option(None, "sharpness of the surrogate that is named", above=0, most=1e6)
+    detach_reset: bool | None = option(None, "the reset carries no gradient")
+    strict: bool | None = option(None, "a neuron at its threshold does not fire")
 
 
 @dataclass
@@ -161,6 +181,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     events: EventsConfig = field(default_factory=EventsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    neuron: NeuronConfig = field(default_factory=NeuronConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: int = option(42, "every random draw follows from it", least=0, most=2**31 - 1)

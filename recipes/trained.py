@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from config import ConfigError, read_file
+from config import Config, ConfigError, model_keywords, read_file
 
 RUN_CONFIG = "config.yaml"
 _INSIDE_A_RUN = ("best", "last", "ema")
@@ -42,6 +42,15 @@ def load(checkpoint: Path, *, averaged: bool, overrides: dict[str, Any]) -> Any:
         return load_released_checkpoint(checkpoint, ema=averaged, **overrides)
     except (ValueError, TypeError, OSError) as error:
         raise ConfigError(f"checkpoint={checkpoint}: {error}") from error
+
+
+def asked_options(config: Config, arguments: Sequence[str]) -> dict[str, Any]:
+    """The model's keywords that the arguments set, which win over those of the trained model."""
+    keys = {argument.partition("=")[0] for argument in arguments}
+    asked = {key.removeprefix("model.") for key in keys if key.startswith("model.")}
+    if any(key.startswith("neuron.") for key in keys):
+        asked.add("neuron")
+    return {key: value for key, value in model_keywords(config).items() if key in asked}
 
 
 def default_folder(checkpoint: Path, name: str) -> Path:

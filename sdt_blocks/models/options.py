@@ -26,7 +26,7 @@ class Option:
 
     help: str = ""
     least: float | None = None
-    most: float | None = MOST
+    most: float | None = None
     above: float | None = None
     below: float | None = None
     read: Callable[[Any], Any] | None = None
@@ -47,6 +47,8 @@ class Option:
             "below": lambda bound: number < bound,
         }
         bounds = self.bounds()
+        if self.below is None:
+            bounds.setdefault("most", MOST)
         if not all(inside[key](bound) for key, bound in bounds.items()):
             expected = " and ".join(f"{words[key]} {bound:g}" for key, bound in bounds.items())
             raise ValueError(f"{name} must be {expected}, got {_shown(number)}")
@@ -61,7 +63,7 @@ Ratio = Annotated[float, Option("hidden width of the MLP over dim", above=0, mos
 Channels = Annotated[int, Option("channels of the input", least=1, most=65536)]
 Classes = Annotated[int, Option("classes; 0 leaves the head out", least=0, most=10**7)]
 Steps = Annotated[int, Option("times an image is shown", least=1, most=4096)]
-DropPath = Annotated[float, Option("stochastic depth of the last block", least=0, below=1, most=None)]
+DropPath = Annotated[float, Option("stochastic depth of the last block", least=0, below=1)]
 Pooling = Annotated[str, Option('four flags, quoted in YAML: "0011"')]
 EventPooling = Annotated[bool, Option("3 x 3 max inside the attention")]
 SecondHead = Annotated[bool, Option("a second head, which learns from a teacher")]

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from values import convert
 
-from sdt_blocks import SpikeDrivenTransformer
+from sdt_blocks import MetaSpikeFormer, SpikeDrivenTransformer
 
 KEYS = all_keys()
 NUMBERS = [key for key, value in flatten(Config()).items() if type(value) in (int, float) and key in KEYS]
@@ -36,8 +36,25 @@ def test_the_keys_every_recipe_has():
 
 
 def test_every_model_keyword_is_a_key():
-    keywords = set(inspect.signature(SpikeDrivenTransformer).parameters)
+    keywords = {
+        key for model in (SpikeDrivenTransformer, MetaSpikeFormer) for key in inspect.signature(model).parameters
+    }
     assert {key.removeprefix("model.") for key in KEYS if key.startswith("model.")} == keywords | {"name"}
+
+
+def test_options_of_the_neuron_are_keys():
+    from config import model_keywords
+
+    def neuron(*arguments):
+        return model_keywords(load_config(arguments, default="digits")).get("neuron")
+
+    assert neuron() is None and neuron("model.neuron=plif") == "plif"
+    assert neuron("neuron.tau=1.5", "neuron.surrogate=atan") == {"name": "lif", "tau": 1.5, "surrogate": "atan"}
+    sharp = neuron("model.neuron=plif", "neuron.surrogate=atan", "neuron.alpha=3", "neuron.channels=true")
+    assert sharp == {"name": "plif", "surrogate": {"kind": "atan", "alpha": 3.0}, "channels": True}
+    assert "name it in neuron.surrogate" in refused(["neuron.alpha=3"])
+    assert "'plif' has no option tau; its options are init_tau" in refused(["model.neuron=plif", "neuron.tau=2"])
+    assert "neuron.tau: expected a value of at least 1" in refused(["neuron.tau=0.5"])
 
 
 def test_arguments_override_files_and_files_override_defaults(tmp_path):
