@@ -1,4 +1,4 @@
-"""Attention maps: where the spikes of q * a lie (Yao et al., 2023, figure 3), and how they look over the image."""
+"""Attention maps: where the output of a mixer lies (Yao et al., 2023, figure 3), and how it looks over the image."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .probe import Forward, Probe, find_attention
+from .probe import Forward, Probe, find_mixers, unwrap
 
 
 def attention_maps(
@@ -19,45 +19,55 @@ def attention_maps(
     per_step: bool = False,
     forward: Forward | None = None,
 ) -> Tensor:
-    """The mean of the spikes of q * a over channels and time steps, or with `per_step` over channels alone.
+    """The mean of a mixer's output over channels and time steps, or with `per_step` over channels alone.
 
-    `block` counts the spike-driven self-attention modules of the model, from the end if negative; None stacks them all.
+    That is the firing rate of q * a where spikes are masked, and the mean of scale * q (k^T v) where they are counted.
+    `block` counts the mixers of the model that take part, from the end if negative; None stacks them all.
 
-    Shapes: images `[B, C, H, W]` or frames `[B, T, C, H, W]` -> `[B, H', W']`, values in 0..1; `per_step` puts T before
-    that, and `block=None` the number of blocks before all.
+    Shapes: images `[B, C, H, W]` or frames `[B, T, C, H, W]` -> `[B, H', W']`; `per_step` puts T before that, and
+    `block=None` the number of blocks before all.
 
-    Raises `ValueError` where there is no such attention, or the blocks have grids of different sizes.
+    Raises `ValueError` where there is no mixer with an output `[T, B, C, H', W']`, or the blocks have grids of
+    different sizes.
 
     >>> maps = attention_maps(example_model(), example_images()[0], per_step=True)
     >>> maps.shape, bool(maps.any())
     (torch.Size([4, 20, 4, 4]), True)
     """
+    found = maps_of_blocks(model, images, forward)
+    if not found:
+        raise ValueError(f"{type(unwrap(model)).__name__} has no mixer that took part, so there is nothing to map")
+    if block is not None and not -len(found) <= block < len(found):
+        raise ValueError(f"block must lie between {-len(found)} and {len(found) - 1}, got {block}")
+    chosen = [one if per_step else one.mean(0) for one in (found if block is None else [found[block]])]
+    if block is not None:
+        return chosen[0]
+    if len({tuple(one.shape) for one in chosen}) > 1:
+        raise ValueError(
+            f"the blocks' grids differ ({[list(one.shape) for one in chosen]}); ask for one block at a time"
+        )
+    return torch.stack(chosen)
+
+
+def maps_of_blocks(model: nn.Module, images: Any, forward: Forward | None = None) -> list[Tensor]:
+    """A map `[T, B, H', W']` for each mixer that took part, in the order of the model's modules."""
     with Probe(model, forward=forward) as probe:
-        attention = find_attention(probe.model)
-        if not attention:
-            raise ValueError(
-                f"{type(probe.model).__name__} has no SpikeDrivenSelfAttention, so there is nothing to map"
-            )
-        if block is not None and not -len(attention) <= block < len(attention):
-            raise ValueError(f"block must lie between {-len(attention)} and {len(attention) - 1}, got {block}")
-        chosen = list(attention) if block is None else [list(attention)[block]]
-        maps: dict[str, Tensor] = {}
-        for name in chosen:
-            probe.watch(attention[name].mixer.masked, _keep(maps, name))
+        mixers = find_mixers(probe.model)
+        calls: dict[str, list[Tensor]] = {name: [] for name in mixers}
+        for name, mixer in mixers.items():
+            probe.watch(mixer, _keep(calls[name], name))
         for _ in probe.run([images]):
             pass
-    found = [maps[name] if per_step else maps[name].mean(0) for name in chosen]
-    if block is not None:
-        return found[0]
-    if len({tuple(one.shape) for one in found}) > 1:
-        raise ValueError(
-            f"the blocks' grids differ ({[list(one.shape) for one in found]}); ask for one block at a time"
-        )
-    return torch.stack(found)
+    return [torch.cat(maps) for maps in calls.values() if maps]
 
 
-def _keep(maps: dict[str, Tensor], name: str) -> Any:
-    return lambda module, inputs, spikes: maps.update({name: spikes.float().mean(2)})
+def _keep(maps: list[Tensor], name: str) -> Any:
+    def keep(module: nn.Module, inputs: Any, mixed: Tensor) -> None:
+        if mixed.ndim != 5:
+            raise ValueError(f"{name}: expected an output [T, B, C, H, W] to map, got {list(mixed.shape)}")
+        maps.append(mixed.float().mean(2))
+
+    return keep
 
 
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:

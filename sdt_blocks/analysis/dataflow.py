@@ -98,6 +98,8 @@ class Follower(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        if self.probe.looking:
+            return output
         name, in_place = operation(func)
         if self.probe.neurons.keys() & set(self.probe.path):
             self.inside_neuron(name, args, output)

@@ -35,7 +35,7 @@ class LayerEnergy:
     """One row of the energy table: `energy_mj = E * macs * sum(rate)`, with E of a MAC or an AC, for one sample.
 
     `once_mj` counts a layer that sees the same still image at every step once. `bound_mj` (attention alone) is the
-    paper's estimate `E_AC * N * D * sum(R)`, with R the firing rates of k and v added up.
+    mixer's estimate; for a mask the paper's `E_AC * N * D * sum(R)`, R being the rates of k and v added up.
     """
 
     name: str
@@ -55,10 +55,11 @@ class AttentionEnergy:
 
     `sdsa_mj` and `vanilla_mj` are the operators alone (the latter `2 N^2 D` multiply-accumulates, `N^2` for the scale
     and `2 N^2` for softmax); the `whole` figures add the four projections, `4 N D^2` multiply-accumulates if vanilla.
+    `bound_mj` is None where a mixer has no such estimate.
     """
 
     sdsa_mj: float
-    bound_mj: float
+    bound_mj: float | None
     vanilla_mj: float
     whole_mj: float
     vanilla_whole_mj: float
@@ -172,7 +173,8 @@ def energy(
 
         MAC layers (analog input)   E_MAC * macs * T; for frames that change, times their non-zero share
         AC layers (spikes)          E_AC * macs * sum over t of rate[t]
-        spike-driven attention      E_AC for each coincidence of k and v; the mask q * a costs nothing
+        mixers of an attention      E_AC for each of their `additions`: a coincidence of k and v where a mask is made
+                                    of them; in q (k^T v) also a row of counts for each spike of q
 
     `e_mac` and `e_ac` are in picojoules. Batch normalisation folds into the convolution before it and costs nothing,
     folded or not; biases are not counted. The arguments are those of `count_operations`.
@@ -276,7 +278,7 @@ def _layer(layer: LayerOperations, e_mac: float, e_ac: float) -> LayerEnergy:
 
 
 def _vanilla(layer: LayerOperations) -> float:
-    """Operations of the softmax attention that an SDSA of this size replaces."""
+    """Operations of the softmax attention that a mixer of this size replaces."""
     n, d = layer.tokens, layer.channels
     return 2 * n * n * d + n * n + 2 * n * n
 
@@ -287,11 +289,12 @@ def _attention(operations: Operations, rows: list[LayerEnergy], mac_mj: float) -
         return None
     by_name = {row.name: row for row in rows}
     inside = sum(row.energy_mj for row in rows if any(_within(row.name, layer.name) for layer in attention))
+    bounds = [by_name[layer.name].bound_mj for layer in attention]
     vanilla = sum(_vanilla(layer) for layer in attention) * mac_mj
     projections = sum(4 * layer.tokens * layer.channels**2 for layer in attention) * mac_mj
     return AttentionEnergy(
         sdsa_mj=sum(by_name[layer.name].energy_mj for layer in attention),
-        bound_mj=sum(by_name[layer.name].bound_mj or 0.0 for layer in attention),
+        bound_mj=None if None in bounds else sum(bound for bound in bounds if bound is not None),
         vanilla_mj=vanilla,
         whole_mj=inside,
         vanilla_whole_mj=vanilla + projections,

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..blocks import SpikeDrivenSelfAttention
 from .dataflow import MULTIPLIES, NOTHING, OUTER, SUMMED, Follower
 from .operators import FREE
-from .probe import Batches, Clock, Forward, Probe, add_at, find_attention, gather
+from .probe import Batches, Clock, Forward, Hook, Probe, add_at, find_mixers, gather
 from .silence import merge_fired, silence, warn_if_dead
 
 
@@ -26,8 +25,8 @@ class LayerOperations:
 
     `macs` are the multiply-accumulates of one step if every input counted, and `rate` the share of them that is charged
     at each step. `kind` is "AC" where the input is spikes, which only add, else "MAC". `repeated`: the layer sees the
-    same analog input at every step. For a spike-driven attention of `tokens` and `channels`, `macs` are the additions
-    of k * v, `rate` their coincidences, and `bound_rate` the firing rates of k and v added up.
+    same analog input at every step. For the mixer of an attention of `tokens` and `channels`, `macs` are the additions
+    if all of q, k and v fired, `rate` the share of them that happens, and `bound_rate` the mixer's estimate of it.
     """
 
     name: str
@@ -148,9 +147,11 @@ class _Recorder(Follower):
         self.calls: dict[str, list[_Call]] = {}
         self.numbers: Counter[str] = Counter()
         self.weights = {id(p): name for name, p in probe.model.named_parameters() if p.ndim}
-        self.attention = find_attention(probe.model)
-        for name, attention in self.attention.items():
-            self._watch_attention(name, attention)
+        self.mixers = find_mixers(probe.model)
+        rows = Counter(map(_parent, self.mixers))
+        for name, mixer in self.mixers.items():
+            own = rows[_parent(name)] > 1 or _parent(name) in self.mixers or _parent(name) in self.layers
+            probe.watch(mixer, self._mixed(name if own else _parent(name), mixer))
 
     def entered(self, name: str) -> None:
         self.numbers.pop(name, None)
@@ -164,8 +165,6 @@ class _Recorder(Follower):
         return found
 
     def counts(self, name: str, args: Sequence[Any], output: Any) -> None:
-        if name == SUMMED and self.attention.keys() & set(self.probe.path):
-            return  # what an attention adds is its own row
         for factors in RULES[name](args, output) if name in RULES else ():
             self._count(factors)
 
@@ -186,6 +185,8 @@ class _Recorder(Follower):
             if weights[0] == weights[1] and self.here() not in self.layers:
                 return  # constants of the model: the same for every sample, so computed once
             constant = weights
+        if not any(constant) and self.mixers.keys() & set(self.probe.path):
+            return  # what a mixer adds is its own row
         if constant[0] == constant[1]:
             a_adds, b_adds = (bool(_is_spikes(x, x.count_nonzero())) for x in (a, b))
             constant = [b_adds and not a_adds, False]
@@ -219,23 +220,33 @@ class _Recorder(Follower):
             rows = rows.reshape(*leading, -1)
         return rows.flatten(2) if rows.ndim > 2 else rows
 
-    def _watch_attention(self, name: str, attention: SpikeDrivenSelfAttention) -> None:
-        rates: list[Tensor] = []
-        for part in (attention.mixer.k_pool, attention.mixer.v_pool):
-            self.probe.watch(part, lambda m, inputs, output: rates.append(_nonzero(output.flatten(2))))
+    def _mixed(self, row: str, mixer: Any) -> Hook:
+        def mixed(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            spikes = [x for x in inputs if isinstance(x, Tensor)]
+            where = "cpu" if spikes[0].is_meta else spikes[0].device
+            most = int(mixer.additions(*(torch.ones(1, 1, *x.shape[2:], device=where) for x in spikes)).sum())
+            if not most:
+                return
+            frames = math.prod(spikes[0].shape[:2])
+            added = _by_frame(mixer.additions, spikes)
+            bound = _by_frame(mixer.bound, spikes) if hasattr(mixer, "bound") else None
+            binary = torch.stack([_is_spikes(x, x.count_nonzero()) for x in spikes]).all()
+            size = (math.prod(spikes[0].shape[3:]), spikes[0].shape[2])
+            call = _Call("attention", added, most, float(frames * most), binary, None, bound, size)
+            self.calls.setdefault(row, []).append(call)
 
-        def summed(module: nn.Module, inputs: tuple[Any, ...], kv: Tensor) -> None:
-            added = attention.mixer._pool_tokens(kv).flatten(2)
-            nonzero = _nonzero(added)
-            size = (kv.shape[-2] * kv.shape[-1], kv.shape[2])
-            bound = torch.stack(rates).sum(0) if rates else None
-            rates.clear()
-            dense = float(kv.numel())
-            spikes = _is_spikes(added, nonzero)
-            call = _Call("attention", nonzero, added.shape[-1], dense, spikes, None, bound, size)
-            self.calls.setdefault(name, []).append(call)
+        return mixed
 
-        self.probe.watch(attention.mixer.coincidences, summed)
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _by_frame(additions: Callable[..., Tensor], spikes: Sequence[Tensor]) -> Tensor:
+    """A mixer's additions `[T * B]`; zeros of meta tensors, which have no values."""
+    found = additions(*((x != 0).float() for x in spikes))
+    summed = found.flatten(0, 1).flatten(1).sum(1, dtype=torch.float64)
+    return torch.zeros(summed.shape, dtype=torch.float64) if summed.is_meta else summed
 
 
 class Factors(NamedTuple):

@@ -9,13 +9,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
-import snntorch
 import torch
 from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
-from ..blocks import SpikeDrivenSelfAttention
-from ..neuron import LIF, spikes_of, takes_sequence
+from ..neuron import Streamed, spikes_of, takes_sequence
 
 Forward = Callable[[nn.Module, Tensor], Any]
 """How one batch goes through the model, where it is not just `model(x)`: a loop over steps outside it, for instance."""
@@ -25,14 +23,6 @@ Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 
 Batches = Tensor | Iterable[Any]
 """A tensor (one batch), or an iterable of tensors or of tuples whose first entry is the input."""
-
-SEQUENCE_NEURONS: tuple[type[nn.Module], ...] = (
-    LIF,
-    snntorch.StateLeaky,
-    snntorch.LeakyParallel,
-    snntorch.AssociativeLeaky,
-)
-"""Neurons that take `[T, B, ...]` at once; every other snnTorch neuron takes one step."""
 
 T_ = TypeVar("T_")
 
@@ -51,14 +41,25 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def find_neurons(model: nn.Module, extra: Sequence[type[nn.Module]] = ()) -> dict[str, nn.Module]:
-    """The neuron layers by name: the kit's, snnTorch's, and modules of the types in `extra`."""
-    kinds = (SpikingNeuron, *SEQUENCE_NEURONS, *extra)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    """The neuron layers by name: the kit's, snnTorch's, and modules of the types in `extra`.
+
+    A neuron within another one, such as what `over_time` was given, is a part of that.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        neuron = isinstance(module, (Streamed, *extra)) or _of_snntorch(module)
+        if neuron and not any(not outer or name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    return found
 
 
-def find_attention(model: nn.Module) -> dict[str, SpikeDrivenSelfAttention]:
-    """The spike-driven self-attention modules by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, SpikeDrivenSelfAttention)}
+def _of_snntorch(module: nn.Module) -> bool:
+    return any(cls.__module__.startswith("snntorch._neurons.") for cls in type(module).__mro__)
+
+
+def find_mixers(model: nn.Module) -> dict[str, Any]:
+    """The mixers by name: modules that say what they emit and how many additions they need."""
+    return {name: m for name, m in model.named_modules() if hasattr(m, "emits") and hasattr(m, "additions")}
 
 
 class Clock:
@@ -142,6 +143,7 @@ class Probe:
         self.path: list[str] = []
         self.shapes: list[torch.Size] = []
         self.modes: list[Any] = []
+        self.looking = False
         self._fired: dict[str, Tensor] = {}
         self._handles: list[Any] = []
 
@@ -170,10 +172,19 @@ class Probe:
             handle.remove()
 
     def watch(self, module: nn.Module, hook: Hook) -> None:
-        """Calls `hook(module, inputs, output)` after each call of the module, until the block ends."""
+        """Calls `hook(module, inputs, output)` after each call of the module, until the block ends.
+
+        Meanwhile `looking` is true: what the hook itself computes is none of the model's own work.
+        """
 
         def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            hook(module, (*args, *kwargs.values()), output)
+            if self.looking:
+                return
+            self.looking = True
+            try:
+                hook(module, (*args, *kwargs.values()), output)
+            finally:
+                self.looking = False
 
         self._handles.append(module.register_forward_hook(call, with_kwargs=True))
 
@@ -185,6 +196,8 @@ class Probe:
 
         def enter(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if self.looking:
+                    return
                 self.path.append(name)
                 first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
                 self.shapes.append(torch.Size() if first is None else first.shape)
@@ -193,6 +206,8 @@ class Probe:
             return hook
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
+            if self.looking:
+                return
             # Within the module still, for what is noted of its output.
             left(self.path[-1], output)
             self.path.pop()

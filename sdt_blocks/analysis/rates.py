@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..neuron import spikes_of, takes_sequence
-from .probe import Batches, Clock, Forward, Probe, add_at, find_attention, gather
+from .probe import Batches, Clock, Forward, Probe, add_at, find_mixers, gather
 from .silence import as_text, merge_fired, silence, warn_if_dead
 
 if TYPE_CHECKING:
@@ -181,9 +181,9 @@ def firing_rates(
 
 def _watched(probe: Probe) -> dict[str, nn.Module]:
     layers = dict(probe.neurons)
-    for name, attention in find_attention(probe.model).items():
-        parts = ["mixer.coincidences", "mixer.masked"] + ["mixer.k_pool", "mixer.v_pool"] * attention.event_pooling
-        layers |= {f"{name}.{part}".lstrip("."): attention.get_submodule(part) for part in parts}
+    for name, mixer in find_mixers(probe.model).items():
+        for part in getattr(mixer, "seen", ("",) if mixer.emits == "spikes" else ()):
+            layers[f"{name}.{part}".strip(".")] = mixer.get_submodule(part)
     return layers
 
 

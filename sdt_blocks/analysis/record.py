@@ -9,7 +9,7 @@ import torch
 from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
-from ..neuron import LIF, spikes_of
+from ..neuron import LIF, OverTime, spikes_of
 from .probe import Forward, Probe
 
 
@@ -36,6 +36,7 @@ def record(model: nn.Module, batch: Any, layer: str, *, forward: Forward | None 
         if layer not in probe.neurons:
             raise ValueError(f"no neuron layer is called {layer!r}; there are {', '.join(probe.neurons) or 'none'}")
         neuron: Any = probe.neurons[layer]
+        neuron = neuron.neuron if isinstance(neuron, OverTime) else neuron
         steps: list[tuple[Tensor, Tensor]] = []
         inputs: list[Tensor] = []
 

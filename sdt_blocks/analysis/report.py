@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from torch import Tensor, nn
 
 from . import plots
-from .attention_maps import attention_maps
+from .attention_maps import maps_of_blocks, upsample
 from .audit import Audit, audit
 from .energy import EnergyReport, energy, millijoules
 from .page import write_page
-from .probe import Batches, batch_axis, find_attention, find_neurons, input_of, is_first_process, unwrap
+from .probe import Batches, batch_axis, find_neurons, input_of, is_first_process, unwrap
 from .rates import FiringRates, firing_rates
 from .record import record
 
@@ -80,23 +82,26 @@ def analyze_model(
 
 
 def draw_attention(model: nn.Module, inputs: Tensor, axis: int, folder: Path) -> list[tuple[Path, str]]:
-    """Overlays of the last block by step, and of all blocks; one PNG for each image too. Empty without attention.
+    """Overlays of the last block by step, and of all blocks; one PNG for each image too. Empty without mixers.
 
-    `axis` is the one of the inputs on which the samples lie.
+    Blocks of different grids are drawn at the largest one's size. `axis` is the one of the inputs on which the samples
+    lie.
     """
     images = inputs.transpose(0, axis)
-    if not find_attention(model) or not len(images) or images.ndim not in (4, 5):
+    maps = maps_of_blocks(model, inputs) if len(images) and images.ndim in (4, 5) else []
+    if not maps:
         return []
-    by_step = attention_maps(model, inputs, per_step=True)
+    by_step = maps[-1]
     steps = [f"t={t}" for t in range(len(by_step))]
     plots.attention_figure(images, by_step[:8], steps, by_step=True).savefig(folder / "attention_steps.png", dpi=120)
-    drawn = [(folder / "attention_steps.png", "Where q * a spikes in the last block, by time step")]
-    by_block = attention_maps(model, inputs, block=None)
+    drawn = [(folder / "attention_steps.png", "What the last block's attention passes on, by time step")]
+    height, width = max((tuple(one.shape[-2:]) for one in maps), key=math.prod)
+    by_block = torch.stack([upsample(one.mean(0), (height, width)) for one in maps])
     if len(by_block) > 1:
         blocks = [f"block {i}" for i in range(len(by_block))]
         plots.attention_figure(images, by_block, blocks).savefig(folder / "attention_blocks.png", dpi=120)
         drawn.append((folder / "attention_blocks.png", "The same by block, a mean over time steps"))
-    for i, (image, attention) in enumerate(zip(images, by_block[-1], strict=True)):
+    for i, (image, attention) in enumerate(zip(images, by_step.mean(0), strict=True)):
         plots.overlay_figure(image, attention).savefig(folder / "overlays" / f"image_{i}.png", dpi=120)
     return drawn
 

@@ -1,4 +1,10 @@
-"""Mixers: what an attention makes of the spikes of q, k and v."""
+"""Mixers: what an attention makes of the spikes of q, k and v.
+
+A mixer is any module that takes them and says what it `emits`, "spikes" or "counts". One that has `additions` gets a
+row of its own in the analysis, and a map: `additions(q, k, v)` gives how many its products of spikes need, in any shape
+`[T, B, ...]`. Optional are `bound`, an estimate of them from the firing rates, in the same form, and `seen`, the names
+of submodules that its products of spikes pass through.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +42,11 @@ class MaskMixer(nn.Module):
 
     emits = "spikes"
 
+    @property
+    def seen(self) -> tuple[str, ...]:
+        """The submodules through which spikes pass that no neuron fired."""
+        return ("coincidences", "masked") + ("k_pool", "v_pool") * self.event_pooling
+
     def __init__(self, dim: int, *, num_heads: int = 8, neuron: NeuronLike = LIF, event_pooling: bool = False) -> None:
         super().__init__()
         check_heads(dim, num_heads)
@@ -52,6 +63,14 @@ class MaskMixer(nn.Module):
         a = fire(self.neuron, self._pool_tokens(kv).sum((-2, -1), keepdim=True, dtype=state_dtype(kv)))
         masked: Tensor = self.masked(as_spikes(self._pool_tokens(q * a.to(q.dtype)), q, a))
         return masked
+
+    def additions(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What the sum over tokens adds: k * v, one addition a coincidence. The mask q * a adds nothing."""
+        return self._pool_tokens(self._pooled(k) * self._pooled(v))
+
+    def bound(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The paper's estimate of the additions: one for every spike of k and of v."""
+        return self._pooled(k) + self._pooled(v)
 
     def fused(self, norms: Sequence[nn.Module], neurons: Sequence[nn.Module], x: Sequence[Tensor]) -> Tensor | None:
         """All of it from what the convolutions of q, k and v have made, as one op; `None` where that does not fit."""
@@ -79,6 +98,9 @@ class MaskMixer(nn.Module):
         spec = NeuronSpec(self.neuron.threshold, self.neuron.reset_mechanism, strict=self.neuron.strict)
         leak = torch.as_tensor(self.neuron.inv_tau, dtype=torch.float32).detach().expand(channels)
         return PackedSpikes(spike_attention(qkv, spec, pad_to_words(leak)).words, channels)
+
+    def _pooled(self, spikes: Tensor) -> Tensor:
+        return max_pool_plane(spikes) if self.event_pooling else spikes
 
     def _pool_tokens(self, spikes: Tensor) -> Tensor:
         if not self.event_pooling:
@@ -122,6 +144,14 @@ class LinearSpikeMixer(nn.Module):
             of_q, of_k, of_v = (x.flatten(3).unflatten(2, (self.num_heads, -1)) for x in spikes)
             counts = (of_v @ of_k.mT) @ of_q
         return (counts * self.scale).to(q.dtype).reshape(shape)
+
+    def additions(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Those of k^T v, one for every spike of k and of v of a token and head, and of q (k^T v).
+
+        In the latter a spike of q adds a row of dim / num_heads counts. The scale is the next threshold's.
+        """
+        of_q, of_k, of_v = (x.unflatten(2, (self.num_heads, -1)) for x in (q, k, v))
+        return of_k * of_v.sum(3, keepdim=True) + of_q * of_q.shape[3]
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, scale={self.scale:g}"
