@@ -18,6 +18,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import Compose
 
+ERASING_MODES = ("const", "pixel")
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "random")
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
@@ -62,18 +63,25 @@ def seeded(*key: int) -> Iterator[None]:
 class Finish:
     """The end of every pipeline: an RGB image to a normalised tensor, `[3, H, W]` uint8 -> float32 `[C, H, W]`.
 
-    One channel is the luma of the three. Random erasing, if asked for, sets a rectangle to 0, the mean.
+    One channel is the luma of the three. Random erasing, if asked for, sets a rectangle to 0, the mean ("const"), or to
+    Gaussian noise ("pixel").
     """
 
     def __init__(
-        self, *, in_channels: int, mean: Sequence[float], std: Sequence[float], random_erasing: float = 0.0
+        self,
+        *,
+        in_channels: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        random_erasing: float = 0.0,
+        erasing_mode: str = "const",
     ) -> None:
         self.in_channels = in_channels
         self.mean = _per_channel("mean", mean, in_channels)
         self.std = _per_channel("std", std, in_channels)
         if not bool((self.std > 0).all()):
             raise ValueError(f"std must be positive in each channel, got {list(std)}")
-        self.erase = RandomErasing(random_erasing, mode="const", device="cpu") if random_erasing else None
+        self.erase = RandomErasing(random_erasing, mode=erasing_mode, device="cpu") if random_erasing else None
 
     def __call__(self, image: Tensor) -> Tensor:
         x = image.to(torch.float32).div_(255)
@@ -109,6 +117,7 @@ def build_transforms(
     color_jitter: float = 0.0,
     auto_augment: str | None = None,
     random_erasing: float = 0.0,
+    erasing_mode: str = "const",
 ) -> tuple[Transform, Transform]:
     """The training and the evaluation transform, RGB image -> float32 `[in_channels, img_size, img_size]`.
 
@@ -124,6 +133,8 @@ def build_transforms(
         img_size=img_size, in_channels=in_channels, crop_pct=crop_pct, scale=scale, ratio=ratio, hflip=hflip,
         color_jitter=color_jitter, random_erasing=random_erasing,
     )  # fmt: skip
+    if erasing_mode not in ERASING_MODES:
+        raise ValueError(f"erasing_mode {erasing_mode!r} is unknown; choose one of {', '.join(ERASING_MODES)}")
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"interpolation {interpolation!r} is unknown; choose one of {', '.join(INTERPOLATIONS)}")
     # Colour operations fill with the mean; they see RGB also where the network sees grey.
@@ -149,7 +160,9 @@ def build_transforms(
         normalize=False,
     )
     finish = Finish(in_channels=in_channels, mean=mean, std=std)
-    erase = Finish(in_channels=in_channels, mean=mean, std=std, random_erasing=random_erasing)
+    erase = Finish(
+        in_channels=in_channels, mean=mean, std=std, random_erasing=random_erasing, erasing_mode=erasing_mode
+    )
     train, evaluation = Compose([augment, erase]), Compose([_Bounded(img_size / crop_pct), resize, finish])
     with seeded(0):
         try:

@@ -189,6 +189,14 @@ def validate(config: Config) -> None:
         raise ConfigError("train.tet is defined on cross entropy; set train.loss=ce")
     if train.tet and config.model.per_step is False:
         raise ConfigError("train.tet needs the logits of every step; leave model.per_step out")
+    if train.teacher is not None and (train.tet or config.model.distillation is False):
+        raise ConfigError("train.teacher needs a second head, and no TET; leave train.tet and model.distillation out")
+    if train.teacher is None and (train.teacher_weights is not None or config.model.distillation):
+        raise ConfigError("train.teacher_weights and model.distillation need a teacher; name it in train.teacher")
+    if train.teacher is not None and train.linear_probe:
+        raise ConfigError("train.linear_probe trains the head alone; leave train.teacher out")
+    if optim.trust_clip and optim.name != "lamb":
+        raise ConfigError(f"optim.trust_clip is lamb's; leave it out with optim.name={optim.name}")
     model_keywords(config)
     if train.linear_probe and train.init_checkpoint is None:
         raise ConfigError("train.linear_probe trains the head of a finished model; name it in train.init_checkpoint")

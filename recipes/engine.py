@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from config import Config, RunError
+from distillation import Teacher
 from evaluation import describe_accuracies, evaluate
 from loading import EpochBatches, UnreadableSample, fetch, stop_loaders
 from models import optimizer_state, whole_model
@@ -53,7 +54,9 @@ class Run:
     plain: Any
     ema: Any
     optimizer: Any
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Callable[[Any, Any], Tensor]
+    """Of logits and targets; with a teacher of both heads' logits, and of targets and the teacher's logits."""
+    teacher: Teacher | None
     mixer: BatchMixer | None
     batches: EpochBatches
     train_loader: DataLoader[Any]
@@ -182,7 +185,8 @@ def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]], clock: Clock, epo
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         seed_step(config.seed, draw, accelerator.process_index)
         with accelerator.accumulate(run.model):
-            loss = run.loss(run.model(inputs), targets)
+            wanted = targets if run.teacher is None else (targets, run.teacher(inputs))
+            loss = run.loss(run.model(inputs), wanted)
             accelerator.backward(loss)
         total += loss.detach() / config.train.accumulate
         if run.stop.signal and accelerator.num_processes == 1 and part < config.train.accumulate - 1:
@@ -234,6 +238,7 @@ def learning_rate_at(config: Config, step: int) -> float:
         lr=config.derived.lr,
         min_lr=config.derived.min_lr,
         warmup_lr=config.derived.warmup_lr,
+        warmup_prefix=config.train.warmup_prefix,
     )
 
 

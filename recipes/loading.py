@@ -57,6 +57,7 @@ def build_datasets(config: Config, *, evaluation_only: bool = False) -> tuple[An
         color_jitter=data.color_jitter,
         auto_augment=data.auto_augment,
         random_erasing=data.random_erasing,
+        erasing_mode=data.erasing_mode,
         download=data.download,
         on_error=data.on_error,
         train_samples=None if evaluation_only else data.train_samples,

@@ -15,7 +15,7 @@ from trained import class_names
 
 from sdt_blocks import create_model, load_model, load_released_checkpoint
 
-HEAD = "head."
+HEAD, SECOND_HEAD = "head.", "distillation_head."
 
 
 def build_model(config: Config, *, in_channels: int, num_classes: int) -> Any:
@@ -30,6 +30,8 @@ def build_model(config: Config, *, in_channels: int, num_classes: int) -> Any:
         setattr(config.model, key, of_data)
     if config.train.tet:
         config.model.per_step = True
+    if config.train.teacher is not None:
+        config.model.distillation = True
     options = model_keywords(config)
     torch.manual_seed(config.seed)
     try:
@@ -41,7 +43,8 @@ def build_model(config: Config, *, in_channels: int, num_classes: int) -> Any:
 def load_initial_weights(model: nn.Module, source: str, names: Sequence[str]) -> str:
     """Fills the model from a run folder, a saved model or a released checkpoint; returns a sentence on what was taken.
 
-    The head stays as initialised where its shape or its classes' names differ, as in fine-tuning for other classes.
+    The head stays as initialised where its shape or its classes' names differ, as in fine-tuning for other classes. A
+    second head is taken where both models have one, and is new where the weights have none.
     Raises `ConfigError` where anything else does not fit.
     """
     path = Path(source)
@@ -53,12 +56,13 @@ def load_initial_weights(model: nn.Module, source: str, names: Sequence[str]) ->
     new_head = class_names(path, pretrained) not in (None, list(names)) or any(
         k.startswith(HEAD) and given.get(k, v).shape != v.shape for k, v in expected.items()
     )
-    if new_head:
-        given = {key: value for key, value in given.items() if not key.startswith(HEAD)}
+    second = [any(key.startswith(SECOND_HEAD) for key in keys) for keys in (expected, given)]
+    fresh = ((HEAD,) if new_head else ()) + ((SECOND_HEAD,) if new_head or not all(second) else ())
+    given = {key: value for key, value in given.items() if not key.startswith(fresh)}
     wrong = [
         key
         for key in {**expected, **given}
-        if not (new_head and key.startswith(HEAD))
+        if not key.startswith(fresh)
         and (key not in given or key not in expected or given[key].shape != expected[key].shape)
     ]
     if wrong:
@@ -67,7 +71,10 @@ def load_initial_weights(model: nn.Module, source: str, names: Sequence[str]) ->
             f"or of another shape ({', '.join(wrong[:4])} ...); set model.name, model.dim and the like to its values"
         )
     model.load_state_dict(given, strict=False)
-    return f"weights from {source}" + (", head anew for the data's classes" if new_head else "")
+    note = ", head anew for the data's classes" if new_head else ""
+    if any(second) and SECOND_HEAD in fresh:
+        note += ", second head anew" if second[0] else ", second head left out"
+    return f"weights from {source}{note}"
 
 
 def freeze_all_but_head(model: nn.Module) -> None:

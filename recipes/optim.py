@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from timm.data import Mixup
@@ -27,12 +28,13 @@ def build_optimizer(
     weight_decay: float,
     eps: float | None = None,
     betas: Sequence[float] | None = None,
+    trust_clip: bool = False,
 ) -> torch.optim.Optimizer:
     """timm's "lamb", "adamw" or "sgd" over the parameters that require gradients.
 
     Weight decay acts on weights of two dimensions and more: not on biases, norms, or `ParametricLIF`'s time constants.
     SGD is Nesterov's with the first of `betas` as its momentum. LAMB divides by the global gradient norm where that
-    exceeds 1, as timm's does by default.
+    exceeds 1, as timm's does by default; with `trust_clip` no layer's trust ratio exceeds 1 either.
 
     Raises `ValueError` where no parameter requires gradients.
     """
@@ -41,7 +43,9 @@ def build_optimizer(
     if name == "sgd":
         return create_optimizer_v2(model, "sgd", lr=lr, weight_decay=weight_decay, momentum=betas[0] if betas else 0.9)
     options = {"eps": eps, "betas": tuple(betas) if betas else None}
-    given = {key: value for key, value in options.items() if value is not None}
+    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    if trust_clip:
+        given["trust_clip"] = True
     return create_optimizer_v2(model, name, lr=lr, weight_decay=weight_decay, **given)
 
 
@@ -54,19 +58,21 @@ def learning_rate(
     lr: float,
     min_lr: float,
     warmup_lr: float,
+    warmup_prefix: bool = False,
 ) -> float:
     """The learning rate of update `step` (0 is the first): a function of nothing else, so that a resumed run meets it.
 
     With t = step / steps_per_epoch epochs done: a line from `warmup_lr` to `lr` over the warm-up; then
     `min_lr + (lr - min_lr) (1 + cos(pi t / epochs)) / 2`, the warm-up counted in, as in timm's cosine schedule; and
-    `min_lr` from `epochs` on, the cool-down.
+    `min_lr` from `epochs` on, the cool-down. With `warmup_prefix` the cosine starts where the warm-up ends.
     """
     warmup, total = warmup_epochs * steps_per_epoch, epochs * steps_per_epoch
     if step < warmup:
         return warmup_lr + step * (lr - warmup_lr) / warmup
     if step >= total:
         return min_lr
-    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * step / total)) / 2
+    done = (step - warmup) / (total - warmup) if warmup_prefix else step / total
+    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * done)) / 2
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -172,6 +178,32 @@ def build_loss(
         return (1 - tet_lambda) * per_step + tet_lambda * (logits - tet_means).square().mean()
 
     return loss
+
+
+def distilled(loss: Loss, kind: str = "hard") -> Callable[[Any, Any], Tensor]:
+    """The loss of a student with two heads, called as `loss((logits, second), (targets, teacher's logits))`.
+
+        0.5 * loss(logits, targets) + 0.5 * (cross entropy of the second head with what the teacher says)
+
+    "hard": with the teacher's class. "soft": the divergence from the teacher's probabilities, mean over samples and
+    classes (Touvron et al., 2021, https://arxiv.org/abs/2012.12877, at temperature 1).
+
+    Raises `ValueError` for an unknown kind.
+    """
+    if kind not in ("hard", "soft"):
+        raise ValueError(f"distillation {kind!r} is unknown; choose hard or soft")
+
+    def of_both(outputs: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> Tensor:
+        (logits, second), (targets, taught) = outputs, wanted
+        second = second.float()
+        if kind == "hard":
+            from_teacher = F.cross_entropy(second, taught.argmax(-1))
+        else:
+            student, teacher = second.log_softmax(-1), taught.log_softmax(-1)
+            from_teacher = F.kl_div(student, teacher, reduction="sum", log_target=True) / second.numel()
+        return (loss(logits, targets) + from_teacher) / 2
+
+    return of_both
 
 
 def _soft(targets: Tensor, num_classes: int, smoothing: float) -> Tensor:

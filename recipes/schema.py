@@ -41,6 +41,7 @@ class DataConfig:
     color_jitter: float = option(0.4, "strength of color jitter (not used beside auto_augment)", least=0, most=1)
     auto_augment: str | None = option(None, "timm's string: rand-m9-n1-mstd0.4-inc1, augmix-m5-w4, v0, ...")
     random_erasing: float = option(0.0, "probability of random erasing", least=0, most=1)
+    erasing_mode: str = option("const", "what is erased becomes the mean, or noise", choices=("const", "pixel"))
     mixup: float = option(0.0, "alpha of mixup; 0 turns it off", least=0, most=1000)
     cutmix: float = option(0.0, "alpha of cutmix; 0 turns it off", least=0, most=1000)
     mixup_prob: float = option(1.0, "probability that a batch is mixed at all", least=0, most=1)
@@ -125,6 +126,7 @@ class OptimConfig:
     betas: list[float] = option(
         [0.9, 0.999], "the optimiser's decay rates (sgd: momentum is the first)", length=2, least=0, below=1
     )
+    trust_clip: bool = option(False, "lamb: no layer's trust ratio above 1")
     clip_grad: float | None = option(None, "largest norm of the gradient", above=0, most=1e9)
 
 
@@ -132,6 +134,7 @@ class OptimConfig:
 class TrainConfig:
     epochs: int = option(300, "epochs, warm-up included, cool-down not", least=1, most=10**6)
     warmup_epochs: int = option(20, "epochs of linear warm-up", least=0, most=10**6)
+    warmup_prefix: bool = option(False, "the cosine starts after the warm-up, not with it")
     cooldown_epochs: int = option(10, "epochs at min_lr after the cosine", least=0, most=10**6)
     batch_size: int = option(64, "samples of a process in one forward pass", least=1, most=10**6)
     accumulate: int = option(1, "forward passes added up into one update", least=1, most=10**6)
@@ -141,6 +144,11 @@ class TrainConfig:
     tet: bool = option(False, "temporal efficient training: the loss at every time step")
     tet_lambda: float = option(0.001, "weight of TET's mean squared error", least=0, most=1)
     tet_means: float = option(1.0, "target of TET's mean squared error", least=-1e6, most=1e6)
+    teacher: str | None = option(
+        None, "timm model that a second head learns from: caformer_b36.sail_in22k_ft_in1k, ..."
+    )
+    teacher_weights: str | None = option(None, "file with the teacher's weights; null: timm fetches them")
+    distillation: str = option("hard", "learn the teacher's class, or its probabilities", choices=("hard", "soft"))
     ema_decay: float | None = option(
         None, "decay of the averaged weights, evaluated beside the model's", above=0, below=1
     )

@@ -14,14 +14,15 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
 from config import Config, ConfigError, flatten, to_yaml, trajectory
 from cpu_processes import use_cores
+from distillation import build_teacher
 from engine import Run
 from loading import EpochBatches, ShardBatches, build_datasets, build_loader
 from models import build_model, freeze_all_but_head, load_initial_weights, restore_optimizer
-from optim import BatchMixer, batch_scale, build_loss, build_optimizer, check_even_batch
+from optim import BatchMixer, batch_scale, build_loss, build_optimizer, check_even_batch, distilled
 from progress import Display, choose_tracker, restore_metrics, warn
 from run_lock import lock_folder
 from run_state import Position, check_settings, load_checkpoint, open_folder, set_aside_newer, tell_changes
-from schema import Derived
+from schema import Derived, TrainConfig
 from torch import Tensor, nn
 from trained import check_resumed_classes
 
@@ -47,6 +48,7 @@ def set_up(config: Config) -> Run:
     at_the_door(dry_run, plain, sample)
     if config.train.compile and accelerator.is_main_process:
         print("compiling the model once, at the first step: this may take minutes", flush=True)
+    teacher = build_teacher(config, accelerator, sample, num_classes)
     mixer = build_mixer(config, accelerator, sample, num_classes)
     keep = config.train.keep_checkpoints
     # Weights, two moments and perhaps an average, in each checkpoint and in the one being written; best and last.
@@ -91,13 +93,8 @@ def set_up(config: Config) -> Run:
         plain=plain,
         ema=ema,
         optimizer=optimizer,
-        loss=build_loss(
-            config.train.loss,
-            label_smoothing=config.train.label_smoothing,
-            tet=config.train.tet,
-            tet_lambda=config.train.tet_lambda,
-            tet_means=config.train.tet_means,
-        ),
+        loss=build_loss_of(config.train),
+        teacher=teacher,
         mixer=mixer,
         batches=batches,
         train_loader=build_loader(train_set, batches, workers=workers, pin=pin),
@@ -106,6 +103,18 @@ def set_up(config: Config) -> Run:
         display=display,
         lock=lock,
     )
+
+
+def build_loss_of(train: TrainConfig) -> Callable[[Any, Any], Tensor]:
+    """The training loss of a configuration."""
+    loss = build_loss(
+        train.loss,
+        label_smoothing=train.label_smoothing,
+        tet=train.tet,
+        tet_lambda=train.tet_lambda,
+        tet_means=train.tet_means,
+    )
+    return loss if train.teacher is None else distilled(loss, train.distillation)
 
 
 def start_tracker(config: Config, accelerator: Accelerator) -> None:
@@ -266,6 +275,7 @@ def prepare(
         weight_decay=config.optim.weight_decay,
         eps=config.optim.eps,
         betas=config.optim.betas,
+        trust_clip=config.optim.trust_clip,
     )
     model, optimizer = accelerator.prepare(plain, optimizer)
     if training is None:

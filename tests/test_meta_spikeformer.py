@@ -17,6 +17,7 @@ from sdt_blocks import (
     create_model,
     load_model,
     load_released_checkpoint,
+    optimize_for_inference,
     save_model,
 )
 from sdt_blocks.models.meta_spikeformer import FAMILY
@@ -123,6 +124,23 @@ def test_training_step(v2_golden, path, monkeypatch):
     state = model.state_dict()
     for name, value in convert_released_state_dict(v2_golden.group("after_step")).items():
         torch.testing.assert_close(state[name], value, atol=1e-5, rtol=1e-5, check_dtype=False, msg=name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sparse", [False, True])
+def test_folded_and_event_driven(v2_golden, sparse):
+    fast = optimize_for_inference(v2_golden.model(), compile=False, sparse=sparse)
+    torch.testing.assert_close(fast(v2_golden.tensors["input"]), v2_golden.tensors["logits_eval"], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sparse", [False, True])
+def test_inference_at_any_size_and_number_of_steps(sparse):
+    model, _ = alive(distillation=True)
+    fast = optimize_for_inference(model, compile=False, sparse=sparse)
+    for shape in ((2, 3, 37, 51), (1, 1, 3, 20, 33), (2, 5, 3, 33, 20)):
+        x = torch.rand(shape)
+        torch.testing.assert_close(fast(x), model(x), atol=1e-4, rtol=1e-4)
 
 
 # ---- variants, sizes, heads

@@ -73,6 +73,24 @@ def test_random_erasing_sets_a_rectangle_to_the_mean(photograph):
         assert not rectangle.any()
 
 
+def test_random_erasing_may_leave_noise(photograph):
+    image = photograph("china", 0, (32, 32))
+    noise, mean = (
+        build_transforms(img_size=32, mean=(0.37,), std=(1.0,), random_erasing=1.0, erasing_mode=mode)[0]
+        for mode in ("pixel", "const")
+    )
+    for key in range(5):
+        with seeded(key):
+            erased = noise(image)
+        with seeded(key):
+            again = noise(image)
+        with seeded(key):
+            rectangle = mean(image) == 0
+        assert torch.equal(erased, again) and rectangle.any()
+        values = erased[rectangle]
+        assert 0.5 < values.std() < 1.5 and len(values.unique()) > len(values) // 2
+
+
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
 MODES = {
     "L": (Image.fromarray(PIXELS[..., 0]), np.repeat(PIXELS[..., :1], 3, 2)),
@@ -149,6 +167,7 @@ def test_every_operation_works_at_its_strongest(photograph, auto_augment):
         ({"ratio": (0.0, 1.0)}, "ratio"),
         ({"hflip": 1.5}, "hflip"),
         ({"random_erasing": -0.1}, "random_erasing"),
+        ({"erasing_mode": "rand"}, "erasing_mode 'rand' is unknown; choose one of const, pixel"),
         ({"color_jitter": -1.0}, "color_jitter"),
         ({"mean": (0.1, 0.2)}, "mean needs one finite value"),
         ({"mean": (float("nan"),)}, "mean needs one finite value"),

@@ -94,7 +94,8 @@ def test_the_first_line_is_the_command(name):
 
 def test_the_tables_cover_the_files():
     files = {path.stem for path in CONFIGS.glob("*.yaml")}
-    assert {name for name in files if name.startswith(("imagenet", "cifar10_2", "cifar100_2"))} == {*IMAGENET, *CIFAR}
+    published = {name for name in files if name.startswith(("imagenet", "cifar10_2", "cifar100_2"))}
+    assert {name for name in published if not name.startswith("imagenet_v2")} == {*IMAGENET, *CIFAR}
 
 
 @pytest.mark.parametrize("number", ["3e-4", "0.0003", "3.0e-4"])

@@ -1,0 +1,153 @@
+"""Both published stages of Meta-SpikeFormer: their tables, a teacher for a second head, and some steps of each."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from config import CONFIGS, ConfigError, load_config
+from launching import read_lines
+from optim import build_loss, build_optimizer, distilled, learning_rate
+from safetensors.torch import save_file
+from torch import nn
+
+from sdt_blocks import calibrate_norms, create_model, load_model, save_model
+
+TEACHER = "resnet10t"
+SMALL = (
+    "data.img_size=64", "data.workers=0", "train.batch_size=8", "threads=1", "tracker=none", "model.name=sdt_v2_15m",
+    "model.dims=[16,16,16,24]", "model.depths=[1,1,1,1,1]", "train.mixed_precision=no", "optim.lr_batch=8",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "warmup", "batch", "lr", "steps"),
+    [("imagenet_v2_t1", 200, 10, 128, 6e-4, 1), ("imagenet_v2_t4", 20, 2, 24, 2e-5, 4)],
+)
+def test_configurations_are_the_tables(name, epochs, warmup, batch, lr, steps):
+    config = load_config([f"config={name}"], default="digits")
+    train, optim, data = config.train, config.optim, config.data
+    assert (train.epochs, train.warmup_epochs, train.cooldown_epochs, train.batch_size) == (epochs, warmup, 0, batch)
+    assert (optim.name, optim.trust_clip, optim.weight_decay, optim.clip_grad) == ("lamb", True, 0.05, None)
+    assert (optim.lr, optim.lr_batch, optim.warmup_lr, train.warmup_prefix) == (lr, 256, 0.0, True)
+    assert optim.min_lr * 8 * batch / 256 == pytest.approx(1e-6)
+    assert (config.model.time_steps, train.label_smoothing, train.mixed_precision) == (steps, 0.1, "fp16")
+    assert (data.auto_augment, data.random_erasing, data.erasing_mode) == ("rand-m9-mstd0.5-inc1", 0.25, "pixel")
+    assert (data.mixup, data.cutmix, data.hflip, data.interpolation) == (0, 0, 0.5, "bicubic")
+    assert data.img_size / data.crop_pct == 256 and train.ema_decay is None and config.seed == 0
+    first_stage = load_config(["config=imagenet_v2_t1"], default="digits").output_dir
+    distils = (train.teacher, train.distillation, train.init_checkpoint)
+    assert distils == (("caformer_b36.sail_in22k_ft_in1k", "hard", first_stage) if steps == 4 else (None, "hard", None))
+    first = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+    assert first == f"# accelerate launch recipes/imagenet.py config={name} data.root=DIR"
+
+
+def test_the_cosine_starts_after_the_warm_up():
+    schedule = {"steps_per_epoch": 10, "epochs": 12, "warmup_epochs": 2, "lr": 1.0, "min_lr": 0.1, "warmup_lr": 0.0}
+    rates = [learning_rate(step, warmup_prefix=True, **schedule) for step in (0, 10, 20, 70, 119, 120)]
+    assert rates[:4] == pytest.approx([0, 0.5, 1, 0.55]) and 0.1 < rates[4] < 0.11 and rates[5] == 0.1
+    assert learning_rate(20, **schedule) < 1
+
+
+def test_trust_clipping_bounds_the_layers_step():
+    """A weight of norm 100 with a small gradient: LAMB steps by lr * |w|, clipped by lr."""
+    changes = []
+    for trust_clip in (False, True):
+        layer = nn.Linear(10, 10, bias=False)
+        nn.init.ones_(layer.weight)
+        layer.weight.data *= 10
+        optimizer = build_optimizer(layer, name="lamb", lr=0.1, weight_decay=1e-6, trust_clip=trust_clip)
+        layer.weight.grad = torch.full((10, 10), 1e-3)
+        before = layer.weight.detach().clone()
+        optimizer.step()
+        changes.append((layer.weight - before).abs().max().item())
+    assert changes == pytest.approx([1.0, 0.1], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_the_loss_of_two_heads(kind):
+    torch.manual_seed(0)
+    logits, second, taught = torch.randn(3, 4, 5)
+    targets = torch.tensor([0, 1, 2, 3])
+    got = distilled(build_loss(label_smoothing=0.1), kind)((logits, second), (targets, taught))
+    student, teacher = second.softmax(-1), taught.softmax(-1)
+    expected = {
+        "hard": -student.gather(1, taught.argmax(-1, keepdim=True)).log().mean(),
+        "soft": (teacher * (teacher / student).log()).sum() / second.numel(),
+    }[kind]
+    torch.testing.assert_close(got, 0.5 * F.cross_entropy(logits, targets, label_smoothing=0.1) + 0.5 * expected)
+    with pytest.raises(ValueError, match="distillation 'warm' is unknown"):
+        distilled(build_loss(), "warm")
+
+
+def firing():
+    """The small model of these tests with one time step, its norms fitted to noise so that its neurons fire."""
+    torch.manual_seed(0)
+    model = create_model("sdt_v2_15m", dims=[16, 16, 16, 24], depths=[1] * 5, num_classes=2, time_steps=1)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.bias, 1.0, 0.5)
+    calibrate_norms(model, torch.randn(8, 3, 64, 64))
+    return model
+
+
+@pytest.fixture(scope="module")
+def teacher_weights(tmp_path_factory):
+    """A teacher of two classes, sure of class 1."""
+    torch.manual_seed(0)
+    model = timm.create_model(TEACHER, num_classes=2)
+    with torch.no_grad():
+        model.get_classifier().bias.copy_(torch.tensor([-50.0, 50.0]))
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    save_file(model.state_dict(), path)
+    torch.save({"state_dict": model.state_dict()}, path.with_suffix(".pth"))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_both_stages_on_photographs(train, photographs, teacher_weights, tmp_path, kind):
+    """One time step, then four from its weights with a new second head, in two parts; the network fires."""
+    root = f"data.root={photographs}"
+    save_model(firing(), "start")
+    start = ("train.init_checkpoint=start", "train.epochs=2", "train.warmup_epochs=1")
+    train(*SMALL, root, *start, "output_dir=t1", default="imagenet_v2_t1")
+    first = load_model(tmp_path / "t1" / "last")
+    assert first.time_steps == 1 and first.distillation_head is None
+    stage = (
+        *SMALL, root, "train.warmup_epochs=0", "train.init_checkpoint=t1/last", f"train.teacher={TEACHER}",
+        "optim.lr=1e-2", f"train.teacher_weights={teacher_weights}", f"train.distillation={kind}", "output_dir=t4",
+    )  # fmt: skip
+    train(*stage, "train.epochs=4", "train.max_steps=4", default="imagenet_v2_t4")
+    run = train(*stage, "train.epochs=4", default="imagenet_v2_t4")
+    lines = read_lines(tmp_path / "t4")
+    assert [line["step"] for line in lines] == [3, 4, 6, 9, 12]
+    assert all(0 < line["train_loss"] < 5 and line["firing_rate"] > 0.05 for line in lines)
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    assert run.position.step == run.config.derived.total_steps == 12
+    last = load_model(tmp_path / "t4" / "last").train()
+    assert last.time_steps == 4 and last.config["dims"] == [16, 16, 16, 24]
+    # The second head has learnt what its teacher always says.
+    images = torch.stack([run.test_loader.dataset[i][0] for i in range(8)])
+    with torch.no_grad():
+        _, second = last(images)
+    assert (second[:, 1] > second[:, 0]).all()
+
+
+def test_what_cannot_teach_is_refused(set_up, photographs, teacher_weights, tmp_path):
+    def refused(message, *arguments):
+        with pytest.raises(ConfigError, match=message):
+            set_up(*SMALL, f"data.root={photographs}", "output_dir=run", *arguments, default="imagenet_v2_t1")
+        assert not (tmp_path / "run" / "config.yaml").exists()
+
+    weights = f"train.teacher_weights={teacher_weights}"
+    refused("train.teacher=resnet10x: ", "train.teacher=resnet10x", weights)
+    refused("train.teacher_weights=nowhere.pth", f"train.teacher={TEACHER}", "train.teacher_weights=nowhere.pth")
+    refused("does not hold the teacher's weights", "train.teacher=resnet18", weights)
+    refused(r"trained with data.mean=\[0.485", f"train.teacher={TEACHER}", weights, "data.mean=[0.5,0.5,0.5]")
+    refused("leave train.tet", f"train.teacher={TEACHER}", weights, "train.tet=true")
+    refused("name it in train.teacher", weights)
+    refused("name it in train.teacher", "model.distillation=true")
+    refused("unknown model option .*distillation", f"train.teacher={TEACHER}", weights, "model.name=sdt_8_384")
+    run = set_up(*SMALL, f"data.root={photographs}", "output_dir=run", f"train.teacher={TEACHER}",
+                 f"train.teacher_weights={teacher_weights.with_suffix('.pth')}", default="imagenet_v2_t1")  # fmt: skip
+    assert run.plain.distillation and run.teacher(torch.zeros(1, 3, 64, 64)).argmax() == 1
+    assert not any(p.requires_grad for p in run.teacher.model.parameters())
