@@ -124,7 +124,7 @@ def test_both_stages_on_photographs(train, photographs, teacher_weights, tmp_pat
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
     assert run.position.step == run.config.derived.total_steps == 12
     last = load_model(tmp_path / "t4" / "last").train()
-    assert last.time_steps == 4 and last.config["dims"] == [16, 16, 16, 24]
+    assert last.time_steps == 4 and list(last.config["dims"]) == [16, 16, 16, 24]
     # The second head has learnt what its teacher always says.
     images = torch.stack([run.test_loader.dataset[i][0] for i in range(8)])
     with torch.no_grad():
