@@ -17,15 +17,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from command_line import print_help, short_errors
-from config import ConfigError, RunError, load_config
-from cpu_processes import start_cpu_processes
+from common.command_line import print_help, short_errors
+from common.config import ConfigError, RunError, load_config
+from common.cpu_processes import start_cpu_processes
+from common.schema import option
+from common.trained import asked_options, default_folder, load, with_run_config
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from schema import option
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from trained import asked_options, default_folder, load, with_run_config
 
 from sdt_blocks.analysis import analyze_model
 from sdt_blocks.analysis.probe import find_neurons
@@ -74,7 +74,7 @@ class ReadableBatches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        from loading import fetch
+        from common.loading import fetch
 
         for inputs, targets in fetch(self.loader):
             readable = targets >= 0
@@ -102,8 +102,8 @@ def main(arguments: list[str]) -> None:
     checkpoint = Path(options.checkpoint or "")
     config = load_config(rest, default="imagenet_8_384")
     start_cpu_processes()
-    from loading import ShardBatches, UnreadableSample, build_loader, stop_loaders
-    from set_up import build_accelerator, open_data
+    from common.loading import ShardBatches, UnreadableSample, build_loader, stop_loaders
+    from common.set_up import build_accelerator, open_data
 
     model = load(checkpoint, averaged=False, overrides=asked_options(config, rest))
     config.model.in_channels = model.in_channels

@@ -5,7 +5,7 @@
 DIR holds cifar-10-batches-py or cifar-100-python; `data.download=true` fetches it.
 """
 
-from command_line import main
+from common.command_line import main
 
 if __name__ == "__main__":
     main("cifar10_2_256")

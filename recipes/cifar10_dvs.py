@@ -6,7 +6,7 @@ DIR holds CIFAR10DVS/CLASS/*.aedat4 as Tonic lays them out, or SpikingJelly's ev
 frames_number_10_split_by_number, or TET's train/N.pt and test/N.pt.
 """
 
-from command_line import main
+from common.command_line import main
 
 if __name__ == "__main__":
     main("cifar10_dvs_t10_tet")

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from command_line import short_errors
-from config import ConfigError, RunError
+from common.command_line import short_errors
+from common.config import ConfigError, RunError
 
 COLUMNS = {
     "run": "run",
@@ -43,7 +43,7 @@ _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\
 
 def read_run(folder: Path, name: str) -> dict[str, Any]:
     """A row of the table from a run folder. Raises `ConfigError`."""
-    from progress import read_metrics
+    from common.progress import read_metrics
 
     try:
         lines = read_metrics(folder)
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str]) -> None:
     columns = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
     table = markdown(rows, columns)
     texts = {"md": table, "csv": as_csv(rows, columns), "tex": latex(rows, columns)}
-    from pictures import draw_comparison
+    from common.pictures import draw_comparison
 
     try:
         output.mkdir(parents=True, exist_ok=True)

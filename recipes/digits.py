@@ -5,7 +5,7 @@
 It is the image recipe with another configuration: recipes/configs/digits.yaml.
 """
 
-from command_line import main
+from common.command_line import main
 
 if __name__ == "__main__":
     main("digits")

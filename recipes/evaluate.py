@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from command_line import print_help, short_errors
-from config import ConfigError, RunError, load_config
-from cpu_processes import start_cpu_processes
-from trained import asked_options, class_names, default_folder, load, match_classes, with_run_config
+from common.command_line import print_help, short_errors
+from common.config import ConfigError, RunError, load_config
+from common.cpu_processes import start_cpu_processes
+from common.trained import asked_options, class_names, default_folder, load, match_classes, with_run_config
 
 if TYPE_CHECKING:
-    from evaluation import Evaluation
+    from common.evaluation import Evaluation
 
 PUBLISHED_CROP = {"288": "0.9"}
 """Evaluation sizes with their own share of the resized image: 288 of 320."""
@@ -82,10 +82,10 @@ def main(arguments: list[str]) -> None:
     checkpoint = options.checkpoint
     config = load_config(rest, default="imagenet_8_384")
     start_cpu_processes()
-    from evaluation import evaluate
-    from loading import ShardBatches, UnreadableSample, build_datasets, build_loader, stop_loaders
-    from progress import warn
-    from set_up import at_the_door, build_accelerator
+    from common.evaluation import evaluate
+    from common.loading import ShardBatches, UnreadableSample, build_datasets, build_loader, stop_loaders
+    from common.progress import warn
+    from common.set_up import at_the_door, build_accelerator
 
     from sdt_blocks.analysis.silence import silence
 
@@ -132,7 +132,7 @@ def make_folder(folder: Path) -> None:
 
 def describe(result: Evaluation, kind: str) -> str:
     """The figures of an evaluation in one line."""
-    from evaluation import describe_accuracies
+    from common.evaluation import describe_accuracies
 
     height, width = result.input_size
     return (
@@ -143,7 +143,7 @@ def describe(result: Evaluation, kind: str) -> str:
 
 def describe_classes(result: Evaluation, names: Sequence[str]) -> list[str]:
     """A line for each class that has samples, or for the worst ones: accuracy, samples, and what it is taken for."""
-    from trained import describe
+    from common.trained import describe
 
     counts = result.confusion.sum(1).tolist()
     accuracy = result.class_accuracy.tolist()
@@ -164,8 +164,8 @@ def describe_classes(result: Evaluation, names: Sequence[str]) -> list[str]:
 
 def write(result: Evaluation, names: Sequence[str], folder: Path) -> None:
     """evaluation.json, classes.csv, confusion.csv and confusion.png. Raises `RunError`."""
-    from pictures import draw_confusion
-    from trained import describe
+    from common.pictures import draw_confusion
+    from common.trained import describe
 
     confusion, accuracy = result.confusion.numpy(), result.class_accuracy.tolist()
     figures = {

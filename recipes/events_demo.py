@@ -2,9 +2,9 @@
 
     accelerate launch recipes/events_demo.py [key=value ...]
 
-The directions of the shapes are told apart by time alone (recipes/moving_shapes.py). The picture, events_demo.png in
-the run folder, has one of these recordings and a real one of a DAVIS346 camera (recipes/data): the events of each time
-step, the frame that counts them, and the share of the first layer's channels that spike.
+The directions of the shapes are told apart by time alone (recipes/common/moving_shapes.py). The picture,
+events_demo.png in the run folder, has one of these recordings and a real one of a DAVIS346 camera (recipes/data): the
+events of each time step, the frame that counts them, and the share of the first layer's channels that spike.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from command_line import main, short_errors
-from config import Config, load_config
-from moving_shapes import DIRECTIONS, SIDE, write_recordings
+from common.command_line import main, short_errors
+from common.config import Config, load_config
+from common.moving_shapes import DIRECTIONS, SIDE, write_recordings
 
 from sdt_blocks import load_model
 from sdt_blocks.analysis import record

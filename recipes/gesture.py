@@ -6,7 +6,7 @@ DIR holds ibmGestureTrain and ibmGestureTest, or DVSGesture with both in it, as 
 SpikingJelly's events_np or frames_number_16_split_by_number.
 """
 
-from command_line import main
+from common.command_line import main
 
 if __name__ == "__main__":
     main("gesture_t16")

@@ -6,7 +6,7 @@ DIR holds train/CLASS/IMAGE.jpg and val/CLASS/IMAGE.jpg. `data.name=hfds/NAME` a
 Hugging Face and WebDataset data. Continue a stopped run with the same command.
 """
 
-from command_line import main
+from common.command_line import main
 
 if __name__ == "__main__":
     main("imagenet_8_384")

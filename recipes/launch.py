@@ -17,7 +17,7 @@ from types import FrameType
 
 import psutil
 from accelerate.commands.launch import launch_command, launch_command_parser
-from cpu_processes import exit_as_processes
+from common.cpu_processes import exit_as_processes
 
 DEFAULTS = "The following values were not passed to `accelerate launch`"
 

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import print_help, short_errors
-from config import Config, ConfigError, RunError, load_config
-from trained import asked_options, class_names, describe, load, with_run_config
+from common.command_line import print_help, short_errors
+from common.config import Config, ConfigError, RunError, load_config
+from common.trained import asked_options, class_names, describe, load, with_run_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,7 +108,7 @@ class Listed:
 
 def find_files(inputs: Sequence[str], *, events: bool) -> list[str]:
     """The files named, and those of the folders named, in order. Raises `ConfigError` where one holds none."""
-    from progress import warn
+    from common.progress import warn
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     from sdt_datasets.files import describe_files, walk_files
@@ -185,7 +185,7 @@ def predict(model: Any, dataset: Any, config: Config, device: Any) -> dict[int, 
     They add up to 1 but for a model trained with binary cross entropy (train.loss=bce), which judges each class alone.
     """
     import torch
-    from loading import ShardBatches, UnreadableSample, build_loader, fetch, stop_loaders
+    from common.loading import ShardBatches, UnreadableSample, build_loader, fetch, stop_loaders
 
     batches = ShardBatches(len(dataset), batch_size=config.train.batch_size)
     workers = config.data.workers if len(batches) > 1 else 0
@@ -232,8 +232,8 @@ def as_table(found: Sequence[dict[str, Any]]) -> str:
 def run(options: Options, rest: Sequence[str]) -> list[dict[str, Any]]:
     """File and predictions of each input that could be read. Raises `ConfigError` or `RunError`."""
     config = load_config(rest, default="imagenet_8_384")
-    from progress import warn
-    from set_up import at_the_door, build_accelerator
+    from common.progress import warn
+    from common.set_up import at_the_door, build_accelerator
 
     from sdt_blocks.analysis.silence import silence
 

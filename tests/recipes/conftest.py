@@ -41,9 +41,9 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def set_up(tmp_path, monkeypatch):
     """`set_up(*arguments)` makes a run in this process, in an empty working directory."""
-    import set_up as module
     from accelerate.state import AcceleratorState, GradientState
-    from config import load_config
+    from common import set_up as module
+    from common.config import load_config
 
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
@@ -62,7 +62,7 @@ def set_up(tmp_path, monkeypatch):
 @pytest.fixture
 def train(set_up):
     """`train(*arguments)` trains in this process and gives the finished run."""
-    from engine import train
+    from common.engine import train
 
     def go(*arguments: str, default: str = "digits"):
         run = set_up(*arguments, default=default)

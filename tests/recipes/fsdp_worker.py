@@ -14,9 +14,9 @@ from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
 from accelerate.utils import DistributedType
-from config import load_config
-from models import build_model, optimizer_state, restore_optimizer, whole_model
-from optim import build_optimizer
+from common.config import load_config
+from common.models import build_model, optimizer_state, restore_optimizer, whole_model
+from common.optim import build_optimizer
 
 from sdt_blocks import SpikeDrivenBlock
 

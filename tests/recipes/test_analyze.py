@@ -21,7 +21,7 @@ FILES = {
 @pytest.fixture
 def run_folder(tmp_path):
     """What a training run leaves behind, without the training."""
-    from config import load_config, to_yaml
+    from common.config import load_config, to_yaml
 
     torch.manual_seed(0)
     model = SpikeDrivenTransformer(depth=2, dim=16, in_channels=1, num_classes=10, pooling="0011").eval()
@@ -116,7 +116,7 @@ def test_a_released_file_with_other_steps(launcher, released_file, photographs):
 )
 def test_refusals(run_folder, monkeypatch, arguments, words):
     import analyze
-    from config import ConfigError
+    from common.config import ConfigError
 
     monkeypatch.chdir(run_folder.parent)
     with pytest.raises(ConfigError) as refused:

@@ -6,7 +6,7 @@ import re
 import shutil
 
 import pytest
-from config import load_config
+from common.config import load_config
 from launching import QUIET, RECIPES, TINY, read_lines, read_summary, steps_saved, wait_for
 
 from sdt_blocks import load_model, load_released_checkpoint
@@ -39,7 +39,7 @@ def evaluate_here(capsys, monkeypatch):
     """`evaluate.py` in this process: its output, or its exit code and error."""
     import evaluate
     from accelerate.state import AcceleratorState, GradientState
-    from command_line import short_errors
+    from common.command_line import short_errors
 
     def go(*arguments: str) -> tuple[int, str]:
         AcceleratorState._reset_state(True)
@@ -63,7 +63,7 @@ def test_a_released_checkpoint_is_evaluated_at_its_size_and_at_288(
     (ten / "val").mkdir(parents=True)  # a validation part is enough
     for number in range(10):
         shutil.copytree(photographs / "val" / ("china" if number % 2 else "flower"), ten / "val" / str(number))
-    arguments = (f"checkpoint={released_file}", f"data.root={ten}")
+    arguments = (f"checkpoint={shutil.copy(released_file, tmp_path)}", f"data.root={ten}")
     code, at_64 = evaluate_here(*arguments, "img_size=64")
     assert code == 0 and "70 images at 64 x 64" in at_64
     shape = []
@@ -207,8 +207,8 @@ def test_several_seeds_give_mean_and_deviation(launcher, tmp_path):
 
 @pytest.mark.parametrize("argument", ["seeds=", "seeds=1", "seeds=1,1", "seeds=1,x", "seeds=-1,2"])
 def test_seeds_that_are_none_are_refused(argument):
-    from command_line import take_seeds
-    from config import ConfigError
+    from common.command_line import take_seeds
+    from common.config import ConfigError
 
     with pytest.raises(ConfigError, match="seed"):
         for seed in take_seeds([argument])[0]:

@@ -6,7 +6,7 @@ import csv
 import json
 
 import pytest
-from config import ConfigError
+from common.config import ConfigError
 from PIL import Image
 
 
@@ -88,7 +88,7 @@ def test_what_is_no_run_is_refused(compare, tmp_path):
 
 
 def test_curves_lie_over_whole_epochs(tmp_path, monkeypatch):
-    import pictures
+    from common import pictures
 
     write_run(tmp_path / "run", 3)
     drawn = []

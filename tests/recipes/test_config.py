@@ -7,10 +7,10 @@ import inspect
 import string
 
 import pytest
-from config import CONFIGS, Config, ConfigError, all_keys, flatten, help_text, load_config, to_yaml
+from common.config import CONFIGS, Config, ConfigError, all_keys, flatten, help_text, load_config, to_yaml
+from common.values import convert
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from values import convert
 
 from sdt_blocks import MetaSpikeFormer, SpikeDrivenTransformer
 
@@ -43,7 +43,7 @@ def test_every_model_keyword_is_a_key():
 
 
 def test_options_of_the_neuron_are_keys():
-    from config import model_keywords
+    from common.config import model_keywords
 
     def neuron(*arguments):
         return model_keywords(load_config(arguments, default="digits")).get("neuron")

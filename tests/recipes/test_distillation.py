@@ -4,9 +4,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from config import CONFIGS, ConfigError, load_config
+from common.config import CONFIGS, ConfigError, load_config
+from common.optim import build_loss, build_optimizer, distilled, learning_rate
 from launching import read_lines
-from optim import build_loss, build_optimizer, distilled, learning_rate
 from safetensors.torch import save_file
 from torch import nn
 

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from config import ConfigError, RunError
+from common.config import ConfigError, RunError
 from launching import TINY, read_lines, read_summary
 from omegaconf import OmegaConf
 from torch.nn import functional as F
@@ -20,8 +20,8 @@ PLAIN = (*TINY, "data.mixup=0", "data.cutmix=0", "data.auto_augment=null", "mode
 
 
 def one_update(run):
-    from engine import Clock, update
-    from loading import fetch
+    from common.engine import Clock, update
+    from common.loading import fetch
 
     run.train_loader.dataset.set_epoch(0)
     run.batches.seek(0, run.position.step)
@@ -156,7 +156,7 @@ def test_a_released_checkpoint_can_be_fine_tuned_and_another_architecture_is_ref
     ],
 )
 def test_a_non_finite_step_stops_with_its_number_rate_and_checkpoint(set_up, monkeypatch, what, message):
-    from engine import train
+    from common.engine import train
 
     run = set_up(*PLAIN, "output_dir=run", "train.checkpoint_steps=2")
     spoil(run, what, at=[5], monkeypatch=monkeypatch)
@@ -170,7 +170,7 @@ def test_a_non_finite_step_stops_with_its_number_rate_and_checkpoint(set_up, mon
 
 
 def test_non_finite_steps_can_be_skipped_and_leave_no_trace(set_up, monkeypatch, tmp_path):
-    from engine import train
+    from common.engine import train
 
     run = set_up(*PLAIN, "output_dir=run", "train.skip_nonfinite=2", "train.max_steps=8")
     spoil(run, "input", at=[3, 5], monkeypatch=monkeypatch)
@@ -226,8 +226,8 @@ def test_with_a_gradient_scaler_statistics_must_be_finite_and_gradients_need_not
 
 
 def test_chance_of_a_silent_network_is_neither_reported_nor_the_best(set_up, monkeypatch, tmp_path, capsys):
-    import engine
-    from evaluation import Evaluation
+    from common import engine
+    from common.evaluation import Evaluation
 
     answers = iter([(30.0, 0.0), (20.0, 0.1), (25.0, 0.1), (40.0, 0.0)])
 
@@ -251,7 +251,7 @@ def test_chance_of_a_silent_network_is_neither_reported_nor_the_best(set_up, mon
 
 
 def test_weights_that_are_not_finite_are_never_saved(set_up):
-    from engine import save
+    from common.engine import save
 
     run = set_up(*PLAIN, "output_dir=run")
     with torch.no_grad():
@@ -337,7 +337,7 @@ def test_the_manifest_lists_every_file_with_its_digest(train, tmp_path):
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
     assert set(manifest) == files - {"manifest.json"}
-    from run_state import damage
+    from common.run_state import damage
 
     assert damage(checkpoint) == ""
     for name in manifest:
@@ -353,7 +353,7 @@ def test_analyze_writes_its_page_into_the_run_folder(train, tmp_path):
 
 
 def test_a_stop_amid_the_passes_of_an_update_leaves_it_untaken(set_up, monkeypatch):
-    from engine import train
+    from common.engine import train
 
     run = set_up(*PLAIN, "output_dir=run", "train.batch_size=8", "train.accumulate=4")
     before, forward, passes = state(run.plain), type(run.plain).forward, []
@@ -375,7 +375,7 @@ def test_a_stop_amid_the_passes_of_an_update_leaves_it_untaken(set_up, monkeypat
 
 def test_a_tracker_that_fails_is_blamed(set_up, monkeypatch, capsys, tmp_path):
     from accelerate import Accelerator
-    from engine import train
+    from common.engine import train
 
     def fail(*_, **__):
         raise RuntimeError("no account")
@@ -396,7 +396,7 @@ def test_a_tracker_that_fails_is_blamed(set_up, monkeypatch, capsys, tmp_path):
 def test_a_line_appears_however_long_a_step_takes(monkeypatch, capsys):
     import time
 
-    import progress
+    from common import progress
 
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.05)
     with progress.Display(10, 0, active=True) as display:

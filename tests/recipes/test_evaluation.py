@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from config import ConfigError, load_config, to_yaml
-from moving_shapes import DIRECTIONS, write_recordings
+from common.config import ConfigError, load_config, to_yaml
+from common.moving_shapes import DIRECTIONS, write_recordings
+from common.trained import class_names, match_classes, run_config
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from trained import class_names, match_classes, run_config
 
 from sdt_blocks import load_model, save_model
 
@@ -37,8 +37,8 @@ class Answers(nn.Module):
 def figures(num_classes, samples, batch_size=7, unreadable=()):
     """An evaluation of random answers, with the answers and targets themselves."""
     from accelerate import Accelerator
-    from evaluation import evaluate
-    from loading import ShardBatches, build_loader
+    from common.evaluation import evaluate
+    from common.loading import ShardBatches, build_loader
 
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(samples, num_classes, generator=generator)
@@ -130,7 +130,7 @@ def test_a_released_imagenet_model_knows_its_classes(released_file):
     names = class_names(released_file, SimpleNamespace(num_classes=1000))
     assert (len(names), names[0], names[-1]) == (1000, "n01440764", "n15075141")
     assert class_names(released_file, SimpleNamespace(num_classes=10)) is None
-    from trained import describe
+    from common.trained import describe
 
     assert describe(["n01440764", "n01", "cat"]) == ["tench, Tinca tinca", "n01", "cat"]
 

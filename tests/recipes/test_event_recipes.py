@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from config import CONFIGS, load_config
+from common.config import CONFIGS, load_config
+from common.loading import EVENT_DATA_SETS
+from common.moving_shapes import DIRECTIONS, SIDE, STEPS, draw_recording, write_recordings
 from launching import read_lines, read_summary
-from loading import EVENT_DATA_SETS
-from moving_shapes import DIRECTIONS, SIDE, STEPS, draw_recording, write_recordings
 from PIL import Image
 
 from sdt_blocks import create_model, load_model
@@ -120,8 +120,8 @@ def test_absent_data_end_the_run_with_one_paragraph(tmp_path, launcher):
 @pytest.fixture
 def set_up(tmp_path):
     """`set_up(*arguments)` makes a run in this process."""
-    import set_up as module
     from accelerate.state import AcceleratorState, GradientState
+    from common import set_up as module
 
     def make(*arguments):
         AcceleratorState._reset_state(True)
@@ -134,7 +134,7 @@ def set_up(tmp_path):
 
 
 def test_a_resumed_run_sees_the_same_augmented_frames(tmp_path, set_up):
-    from engine import train
+    from common.engine import train
 
     write_recordings(tmp_path / "shapes", train=5, test=1)
     common = (f"data.root={tmp_path / 'shapes'}", "events.augment=event_drop,roll,cutout,random_op", "events.size=16")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from config import CONFIGS, load_config
+from common.config import CONFIGS, load_config
 from launching import read_lines
 
 from sdt_blocks import load_model, load_released_checkpoint

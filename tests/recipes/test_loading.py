@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from config import ConfigError
+from common.config import ConfigError
+from common.loading import EpochBatches, ShardBatches, UnreadableSample, build_loader, fetch, stop_loaders
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loading import EpochBatches, ShardBatches, UnreadableSample, build_loader, fetch, stop_loaders
+from launching import RECIPES
 
 _sizes = st.tuples(st.integers(1, 200), st.integers(1, 9), st.integers(1, 3), st.integers(1, 4), st.integers(0, 99))
 
@@ -89,7 +90,7 @@ def test_loaders_give_batches_and_quote_an_unreadable_sample(workers):
 LEFT_OPEN = """
 import sys
 sys.path[:0] = {path!r}
-from loading import ShardBatches, build_loader, fetch
+from common.loading import ShardBatches, build_loader, fetch
 from test_loading import Squares
 
 kept = fetch(build_loader(Squares(), ShardBatches(12, batch_size=3), workers=2, pin=False))
@@ -100,8 +101,7 @@ print("leaving")
 
 def test_a_process_ends_though_its_loaders_were_left_open(tmp_path):
     here = Path(__file__).parent
-    recipes = next(path for path in sys.path if (Path(path) / "loading.py").is_file())
     script = tmp_path / "left_open.py"
-    script.write_text(LEFT_OPEN.format(path=[recipes, str(here)]))
+    script.write_text(LEFT_OPEN.format(path=[str(RECIPES), str(here)]))
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout == "leaving\n", done.stderr

@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from optim import (
+from common.optim import (
     BatchMixer,
     batch_scale,
     build_loss,
@@ -14,6 +12,8 @@ from optim import (
     learning_rate,
     set_learning_rate,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import kstest
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.scheduler import CosineLRScheduler

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from config import ConfigError, RunError, load_config, to_yaml
+from common.config import ConfigError, RunError, load_config, to_yaml
 from PIL import Image
 
 from sdt_blocks import save_model

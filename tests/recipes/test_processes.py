@@ -42,9 +42,9 @@ def test_two_processes_train_one_model_and_write_once(two_processes):
 
 def test_the_divided_evaluation_is_that_of_one_process(two_processes):
     from accelerate import Accelerator
-    from config import load_config
-    from evaluation import evaluate
-    from loading import ShardBatches, build_datasets, build_loader
+    from common.config import load_config
+    from common.evaluation import evaluate
+    from common.loading import ShardBatches, build_datasets, build_loader
 
     from sdt_blocks import load_model
 
@@ -88,7 +88,7 @@ def test_a_stopped_launcher_stops_both_processes_which_save(launcher, tmp_path):
 
 
 def test_batches_of_both_processes_are_those_of_one(two_processes):
-    from loading import EpochBatches, ShardBatches
+    from common.loading import EpochBatches, ShardBatches
 
     alone = EpochBatches(260, batch_size=32, seed=42)
     shares = [EpochBatches(260, batch_size=16, rank=rank, processes=2, seed=42) for rank in (0, 1)]
@@ -112,7 +112,7 @@ def test_batches_of_both_processes_are_those_of_one(two_processes):
 )
 def test_the_number_of_processes_is_read_from_the_launcher(words, expected, tmp_path, monkeypatch):
     import psutil
-    from cpu_processes import asked_processes
+    from common.cpu_processes import asked_processes
 
     file = tmp_path / "config.yaml"
     file.write_text(

@@ -5,11 +5,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from config import CONFIGS, load_config
-from loading import fetch
-from optim import learning_rate, set_learning_rate
+from common.config import CONFIGS, load_config
+from common.loading import fetch
+from common.optim import learning_rate, set_learning_rate
+from common.set_up import set_up
 from PIL import Image
-from set_up import set_up
 from sklearn.datasets import load_sample_images
 
 from sdt_blocks import SpikeDrivenTransformer, create_model

@@ -7,7 +7,7 @@ import resource
 import signal
 
 import pytest
-from config import ConfigError
+from common.config import ConfigError
 from launching import TINY, kill_session, read_lines, read_summary, steps_saved, wait_for
 
 EVERY = "train.checkpoint_steps=3"

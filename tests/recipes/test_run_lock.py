@@ -11,9 +11,9 @@ import time
 
 import psutil
 import pytest
-import run_lock
-from config import ConfigError, RunError
-from run_lock import LOCK, RunLock
+from common import run_lock
+from common.config import ConfigError, RunError
+from common.run_lock import LOCK, RunLock
 
 
 @pytest.fixture

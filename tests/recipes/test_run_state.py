@@ -9,11 +9,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import run_state
 import torch
-from config import ConfigError, RunError
-from progress import DAMAGED, METRICS, read_metrics, restore_metrics
-from run_state import (
+from common import run_state
+from common.config import ConfigError, RunError
+from common.progress import DAMAGED, METRICS, read_metrics, restore_metrics
+from common.run_state import (
     Position,
     check_settings,
     damage,

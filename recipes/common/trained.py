@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from config import Config, ConfigError, model_keywords, read_file
+
+from .config import Config, ConfigError, model_keywords, read_file
 
 RUN_CONFIG = "config.yaml"
 _INSIDE_A_RUN = ("best", "last", "ema")

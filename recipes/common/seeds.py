@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState
-from config import Config
-from engine import is_silent, train
-from set_up import set_up
 
 from sdt_blocks.files import write_atomically
+
+from .config import Config
+from .engine import is_silent, train
+from .set_up import set_up
 
 
 def train_seeds(configs: list[Config]) -> None:

@@ -12,21 +12,22 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
-from config import Config, ConfigError, flatten, to_yaml, trajectory
-from cpu_processes import use_cores
-from distillation import build_teacher
-from engine import Run
-from loading import EpochBatches, ShardBatches, build_datasets, build_loader
-from models import build_model, freeze_all_but_head, load_initial_weights, restore_optimizer
-from optim import BatchMixer, batch_scale, build_loss, build_optimizer, check_even_batch, distilled
-from progress import Display, choose_tracker, restore_metrics, warn
-from run_lock import lock_folder
-from run_state import Position, check_settings, load_checkpoint, open_folder, set_aside_newer, tell_changes
-from schema import Derived, TrainConfig
 from torch import Tensor, nn
-from trained import check_resumed_classes
 
 from sdt_blocks.files import write_atomically
+
+from .config import Config, ConfigError, flatten, to_yaml, trajectory
+from .cpu_processes import use_cores
+from .distillation import build_teacher
+from .engine import Run
+from .loading import EpochBatches, ShardBatches, build_datasets, build_loader
+from .models import build_model, freeze_all_but_head, load_initial_weights, restore_optimizer
+from .optim import BatchMixer, batch_scale, build_loss, build_optimizer, check_even_batch, distilled
+from .progress import Display, choose_tracker, restore_metrics, warn
+from .run_lock import lock_folder
+from .run_state import Position, check_settings, load_checkpoint, open_folder, set_aside_newer, tell_changes
+from .schema import Derived, TrainConfig
+from .trained import check_resumed_classes
 
 T = TypeVar("T")
 

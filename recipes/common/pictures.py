@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from progress import read_metrics
 
 from sdt_blocks.files import write_atomically
+
+from .progress import read_metrics
 
 Lines = Sequence[Mapping[str, Any]]
 """Of a metrics.jsonl."""

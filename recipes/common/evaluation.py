@@ -10,8 +10,6 @@ from typing import Any
 import snntorch
 import torch
 from accelerate import Accelerator
-from loading import fetch
-from stop_request import StopRequest
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -19,6 +17,9 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassStatScores
 
 from sdt_blocks.neuron import spikes_of
+
+from .loading import fetch
+from .stop_request import StopRequest
 
 TOP_K = 5
 """Beside top-1, where there are at least twice as many classes."""

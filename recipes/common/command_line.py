@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from config import ConfigError, RunError, help_text, load_config, to_yaml
-from cpu_processes import start_cpu_processes
+from .config import ConfigError, RunError, help_text, load_config, to_yaml
+from .cpu_processes import start_cpu_processes
 
 
 def main(default: str) -> None:
@@ -29,13 +29,13 @@ def main(default: str) -> None:
             return
         start_cpu_processes()
         # Imported late: what is wrong with the arguments is said within a moment.
-        from engine import train
-        from set_up import set_up
+        from .engine import train
+        from .set_up import set_up
 
         if seeds == [()]:
             train(set_up(configs[0]))
         else:
-            from seeds import train_seeds
+            from .seeds import train_seeds
 
             train_seeds(configs)
 

@@ -15,18 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from config import Config, RunError
-from distillation import Teacher
-from evaluation import describe_accuracies, evaluate
-from loading import EpochBatches, UnreadableSample, fetch, stop_loaders
-from models import optimizer_state, whole_model
-from optim import BatchMixer, learning_rate, set_learning_rate
-from pictures import draw_curves
-from progress import METRICS, Display, append_metrics, peak_memory, read_metrics, warn
-from run_lock import RunLock
-from run_state import Position, last_good, nonfinite, save_checkpoint, seed_step, sha256, state_digest
 from safetensors import SafetensorError
-from stop_request import StopRequest
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -34,6 +23,18 @@ from sdt_blocks import save_model
 from sdt_blocks.analysis import analyze_model
 from sdt_blocks.files import write_atomically
 from sdt_blocks.models.saved import WEIGHTS
+
+from .config import Config, RunError
+from .distillation import Teacher
+from .evaluation import describe_accuracies, evaluate
+from .loading import EpochBatches, UnreadableSample, fetch, stop_loaders
+from .models import optimizer_state, whole_model
+from .optim import BatchMixer, learning_rate, set_learning_rate
+from .pictures import draw_curves
+from .progress import METRICS, Display, append_metrics, peak_memory, read_metrics, warn
+from .run_lock import RunLock
+from .run_state import Position, last_good, nonfinite, save_checkpoint, seed_step, sha256, state_digest
+from .stop_request import StopRequest
 
 ANALYZED = 256
 """Samples of each process that `analyze=true` looks at."""

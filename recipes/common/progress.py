@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from config import ConfigError, one_paragraph
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from sdt_blocks.files import write_atomically
+
+from .config import ConfigError, one_paragraph
 
 SECONDS_BETWEEN_LINES = 30
 METRICS, DAMAGED, CURVES = "metrics.jsonl", "metrics_damaged.jsonl", "curves.png"

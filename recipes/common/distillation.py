@@ -8,10 +8,11 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
-from config import Config, ConfigError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from .config import Config, ConfigError
 
 
 class Teacher:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from config import Config, ConfigError, model_keywords
 from torch import nn
-from trained import class_names
 
 from sdt_blocks import create_model, load_model, load_released_checkpoint
+
+from .config import Config, ConfigError, model_keywords
+from .trained import class_names
 
 HEAD, SECOND_HEAD = "head.", "distillation_head."
 

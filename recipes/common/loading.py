@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from config import Config, ConfigError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sdt_datasets.images import build_image_datasets
+
+from .config import Config, ConfigError
 
 EVENT_DATA_SETS = ("dvs128_gesture", "cifar10_dvs", "cifar10_dvs_tet", "n_mnist", "event_folder")
 

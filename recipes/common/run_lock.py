@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from config import ConfigError, RunError
-from progress import warn
+
+from .config import ConfigError, RunError
+from .progress import warn
 
 LOCK = "run.lock"
 HEARTBEAT, PATIENCE = 10.0, 60.0

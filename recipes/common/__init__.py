@@ -1,0 +1,1 @@
+"""What the recipes share: configuration, data loading, the training loop, the run folder."""

@@ -1,0 +1,295 @@
+"""The configuration of a run: one typed tree, filled from a YAML file and `key=value` arguments.
+
+    config = load_config(["config=cifar10_2_256", "optim.lr=1e-3"], default="digits")
+
+The keys stand in `schema.py`; `--help` of any recipe prints the same list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sdt_blocks.models.registry import model_options
+from sdt_blocks.neuron import neuron_spec
+
+from .schema import Config, Derived
+from .values import convert, read_yaml, shown
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+class ConfigError(ValueError):
+    """What the user asked for cannot be done; the message is one paragraph that says why and what would work."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_paragraph(message))
+
+
+class RunError(RuntimeError):
+    """A run cannot go on; the message is one paragraph that says why and what is safe."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_paragraph(message))
+
+
+def load_config(arguments: Sequence[str], *, default: str) -> Config:
+    """The configuration of a command line.
+
+    `config=NAME` (a file of recipes/configs) or `config=FILE.yaml` replaces the recipe's `default`; any `key=value`
+    overrides what it says. Raises `ConfigError`.
+    """
+    overrides: list[tuple[str, str]] = []
+    source = default
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"cannot read the argument {shown(argument)}; write key=value, for example optim.lr=1e-3")
+        if key == "config":
+            source = value
+        else:
+            overrides.append((key, value))
+    content = read_file(_find(source))
+    content.pop("derived", None)
+    config = Config()
+    for key, value in [*_leaves(content), *overrides]:
+        _set(config, key, value)
+    validate(config)
+    return config
+
+
+def _find(source: str) -> Path:
+    path = Path(source)
+    named = CONFIGS / f"{source.removesuffix('.yaml')}.yaml"
+    try:
+        if path.is_file():
+            return path
+        if source and "/" not in source and named.is_file():
+            return named
+    except (OSError, ValueError):  # a name that no file can have
+        pass
+    known = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
+    raise ConfigError(
+        f"config={_plain(source)}: no such file; give the path of a YAML file or one of {', '.join(known)}"
+    )
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises `ConfigError`."""
+    try:
+        content = read_yaml(path.read_bytes())
+    except (yaml.YAMLError, OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not a readable YAML file ({one_paragraph(error)})") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not a readable YAML file (it is nested too deeply)") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a mapping such as `train: {{epochs: 10}}`, found {type(content).__name__}")
+    return content
+
+
+def _plain(text: str) -> str:
+    return text if len(text) <= 60 and text.isprintable() else shown(text)
+
+
+def _leaves(content: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(_lookup(name)):
+            pairs += _leaves(value, f"{name}.")
+        else:
+            pairs.append((name, value))
+    return pairs
+
+
+def _lookup(key: str) -> Any:
+    """The type of a dotted key. Raises `ConfigError` that lists the valid ones."""
+    kind: Any = Config
+    *sections, last = key.split(".")
+    for depth, part in enumerate([*sections, last]):
+        hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        if part not in hints:
+            where = ".".join(key.split(".")[:depth])
+            near = difflib.get_close_matches(key[:100], all_keys(), n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]}? " if near else ""
+            valid = f"{where or 'the top level'} has {', '.join(hints)}" if hints else f"{where} is a single value"
+            raise ConfigError(f"unknown key {shown(key)}: {hint}{valid}")
+        kind = hints[part]
+    return kind
+
+
+def _set(config: Any, key: str, value: Any) -> None:
+    kind = _lookup(key)
+    if key.startswith("derived"):
+        raise ConfigError(f"{key} is computed and cannot be set; set optim.lr, train.batch_size or train.epochs")
+    if dataclasses.is_dataclass(kind):
+        names = ", ".join(f"{key}.{f.name}" for f in dataclasses.fields(kind))
+        raise ConfigError(f"{key} is a section; set one of its keys: {names}")
+    try:
+        converted = convert(value, kind)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from None
+    *sections, last = key.split(".")
+    setattr(_get(config, ".".join(sections)) if sections else config, last, converted)
+
+
+def all_keys() -> list[str]:
+    """Every key that can be set."""
+    return [key for key, _, _ in _walk(Config)]
+
+
+def _walk(kind: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, its type, its dataclass field) for every leaf that can be set."""
+    hints = typing.get_type_hints(kind)
+    leaves: list[tuple[str, Any, Any]] = []
+    for item in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[item.name]):
+            if hints[item.name] is not Derived:
+                leaves += _walk(hints[item.name], f"{prefix}{item.name}.")
+        else:
+            leaves.append((f"{prefix}{item.name}", hints[item.name], item))
+    return leaves
+
+
+def validate(config: Config) -> None:
+    """Checks each value against its bounds and the values against each other. Raises `ConfigError`."""
+    for key, _, item in _walk(Config):
+        value = _get(config, key)
+        for single in value if isinstance(value, list) else [value]:
+            _check_bounds(key, single, item.metadata)
+        length = item.metadata.get("length")
+        if isinstance(value, list) and (not value or (length and len(value) != length)):
+            raise ConfigError(f"{key}: expected {length or 'at least one'} number(s), got {shown(value)}")
+    data, train, optim = config.data, config.train, config.optim
+    for key in ("data.scale", "data.ratio"):
+        low, high = _get(config, key)
+        if low > high:
+            raise ConfigError(f"{key}: the first value must not exceed the second, got [{low}, {high}]")
+    if len(data.mean) != len(data.std):
+        raise ConfigError(f"data.mean has {len(data.mean)} values and data.std {len(data.std)}; give as many of each")
+    if not config.output_dir.strip():
+        raise ConfigError("output_dir: expected the path of a folder, got nothing")
+    pooling = config.model.pooling
+    if pooling is not None and (len(pooling) != 4 or set(pooling) - {"0", "1"}):
+        raise ConfigError(f'model.pooling: expected four flags 0 or 1, quoted in YAML ("0011"), got {shown(pooling)}')
+    if train.warmup_epochs > train.epochs:
+        raise ConfigError(f"train.warmup_epochs={train.warmup_epochs} exceeds train.epochs={train.epochs}")
+    if optim.min_lr > optim.lr:
+        raise ConfigError(f"optim.min_lr={optim.min_lr} exceeds optim.lr={optim.lr}")
+    if optim.warmup_lr > optim.lr:
+        raise ConfigError(f"optim.warmup_lr={optim.warmup_lr} exceeds optim.lr={optim.lr}")
+    if train.tet and train.loss == "bce":
+        raise ConfigError("train.tet is defined on cross entropy; set train.loss=ce")
+    if train.tet and config.model.per_step is False:
+        raise ConfigError("train.tet needs the logits of every step; leave model.per_step out")
+    if train.teacher is not None and (train.tet or config.model.distillation is False):
+        raise ConfigError("train.teacher needs a second head, and no TET; leave train.tet and model.distillation out")
+    if train.teacher is None and (train.teacher_weights is not None or config.model.distillation):
+        raise ConfigError("train.teacher_weights and model.distillation need a teacher; name it in train.teacher")
+    if train.teacher is not None and train.linear_probe:
+        raise ConfigError("train.linear_probe trains the head alone; leave train.teacher out")
+    if optim.trust_clip and optim.name != "lamb":
+        raise ConfigError(f"optim.trust_clip is lamb's; leave it out with optim.name={optim.name}")
+    model_keywords(config)
+    if train.linear_probe and train.init_checkpoint is None:
+        raise ConfigError("train.linear_probe trains the head of a finished model; name it in train.init_checkpoint")
+
+
+def model_keywords(config: Config) -> dict[str, Any]:
+    """What the configuration sets of the model's keywords, the neuron with its options. Raises `ConfigError`."""
+    options = {key: value for key, value in dataclasses.asdict(config.model).items() if value is not None}
+    name = options.pop("name")
+    neuron = {key: value for key, value in dataclasses.asdict(config.neuron).items() if value is not None}
+    if "alpha" in neuron:
+        if "surrogate" not in neuron:
+            raise ConfigError("neuron.alpha is that of a surrogate; name it in neuron.surrogate")
+        neuron["surrogate"] = {"kind": neuron["surrogate"], "alpha": neuron.pop("alpha")}
+    if neuron:
+        kind = options.get("neuron", model_options(name)["neuron"].default)
+        try:
+            options["neuron"] = neuron_spec({"name": kind, **neuron})
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"neuron.*: {error}") from None
+    return options
+
+
+def _get(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _check_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> None:
+    if value is None:
+        return
+    choices = bounds.get("choices")
+    if choices and value not in choices:
+        near = difflib.get_close_matches(str(value)[:100], choices, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"{key}: {shown(value)} is unknown; {hint}choose one of {', '.join(choices)}")
+    wrong = (
+        (("least" in bounds) and value < bounds["least"])
+        or (("most" in bounds) and value > bounds["most"])
+        or (("above" in bounds) and value <= bounds["above"])
+        or (("below" in bounds) and value >= bounds["below"])
+    )
+    if wrong:
+        raise ConfigError(f"{key}: expected a value {_range(bounds)}, got {shown(value)}")
+
+
+def _range(bounds: Mapping[str, Any]) -> str:
+    words = {"least": "of at least", "above": "above", "most": "at most", "below": "below"}
+    return " and ".join(f"{word} {bounds[name]:g}" for name, word in words.items() if name in bounds)
+
+
+# What a resumed run may change: it moves, watches, ends or divides the run. `run_state.tell_changes` warns of what
+# changes batch statistics or rounding.
+_FREE = {
+    "data.root", "data.workers", "data.download", "data.on_error", "data.test_samples", "data.crop_pct", "events.cache",
+    "train.batch_size", "train.accumulate", "train.max_steps", "train.init_checkpoint", "train.skip_nonfinite",
+    "train.checkpoint_every", "train.checkpoint_steps", "train.keep_checkpoints", "train.eval_every",
+    "train.channels_last", "train.compile", "output_dir", "resume", "tracker", "threads", "analyze",
+}  # fmt: skip
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every dotted key with its value, those of `derived` included."""
+    values = {key: _get(config, key) for key, _, _ in _walk(Config)}
+    return values | {f"derived.{key}": value for key, value in dataclasses.asdict(config.derived).items()}
+
+
+def trajectory(config: Config) -> dict[str, Any]:
+    """The settings that the weights at a given step depend on."""
+    return {key: value for key, value in flatten(config).items() if key not in _FREE and not key.startswith("derived")}
+
+
+def help_text(default: str) -> str:
+    """Every key with its meaning and default, for `--help`."""
+    lines = [
+        f"Starts from config={default}; config=NAME takes another file of recipes/configs, config=FILE.yaml any file.",
+        "The keys, with the value where no file says otherwise:",
+    ]
+    defaults = Config()
+    for key, _, item in _walk(Config):
+        value = _get(defaults, key)
+        choices = f" ({', '.join(item.metadata['choices'])})" if "choices" in item.metadata else ""
+        lines.append(f"  {key}={'null' if value is None else value}: {item.metadata['help']}{choices}")
+    return "\n".join(lines)
+
+
+def to_yaml(config: Config) -> str:
+    """The whole tree as YAML; `load_config` reads it again."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def one_paragraph(error: object) -> str:
+    """The message of an error without its line breaks."""
+    return " ".join(str(error).split())
