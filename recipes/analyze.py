@@ -5,7 +5,8 @@
 
 It writes a folder (output_dir=, by default `analysis` in the run's): rates.csv, energy.json, audit.txt, plots as PNG,
 and index.html, one page that shows it all. For a run folder the data is the run's own unless said otherwise, else that
-of config=imagenet_8_384. Keys of its own: samples, batch_size, images, layer, output_dir, neurobench (see the end).
+of config=imagenet_8_384. Keys of its own: samples, batch_size, images, layer, output_dir, as_trained,
+neurobench (see the end).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Options:
     images: int = option(4, "how many images get attention overlays", least=0)
     layer: str | None = option(None, "the neuron layer whose membranes are drawn; null takes the last")
     output_dir: str | None = option(None, "the folder to write; null makes `analysis` beside the checkpoint")
+    as_trained: bool = option(False, "judge the network as it is trained, not as it is deployed: norms unfolded")
     neurobench: bool = option(False, "also NeuroBench's metrics, into neurobench.json")
 
 
@@ -124,7 +126,8 @@ def main(arguments: list[str]) -> None:
     model.to(accelerator.device)
     try:
         title = f"{checkpoint} on {config.data.name}"
-        analyze_model(model, batches, folder, title=title, layer=options.layer, images=options.images)
+        asked = {"layer": options.layer, "images": options.images, "as_trained": options.as_trained}
+        analyze_model(model, batches, folder, title=title, **asked)
         if options.neurobench and accelerator.is_main_process:
             run_neurobench(model, batches, folder)
     except (ValueError, OSError, ImportError, UnreadableSample) as error:

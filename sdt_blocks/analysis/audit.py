@@ -35,11 +35,13 @@ class NotSpikeDrivenError(ValueError):
 class Audit:
     """The products of one forward pass; the network is `spike_driven` where none of them is a violation.
 
-    `silence` says which neurons never fired; where none did, `spike_driven` tells of the construction alone.
+    `silence` says which neurons never fired; where none did, `spike_driven` tells of the construction alone. `form` is
+    what was judged, the network as it is "deployed" or as it is "trained".
     """
 
     products: list[Product]
     silence: str = ""
+    form: str = "deployed"
 
     @property
     def violations(self) -> list[Product]:
@@ -68,16 +70,21 @@ class Audit:
     def finding(self) -> str:
         """One sentence."""
         if not self.spike_driven:
-            return "The network is NOT spike-driven."
+            merging = all(product.merges for product in self.violations)
+            until = " until the layers of its units are merged, as they are when it is deployed" if merging else ""
+            return f"The network is NOT spike-driven{until}."
         if self.dead:
             return "The network is built to be spike-driven, but it does nothing here: no neuron fired."
-        return "The network is spike-driven."
+        merged = len({product.module for product in self.products if product.merges})
+        where = f" as it is deployed, {merged} chains of layers merged into one convolution each" if merged else ""
+        return f"The network is spike-driven{where}."
 
     def summary(self) -> list[str]:
         """Neurons that never fired, if any; the finding; a line for each verdict with the number of its products."""
         counts = [(len(self.of(verdict)), verdict, why) for verdict, why in VERDICTS.items()]
         lines = [f"{n:4d} {verdict}: {why}" for n, verdict, why in counts if n]
-        return [*([self.silence] if self.silence else []), self.finding, *lines]
+        form = f"It is judged as it is {self.form}."
+        return [*([self.silence] if self.silence else []), self.finding, form, *lines]
 
     def table(self) -> Table:
         """A table for rich, violations in red."""
@@ -104,6 +111,7 @@ def audit(
     strict: bool = False,
     neurons: Sequence[type[nn.Module]] = (),
     forward: Forward | None = None,
+    as_trained: bool = False,
 ) -> Audit:
     """Follows the spikes through one forward pass and judges every product by what its operands are by construction.
 
@@ -114,6 +122,10 @@ def audit(
     analog values, and any operation that is not known to be free of multiplications. That the neurons really emit
     zeros and one other value is checked on the batch. What happens inside of a neuron is listed, not judged.
 
+    The network is judged as it is deployed: a unit that is trained as several layers without a neuron in between is one
+    convolution of its input, so that every weight sees spikes. With `as_trained` its layers are judged one by one, of
+    which all but the first see sums of weights; the reason then says that merging puts it right.
+
     `neurons` names further types of neurons, which take `[T, B, ...]`; `forward` runs the batch where that is not
     `model(x)`. With `strict`, raises `NotSpikeDrivenError` where the network is not spike-driven.
 
@@ -121,11 +133,12 @@ def audit(
     >>> found.spike_driven, found.silence
     (True, '')
     """
-    with Probe(model, neurons, forward) as probe:
+    with Probe(model, neurons, forward, as_trained=as_trained) as probe:
         follower = Follower(probe)
         for _ in probe.run([batch]):
             pass
-    result = Audit(list(follower.products.values()), silence(probe.model, probe.fired))
+    products = list(follower.products.values())
+    result = Audit(products, silence(probe.model, probe.fired), "trained" if as_trained else "deployed")
     warn_if_dead(result.silence)
     if strict:
         result.raise_for_violations()

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..neuron import spikes_of
+from ..steps import Unit
 from .operators import (
     ADDITIONS,
     BATCH_NORMS,
@@ -45,6 +46,8 @@ class Product:
     verdict: str
     reason: str
     calls: int = 0
+    merges: bool = False
+    """Whether it belongs to layers that are one convolution when the network is deployed, or is that convolution."""
 
 
 @dataclass(frozen=True)
@@ -169,16 +172,33 @@ class Follower(TorchDispatchMode):
         kinds = f"{a.kind} x {b.kind}"
         analog = [value for value in (a, b) if value.kind == ANALOG]
         if a.binary or b.binary:
-            scaled = SCALED in (a.kind, b.kind)
-            self.note(name, kinds, ADDS, "spikes; their scale is absorbed by the weights" if scaled else "spikes")
+            scaled = "; their scale is absorbed by the weights" if SCALED in (a.kind, b.kind) else ""
+            merged = self._merged()
+            self.note(name, kinds, ADDS, f"spikes{scaled}{merged}", merges=bool(merged))
         elif not analog and NOTHING in (a, b):
             self.note(name, kinds, FIRST, "the analog input")
         else:
             source = analog[0].origin if analog else "the input"
             hint = f"; no neuron since {analog[0].layer}" if analog and analog[0].layer else ""
-            self.note(name, kinds, MULTIPLIES, f"its input is not spikes: {source}{hint}")
+            merging = self._merging()
+            self.note(
+                name, kinds, MULTIPLIES, f"its input is not spikes: {source}{hint}{merging}", merges=bool(merging)
+            )
         layer = self._here() if NOTHING in (a, b) else ""
         return Value(ANALOG, f"{name} in {self._here()}", layer)
+
+    def _merged(self) -> str:
+        """What the convolution whose code is running was trained as, where it stands for several layers."""
+        layers = getattr(self.probe.model.get_submodule(self.here()), "trained_as", ())
+        return f"; trained as {', '.join(layers)}, which are this one convolution" if layers else ""
+
+    def _merging(self) -> str:
+        """What the layer whose code is running becomes, where it is one of several that are merged."""
+        for name in reversed(self.probe.path):
+            unit = self.probe.model.get_submodule(name)
+            if isinstance(unit, Unit) and not isinstance(unit.conv, nn.Conv2d) and unit.kernel() is not None:
+                return f"; deployed, the layers of {name} are one convolution of its input"
+        return ""
 
     def _multiplied(self, name: str, first: Any, second: Any, output: Any) -> Value:
         a, b = self.value(first), self.value(second)
@@ -291,9 +311,9 @@ class Follower(TorchDispatchMode):
     def _here(self) -> str:
         return self.here() or "the model"
 
-    def note(self, operation: str, operands: str, verdict: str, reason: str) -> None:
+    def note(self, operation: str, operands: str, verdict: str, reason: str, *, merges: bool = False) -> None:
         key = (self.here(), operation, operands, verdict, reason)
-        self.products.setdefault(key, Product(*key)).calls += 1
+        self.products.setdefault(key, Product(*key, merges=merges)).calls += 1
 
 
 def _tensors(nested: Any) -> list[Tensor]:

@@ -168,6 +168,7 @@ def energy(
     spike_input: bool = False,
     neurons: Sequence[type[nn.Module]] = (),
     forward: Forward | None = None,
+    as_trained: bool = False,
 ) -> EnergyReport:
     """Energy of one inference: the operations of each layer times the rates of its real input, after any pooling.
 
@@ -175,6 +176,9 @@ def energy(
         AC layers (spikes)          E_AC * macs * sum over t of rate[t]
         mixers of an attention      E_AC for each of their `additions`: a coincidence of k and v where a mask is made
                                     of them; in q (k^T v) also a row of counts for each spike of q
+
+    A unit that is trained as several layers is charged as the one convolution that it is when deployed; with
+    `as_trained` its layers are charged one by one.
 
     `e_mac` and `e_ac` are in picojoules. Batch normalisation folds into the convolution before it and costs nothing,
     folded or not; biases are not counted. The arguments are those of `count_operations`.
@@ -185,7 +189,9 @@ def energy(
     >>> report.total_mj < report.ann_mj, report["head"].synaptic_operations > 0, report.not_counted
     (True, True, [])
     """
-    operations = count_operations(model, batches, spike_input=spike_input, neurons=neurons, forward=forward)
+    operations = count_operations(
+        model, batches, spike_input=spike_input, neurons=neurons, forward=forward, as_trained=as_trained
+    )
     return _report(operations, e_mac, e_ac)
 
 
@@ -198,6 +204,7 @@ def energy_from_rates(
     *,
     neurons: Sequence[type[nn.Module]] = (),
     forward: Forward | None = None,
+    as_trained: bool = False,
 ) -> EnergyReport:
     """The energy table for given rates, such as a paper's: without data, and on the meta device without weights.
 
@@ -215,7 +222,7 @@ def energy_from_rates(
     rates = rates if isinstance(rates, Mapping) else {"*": rates}
     where = next(unwrap(model).parameters(), torch.zeros(0))
     operations = count_operations(
-        model, torch.rand(1, *input_shape, device=where.device), neurons=neurons, forward=forward
+        model, torch.rand(1, *input_shape, device=where.device), neurons=neurons, forward=forward, as_trained=as_trained
     )
     used = set()
     for layer in operations.layers:

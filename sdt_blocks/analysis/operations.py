@@ -109,17 +109,18 @@ def count_operations(
     spike_input: bool = False,
     neurons: Sequence[type[nn.Module]] = (),
     forward: Forward | None = None,
+    as_trained: bool = False,
 ) -> Operations:
     """The operations of every convolution, linear layer, matrix product and attention of the model, over all batches.
 
     Counts are summed in float64 over batches and processes. What comes before the first neuron is analog (kind "MAC")
     unless `spike_input` says that the data are spikes; any other layer is "AC" if its inputs are zeros and one positive
-    value in every batch. For `neurons` and `forward` see `firing_rates`. One warning names what may multiply and is not
-    counted. Raises `ValueError` where there is no batch.
+    value in every batch. For `neurons`, `forward` and `as_trained` see `firing_rates`. One warning names what may
+    multiply and is not counted. Raises `ValueError` where there is no batch.
     """
     sites: dict[str, _Site] = {}
     samples = steps = 0
-    with Probe(model, neurons, forward) as probe:
+    with Probe(model, neurons, forward, as_trained=as_trained) as probe:
         recorder = _Recorder(probe)
         for x in probe.run(batches):
             samples, steps = samples + probe.clock.batch, max(steps, probe.clock.steps)

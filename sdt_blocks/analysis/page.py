@@ -210,7 +210,8 @@ def _audit(audit: Audit) -> str:
     details = (
         f'<details><summary>every product</summary><div class="scroll"><table>{head}{rows}</table></div></details>'
     )
-    return f'<p>{escape(audit.finding)}</p><div class="scroll"><table>{listed}</table></div>{details}'
+    form = f"It is judged as it is {audit.form}."
+    return f'<p>{escape(audit.finding)} {form}</p><div class="scroll"><table>{listed}</table></div>{details}'
 
 
 def _name(layer: str) -> str:

@@ -13,6 +13,7 @@ import torch
 from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
+from ..inference.folded import folded
 from ..neuron import Streamed, spikes_of, takes_sequence
 
 Forward = Callable[[nn.Module, Tensor], Any]
@@ -125,10 +126,18 @@ class Clock:
 
 
 class Probe:
-    """Hooks on a model for the length of a `with` block; batches run through it in eval mode, without gradients."""
+    """Hooks on a model for the length of a `with` block; batches run through it in eval mode, without gradients.
+
+    Unless `as_trained`, the block sees the network as it is deployed: norms folded, chains of layers merged.
+    """
 
     def __init__(
-        self, model: nn.Module, neurons: Sequence[type[nn.Module]] = (), forward: Forward | None = None
+        self,
+        model: nn.Module,
+        neurons: Sequence[type[nn.Module]] = (),
+        forward: Forward | None = None,
+        *,
+        as_trained: bool = True,
     ) -> None:
         self.model = unwrap(model)
         for module in self.model.modules():
@@ -139,6 +148,8 @@ class Probe:
                 )
         self.neurons = find_neurons(self.model, neurons)
         self.forward = forward
+        self.as_trained = as_trained
+        self._form = ExitStack()
         self.clock = Clock()
         self.path: list[str] = []
         self.shapes: list[torch.Size] = []
@@ -148,6 +159,9 @@ class Probe:
         self._handles: list[Any] = []
 
     def __enter__(self) -> Probe:
+        if not self.as_trained:
+            # Before there are hooks, which fold with nothing.
+            self._form.enter_context(folded(self.model))
         for name, neuron in self.neurons.items():
             self.watch(neuron, self._clocked(name))
         return self
@@ -170,6 +184,7 @@ class Probe:
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
+        self._form.close()
 
     def watch(self, module: nn.Module, hook: Hook) -> None:
         """Calls `hook(module, inputs, output)` after each call of the module, until the block ends.

@@ -137,6 +137,7 @@ def firing_rates(
     *,
     neurons: Sequence[type[nn.Module]] = (),
     forward: Forward | None = None,
+    as_trained: bool = False,
 ) -> FiringRates:
     """Firing rates of every neuron layer at every time step, a mean over all samples of all batches and processes.
 
@@ -145,7 +146,8 @@ def firing_rates(
     self-attention are layers, and with event pooling `k_pool` and `v_pool`. A rate is the share of non-zero entries.
 
     `model` runs in eval mode; `neurons` are further types of modules to count, called with `[T, B, ...]`; `forward`
-    runs one batch where that is not `model(x)`. Under `torch.distributed` each process calls this with its own share.
+    runs one batch where that is not `model(x)`. The network is judged as it is deployed, with norms folded and chains
+    of layers merged, unless `as_trained`. Under `torch.distributed` each process calls this with its own share.
 
     Raises `ValueError` where there is no neuron layer or no batch.
 
@@ -155,7 +157,7 @@ def firing_rates(
     """
     totals: dict[str, _Totals] = {}
     samples = 0
-    with Probe(model, neurons, forward) as probe:
+    with Probe(model, neurons, forward, as_trained=as_trained) as probe:
         if not probe.neurons:
             owner = type(probe.model).__name__
             raise ValueError(f"{owner} has no neuron layer that is known; name the types of its neurons in neurons=")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..inference.folded import folded
 from . import plots
 from .attention_maps import maps_of_blocks, upsample
 from .audit import Audit, audit
@@ -21,6 +24,16 @@ from .rates import FiringRates, firing_rates
 from .record import record
 
 
+class _Asked(NamedTuple):
+    """What the folder of an analysis shows, and of which form of the network."""
+
+    folder: Path
+    title: str
+    layer: str | None
+    images: int
+    form: str
+
+
 def analyze_model(
     model: nn.Module,
     batches: Batches,
@@ -29,12 +42,14 @@ def analyze_model(
     title: str = "",
     layer: str | None = None,
     images: int = 4,
+    as_trained: bool = False,
 ) -> tuple[FiringRates, EnergyReport]:
     """Analyses a model on batches of (inputs, targets) and writes the folder; returns the rates and the energy.
 
     Every process calls this with its own share of the samples, `batches` being read more than once; the first one
     writes. `layer` is the neuron layer to draw (the last by default), `images` the number of overlays. The samples lie
-    on the first axis of the inputs, or on the second one where the network takes time first.
+    on the first axis of the inputs, or on the second one where the network takes time first. The network is judged as
+    it is deployed, with norms folded and chains of layers merged, unless `as_trained`.
 
     Raises `TypeError` for batches that can be read only once, and `ValueError` for a layer that is not there, a
     negative number of images, no batch, or a model without neurons.
@@ -47,22 +62,37 @@ def analyze_model(
     neurons = find_neurons(model)
     if layer is not None and layer not in neurons:
         raise ValueError(f"no neuron layer is called {layer!r}; there are {', '.join(neurons) or 'none'}")
-    rates, report = firing_rates(model, batches), energy(model, batches)
-    if not is_first_process():
-        return rates, report
-    folder = Path(output_dir)
+    form = "trained" if as_trained else "deployed"
+    # One form for all that is asked of the network, and one warning of what has none.
+    with nullcontext() if as_trained else folded(model):
+        rates = firing_rates(model, batches, as_trained=True)
+        report = energy(model, batches, as_trained=True)
+        if is_first_process():
+            _write(
+                model,
+                batches,
+                rates,
+                report,
+                _Asked(Path(output_dir), title or type(model).__name__, layer, images, form),
+            )
+    return rates, report
+
+
+def _write(model: nn.Module, batches: Batches, rates: FiringRates, report: EnergyReport, asked: _Asked) -> None:
+    """The folder of an analysis."""
+    folder = asked.folder
     (folder / "overlays").mkdir(parents=True, exist_ok=True)
     first = batches if isinstance(batches, Tensor) else input_of(next(iter(batches)))
     axis = batch_axis(model, first)
-    few, one = (first.narrow(axis, 0, min(count, first.shape[axis])) for count in (images, 1))
-    found = audit(model, first.narrow(axis, 0, min(2, first.shape[axis])))
-    found.silence = rates.silence  # of all samples, not of two
+    few, one = (first.narrow(axis, 0, min(count, first.shape[axis])) for count in (asked.images, 1))
+    found = audit(model, first.narrow(axis, 0, min(2, first.shape[axis])), as_trained=True)
+    found.silence, found.form = rates.silence, asked.form  # of all samples, not of two
     rates.to_csv(folder / "rates.csv")
     report.to_json(folder / "energy.json")
     (folder / "audit.txt").write_text(str(found), encoding="utf-8")
     plots.energy_bars(report).savefig(folder / "energy.png", dpi=120)
     plots.rate_map(rates).savefig(folder / "rates.png", dpi=120)
-    drawn = layer or [name for name in rates.layers if name in neurons][-1]
+    drawn = asked.layer or [name for name in rates.layers if name in find_neurons(model)][-1]
     figures = {
         "Attention": draw_attention(model, few, axis, folder),
         "A neuron layer": draw_neurons(model, one, drawn, rates, folder),
@@ -70,7 +100,7 @@ def analyze_model(
     sample = " x ".join(str(size) for at, size in enumerate(first.shape) if at != axis)
     write_page(
         folder / "index.html",
-        title=title or type(model).__name__,
+        title=asked.title,
         subtitle=f"{rates.samples} samples, {report.steps} time steps, input {sample}",
         rates=rates,
         report=report,
@@ -78,7 +108,6 @@ def analyze_model(
         figures=figures,
     )
     print_summary(rates, report, found, folder)
-    return rates, report
 
 
 def draw_attention(model: nn.Module, inputs: Tensor, axis: int, folder: Path) -> list[tuple[Path, str]]:

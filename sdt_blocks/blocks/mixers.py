@@ -9,6 +9,7 @@ of submodules that its products of spikes pass through.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -139,7 +140,9 @@ class LinearSpikeMixer(nn.Module):
         # Half precision could not hold the counts of many tokens.
         dtype, shape = state_dtype(q), q.shape
         spikes = [as_spikes(x.to(dtype), x) for x in (q, k, v)]
-        with torch.autocast(q.device.type, enabled=False), SpikesAsBits(*filter(are_spikes, spikes)):
+        # Meta tensors have shapes alone, and no autocast.
+        exact = nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False)
+        with exact, SpikesAsBits(*filter(are_spikes, spikes)):
             # [T, B, heads, dim / heads, tokens]: transposed, as they lie in memory.
             of_q, of_k, of_v = (x.flatten(3).unflatten(2, (self.num_heads, -1)) for x in spikes)
             counts = (of_v @ of_k.mT) @ of_q

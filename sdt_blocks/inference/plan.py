@@ -13,7 +13,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -91,11 +91,31 @@ def plan(model: nn.Module) -> Plan:
 
     Raises `TypeError` for what is no module.
     """
+    traced = trace(model)
+    if traced.opaque:
+        told = "; ".join(f"{name or type(model).__name__} ({why})" for name, why in traced.opaque.items())
+        warnings.warn(f"kept as it is, since only its own forward can compute it: {told}", stacklevel=3)
+    return traced.plan
+
+
+class Traced(NamedTuple):
+    """A plan, the frozen copy of the network that its leaves stand in, and by name what is opaque, with the reason."""
+
+    plan: Plan
+    network: nn.Module
+    opaque: dict[str, str]
+
+
+def trace(model: nn.Module) -> Traced:
+    """The plan of a model and what it was made from; tells nobody what is opaque.
+
+    Raises `TypeError` for what is no module.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     opaque: dict[str, str] = {}
     while True:
-        root = _Root(copy.deepcopy(model).eval().requires_grad_(False))
+        root = _Root(_frozen(model))
         tracer = _Tracer(opaque)
         random = torch.get_rng_state()
         try:
@@ -113,11 +133,16 @@ def plan(model: nn.Module) -> Plan:
             opaque[stateful[-1]] = "it keeps a state in its attributes"
         else:
             break
-    opaque |= tracer.watched
-    if opaque:
-        told = "; ".join(f"{_short(name) or type(model).__name__} ({why})" for name, why in opaque.items())
-        warnings.warn(f"kept as it is, since only its own forward can compute it: {told}", stacklevel=4)
-    return Plan(list(_Lowering(root).nodes_of(graph)))
+    told = {_short(name): why for name, why in (opaque | tracer.watched).items()}
+    return Traced(Plan(list(_Lowering(root).nodes_of(graph))), root.network, told)
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    """A copy in eval mode without gradients, also of what a backward pass has left in a neuron's state."""
+    values = (value for module in model.modules() for value in (*vars(module).values(), *module._buffers.values()))
+    held = [value for value in values if isinstance(value, Tensor) and not value.is_leaf]
+    memo: Any = {id(value): value.detach().clone() for value in held}
+    return copy.deepcopy(model, memo).eval().requires_grad_(False)
 
 
 _NETWORK = "network"
@@ -316,7 +341,8 @@ def convolution(unit: Any) -> tuple[nn.Conv2d, nn.BatchNorm2d | None] | None:
     else:
         return None
     norm = None if isinstance(norm, nn.Identity) else norm
-    plain_norm = norm is None or (steps.is_plain(norm, nn.BatchNorm2d) and norm.running_var is not None)
+    batch_norm = steps.is_plain(norm, nn.BatchNorm2d, nn.SyncBatchNorm) if norm is not None else False
+    plain_norm = norm is None or (batch_norm and norm.running_var is not None)
     if conv is None or not plain_norm or not steps.is_plain(conv, nn.Conv2d):
         return None
     return (conv, norm) if conv.padding_mode == "zeros" and not isinstance(conv.padding, str) else None

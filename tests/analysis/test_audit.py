@@ -18,7 +18,10 @@ def test_v1_multiplies_in_the_first_convolution_only(golden):
     assert [product.module for product in result.of("MAC")] == ["patch.stages.0.conv"]
     convolutions = [n for n, m in golden.model().named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert [product.module for product in result.of("AC")] == convolutions[1:]
-    assert {product.verdict for product in result.products} == {"MAC", "AC", "mask", "fold", "scale", "leak"}
+    assert {product.verdict for product in result.products} == {"MAC", "AC", "mask", "scale", "leak"}
+    trained = audit(golden.model(), golden.tensors["input"], as_trained=True)
+    assert len(trained.of("fold")) == sum(isinstance(m, nn.BatchNorm2d) for m in golden.model().modules())
+    assert [p for p in trained.products if p.verdict != "fold"] == result.products
     # k * v and q * a, in each block.
     assert [product.calls for product in result.of("mask")] == [2] * golden.config["depth"]
 

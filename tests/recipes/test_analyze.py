@@ -74,7 +74,7 @@ def test_a_run(launcher, run_folder):
     assert lines[0].endswith("is spike-driven.") or (
         lines[0] == rates.silence and lines[1].endswith("is spike-driven.")
     )
-    assert rates.mean > 0
+    assert rates.mean > 0 and "It is judged as it is deployed." in lines
     assert "The network is spike-driven." in done.stdout and "run/analysis/index.html" in done.stdout
     page = (folder / "index.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 5 and "50 samples, 4 time steps, input 1 x 8 x 8" in page
@@ -96,8 +96,10 @@ def test_a_released_file_with_other_steps(launcher, released_file, photographs):
     done = launcher.run(
         "analyze", f"checkpoint={released_file}", f"data.root={photographs}", "data.img_size=64", "data.workers=0",
         "samples=4", "model.time_steps=2", "layer=patch.neurons.0", "output_dir=out", "threads=1",
+        "as_trained=true",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "It is judged as it is trained." in (launcher.folder / "out" / "audit.txt").read_text()
     found = json.loads((launcher.folder / "out" / "energy.json").read_text())
     assert found["steps"] == 2 and found["samples"] == 4
     assert "patch.neurons.0: spikes of the first sample" in (launcher.folder / "out" / "index.html").read_text()
