@@ -22,7 +22,7 @@ from common.command_line import print_help, short_errors
 from common.config import ConfigError, RunError, load_config
 from common.cpu_processes import start_cpu_processes
 from common.schema import option
-from common.trained import asked_options, default_folder, load, with_run_config
+from common.trained import default_folder, load, with_run_config
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
@@ -104,36 +104,28 @@ def main(arguments: list[str]) -> None:
     checkpoint = Path(options.checkpoint or "")
     config = load_config(rest, default="imagenet_8_384")
     start_cpu_processes()
-    from common.loading import ShardBatches, UnreadableSample, build_loader, stop_loaders
+    from common.loading import closing, evaluation_loader
     from common.set_up import build_accelerator, open_data
 
-    model = load(checkpoint, averaged=False, overrides=asked_options(config, rest))
-    config.model.in_channels = model.in_channels
+    model, config = load(checkpoint, config, rest, averaged=False)
     neurons = find_neurons(model)
     if options.layer is not None and options.layer not in neurons:
         raise ConfigError(f"layer={options.layer}: no such neuron layer; the model has {', '.join(neurons)}")
-    accelerator = build_accelerator(config)
+    accelerator, config = build_accelerator(config)
     _, test_set = open_data(config, accelerator)
-    shard = ShardBatches(
-        min(len(test_set), options.samples),
-        batch_size=options.batch_size,
-        rank=accelerator.process_index,
-        processes=accelerator.num_processes,
-    )
-    loader = build_loader(test_set, shard, workers=config.data.workers, pin=accelerator.device.type == "cuda")
+    loader = evaluation_loader(test_set, config, accelerator, batch_size=options.batch_size, samples=options.samples)
     batches = ReadableBatches(loader)
     folder = Path(options.output_dir or default_folder(checkpoint, "analysis"))
     model.to(accelerator.device)
+    title = f"{checkpoint} on {config.data.name}"
+    asked = {"layer": options.layer, "images": options.images, "as_trained": options.as_trained}
     try:
-        title = f"{checkpoint} on {config.data.name}"
-        asked = {"layer": options.layer, "images": options.images, "as_trained": options.as_trained}
-        analyze_model(model, batches, folder, title=title, **asked)
-        if options.neurobench and accelerator.is_main_process:
-            run_neurobench(model, batches, folder)
-    except (ValueError, OSError, ImportError, UnreadableSample) as error:
+        with closing(loader):
+            analyze_model(model, batches, folder, title=title, **asked)
+            if options.neurobench and accelerator.is_main_process:
+                run_neurobench(model, batches, folder)
+    except (ValueError, OSError, ImportError) as error:
         raise RunError(str(error)) from error
-    finally:
-        stop_loaders(loader)
     accelerator.end_training()
 
 

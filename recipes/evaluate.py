@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from common.command_line import print_help, short_errors
 from common.config import ConfigError, RunError, load_config
 from common.cpu_processes import start_cpu_processes
-from common.trained import asked_options, class_names, default_folder, load, match_classes, with_run_config
+from common.trained import class_names, default_folder, load, match_classes, with_run_config
 
 if TYPE_CHECKING:
     from common.evaluation import Evaluation
@@ -83,15 +83,14 @@ def main(arguments: list[str]) -> None:
     config = load_config(rest, default="imagenet_8_384")
     start_cpu_processes()
     from common.evaluation import evaluate
-    from common.loading import ShardBatches, UnreadableSample, build_datasets, build_loader, stop_loaders
+    from common.loading import build_datasets, closing, evaluation_loader
     from common.progress import warn
     from common.set_up import at_the_door, build_accelerator
 
     from sdt_blocks.analysis.silence import silence
 
-    model = load(checkpoint, averaged=options.averaged, overrides=asked_options(config, rest))
-    config.model.in_channels = model.in_channels
-    accelerator = build_accelerator(config)
+    model, config = load(checkpoint, config, rest, averaged=options.averaged)
+    accelerator, config = build_accelerator(config)
     _, test_set = at_the_door(build_datasets, config, evaluation_only=True)
     names = class_names(checkpoint, model)
     matched = match_classes(test_set, names, model, checkpoint=checkpoint, by=options.match)
@@ -99,19 +98,9 @@ def main(arguments: list[str]) -> None:
         warn(matched)
     if accelerator.is_main_process:
         make_folder(options.output_dir)
-    shard = ShardBatches(
-        len(test_set),
-        batch_size=config.train.batch_size,
-        rank=accelerator.process_index,
-        processes=accelerator.num_processes,
-    )
-    loader = build_loader(test_set, shard, workers=config.data.workers, pin=accelerator.device.type == "cuda")
-    try:
+    loader = evaluation_loader(test_set, config, accelerator)
+    with closing(loader):
         result = at_the_door(evaluate, model.to(accelerator.device), loader, accelerator)
-    except UnreadableSample as error:
-        raise RunError(str(error)) from error
-    finally:
-        stop_loaders(loader)
     if accelerator.is_main_process and result is not None:
         if not result.firing_rate:
             warn(silence(model, {"every layer": False}))

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.command_line import print_help, short_errors
 from common.config import Config, ConfigError, RunError, load_config
-from common.trained import asked_options, class_names, describe, load, with_run_config
+from common.trained import class_names, describe, load, with_run_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -167,16 +167,19 @@ def build_dataset(files: Sequence[str], model: Any, config: Config) -> Any:
     )
 
 
-def load_for(options: Options, rest: Sequence[str], config: Config) -> Any:
-    """The model, overridden as asked. Raises `ConfigError` where nothing says how its data were prepared."""
-    model = load(options.checkpoint, averaged=options.averaged, overrides=asked_options(config, rest))
+def load_for(options: Options, rest: Sequence[str], config: Config) -> tuple[Any, Config]:
+    """The model, overridden as asked, and the configuration of its data.
+
+    Raises `ConfigError` where nothing says how the data were prepared.
+    """
+    model, config = load(options.checkpoint, config, rest, averaged=options.averaged)
     said = any(argument.startswith("config=") for argument in rest)
     if not said and not (model.num_classes == 1000 and model.in_channels == 3):
         raise ConfigError(
             f"checkpoint={options.checkpoint} does not say how its data were prepared; name the configuration of its "
             f"training, such as config=cifar10_2_512 or config=FILE.yaml"
         )
-    return model
+    return model, config
 
 
 def predict(model: Any, dataset: Any, config: Config, device: Any) -> dict[int, Tensor]:
@@ -185,23 +188,18 @@ def predict(model: Any, dataset: Any, config: Config, device: Any) -> dict[int, 
     They add up to 1 but for a model trained with binary cross entropy (train.loss=bce), which judges each class alone.
     """
     import torch
-    from common.loading import ShardBatches, UnreadableSample, build_loader, fetch, stop_loaders
+    from common.loading import ShardBatches, build_loader, closing, fetch
 
     batches = ShardBatches(len(dataset), batch_size=config.train.batch_size)
     workers = config.data.workers if len(batches) > 1 else 0
     loader = build_loader(dataset, batches, workers=workers, pin=False)
     found: dict[int, Tensor] = {}
-    try:
-        with torch.no_grad():
-            for rows, (inputs, targets) in zip(batches, fetch(loader), strict=True):
-                logits = model(inputs.to(device)).float().cpu()
-                logits = logits.mean(0) if logits.ndim == 3 else logits
-                answers = logits.sigmoid() if config.train.loss == "bce" else logits.softmax(-1)
-                found |= {row: one for row, one, known in zip(rows, answers, targets >= 0, strict=True) if known}
-    except UnreadableSample as error:
-        raise RunError(str(error)) from error
-    finally:
-        stop_loaders(loader)
+    with closing(loader), torch.no_grad():
+        for rows, (inputs, targets) in zip(batches, fetch(loader), strict=True):
+            logits = model(inputs.to(device)).float().cpu()
+            logits = logits.mean(0) if logits.ndim == 3 else logits
+            answers = logits.sigmoid() if config.train.loss == "bce" else logits.softmax(-1)
+            found |= {row: one for row, one, known in zip(rows, answers, targets >= 0, strict=True) if known}
     broken = next((row for row, answer in found.items() if not answer.isfinite().all()), None)
     if broken is not None:
         raise RunError(f"the model's answer for {dataset._name(broken)} is not finite; its weights are damaged")
@@ -237,11 +235,11 @@ def run(options: Options, rest: Sequence[str]) -> list[dict[str, Any]]:
 
     from sdt_blocks.analysis.silence import silence
 
-    model = load_for(options, rest, config)
+    model, config = load_for(options, rest, config)
     names = class_names(options.checkpoint, model)
     if names is None:
         warn(f"{options.checkpoint} does not name its classes; they are given by number")
-    accelerator = build_accelerator(config)
+    accelerator, config = build_accelerator(config)
     if accelerator.num_processes > 1:
         raise ConfigError("one process makes the predictions: start it as python recipes/predict.py ...")
     files = find_files(options.inputs, events=model.in_channels == EVENT_CHANNELS)

@@ -25,7 +25,7 @@ def main(default: str) -> None:
         seeds, arguments = take_seeds([argument for argument in arguments if argument != "--print-config"])
         configs = [load_config([*arguments, *seed], default=default) for seed in seeds]
         if shown:
-            print(to_yaml(configs[0]).partition("derived:")[0], end="")
+            print(to_yaml(configs[0]), end="")
             return
         start_cpu_processes()
         # Imported late: what is wrong with the arguments is said within a moment.

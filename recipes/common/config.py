@@ -57,11 +57,20 @@ def load_config(arguments: Sequence[str], *, default: str) -> Config:
             overrides.append((key, value))
     content = read_file(_find(source))
     content.pop("derived", None)
-    config = Config()
-    for key, value in [*_leaves(content), *overrides]:
-        _set(config, key, value)
+    config = changed(Config(), {key: _converted(key, value) for key, value in [*_leaves(content), *overrides]})
     validate(config)
     return config
+
+
+def changed(config: Config, values: Mapping[str, Any]) -> Config:
+    """The configuration with other values, by dotted key."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        sections.setdefault(section, {})[name] = value
+    whole = sections.pop("", {})
+    parts = {name: dataclasses.replace(getattr(config, name), **some) for name, some in sections.items()}
+    return dataclasses.replace(config, **parts, **whole)
 
 
 def _find(source: str) -> Path:
@@ -126,19 +135,18 @@ def _lookup(key: str) -> Any:
     return kind
 
 
-def _set(config: Any, key: str, value: Any) -> None:
-    kind = _lookup(key)
-    if key.startswith("derived"):
+def _converted(key: str, value: Any) -> Any:
+    """A value as the type of its key. Raises `ConfigError`."""
+    if key.partition(".")[0] == "derived":
         raise ConfigError(f"{key} is computed and cannot be set; set optim.lr, train.batch_size or train.epochs")
+    kind = _lookup(key)
     if dataclasses.is_dataclass(kind):
         names = ", ".join(f"{key}.{f.name}" for f in dataclasses.fields(kind))
         raise ConfigError(f"{key} is a section; set one of its keys: {names}")
     try:
-        converted = convert(value, kind)
+        return convert(value, kind)
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from None
-    *sections, last = key.split(".")
-    setattr(_get(config, ".".join(sections)) if sections else config, last, converted)
 
 
 def all_keys() -> list[str]:
@@ -152,8 +160,7 @@ def _walk(kind: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
     leaves: list[tuple[str, Any, Any]] = []
     for item in dataclasses.fields(kind):
         if dataclasses.is_dataclass(hints[item.name]):
-            if hints[item.name] is not Derived:
-                leaves += _walk(hints[item.name], f"{prefix}{item.name}.")
+            leaves += _walk(hints[item.name], f"{prefix}{item.name}.")
         else:
             leaves.append((f"{prefix}{item.name}", hints[item.name], item))
     return leaves
@@ -261,14 +268,13 @@ _FREE = {
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Every dotted key with its value, those of `derived` included."""
-    values = {key: _get(config, key) for key, _, _ in _walk(Config)}
-    return values | {f"derived.{key}": value for key, value in dataclasses.asdict(config.derived).items()}
+    """Every dotted key with its value."""
+    return {key: _get(config, key) for key, _, _ in _walk(Config)}
 
 
 def trajectory(config: Config) -> dict[str, Any]:
     """The settings that the weights at a given step depend on."""
-    return {key: value for key, value in flatten(config).items() if key not in _FREE and not key.startswith("derived")}
+    return {key: value for key, value in flatten(config).items() if key not in _FREE}
 
 
 def help_text(default: str) -> str:
@@ -285,9 +291,10 @@ def help_text(default: str) -> str:
     return "\n".join(lines)
 
 
-def to_yaml(config: Config) -> str:
-    """The whole tree as YAML; `load_config` reads it again."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+def to_yaml(config: Config, derived: Derived | None = None) -> str:
+    """The whole tree as YAML, with what is derived from it; `load_config` reads it again, but for the latter."""
+    content = dataclasses.asdict(config) | ({} if derived is None else {"derived": dataclasses.asdict(derived)})
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def one_paragraph(error: object) -> str:

@@ -34,6 +34,7 @@ from .pictures import draw_curves
 from .progress import METRICS, Display, append_metrics, peak_memory, read_metrics, warn
 from .run_lock import RunLock
 from .run_state import Position, last_good, nonfinite, save_checkpoint, seed_step, sha256, state_digest
+from .schema import Derived
 from .stop_request import StopRequest
 
 ANALYZED = 256
@@ -48,6 +49,7 @@ class Run:
     """All that the loop works with; `set_up.set_up` makes it."""
 
     config: Config
+    derived: Derived
     accelerator: Accelerator
     folder: Path
     model: Any
@@ -115,7 +117,7 @@ def train(run: Run) -> None:
 
 def train_to_the_end(run: Run) -> None:
     """`train`, but for the loaders' processes, which it leaves running."""
-    total = run.config.derived.total_steps
+    total = run.derived.total_steps
     if run.position.closed >= total:
         run.display.say("the run is complete; nothing is left to train")
     try:
@@ -141,7 +143,7 @@ def train_epoch(run: Run) -> Clock:
     """The updates from the run's position to the end of the epoch, to the last step of the run, or to a stop."""
     config, position, epoch = run.config, run.position, run.epoch
     first = epoch * run.batches.updates
-    last = min(first + run.batches.updates, config.derived.total_steps)
+    last = min(first + run.batches.updates, run.derived.total_steps)
     run.train_loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
     run.batches.seek(epoch, position.step - first)
     clock = Clock()
@@ -155,7 +157,7 @@ def train_epoch(run: Run) -> Clock:
         if math.isfinite(loss):
             position.loss_sum += loss
             position.loss_count += 1
-        rate = clock.updates * config.derived.total_batch / clock.total
+        rate = clock.updates * run.derived.total_batch / clock.total
         run.display.advance(position.step, epoch=epoch, loss=loss, rate=rate)
         every = config.train.checkpoint_steps
         if every and position.step % every == 0 and position.step < last and not run.stopping:
@@ -169,7 +171,7 @@ def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]], clock: Clock, epo
     None where a process that trains alone is asked to stop amid its passes: the step has then not been taken.
     """
     config, accelerator, step = run.config, run.accelerator, run.position.step
-    set_learning_rate(run.optimizer, learning_rate_at(config, step))
+    set_learning_rate(run.optimizer, learning_rate_at(run, step))
     # In linear probing the frozen part keeps its batch statistics as well.
     run.model.train(not config.train.linear_probe)
     keep = config.train.skip_nonfinite or config.train.accumulate > 1
@@ -229,17 +231,18 @@ def largest_buffer(model: Any) -> Tensor:
     return torch.nn.utils.get_total_norm(buffers, math.inf) if buffers else torch.zeros(())
 
 
-def learning_rate_at(config: Config, step: int) -> float:
+def learning_rate_at(run: Run, step: int) -> float:
     """The learning rate of an update, scaled to the total batch."""
+    train, derived = run.config.train, run.derived
     return learning_rate(
         step,
-        steps_per_epoch=config.derived.steps_per_epoch,
-        epochs=config.train.epochs,
-        warmup_epochs=config.train.warmup_epochs,
-        lr=config.derived.lr,
-        min_lr=config.derived.min_lr,
-        warmup_lr=config.derived.warmup_lr,
-        warmup_prefix=config.train.warmup_prefix,
+        steps_per_epoch=derived.steps_per_epoch,
+        epochs=train.epochs,
+        warmup_epochs=train.warmup_epochs,
+        lr=derived.lr,
+        min_lr=derived.min_lr,
+        warmup_lr=derived.warmup_lr,
+        warmup_prefix=train.warmup_prefix,
     )
 
 
@@ -262,7 +265,7 @@ def skip_update(run: Run, buffers: list[Tensor], fault: str) -> None:
     position.nonfinite += 1
     allowed = run.config.train.skip_nonfinite
     if position.nonfinite > allowed:
-        lr = learning_rate_at(run.config, position.step)
+        lr = learning_rate_at(run, position.step)
         raise RunError(
             f"{fault} at step {position.step} (epoch {run.epoch + 1}, learning rate {lr:.3g}); "
             f"{last_good(run.folder)}. Lower optim.lr, set optim.clip_grad, or leave up to K such steps out: "
@@ -284,14 +287,14 @@ def restore(run: Run, buffers: list[Tensor]) -> None:
 def close_epoch(run: Run, clock: Clock) -> None:
     """Evaluation, a line of metrics, best model and checkpoint at the end of an epoch."""
     config, position, accelerator = run.config, run.position, run.accelerator
-    at_end = position.step >= config.derived.total_steps
+    at_end = position.step >= run.derived.total_steps
     number = -(-position.step // run.batches.updates)
     line: dict[str, Any] = {
         "epoch": number,
         "step": position.step,
-        "lr": learning_rate_at(config, position.step - 1),
+        "lr": learning_rate_at(run, position.step - 1),
         "train_loss": position.loss_sum / position.loss_count if position.loss_count else None,
-        "images_per_second": round(clock.updates * config.derived.total_batch / clock.total, 1),
+        "images_per_second": round(clock.updates * run.derived.total_batch / clock.total, 1),
         "data_wait": round(clock.waited / clock.total, 4),
         "peak_memory_mib": peak_memory(accelerator.device),
     }

@@ -6,6 +6,7 @@ import atexit
 import signal
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sdt_datasets.images import build_image_datasets
 
-from .config import Config, ConfigError
+from .config import Config, ConfigError, RunError
 
 EVENT_DATA_SETS = ("dvs128_gesture", "cifar10_dvs", "cifar10_dvs_tet", "n_mnist", "event_folder")
 
@@ -163,6 +164,30 @@ def build_loader(dataset: Any, batches: EpochBatches | ShardBatches, *, workers:
         # Its own generator: a loader draws a seed at each start, which would move the global one.
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def evaluation_loader(
+    dataset: Any, config: Config, accelerator: Any, *, batch_size: int | None = None, samples: int | None = None
+) -> DataLoader[Any]:
+    """This process's share of a data set, or of its first samples: over all processes each of them exactly once."""
+    shares = ShardBatches(
+        len(dataset) if samples is None else min(len(dataset), samples),
+        batch_size=batch_size or config.train.batch_size,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
+    return build_loader(dataset, shares, workers=config.data.workers, pin=accelerator.device.type == "cuda")
+
+
+@contextmanager
+def closing(*loaders: DataLoader[Any]) -> Iterator[None]:
+    """Ends the loaders' processes after the block, where an unreadable sample becomes a `RunError`."""
+    try:
+        yield
+    except UnreadableSample as error:
+        raise RunError(str(error)) from error
+    finally:
+        stop_loaders(*loaders)
 
 
 def fetch(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:

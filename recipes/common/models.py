@@ -13,26 +13,31 @@ from torch import nn
 
 from sdt_blocks import create_model, load_model, load_released_checkpoint
 
-from .config import Config, ConfigError, model_keywords
+from .config import Config, ConfigError, changed, model_keywords
 from .trained import class_names
 
 HEAD, SECOND_HEAD = "head.", "distillation_head."
 
 
-def build_model(config: Config, *, in_channels: int, num_classes: int) -> Any:
-    """The named variant with the configured overrides, for data with so many channels and classes.
+def fit_to_data(config: Config, *, in_channels: int, num_classes: int) -> Config:
+    """The configuration of a model for data with so many channels and classes, and for the loss it is trained with.
 
-    The channels and classes are written into `config.model`. Raises `ConfigError` where the two do not agree.
+    Raises `ConfigError` where it says otherwise.
     """
-    for key, of_data in (("in_channels", in_channels), ("num_classes", num_classes)):
-        asked = getattr(config.model, key)
+    values: dict[str, Any] = {"model.in_channels": in_channels, "model.num_classes": num_classes}
+    for key, of_data in values.items():
+        asked = getattr(config.model, key.removeprefix("model."))
         if asked not in (None, of_data):
-            raise ConfigError(f"model.{key}={asked}, but the data has {of_data}; leave model.{key} out")
-        setattr(config.model, key, of_data)
+            raise ConfigError(f"{key}={asked}, but the data has {of_data}; leave {key} out")
     if config.train.tet:
-        config.model.per_step = True
+        values["model.per_step"] = True
     if config.train.teacher is not None:
-        config.model.distillation = True
+        values["model.distillation"] = True
+    return changed(config, values)
+
+
+def build_model(config: Config) -> Any:
+    """The named variant with the configured overrides. Raises `ConfigError`."""
     options = model_keywords(config)
     torch.manual_seed(config.seed)
     try:
@@ -95,7 +100,7 @@ def whole_model(accelerator: Accelerator, config: Config, model: Any) -> Any:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    whole = build_model(config, in_channels=plain.in_channels, num_classes=plain.num_classes)
+    whole = build_model(config)
     whole.load_state_dict(weights)
     return whole.to(accelerator.device)
 

@@ -22,7 +22,7 @@ def option(default: Any, help: str, **bounds: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataConfig:
     name: str = option("folder", "digits, folder, cifar10, ..., hfds/NAME, wds/NAME, dvs128_gesture, event_folder, ...")
     root: str | None = option(None, "the folder that holds the data")
@@ -56,7 +56,7 @@ class DataConfig:
     test_samples: int | None = option(None, "evaluate on the first N samples only", least=1, most=10**12)
 
 
-@dataclass
+@dataclass(frozen=True)
 class EventsConfig:
     time_steps: int = option(10, "frames a recording is divided into", least=1, most=4096)
     split_by: str = option("number", "equal frames by number of events or by time", choices=("number", "time"))
@@ -91,10 +91,10 @@ def _model_keys() -> list[tuple[str, Any, Any]]:
 if TYPE_CHECKING:
     ModelConfig = Any
 else:
-    ModelConfig = make_dataclass("ModelConfig", _model_keys())
+    ModelConfig = make_dataclass("ModelConfig", _model_keys(), frozen=True)
 
 
-@dataclass
+@dataclass(frozen=True)
 class NeuronConfig:
     """Options of `model.neuron`; null takes the neuron's own."""
 
@@ -109,7 +109,7 @@ class NeuronConfig:
     strict: bool | None = option(None, "a neuron at its threshold does not fire")
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimConfig:
     name: str = option("adamw", "optimiser", choices=("adamw", "lamb", "sgd"))
     lr: float = option(1e-3, "peak learning rate", above=0, most=1e4)
@@ -130,7 +130,7 @@ class OptimConfig:
     clip_grad: float | None = option(None, "largest norm of the gradient", above=0, most=1e9)
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainConfig:
     epochs: int = option(300, "epochs, warm-up included, cool-down not", least=1, most=10**6)
     warmup_epochs: int = option(20, "epochs of linear warm-up", least=0, most=10**6)
@@ -169,9 +169,12 @@ class TrainConfig:
     eval_every: int = option(1, "epochs between evaluations", least=1, most=10**9)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Derived:
-    """Computed from the rest, the data and the number of processes; written into the run's config.yaml, never set."""
+    """What follows from a configuration, the data and the number of processes.
+
+    Written beside the configuration into the run's config.yaml, and never read back.
+    """
 
     processes: int = 1
     total_batch: int = 0
@@ -184,7 +187,7 @@ class Derived:
     """In the order of the model's logits."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     data: DataConfig = field(default_factory=DataConfig)
     events: EventsConfig = field(default_factory=EventsConfig)
@@ -200,4 +203,3 @@ class Config:
     tracker: str = option("auto", "auto: TensorBoard if installed", choices=("auto", "tensorboard", "wandb", "none"))
     threads: int | None = option(None, "CPU threads of a process; null divides the cores", least=1, most=1024)
     analyze: bool = option(False, "firing rates and energy of the final model at the end")
-    derived: Derived = field(default_factory=Derived)

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from sdt_blocks.files import write_atomically
 
-from .config import Config
+from .config import Config, changed
 from .engine import is_silent, train
 from .set_up import set_up
 
@@ -24,10 +24,9 @@ def train_seeds(configs: list[Config]) -> None:
     folder, summaries = Path(configs[0].output_dir), []
     for config in configs:
         run = folder / f"seed_{config.seed}"
-        config.output_dir = str(run)
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
-        train(set_up(config))
+        train(set_up(changed(config, {"output_dir": str(run)})))
         summaries.append(json.loads((run / "summary.json").read_text(encoding="utf-8")))
     summary = summarize(summaries)
     text = json.dumps(summary, indent=2) + "\n"

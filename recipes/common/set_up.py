@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from sdt_blocks.files import write_atomically
 
-from .config import Config, ConfigError, flatten, to_yaml, trajectory
+from .config import Config, ConfigError, changed, flatten, to_yaml, trajectory
 from .cpu_processes import use_cores
 from .distillation import build_teacher
 from .engine import Run
-from .loading import EpochBatches, ShardBatches, build_datasets, build_loader
-from .models import build_model, freeze_all_but_head, load_initial_weights, restore_optimizer
+from .loading import EpochBatches, build_datasets, build_loader, evaluation_loader
+from .models import build_model, fit_to_data, freeze_all_but_head, load_initial_weights, restore_optimizer
 from .optim import BatchMixer, batch_scale, build_loss, build_optimizer, check_even_batch, distilled
 from .progress import Display, choose_tracker, restore_metrics, warn
 from .run_lock import lock_folder
@@ -35,17 +35,17 @@ T = TypeVar("T")
 def set_up(config: Config) -> Run:
     """The run of a configuration, at the position that `resume` says. Raises `ConfigError`."""
     folder = Path(config.output_dir)
-    accelerator = build_accelerator(config)
+    accelerator, config = build_accelerator(config)
     train_set, test_set = open_data(config, accelerator)
     sample = at_the_door(train_set.__getitem__, 0)[0]
     num_classes = len(train_set.classes)
     batches = build_batches(config, accelerator, len(train_set))
-    config.derived = derive(config, accelerator, batches)
-    config.derived.class_names = list(train_set.classes)
+    derived = derive(config, accelerator, batches, train_set.classes)
     if sample.ndim == 4:  # frames bring their own number of time steps
-        config.model.time_steps = len(sample)
-        config.events.sensor_size = list(train_set.sensor_size[:2])
-    plain = build_model(config, in_channels=sample.shape[-3], num_classes=num_classes)
+        of_frames = {"model.time_steps": len(sample), "events.sensor_size": list(train_set.sensor_size[:2])}
+        config = changed(config, of_frames)
+    config = fit_to_data(config, in_channels=sample.shape[-3], num_classes=num_classes)
+    plain = build_model(config)
     at_the_door(dry_run, plain, sample)
     if config.train.compile and accelerator.is_main_process:
         print("compiling the model once, at the first step: this may take minutes", flush=True)
@@ -69,25 +69,21 @@ def set_up(config: Config) -> Run:
         note = at_the_door(load_initial_weights, plain, config.train.init_checkpoint, train_set.classes)
     else:
         note = f"from {checkpoint}" if checkpoint else "new weights"
-    model, plain, ema, optimizer, position = prepare(config, accelerator, plain, checkpoint, batches)
+    model, plain, ema, optimizer, position = prepare(config, derived, accelerator, plain, checkpoint, batches)
     if accelerator.is_main_process:
         set_aside_newer(folder, position.step)
         restore_metrics(folder, position.lines, position.closed)
-        write_atomically(folder / "config.yaml", lambda name: Path(name).write_text(to_yaml(config), encoding="utf-8"))
-    start_tracker(config, accelerator)
-    display = Display(config.derived.total_steps, position.step, active=accelerator.is_main_process)
-    display.say(describe(config, accelerator, plain, note))
+        text = to_yaml(config, derived)
+        write_atomically(folder / "config.yaml", lambda name: Path(name).write_text(text, encoding="utf-8"))
+    start_tracker(config, derived, accelerator)
+    display = Display(derived.total_steps, position.step, active=accelerator.is_main_process)
+    display.say(describe(config, derived, accelerator, plain, note))
     if cache := getattr(train_set, "cache", None):
         display.say(f"frames are kept in {cache.folder}: {cache.size()}")
-    workers, pin = config.data.workers, accelerator.device.type == "cuda"
-    shard = ShardBatches(
-        len(test_set),
-        batch_size=config.train.batch_size,
-        rank=accelerator.process_index,
-        processes=accelerator.num_processes,
-    )
+    pin = accelerator.device.type == "cuda"
     return Run(
         config=config,
+        derived=derived,
         accelerator=accelerator,
         folder=folder,
         model=model,
@@ -98,8 +94,8 @@ def set_up(config: Config) -> Run:
         teacher=teacher,
         mixer=mixer,
         batches=batches,
-        train_loader=build_loader(train_set, batches, workers=workers, pin=pin),
-        test_loader=build_loader(test_set, shard, workers=workers, pin=pin),
+        train_loader=build_loader(train_set, batches, workers=config.data.workers, pin=pin),
+        test_loader=evaluation_loader(test_set, config, accelerator),
         position=position,
         display=display,
         lock=lock,
@@ -118,10 +114,11 @@ def build_loss_of(train: TrainConfig) -> Callable[[Any, Any], Tensor]:
     return loss if train.teacher is None else distilled(loss, train.distillation)
 
 
-def start_tracker(config: Config, accelerator: Accelerator) -> None:
+def start_tracker(config: Config, derived: Derived, accelerator: Accelerator) -> None:
     """Opens the tracker's record of the run. Raises `ConfigError` that names the tracker."""
+    settings = flatten(config) | {f"derived.{key}": value for key, value in asdict(derived).items()}
     try:
-        accelerator.init_trackers("sdt", config={key: str(value) for key, value in flatten(config).items()})
+        accelerator.init_trackers("sdt", config={key: str(value) for key, value in settings.items()})
     except Exception as error:  # whatever the tracker's own code raises: no account, no network, no space
         raise ConfigError(
             f"tracker={config.tracker}: the tracker cannot start ({type(error).__name__}: {error}); set it up, or "
@@ -140,15 +137,15 @@ def open_data(config: Config, accelerator: Accelerator) -> tuple[Any, Any]:
     return at_the_door(build_datasets, config)
 
 
-def build_accelerator(config: Config) -> Accelerator:
-    """Accelerate's view of this process; the cores of its machine are shared out.
+def build_accelerator(config: Config) -> tuple[Accelerator, Config]:
+    """Accelerate's view of this process, and the configuration as it can be had here: cores are shared out.
 
     fp16 on a CPU becomes float32, with a warning. Raises `ConfigError` for what cannot be had otherwise.
     """
     launcher_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
     if config.train.mixed_precision == "fp16" and (launcher_cpu or not torch.accelerator.is_available()):
         warn("train.mixed_precision=fp16 needs a GPU; training goes on in float32 (train.mixed_precision=no)")
-        config.train.mixed_precision = "no"
+        config = changed(config, {"train.mixed_precision": "no"})
     precision = config.train.mixed_precision
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", precision):
@@ -165,16 +162,14 @@ def build_accelerator(config: Config) -> Accelerator:
         raise ConfigError(f"train.mixed_precision={precision}: {error}") from error
     on_cpu = accelerator.device.type == "cpu"
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    config.data.workers = use_cores(
-        processes=processes, on_cpu=on_cpu, loaders=config.data.workers, threads=config.threads
-    )
+    workers = use_cores(processes=processes, on_cpu=on_cpu, loaders=config.data.workers, threads=config.threads)
     if on_cpu and config.train.sync_bn:
         raise ConfigError("train.sync_bn: synchronised batch norm runs on GPUs only; leave it out on a CPU")
     if config.train.ema_decay is not None and accelerator.distributed_type == DistributedType.FSDP:
         raise ConfigError(
             "train.ema_decay: averaged weights are not kept under FSDP; leave it out or launch without FSDP"
         )
-    return accelerator
+    return accelerator, changed(config, {"data.workers": workers})
 
 
 def build_batches(config: Config, accelerator: Accelerator, samples: int) -> EpochBatches:
@@ -189,7 +184,7 @@ def build_batches(config: Config, accelerator: Accelerator, samples: int) -> Epo
     )
 
 
-def derive(config: Config, accelerator: Accelerator, batches: EpochBatches) -> Derived:
+def derive(config: Config, accelerator: Accelerator, batches: EpochBatches, classes: Sequence[str]) -> Derived:
     """What follows from the number of processes and samples, the learning rates scaled to the total batch among it."""
     total_batch = accelerator.num_processes * config.train.accumulate * config.train.batch_size
     scale = batch_scale(total_batch, config.optim.lr_batch)
@@ -202,6 +197,7 @@ def derive(config: Config, accelerator: Accelerator, batches: EpochBatches) -> D
         lr=config.optim.lr * scale,
         min_lr=config.optim.min_lr * scale,
         warmup_lr=config.optim.warmup_lr * scale,
+        class_names=list(classes),
     )
 
 
@@ -233,11 +229,16 @@ def dry_run(model: nn.Module, sample: Tensor) -> None:
 
 
 def prepare(
-    config: Config, accelerator: Accelerator, plain: Any, checkpoint: Path | None, batches: EpochBatches
+    config: Config,
+    derived: Derived,
+    accelerator: Accelerator,
+    plain: Any,
+    checkpoint: Path | None,
+    batches: EpochBatches,
 ) -> tuple[Any, Any, Any, Any, Position]:
     """Model, the same without its wrapper, averaged model, optimiser and position; all as the checkpoint has them."""
     settings: dict[str, Any] = {
-        "total_batch": config.derived.total_batch,
+        "total_batch": derived.total_batch,
         "samples": batches.samples,
         "settings": trajectory(config),
     }
@@ -272,7 +273,7 @@ def prepare(
         build_optimizer,
         plain,
         name=config.optim.name,
-        lr=config.derived.lr,
+        lr=derived.lr,
         weight_decay=config.optim.weight_decay,
         eps=config.optim.eps,
         betas=config.optim.betas,
@@ -288,9 +289,8 @@ def prepare(
     return model, accelerator.unwrap_model(model), ema, optimizer, training["position"]
 
 
-def describe(config: Config, accelerator: Accelerator, plain: Any, note: str) -> str:
+def describe(config: Config, derived: Derived, accelerator: Accelerator, plain: Any, note: str) -> str:
     """The first line of a run."""
-    derived = config.derived
     params = sum(p.numel() for p in plain.parameters())
     return (
         f"{config.model.name} ({params:,} parameters, {note}) on {config.data.name}: {derived.total_steps} steps of "

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import Config, ConfigError, model_keywords, read_file
+from .config import Config, ConfigError, changed, model_keywords, read_file
 
 RUN_CONFIG = "config.yaml"
 _INSIDE_A_RUN = ("best", "last", "ema")
@@ -33,16 +33,22 @@ def with_run_config(checkpoint: Path, arguments: Sequence[str]) -> list[str]:
     return [f"config={written}", *arguments]
 
 
-def load(checkpoint: Path, *, averaged: bool, overrides: dict[str, Any]) -> Any:
-    """The model in eval mode. Raises `ConfigError`."""
+def load(checkpoint: Path, config: Config, arguments: Sequence[str], *, averaged: bool) -> tuple[Any, Config]:
+    """The model in eval mode, overridden as the arguments ask, and the configuration with its channels.
+
+    Raises `ConfigError`.
+    """
     from sdt_blocks import load_model, load_released_checkpoint
 
+    overrides = asked_options(config, arguments)
     try:
         if checkpoint.is_dir():
-            return load_model(checkpoint / "ema" if averaged else checkpoint, **overrides)
-        return load_released_checkpoint(checkpoint, ema=averaged, **overrides)
+            model = load_model(checkpoint / "ema" if averaged else checkpoint, **overrides)
+        else:
+            model = load_released_checkpoint(checkpoint, ema=averaged, **overrides)
     except (ValueError, TypeError, OSError) as error:
         raise ConfigError(f"checkpoint={checkpoint}: {error}") from error
+    return model, changed(config, {"model.in_channels": model.in_channels})
 
 
 def asked_options(config: Config, arguments: Sequence[str]) -> dict[str, Any]:

@@ -15,12 +15,13 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
 from accelerate.utils import DistributedType
 from common.config import load_config
-from common.models import build_model, optimizer_state, restore_optimizer, whole_model
+from common.models import build_model, fit_to_data, optimizer_state, restore_optimizer, whole_model
 from common.optim import build_optimizer
 
 from sdt_blocks import SpikeDrivenBlock
 
 CONFIG = load_config(["model.dim=16", "model.depth=2", "model.pooling=0001"], default="digits")
+CONFIG = fit_to_data(CONFIG, in_channels=1, num_classes=10)
 # What Accelerate would be on GPUs; on CPUs it does not offer FSDP.
 ACCELERATOR: Any = SimpleNamespace(
     distributed_type=DistributedType.FSDP, unwrap_model=lambda model: model, device=torch.device("cpu")
@@ -48,7 +49,7 @@ def train(model: Any, optimizer: Any, updates: int) -> None:
 
 def main(file: str) -> None:
     torch.distributed.init_process_group("gloo")
-    model, optimizer = divide(build_model(CONFIG, in_channels=1, num_classes=10))
+    model, optimizer = divide(build_model(CONFIG))
     train(model, optimizer, 2)
     weights = whole_model(ACCELERATOR, CONFIG, model).state_dict()
     assert all(type(value) is torch.Tensor for value in weights.values())
@@ -58,7 +59,7 @@ def main(file: str) -> None:
     torch.distributed.barrier()
 
     saved = torch.load(file, weights_only=True)
-    whole = build_model(CONFIG, in_channels=1, num_classes=10)
+    whole = build_model(CONFIG)
     whole.load_state_dict(saved["weights"])
     restored, its_optimizer = divide(whole)
     restore_optimizer(ACCELERATOR, restored, its_optimizer, saved["optimizer"])

@@ -7,7 +7,8 @@ import inspect
 import string
 
 import pytest
-from common.config import CONFIGS, Config, ConfigError, all_keys, flatten, help_text, load_config, to_yaml
+from common.config import CONFIGS, Config, ConfigError, all_keys, changed, flatten, help_text, load_config, to_yaml
+from common.schema import Derived
 from common.values import convert
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -73,7 +74,19 @@ def test_a_resolved_configuration_reads_back_the_same(tmp_path):
     )
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config))
-    assert dataclasses.asdict(load_config([f"config={file}"], default="digits")) == dataclasses.asdict(config)
+    assert load_config([f"config={file}"], default="digits") == config
+    file.write_text(to_yaml(config, Derived(total_batch=48)))
+    assert "total_batch: 48" in file.read_text() and load_config([f"config={file}"], default="digits") == config
+
+
+def test_a_configuration_does_not_change():
+    config = load_config(["optim.lr=2e-3"], default="digits")
+    other = changed(config, {"optim.lr": 1e-3, "seed": 7, "model.dim": 64})
+    assert (other.optim.lr, other.seed, other.model.dim) == (1e-3, 7, 64) and config.optim.lr == 2e-3
+    assert changed(other, {"optim.lr": 2e-3, "seed": config.seed, "model.dim": config.model.dim}) == config
+    for part, key in ((config, "seed"), (config.optim, "lr"), (config.model, "dim"), (Derived(), "lr")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, key, 1)
 
 
 @pytest.mark.parametrize("text", ["a $b ${c}", "x[0]", "010", "true", "1e3", "é: [#", "'quoted'", "@,&*"])

@@ -122,7 +122,7 @@ def test_both_stages_on_photographs(train, photographs, teacher_weights, tmp_pat
     assert [line["step"] for line in lines] == [3, 4, 6, 9, 12]
     assert all(0 < line["train_loss"] < 5 and line["firing_rate"] > 0.05 for line in lines)
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
-    assert run.position.step == run.config.derived.total_steps == 12
+    assert run.position.step == run.derived.total_steps == 12
     last = load_model(tmp_path / "t4" / "last").train()
     assert last.time_steps == 4 and list(last.config["dims"]) == [16, 16, 16, 24]
     # The second head has learnt what its teacher always says.

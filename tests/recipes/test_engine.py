@@ -92,7 +92,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(set_up, train, tmp_p
     whole = set_up(*probe, "output_dir=whole", "train.batch_size=32")
     expected = [one_update(whole) for _ in range(3)]
     parts = set_up(*probe, "output_dir=parts", "train.batch_size=8", "train.accumulate=4")
-    assert parts.config.derived.total_batch == 32
+    assert parts.derived.total_batch == 32
     assert [one_update(parts) for _ in range(3)] == pytest.approx(expected, rel=1e-5)
     for a, b in zip(whole.plain.head.parameters(), parts.plain.head.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from common.config import ConfigError, load_config, to_yaml
 from common.moving_shapes import DIRECTIONS, write_recordings
+from common.schema import Derived
 from common.trained import class_names, match_classes, run_config
 from PIL import Image
 from torch import nn
@@ -116,8 +117,8 @@ def test_position_counts_where_it_is_asked_for_or_nothing_else_is_known():
 
 def test_a_run_and_the_models_in_it_know_their_classes(tmp_path):
     config = load_config(["threads=1"], default="digits")
-    config.derived.class_names = ["no", "1.5", "null"]  # which YAML could take for something else
-    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    derived = Derived(class_names=["no", "1.5", "null"])  # which YAML could take for something else
+    (tmp_path / "config.yaml").write_text(to_yaml(config, derived), encoding="utf-8")
     model = SimpleNamespace(num_classes=3)
     for place in (".", "best", "ema", "checkpoints/step_00000007"):
         assert class_names(tmp_path / place, model) == ["no", "1.5", "null"]
@@ -174,9 +175,9 @@ def evaluate_here(capsys, tmp_path, monkeypatch):
 def test_the_recipe_writes_classes_and_confusion_for_data_in_another_order(evaluate_here, tmp_path, firing_model):
     model = firing_model(in_channels=3, num_classes=3)
     config = load_config(["data.img_size=16", "data.crop_pct=1"], default="imagenet_8_384")
-    config.derived.class_names = ["b", "c", "a"]  # not the order in which folders are read
+    derived = Derived(class_names=["b", "c", "a"])  # not the order in which folders are read
     save_model(model, tmp_path / "run" / "best")
-    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config, derived), encoding="utf-8")
     rng = np.random.default_rng(0)
     pixels = {name: rng.integers(0, 256, (5, 16, 16, 3), dtype=np.uint8) for name in "abc"}
     for name, images in pixels.items():

@@ -35,7 +35,7 @@ def test_a_released_model_learns_two_new_classes_in_a_few_steps(train, photograp
     lines = read_lines(tmp_path / "run")
     assert lines[-1]["train_loss"] < lines[0]["train_loss"] and lines[-1]["firing_rate"] > 0
     tuned = load_model(tmp_path / "run" / "last")
-    assert tuned.num_classes == 2 and run.config.derived.class_names == ["china", "flower"]
+    assert tuned.num_classes == 2 and run.derived.class_names == ["china", "flower"]
     # A low learning rate: the convolutions are still those of the released model, but for a little.
     for name, weight in released.named_parameters():
         if weight.ndim == 4:

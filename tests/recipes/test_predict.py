@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from common.config import ConfigError, RunError, load_config, to_yaml
+from common.schema import Derived
 from PIL import Image
 
 from sdt_blocks import save_model
@@ -82,9 +83,8 @@ def test_a_folder_gives_a_line_a_file_and_says_what_it_passed_over(predict, digi
 
 
 def run_folder(folder, model, config, names):
-    config.derived.class_names = names
     save_model(model, folder / "best")
-    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    (folder / "config.yaml").write_text(to_yaml(config, Derived(class_names=names)), encoding="utf-8")
 
 
 def test_recordings_are_framed_as_in_the_run(predict, tmp_path, firing_model):

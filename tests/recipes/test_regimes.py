@@ -153,9 +153,9 @@ def test_one_update_on_real_data(name, data_root, tmp_path):
     )
     run = set_up(config)
     steps_per_epoch, total_batch = run.batches.updates, 2
-    assert config.derived.total_batch == total_batch
-    assert config.derived.lr == pytest.approx(config.optim.lr * total_batch / config.optim.lr_batch)
-    assert config.derived.total_steps == 310 * steps_per_epoch
+    assert run.derived.total_batch == total_batch
+    assert run.derived.lr == pytest.approx(config.optim.lr * total_batch / config.optim.lr_batch)
+    assert run.derived.total_steps == 310 * steps_per_epoch
     assert isinstance(run.plain, SpikeDrivenTransformer)
     assert type(run.optimizer.optimizer).__name__.lower() == config.optim.name
     assert len(run.test_loader.dataset.dataset.classes) == run.plain.num_classes
@@ -174,9 +174,9 @@ def test_one_update_on_real_data(name, data_root, tmp_path):
         steps_per_epoch=steps_per_epoch,
         epochs=config.train.epochs,
         warmup_epochs=config.train.warmup_epochs,
-        lr=config.derived.lr,
-        min_lr=config.derived.min_lr,
-        warmup_lr=config.derived.warmup_lr,
+        lr=run.derived.lr,
+        min_lr=run.derived.min_lr,
+        warmup_lr=run.derived.warmup_lr,
     )
     set_learning_rate(run.optimizer, rate)
     run.optimizer.step()
