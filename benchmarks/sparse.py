@@ -24,7 +24,7 @@ from torch.utils.benchmark import Timer
 from sdt_blocks import SpikeDrivenTransformer, create_model, optimize_for_inference
 from sdt_blocks.analysis import E_AC, E_MAC
 from sdt_blocks.inference import Events, Product, plan
-from sdt_blocks.inference.timings import Calibration
+from sdt_blocks.inference.choice import Calibration
 from sdt_blocks.ops import dense as firing
 from sdt_blocks.ops.packed import Epilogue, EventWeight, PackedSpikes, spike_product
 from sdt_blocks.ops.spec import NeuronSpec

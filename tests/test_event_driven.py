@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from functools import partial
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import sdt_blocks
-from sdt_blocks.inference import EventProduct, Events, events, plan, timings
-from sdt_blocks.inference.timings import EventCosts
+from sdt_blocks.inference import EventProduct, Events, choice, events, plan
+from sdt_blocks.inference.choice import EventCosts
+from sdt_blocks.inference.timings import Timings
 from sdt_blocks.neuron import LIF
 from sdt_blocks.ops.packed import Epilogue, spike_neuron
 
@@ -155,28 +158,32 @@ def test_costs_are_fitted_once_a_machine(costs_file, monkeypatch):
     assert min(costs.listing, costs.adding, costs.finishing) > 0
     monkeypatch.setattr(EventCosts, "fit", lambda: pytest.fail("measured again"))
     assert EventCosts.load() == costs
+    monkeypatch.setattr(choice, "timings", partial(Timings, costs_file))
+    assert EventCosts.load() == costs
     monkeypatch.setattr(EventCosts, "fit", lambda: costs)
     costs_file.write_text("{")
+    monkeypatch.setattr(choice, "timings", partial(Timings, costs_file))
     assert EventCosts.load() == costs
     assert costs_file.read_text() != "{"
 
 
-def test_break_even_is_where_both_ways_take_as_long():
+def test_break_even_is_where_both_ways_take_as_long(monkeypatch):
     product = EventProduct(torch.rand(40, 24, 3, 3), Epilogue(40))
     places = (2, 3, 4, 5)
     costs = EventCosts(listing=1e-9, adding=1e-8, finishing=1e-9, relative_error=0.0)
-    costs.dense["2x3x4x5 24->40 3x3"] = costs.events(places, product, 0.37)
+    dense = iter((costs.events(places, product, 0.37), 0.0))
+    monkeypatch.setattr(EventCosts, "dense_seconds", lambda *given: next(dense))
     assert costs.events(places, product, 1.0) == pytest.approx(120 * (216e-9 + 40e-9 + 216 * 40e-8))
     assert costs.break_even(places, product) == pytest.approx(0.37)
-    costs.dense["2x3x4x5 24->40 3x3"] = 0.0
     assert costs.break_even(places, product) == 0
 
 
-def test_dense_products_are_measured_where_the_shape_is_new():
+def test_dense_products_are_measured_where_the_shape_is_new(costs_file):
     product = EventProduct(torch.rand(40, 24, 1, 1), Epilogue(40))
     costs = EventCosts(1e-12, 1e-12, 1e-12, 0.0)
     seconds = costs.dense_seconds((1, 2, 3, 4), product)
-    assert seconds > 0 and costs.dense == {"1x2x3x4 24->40 1x1": seconds}
+    assert seconds > 0 and costs.dense_seconds((1, 2, 3, 4), product) == seconds
+    assert json.loads(costs_file.read_text()) == {"dense membranes 1x2x3x4 24->40 1x1": {"seconds": seconds}}
 
 
 def test_sparse_arguments_are_checked(firing_model):
@@ -200,8 +207,9 @@ def test_sparse_arguments_are_checked(firing_model):
 @pytest.fixture
 def costs_file(tmp_path, monkeypatch):
     """Where this test's costs are kept."""
-    monkeypatch.setattr(timings, "_costs_path", lambda: tmp_path / "costs.json")
-    return tmp_path / "costs.json"
+    store = Timings(tmp_path / "costs.json")
+    monkeypatch.setattr(choice, "timings", lambda: store)
+    return store.path
 
 
 class Doubled(sdt_blocks.SpikeDrivenBlock):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import timings
+from .choice import choose
 from .dense import Dense
 from .events import EventProduct, Events
 from .plan import Plan, plan
@@ -66,4 +66,4 @@ def optimize_for_inference(
         return Events(plan(model))
     with torch.no_grad():
         dense = Dense(plan(model), dtype, compile, paths)
-    return timings.choose(model, dense, calibrate) if sparse else dense
+    return choose(model, dense, calibrate) if sparse else dense

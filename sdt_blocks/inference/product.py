@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .timings import Costs, timings
+
 _ROUNDS = 5
 _SLICE_BYTES = 5 << 20
 
@@ -226,15 +228,20 @@ class Product(nn.Module):
         # Shapes of about the same size share a choice, so that odd last batches need no trial of their own.
         size = (shape[:-1].numel().bit_length(), torch.get_num_threads())
         if size not in self._chosen:
-            kept = (str(self.weight.device), self.weight.dtype, self.geometry, *self.weight.shape)
-            key = (*self.paths, *kept, *size, str(self.chain))
-            if key not in _fastest:
-                _fastest[key] = self._compare(shape)
-            self._chosen[size] = _fastest[key]
+            costs = timings().of(self._timed_as(size[0]), lambda: self._compare(shape))
+            self._chosen[size] = min(costs, key=lambda name: costs[name])
         return self._chosen[size]
 
-    def _compare(self, shape: torch.Size) -> str:
-        """The fastest path; one that fails here, or answers differently, is out."""
+    def _timed_as(self, size: int) -> str:
+        """The name of this product's costs at about 2^size rows."""
+        weight, chain = self.weight, "" if self.chain is None else f" chain {self.chain}"
+        where = torch.cuda.get_device_name(weight.device) if weight.is_cuda else weight.device.type
+        stride, padding, dilation, groups = self.geometry
+        windows = f"{'x'.join(map(str, weight.shape))} stride {stride} padding {padding} dilation {dilation}"
+        return f"{', '.join(self.paths)}: {windows} groups {groups} {weight.dtype} {where} 2^{size}{chain}"
+
+    def _compare(self, shape: torch.Size) -> Costs:
+        """Seconds of each path; one that fails here, or answers differently, is out."""
         spikes = torch.zeros(shape, device=self.weight.device, dtype=self.weight.dtype)
         spikes.flatten()[::7] = 1
         expected = self._way(self.paths[0])(spikes)
@@ -249,7 +256,7 @@ class Product(nn.Module):
                 frames[name] = taken
         # The best of several rounds: what disturbs a run only makes it longer, and disturbs all paths in turn.
         seconds = [{name: self._seconds(name, taken) for name, taken in frames.items()} for _ in range(_ROUNDS)]
-        return min(frames, key=lambda name: min(times[name] for times in seconds))
+        return {name: min(times[name] for times in seconds) for name in frames}
 
     def _way(self, name: str) -> Convolution:
         if name not in self._ways:
@@ -279,6 +286,3 @@ class Product(nn.Module):
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-_fastest: dict[tuple[Any, ...], str] = {}

@@ -1,219 +1,68 @@
-"""When events pay: what an event-driven product costs on this machine, and up to which firing rate it is cheaper."""
+"""What a way to compute costs on this machine: measured once, then read from memory or from the machine's file."""
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import functools
+import hashlib
 import json
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 
 from ..files import write_atomically
-from ..ops.packed import Epilogue, PackedSpikes, kernels_path
-from ..ops.spec import NeuronSpec
-from .events import EventProduct, Events
-from .plan import plan
+from ..ops.cpu.build import cache_folder, processor
 
-FITTED_ON = ((384, 1536, 1), (1536, 384, 1), (96, 192, 3))
-"""Inputs, outputs and kernel of the products that a model of the costs is fitted on."""
-RATES = (0.01, 0.05, 0.15, 0.3)
-_RUNS, _SECONDS = 5, 0.5
-WORTH = 0.98
-"""The event-driven model is chosen below this share of the dense one's time: nearer ones are told apart by chance."""
+Costs = dict[str, float]
+"""Seconds, or what they follow from, by what costs them."""
 
-Places = tuple[int, int, int, int]
-"""Steps, images, height and width."""
+_RUNS = 5
+_MEASURED = ("product.py", "choice.py")
+"""The files of this folder whose code is timed: when it changes, so may what it costs."""
 
 
-@dataclass
-class EventCosts:
-    """Seconds of event-driven products by a linear model, and of dense ones by measurement.
+class Timings:
+    """Costs by the name of what was measured, in memory and in a file that other processes read.
 
-        seconds = rows * (inputs * listing + outputs * (finishing + inputs * rate * adding))
-
-    A row is a pixel at a step; a 3x3 kernel has nine inputs a channel. `relative_error` is that of the fit, its worst.
+    A file that cannot be read or written is no obstacle: each process then measures for itself.
     """
 
-    listing: float
-    adding: float
-    finishing: float
-    relative_error: float
-    dense: dict[str, float] = field(default_factory=dict)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known = self._read()
 
-    @staticmethod
-    def load() -> EventCosts:
-        """The model of this machine and number of threads: fitted once, in a few seconds, then read from a file."""
-        path = _costs_path()
+    def of(self, name: str, measure: Callable[[], Costs]) -> Costs:
+        """The costs of that name; measured, and kept, where nobody has so far."""
+        if name not in self._known:
+            found = measure()
+            # Others may have written since.
+            self._known = {**self._read(), **self._known, name: found}
+            text = json.dumps(self._known, indent=1) + "\n"
+            with contextlib.suppress(OSError):
+                write_atomically(self.path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+        return self._known[name]
+
+    def _read(self) -> dict[str, Costs]:
         try:
-            return EventCosts(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            costs = EventCosts.fit()
-            costs.save()
-            return costs
-
-    def __str__(self) -> str:
-        costs = f"{self.listing:.2g} s an input listed, {self.adding:.2g} an addition, {self.finishing:.2g} an output"
-        return f"{costs}; fitted within {self.relative_error:.0%}, kept in {_costs_path()}"
-
-    def save(self) -> None:
-        text = json.dumps(asdict(self), indent=2) + "\n"
-        write_atomically(_costs_path(), lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
-
-    @staticmethod
-    def fit() -> EventCosts:
-        """Measures a few products and fits the costs to them, all measurements weighing alike."""
-        rows, seconds = [], []
-        places = (4, 4, 14, 14)
-        for inputs, outputs, kernel in FITTED_ON:
-            product = EventProduct(torch.rand(outputs, inputs, kernel, kernel), Epilogue(outputs, neuron=NeuronSpec()))
-            for rate in RATES:
-                spikes = _random_spikes(places, inputs, rate)
-                seconds.append(best_seconds(partial(product.events, spikes)))
-                rows.append(_work(places, inputs, outputs, kernel, spikes.rate()))
-        measured, work = torch.tensor(seconds, dtype=torch.float64), torch.tensor(rows, dtype=torch.float64)
-        relative = work / measured.unsqueeze(1)
-        costs = torch.linalg.lstsq(relative, torch.ones_like(measured)).solution.clamp(min=1e-13)
-        error = (relative @ costs - 1).abs().max().item()
-        listing, adding, finishing = costs.tolist()
-        return EventCosts(listing, adding, finishing, relative_error=error)
-
-    def events(self, places: Places, product: EventProduct, rate: float) -> float:
-        """Predicted seconds of the event-driven product at a firing rate of its input."""
-        out, into, kernel, _ = product.weight.weight.shape
-        work = _work(places, into, out, kernel, rate)
-        costs = (self.listing, self.adding, self.finishing)
-        return sum(amount * cost for amount, cost in zip(work, costs, strict=True))
-
-    def dense_seconds(self, places: Places, product: EventProduct) -> float:
-        """Seconds of the dense product, which its input does not change; measured when a shape comes first."""
-        out, into, kernel, _ = product.weight.weight.shape
-        key = f"{'x'.join(map(str, places))} {into}->{out} {kernel}x{kernel}"
-        if key not in self.dense:
-            spikes = _random_spikes(places, into, 0.1)
-            membrane = product.epilogue.neuron is None
-            self.dense[key] = best_seconds(partial(product.dense, spikes, membrane=membrane))
-        return self.dense[key]
-
-    def break_even(self, places: Places, product: EventProduct) -> float:
-        """The firing rate of the input at which both ways take as long."""
-        silent, full = (self.events(places, product, rate) for rate in (0.0, 1.0))
-        return min(max((self.dense_seconds(places, product) - silent) / (full - silent), 0.0), 1.0)
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            return {str(name): {key: float(cost) for key, cost in costs.items()} for name, costs in content.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
 
 
-class Layer(NamedTuple):
-    """A product as it was calibrated: the firing rate of its input, and the rate from which it is computed densely."""
-
-    name: str
-    rate: float
-    break_even: float
+def timings() -> Timings:
+    """Those of this machine, its number of threads and its PyTorch."""
+    return _of_threads(torch.get_num_threads())
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What `optimize_for_inference(model, sparse="auto")` measured and chose; printed as a table."""
-
-    layers: list[Layer]
-    event_driven_seconds: float
-    dense_seconds: float
-    costs: EventCosts
-
-    @property
-    def event_driven(self) -> bool:
-        """Whether the event-driven model is clearly the faster one."""
-        return self.event_driven_seconds <= WORTH * self.dense_seconds
-
-    def __str__(self) -> str:
-        width = max((len(layer.name) for layer in self.layers), default=0)
-        lines = [f"{'layer':{width}}  input rate  break-even  computed"]
-        lines += [
-            f"{name:{width}}  {rate:10.2%}  {limit:10.2%}  {'by events' if rate <= limit else 'densely'}"
-            for name, rate, limit in self.layers
-        ]
-        seconds = f"{self.event_driven_seconds:.4g} s, all dense: {self.dense_seconds:.4g} s"
-        chosen = "event-driven" if self.event_driven else "dense"
-        lines += [f"a calibration batch, event-driven: {seconds}; chosen: {chosen}", f"costs: {self.costs}"]
-        return "\n".join(lines)
-
-
-def calibrate(model: Events, batches: Iterable[Any], costs: EventCosts) -> list[Layer]:
-    """Sets the `break_even` of every product of the model from the shapes of its inputs; returns what was measured.
-
-    `batches` are what the model takes, or tuples that start with it, as a data loader gives them.
-    """
-    spikes: dict[str, list[int]] = {}
-    places: dict[str, Places] = {}
-
-    def note(name: str, packed: PackedSpikes) -> None:
-        steps, images, height, width = packed.words.shape[:4]
-        shape = (steps, images, height, width)
-        seen = spikes.setdefault(name, [0, 0])
-        seen[0] += packed.count()
-        seen[1] += math.prod(shape) * packed.channels
-        places[name] = max(places.get(name, shape), shape, key=math.prod)
-
-    hooks = [
-        product.register_forward_pre_hook(lambda _, given, name=name: note(name, given[0]))
-        for name, product in model.products()
-    ]
-    try:
-        for batch in batches:
-            model(images_of(batch))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    layers = []
-    for name, product in model.products():
-        product.break_even = costs.break_even(places[name], product)
-        fired, neurons = spikes[name]
-        layers.append(Layer(name, fired / neurons, product.break_even))
-    return layers
-
-
-def choose(model: nn.Module, dense: nn.Module, batches: Iterable[Any]) -> nn.Module:
-    """`dense`, or the event-driven model where that is faster on the calibration batches; `calibration` says why.
-
-    Where `model` cannot run event-driven, one warning says so. Raises `ValueError` without batches.
-    """
-    batches = [images_of(batch) for batch in batches]
-    if not batches:
-        raise ValueError("calibrate must hold at least one batch of images or frames")
-    try:
-        event_driven = Events(plan(model))
-    except (ValueError, RuntimeError) as error:
-        warnings.warn(f"the model is optimised densely: {error}", stacklevel=3)
-        return dense
-    costs = EventCosts.load()
-    layers = calibrate(event_driven, batches, costs)
-    costs.save()
-    # In turn, so that a disturbance hits both; the shorter a run, the more of them.
-    seconds, start = [math.inf, math.inf], time.perf_counter()
-    for done in itertools.count():
-        if done >= _RUNS and time.perf_counter() - start > _SECONDS:
-            break
-        for i, contestant in enumerate((event_driven, dense)):
-            seconds[i] = min(seconds[i], best_seconds(partial(contestant, batches[0]), runs=1))
-    calibration = Calibration(layers, seconds[0], seconds[1], costs)
-    chosen: Any = event_driven if calibration.event_driven else dense
-    chosen.calibration = calibration
-    return chosen
-
-
-def images_of(batch: Any) -> Tensor:
-    """The images or frames of a batch: itself, or what a tuple or list starts with."""
-    images = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
-    if not isinstance(images, Tensor):
-        raise TypeError(
-            f"a calibration batch must be a tensor, or a tuple that starts with one, got {type(batch).__name__}"
-        )
-    return images
+@functools.cache
+def _of_threads(threads: int) -> Timings:
+    code = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in _MEASURED]
+    machine = hashlib.sha256("\n".join([processor(), torch.__version__, *code]).encode()).hexdigest()[:16]
+    return Timings(cache_folder() / f"timings-{machine}-{threads}-threads.json")
 
 
 def best_seconds(compute: Callable[[], object], runs: int = _RUNS, warmup: int = 1) -> float:
@@ -225,20 +74,3 @@ def best_seconds(compute: Callable[[], object], runs: int = _RUNS, warmup: int =
         if run >= warmup:
             best = min(best, time.perf_counter() - start)
     return best
-
-
-def _work(places: Places, inputs: int, outputs: int, kernel: int, rate: float) -> tuple[float, float, float]:
-    rows, inputs = math.prod(places), inputs * kernel**2
-    return rows * inputs, rows * inputs * outputs * rate, rows * outputs
-
-
-def _random_spikes(places: Places, channels: int, rate: float) -> PackedSpikes:
-    steps, images, height, width = places
-    uniform = torch.rand(steps, images, channels, height, width, generator=torch.Generator().manual_seed(0))
-    return PackedSpikes.pack(uniform < rate)
-
-
-def _costs_path() -> Path:
-    # The kernels' file is named after the machine, but not after the threads and the library that dense products use.
-    path = kernels_path()
-    return path.with_name(f"{path.stem}-{torch.get_num_threads()}-threads-torch-{torch.__version__}.json")

@@ -49,9 +49,9 @@ def library(source: Path = SOURCE) -> ctypes.CDLL:
     compiler = _compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     texts = [file.read_text() for file in (source, *sorted(source.parent.glob("*.h")))]
-    identity = "\n".join([*texts, *FLAGS, *THREADING, compiler, version, _processor()])
+    identity = "\n".join([*texts, *FLAGS, *THREADING, compiler, version, processor()])
     name = f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    folder = _cache_folder()
+    folder = cache_folder()
     if not (folder / name).is_file():
         _build(compiler, source, folder / name)
     try:
@@ -70,7 +70,8 @@ def _compiler() -> str:
     raise BuildError(f"{missing}; install g++ or clang++, or name one in CXX")
 
 
-def _processor() -> str:
+def processor() -> str:
+    """What tells processors apart whose kernels differ."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))
@@ -78,7 +79,8 @@ def _processor() -> str:
         return f"{platform.machine()} {platform.processor()}"
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where this machine keeps what it has built and measured."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdt_blocks"
     folder = Path(os.environ.get("SDT_BLOCKS_CACHE") or default)
     try:
@@ -87,7 +89,12 @@ def _cache_folder() -> Path:
             return folder
     except OSError:
         pass
-    # A folder of this process alone: a shared temporary one could hold somebody else's code.
+    return _folder_of_this_process()
+
+
+@functools.cache
+def _folder_of_this_process() -> Path:
+    # A shared temporary one could hold somebody else's code.
     return Path(tempfile.mkdtemp(prefix="sdt_blocks-"))
 
 
