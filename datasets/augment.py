@@ -142,7 +142,7 @@ def build_augmentations(
 ) -> tuple[list[EventAugmentation], list[FrameAugmentation]]:
     """The named augmentations, those of events and those of frames, each group in the order given.
 
-    Raises ValueError for a name that is in neither `EVENT_AUGMENTATIONS` nor `FRAME_AUGMENTATIONS`.
+    Raises `ValueError` for a name that is in neither `EVENT_AUGMENTATIONS` nor `FRAME_AUGMENTATIONS`.
     """
     known = [*EVENT_AUGMENTATIONS, *FRAME_AUGMENTATIONS]
     unknown = [name for name in names if name not in known]

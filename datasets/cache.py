@@ -37,15 +37,11 @@ class ArrayCache:
     cache at once. It carries its key and a checksum: an entry that is damaged, no file, or belongs to another key is
     made again, with a warning. A folder may be deleted at any time; nothing in it is ever unpickled.
 
-    Args:
-        folder: made where it is missing.
+    `folder` is made where it is missing. Raises `OSError`, whose message says what to do, where it cannot be made or
+    written.
 
-    Raises:
-        OSError: where the folder cannot be made or written; the message says what to do.
-
-    Example:
-        >>> cache = ArrayCache("frames_cache")
-        >>> frames = cache.get({"file": "a.aedat4", "time_steps": 10}, make_frames)
+    >>> cache = ArrayCache("frames_cache")
+    >>> frames = cache.get({"file": "a.aedat4", "time_steps": 10}, make_frames)
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:

@@ -1,7 +1,7 @@
 """The columns of an event recording, checked: a file's numbers become events here, or are refused with row and value.
 
 Nothing is cast unchecked. What can be understood in one way only (times in seconds, a clock that wraps, events out of
-order) is converted and said; all else raises ValueError.
+order) is converted and said; all else raises `ValueError`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def events_from_columns(
     Times with fractions are seconds and become microseconds; a counter of 16, 23, 24, 31 or 32 bits that wraps is
     unwrapped; single events out of order are sorted. Each is told to `note`. Polarity is 0/1, -1/1 or boolean.
 
-    Raises ValueError, with row and value, for columns of different lengths, for coordinates that are not whole pixels
+    Raises `ValueError`, with row and value, for columns of different lengths, for coordinates that are not whole pixels
     below `LARGEST_SIDE`, for another polarity, for times that are not finite, jump back, or lie far from all others.
 
     >>> events_from_columns(np.array([0.5e-3, 1e-3]), np.array([0, 3]), np.array([1, 1]), np.array([-1, 1]))["t"]
@@ -82,7 +82,7 @@ def events_from_columns(
 def named_columns(arrays: Mapping[str, np.ndarray] | np.ndarray, names: tuple[str, ...]) -> list[np.ndarray]:
     """The columns t, x, y, p out of arrays or fields that are called so, or by another of `FIELD_NAMES`.
 
-    Raises ValueError where one is missing or there twice.
+    Raises `ValueError` where one is missing or there twice.
     """
     columns = []
     for column, known in FIELD_NAMES.items():
@@ -97,7 +97,7 @@ def named_columns(arrays: Mapping[str, np.ndarray] | np.ndarray, names: tuple[st
 def columns_of_table(table: np.ndarray) -> list[np.ndarray]:
     """The columns t, x, y, p of an array `[N, 4]` = x, y, p, t.
 
-    Raises ValueError for another shape, and where the values show another order.
+    Raises `ValueError` for another shape, and where the values show another order.
     """
     if table.ndim != 2 or table.shape[1] != 4 or table.dtype.kind not in "iuf":
         raise ValueError(f"expected the columns [N, 4] = x, y, p, t, found {table.dtype} of shape {table.shape}")
@@ -120,7 +120,7 @@ def columns_of_table(table: np.ndarray) -> list[np.ndarray]:
 
 
 def polarity_is_on(p: np.ndarray, *, first_row: int = 0) -> np.ndarray:
-    """Booleans `[N]`, True for ON, of polarities `[N]` coded 0/1, -1/1 or boolean; ValueError for any other.
+    """Booleans `[N]`, True for ON, of polarities `[N]` coded 0/1, -1/1 or boolean; `ValueError` for any other.
 
     Rows in the message are counted from `first_row`.
     """
@@ -140,7 +140,7 @@ def polarity_is_on(p: np.ndarray, *, first_row: int = 0) -> np.ndarray:
 
 
 def check_inside(x: np.ndarray, y: np.ndarray, sensor_size: tuple[int, int, int], *, first_row: int = 0) -> None:
-    """Raises ValueError, with row and value, where a pixel `x`, `y` `[N]` lies outside the sensor `(W, H, 2)`.
+    """Raises `ValueError`, with row and value, where a pixel `x`, `y` `[N]` lies outside the sensor `(W, H, 2)`.
 
     Rows are counted from `first_row`.
     """
@@ -155,7 +155,7 @@ def check_inside(x: np.ndarray, y: np.ndarray, sensor_size: tuple[int, int, int]
 
 
 def frames_from_counts(frames: np.ndarray) -> np.ndarray:
-    """Counts `[T, 2, H, W]` of any number type as float32; ValueError for another shape and for NaN or infinity."""
+    """Counts `[T, 2, H, W]` of any number type as float32; `ValueError` for another shape and for NaN or infinity."""
     if frames.ndim != 4 or frames.shape[1] != 2 or 0 in frames.shape or frames.dtype.kind not in "biuf":
         raise ValueError(f"expected frames [T, 2, H, W], found {frames.dtype} of shape {list(frames.shape)}")
     with np.errstate(over="ignore"):
@@ -222,7 +222,7 @@ def _microseconds(t: np.ndarray, note: Note) -> np.ndarray:
 
 
 def _in_order(events: np.ndarray, note: Note) -> np.ndarray:
-    """The events sorted by time; ValueError where the clock jumps back or a time lies far from all others."""
+    """The events sorted by time; `ValueError` where the clock jumps back or a time lies far from all others."""
     t = np.ascontiguousarray(events["t"])
     back = np.flatnonzero(t[1:] < t[:-1])
     if len(back):
@@ -265,7 +265,7 @@ def _wrapped_bits(t: np.ndarray, back: np.ndarray) -> int | None:
 
 
 def _check_strays(t: np.ndarray, rows: np.ndarray, note: Note) -> None:
-    """Tells of sorted times of which a few at one end lie far from all others; ValueError where they lie too far."""
+    """Tells of sorted times of which a few at one end lie far from all others; `ValueError` where they lie too far."""
     if len(t) < 10:
         return
     few = max(1, len(t) // _STRAY_SHARE)

@@ -31,15 +31,13 @@ _CACHE_VERSION = 2
 class EventDataset(SampleDataset):
     """`dataset[i]` is (float32 frames `[T, 2, H, W]`, class index); OFF events are channel 0, ON events channel 1.
 
-    See `SampleDataset` for what augmentation follows from and for recordings that cannot be read; one without an event
-    counts among these.
+    `part` holds the recordings; for `time_steps` and `split_by` see `EventsToFrames`. `size` is the side of the square
+    frames in pixels, None keeps the sensor's. `augment` are names of `EVENT_AUGMENTATIONS` and `FRAME_AUGMENTATIONS`;
+    for what they follow from, and for recordings that cannot be read, see `SampleDataset`. One without an event counts
+    among these. `cache` keeps the frames on disk, or the events where those are augmented.
 
-    Args:
-        part: the recordings.
-        time_steps, split_by: see `EventsToFrames`.
-        size: side of the square frames in pixels; None keeps the sensor's.
-        augment: names of `EVENT_AUGMENTATIONS` and `FRAME_AUGMENTATIONS`.
-        cache: keeps the frames, or the events where those are augmented, on disk.
+    Raises `DataError` for frames that would take more than `LARGEST_CONTENT` bytes, and for augmentations of events
+    where the recordings hold frames.
     """
 
     kind = "recordings"
@@ -179,21 +177,19 @@ def build_event_datasets(
 ) -> tuple[EventDataset, EventDataset]:
     """The training and the validation set of an event data set, whichever of its layouts lies under `root`.
 
-    Args:
-        name: `dvs128_gesture`, `cifar10_dvs`, `cifar10_dvs_tet`, `n_mnist` or `event_folder`.
-        root: the folder that Tonic was given as `save_to`, or the data set's own folder, or one of the layouts of the
-            original (`frames_number_T_split_by_number`, `events_np`, `train/N.pt`).
-        time_steps: frames a recording is divided into, T.
-        split_by: `"number"` of events, or `"time"`.
-        size: side of the square frames in pixels; None takes 64 for CIFAR10-DVS, as released, else the sensor's own.
-        augment: names, in a list or separated by commas, for training: `hflip`, `roll`, `cutout`, `random_op`,
-            `drop_by_time`, `drop_by_area`, `drop_at_random`, `event_drop`.
-        cache: True or `"auto"` keeps the frames in `root/.frames_cache`, a path in that folder, False or `"none"`
-            nowhere.
-        on_error: `"raise"` or `"skip"`; see `EventDataset`.
-        train_samples, test_samples: keep the first so many recordings, of each class in turn.
-        sensor_size: `(W, H)` of an `event_folder`; None takes the AEDAT4 header's or the smallest that fits.
-        seed: decides the augmentation.
+    `name` is `dvs128_gesture`, `cifar10_dvs`, `cifar10_dvs_tet`, `n_mnist` or `event_folder`. `root` is the folder that
+    Tonic was given as `save_to`, or the data set's own folder, or one of the layouts of the original
+    (`frames_number_T_split_by_number`, `events_np`, `train/N.pt`).
+
+    A recording is divided into `time_steps` frames of equal `"number"` of events or equal `"time"` (`split_by`), square
+    ones of `size` pixels a side; None takes 64 for CIFAR10-DVS, as released, else the sensor's own. `sensor_size` is
+    the `(W, H)` of an `event_folder`; None takes the AEDAT4 header's or the smallest that fits. `augment` names, in a
+    list or separated by commas, what is done in training, as `seed` decides: `hflip`, `roll`, `cutout`, `random_op`,
+    `drop_by_time`, `drop_by_area`, `drop_at_random`, `event_drop`.
+
+    `cache` True or `"auto"` keeps the frames in `root/.frames_cache`, a path in that folder, False or `"none"` nowhere.
+    `train_samples` and `test_samples` keep the first so many recordings, of each class in turn. For `on_error` see
+    `EventDataset`.
 
     Gesture labels are Tonic's 0..10; in SpikingJelly's layout they are, as there, the positions of the folder names in
     the alphabet (0, 1, 10, 2, ...). `classes` names them in either case.

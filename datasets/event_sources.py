@@ -49,16 +49,12 @@ class ClassFolders(tonic.dataset.Dataset):
     The classes are the folders in the order of their names, as torchvision's `DatasetFolder` has them; subfolders (of
     sessions, say) belong to their class.
 
-    Args:
-        folder: holds the class folders.
-        suffixes: of the files to take, in capitals or not; all others are passed over.
-        read: one file -> one array, with `note` as in `read_events`; None reads events.
-        sensor_size: `(W, H, 2)`.
-        holds: `"events"` or `"frames"`.
-        names: class name by folder name, where they differ.
+    Of the files in `folder` those that end in one of `suffixes` are taken, in capitals or not, all others are passed
+    over. `read` makes one array of a file, with `note` as in `read_events`; None reads events. What it gives are
+    `"events"` or `"frames"` (`holds`) of a sensor of the size `(W, H, 2)`. `names` gives the class of a folder's name,
+    where they differ.
 
-    Raises:
-        DataError: where two class folders are one folder by two names.
+    Raises `DataError` where two class folders are one folder by two names.
     """
 
     def __init__(
@@ -163,8 +159,7 @@ class DVSGestureRecordings(tonic.dataset.Dataset):
     `trials` lists the recordings of the split; beside each lies `userNN_LIGHT_labels.csv` with the rows class (1..11),
     first and last time (us, the last excluded), of which each makes a sample.
 
-    Raises:
-        DataError: where a recording or its labels are missing, or the labels are damaged.
+    Raises `DataError` where a recording or its labels are missing, or the labels are damaged.
     """
 
     holds = "events"

@@ -28,21 +28,16 @@ class EventsToFrames:
     and the last frame again takes all that is left. Both rules are SpikingJelly's; both put everything into the last
     frame where `d` is 0. No event is dropped: the frames add up to `N`.
 
-    Args:
-        sensor_size: `(W, H, 2)` as in Tonic.
-        time_steps: number of frames T.
-        split_by: `"number"` or `"time"`.
+    `sensor_size` is `(W, H, 2)` as in Tonic, `split_by` `"number"` or `"time"`.
 
     Shapes: structured events `[N]` -> float32 frames `[T, 2, H, W]`, OFF events in channel 0 and ON in channel 1.
     Counts are exact up to 2**24 events on one pixel of one frame.
 
-    Raises:
-        ValueError: for a setting out of range, for events outside the sensor, and for a polarity that is none.
-        TypeError: for an input that is not a structured event array with whole pixels and times.
+    Raises `ValueError` for a setting out of range, for events outside the sensor, and for a polarity that is none, and
+    `TypeError` for an input that is not a structured event array with whole pixels and times.
 
-    Example:
-        >>> to_frames = EventsToFrames(sensor_size=(128, 128, 2), time_steps=10)
-        >>> frames = to_frames(events)  # [10, 2, 128, 128]
+    >>> to_frames = EventsToFrames(sensor_size=(128, 128, 2), time_steps=10)
+    >>> frames = to_frames(events)  # [10, 2, 128, 128]
     """
 
     sensor_size: tuple[int, int, int]
@@ -79,7 +74,7 @@ class EventsToFrames:
 
 
 def check_events(events: np.ndarray, fields: tuple[str, ...]) -> None:
-    """Raises TypeError where `events` is not a one-dimensional structured array with these fields."""
+    """Raises `TypeError` where `events` is not a one-dimensional structured array with these fields."""
     names = getattr(getattr(events, "dtype", None), "names", None)
     if names is None or events.ndim != 1 or not set(fields) <= set(names):
         got = f"a {type(events).__name__} of dtype {getattr(events, 'dtype', None)}"
@@ -87,7 +82,7 @@ def check_events(events: np.ndarray, fields: tuple[str, ...]) -> None:
 
 
 def _pixel_index(events: np.ndarray, sensor_size: tuple[int, int, int], first_row: int) -> np.ndarray:
-    """The flat index `(p * H + y) * W + x` of each event; ValueError where one lies outside or has no polarity."""
+    """The flat index `(p * H + y) * W + x` of each event; `ValueError` where one lies outside or has no polarity."""
     x, y, polarity = (np.ascontiguousarray(events[field]) for field in ("x", "y", "p"))
     for name, values in (("x", x), ("y", y)):
         if values.dtype.kind not in "iu":

@@ -23,7 +23,7 @@ _LISTED = 100_000
 
 
 def check_regular(path: str | os.PathLike) -> None:
-    """Raises ValueError for a folder, and for pipes, sockets and devices, whose opening or reading could hang."""
+    """Raises `ValueError` for a folder, and for pipes, sockets and devices, whose opening or reading could hang."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("it is no regular file")
 
@@ -111,7 +111,7 @@ def describe_files(found: Iterable[tuple[str, str]]) -> str:
 def read_npy(path: str | os.PathLike) -> np.ndarray:
     """The array of a `.npy` file; never unpickled.
 
-    Raises ValueError where the file is not one, or announces more than it holds or than `LARGEST_CONTENT`.
+    Raises `ValueError` where the file is not one, or announces more than it holds or than `LARGEST_CONTENT`.
     """
     check_regular(path)
     with open(path, "rb") as file:
@@ -126,8 +126,8 @@ def read_npy(path: str | os.PathLike) -> np.ndarray:
 class Archive:
     """The arrays of a `.npz` file by name, for use in `with`: `archive[name]`; never unpickled.
 
-    All arrays taken from it together hold at most `LARGEST_CONTENT`. Raises ValueError where one is missing, announces
-    more than that, or than its member holds.
+    All arrays taken from it together hold at most `LARGEST_CONTENT`. Raises `ValueError` where one is missing,
+    announces more than that, or than its member holds.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:

@@ -100,7 +100,7 @@ def open_layout(
 ) -> tuple[Part, Part]:
     """The training and the validation part of a data set, in whichever of its layouts lies under `root`.
 
-    What lies beside the recordings and is not read is counted in one warning. Raises DataError where the data are
+    What lies beside the recordings and is not read is counted in one warning. Raises `DataError` where the data are
     missing, incomplete or there in two layouts; it says what to put where, and what was found.
     """
     if name not in _OPENERS:

@@ -42,7 +42,7 @@ def _header(content: bytes, mark: bytes, last: bytes = b"") -> tuple[list[bytes]
 def read_aedat(path: str | os.PathLike) -> Columns:
     """AEDAT 2.0 of a DVS128 (CIFAR10-DVS, say) or AEDAT 3.1 (DVS128 Gesture, say): columns `[N]` t (us), x, y, p.
 
-    Pixels of a DVS128 are turned as in the data set's own readers. Raises ValueError for another version or camera,
+    Pixels of a DVS128 are turned as in the data set's own readers. Raises `ValueError` for another version or camera,
     and for packets that are cut off.
     """
     content = _content(path)
@@ -93,7 +93,7 @@ def _aedat3(body: bytes) -> Columns:
 
 
 def check_aedat4(path: str | os.PathLike) -> None:
-    """Raises ValueError where an AEDAT4 file's header is damaged, or a packet announces more than the file holds.
+    """Raises `ValueError` where an AEDAT4 file's header is damaged, or a packet announces more than the file holds.
 
     The decoder ends the process on some such headers, and allocates what a packet announces.
     """
@@ -152,7 +152,7 @@ def read_bin(path: str | os.PathLike) -> Columns:
 def read_dat(path: str | os.PathLike) -> Columns:
     """Prophesee's DAT, version 1 or 2, with CD events (N-Cars, say): columns `[N]` t (us), x, y, p.
 
-    Raises ValueError for another version or kind of events.
+    Raises `ValueError` for another version or kind of events.
     """
     content = _content(path)
     header, start = _header(content, b"%")

@@ -30,7 +30,7 @@ def read_events(path: str | os.PathLike, *, note: Note | None = None) -> np.ndar
     `.npz` (arrays t, x, y, p, or one array as in a `.npy`). `note` is told what is converted; see
     `events_from_columns`.
 
-    Raises whatever the reader of a format raises, ValueError for contents that are no events, and for a file that is
+    Raises whatever the reader of a format raises, `ValueError` for contents that are no events, and for a file that is
     no regular file or asks for more memory than it may.
 
     >>> events = read_events("recording.npz")
@@ -56,7 +56,7 @@ def _read_aedat4(path: str | os.PathLike) -> Columns:
 
 @contextlib.contextmanager
 def _no_panic() -> Iterator[None]:
-    """The decoder of AEDAT4 panics on some damaged files, which is no Exception: ValueError instead."""
+    """The decoder of AEDAT4 panics on some damaged files, which is no Exception: `ValueError` instead."""
     try:
         yield
     except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -96,14 +96,17 @@ READERS: dict[str, Callable[[str | os.PathLike], Columns | list[np.ndarray]]] = 
 def read_frames_npz(path: str | os.PathLike) -> np.ndarray:
     """Reads SpikingJelly's frames, the array `frames` of a `.npz` file, as float32 `[T, 2, H, W]`.
 
-    Raises ValueError where there is none, or where it is no array of finite counts.
+    Raises `ValueError` where there is none, or where it is no array of finite counts.
     """
     with Archive(path) as archive:
         return frames_from_counts(archive["frames"])
 
 
 def aedat4_sensor_size(path: str | os.PathLike) -> tuple[int, int, int]:
-    """`(W, H, 2)` from the header of an AEDAT4 file. Raises ValueError where it has no events stream of such a size."""
+    """`(W, H, 2)` from the header of an AEDAT4 file.
+
+    Raises `ValueError` where it has no events stream of such a size.
+    """
     import aedat
 
     check_aedat4(path)

@@ -52,7 +52,7 @@ class SampleDataset(Dataset[tuple[Tensor, int]]):
         raise NotImplementedError
 
     def _sample(self, content: Any, key: tuple[int, int, int]) -> Tensor:
-        """The tensor of what was read; in training augmented with draws from `key`. ValueError for unfit contents."""
+        """The tensor of what was read; in training augmented with draws from `key`. `ValueError` for unfit contents."""
         raise NotImplementedError
 
     def _blank(self) -> Tensor:

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from sdt_datasets.errors import IGNORED, DataError, UnreadableError
 from sdt_datasets.event_data import build_event_datasets
+from sdt_datasets.events import EventsToFrames
 
 # Skipped files are named in warnings.
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be read")
@@ -41,6 +43,26 @@ def test_gesture_frames_labels_and_official_split(tmp_path, write, count):
             assert isinstance(label, int)
             assert label == int(path.stem) == dataset.targets[index]
             np.testing.assert_array_equal(frames.numpy(), count(written[path], 7))
+
+
+@pytest.mark.parametrize(("augment", "framed_again"), [(["hflip"], 0), (["drop_by_time"], 1)])
+def test_a_cold_cache_reads_and_frames_a_recording_once(tmp_path, write, monkeypatch, augment, framed_again):
+    write.gestures(tmp_path)
+    train, test = build_event_datasets("dvs128_gesture", tmp_path, time_steps=3, augment=augment)
+    calls = Counter()
+
+    def counted(owner, name):
+        whole = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given: (calls.update([name]), whole(*given))[1])
+
+    counted(EventsToFrames, "__call__")
+    counted(type(train.source), "__getitem__")
+    first = [dataset[i][0] for dataset in (train, test) for i in range(3)]
+    assert calls == {"__call__": 6, "__getitem__": 6}
+    again = [dataset[i][0] for dataset in (train, test) for i in range(3)]
+    # Events that are augmented are framed anew: each epoch drops others.
+    assert calls == {"__call__": 6 + 3 * framed_again, "__getitem__": 6}
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(first, again, strict=True))
 
 
 def test_cifar10_dvs_frames_are_halved_and_nine_tenths_train(tmp_path, write, count):
