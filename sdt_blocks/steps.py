@@ -60,6 +60,13 @@ class Unit(nn.Module):
         """`conv` as one convolution, `None` where it is none."""
         return self.conv if isinstance(self.conv, nn.Conv2d) else None
 
+    def chain(self) -> list[nn.Conv2d] | None:
+        """`conv` as convolutions one after the other in eval mode, `None` where it is one, or no such chain."""
+        if type(self.conv) is not nn.Sequential:
+            return None
+        layers = [layer for layer in self.conv if isinstance(layer, nn.Conv2d)]
+        return layers if len(layers) == len(self.conv) else None
+
 
 # ---- the steps
 

@@ -21,7 +21,7 @@ from sdt_blocks import (
     save_model,
 )
 from sdt_blocks.models.meta_spikeformer import FAMILY
-from sdt_blocks.steps import Unit
+from sdt_blocks.steps import Unit, project
 
 PUBLISHED = {
     "sdt_v2_15m": (15_112_208, 15_473_208),
@@ -141,6 +141,31 @@ def test_inference_at_any_size_and_number_of_steps(sparse):
     for shape in ((2, 3, 37, 51), (1, 1, 3, 20, 33), (2, 5, 3, 33, 20)):
         x = torch.rand(shape)
         torch.testing.assert_close(fast(x), model(x), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_chains_side_by_side_are_the_attention():
+    """q, k and v as one chain of three products, the last with a group each, exact in float64, borders included."""
+    torch.manual_seed(0)
+    model = MetaSpikeFormer(dims=(16, 16, 16, 24), depths=(0, 0, 1, 1, 1), num_classes=4, time_steps=2).double()
+    images = torch.rand(2, 3, 40, 56).double()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.bias, 1.0, 0.5)
+    calibrate_norms(model, images)
+    fast = optimize_for_inference(model, torch.float64, paths="chain")
+    mixers = [form[0] for form in fast.forms.values() if isinstance(form, nn.ModuleList)]
+    assert [product.paths for product in mixers] == [["chain"]] * 2
+    assert [[part.geometry.groups for part in product.chain] for product in mixers] == [[1, 48, 3], [1, 72, 3]]
+    expected = model.eval()(images)
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(fast(images), expected, atol=1e-10, rtol=0)
+    for attention in (model.stages[3][0].attention.branch, model.stages[4][0].attention.branch):
+        spikes = (torch.rand(2, 2, attention.dim, 3, 4) < 0.3).double()
+        parts = torch.cat([project(unit, spikes) for unit in (attention.q, attention.k, attention.v)], dim=2)
+        product = mixers.pop(0)
+        found = product(spikes.movedim(2, -1).flatten(0, 1).contiguous()).movedim(-1, 1).unflatten(0, (2, 2))
+        torch.testing.assert_close(found, parts, atol=1e-10, rtol=0)
 
 
 # ---- variants, sizes, heads

@@ -96,14 +96,30 @@ class RepConv(Unit):
 
     @torch.no_grad()
     def kernel(self) -> nn.Conv2d:
-        chain: Any = self.conv
-        (gain1, offset1), (gain2, offset2) = _affine(chain.border.norm), _affine(chain.norm)
-        before = gain1[:, None] * chain.pointwise1.weight.double()[..., 0, 0]
-        depthwise = chain.depthwise.weight.double()[:, 0]
-        after = gain2[:, None] * chain.pointwise2.weight.double()[..., 0, 0]
-        weight = torch.einsum("om,mhw,mi->oihw", after, depthwise, before)
-        bias = after @ (depthwise.sum((1, 2)) * offset1) + offset2
-        return _convolution(weight, bias, like=chain.pointwise2)
+        before, depthwise, after, bias, like = self._merged()
+        return _convolution(torch.einsum("om,mhw,mi->oihw", after, depthwise, before), bias, like=like)
+
+    @torch.no_grad()
+    def chain(self) -> list[nn.Conv2d]:
+        """1x1, depthwise 3x3 padded with zeros, and 1x1, the only one with a bias: the norms are folded in."""
+        before, depthwise, after, bias, like = self._merged()
+        return [
+            _convolution(before[..., None, None], None, like=like),
+            _convolution(depthwise[:, None], None, like=like, groups=len(depthwise)),
+            _convolution(after[..., None, None], bias, like=like),
+        ]
+
+    def _merged(self) -> tuple[Tensor, Tensor, Tensor, Tensor, nn.Conv2d]:
+        """Weights of the three convolutions and the bias behind them, in float64, and the last of the layers.
+
+        The first norm's offset is the same everywhere, on the border too, so it can wait until the end.
+        """
+        conv: Any = self.conv
+        (gain1, offset1), (gain2, offset2) = _affine(conv.border.norm), _affine(conv.norm)
+        before = gain1[:, None] * conv.pointwise1.weight.double()[..., 0, 0]
+        depthwise = conv.depthwise.weight.double()[:, 0]
+        after = gain2[:, None] * conv.pointwise2.weight.double()[..., 0, 0]
+        return before, depthwise, after, after @ (depthwise.sum((1, 2)) * offset1) + offset2, conv.pointwise2
 
 
 class PaddedNorm(nn.Module):
@@ -135,10 +151,12 @@ def _affine(norm: Any) -> tuple[Tensor, Tensor]:
     return gain, norm.bias.double() - norm.running_mean.double() * gain
 
 
-def _convolution(weight: Tensor, bias: Tensor | None, like: nn.Conv2d) -> nn.Conv2d:
+def _convolution(weight: Tensor, bias: Tensor | None, like: nn.Conv2d, groups: int = 1) -> nn.Conv2d:
     """A convolution that keeps the frame's size, with this weight and bias in the dtype of `like`."""
     out_channels, in_channels, size, _ = weight.shape
-    conv = nn.Conv2d(in_channels, out_channels, size, padding=size // 2, bias=bias is not None, device="meta")
+    conv = nn.Conv2d(
+        in_channels * groups, out_channels, size, padding=size // 2, groups=groups, bias=bias is not None, device="meta"
+    )
     conv.weight = nn.Parameter(weight.to(like.weight.dtype))
     if bias is not None:
         conv.bias = nn.Parameter(bias.to(like.weight.dtype))

@@ -27,6 +27,7 @@ from .plan import (
     Mixing,
     Node,
     Plan,
+    chain,
     convolution,
     filled,
     fold,
@@ -148,17 +149,40 @@ class Dense(nn.Module):
             return None
         weights, biases = zip(*(fold(conv, norm) for conv, norm in known), strict=True)
         bias = torch.cat(biases).to(self.real_dtype)
+        spikes = self.kinds[node.inputs()[0]] == SPIKES
         product = Product(
             torch.cat(weights).to(self.real_dtype),
             bias,
             Geometry.of(known[0][0]),
             dtype=self.dtype,
-            spikes=self.kinds[node.inputs()[0]] == SPIKES,
-            chain=units[0] if len(units) == 1 and _is_chain(units[0]) else None,
+            spikes=spikes,
+            chain=self._chain(units, [norm for _, norm in known], spikes),
         )
         if paths != "auto":
             product.paths = [paths if paths in product.paths else "convolution"]
         return product
+
+    def _chain(self, units: Any, norms: list[nn.BatchNorm2d | None], spikes: bool) -> list[Product]:
+        """The layers of units that see the same frames, side by side, as products; none where they are no such chains.
+
+        Real values pass from one to the next, so they are as wide as membranes.
+        """
+        chains = [chain(unit) for unit in units]
+        layers = [list(side) for side in zip(*(one for one in chains if one is not None), strict=False)]
+        alike = all(len({(Geometry.of(conv), conv.weight.shape) for conv in side}) == 1 for side in layers)
+        shared = len(units) == 1 or (layers and layers[0][0].groups == 1)
+        if not layers or len({one and len(one) for one in chains}) > 1 or not alike or not shared:
+            return []
+        products = []
+        for place, side in enumerate(layers):
+            behind = norms if place == len(layers) - 1 else [None] * len(side)
+            weights, biases = zip(*(fold(conv, norm) for conv, norm in zip(side, behind, strict=True)), strict=True)
+            geometry = Geometry.of(side[0])
+            if place:
+                geometry = geometry._replace(groups=geometry.groups * len(side))
+            weight, bias = (torch.cat(parts).to(self.real_dtype) for parts in (weights, biases))
+            products.append(Product(weight, bias, geometry, dtype=self.real_dtype, spikes=spikes and not place))
+        return products
 
     def forward(self, *inputs: Tensor) -> Any:
         if len(inputs) != len(self.inputs):
@@ -347,11 +371,6 @@ _RULES: dict[str, Callable[[Any, Node, list[Any], dict[Node, Any]], Any]] = {
 
 def _shown_once(x: Tensor) -> bool:
     return len(x) > 1 and x.stride(0) == 0
-
-
-def _is_chain(unit: Any) -> bool:
-    """Whether a unit is trained as several layers, which cost less than the one convolution that they are."""
-    return isinstance(unit, steps.Unit) and not isinstance(unit.conv, nn.Conv2d)
 
 
 def _known(mixing: Mixing) -> bool:

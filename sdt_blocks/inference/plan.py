@@ -348,6 +348,15 @@ def convolution(unit: Any) -> tuple[nn.Conv2d, nn.BatchNorm2d | None] | None:
     return (conv, norm) if conv.padding_mode == "zeros" and not isinstance(conv.padding, str) else None
 
 
+def chain(unit: Any) -> list[nn.Conv2d] | None:
+    """The convolutions of a unit one after the other, its norm behind the last, where `convolution` has it as one."""
+    layers: list[nn.Conv2d] | None = unit.chain() if isinstance(unit, steps.Unit) else None
+    if layers is None or convolution(unit) is None:
+        return None
+    known = all(layer.padding_mode == "zeros" and not isinstance(layer.padding, str) for layer in layers)
+    return layers if known else None
+
+
 def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
     """Weight and bias of `norm(conv(x))` in float64."""
     bias = torch.zeros(conv.out_channels).double() if conv.bias is None else conv.bias.double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -45,8 +46,8 @@ class Convolution:
         return True
 
     @staticmethod
-    def input_dtype(product: Product) -> torch.dtype:
-        """What the neuron in front should emit."""
+    def input_dtype(product: Product, shape: torch.Size) -> torch.dtype:
+        """What the neuron in front should emit, in frames of this shape."""
         return product.weight.dtype
 
     def __call__(self, frames: Tensor) -> Tensor:
@@ -55,14 +56,21 @@ class Convolution:
 
 
 class Linear(Convolution):
-    """A 1x1 convolution as a matrix product."""
+    """A 1x1 convolution as a matrix product, one a group."""
 
     @staticmethod
     def applies(product: Product) -> bool:
-        return product.weight.shape[2:] == (1, 1) and product.geometry == Geometry()
+        return product.weight.shape[2:] == (1, 1) and product.geometry._replace(groups=1) == Geometry()
 
     def __call__(self, frames: Tensor) -> Tensor:
-        return F.linear(frames, self.product.weight.flatten(1), self.product.bias)
+        weight, bias, groups = self.product.weight.flatten(1), self.product.bias, self.product.geometry.groups
+        if groups == 1:
+            return F.linear(frames, weight, bias)
+        x, out = frames.flatten(0, -2), frames.new_empty(frames.shape[:-1].numel(), len(weight))
+        parts = zip(x.chunk(groups, 1), weight.chunk(groups), bias.chunk(groups), out.chunk(groups, 1), strict=True)
+        for some, weights, offset, into in parts:
+            torch.addmm(offset, some, weights.T, out=into)
+        return out.view(*frames.shape[:-1], -1)
 
 
 class Integers(Convolution):
@@ -96,12 +104,12 @@ class Integers(Convolution):
         return on_cpu and wanted and all(hasattr(torch.ops.onednn, f"q{op}_pointwise") for op in ("linear", "conv2d"))
 
     @staticmethod
-    def input_dtype(product: Product) -> torch.dtype:
+    def input_dtype(product: Product, shape: torch.Size) -> torch.dtype:
         return torch.uint8
 
     def __call__(self, frames: Tensor) -> Tensor:
         out = self.product.weight.shape[0]
-        if Linear.applies(self.product):
+        if self._is_matrix:
             x = frames.flatten(0, -2)
             return self._sliced(x, out).view(*frames.shape[:-1], out)
         return self._sliced(frames.permute(0, 3, 1, 2), out * frames.shape[1:3].numel()).permute(0, 2, 3, 1)
@@ -127,11 +135,15 @@ class Integers(Convolution):
         return total
 
     def _pack(self, piece: Tensor) -> Tensor:
-        if Linear.applies(self.product):
+        if self._is_matrix:
             packed: Tensor = torch.ops.onednn.qlinear_prepack(piece.flatten(1), None)
         else:
             packed = torch.ops.onednn.qconv_prepack(piece, torch.ones(len(piece)), 1.0, 0, *self.geometry, None)
         return packed
+
+    @property
+    def _is_matrix(self) -> bool:
+        return Linear.applies(self.product) and self.product.geometry.groups == 1
 
     @property
     def geometry(self) -> tuple[Any, ...]:
@@ -154,12 +166,18 @@ class Chain(Convolution):
 
     @staticmethod
     def applies(product: Product) -> bool:
-        return product.chain is not None
+        return len(product.chain) > 0
+
+    @staticmethod
+    def input_dtype(product: Product, shape: torch.Size) -> torch.dtype:
+        first: Any = product.chain[0]
+        dtype: torch.dtype = first.input_dtype(shape)
+        return dtype
 
     def __call__(self, frames: Tensor) -> Tensor:
-        assert self.product.chain is not None
-        made: Tensor = self.product.chain(frames.permute(0, 3, 1, 2).to(self.product.chain_dtype))
-        return made.permute(0, 2, 3, 1).contiguous().to(self.product.weight.dtype)
+        for product in self.product.chain:
+            frames = product(frames)
+        return frames.to(self.product.weight.dtype)
 
 
 PATHS: dict[str, type[Convolution]] = {
@@ -175,8 +193,8 @@ class Product(nn.Module):
     """A convolution with its bias on contiguous channels-last frames; without a `geometry` it keeps the frame's size.
 
     Every product of an optimised model goes through here. `path` names the way in `PATHS`; "auto" takes the one that
-    was fastest when a shape was first met. `spikes` says that frames hold zeros and ones alone; `chain` computes
-    the same by several layers.
+    was fastest when a shape was first met. `spikes` says that frames hold zeros and ones alone; the products of `chain`
+    compute the same one after the other.
 
     Shapes: frames `[N, H, W, in] -> [N, H', W', out]`, in the dtype that `input_dtype` names.
 
@@ -192,10 +210,10 @@ class Product(nn.Module):
         dtype: torch.dtype = torch.float32,
         spikes: bool = True,
         path: str = "auto",
-        chain: nn.Module | None = None,
+        chain: Iterable[Product] = (),
     ) -> None:
         super().__init__()
-        self.chain = chain
+        self.chain = nn.ModuleList(chain)
         self.spikes = spikes
         self.geometry = geometry or Geometry(padding=tuple(size // 2 for size in weight.shape[2:]))
         self.register_buffer("weight", weight.to(dtype).contiguous(memory_format=torch.channels_last))
@@ -209,15 +227,9 @@ class Product(nn.Module):
         self._ways: dict[str, Convolution] = {}
         self._chosen: dict[tuple[int, int], str] = {}
 
-    @property
-    def chain_dtype(self) -> torch.dtype:
-        """The dtype of the chain's own weights."""
-        assert self.chain is not None
-        return next(self.chain.parameters()).dtype
-
     def input_dtype(self, shape: torch.Size) -> torch.dtype:
         """What the neuron in front should emit for frames of the shape `[N, H, W, in]`."""
-        return PATHS[self._choose(shape)].input_dtype(self)
+        return PATHS[self._choose(shape)].input_dtype(self, shape)
 
     def forward(self, frames: Tensor) -> Tensor:
         return self._way(self._choose(frames.shape))(frames)
@@ -247,7 +259,7 @@ class Product(nn.Module):
         expected = self._way(self.paths[0])(spikes)
         frames = {}
         for name in self.paths:
-            taken = spikes.to(PATHS[name].input_dtype(self))
+            taken = spikes.to(PATHS[name].input_dtype(self, shape))
             try:
                 error = (self._way(name)(taken) - expected).abs().max()
             except (RuntimeError, NotImplementedError):

@@ -39,6 +39,11 @@ def test_a_unit_is_one_convolution_borders_included(make, size):
     x = torch.rand(3, kernel.in_channels, *size, dtype=torch.float64)
     assert type(kernel) is nn.Conv2d and not kernel.training
     torch.testing.assert_close(unit.norm(kernel(x)), unit(x), rtol=0, atol=1e-10)
+    chain = unit.chain()
+    assert (chain is None) == isinstance(unit, ConvNorm)
+    if chain is not None:
+        assert all(type(layer) is nn.Conv2d for layer in chain)
+        torch.testing.assert_close(unit.norm(nn.Sequential(*chain)(x)), unit(x), rtol=0, atol=1e-10)
 
 
 @torch.no_grad()
