@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import ClassVar
 
@@ -55,8 +56,15 @@ class SpikingPatchSplitting(Named):
         self.position = ConvNorm(dim, dim, 3)
 
     def forward(self, x: Tensor) -> Tensor:
+        for result in self.forward_stages(x):  # noqa: B007
+            pass
+        return result
+
+    def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
+        """The pooled spikes of stages 0-2 one after the other, then the result."""
         check_sequence(x, self.in_channels, "SpikingPatchSplitting")
         for stage in range(3):
             x = pool(self.pools[stage], project_and_fire(self.stages[stage], self.neurons[stage], x))
+            yield x
         membrane = pool(self.pools[3], project(self.stages[3], x))
-        return shortcut(membrane, project(self.position, fire(self.neurons[3], membrane)))
+        yield shortcut(membrane, project(self.position, fire(self.neurons[3], membrane)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from ..blocks import ConvolutionBlock, Downsampling, LinearSpikeAttention, Membr
 from ..blocks.mixers import check_heads
 from ..neuron import LIF, NeuronLike, Stream, make_neuron
 from ..steps import check_multiple, fire, present
+from .backbone import Backbone, stage_info
 from .family import ReleasedKeys, count_blocks, shape_of
 from .options import Channels, Classes, Depths, Heads, Neuron, PerStep, Ratio, SecondHead, Steps, Widths, keeps_options
 from .registry import register
@@ -39,7 +40,7 @@ class LinearAttentionBlock(nn.Module):
         return result
 
 
-class MetaSpikeFormer(nn.Module):
+class MetaSpikeFormer(Backbone):
     """Meta-SpikeFormer (Yao et al., ICLR 2024, https://arxiv.org/abs/2404.03663).
 
     Five stages, each a downsampling and its blocks: convolution blocks of `dims[0] / 2`, `dims[0]` and `dims[1]`
@@ -108,10 +109,22 @@ class MetaSpikeFormer(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Membranes of the tokens, `[T, B, dims[3], H / 16, W / 16]`, sizes rounded up at every halving."""
+        for membrane in self.forward_stages(x):  # noqa: B007
+            pass
+        return membrane
+
+    def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
+        """Membranes of the five stages; the released segmentation takes 0, 1, 2 and 4."""
         membrane: Tensor = present(x, self.time_steps, self.in_channels)
         for downsampling, blocks in zip(self.downsamplings, self.stages, strict=True):
             membrane = blocks(downsampling(membrane))
-        return membrane
+            yield membrane
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        dims = self.config["dims"]
+        names = [f"stages.{stage}" for stage in range(len(self.stages))]
+        return stage_info((dims[0] // 2, *dims), (True,) * 4 + (False,), names)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         spikes = fire(self.head_neuron, self.forward_features(x).mean((-2, -1)))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..blocks import MembraneShortcut, SpikeDrivenSelfAttention, SpikingMLP, SpikingPatchSplitting
+from ..blocks.patch import WIDTHS
 from ..neuron import LIF, NeuronLike, Stream, make_neuron
 from ..steps import check_multiple, fire, present
+from .backbone import Backbone, stage_info
 from .family import ReleasedKeys, count_blocks, shape_of
 from .options import (
     Channels,
@@ -61,7 +63,7 @@ class SpikeDrivenBlock(nn.Module):
         return result
 
 
-class SpikeDrivenTransformer(nn.Module):
+class SpikeDrivenTransformer(Backbone):
     """Spike-Driven Transformer (Yao et al., NeurIPS 2023, https://arxiv.org/abs/2307.01694).
 
     Patch splitting, `depth` encoder blocks, mean over tokens, LIF, linear head, mean over time steps.
@@ -125,6 +127,21 @@ class SpikeDrivenTransformer(nn.Module):
         """Membranes of the tokens, `[T, B, dim, H', W']`."""
         result: Tensor = self.blocks(self.patch(present(x, self.time_steps, self.in_channels)))
         return result
+
+    def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
+        """Spikes behind the pooling of the first three stages of the patch splitting, and the membranes of the tokens.
+
+        The spikes' mean over time is a firing rate: their membranes are not at hand, norm and neuron are one op.
+        """
+        stages = self.patch.forward_stages(present(x, self.time_steps, self.in_channels))
+        for stage, result in enumerate(stages, start=1):
+            yield result if stage < len(WIDTHS) else self.blocks(result)
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        dim, flags = self.config["dim"], str(self.config["pooling"])
+        names = (*(f"patch.pools.{stage}" for stage in range(3)), "blocks")
+        return stage_info([dim // width for width in WIDTHS], [flag == "1" for flag in flags], names)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.forward_features(x).mean((-2, -1))
