@@ -8,17 +8,18 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from harness import Bench, ParityError
 from peers import AuthorsArrangement, ConvolutionFloor, firing_model, spikingjelly_model
 from torch import Tensor
 
-from sdt_blocks import SpikeDrivenTransformer, optimize_for_inference
+from sdt_blocks import MetaSpikeFormer, SpikeDrivenTransformer, optimize_for_inference
 
 ALLOCATORS = ["default", "reused"]
 FLOOR = "floor: bare convolutions, fp32"
-Build = Callable[[SpikeDrivenTransformer], Callable[[Tensor], Tensor]]
+Build = Callable[[Any], Callable[[Tensor], Tensor]]
 
 
 @torch.no_grad()
@@ -79,7 +80,12 @@ def spikingjelly_installed() -> bool:
     return True
 
 
-def agreement(build: Build, device: torch.device, images: int = 200) -> str:
+def agreement(
+    build: Build,
+    device: torch.device,
+    images: int = 200,
+    small: Callable[[Tensor], SpikeDrivenTransformer | MetaSpikeFormer] | None = None,
+) -> str:
     """Parity on a small model, image by image; in bfloat16 as near to float32 as `torch.autocast` comes.
 
     A membrane within rounding of its threshold fires in one library's sums and not in another's, and its spike travels
@@ -88,7 +94,7 @@ def agreement(build: Build, device: torch.device, images: int = 200) -> str:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         x = torch.rand(images, 3, 64, 64, device=device)
-        model = firing_model("sdt_8_384", x[:64], depth=2, dim=64, num_classes=10)
+        model = small(x[:64]) if small else firing_model("sdt_8_384", x[:64], depth=2, dim=64, num_classes=10)
     built = build(model)
     expected, found = model(x), built(x)
     classes = (found.argmax(1) == expected.argmax(1)).float().mean().item()

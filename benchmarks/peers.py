@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdt_blocks import SpikeDrivenTransformer, create_model
+from sdt_blocks import LIF, ConvolutionBlock, MetaSpikeFormer, SpikeDrivenTransformer, create_model
 
 
 @torch.no_grad()
-def firing_model(name: str, images: Tensor, **options: Any) -> SpikeDrivenTransformer:
+def firing_model(name: str, images: Tensor, **options: Any) -> Any:
     """A published variant with random weights in eval mode, its norms fitted to `images` so that every layer fires."""
     model = create_model(name, **options).to(images.device)
     for module in model.modules():
@@ -131,6 +132,72 @@ class AuthorsArrangement(nn.Module):
         name = f"blocks.{index}.mlp.branch"
         hidden = mlp.fc1.norm(mlp.fc1.conv(self._fire(f"{name}.neuron1", x)))
         return x + mlp.fc2.norm(mlp.fc2.conv(self._fire(f"{name}.neuron2", hidden)))
+
+
+class MetaArrangement(nn.Module):
+    """Meta-SpikeFormer on SpikingJelly's multi-step neurons, its layers on frames `[T * B, C, H, W]`.
+
+    As much as can be had without rewriting a layer: an image's first convolution is computed once, q, k and v read
+    frames that lie flat, the attention multiplies k and v first. Takes copies of one of our models' layers;
+    `forward` takes images `[B, C, H, W]`.
+    """
+
+    def __init__(self, model: MetaSpikeFormer) -> None:
+        super().__init__()
+        if model.config["neuron"] != "lif" or model.distillation:
+            raise ValueError("this arrangement is written for LIF neurons and one head")
+        self.layers, self.time_steps = copy.deepcopy(model), model.time_steps
+        self.neurons = nn.ModuleDict(
+            {
+                name.replace(".", "_"): _spikingjelly_lif(module.threshold)
+                for name, module in model.named_modules()
+                if isinstance(module, LIF)
+            }
+        )
+
+    def _fire(self, name: str, frames: Tensor) -> Tensor:
+        sequence = frames.view(self.time_steps, -1, *frames.shape[1:])
+        spikes: Tensor = self.neurons[name.replace(".", "_")](sequence)
+        return spikes.flatten(0, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        for neuron in self.neurons.values():
+            neuron.reset()
+        net = self.layers
+        x = net.downsamplings[0].conv(images).repeat(self.time_steps, 1, 1, 1)
+        for stage, blocks in enumerate(net.stages):
+            if stage:
+                x = net.downsamplings[stage].conv(self._fire(f"downsamplings.{stage}.neuron", x))
+            for i, block in enumerate(blocks):
+                step = self._convolutions if isinstance(block, ConvolutionBlock) else self._attention
+                x = step(f"stages.{stage}.{i}", block, x)
+        spikes = self._fire("head_neuron", x.mean((-2, -1)))
+        logits: Tensor = net.head(spikes).view(self.time_steps, len(images), -1)
+        return logits.mean(0)
+
+    def _convolutions(self, name: str, block: Any, x: Tensor) -> Tensor:
+        separable, inner = block.separable.branch, f"{name}.separable.branch"
+        wide = self._fire(f"{inner}.neuron2", separable.expand(self._fire(f"{inner}.neuron1", x)))
+        x = x + separable.separable(wide)
+        wide = self._fire(f"{name}.neuron2", block.conv1(self._fire(f"{name}.neuron1", x)))
+        changed: Tensor = x + block.conv2(wide)
+        return changed
+
+    def _attention(self, name: str, block: Any, x: Tensor) -> Tensor:
+        attention, inner = block.attention.branch, f"{name}.attention.branch"
+        spikes, heads = self._fire(f"{inner}.neuron", x), attention.mixer.num_heads
+        q, k, v = (
+            self._fire(f"{inner}.{letter}_neuron", getattr(attention, letter)(spikes))
+            .flatten(2)
+            .unflatten(1, (heads, -1))
+            for letter in "qkv"
+        )
+        counts = ((v @ k.mT) @ q * attention.mixer.scale).view(x.shape)
+        x = x + attention.proj(self._fire(f"{inner}.mixer_neuron", counts))
+        mlp, inner = block.mlp.branch, f"{name}.mlp.branch"
+        hidden = self._fire(f"{inner}.neuron2", mlp.fc1(self._fire(f"{inner}.neuron1", x)))
+        changed: Tensor = x + mlp.fc2(hidden)
+        return changed
 
 
 def _spikingjelly_lif(threshold: float) -> nn.Module:

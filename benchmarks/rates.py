@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from sdt_blocks import SpikeDrivenTransformer
+from sdt_blocks import ConvolutionBlock, MetaSpikeFormer, SpikeDrivenTransformer
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,13 @@ class Seat:
         return self.pool(spikes.flatten(0, 1))
 
 
-def seats(model: SpikeDrivenTransformer) -> Iterator[Seat]:
-    """The layers of neurons in the order in which they are computed."""
+def seats(model: SpikeDrivenTransformer | MetaSpikeFormer) -> Iterator[Seat]:
+    """The layers of neurons in the order in which they are computed, but for those behind a mixer and the head's."""
     nothing = nn.Identity()
+    if isinstance(model, MetaSpikeFormer):
+        for name, neuron, norm in _seats_of_stages(model):
+            yield Seat(name, neuron, norm, nothing)
+        return
     patch = model.patch
     for i in range(4):
         yield Seat(f"patch.{i}", patch.neurons[i], patch.stages[i].norm, patch.pools[i] if i < 3 else nothing)
@@ -44,8 +48,33 @@ def seats(model: SpikeDrivenTransformer) -> Iterator[Seat]:
         before = mlp.fc2.norm
 
 
+def _seats_of_stages(model: MetaSpikeFormer) -> Iterator[tuple[str, nn.Module, nn.BatchNorm2d]]:
+    norm = None
+    for stage, (downsampling, blocks) in enumerate(zip(model.downsamplings, model.stages, strict=True)):
+        if norm is not None:
+            yield f"{stage}.downsampling", downsampling.neuron, norm
+        norm = downsampling.conv.norm
+        for i, block in enumerate(blocks):
+            name = f"{stage}.{i}"
+            if isinstance(block, ConvolutionBlock):
+                separable = block.separable.branch
+                yield f"{name}.separable", separable.neuron1, norm
+                yield f"{name}.expanded", separable.neuron2, separable.expand.norm
+                yield f"{name}.membrane", block.neuron1, separable.separable.norm
+                yield f"{name}.hidden", block.neuron2, block.conv1.norm
+                norm = block.conv2.norm
+                continue
+            attention, mlp = block.attention.branch, block.mlp.branch
+            yield f"{name}.membrane", attention.neuron, norm
+            for letter in "qkv":
+                yield f"{name}.{letter}", getattr(attention, f"{letter}_neuron"), getattr(attention, letter).norm
+            yield f"{name}.mlp", mlp.neuron1, attention.proj.norm
+            yield f"{name}.hidden", mlp.neuron2, mlp.fc1.norm
+            norm = mlp.fc2.norm
+
+
 @torch.no_grad()
-def set_rates(model: SpikeDrivenTransformer, images: Tensor, rates: dict[str, float]) -> None:
+def set_rates(model: SpikeDrivenTransformer | MetaSpikeFormer, images: Tensor, rates: dict[str, float]) -> None:
     """Shifts the norms, layer after layer, until each layer of neurons fires at its rate (after its pooling)."""
     hooks = [seat.neuron.register_forward_pre_hook(partial(_shift, seat, rates[seat.name])) for seat in seats(model)]
     model(images)
@@ -65,7 +94,7 @@ def _shift(seat: Seat, rate: float, neuron: nn.Module, inputs: tuple[Tensor, ...
 
 
 @torch.no_grad()
-def measured_rates(model: SpikeDrivenTransformer, images: Tensor) -> dict[str, float]:
+def measured_rates(model: SpikeDrivenTransformer | MetaSpikeFormer, images: Tensor) -> dict[str, float]:
     """The firing rate of every layer of neurons, after its pooling."""
     rates: dict[str, float] = {}
 

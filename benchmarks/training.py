@@ -5,8 +5,10 @@ Weights and images are channels-last, which every convolution of ours takes as i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +95,7 @@ def training_step(
     return step
 
 
-def same_gradients(name: str, images: Tensor, labels: Tensor) -> str:
+def same_gradients(name: str, images: Tensor, labels: Tensor, small: Callable[[], Any] | None = None) -> str:
     """Parity of the fused step: a small model's loss and gradients against those of the equations, step by step.
 
     In float64: a membrane within rounding of its threshold would make a spike more or less, and another gradient.
@@ -102,11 +104,13 @@ def same_gradients(name: str, images: Tensor, labels: Tensor) -> str:
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = create_model(name, depth=1, dim=64, num_classes=10).to(images.device, torch.float64)
+        fresh = small() if small else create_model(name, depth=1, dim=64, num_classes=10)
+        fresh.to(images.device, torch.float64).train()
     results = []
     for forced in (None, "reference"):
         backend(forced)
-        model.zero_grad()
+        # A pass of its own for each: running statistics, which a step changes, may be seen by the next.
+        model = copy.deepcopy(fresh)
         loss = F.cross_entropy(model(images[..., :64, :64].double()), labels.clamp(max=9))
         loss.backward()
         results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])

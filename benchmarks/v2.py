@@ -1,0 +1,196 @@
+"""sdt_v2_15m (Meta-SpikeFormer) at 224 x 224, T = 4: evaluation, a training step and its memory, layers of few events.
+
+Beside it: the same network on SpikingJelly's neurons and the V1 network of about its size. Rates are set by shifting
+norms, as in `sparse`; the neurons behind the attention's sums and the head's fire as they do then.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from harness import Bench, measure_memory
+from inference import agreement, spikingjelly_installed
+from peers import MetaArrangement, firing_model
+from rates import seats, set_rates
+from torch import Tensor, nn
+from training import last, same_gradients, training_step
+
+from sdt_blocks import MetaSpikeFormer, calibrate_norms, create_model, optimize_for_inference
+from sdt_blocks.inference import Events
+from sdt_blocks.inference.events import DenseSums
+from sdt_blocks.ops.packed import PackedSpikes
+
+ALLOCATORS = ["default", "reused"]
+RATES = (0.1, 0.2)
+SMALL = {"dims": (16, 32, 32, 48), "depths": (1, 1, 1, 1, 1)}
+PLAIN = "sdt_blocks, the model as trained"
+OURS, PEER, PEER_LAST = "sdt_blocks", "SpikingJelly's neurons, eager", "SpikingJelly's neurons, eager, channels-last"
+
+
+def run(bench: Bench) -> None:
+    train(bench)
+    evaluate(bench)
+
+
+# ---- evaluation
+
+
+@torch.no_grad()
+def evaluate(bench: Bench, batch: int = 8) -> None:
+    images = torch.rand(batch, 3, 224, 224, device=bench.device)
+    v1 = firing_model("sdt_8_384", images[:2])
+    for rate in RATES:
+        model = at_rate("sdt_v2_15m", images[:2], rate)
+        setting = f"sdt_v2_15m, 224 x 224, T=4, layers at {rate:.0%}"
+        timed: dict[str, Callable[[], object]] = {PLAIN: partial(model, images)}
+        parity: dict[str, Callable[[], str]] = {}
+        for name, build in builds(bench).items():
+            timed[name] = partial(build(model), images)
+            parity[name] = partial(agreement, build, bench.device, small=small_model)
+        if rate == RATES[0]:
+            timed["V1: sdt_8_384, the model as trained"] = partial(v1, images)
+            timed["V1: sdt_8_384, optimised"] = partial(optimize_for_inference(v1), images)
+        bench.race(f"evaluation, batch {batch}", setting, timed, baseline=PLAIN, parity=parity, rounds=5, warmup=1)
+        if bench.device.type == "cpu":
+            by_layer(bench, optimize_for_inference(model, sparse=True), images, setting)
+
+
+def builds(bench: Bench) -> dict[str, Callable[[Any], Callable[[Tensor], Tensor]]]:
+    """Ways to evaluate one of our models."""
+    found: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
+        "sdt_blocks, optimised": optimize_for_inference,
+        "sdt_blocks, optimised, bf16": lambda model: optimize_for_inference(model, torch.bfloat16),
+    }
+    if bench.device.type == "cpu":
+        found["sdt_blocks, event-driven"] = lambda model: optimize_for_inference(model, sparse=True)
+    if spikingjelly_installed():
+        found[PEER] = lambda model: MetaArrangement(model).eval()
+        found[PEER_LAST] = lambda model: in_channels_last(MetaArrangement(model).eval())
+    return found
+
+
+def in_channels_last(net: nn.Module) -> Callable[[Tensor], Tensor]:
+    net.to(memory_format=torch.channels_last)
+    return lambda images: net(last(images))
+
+
+def at_rate(name: str, images: Tensor, rate: float, **options: Any) -> MetaSpikeFormer:
+    """A model whose layers fire at this rate, and whose head fires."""
+    model: MetaSpikeFormer = firing_model(name, images, **options)
+    rates = {seat.name: rate for seat in seats(model)}
+    # A still image's first membrane, one frame for all steps, takes its shift in the second pass.
+    for _ in range(2):
+        set_rates(model, images, rates)
+    # Its threshold down to where a fifth of the tokens' means lie, for no layer is behind it.
+    means: list[Tensor] = []
+    hook = model.head_neuron.register_forward_pre_hook(lambda module, given: means.append(given[0]))
+    model(images)
+    hook.remove()
+    model.head_neuron.threshold = max(means[0].quantile(0.8).item(), 1e-3)
+    return model
+
+
+def small_model(images: Tensor) -> MetaSpikeFormer:
+    """A small network in eval mode in which all layers fire, the head's neuron too."""
+    model: MetaSpikeFormer = create_model("sdt_v2_15m", num_classes=10, **SMALL).to(images.device)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.8, 1.2)
+            nn.init.normal_(norm.bias, 1.0, 0.5)
+    calibrate_norms(model, images)
+    return model.eval()
+
+
+def by_layer(bench: Bench, fast: Any, images: Tensor, setting: str) -> None:
+    """Seconds of an event-driven evaluation that pass in layers which are computed densely, and the mean input rate.
+
+    They are what a kernel for such layers could gain at most.
+    """
+    assert isinstance(fast, Events)
+    spent, spikes, inputs, begun = Counter[str](), 0, 0, 0.0
+
+    def count(product: Any, given: tuple[PackedSpikes, ...]) -> None:
+        nonlocal spikes, inputs
+        spikes, inputs = spikes + given[0].count(), inputs + given[0].words[..., 0].numel() * given[0].channels
+
+    def begin(*_: Any) -> None:
+        nonlocal begun
+        begun = time.perf_counter()
+
+    def end(layer: Any, *_: Any) -> None:
+        spent[kind(layer)] += time.perf_counter() - begun
+
+    layers = [form for form in fast.forms.values() if isinstance(form, DenseSums)]
+    hooks = [product.register_forward_pre_hook(count) for _, product in fast.products()]
+    fast(images)
+    for layer in layers:
+        hooks += [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
+    start = time.perf_counter()
+    fast(images)
+    whole = time.perf_counter() - start
+    for hook in hooks:
+        hook.remove()
+    figure = f"event-driven, batch {len(images)}, share of the time"
+    bench.record(figure, setting, "mean input rate", spikes / inputs, unit="rate")
+    for name, seconds in spent.items():
+        bench.record(figure, setting, f"dense: {name}", seconds / whole, unit="share")
+
+
+def kind(layer: DenseSums) -> str:
+    convolutions = [module for module in layer.modules() if isinstance(module, nn.Conv2d)]
+    first = convolutions[0]
+    size, stride = first.kernel_size[0], first.stride[0]
+    behind = ", then 1x1" if len(convolutions) > 1 else ""
+    return (
+        f"{size}x{size}{' depthwise' if first.groups > 1 else ''}{f', stride {stride}' if stride > 1 else ''}{behind}"
+    )
+
+
+# ---- training
+
+
+def train(bench: Bench) -> None:
+    batch = 2 if bench.device.type == "cpu" else 16
+    images = torch.rand(batch, 3, 224, 224, device=bench.device)
+    labels = torch.arange(batch, device=bench.device)
+    steps = {title: make(images, labels) for title, make in variants(bench).items()}
+    setting = f"sdt_v2_15m, 224 x 224, T=4, batch {batch}"
+    baseline = PEER if PEER in steps else OURS
+    if bench.allocator == "default":
+        peaks = {}
+        # A step before takes the compiling and the optimiser's state out of the peak.
+        for title, step in steps.items():
+            step()
+            peaks[title] = measure_memory(bench.device, step)[0] / 1e9
+        for title, peak in peaks.items():
+            ratio = peak / peaks[baseline]
+            bench.record("training step, peak memory", setting, title, peak, unit="GB", baseline=baseline, ratio=ratio)
+    parity = {OURS: partial(same_gradients, "sdt_v2_15m", images, labels, lambda: small_model(images[..., :64, :64]))}
+    bench.race("training step", setting, steps, baseline=baseline, parity=parity, rounds=5, warmup=1)
+
+
+def variants(bench: Bench) -> dict[str, Callable[[Tensor, Tensor], Callable[[], object]]]:
+    """Training steps by title."""
+
+    def ours(name: str, reduced: bool = False) -> Callable[[Tensor, Tensor], Callable[[], object]]:
+        def make(images: Tensor, labels: Tensor) -> Callable[[], object]:
+            model = create_model(name).to(bench.device, memory_format=torch.channels_last)
+            return training_step(model, model, last(images), labels, reduced)
+
+        return make
+
+    def peer(images: Tensor, labels: Tensor, channels_last: bool = False) -> Callable[[], object]:
+        net = MetaArrangement(create_model("sdt_v2_15m")).to(bench.device)
+        if channels_last:
+            net.to(memory_format=torch.channels_last)
+        return training_step(net, net, last(images) if channels_last else images, labels, False)
+
+    found = {OURS: ours("sdt_v2_15m"), "sdt_blocks, bf16": ours("sdt_v2_15m", True), "V1: sdt_8_384": ours("sdt_8_384")}
+    if spikingjelly_installed():
+        found |= {PEER: peer, PEER_LAST: partial(peer, channels_last=True)}
+    return found
