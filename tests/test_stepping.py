@@ -6,9 +6,17 @@ from functools import partial
 import pytest
 import snntorch
 import torch
+from snntorch import surrogate
 from torch import nn
 
-from sdt_blocks import LIF, SpikeDrivenSelfAttention, SpikeDrivenTransformer, SpikingMLP, over_time
+from sdt_blocks import (
+    LIF,
+    SpikeDrivenSelfAttention,
+    SpikeDrivenTransformer,
+    SpikingMLP,
+    optimize_for_inference,
+    over_time,
+)
 from sdt_blocks.neuron import OverTime
 from sdt_blocks.steps import fire
 
@@ -153,3 +161,37 @@ def test_an_output_that_is_no_tensor():
         fire(Odd(), torch.ones(2, 3))
     with pytest.raises(ValueError, match="time step"):
         over_time(Node())(torch.ones(0, 3))
+
+
+@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"threshold": 0.7, "spike_grad": surrogate.fast_sigmoid()},
+        {"spike_grad": surrogate.sigmoid(), "learn_beta": True, "init_hidden": True},
+        {"spike_grad": surrogate.triangular(), "learn_threshold": True, "output": True},
+        {"reset_delay": False},
+        {"graded_spikes_factor": 2.0},
+        {"spike_grad": lambda x: (x > 0.1).float()},
+    ],
+)
+def test_evaluation_gives_the_same_spikes(reset, options):
+    torch.manual_seed(0)
+    neuron = over_time(snntorch.Leaky(beta=0.8, reset_mechanism=reset, **options))
+    x = 1.5 * torch.randn(6, 3, 5, 4, 4)
+    for sequence in (x, x.movedim(-1, 2), x[:1].expand_as(x), x[..., 0, 0], x.double()):
+        expected = neuron(sequence)
+        found = neuron.evaluate(sequence)
+        assert torch.equal(found, expected) and 0.02 < (found != 0).float().mean() < 0.98
+        assert not found.requires_grad
+
+
+def test_a_neuron_that_is_watched_is_computed_by_its_own_forward():
+    torch.manual_seed(0)
+    network, seen = nn.Sequential(over_time(snntorch.Leaky(beta=0.8)), nn.Flatten()), []
+    network[0].neuron.register_forward_hook(lambda module, args, output: seen.append(output))
+    with pytest.warns(UserWarning, match="it has hooks"):
+        fast = optimize_for_inference(network)
+    x = 2 * torch.randn(4, 3, 5)
+    assert torch.equal(fast(x), network(x)) and len(seen) == 2 * len(x)

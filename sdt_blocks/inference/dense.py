@@ -29,6 +29,7 @@ from .plan import (
     Plan,
     chain,
     convolution,
+    evaluated,
     filled,
     fold,
     is_neuron,
@@ -266,7 +267,7 @@ class Dense(nn.Module):
     def _fire(self, node: Node, given: list[Any], values: dict[Node, Any]) -> Any:
         firing, frames = self.forms[node], self._frames(given[0])
         if firing is None or frames is None:
-            return node.target(self._plain(given[0]))
+            return evaluated(node.target)(self._plain(given[0]))
         membrane = frames if isinstance(frames, Membrane) else Membrane(frames.real(self.real_dtype))
 
         def fired(dtype: torch.dtype) -> Tensor:
@@ -327,7 +328,7 @@ class Dense(nn.Module):
         args, kwargs = filled((node.args, node.kwargs), lambda one: self._plain(values[one]))
         if isinstance(node.target, str):
             return getattr(args[0], node.target)(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)
+        return evaluated(node.target)(*args, **kwargs)
 
     def _plain(self, x: Any) -> Any:
         """A value as the network's own modules take it: `[T, B, C, H, W]`, without gaps."""

@@ -38,6 +38,7 @@ from .plan import (
     Node,
     Plan,
     convolution,
+    evaluated,
     filled,
     is_neuron,
     leaves,
@@ -162,10 +163,10 @@ class Events(nn.Module):
             return given[0].real.movedim(-1, 2).mean((-2, -1))
         args, kwargs = filled((node.args, node.kwargs), lambda one: plain(values[one]))
         if node.op == FIRE:
-            return _repacked(node.target, node.target(*args))
+            return _repacked(node.target, evaluated(node.target)(*args))
         if isinstance(node.target, str):
             return getattr(args[0], node.target)(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)
+        return evaluated(node.target)(*args, **kwargs)
 
     def _project(self, node: Node, x: Any, values: dict[Node, Any]) -> Any:
         form, source = self.forms.get(node), self._source(node, x)

@@ -326,6 +326,12 @@ def is_neuron(module: Any) -> bool:
     return isinstance(module, nn.Module) and steps.is_neuron(module)
 
 
+def evaluated(leaf: Any) -> Any:
+    """What computes a leaf's value in evaluation: its `evaluate` where it has one and nobody looks on, else itself."""
+    own = isinstance(leaf, nn.Module) and hasattr(leaf, "evaluate") and not any(map(steps.has_hooks, leaf.modules()))
+    return leaf.evaluate if own else leaf
+
+
 def leaves(target: Any) -> list[nn.Module]:
     """The modules that a node's target is made of."""
     parts = (*target.units, *target.neurons, target.mixer) if isinstance(target, Mixing) else (target,)

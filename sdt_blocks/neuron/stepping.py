@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import snntorch
 import torch
 from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
@@ -71,11 +72,49 @@ class OverTime(nn.Module, Streamed):
         self.carrier.keep(self, neuron)
         return spikes
 
+    @torch.no_grad()
+    def evaluate(self, x: Tensor) -> Tensor:
+        """`forward(x)` without gradients: the same spikes, in few passes over memory for snnTorch's Leaky.
+
+        U[t] = beta U[t-1] + x[t] - threshold S[t-1]     or, with reset "zero", beta (1 - S[t-1]) U[t-1] + x[t]
+        S[t] = U[t] > threshold
+        """
+        if self.carrier is not None or x.dtype != torch.float32 or len(x) == 0 or not _is_plain_leaky(self.neuron):
+            spikes: Tensor = self(x)
+            return spikes
+        neuron: Any = self.neuron
+        beta, threshold, reset = neuron.beta.clamp(0, 1), float(neuron.threshold), neuron.reset_mechanism
+        fired, membrane = torch.empty_like(x), torch.zeros_like(x[0])
+        before = torch.zeros_like(membrane)
+        # In the order of snnTorch's own additions, so that they round alike.
+        for x_t, spikes_t in zip(x, fired, strict=True):
+            if reset == "zero":
+                membrane.masked_fill_(before != 0, 0.0)
+            membrane.mul_(beta).add_(x_t)
+            if reset == "subtract":
+                membrane.sub_(before, alpha=threshold)
+            before = torch.gt(membrane, threshold, out=spikes_t)
+        return fired
+
     @staticmethod
     def _run(neuron: nn.Module, x: Tensor) -> Tensor:
         if takes_sequence(neuron):
             return spikes_of(neuron(x))
         return torch.stack([spikes_of(neuron(x_t)) for x_t in x.unbind(0)])
+
+
+def _is_plain_leaky(neuron: Any) -> bool:
+    """Whether a neuron does what `evaluate` computes: a `Leaky` without options that change its spikes."""
+    if type(neuron) is not snntorch.Leaky or neuron.state_quant or neuron.inhibition or not neuron.reset_delay:
+        return False
+    surrogate = getattr(neuron.spike_grad, "__qualname__", "").partition(".")[0]
+    single = neuron.beta.numel() == neuron.threshold.numel() == 1 and neuron.beta.dtype == torch.float32
+    plain = getattr(neuron.spike_grad, "__module__", "") == "snntorch.surrogate" and surrogate in _DETERMINISTIC
+    return single and plain and bool((torch.as_tensor(neuron.graded_spikes_factor) == 1).all())
+
+
+_DETERMINISTIC = ("atan", "fast_sigmoid", "sigmoid", "triangular")
+"""snnTorch's surrogates whose forward is the Heaviside step; others draw spikes at random, or are anybody's own."""
 
 
 def takes_sequence(neuron: nn.Module) -> bool:
