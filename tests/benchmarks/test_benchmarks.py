@@ -79,7 +79,7 @@ def test_rows_survive_the_file(tmp_path: Path) -> None:
 def test_every_suite_is_found() -> None:
     import run
 
-    assert {"neuron", "block", "inference", "training", "scaling", "sparse"} <= set(run.find_suites())
+    assert {"neuron", "block", "inference", "training", "scaling", "sparse", "networks"} <= set(run.find_suites())
     assert not {"run", "report", "harness", "peers", "rates", "curves"} & set(run.find_suites())
 
 
