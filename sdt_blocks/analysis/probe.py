@@ -10,11 +10,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
 from ..inference.folded import folded
-from ..neuron import Streamed, spikes_of, takes_sequence
+from ..neuron import clear_hidden, fires, spikes_of, takes_sequence
 
 Forward = Callable[[nn.Module, Tensor], Any]
 """How one batch goes through the model, where it is not just `model(x)`: a loop over steps outside it, for instance."""
@@ -48,14 +47,10 @@ def find_neurons(model: nn.Module, extra: Sequence[type[nn.Module]] = ()) -> dic
     """
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        neuron = isinstance(module, (Streamed, *extra)) or _of_snntorch(module)
+        neuron = fires(module) or isinstance(module, tuple(extra))
         if neuron and not any(not outer or name.startswith(f"{outer}.") for outer in found):
             found[name] = module
     return found
-
-
-def _of_snntorch(module: nn.Module) -> bool:
-    return any(cls.__module__.startswith("snntorch._neurons.") for cls in type(module).__mro__)
 
 
 def find_mixers(model: nn.Module) -> dict[str, Any]:
@@ -241,9 +236,7 @@ class Probe:
                 if where is not None:
                     x = x.to(where.device, where.dtype if x.is_floating_point() else x.dtype)
                 self.clock = Clock()
-                for neuron in self.neurons.values():
-                    if isinstance(neuron, SpikingNeuron) and neuron.init_hidden and hasattr(neuron, "reset_mem"):
-                        neuron.reset_mem()
+                clear_hidden(self.model)
                 # Compiled code would run past hooks that came after its compilation.
                 with torch.no_grad(), torch.compiler.set_stance("force_eager"), _in_parts(), ExitStack() as watching:
                     for mode in self.modes:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..neuron import clear_hidden
+
 
 def calibrate_norms(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
     """Sets the running statistics of every norm to the means over the batches, so that a fresh model fires.
@@ -56,10 +58,7 @@ def _run(model: nn.Module, batch: Any) -> int:
     where = next(model.parameters(), None)
     if where is not None:
         x = x.to(where.device, where.dtype if x.is_floating_point() else x.dtype)
-    for module in model.modules():
-        # snnTorch's neurons that keep their state between calls.
-        if getattr(module, "init_hidden", False) and hasattr(module, "reset_mem"):
-            module.reset_mem()  # type: ignore[operator]
+    clear_hidden(model)
     try:
         model(x)
     except ValueError as error:

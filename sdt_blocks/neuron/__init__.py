@@ -1,7 +1,7 @@
 """Neurons that take a whole sequence, what makes such of single-step ones, and streams that hand their state over."""
 
 from .lif import LIF, NEURONS, NeuronFactory, NeuronLike, ParametricLIF, make_neuron, neuron_options, neuron_spec
-from .stepping import OverTime, over_time, remembers, spikes_of, takes_sequence
+from .stepping import OverTime, clear_hidden, fires, over_time, remembers, spikes_of, takes_sequence
 from .stream import Stream, Streamed
 
 __all__ = [
@@ -13,6 +13,8 @@ __all__ = [
     "ParametricLIF",
     "Stream",
     "Streamed",
+    "clear_hidden",
+    "fires",
     "make_neuron",
     "neuron_options",
     "neuron_spec",

@@ -117,6 +117,19 @@ _DETERMINISTIC = ("atan", "fast_sigmoid", "sigmoid", "triangular")
 """snnTorch's surrogates whose forward is the Heaviside step; others draw spikes at random, or are anybody's own."""
 
 
+def fires(module: nn.Module) -> bool:
+    """Whether a module is a layer of neurons: one of the kit's, what `over_time` has made, or any of snnTorch's."""
+    snntorchs = any(cls.__module__.startswith("snntorch._neurons.") for cls in type(module).__mro__)
+    return snntorchs or isinstance(module, Streamed)
+
+
+def clear_hidden(model: nn.Module) -> None:
+    """Clears the state of snnTorch's neurons that keep it from one call of the model to the next (`init_hidden`)."""
+    for module in model.modules():
+        if getattr(module, "init_hidden", False) and hasattr(module, "reset_mem"):
+            module.reset_mem()  # type: ignore[operator]
+
+
 def takes_sequence(neuron: nn.Module) -> bool:
     """Whether the neuron takes `[T, B, ...]` in one call; a foreign one may say so by `step_mode`, "m" or "s"."""
     if isinstance(neuron, nn.Sequential):
