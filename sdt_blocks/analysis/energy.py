@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from .operations import LayerOperations, NotCounted, Operations, count_operations
-from .probe import Batches, Forward, unwrap
-from .silence import as_text
+from .probe import Batches, Forward, check_weights, unwrap
+from .silence import as_text, warn_if_dead
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -183,15 +183,17 @@ def energy(
     `e_mac` and `e_ac` are in picojoules. Batch normalisation folds into the convolution before it and costs nothing,
     folded or not; biases are not counted. The arguments are those of `count_operations`.
 
-    Raises `ValueError` where there is no batch.
+    Raises `ValueError` where there is no batch, or the weights are on the meta device.
 
     >>> report = energy(example_model(), example_images()[0])
     >>> report.total_mj < report.ann_mj, report["head"].synaptic_operations > 0, report.not_counted
     (True, True, [])
     """
+    check_weights(model)
     operations = count_operations(
         model, batches, spike_input=spike_input, neurons=neurons, forward=forward, as_trained=as_trained
     )
+    warn_if_dead(operations.silence)
     return _report(operations, e_mac, e_ac)
 
 
@@ -241,7 +243,7 @@ def energy_from_rates(
     if unknown:
         names = ", ".join(layer.name for layer in operations.layers)
         raise ValueError(f"no layer is called {', '.join(unknown)}; the layers are {names}")
-    operations.samples = 0
+    operations.samples, operations.silence = 0, ""
     return _report(operations, e_mac, e_ac)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .dataflow import MULTIPLIES, NOTHING, OUTER, SUMMED, Follower
 from .operators import FREE
 from .probe import Batches, Clock, Forward, Hook, Probe, add_at, find_mixers, gather
-from .silence import merge_fired, silence, warn_if_dead
+from .silence import merge_fired, silence
 
 
 @dataclass
@@ -136,7 +136,6 @@ def count_operations(
     if result.not_counted:
         listed = "; ".join(str(operation) for operation in result.not_counted)
         warnings.warn(f"not counted, as no rule knows what it costs: {listed}", stacklevel=3)
-    warn_if_dead(result.silence)
     return result
 
 

@@ -40,6 +40,16 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def check_weights(model: nn.Module) -> None:
+    """Raises `ValueError` where the weights are on the meta device: nothing fires there."""
+    name = next((name for name, weight in unwrap(model).named_parameters() if weight.is_meta), None)
+    if name is not None:
+        raise ValueError(
+            f"{name} is on the meta device and holds no numbers, so nothing fires; build the model on a device, or "
+            f"give rates of your own to energy_from_rates"
+        )
+
+
 def find_neurons(model: nn.Module, extra: Sequence[type[nn.Module]] = ()) -> dict[str, nn.Module]:
     """The neuron layers by name: the kit's, snnTorch's, and modules of the types in `extra`.
 

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..neuron import spikes_of, takes_sequence
-from .probe import Batches, Clock, Forward, Probe, add_at, find_mixers, gather
+from .probe import Batches, Clock, Forward, Probe, add_at, check_weights, find_mixers, gather
 from .silence import as_text, merge_fired, silence, warn_if_dead
 
 if TYPE_CHECKING:
@@ -149,12 +149,13 @@ def firing_rates(
     runs one batch where that is not `model(x)`. The network is judged as it is deployed, with norms folded and chains
     of layers merged, unless `as_trained`. Under `torch.distributed` each process calls this with its own share.
 
-    Raises `ValueError` where there is no neuron layer or no batch.
+    Raises `ValueError` where there is no neuron layer or no batch, or the weights are on the meta device.
 
     >>> rates = firing_rates(example_model(), example_images()[0])
     >>> [rate > 0.4 for rate in rates["head_neuron"].rate]  # one value a step
     [True, True, True, True]
     """
+    check_weights(model)
     totals: dict[str, _Totals] = {}
     samples = 0
     with Probe(model, neurons, forward, as_trained=as_trained) as probe:

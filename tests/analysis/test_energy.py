@@ -1,6 +1,7 @@
 """The energy table against closed forms, direct counts of spikes, and folded batch normalisation."""
 
 import json
+import warnings
 
 import pytest
 import snntorch
@@ -12,6 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from sdt_blocks import (
     LIF,
     MembraneShortcut,
+    MetaSpikeFormer,
     ParametricLIF,
     SpikeDrivenSelfAttention,
     SpikingMLP,
@@ -19,7 +21,7 @@ from sdt_blocks import (
     calibrate_norms,
     create_model,
 )
-from sdt_blocks.analysis import E_AC, E_MAC, audit, energy, energy_from_rates
+from sdt_blocks.analysis import E_AC, E_MAC, audit, energy, energy_from_rates, firing_rates
 
 PJ = 1e-9
 
@@ -60,6 +62,25 @@ def test_all_rates_one(name, dim, depth, size, steps):
     assert report.attention.vanilla_whole_mj == pytest.approx(
         E_MAC * (vanilla + 4 * depth * n * dim * dim) * PJ, rel=1e-12
     )
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_linear_attention_without_weights(steps):
+    """Of k^T v and q (k^T v), N D^2 / heads additions each; a model with weights, though silent, gives the same."""
+    options = {"dims": (16, 32, 48, 64), "depths": (1, 1, 1, 1, 1), "num_heads": 4, "time_steps": steps}
+    with torch.device("meta"):
+        model = MetaSpikeFormer(**options)
+    report = energy_from_rates(model, 1.0, (3, 64, 96))
+    for stage, dim in ((3, 48), (4, 64)):
+        additions = steps * 2 * (4 * 6) * dim * dim / 4
+        assert report[f"stages.{stage}.0.attention.branch"].energy_mj == pytest.approx(E_AC * PJ * additions, rel=1e-12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same = energy_from_rates(MetaSpikeFormer(**options), 1.0, (3, 64, 96))
+    assert same.to_json() == report.to_json() and not same.silence
+    for measure in (energy, firing_rates):
+        with pytest.raises(ValueError, match=r"weight is on the meta device .* energy_from_rates"):
+            measure(model, torch.rand(1, 3, 64, 96))
 
 
 def test_published_first_convolution():
