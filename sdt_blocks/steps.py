@@ -137,10 +137,10 @@ def project_and_mix(units: Sequence[Any], neurons: Sequence[nn.Module], mixer: A
     """`mixer(*(project_and_fire(unit, neuron, spikes) ...))`: q, k and v, and what an attention makes of them.
 
     One op where the mixer has one: its `fused(norms, neurons, x)`, given what the units' convolutions have made, may
-    return `None`.
+    return `None`. A mixer with a hook, or with a forward that its `fused` does not know, is called.
     """
     mixed = None
-    if hasattr(mixer, "fused") and all(map(is_unit, units)):
+    if _has_fused(mixer) and all(map(is_unit, units)):
         x = [_convolve(unit, spikes) for unit in units]
         mixed = mixer.fused([unit.norm for unit in units], neurons, x) if len(x[0]) == len(spikes) else None
         fired = (
@@ -307,6 +307,15 @@ def has_hooks(module: nn.Module) -> bool:
         everywhere._global_backward_pre_hooks,
     )
     return any(hooks) or "forward" in module.__dict__
+
+
+def _has_fused(mixer: Any) -> bool:
+    """Whether a mixer has an op that does what its forward does, and nobody looks at the mixer."""
+    if not hasattr(mixer, "fused") or (isinstance(mixer, nn.Module) and has_hooks(mixer)):
+        return False
+    lineage = type(mixer).__mro__
+    forward = next(kind for kind in lineage if {"forward", "__call__"} & vars(kind).keys())
+    return any("fused" in vars(kind) for kind in lineage[: lineage.index(forward) + 1])
 
 
 def _fusible(norm: nn.Module, neuron: nn.Module, x: Tensor) -> bool:

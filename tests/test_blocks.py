@@ -19,7 +19,8 @@ from sdt_blocks import (
     calibrate_norms,
 )
 from sdt_blocks.analysis import firing_rates
-from sdt_blocks.steps import repeat_frame
+from sdt_blocks.blocks import ConvNorm, MaskMixer
+from sdt_blocks.steps import project_and_mix, repeat_frame
 
 
 def record(module):
@@ -235,3 +236,58 @@ def test_an_attend_of_ones_own_replaces_the_mixer():
     seen = record(block.proj.conv)
     block(torch.rand(2, 2, 8, 3, 3) * 4)
     assert seen[0][0].max() > 1
+
+
+class Sum(nn.Module):
+    """A mixer that claims an op of its own, which says that it was asked."""
+
+    emits = "counts"
+
+    def forward(self, q, k, v):
+        return q + k + v
+
+    def fused(self, norms, neurons, x):
+        return torch.full_like(x[0], -1.0)
+
+
+class Difference(Sum):
+    """Another forward, which the inherited op knows nothing of."""
+
+    def forward(self, q, k, v):
+        return q - k * v
+
+
+def hooked(mixer):
+    mixer.register_forward_hook(lambda module, args, output: 2 * output)
+    return mixer
+
+
+def watched(mixer):
+    mixer.register_forward_pre_hook(lambda module, args: tuple(1 - part for part in args))
+    return mixer
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (Sum, None),
+        (lambda: hooked(Sum()), lambda q, k, v: 2 * (q + k + v)),
+        (lambda: watched(Sum()), lambda q, k, v: 3 - q - k - v),
+        (Difference, lambda q, k, v: q - k * v),
+        (lambda: hooked(MaskMixer(8)), lambda q, k, v: 2 * MaskMixer(8)(q, k, v)),
+    ],
+)
+def test_the_op_of_a_mixer_is_taken_only_where_it_does_what_the_mixer_does(make, expected):
+    torch.manual_seed(0)
+    units, neurons = [ConvNorm(8, 8).eval() for _ in "qkv"], [LIF() for _ in "qkv"]
+    for unit in units:
+        nn.init.normal_(unit.conv.weight)
+        nn.init.constant_(unit.norm.bias, 1.0)
+    spikes = torch.randint(0, 2, (4, 2, 8, 3, 3)).float()
+    with torch.no_grad():
+        got = project_and_mix(units, neurons, make(), spikes)
+        fired = [
+            neuron(unit(spikes.flatten(0, 1)).view_as(spikes)) for unit, neuron in zip(units, neurons, strict=True)
+        ]
+    assert all(part.any() and not part.all() for part in fired)
+    assert (got == -1).all() if expected is None else torch.equal(got, expected(*fired)) and got.any()
