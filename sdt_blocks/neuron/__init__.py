@@ -1,6 +1,7 @@
 """Neurons that take a whole sequence, what makes such of single-step ones, and streams that hand their state over."""
 
 from .lif import LIF, NEURONS, NeuronFactory, NeuronLike, ParametricLIF, make_neuron, neuron_options, neuron_spec
+from .nir import export_to_nir
 from .stepping import OverTime, clear_hidden, fires, over_time, remembers, spikes_of, takes_sequence
 from .stream import Stream, Streamed
 
@@ -14,6 +15,7 @@ __all__ = [
     "Stream",
     "Streamed",
     "clear_hidden",
+    "export_to_nir",
     "fires",
     "make_neuron",
     "neuron_options",

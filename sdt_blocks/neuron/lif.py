@@ -34,7 +34,8 @@ class LIF(snntorch.Leaky, Streamed):
     threshold off the next membrane) and "none". `surrogate` is a name, a `Surrogate`, or any snnTorch `spike_grad`.
 
     A call takes a sequence, not snnTorch's single step `spk, mem = lif(x, mem)`, for which there is `step`: the first
-    axis is time, never the batch, and the result is the spikes alone.
+    axis is time, never the batch, and the result is the spikes alone. snnTorch's own NIR export knows nothing of the
+    scaled input and stops at a `LIF`; `sdt_blocks.neuron.export_to_nir` does it.
 
     Shapes: `[T, ...] -> [T, ...]`. The state is float32 under mixed precision.
 
