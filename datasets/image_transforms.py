@@ -129,14 +129,12 @@ def build_transforms(
     Raises `ValueError` that names the value for anything out of range.
     """
     check_auto_augment(auto_augment)
-    _check_ranges(
-        img_size=img_size, in_channels=in_channels, crop_pct=crop_pct, scale=scale, ratio=ratio, hflip=hflip,
-        color_jitter=color_jitter, random_erasing=random_erasing,
-    )  # fmt: skip
+    _check_augmentation(scale=scale, ratio=ratio, hflip=hflip, color_jitter=color_jitter, random_erasing=random_erasing)
     if erasing_mode not in ERASING_MODES:
         raise ValueError(f"erasing_mode {erasing_mode!r} is unknown; choose one of {', '.join(ERASING_MODES)}")
-    if interpolation not in INTERPOLATIONS:
-        raise ValueError(f"interpolation {interpolation!r} is unknown; choose one of {', '.join(INTERPOLATIONS)}")
+    evaluation = build_evaluation(
+        img_size=img_size, in_channels=in_channels, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation
+    )
     # Colour operations fill with the mean; they see RGB also where the network sees grey.
     fill_mean = tuple(mean) if len(mean) == 3 else (mean[0],) * 3
     posterize = {name: _posterize for name, operation in timm_ops.NAME_TO_OP.items() if operation is timm_ops.posterize}
@@ -153,23 +151,46 @@ def build_transforms(
             mean=fill_mean,
             normalize=False,
         )
-    resize = create_transform(
-        img_size,
-        crop_pct=crop_pct,
-        interpolation="bicubic" if interpolation == "random" else interpolation,
-        normalize=False,
-    )
-    finish = Finish(in_channels=in_channels, mean=mean, std=std)
     erase = Finish(
         in_channels=in_channels, mean=mean, std=std, random_erasing=random_erasing, erasing_mode=erasing_mode
     )
-    train, evaluation = Compose([augment, erase]), Compose([_Bounded(img_size / crop_pct), resize, finish])
+    train = Compose([augment, erase])
     with seeded(0):
         try:
             train(Image.new("RGB", (img_size, img_size), (128, 64, 32)))
         except Exception as error:  # whatever an option makes timm stumble over, said before training starts
             raise ValueError(f"the augmentation cannot be applied (auto_augment={auto_augment!r}): {error}") from error
     return train, evaluation
+
+
+def build_evaluation(
+    *,
+    img_size: int,
+    in_channels: int = 3,
+    mean: Sequence[float],
+    std: Sequence[float],
+    crop_pct: float = 1.0,
+    interpolation: str = "bicubic",
+) -> Transform:
+    """The evaluation transform of `build_transforms` alone. Raises `ValueError` that names the value."""
+    if img_size < 1:
+        raise ValueError(f"img_size must be a positive number of pixels, got {img_size}")
+    if in_channels not in (1, 3):
+        raise ValueError(f"images have 1 channel (grey) or 3 (RGB), got in_channels={in_channels}")
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct must be above 0 and at most 1, got {crop_pct}")
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation {interpolation!r} is unknown; choose one of {', '.join(INTERPOLATIONS)}")
+    resize = create_transform(
+        img_size, crop_pct=crop_pct, interpolation=evaluation_interpolation(interpolation), normalize=False
+    )
+    finish = Finish(in_channels=in_channels, mean=mean, std=std)
+    return Compose([_Bounded(img_size / crop_pct), resize, finish])
+
+
+def evaluation_interpolation(interpolation: str) -> str:
+    """How an image is resized for evaluation where training resizes by `interpolation`: nothing random is left."""
+    return "bicubic" if interpolation == "random" else interpolation
 
 
 def check_auto_augment(auto_augment: str | None) -> None:
@@ -214,8 +235,11 @@ def check_pixels(what: str, width: int, height: int) -> None:
 def to_rgb(image: Image.Image) -> Image.Image:
     """The decoded image in RGB: grey repeated, transparency dropped, 16 bits reduced to 8.
 
-    Raises `OSError` where the file is damaged and `ValueError` for pixels without a fixed range.
+    Raises `OSError` where the file is damaged, `ValueError` for pixels without a fixed range, and `TypeError` for what
+    is no image.
     """
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"expected an image of PIL, got {type(image).__name__}; PIL.Image.open reads a file")
     if image.mode.startswith("I"):
         pixels = np.asarray(image).astype(np.int64)
         if pixels.min() < 0 or pixels.max() > 65535:
@@ -240,23 +264,14 @@ def _per_channel(name: str, values: Sequence[float], in_channels: int) -> Tensor
     return tensor.view(in_channels, 1, 1)
 
 
-def _check_ranges(
+def _check_augmentation(
     *,
-    img_size: int,
-    in_channels: int,
-    crop_pct: float,
     scale: Sequence[float],
     ratio: Sequence[float],
     hflip: float,
     color_jitter: float,
     random_erasing: float,
 ) -> None:
-    if img_size < 1:
-        raise ValueError(f"img_size must be a positive number of pixels, got {img_size}")
-    if in_channels not in (1, 3):
-        raise ValueError(f"images have 1 channel (grey) or 3 (RGB), got in_channels={in_channels}")
-    if not 0 < crop_pct <= 1:
-        raise ValueError(f"crop_pct must be above 0 and at most 1, got {crop_pct}")
     for name, pair, most in (("scale", scale, 1.0), ("ratio", ratio, float("inf"))):
         if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most:
             raise ValueError(

@@ -132,7 +132,7 @@ def describe(result: Evaluation, kind: str) -> str:
 
 def describe_classes(result: Evaluation, names: Sequence[str]) -> list[str]:
     """A line for each class that has samples, or for the worst ones: accuracy, samples, and what it is taken for."""
-    from common.trained import describe
+    from sdt_blocks.models.card import words_of
 
     counts = result.confusion.sum(1).tolist()
     accuracy = result.class_accuracy.tolist()
@@ -140,7 +140,7 @@ def describe_classes(result: Evaluation, names: Sequence[str]) -> list[str]:
     some = len(order) > MOST_CLASSES
     if some:
         order = sorted(order, key=lambda index: accuracy[index])[: MOST_CLASSES // 2]
-    shown = describe(names)
+    shown = words_of(names)
     width = max(len(shown[index]) for index in order)
     lines = [f"of {len(counts)} classes, the worst:"] if some else []
     for index in order:
@@ -154,7 +154,8 @@ def describe_classes(result: Evaluation, names: Sequence[str]) -> list[str]:
 def write(result: Evaluation, names: Sequence[str], folder: Path) -> None:
     """evaluation.json, classes.csv, confusion.csv and confusion.png. Raises `RunError`."""
     from common.pictures import draw_confusion
-    from common.trained import describe
+
+    from sdt_blocks.models.card import words_of
 
     confusion, accuracy = result.confusion.numpy(), result.class_accuracy.tolist()
     figures = {
@@ -175,7 +176,7 @@ def write(result: Evaluation, names: Sequence[str], folder: Path) -> None:
             table = csv.writer(file)
             table.writerow(["true \\ predicted", *names])
             table.writerows([name, *row] for name, row in zip(names, confusion.tolist(), strict=True))
-        draw_confusion(confusion, describe(names), folder / "confusion.png")
+        draw_confusion(confusion, words_of(names), folder / "confusion.png")
     except OSError as error:
         raise RunError(f"{folder} cannot be written ({error})") from error
     print(f"classes.csv, confusion.csv, confusion.png and evaluation.json are in {folder}")

@@ -5,10 +5,10 @@
     python recipes/predict.py checkpoint=runs/gesture recording.aedat4
 
 It takes a run folder, a saved model or a released checkpoint, and files as well as folders, which are searched for
-images (or, where the model takes event frames, for recordings). Each is prepared as in the evaluation of the run. For a
-model without a run folder, config=NAME says how its data were prepared; a released file of 1000 classes takes
-ImageNet's. With `--json` or `json=true` nothing but JSON goes to standard output; `data.on_error=skip` leaves out what
-cannot be read. Keys of its own: checkpoint, top, json, ema.
+images (or, where the model takes event frames, for recordings). Each is prepared as in the evaluation of the run. A
+saved model says how its images are prepared, and a released file of 1000 classes takes ImageNet's; for any other, and
+for recordings, config=NAME says it. With `--json` or `json=true` nothing but JSON goes to standard output;
+`data.on_error=skip` leaves out what cannot be read. Keys of its own: checkpoint, top, json, ema.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.command_line import print_help, short_errors
 from common.config import Config, ConfigError, RunError, load_config
-from common.trained import class_names, describe, load, with_run_config
+from common.trained import class_names, load, with_run_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,10 +136,10 @@ def build_dataset(files: Sequence[str], model: Any, config: Config) -> Any:
     """The files, prepared as the evaluation of the configuration prepares them. Raises `ValueError`."""
     data, events = config.data, config.events
     if model.in_channels != EVENT_CHANNELS:
-        from sdt_datasets.image_transforms import build_transforms
+        from sdt_datasets.image_transforms import build_evaluation
         from sdt_datasets.images import ImageDataset
 
-        _, resize = build_transforms(
+        resize = build_evaluation(
             img_size=data.img_size,
             in_channels=model.in_channels,
             mean=data.mean,
@@ -174,7 +174,7 @@ def load_for(options: Options, rest: Sequence[str], config: Config) -> tuple[Any
     """
     model, config = load(options.checkpoint, config, rest, averaged=options.averaged)
     said = any(argument.startswith("config=") for argument in rest)
-    if not said and not (model.num_classes == 1000 and model.in_channels == 3):
+    if not said and (model.card is None or not model.card.preparation):
         raise ConfigError(
             f"checkpoint={options.checkpoint} does not say how its data were prepared; name the configuration of its "
             f"training, such as config=cifar10_2_512 or config=FILE.yaml"
@@ -208,8 +208,10 @@ def predict(model: Any, dataset: Any, config: Config, device: Any) -> dict[int, 
 
 def best(answer: Tensor, names: Sequence[str], top: int) -> list[dict[str, Any]]:
     """The most probable classes, the first first."""
+    from sdt_blocks.models.card import words_of
+
     values, indices = answer.topk(min(top, len(names)))
-    labels = describe([names[index] for index in indices.tolist()])
+    labels = words_of([names[index] for index in indices.tolist()])
     return [
         {"label": label, "class": names[index], "index": index, "probability": value}
         for label, index, value in zip(labels, indices.tolist(), values.tolist(), strict=True)

@@ -14,6 +14,7 @@ from .blocks.calibration import calibrate_norms
 from .example import example_images, example_model
 from .inference import optimize_for_inference
 from .models import (
+    DataCard,
     LinearAttentionBlock,
     MetaSpikeFormer,
     SpikeDrivenBlock,
@@ -24,6 +25,7 @@ from .models import (
     load_model,
     load_released_checkpoint,
     save_model,
+    transform_of,
 )
 from .neuron import LIF, ParametricLIF, Stream, over_time
 
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LIF",
     "ConvolutionBlock",
+    "DataCard",
     "Downsampling",
     "LinearAttentionBlock",
     "LinearSpikeAttention",
@@ -56,4 +59,5 @@ __all__ = [
     "optimize_for_inference",
     "over_time",
     "save_model",
+    "transform_of",
 ]

@@ -3,6 +3,7 @@
 import argparse
 import json
 import pickle
+import re
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -12,7 +13,7 @@ from typing import Annotated
 import pytest
 import snntorch
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sdt_blocks import (
     LIF,
@@ -231,6 +232,42 @@ def test_save_and_load(neuron, tmp_path, firing_model):
     assert load_model(tmp_path / "model", per_step=True)(x).ndim == 3
 
 
+# What the parts of a state_dict were called before units held convolution and norm.
+FORMER_NAMES = [
+    (r"patch\.stages\.(\d)\.(conv|norm)\.", r"patch.\2s.\1."),
+    (r"patch\.position\.(conv|norm)\.", r"patch.position_\1."),
+    (r"attention\.branch\.(q|k|v|proj)\.(conv|norm)\.", r"attention.branch.\1_\2."),
+    (r"attention\.branch\.mixer\.neuron\.", "attention.branch.attention_neuron."),
+    (r"mlp\.branch\.fc([12])\.(conv|norm)\.", r"mlp.branch.\2\1."),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"neuron": "plif", "event_pooling": True, "num_heads": 4}])
+def test_a_folder_with_the_names_of_before_loads(options, tmp_path, firing_model):
+    model = firing_model(**options)
+    save_model(model, tmp_path)
+    weights, former = load_file(tmp_path / "model.safetensors"), {}
+    for key, value in weights.items():
+        for pattern, name in FORMER_NAMES:
+            key = re.sub(pattern, name, key)
+        former[key] = value
+    assert len(former.keys() - weights.keys()) > 60
+    save_file(former, tmp_path / "model.safetensors")
+    x = torch.rand(3, 3, 16, 16)
+    assert torch.equal(load_model(tmp_path)(x), model(x)) and model(x).std(0).any()
+    assert load_model(tmp_path, num_classes=2, new_head=True)(x).shape == (3, 2)
+    plain = SpikeDrivenTransformer(**model.config).eval()
+    plain.load_state_dict(former)
+    assert torch.equal(plain(x), model(x))
+    block = {key.removeprefix("blocks.1."): value for key, value in former.items() if key.startswith("blocks.1.")}
+    plain.blocks[0].load_state_dict(block)
+    save_file({**former, "patch.stages.0.conv.weight": former["patch.convs.0.weight"].clone()}, tmp_path / "twice")
+    (tmp_path / "twice").replace(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"unexpected: patch\.convs\.0\.weight"):
+        load_model(tmp_path)
+
+
 def test_run_folder_gives_its_best_model(tmp_path):
     last, best = (SpikeDrivenTransformer(**TINY) for _ in range(2))
     save_model(last, tmp_path / "last")
@@ -294,6 +331,7 @@ CHANGES = {
     "time_steps": lambda model: setattr(model, "time_steps", 6),
     "per_step": lambda model: setattr(model, "per_step", True),
     "tau": lambda model: setattr(model.head_neuron, "tau", 1.25),
+    "reset_mechanism": lambda model: setattr(model.head_neuron, "reset_mechanism", "subtract"),
     "threshold": lambda model: setattr(model, "head_neuron", LIF(threshold=0.2)),
     "surrogate": lambda model: setattr(model, "head_neuron", LIF(surrogate="atan")),
     "blocks": lambda model: model.blocks.append(torch.nn.Identity()),

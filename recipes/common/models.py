@@ -102,6 +102,7 @@ def whole_model(accelerator: Accelerator, config: Config, model: Any) -> Any:
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     whole = build_model(config)
     whole.load_state_dict(weights)
+    whole.card = plain.card
     return whole.to(accelerator.device)
 
 

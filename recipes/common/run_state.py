@@ -33,7 +33,7 @@ from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sdt_blocks import load_model, save_model
+from sdt_blocks import DataCard, load_model, save_model
 from sdt_blocks.models.saved import CONFIG, WEIGHTS
 
 from .config import ConfigError, RunError
@@ -262,6 +262,17 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, ema: nn.Module | None) -
     except (ValueError, TypeError, KeyError, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise ConfigError(f"cannot resume from {checkpoint}: {error}") from error
     return training
+
+
+def add_cards(folder: Path, card: DataCard) -> None:
+    """Gives the run's models that were saved without a card theirs, since config.yaml no longer names the classes."""
+    for place in (folder / name for name in MODELS):
+        if (place / CONFIG).is_file():
+            with contextlib.suppress(ValueError):  # what is damaged stays as it is
+                model = load_model(place)
+                if model.card is None:
+                    model.card = card
+                    save_model(model, place)
 
 
 def check_settings(

@@ -183,8 +183,6 @@ class Derived:
     lr: float = 0.0
     min_lr: float = 0.0
     warmup_lr: float = 0.0
-    class_names: list[str] = field(default_factory=list)
-    """In the order of the model's logits."""
 
 
 @dataclass(frozen=True)

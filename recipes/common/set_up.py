@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,9 +25,9 @@ from .models import build_model, fit_to_data, freeze_all_but_head, load_initial_
 from .optim import BatchMixer, batch_scale, build_loss, build_optimizer, check_even_batch, distilled
 from .progress import Display, choose_tracker, restore_metrics, warn
 from .run_lock import lock_folder
-from .run_state import Position, check_settings, load_checkpoint, open_folder, set_aside_newer, tell_changes
+from .run_state import Position, add_cards, check_settings, load_checkpoint, open_folder, set_aside_newer, tell_changes
 from .schema import Derived, TrainConfig
-from .trained import check_resumed_classes
+from .trained import card_of, check_resumed_classes
 
 T = TypeVar("T")
 
@@ -40,12 +40,13 @@ def set_up(config: Config) -> Run:
     sample = at_the_door(train_set.__getitem__, 0)[0]
     num_classes = len(train_set.classes)
     batches = build_batches(config, accelerator, len(train_set))
-    derived = derive(config, accelerator, batches, train_set.classes)
+    derived = derive(config, accelerator, batches)
     if sample.ndim == 4:  # frames bring their own number of time steps
         of_frames = {"model.time_steps": len(sample), "events.sensor_size": list(train_set.sensor_size[:2])}
         config = changed(config, of_frames)
     config = fit_to_data(config, in_channels=sample.shape[-3], num_classes=num_classes)
     plain = build_model(config)
+    plain.card = card_of(config, train_set.classes, sample.shape[-2:])
     at_the_door(dry_run, plain, sample)
     if config.train.compile and accelerator.is_main_process:
         print("compiling the model once, at the first step: this may take minutes", flush=True)
@@ -73,6 +74,7 @@ def set_up(config: Config) -> Run:
     if accelerator.is_main_process:
         set_aside_newer(folder, position.step)
         restore_metrics(folder, position.lines, position.closed)
+        add_cards(folder, plain.card)
         text = to_yaml(config, derived)
         write_atomically(folder / "config.yaml", lambda name: Path(name).write_text(text, encoding="utf-8"))
     start_tracker(config, derived, accelerator)
@@ -184,7 +186,7 @@ def build_batches(config: Config, accelerator: Accelerator, samples: int) -> Epo
     )
 
 
-def derive(config: Config, accelerator: Accelerator, batches: EpochBatches, classes: Sequence[str]) -> Derived:
+def derive(config: Config, accelerator: Accelerator, batches: EpochBatches) -> Derived:
     """What follows from the number of processes and samples, the learning rates scaled to the total batch among it."""
     total_batch = accelerator.num_processes * config.train.accumulate * config.train.batch_size
     scale = batch_scale(total_batch, config.optim.lr_batch)
@@ -197,7 +199,6 @@ def derive(config: Config, accelerator: Accelerator, batches: EpochBatches, clas
         lr=config.optim.lr * scale,
         min_lr=config.optim.min_lr * scale,
         warmup_lr=config.optim.warmup_lr * scale,
-        class_names=list(classes),
     )
 
 

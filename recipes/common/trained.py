@@ -1,17 +1,19 @@
-"""A trained model as the recipes take it (`checkpoint=`): the model, the settings its data had, its class names."""
+"""A trained model as the recipes take it (`checkpoint=`): the model, how its data were prepared, its class names."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .config import Config, ConfigError, changed, model_keywords, read_file
+
+if TYPE_CHECKING:
+    from sdt_blocks import DataCard
 
 RUN_CONFIG = "config.yaml"
 _INSIDE_A_RUN = ("best", "last", "ema")
@@ -36,6 +38,7 @@ def with_run_config(checkpoint: Path, arguments: Sequence[str]) -> list[str]:
 def load(checkpoint: Path, config: Config, arguments: Sequence[str], *, averaged: bool) -> tuple[Any, Config]:
     """The model in eval mode, overridden as the arguments ask, and the configuration with its channels.
 
+    Where the model says how its images were prepared, the configuration says the same, but for what the arguments set.
     Raises `ConfigError`.
     """
     from sdt_blocks import load_model, load_released_checkpoint
@@ -48,7 +51,44 @@ def load(checkpoint: Path, config: Config, arguments: Sequence[str], *, averaged
             model = load_released_checkpoint(checkpoint, ema=averaged, **overrides)
     except (ValueError, TypeError, OSError) as error:
         raise ConfigError(f"checkpoint={checkpoint}: {error}") from error
-    return model, changed(config, {"model.in_channels": model.in_channels})
+    config = changed(config, {"model.in_channels": model.in_channels})
+    if model.card is not None and model.card.preparation:
+        config = _prepared_alike(config, model.card, arguments)
+    return model, config
+
+
+def _prepared_alike(config: Config, card: DataCard, arguments: Sequence[str]) -> Config:
+    from .progress import warn
+
+    said = {argument.partition("=")[0] for argument in arguments}
+    theirs = {"img_size": card.input_size and card.input_size[0], **card.preparation}
+    ours = {"img_size": config.data.img_size, **card_of(config, None, None).preparation}
+    other = [key for key, value in theirs.items() if f"data.{key}" not in said and value not in (None, ours.get(key))]
+    if other and "config" in said:
+        found = ", ".join(f"data.{key}={theirs[key]} instead of {ours.get(key)}" for key in other)
+        warn(f"images are prepared as the model says: {found}; data.{other[0]}=... on the command line wins")
+    values = {key: list(theirs[key]) if isinstance(theirs[key], tuple) else theirs[key] for key in other}
+    return changed(config, {f"data.{key}": value for key, value in values.items()})
+
+
+def card_of(config: Config, names: Sequence[str] | None, input_size: Sequence[int] | None) -> DataCard:
+    """What a model trained on the data of a configuration says of them."""
+    from sdt_blocks import DataCard
+    from sdt_datasets.image_transforms import evaluation_interpolation
+
+    from .loading import EVENT_DATA_SETS
+
+    data = config.data
+    if data.name in EVENT_DATA_SETS:
+        return DataCard(names, input_size)
+    return DataCard(
+        names,
+        input_size,
+        mean=data.mean,
+        std=data.std,
+        interpolation=evaluation_interpolation(data.interpolation),
+        crop_pct=data.crop_pct,
+    )
 
 
 def asked_options(config: Config, arguments: Sequence[str]) -> dict[str, Any]:
@@ -70,14 +110,13 @@ def default_folder(checkpoint: Path, name: str) -> Path:
 def class_names(checkpoint: Path, model: Any) -> list[str] | None:
     """The names of the classes that the model tells apart, in the order of its logits; None where nothing says them.
 
-    Those of ImageNet, which a released file of 1000 classes was trained on, are its identifiers (n01440764, ...).
-    Raises `ConfigError` where there are more or fewer of them than classes.
+    They are saved with the model; before they were, the run's config.yaml had them. Those of a released ImageNet model
+    are its identifiers (n01440764, ...). Raises `ConfigError` where there are more or fewer of them than classes.
     """
+    if model.card is not None and model.card.class_names is not None:
+        return list(model.card.class_names)
     written = run_config(checkpoint)
-    if written is None:
-        released = checkpoint.is_file() and model.num_classes == 1000
-        return list(_imagenet()) if released else None
-    names = _written_names(written)
+    names = _written_names(written) if written is not None else None
     if names is not None and len(names) != model.num_classes:
         raise ConfigError(
             f"{written}: derived.class_names must be a list of {model.num_classes} names, one for each class of the "
@@ -88,8 +127,12 @@ def class_names(checkpoint: Path, model: Any) -> list[str] | None:
 
 def check_resumed_classes(checkpoint: Path, names: Sequence[str]) -> None:
     """Raises `ConfigError` where a run goes on with data of other classes than those of its checkpoint."""
-    written = run_config(checkpoint)
-    before = _written_names(written) if written is not None else None
+    from sdt_blocks import load_model
+
+    try:
+        before = class_names(checkpoint, load_model(checkpoint))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"cannot resume from {checkpoint}: {error}") from error
     if before is not None and before != list(names):
         raise ConfigError(
             f"{checkpoint} belongs to a run on the classes {_listed(before)}, the data has {_listed(names)}; name and "
@@ -103,21 +146,6 @@ def _written_names(config: Path) -> list[str] | None:
     if names is not None and not isinstance(names, list):
         raise ConfigError(f"{config}: derived.class_names must be a list of names, found {str(names)[:200]}")
     return [str(name) for name in names] if names else None
-
-
-def describe(names: Sequence[str]) -> list[str]:
-    """The class names for people: ImageNet's identifiers in words, any other as it is."""
-    words = _imagenet()
-    return [words.get(name, name) for name in names]
-
-
-@cache
-def _imagenet() -> dict[str, str]:
-    """ImageNet's 1000 classes in order: identifier, and what it stands for."""
-    from timm.data import ImageNetInfo
-
-    info = ImageNetInfo("imagenet-1k")
-    return {name: info.label_name_to_description(name) for name in info.label_names()}
 
 
 def match_classes(dataset: Any, names: Sequence[str] | None, model: Any, *, checkpoint: Path, by: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from torch import nn
@@ -11,7 +12,7 @@ class Named(nn.Module):
     """A module whose parts can also be had, and replaced, under the names in `names`: those of the released weights.
 
     `names` holds the path of each, `"q_conv": "q.conv"`; a path with `*` gives a tuple, one for each entry of a list.
-    The state_dict has every part once, under its path.
+    The state_dict has every part once, under its path; one that has them under the names, as it was once, loads too.
     """
 
     names: ClassVar[dict[str, str]] = {}
@@ -35,3 +36,34 @@ class Named(nn.Module):
         else:
             parent, _, last = path.rpartition(".")
             setattr(self.get_submodule(parent), last, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for key, path in paths_of(self, state_dict, prefix).items():
+            state_dict[path] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def paths_of(module: nn.Module, keys: Iterable[str], prefix: str = "") -> dict[str, str]:
+    """The keys of a state_dict that name a part of `module` otherwise than by its path, with that path.
+
+    Where both stand there, the name is left as it is.
+    """
+    named = [(prefix + (f"{place}." if place else ""), one) for place, one in module.named_modules()]
+    starts = {
+        f"{place}{name}.": f"{place}{path}."
+        for place, one in named
+        if isinstance(one, Named)
+        for name, path in type(one).names.items()
+    }
+    given, found = set(keys), {}
+    for key in given:
+        for start, path in starts.items():
+            if not key.startswith(start):
+                continue
+            rest = key.removeprefix(start)
+            if "*" in path:
+                entry, _, rest = rest.partition(".")
+                path = path.replace("*", entry)
+            if f"{path}{rest}" not in given:
+                found[key] = f"{path}{rest}"
+    return found

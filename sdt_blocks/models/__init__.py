@@ -1,5 +1,6 @@
 """Model families: by name, saved and loaded, and as their authors released them."""
 
+from .card import DataCard, transform_of
 from .family import Family, ReleasedKeys
 from .meta_spikeformer import LinearAttentionBlock, MetaSpikeFormer
 from .options import Option, keeps_options
@@ -9,6 +10,7 @@ from .saved import load_model, save_model
 from .sdt import SpikeDrivenBlock, SpikeDrivenTransformer
 
 __all__ = [
+    "DataCard",
     "Family",
     "LinearAttentionBlock",
     "MetaSpikeFormer",
@@ -24,4 +26,5 @@ __all__ = [
     "load_released_checkpoint",
     "register",
     "save_model",
+    "transform_of",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .card import DataCard
 from .options import Keyword, options_of
 
 
@@ -43,6 +44,8 @@ class Family:
     variants: Mapping[str, Mapping[str, Any]]
     """Published variants: what differs from the defaults of the class."""
     keys: ReleasedKeys | None
+    card: DataCard | None = None
+    """Of the released files that tell as many classes apart as it names."""
 
     @property
     def name(self) -> str:

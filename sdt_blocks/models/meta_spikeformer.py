@@ -13,6 +13,7 @@ from ..blocks.mixers import check_heads
 from ..neuron import LIF, NeuronLike, Stream, make_neuron
 from ..steps import check_multiple, fire, present
 from .backbone import Backbone, stage_info
+from .card import IMAGENET, DataCard
 from .family import ReleasedKeys, count_blocks, shape_of
 from .options import Channels, Classes, Depths, Heads, Neuron, PerStep, Ratio, SecondHead, Steps, Widths, keeps_options
 from .registry import register
@@ -63,6 +64,7 @@ class MetaSpikeFormer(Backbone):
     _no_split_modules = ("ConvolutionBlock", "LinearAttentionBlock")
 
     config: dict[str, Any]
+    card: DataCard | None
 
     @keeps_options
     def __init__(
@@ -228,4 +230,11 @@ def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> d
     return options
 
 
-FAMILY = register(MetaSpikeFormer, VARIANTS, keys=ReleasedKeys(KEYS, read_options, "Spike-Driven Transformer V2"))
+CARD = DataCard(
+    IMAGENET, (224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic", crop_pct=0.875
+)
+"""What the released ImageNet models were evaluated on."""
+
+FAMILY = register(
+    MetaSpikeFormer, VARIANTS, keys=ReleasedKeys(KEYS, read_options, "Spike-Driven Transformer V2"), card=CARD
+)

@@ -111,7 +111,7 @@ def keeps_options(init: Init) -> Init:
         keywords = options_of(owner)
         config = {name: check_option(name, value, keywords[name]) for name, value in given}
         init(self, **config)
-        self.config = config
+        self.config, self.card = config, None
 
     checked.keeps_options = True  # type: ignore[attr-defined]
     return checked  # type: ignore[return-value]

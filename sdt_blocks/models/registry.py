@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .card import DataCard
 from .family import Family, ReleasedKeys
 from .options import Keyword, options_of
 
@@ -15,12 +16,17 @@ _FAMILIES: dict[str, Family] = {}
 
 
 def register(
-    model: type[nn.Module], variants: Mapping[str, Mapping[str, Any]] | None = None, *, keys: ReleasedKeys | None = None
+    model: type[nn.Module],
+    variants: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    keys: ReleasedKeys | None = None,
+    card: DataCard | None = None,
 ) -> Family:
     """Makes a class of models known to `create_model`, `list_models`, `save_model`, `load_model` and the recipes.
 
     The constructor takes keywords alone, has `@keeps_options`, and knows at least `num_classes`. `variants` are options
-    by name; `keys` say how released files name the weights.
+    by name; `keys` say how released files name the weights, `card` what those that tell as many classes apart were
+    trained on.
 
     Raises `TypeError` for a class whose constructor does not keep its options, and `ValueError` where a name is taken.
     """
@@ -34,7 +40,7 @@ def register(
         raise ValueError(f"variants are registered already: {', '.join(taken)}")
     for name, options in (variants or {}).items():
         check_names(options, model, name)
-    family = _FAMILIES[model.__name__] = Family(model, dict(variants or {}), keys)
+    family = _FAMILIES[model.__name__] = Family(model, dict(variants or {}), keys, card)
     return family
 
 

@@ -105,7 +105,8 @@ def load_released_checkpoint(
     `overrides` (options of the model's class, such as `time_steps=4` or `event_pooling=True`) win. The weights may lie
     under "state_dict", "model" or "model_state_dict"; `ema=True` takes their moving average. Prefixes of distributed
     training, torch.compile and Lightning are left out. `new_head=True` leaves the head as it is initialised, for
-    `num_classes` of other data; `num_classes=0` leaves it out.
+    `num_classes` of other data; `num_classes=0` leaves it out. A model of ImageNet's 1000 classes has their names and
+    the preparation of its images in `model.card`.
 
     Only tensors and one `argparse.Namespace` are unpickled. Raises `FileNotFoundError`; `ValueError` naming the file
     and the cause where it is damaged, wants another class, or does not match the architecture.
@@ -119,7 +120,9 @@ def load_released_checkpoint(
         converted = _converted(released, family)
         check_names(overrides, family.model)
         options = _read_options(family, released, args)
-        model = build_filled(family.model, options, overrides, converted, new_head=new_head)
+        names = family.card.class_names if family.card else None
+        card = family.card if names is not None and options["num_classes"] == len(names) else None
+        model = build_filled(family.model, options, overrides, converted, new_head=new_head, card=card)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
     return model.eval()

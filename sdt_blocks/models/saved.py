@@ -14,15 +14,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import write_atomically
+from .card import DataCard, check_card, read_card
 from .registry import check_names, families
 from .weights import DTYPES, build_filled, listed, load_safely
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "card"
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Writes `model.safetensors` and `config.json` into the folder, each whole or not at all.
+
+    `model.card`, a `DataCard`, goes with it: the names of the classes and how images are prepared.
 
     Raises `TypeError` for anything but a model of a registered class, such as a compiled or averaged one in its
     wrapper, and `ValueError` where `load_model` would give another model: the neuron is a factory that cannot be
@@ -30,6 +33,8 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     _check_class(model)
     config: dict[str, Any] = model.config  # type: ignore[assignment]
+    card = getattr(model, "card", None)
+    check_card(card, config["num_classes"])
     unwritten = [f"{key}={value!r}" for key, value in config.items() if not _is_plain(value)]
     if unwritten:
         raise ValueError(
@@ -48,7 +53,8 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     layout = torch.contiguous_format
     weights = {key: value.detach().cpu().clone(memory_format=layout) for key, value in model.state_dict().items()}
     write_atomically(folder / WEIGHTS, lambda temporary: save_file(weights, temporary, {"format": "pt"}))
-    text = json.dumps({"model": type(model).__name__, **config}, indent=2) + "\n"
+    said = {CARD: card.written()} if card is not None else {}
+    text = json.dumps({"model": type(model).__name__, **config, **said}, indent=2) + "\n"
     write_atomically(folder / CONFIG, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
@@ -144,6 +150,9 @@ def _settings(module: nn.Module) -> dict[str, Any]:
         for key, value in vars(module).items()
         if not key.startswith("_") and key not in ("training", "momentum")
     }
+    # snnTorch notes the reset in a tensor once it is set anew.
+    single = {key: value for key, value in values.items() if isinstance(value, Tensor) and value.numel() == 1}
+    values |= {key: value.item() for key, value in single.items() if not value.is_meta}
     kept = {key: value for key, value in values.items() if isinstance(value, int | float | str | tuple | None)}
     return kept | {key: repr(value) for key, value in values.items() if key == "surrogate"}
 
@@ -152,8 +161,8 @@ def load_model(folder: str | os.PathLike[str], *, new_head: bool = False, **over
     """The model that `save_model` wrote, in eval mode. A recipe's run folder gives its best model, else its last.
 
     `overrides` are options of the model's class; `new_head=True` leaves the head as it is initialised, for
-    `num_classes` of other data, and `num_classes=0` leaves it out. Raises `FileNotFoundError` or `ValueError` naming
-    file and cause.
+    `num_classes` of other data, and `num_classes=0` leaves it out. `model.card` is what it was saved with. Raises
+    `FileNotFoundError` or `ValueError` naming file and cause.
     """
     folder = Path(folder)
     candidates = [folder, folder / "best", folder / "last"]
@@ -161,26 +170,31 @@ def load_model(folder: str | os.PathLike[str], *, new_head: bool = False, **over
     if found is None:
         raise FileNotFoundError(f"{folder}: no {WEIGHTS} with its {CONFIG} here, nor in best/ or last/")
     try:
-        kind, options = _read(json.loads((found / CONFIG).read_text(encoding="utf-8")))
+        kind, options, card = _read(json.loads((found / CONFIG).read_text(encoding="utf-8")))
         check_names(overrides, kind)
         with torch.device("meta"):
-            kind(**{**options, **overrides})
+            built = kind(**{**options, **overrides})
+            # Where the overrides change them, the names of the classes are left out.
+            check_card(card, options.get("num_classes", built.config["num_classes"]))  # type: ignore[index]
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{found / CONFIG}: {error}") from None
     weights = load_safely(found / WEIGHTS)
     try:
-        return build_filled(kind, options, overrides, weights, new_head=new_head).eval()
+        return build_filled(kind, options, overrides, weights, new_head=new_head, card=card).eval()
     except (ValueError, TypeError) as error:
         raise ValueError(f"{found / WEIGHTS}: {error}") from None
 
 
-def _read(config: Any) -> tuple[type[nn.Module], dict[str, Any]]:
-    """Class and options of a config.json's content. Raises `ValueError` or `TypeError`; the class checks the values."""
+def _read(config: Any) -> tuple[type[nn.Module], dict[str, Any], DataCard | None]:
+    """Class, options and card of a config.json's content. Raises `ValueError` or `TypeError`.
+
+    The class checks the values of the options.
+    """
     if not isinstance(config, dict):
         raise ValueError(f"expected a JSON object, found {type(config).__name__}")
     options = dict(config)
-    name, known = options.pop("model", None), families()
+    card, name, known = read_card(options.pop(CARD, None)), options.pop("model", None), families()
     if not isinstance(name, str) or name not in known:
         raise ValueError(f"of the model {str(name)[:80]!r}, which is unknown; known: {', '.join(known)}")
     check_names(options, known[name].model)
-    return known[name].model, options
+    return known[name].model, options, card

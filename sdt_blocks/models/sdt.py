@@ -13,6 +13,7 @@ from ..blocks.patch import WIDTHS
 from ..neuron import LIF, NeuronLike, Stream, make_neuron
 from ..steps import check_multiple, fire, present
 from .backbone import Backbone, stage_info
+from .card import IMAGENET, DataCard
 from .family import ReleasedKeys, count_blocks, shape_of
 from .options import (
     Channels,
@@ -83,6 +84,7 @@ class SpikeDrivenTransformer(Backbone):
     _no_split_modules = ("SpikeDrivenBlock",)
 
     config: dict[str, Any]
+    card: DataCard | None
 
     @keeps_options
     def __init__(
@@ -239,6 +241,14 @@ def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> d
     return options
 
 
+CARD = DataCard(
+    IMAGENET, (224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic", crop_pct=0.95
+)
+"""What the released ImageNet models were evaluated on."""
+
 FAMILY = register(
-    SpikeDrivenTransformer, VARIANTS, keys=ReleasedKeys(KEYS, read_options, "Spike-Driven Transformer V1", UNUSED)
+    SpikeDrivenTransformer,
+    VARIANTS,
+    keys=ReleasedKeys(KEYS, read_options, "Spike-Driven Transformer V1", UNUSED),
+    card=CARD,
 )

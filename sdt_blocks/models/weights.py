@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..blocks.names import paths_of
+from .card import DataCard
 from .options import options_of
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -32,19 +34,25 @@ def build_filled(
     weights: Mapping[str, Tensor],
     *,
     new_head: bool = False,
+    card: DataCard | None = None,
 ) -> nn.Module:
     """A model of these options, overridden, with these weights in their own dtypes.
 
-    `new_head=True` leaves the head as it is initialised. Raises `ValueError` or `TypeError` where the options are
+    `new_head=True` leaves the head as it is initialised. Weights may be called as they once were (see `blocks.names`).
+    `card` says what the weights were trained on; of other classes
+    it names none. Raises `ValueError` or `TypeError` where the options are
     impossible, the weights do not fit, or are of another number of classes and nothing says what becomes of the head.
     """
     wanted = {**options, **overrides}
-    expected = _shapes(kind, wanted)
+    built = _without_memory(kind, wanted)
+    expected, paths = built.state_dict(), paths_of(built, weights)
+    weights = {paths.get(key, key): value for key, value in weights.items()}
     before, after = (one.get("num_classes", options_of(kind)["num_classes"].default) for one in (options, wanted))
     head: set[str] = set()
     if new_head or before != after:
         classes = before or after
-        some, others = (_shapes(kind, {**wanted, "num_classes": n}) for n in (classes, classes - 1 or 2))
+        heads = (_without_memory(kind, {**wanted, "num_classes": n}) for n in (classes, classes - 1 or 2))
+        some, others = (model.state_dict() for model in heads)
         head = {key for key, value in some.items() if others[key].shape != value.shape}
     if before != after != 0 and not new_head:
         raise ValueError(
@@ -58,13 +66,15 @@ def build_filled(
         if name in weights:
             tensor.data = tensor.data.to(weights[name].dtype)
     model.load_state_dict(weights, strict=False)
+    kept = card if card is None or not (new_head or before != after) else card.without_names()
+    model.card = kept  # type: ignore[assignment]
     return model
 
 
-def _shapes(kind: type[nn.Module], options: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state_dict of a model that takes no memory."""
+def _without_memory(kind: type[nn.Module], options: Mapping[str, Any]) -> nn.Module:
+    """A model of names and shapes alone."""
     with torch.device("meta"):
-        return kind(**options).state_dict()
+        return kind(**options)
 
 
 def check_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:

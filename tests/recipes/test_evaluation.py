@@ -11,15 +11,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from common.config import ConfigError, load_config, to_yaml
 from common.moving_shapes import DIRECTIONS, write_recordings
+from common.run_state import sha256
 from common.schema import Derived
-from common.trained import class_names, match_classes, run_config
+from common.trained import card_of, class_names, match_classes, run_config
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from sdt_blocks import load_model, save_model
+from sdt_blocks import DataCard, load_model, save_model
 
 WHERE = Path("run")
 
@@ -115,25 +117,63 @@ def test_position_counts_where_it_is_asked_for_or_nothing_else_is_known():
             match(data_of(["a", "b"], [0, 1]), names, 3, by=by)
 
 
-def test_a_run_and_the_models_in_it_know_their_classes(tmp_path):
-    config = load_config(["threads=1"], default="digits")
-    derived = Derived(class_names=["no", "1.5", "null"])  # which YAML could take for something else
-    (tmp_path / "config.yaml").write_text(to_yaml(config, derived), encoding="utf-8")
-    model = SimpleNamespace(num_classes=3)
+def write_names(run, names):
+    """The config.yaml of a run from before the names of classes were saved with the model."""
+    content = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    content["derived"]["class_names"] = names
+    (run / "config.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+
+
+def test_the_names_in_the_folder_of_an_older_run_are_found(tmp_path):
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config([], default="digits"), Derived()), encoding="utf-8")
+    write_names(tmp_path, ["no", "1.5", "null"])  # which YAML could take for something else
+    model = SimpleNamespace(num_classes=3, card=None)
     for place in (".", "best", "ema", "checkpoints/step_00000007"):
         assert class_names(tmp_path / place, model) == ["no", "1.5", "null"]
     assert run_config(tmp_path / "elsewhere") is None and class_names(tmp_path / "elsewhere", model) is None
     with pytest.raises(ConfigError, match="must be a list of 4 names"):
-        class_names(tmp_path, SimpleNamespace(num_classes=4))
+        class_names(tmp_path, SimpleNamespace(num_classes=4, card=None))
+    assert class_names(tmp_path, SimpleNamespace(num_classes=3, card=DataCard(["a", "b", "c"]))) == ["a", "b", "c"]
 
 
-def test_a_released_imagenet_model_knows_its_classes(released_file):
-    names = class_names(released_file, SimpleNamespace(num_classes=1000))
-    assert (len(names), names[0], names[-1]) == (1000, "n01440764", "n15075141")
-    assert class_names(released_file, SimpleNamespace(num_classes=10)) is None
-    from common.trained import describe
+def test_a_run_saves_its_names_with_the_model_and_nowhere_else(set_up, train, tmp_path):
+    small = ("model.dim=16", "model.depth=1", "threads=1", "tracker=none", "train.batch_size=32", "output_dir=run")
+    small = (*small, "train.ema_decay=0.9", "data.train_samples=64", "data.test_samples=32")
+    train(*small, "train.max_steps=2")
+    run, names = tmp_path / "run", [str(digit) for digit in range(10)]
+    models = {path.parent for path in run.rglob("config.json")}
+    assert {path.name for path in models} >= {"best", "last", "ema", "step_00000002"}
+    cards = {load_model(path).card for path in models}
+    assert cards == {DataCard(names, (16, 16), mean=[0.3], std=[0.35], interpolation="bilinear", crop_pct=1.0)}
+    assert "class_names" not in (run / "config.yaml").read_text(encoding="utf-8")
+    # The same run, written before the models had cards, goes on and gets them.
+    for path in models:
+        config = json.loads((path / "config.json").read_text())
+        del config["card"]
+        (path / "config.json").write_text(json.dumps(config))
+    for manifest in (run / "checkpoints").glob("*/manifest.json"):
+        written = json.loads(manifest.read_text())
+        for name in ("config.json", "ema/config.json"):
+            path = manifest.parent / name
+            written[name] |= {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        manifest.write_text(json.dumps(written))
+    (run / "best" / "model.safetensors").write_bytes(b"damaged")
+    write_names(run, names[::-1])
+    with pytest.raises(ConfigError, match="belongs to a run on the classes 9, 8, 7"):
+        set_up(*small, "train.max_steps=3")
+    write_names(run, names)
+    set_up(*small, "train.max_steps=3")
+    assert {load_model(run / name).card for name in ("last", "ema")} == cards
+    assert (run / "best" / "model.safetensors").read_bytes() == b"damaged"
 
-    assert describe(["n01440764", "n01", "cat"]) == ["tench, Tinca tinca", "n01", "cat"]
+
+@pytest.mark.parametrize(("family", "name"), [("SpikeDrivenTransformer", "8_384"), ("MetaSpikeFormer", "v2_t1")])
+def test_released_models_are_evaluated_as_the_recipes_train_them(family, name):
+    from sdt_blocks.models.registry import families
+
+    config = load_config([], default=f"imagenet_{name}")
+    card = families()[family].card
+    assert card_of(config, card.class_names, [config.data.img_size] * 2) == card
 
 
 def test_other_classes_are_no_resume_and_get_a_new_head(set_up, train, photographs, tmp_path):
@@ -175,9 +215,9 @@ def evaluate_here(capsys, tmp_path, monkeypatch):
 def test_the_recipe_writes_classes_and_confusion_for_data_in_another_order(evaluate_here, tmp_path, firing_model):
     model = firing_model(in_channels=3, num_classes=3)
     config = load_config(["data.img_size=16", "data.crop_pct=1"], default="imagenet_8_384")
-    derived = Derived(class_names=["b", "c", "a"])  # not the order in which folders are read
+    model.card = card_of(config, ["b", "c", "a"], (16, 16))  # not the order in which folders are read
     save_model(model, tmp_path / "run" / "best")
-    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config, derived), encoding="utf-8")
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     rng = np.random.default_rng(0)
     pixels = {name: rng.integers(0, 256, (5, 16, 16, 3), dtype=np.uint8) for name in "abc"}
     for name, images in pixels.items():

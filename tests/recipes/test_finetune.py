@@ -26,7 +26,7 @@ def test_its_settings_are_milder_than_those_of_training():
 def test_a_released_model_learns_two_new_classes_in_a_few_steps(train, photographs, released_file, tmp_path):
     released = load_released_checkpoint(released_file)
     same = ("depth", "dim", "num_heads", "mlp_ratio", "pooling", "time_steps")
-    run = train(
+    train(
         f"data.root={photographs}", f"train.init_checkpoint={released_file}", "data.img_size=64", "data.workers=0",
         "train.batch_size=8", "train.epochs=6", "train.eval_every=6", "train.checkpoint_every=6", "threads=1",
         "tracker=none", "output_dir=run", *(f"model.{key}={released.config[key]}" for key in same),
@@ -35,7 +35,7 @@ def test_a_released_model_learns_two_new_classes_in_a_few_steps(train, photograp
     lines = read_lines(tmp_path / "run")
     assert lines[-1]["train_loss"] < lines[0]["train_loss"] and lines[-1]["firing_rate"] > 0
     tuned = load_model(tmp_path / "run" / "last")
-    assert tuned.num_classes == 2 and run.derived.class_names == ["china", "flower"]
+    assert tuned.num_classes == 2 and tuned.card.class_names == ("china", "flower")
     # A low learning rate: the convolutions are still those of the released model, but for a little.
     for name, weight in released.named_parameters():
         if weight.ndim == 4:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from common.config import ConfigError, RunError, load_config, to_yaml
-from common.schema import Derived
+from common.trained import card_of
 from PIL import Image
 
 from sdt_blocks import save_model
@@ -59,7 +59,7 @@ def expected(samples):
 
 
 def test_probabilities_are_the_models_in_json_alone(predict, digits):
-    out, err = predict(f"checkpoint={FOLDER}", "config=digits", "--json", "top=3", "train.batch_size=4", *digits)
+    out, err = predict(f"checkpoint={FOLDER}", "--json", "top=3", "train.batch_size=4", *digits)
     found, (answers, labels) = json.loads(out), expected(len(digits))
     assert [one["file"] for one in found] == digits
     for one, answer in zip(found, answers, strict=True):
@@ -72,7 +72,7 @@ def test_probabilities_are_the_models_in_json_alone(predict, digits):
 
 
 def test_a_folder_gives_a_line_a_file_and_says_what_it_passed_over(predict, digits):
-    out, err = predict(f"checkpoint={FOLDER}", "config=digits", "digits", "digits/0.png")
+    out, err = predict(f"checkpoint={FOLDER}", "digits", "digits/0.png")
     lines = out.splitlines()
     assert [line.split("  ")[0] for line in lines] == [
         "digits/0.png", "digits/1.png", "digits/3.PNG", "digits/a=b.png", "digits/more/4.png",
@@ -83,8 +83,9 @@ def test_a_folder_gives_a_line_a_file_and_says_what_it_passed_over(predict, digi
 
 
 def run_folder(folder, model, config, names):
+    model.card = card_of(config, names, (config.data.img_size,) * 2)
     save_model(model, folder / "best")
-    (folder / "config.yaml").write_text(to_yaml(config, Derived(class_names=names)), encoding="utf-8")
+    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
 
 
 def test_recordings_are_framed_as_in_the_run(predict, tmp_path, firing_model):
@@ -123,18 +124,21 @@ def test_a_silent_model_is_said_to_be_silent(predict, tmp_path, digits):
     ("arguments", "error", "words"),
     [
         (["digits/0.png"], ConfigError, "checkpoint=FOLDER"),
-        (["checkpoint={example}", "config=digits"], ConfigError, "name the images"),
-        (["checkpoint={example}", "digits/0.png"], ConfigError, "does not say how its data were prepared"),
-        (["checkpoint={example}", "config=digits", "nowhere.png"], ConfigError, "nowhere.png: no such file"),
-        (["checkpoint={example}", "config=digits", "empty"], ConfigError, "empty holds no file that ends in .jpg"),
-        (["checkpoint={example}", "config=digits", "top=0", "digits"], ConfigError, "top: expected"),
-        (["checkpoint={example}", "config=digits", "json=yes", "digits"], ConfigError, "json: expected true or false"),
-        (["checkpoint={example}", "config=digits", "dat.img_size=3", "digits"], ConfigError, "unknown key"),
-        (["checkpoint={example}", "config=digits", "digits/notes.txt"], RunError, "notes.txt cannot be read"),
+        (["checkpoint={example}"], ConfigError, "name the images"),
+        (["checkpoint=plain", "digits/0.png"], ConfigError, "does not say how its data were prepared"),
+        (["checkpoint={example}", "nowhere.png"], ConfigError, "nowhere.png: no such file"),
+        (["checkpoint={example}", "empty"], ConfigError, "empty holds no file that ends in .jpg"),
+        (["checkpoint={example}", "top=0", "digits"], ConfigError, "top: expected"),
+        (["checkpoint={example}", "json=yes", "digits"], ConfigError, "json: expected true or false"),
+        (["checkpoint={example}", "dat.img_size=3", "digits"], ConfigError, "unknown key"),
+        (["checkpoint={example}", "digits/notes.txt"], RunError, "notes.txt cannot be read"),
     ],
 )
 def test_refusals(predict, digits, arguments, error, words):
     Path("empty").mkdir()
+    plain = example_model()
+    plain.card = None
+    save_model(plain, "plain")
     with pytest.raises(error) as refused:
         predict(*(argument.format(example=FOLDER) for argument in arguments))
     assert words in str(refused.value) and "\n" not in str(refused.value)
@@ -142,7 +146,19 @@ def test_refusals(predict, digits, arguments, error, words):
 
 def test_unreadable_files_can_be_left_out(predict, digits):
     with pytest.warns(UserWarning, match="notes.txt cannot be read"):
-        out, _ = predict(
-            f"checkpoint={FOLDER}", "config=digits", "data.on_error=skip", "--json", digits[1], "digits/notes.txt"
-        )
+        out, _ = predict(f"checkpoint={FOLDER}", "data.on_error=skip", "--json", digits[1], "digits/notes.txt")
     assert [one["file"] for one in json.loads(out)] == [digits[1]]
+
+
+def test_what_the_model_says_of_its_images_wins_over_a_file_and_loses_to_the_command_line(predict, digits, monkeypatch):
+    from common import progress
+
+    said = []
+    monkeypatch.setattr(progress, "warn", said.append)
+    plain, _ = predict(f"checkpoint={FOLDER}", "--json", digits[0])
+    assert not said
+    named, _ = predict(f"checkpoint={FOLDER}", "--json", "config=mnist_5k", digits[0])
+    assert named == plain and len(said) == 1
+    assert "data.mean=(0.3,) instead of" in said[0] and "=... on the command line wins" in said[0]
+    other, _ = predict(f"checkpoint={FOLDER}", "--json", "data.mean=[0.9]", "data.std=[0.35]", digits[0])
+    assert json.loads(other)[0]["predictions"] != json.loads(plain)[0]["predictions"]
