@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import tonic
 
+from sdt_datasets.aedat4 import aedat4_sensor_size
 from sdt_datasets.errors import DataError
 from sdt_datasets.event_sources import (
     CIFAR10DVSFiles,
@@ -20,7 +21,7 @@ from sdt_datasets.event_sources import (
     TETFrames,
 )
 from sdt_datasets.files import describe_files, list_files, walk_files
-from sdt_datasets.recordings import READERS, aedat4_sensor_size, read_frames_npz
+from sdt_datasets.recordings import READERS, read_frames_npz
 
 _log = logging.getLogger(__name__)
 NAMES = ("dvs128_gesture", "cifar10_dvs", "cifar10_dvs_tet", "n_mnist", "event_folder")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import struct
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 
@@ -90,48 +89,6 @@ def _aedat3(body: bytes) -> Columns:
         at += size * capacity
     word, t = (np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64) for parts in (words, times))
     return t, word >> 17 & 0x7FFF, word >> 2 & 0x7FFF, word >> 1 & 1
-
-
-def check_aedat4(path: str | os.PathLike) -> None:
-    """Raises `ValueError` where an AEDAT4 file's header is damaged, or a packet announces more than the file holds.
-
-    The decoder ends the process on some such headers, and allocates what a packet announces.
-    """
-    check_regular(path)
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        try:
-            version, length = struct.unpack("<14sI", file.read(18))
-            if version != b"#!AER-DAT4.0\r\n" or length > size - 18:
-                raise ValueError(f"it begins with {version!r} and {length} bytes of header, of {size} in all")
-            end = _aedat4_index(file.read(length))
-        except (struct.error, UnicodeDecodeError, ElementTree.ParseError) as error:
-            raise ValueError(f"its header is damaged ({error})") from error
-        at = 18 + length
-        while at != end and at + 8 <= size:
-            file.seek(at + 4)
-            (length,) = struct.unpack("<I", file.read(4))
-            at += 8 + length
-            if at > size:
-                raise ValueError(f"a packet announces {length} bytes, which ends {at - size} bytes behind the file")
-
-
-def _aedat4_index(header: bytes) -> int:
-    """Where the index of packets begins, after the last of them; -1 where there is none.
-
-    The header is a FlatBuffers table: compression, this place, and an XML text that describes the streams.
-    """
-    (table,) = struct.unpack_from("<I", header)
-    (distance,) = struct.unpack_from("<i", header, table)
-    if not 0 <= table - distance <= len(header) - 10:
-        raise ValueError(f"its header has a table at {table - distance} of {len(header)} bytes")
-    _, _, _, index, text = struct.unpack_from("<5H", header, table - distance)
-    start = table + text
-    start += struct.unpack_from("<I", header, start)[0]
-    (length,) = struct.unpack_from("<I", header, start)
-    ElementTree.fromstring(header[start + 4 : start + 4 + length].decode())
-    place: int = struct.unpack_from("<q", header, table + index)[0] if index else -1
-    return place
 
 
 def read_bin(path: str | os.PathLike) -> Columns:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from sdt_datasets.aedat4 import read_aedat4
 from sdt_datasets.columns import (
-    LARGEST_SIDE,
     Note,
     Notes,
     columns_of_table,
@@ -19,7 +18,7 @@ from sdt_datasets.columns import (
     named_columns,
 )
 from sdt_datasets.files import Archive, read_npy
-from sdt_datasets.raw_formats import Columns, check_aedat4, read_aedat, read_bin, read_dat
+from sdt_datasets.raw_formats import Columns, read_aedat, read_bin, read_dat
 
 
 def read_events(path: str | os.PathLike, *, note: Note | None = None) -> np.ndarray:
@@ -45,26 +44,6 @@ def read_events(path: str | os.PathLike, *, note: Note | None = None) -> np.ndar
     return events_from_columns(*read(path), note=note)
 
 
-def _read_aedat4(path: str | os.PathLike) -> Columns:
-    from tonic.io import read_aedat4
-
-    check_aedat4(path)
-    with _no_panic():
-        events = read_aedat4(str(path))
-    return events["t"], events["x"], events["y"], events["on"]
-
-
-@contextlib.contextmanager
-def _no_panic() -> Iterator[None]:
-    """The decoder of AEDAT4 panics on some damaged files, which is no Exception: `ValueError` instead."""
-    try:
-        yield
-    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:
-        raise ValueError(f"the decoder of AEDAT4 gave up on it ({error})") from error
-
-
 def _columns_of_array(array: np.ndarray) -> list[np.ndarray]:
     if array.dtype.names is not None:
         return named_columns(array, array.dtype.names)
@@ -83,7 +62,7 @@ def _read_npz(path: str | os.PathLike) -> list[np.ndarray]:
 
 
 READERS: dict[str, Callable[[str | os.PathLike], Columns | list[np.ndarray]]] = {
-    ".aedat4": _read_aedat4,
+    ".aedat4": read_aedat4,
     ".aedat": read_aedat,
     ".bin": read_bin,
     ".dat": read_dat,
@@ -100,22 +79,3 @@ def read_frames_npz(path: str | os.PathLike) -> np.ndarray:
     """
     with Archive(path) as archive:
         return frames_from_counts(archive["frames"])
-
-
-def aedat4_sensor_size(path: str | os.PathLike) -> tuple[int, int, int]:
-    """`(W, H, 2)` from the header of an AEDAT4 file.
-
-    Raises `ValueError` where it has no events stream of such a size.
-    """
-    import aedat
-
-    check_aedat4(path)
-    with _no_panic():
-        streams = aedat.Decoder(str(path)).id_to_stream()
-    for _, stream in sorted(streams.items()):
-        if stream["type"] == "events":
-            width, height = stream["width"], stream["height"]
-            if not 0 < width <= LARGEST_SIDE or not 0 < height <= LARGEST_SIDE:
-                raise ValueError(f"its sensor of {width} x {height} pixels is none of an event camera")
-            return width, height, 2
-    raise ValueError("it has no stream of events")

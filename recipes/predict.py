@@ -149,9 +149,9 @@ def build_dataset(files: Sequence[str], model: Any, config: Config) -> Any:
         )
         source: Any = Listed(files)
         return ImageDataset(source, resize, training=False, on_error=data.on_error)
+    from sdt_datasets.aedat4 import aedat4_sensor_size
     from sdt_datasets.event_data import RELEASED_SIZE, EventDataset
     from sdt_datasets.layouts import Part
-    from sdt_datasets.recordings import aedat4_sensor_size
 
     sensor_size = events.sensor_size
     if sensor_size is None:
