@@ -218,7 +218,7 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
     if resume != "auto":
         path = Path(resume)
         try:
-            if not (path / MANIFEST).is_file() and _numbered(path):
+            if not (path / MANIFEST).is_file() and (_numbered(path) or _not_in_place(path)):
                 return find_checkpoint(path, "auto")
             fault = damage(path) if path.is_dir() else "there is no such folder"
         except OSError as error:
@@ -226,8 +226,11 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
         if fault:
             raise ConfigError(f"resume={resume}: not a good checkpoint of a run: {fault}")
         return path
-    candidates = _numbered(folder)
-    for path in candidates:
+    # Another run's checkpoint that was whole when the run was killed is read where it lies.
+    waiting = _not_in_place(folder)
+    candidates = sorted([*_numbered(folder), *waiting], key=_step, reverse=True)
+    for target in candidates:
+        path = waiting.get(target, target)
         fault = damage(path)
         if not fault:
             return path
@@ -366,13 +369,22 @@ def open_folder(folder: Path, resume: str, *, needed: int) -> Path | None:
 
 def _put_in_place(folder: Path) -> None:
     """Finishes what a kill between writing a checkpoint and renaming it has left: whole ones get their names."""
+    for target, path in _not_in_place(folder).items():
+        path.chmod(0o755)
+        os.replace(path, target)
+        warn(f"{target} was whole but not yet in place when the run was killed; it is now")
+
+
+def _not_in_place(folder: Path) -> dict[Path, Path]:
+    """Whole checkpoints that have not got their names, by these; of two of one step the one written last."""
+    found: dict[Path, Path] = {}
     for prefix in (_WRITING, _REPLACED):
         for path in sorted((folder / CHECKPOINTS).glob(f"{prefix}step_*")):
             target = path.with_name(path.name.removeprefix(prefix)[: -len("_12345678")])
-            if _STEP.fullmatch(target.name) and not target.exists() and not damage(path):
-                path.chmod(0o755)
-                os.replace(path, target)
-                warn(f"{target} was whole but not yet in place when the run was killed; it is now")
+            free = _STEP.fullmatch(target.name) and target not in found and not target.exists()
+            if free and not damage(path):
+                found[target] = path
+    return found
 
 
 def _sweep(folder: Path) -> None:

@@ -168,6 +168,22 @@ def test_killed_between_writing_and_renaming_a_checkpoint_is_found(tmp_path, mod
     assert not half.exists()
 
 
+@pytest.mark.parametrize("prefix", [".writing_", ".replaced_"])
+def test_another_runs_newest_checkpoint_counts_though_half_renamed(tmp_path, model, prefix):
+    other, own = tmp_path / "other", tmp_path / "own"
+    first, newest = write(other, model, 10), write(other, model, 20)
+    half = newest.rename(newest.with_name(f"{prefix}{newest.name}_abcd1234"))
+    assert open_folder(own, str(other), needed=0) == half, "nothing is renamed in somebody else's folder"
+    load_checkpoint(half, model, None)
+    shutil.rmtree(first)
+    assert open_folder(own, str(other), needed=0) == half
+    (half / "training.pt").write_bytes(b"half")
+    with pytest.raises(ConfigError, match="not a good checkpoint of a run"):
+        open_folder(own, str(other), needed=0)
+    write(other, model, 10)
+    assert open_folder(own, str(other), needed=0) == first and half.exists()
+
+
 def test_between_the_two_renames_of_a_replaced_checkpoint_the_new_one_counts(tmp_path, model, monkeypatch):
     write(tmp_path, model, 10)
     with torch.no_grad():
