@@ -47,7 +47,10 @@ def read_aedat4(path: str | os.PathLike) -> Columns:
 
 
 def aedat4_sensor_size(path: str | os.PathLike) -> tuple[int, int, int]:
-    """`(W, H, 2)` from the header of an AEDAT4 file. Raises `ValueError` where it has no events stream of such a size."""
+    """`(W, H, 2)` from the header of an AEDAT4 file.
+
+    Raises `ValueError` where it has no events stream of such a size.
+    """
     check_aedat4(path)
     with _no_panic():
         _, stream = _events_stream(_decoder(path))

@@ -87,8 +87,6 @@ def main(arguments: list[str]) -> None:
     from common.progress import warn
     from common.set_up import at_the_door, build_accelerator
 
-    from sdt_blocks.analysis.silence import silence
-
     model, config = load(checkpoint, config, rest, averaged=options.averaged)
     accelerator, config = build_accelerator(config)
     _, test_set = at_the_door(build_datasets, config, evaluation_only=True)
@@ -102,8 +100,8 @@ def main(arguments: list[str]) -> None:
     with closing(loader):
         result = at_the_door(evaluate, model.to(accelerator.device), loader, accelerator)
     if accelerator.is_main_process and result is not None:
-        if not result.firing_rate:
-            warn(silence(model, {"every layer": False}))
+        if result.silence:
+            print(result.silence)
         print(describe(result, test_set.kind))
         print(matched)
         print("\n".join(describe_classes(result, test_set.classes)))
@@ -163,6 +161,7 @@ def write(result: Evaluation, names: Sequence[str], folder: Path) -> None:
         "loss": None if math.isnan(result.loss) else result.loss,
         "samples": result.samples,
         "firing_rate": result.firing_rate,
+        "silence": result.silence,
         "input_size": list(result.input_size),
     }
     try:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import snntorch
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -16,6 +15,8 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassStatScores
 
+from sdt_blocks.analysis.probe import find_neurons
+from sdt_blocks.analysis.silence import silence
 from sdt_blocks.neuron import spikes_of
 
 from .loading import fetch
@@ -38,6 +39,8 @@ class Evaluation:
     """Spikes of a neuron in a time step, mean over all neurons and the first batch."""
     input_size: tuple[int, int]
     """Height and width of the images or frames."""
+    silence: str
+    """The neuron layers that never fired, in a sentence; "" where all did."""
 
     @property
     def samples(self) -> int:
@@ -61,6 +64,7 @@ def evaluate(
     model.eval()
     metrics = build_metrics(model.num_classes, accelerator.device)
     firing_rate, input_size = -1.0, (0, 0)
+    firing = Firing(model)
     for inputs, targets in fetch(loader):
         if stop is not None and stop.signal:
             break
@@ -68,12 +72,10 @@ def evaluate(
         if not len(targets):
             continue
         inputs, targets = inputs.to(accelerator.device), targets.to(accelerator.device)
-        with accelerator.autocast():
-            if firing_rate < 0:
-                logits, firing_rate = with_firing_rate(model, inputs)
-                input_size = inputs.shape[-2], inputs.shape[-1]
-            else:
-                logits = model(inputs)
+        with accelerator.autocast(), firing:
+            logits = model(inputs)
+        if firing_rate < 0:
+            firing_rate, input_size = firing.rate, (inputs.shape[-2], inputs.shape[-1])
         logits = logits.float().mean(0) if logits.ndim == 3 else logits.float()
         metrics["loss"].update(F.cross_entropy(logits, targets, reduction="none"))
         for name in metrics.keys() - {"loss"}:
@@ -83,6 +85,7 @@ def evaluate(
         return None
     # Every process takes part, with samples or without: this is where their counts are added up.
     found = {name: metric.compute().cpu() for name, metric in metrics.items()}
+    fired = firing.everywhere(accelerator)
     confusion, loss = found.pop("confusion"), float(found.pop("loss"))
     if not confusion.sum():
         raise ValueError("not one sample of the evaluation set could be read")
@@ -92,6 +95,7 @@ def evaluate(
         confusion=confusion,
         firing_rate=max(firing_rate, 0.0),
         input_size=input_size,
+        silence=silence(model, fired),
     )
 
 
@@ -115,21 +119,40 @@ def build_metrics(num_classes: int, device: torch.device) -> dict[str, Metric]:
     return {name: metric.to(device) for name, metric in metrics.items()}
 
 
-def with_firing_rate(model: nn.Module, inputs: Tensor) -> tuple[Tensor, float]:
-    """The logits, and the mean over all neurons of spikes per time step."""
-    counts: list[tuple[Tensor, int]] = []
+class Firing:
+    """Which neuron layers of a model fire within `with` blocks; those that have are not looked at again."""
 
-    def count(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        spikes = spikes_of(output)
-        counts.append((spikes.sum(), spikes.numel()))
+    def __init__(self, model: nn.Module) -> None:
+        self.neurons = find_neurons(model)
+        self.fired: dict[str, bool] = {}
+        """Of the layers that were called."""
+        self.rate = 0.0
+        """Spikes of a neuron in a time step, mean over the layers looked at in the last block."""
 
-    hooks = [
-        module.register_forward_hook(count) for module in model.modules() if isinstance(module, snntorch.SpikingNeuron)
-    ]
-    try:
-        logits = model(inputs)
-    finally:
-        for hook in hooks:
+    def __enter__(self) -> None:
+        self.counts: dict[str, list[tuple[Tensor, int]]] = {}
+        looked_at = {name: neuron for name, neuron in self.neurons.items() if not self.fired.get(name)}
+        self.hooks = [neuron.register_forward_hook(self._counter(name)) for name, neuron in looked_at.items()]
+
+    def _counter(self, name: str) -> Callable[..., None]:
+        def count(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            spikes = spikes_of(output)
+            self.counts.setdefault(name, []).append((spikes.sum(), spikes.numel()))
+
+        return count
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self.hooks:
             hook.remove()
-    neurons = sum(number for _, number in counts)
-    return logits, float(sum(spikes for spikes, _ in counts)) / neurons if neurons else 0.0
+        sums = {name: float(sum(spikes for spikes, _ in calls)) for name, calls in self.counts.items()}
+        neurons = sum(number for calls in self.counts.values() for _, number in calls)
+        self.rate = sum(sums.values()) / neurons if neurons else 0.0
+        for name, spikes in sums.items():
+            self.fired[name] = spikes != 0
+
+    def everywhere(self, accelerator: Accelerator) -> dict[str, bool]:
+        """`fired` on any process; all of them call this."""
+        seen = [[name in self.fired, self.fired.get(name, False)] for name in self.neurons]
+        total: Any = accelerator.reduce(torch.tensor(seen, dtype=torch.float32, device=accelerator.device), "sum")
+        flags = total.bool().tolist()
+        return {name: fired for name, (called, fired) in zip(self.neurons, flags, strict=True) if called}

@@ -21,7 +21,8 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from sdt_blocks import DataCard, load_model, save_model
+from sdt_blocks import LIF, DataCard, load_model, save_model
+from sdt_blocks.steps import Unit
 
 WHERE = Path("run")
 
@@ -242,6 +243,51 @@ def test_the_recipe_writes_classes_and_confusion_for_data_in_another_order(evalu
         assert [int(row["recognised"]) for row in csv.DictReader(file)] == expected.diagonal().tolist()
     assert json.loads((folder / "evaluation.json").read_text())["samples"] == 15
     assert (folder / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def silenced(model, *units):
+    """The model with nothing above the thresholds behind these units."""
+    for unit in units:
+        torch.nn.init.constant_(model.get_submodule(unit).norm.bias, -100.0)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("units", "said"),
+    [
+        ((), ""),
+        (("blocks.0.mlp.branch.fc1",), "1 of 19 neuron layers never fired: blocks.0.mlp.branch.neuron2"),
+        (("*",), "no neuron fired: the norms have seen"),
+    ],
+)
+def test_neurons_that_never_fired_are_named_in_the_first_line(evaluate_here, firing_model, tmp_path, units, said):
+    model = firing_model(in_channels=1, num_classes=10)
+    if units == ("*",):
+        units = [name for name, module in model.named_modules() if isinstance(module, Unit)]
+    save_model(silenced(model, *units), tmp_path / "saved")
+    out = evaluate_here("checkpoint=saved", "config=digits", "data.test_samples=20", "train.batch_size=8")
+    first, *others = out.splitlines()
+    assert first.startswith(said or "top-1")
+    assert json.loads((tmp_path / "saved" / "evaluation" / "evaluation.json").read_text())["silence"] == (
+        said and first
+    )
+    assert (others if said else [first])[0].startswith("top-1")
+
+
+def test_a_layer_that_fires_in_a_later_batch_has_fired():
+    from accelerate import Accelerator
+    from common.evaluation import Firing
+
+    net = nn.Sequential(nn.Identity(), LIF(), LIF(threshold=0.4))
+    firing = Firing(net)
+    for value, expected in ((0.0, (False, False)), (3.0, (True, True))):
+        with firing:
+            net(torch.full((4, 2, 3), value))
+        assert tuple(firing.fired.values()) == expected and (firing.rate > 0) == expected[0]
+    with firing:
+        net(torch.zeros(4, 2, 3))
+    assert firing.fired == firing.everywhere(Accelerator(cpu=True)) == {"1": True, "2": True}
+    assert not any(module._forward_hooks for module in net.modules())
 
 
 def test_event_folders_are_matched_by_name_and_keep_the_sensor_of_training(evaluate_here, train, tmp_path):
