@@ -77,6 +77,8 @@ def heaviside(shift: Tensor, strict: bool = False) -> Tensor:
 def fire(shift: Tensor, surrogate: Surrogate | Callable[[Tensor], Tensor], strict: bool = False) -> Tensor:
     """Spikes of `shift`, with the gradient of a `Surrogate` or of any snnTorch `spike_grad`."""
     if isinstance(surrogate, Surrogate):
+        if not (torch.is_grad_enabled() and shift.requires_grad):
+            return heaviside(shift, strict)  # a plain operation, which a traced model can be saved with
         spikes: Tensor = _Spike.apply(shift, surrogate, strict)  # type: ignore[no-untyped-call]
         return spikes
     soft = surrogate(shift)
