@@ -140,9 +140,10 @@ class LinearSpikeMixer(nn.Module):
         # Half precision could not hold the counts of many tokens.
         dtype, shape = state_dtype(q), q.shape
         spikes = [as_spikes(x.to(dtype), x) for x in (q, k, v)]
-        # Meta tensors have shapes alone, and no autocast.
+        kept = [x for x in spikes if are_spikes(x)]
+        # Meta tensors have shapes alone, and no autocast; torch.compile, for which no spikes are kept, stops at hooks.
         exact = nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False)
-        with exact, SpikesAsBits(*filter(are_spikes, spikes)):
+        with exact, SpikesAsBits(*kept) if kept else nullcontext():
             # [T, B, heads, dim / heads, tokens]: transposed, as they lie in memory.
             of_q, of_k, of_v = (x.flatten(3).unflatten(2, (self.num_heads, -1)) for x in spikes)
             counts = (of_v @ of_k.mT) @ of_q

@@ -233,7 +233,7 @@ def test_chance_of_a_silent_network_is_neither_reported_nor_the_best(set_up, mon
 
     def evaluate(*_, **__):
         top1, rate = next(answers)
-        return Evaluation(2.0, {"top1": top1}, torch.eye(10, dtype=torch.int64), rate, (8, 8))
+        return Evaluation(2.0, {"top1": top1}, torch.eye(10, dtype=torch.int64), rate, (8, 8), "")
 
     monkeypatch.setattr(engine, "evaluate", evaluate)
     best, save_weights = [], engine.save_weights
