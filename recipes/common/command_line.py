@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,7 +66,10 @@ def print_help(arguments: list[str], default: str) -> bool:
 
 @contextmanager
 def short_errors() -> Iterator[None]:
-    """Ends the process with the message and the exit code of a `ConfigError` (2) or a `RunError` (1)."""
+    """Ends the process with the message and the exit code of a `ConfigError` (2) or a `RunError` (1).
+
+    A reader of the output that has gone is no traceback either.
+    """
     tell = logging.StreamHandler(sys.stderr)  # what is printed may be JSON
     log = logging.getLogger("sdt_blocks")
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -73,9 +77,15 @@ def short_errors() -> Iterator[None]:
         log.addHandler(tell)
     try:
         yield
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("stopped before training began", file=sys.stderr, flush=True)
         sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read the output has gone, as `| head` does; Python would write the rest of it once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("stopped: nobody reads the output any more; the same command goes on", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGPIPE)
     except (ConfigError, RunError) as error:
         # All processes refuse a configuration alike; one of them says so. A run may fail on any.
         if isinstance(error, RunError) or os.environ.get("LOCAL_RANK", "0") == "0":

@@ -130,6 +130,8 @@ def train_to_the_end(run: Run) -> None:
                 save(run)
     except UnreadableSample as error:
         raise RunError(f"{error}; {last_good(run.folder)}") from error
+    except BrokenPipeError:
+        raise  # of the output, not of the folder
     except OSError as error:
         raise RunError(f"the run folder cannot be written ({error}); {last_good(run.folder)}") from error
     if run.stopping:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 from common.config import load_config
@@ -190,6 +193,15 @@ def test_the_configuration_is_printed_and_read_back(launcher, tmp_path):
     read = load_config([f"config={tmp_path / 'printed.yaml'}"], default="imagenet_8_384")
     assert read == load_config(["optim.lr=1e-4"], default="digits")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_reader_that_has_gone_is_no_traceback(tmp_path):
+    recipe = [sys.executable, str(RECIPES / "digits.py"), "--print-config"]
+    with subprocess.Popen(recipe, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 128 + signal.SIGPIPE
+    assert said.splitlines() == ["stopped: nobody reads the output any more; the same command goes on"]
 
 
 def test_several_seeds_give_mean_and_deviation(launcher, tmp_path):
