@@ -160,8 +160,9 @@ class _Recorder(Follower):
         """How often modules called operations that may multiply and that no rule counts."""
         found: Counter[tuple[str, str]] = Counter()
         for product in self.products.values():
-            if product.verdict == MULTIPLIES and product.operation not in RULES:
-                found[product.module, product.operation] += product.calls
+            whole = () if product.operation in RULES else (product.operation,)
+            for left_out in UNCOUNTED.get(product.operation, whole) if product.verdict == MULTIPLIES else ():
+                found[product.module, left_out] += product.calls
         return found
 
     def counts(self, name: str, args: Sequence[Any], output: Any) -> None:
@@ -313,6 +314,16 @@ def _recurrent(args: Sequence[Any], output: Any) -> list[Factors]:
     ]
 
 
+FUSED_ATTENTION = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+)
+
+UNCOUNTED = {**dict.fromkeys(FUSED_ATTENTION, ("_softmax",)), "mkldnn_rnn_layer": ("sigmoid", "tanh", "mul")}
+"""What operations do within, beside the products that a rule counts: named as where they stand alone."""
+
 RULES: dict[str, Callable[[Sequence[Any], Any], list[Factors]]] = {
     **dict.fromkeys(("mm", "bmm", "matmul"), lambda args, output: _matrices(*args[:2])),
     **dict.fromkeys(("addmm", "baddbmm", "addbmm"), lambda args, output: _matrices(*args[1:3])),
@@ -322,15 +333,7 @@ RULES: dict[str, Callable[[Sequence[Any], Any], list[Factors]]] = {
     **dict.fromkeys((OUTER, SUMMED), lambda args, output: _outer(args[0], args[1], output)),
     "linear": _linear,
     **dict.fromkeys(("convolution", "convolution_overrideable"), _convolution),
-    **dict.fromkeys(
-        (
-            "_scaled_dot_product_flash_attention_for_cpu",
-            "_scaled_dot_product_flash_attention",
-            "_scaled_dot_product_efficient_attention",
-            "_scaled_dot_product_cudnn_attention",
-        ),
-        _softmax_attention,
-    ),
+    **dict.fromkeys(FUSED_ATTENTION, _softmax_attention),
     "_trilinear": _bilinear,
     "mkldnn_rnn_layer": _recurrent,
 }
