@@ -268,6 +268,19 @@ def test_a_folder_with_the_names_of_before_loads(options, tmp_path, firing_model
         load_model(tmp_path)
 
 
+def test_a_model_of_the_kit_given_for_a_released_one_is_named(tmp_path):
+    model = SpikeDrivenTransformer(**TINY)
+    save_model(model, tmp_path)
+    torch.save(
+        {"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, tmp_path / "w.pth"
+    )
+    for name in ("model.safetensors", "w.pth"):
+        with pytest.raises(ValueError, match=f"{name}: the weights of a model of this kit: load_model takes them"):
+            load_released_checkpoint(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="a folder; load_model takes"):
+        load_released_checkpoint(tmp_path)
+
+
 def test_run_folder_gives_its_best_model(tmp_path):
     last, best = (SpikeDrivenTransformer(**TINY) for _ in range(2))
     save_model(last, tmp_path / "last")

@@ -24,6 +24,9 @@ _AVERAGED = ("state_dict_ema", "model_ema", "ema", "ema_state_dict")
 _PREFIX = re.compile(r"((module|_orig_mod|model)\.)+")
 """What distributed training, torch.compile and Lightning put before every name."""
 
+_OWN = re.compile(r"(patch|blocks|downsamplings|stages|head|distillation_head|head_neuron)\.")
+"""Names of weights as this kit saves them."""
+
 _STRANGERS = {
     r"ConvBlock1_1\.0\.Conv\.pwconv1\.\d+\.": "Spike-Driven Transformer V3 (E-SpikeFormer)",
     r"patch_embed1\.": "QKFormer",
@@ -62,6 +65,11 @@ def _plain_names(state_dict: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 def _family(released: Mapping[str, Tensor]) -> Family:
     """The family that most names are of. Raises `ValueError`."""
+    if released and all(_OWN.match(key) for key in released):
+        raise ValueError(
+            "the weights of a model of this kit: load_model takes them in a folder with their config.json, and "
+            "model.load_state_dict as they are"
+        )
     readable = [family for family in families().values() if family.keys is not None]
     for pattern, name in _STRANGERS.items():
         if any(re.match(pattern, key) for key in released):
@@ -149,6 +157,8 @@ def _find_weights(content: Any, *, averaged: bool) -> tuple[Mapping[Any, Any], M
 
 
 def _load_weights_only(path: Path) -> Any:
+    if path.is_dir():
+        raise FileNotFoundError(f"{path}: a folder; load_model takes that of a saved model or of a run")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give the path of a released .pth.tar")
     if path.suffix == ".safetensors":
