@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sdt_blocks.analysis import analyze_model
-from sdt_blocks.analysis.probe import find_neurons
+from sdt_blocks.neuron import find_neurons
 
 
 @dataclass

@@ -27,7 +27,7 @@ from .models import (
     save_model,
     transform_of,
 )
-from .neuron import LIF, ParametricLIF, Stream, over_time
+from .neuron import LIF, ParametricLIF, Stream, over_time, replace_neurons
 
 __version__ = "0.1.0"
 
@@ -58,6 +58,7 @@ __all__ = [
     "load_released_checkpoint",
     "optimize_for_inference",
     "over_time",
+    "replace_neurons",
     "save_model",
     "transform_of",
 ]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..neuron import LIF, spikes_of
-from .probe import evaluating, find_neurons, unwrap
+from ..neuron import LIF, find_neurons, spikes_of
+from .probe import evaluating, unwrap
 from .record import trajectory
 
 

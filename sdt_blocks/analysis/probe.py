@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..inference.folded import folded
-from ..neuron import clear_hidden, fires, spikes_of, takes_sequence
+from ..neuron import clear_hidden, find_neurons, spikes_of, takes_sequence
 
 Forward = Callable[[nn.Module, Tensor], Any]
 """How one batch goes through the model, where it is not just `model(x)`: a loop over steps outside it, for instance."""
@@ -48,19 +48,6 @@ def check_weights(model: nn.Module) -> None:
             f"{name} is on the meta device and holds no numbers, so nothing fires; build the model on a device, or "
             f"give rates of your own to energy_from_rates"
         )
-
-
-def find_neurons(model: nn.Module, extra: Sequence[type[nn.Module]] = ()) -> dict[str, nn.Module]:
-    """The neuron layers by name: the kit's, snnTorch's, and modules of the types in `extra`.
-
-    A neuron within another one, such as what `over_time` was given, is a part of that.
-    """
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        neuron = fires(module) or isinstance(module, tuple(extra))
-        if neuron and not any(not outer or name.startswith(f"{outer}.") for outer in found):
-            found[name] = module
-    return found
 
 
 def find_mixers(model: nn.Module) -> dict[str, Any]:

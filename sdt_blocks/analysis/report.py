@@ -14,12 +14,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..inference.folded import folded
+from ..neuron import find_neurons
 from . import plots
 from .attention_maps import maps_of_blocks, upsample
 from .audit import Audit, audit
 from .energy import EnergyReport, energy, millijoules
 from .page import write_page
-from .probe import Batches, batch_axis, find_neurons, input_of, is_first_process, unwrap
+from .probe import Batches, batch_axis, input_of, is_first_process, unwrap
 from .rates import FiringRates, firing_rates
 from .record import record
 

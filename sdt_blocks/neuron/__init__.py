@@ -2,12 +2,14 @@
 
 from .lif import LIF, NEURONS, NeuronFactory, NeuronLike, ParametricLIF, make_neuron, neuron_options, neuron_spec
 from .nir import export_to_nir
+from .replacing import InSteps, find_neurons, replace_neurons
 from .stepping import OverTime, clear_hidden, fires, over_time, remembers, spikes_of, takes_sequence
 from .stream import Stream, Streamed
 
 __all__ = [
     "LIF",
     "NEURONS",
+    "InSteps",
     "NeuronFactory",
     "NeuronLike",
     "OverTime",
@@ -17,11 +19,13 @@ __all__ = [
     "clear_hidden",
     "export_to_nir",
     "fires",
+    "find_neurons",
     "make_neuron",
     "neuron_options",
     "neuron_spec",
     "over_time",
     "remembers",
+    "replace_neurons",
     "spikes_of",
     "takes_sequence",
 ]

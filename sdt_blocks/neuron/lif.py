@@ -229,8 +229,7 @@ def make_neuron(neuron: NeuronLike, *, channels: int, threshold: float = 1.0) ->
     if isinstance(neuron, partial):
         threshold *= neuron.keywords.get("threshold", 1.0)
     make = partial(neuron, threshold=threshold)
-    parameters = inspect.signature(neuron).parameters
-    if "channels" in parameters and parameters["channels"].default is inspect.Parameter.empty:
+    if wants_channels(neuron):
         make = partial(make, channels=channels)
     try:
         inspect.signature(neuron).bind(**make.keywords)
@@ -240,6 +239,14 @@ def make_neuron(neuron: NeuronLike, *, channels: int, threshold: float = 1.0) ->
     if not isinstance(made, nn.Module):
         raise TypeError(f"the neuron factory {neuron!r} must make a torch.nn.Module, got {type(made).__name__}")
     return OverTime(made) if remembers(made) else made
+
+
+def wants_channels(neuron: NeuronLike) -> bool:
+    """Whether `make_neuron` makes use of the layer's width."""
+    if isinstance(neuron, str | Mapping):
+        return not isinstance(neuron, str) and neuron.get("channels") is True
+    parameters = inspect.signature(neuron).parameters
+    return "channels" in parameters and parameters["channels"].default is inspect.Parameter.empty
 
 
 def neuron_spec(neuron: NeuronLike) -> NeuronLike:
