@@ -41,8 +41,8 @@ def test_programs(title, tmp_path, monkeypatch):
     if "SHD" in PROGRAMS[title]:
         digits = load_digits()
         (tmp_path / "SHD").mkdir()
-        write_shd(tmp_path / "SHD", digits.images[:600], digits.target[:600], "train")
-        write_shd(tmp_path / "SHD", digits.images[600:700], digits.target[600:700], "test")
+        write_shd(tmp_path / "SHD", digits.images[:800], digits.target[:800], "train")
+        write_shd(tmp_path / "SHD", digits.images[800:900], digits.target[800:900], "test")
     names: dict = {}
     exec(compile(PROGRAMS[title], title, "exec"), names)
     model, some, options = names["model"].eval(), names["held_out"][:64], {"neurons": names.get("neurons", ())}

@@ -25,7 +25,7 @@ from sdt_blocks import (
 )
 from sdt_blocks.blocks import ConvNorm, ConvolutionBlock, Downsampling, LinearSpikeAttention
 from sdt_blocks.inference import Dense, Events, plan
-from sdt_blocks.steps import fire, pool, project, project_and_fire, shortcut
+from sdt_blocks.steps import fire, pool, present, project, project_and_fire, shortcut
 
 
 class TimeFirst(nn.Module):
@@ -327,3 +327,20 @@ def test_copies_hold_no_second_set_of_weights() -> None:
     assert torch.equal(copy.deepcopy(fast)(x), expected)
     held = sum(tensor.numel() for tensor in fast.state_dict().values())
     assert held < 1.1 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_number_of_steps_may_be_read_from_the_frames():
+    class Frames(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unit, self.neuron = ConvNorm(1, 4, 3), LIF(tau=1.5, threshold=0.1)
+
+        def forward(self, x):
+            return project_and_fire(self.unit, self.neuron, present(x, x.shape[1], 1))
+
+    torch.manual_seed(0)
+    network, frames = Frames().eval(), torch.rand(2, 5, 1, 6, 6)
+    expected = network(frames)
+    assert expected.shape == (5, 2, 4, 6, 6) and 0 < expected.mean() < 1
+    for sparse in (False, True):
+        assert torch.equal(optimize_for_inference(network, compile=False, sparse=sparse)(frames), expected)

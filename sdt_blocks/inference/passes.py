@@ -97,7 +97,7 @@ def of_samples(plan: Plan) -> list[Node]:
             takers = users[node]
             own = bool(takers) and all(taker.op in (PROJECT, FIRE, MIX, POOL, CHECK) for taker in takers)
         elif node.op == PRESENT:
-            own = True
+            own = all(one.op == INPUT for one in given)  # not where the number of steps is computed
         elif node.op == FIRE:
             own = is_neuron(node.target) and given[0] in found
         elif node.op in (PROJECT, POOL, ADD, CHECK):
