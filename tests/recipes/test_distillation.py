@@ -1,11 +1,15 @@
 """Both published stages of Meta-SpikeFormer: their tables, a teacher for a second head, and some steps of each."""
 
+import json
+import math
+
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from common.config import CONFIGS, ConfigError, load_config
+from common.config import CONFIGS, ConfigError, load_config, to_yaml
 from common.optim import build_loss, build_optimizer, distilled, learning_rate
+from common.schema import Derived
 from launching import read_lines
 from safetensors.torch import save_file
 from torch import nn
@@ -79,10 +83,10 @@ def test_the_loss_of_two_heads(kind):
         distilled(build_loss(), "warm")
 
 
-def firing():
+def firing(**options):
     """The small model of these tests with one time step, its norms fitted to noise so that its neurons fire."""
     torch.manual_seed(0)
-    model = create_model("sdt_v2_15m", dims=[16, 16, 16, 24], depths=[1] * 5, num_classes=2, time_steps=1)
+    model = create_model("sdt_v2_15m", dims=[16, 16, 16, 24], depths=[1] * 5, num_classes=2, time_steps=1, **options)
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.normal_(norm.bias, 1.0, 0.5)
@@ -123,6 +127,10 @@ def test_both_stages_on_photographs(train, photographs, teacher_weights, tmp_pat
     assert all(0 < line["train_loss"] < 5 and line["firing_rate"] > 0.05 for line in lines)
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
     assert run.position.step == run.derived.total_steps == 12
+    if kind == "hard":
+        train(*stage, "train.epochs=4", "output_dir=whole", default="imagenet_v2_t4")
+        files = [(tmp_path / name / "last" / "model.safetensors").read_bytes() for name in ("t4", "whole")]
+        assert files[0] == files[1], "a run in two parts ends as an undisturbed one, bit for bit"
     last = load_model(tmp_path / "t4" / "last").train()
     assert last.time_steps == 4 and list(last.config["dims"]) == [16, 16, 16, 24]
     # The second head has learnt what its teacher always says.
@@ -130,6 +138,40 @@ def test_both_stages_on_photographs(train, photographs, teacher_weights, tmp_pat
     with torch.no_grad():
         _, second = last(images)
     assert (second[:, 1] > second[:, 0]).all()
+
+
+def test_evaluation_and_prediction_take_the_mean_of_both_heads(photographs, tmp_path, monkeypatch, capsys):
+    """Heads that differ by sign and a bias: their mean is (0, 1) for every photograph. No teacher is looked for."""
+    import evaluate
+    import predict
+    from accelerate.state import AcceleratorState, GradientState
+
+    model = firing(distillation=True)
+    with torch.no_grad():
+        model.distillation_head.weight.copy_(-model.head.weight)
+        model.distillation_head.bias.copy_(torch.tensor([0.0, 2.0]) - model.head.bias)
+    config = load_config(
+        [*SMALL, f"train.teacher={TEACHER}", "train.teacher_weights=gone.pth"], default="imagenet_v2_t4"
+    )
+    save_model(model, tmp_path / "run" / "best")
+    text = to_yaml(config, Derived(class_names=["china", "flower"]))
+    (tmp_path / "run" / "config.yaml").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for recipe, arguments in (
+        (evaluate, [f"data.root={photographs}"]),
+        (predict, ["--json", str(photographs / "val")]),
+    ):
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        recipe.main(["checkpoint=run", "threads=1", *arguments])
+        out, err = capsys.readouterr()
+        assert "no neuron" not in err
+    answer = torch.tensor([0.0, 1.0]).softmax(0).tolist()
+    predictions = [one["predictions"] for one in json.loads(out)]
+    assert len(predictions) == 14 and {one[0]["label"] for one in predictions} == {"flower"}
+    assert [p["probability"] for one in predictions for p in one] == pytest.approx(answer[::-1] * 14, abs=1e-5)
+    figures = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
+    assert figures["loss"] == pytest.approx(-sum(map(math.log, answer)) / 2, abs=1e-4) and figures["firing_rate"] > 0.05
 
 
 def test_what_cannot_teach_is_refused(set_up, photographs, teacher_weights, tmp_path):
