@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdt_blocks import LIF, ConvolutionBlock, MetaSpikeFormer, SpikeDrivenTransformer, create_model
+from sdt_blocks.blocks import RepConv
 
 
 @torch.no_grad()
@@ -147,6 +149,10 @@ class MetaArrangement(nn.Module):
         if model.config["neuron"] != "lif" or model.distillation:
             raise ValueError("this arrangement is written for LIF neurons and one head")
         self.layers, self.time_steps = copy.deepcopy(model), model.time_steps
+        for unit in self.layers.modules():
+            # Autograd keeps what it needs of a chain, as it does in the authors' code.
+            if isinstance(unit, RepConv):
+                unit.conv = nn.Sequential(OrderedDict(unit.conv.named_children()))
         self.neurons = nn.ModuleDict(
             {
                 name.replace(".", "_"): _spikingjelly_lif(module.threshold)

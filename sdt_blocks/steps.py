@@ -196,7 +196,7 @@ def per_frame(module: nn.Module, x: Tensor) -> Tensor:
 
 def _autocast_dtype(module: nn.Module, x: Tensor) -> torch.dtype | None:
     """What autocast would cast x to within a convolution, or a chain of them; within another module nobody can know."""
-    if is_plain(module, nn.Sequential) and isinstance(module, nn.Sequential) and len(module):
+    if isinstance(module, nn.Sequential) and not has_hooks(module) and len(module):
         return _autocast_dtype(module[0], x)
     if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64 or not is_plain(module, nn.Conv2d):
         return None

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from ..steps import Unit
+from ..steps import Unit, has_hooks, is_plain
 
 
 class ConvNorm(Unit):
@@ -73,6 +74,8 @@ class RepConv(Unit):
 
         conv: 1x1 -> PaddedNorm -> depthwise 3x3 -> 1x1 -> BN
 
+    In training only what the first 1x1 makes is kept for the gradient, and the rest of `conv` computed anew.
+
     There is no neuron in between, so that in eval mode the chain is one 3x3 convolution, which `kernel` gives: exactly,
     since `PaddedNorm` puts the border behind the first norm to where zeros before the chain would put it.
 
@@ -91,7 +94,7 @@ class RepConv(Unit):
             "pointwise2": nn.Conv2d(in_channels, out_channels, 1, bias=False),
             "norm": nn.BatchNorm2d(out_channels),
         }
-        self.conv = nn.Sequential(OrderedDict(layers))
+        self.conv = Recomputed(OrderedDict(layers))
         self.norm = nn.BatchNorm2d(out_channels)
 
     @torch.no_grad()
@@ -135,14 +138,68 @@ class PaddedNorm(nn.Module):
         self.norm = nn.BatchNorm2d(channels)
 
     def forward(self, frames: Tensor) -> Tensor:
-        padded = F.pad(self.norm(frames), (1, 1, 1, 1))
+        normalized = self.norm(frames)
+        return self.pad(normalized, self.of_zero())
+
+    @torch.no_grad()
+    def of_zero(self) -> Tensor:
+        """What the norm makes of zero by its running statistics, `[channels]`."""
+        norm = self.norm
+        assert norm.running_mean is not None and norm.running_var is not None
+        return norm.bias - norm.running_mean * norm.weight / (norm.running_var + norm.eps).sqrt()
+
+    @staticmethod
+    def pad(normalized: Tensor, of_zero: Tensor) -> Tensor:
+        """Frames with a border of these values."""
+        padded = F.pad(normalized, (1, 1, 1, 1))
         with torch.no_grad():
-            norm = self.norm
-            assert norm.running_mean is not None and norm.running_var is not None
-            of_zero = norm.bias - norm.running_mean * norm.weight / (norm.running_var + norm.eps).sqrt()
             for edge in (padded[..., 0, :], padded[..., -1, :], padded[..., 0], padded[..., -1]):
                 edge.copy_(of_zero[:, None])
         return padded
+
+
+class Recomputed(nn.Sequential):
+    """Layers without a neuron between them: training keeps what the first one makes, and computes the rest anew.
+
+    The second time norms take the same batch statistics and leave the running ones alone. Where somebody looks at a
+    layer (a hook), and while `torch.compile` traces, everything is kept.
+    """
+
+    def forward(self, frames: Tensor) -> Tensor:
+        known = (nn.Conv2d, nn.BatchNorm2d, PaddedNorm)
+        plain = all(is_plain(layer, *known) for layer in self) and not any(map(has_hooks, self.modules()))
+        if not (plain and self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return super().forward(frames)
+        first, *rest = self
+        again = False
+        of_zero: dict[nn.Module, Tensor] = {}
+
+        def compute(x: Tensor) -> Tensor:
+            nonlocal again
+            for layer in rest:
+                if isinstance(layer, PaddedNorm):
+                    x = _repeated(layer.norm, x) if again else layer.norm(x)
+                    # The running statistics of the first time.
+                    x = layer.pad(x, of_zero[layer] if again else of_zero.setdefault(layer, layer.of_zero()))
+                elif isinstance(layer, nn.BatchNorm2d):
+                    x = _repeated(layer, x) if again else layer(x)
+                else:
+                    x = layer(x)
+            again = True
+            return x
+
+        made: Tensor = checkpoint(compute, first(frames), use_reentrant=False, preserve_rng_state=False)
+        return made
+
+
+def _repeated(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """The norm of a batch in training, which it has counted before; its statistics are written into copies."""
+    if not norm.training:
+        normalized: Tensor = norm(x)
+        return normalized
+    assert norm.running_mean is not None and norm.running_var is not None
+    copies = norm.running_mean.clone(), norm.running_var.clone()
+    return F.batch_norm(x, *copies, norm.weight, norm.bias, training=True, eps=norm.eps)
 
 
 def _affine(norm: Any) -> tuple[Tensor, Tensor]:

@@ -97,3 +97,34 @@ def test_a_still_image_counts_at_every_step(make, training):
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     for (name, a), b in zip(once.state_dict().items(), repeated.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_chain_is_computed_anew_as_it_was(autocast):
+    """With a hook all is kept; without one the first layer's result alone, also with another pass in between."""
+    torch.manual_seed(0)
+    x, other = (torch.rand(2, 3, 4, 5, 6) < 0.4).float(), torch.rand(2, 3, 4, 5, 6)
+    results, kept = [], []
+    for hooked in (True, False):
+        unit = with_statistics(RepConv(4, 7)).train()
+        if hooked:
+            unit.conv.depthwise.register_forward_hook(lambda *args: None)
+        sizes = []
+
+        def note(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        inputs = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                y = project(unit, inputs)
+            project(unit, other)
+        y.float().sin().sum().backward()
+        gradients = {name: p.grad for name, p in unit.named_parameters()}
+        results.append([y, inputs.grad, *gradients.values(), *unit.buffers()])
+        assert gradients["conv.pointwise1.weight"].any() and gradients["conv.depthwise.weight"].any()
+        kept.append(sum(sizes))
+    assert kept[1] < 0.6 * kept[0]
+    for of_all, anew in zip(*results, strict=True):
+        assert torch.equal(anew, of_all)
