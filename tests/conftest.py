@@ -39,6 +39,8 @@ class Golden:
 
     def model(self, **overrides):
         c = self.config
+        if c.get("family") in ("base", "large"):
+            return self._of_levels(overrides)
         if "embed_dims" in c:
             options = {
                 "dims": c["embed_dims"],
@@ -50,6 +52,8 @@ class Golden:
                 "distillation": c["kd"],
             }
             return self._filled(sdt_blocks.MetaSpikeFormer(**{**options, **overrides}))
+        if "family" in c:
+            return self._of_spike_level(overrides)
         options = {
             "depth": c["depth"],
             "dim": c["dim"],
@@ -65,6 +69,27 @@ class Golden:
         }
         return self._filled(sdt_blocks.SpikeDrivenTransformer(**{**options, **overrides}))
 
+    def _of_levels(self, overrides):
+        c = self.config
+        names = {"dims": "embed_dims", "levels": "D", "time_steps": "T"}
+        names |= {name: name for name in ("depths", "num_heads", "in_channels", "num_classes")}
+        options = {ours: c[theirs] for ours, theirs in names.items()}
+        if c["family"] == "base":
+            return self._filled(sdt_blocks.ESpikeFormer(**{**options, **overrides}))
+        large = {"rep_conv": c["rep_conv"], "distillation": c["kd"]}
+        return self._filled(sdt_blocks.ESpikeFormerLarge(**{**options, **large, **overrides}))
+
+    def _of_spike_level(self, overrides):
+        c = self.config
+        options = {"dim": c["dim"], "num_heads": c["num_heads"], "mlp_ratio": c["mlp_ratio"], "time_steps": c["T"]}
+        options |= {"in_channels": c["in_channels"], "num_classes": c["num_classes"]}
+        cifar = c["variant"] == "cifar"
+        if c["family"] == "spikformer":
+            options |= {"depth": c["depth"], "pooling": "0011" if cifar else "1111"}
+            return self._filled(sdt_blocks.Spikformer(**{**options, "qkv_bias": cifar, **overrides}))
+        options |= {"depths": (1, 1 if cifar else 2, 2), "form": c["variant"]}
+        return self._filled(sdt_blocks.QKFormer(**{**options, **overrides}))
+
     def _filled(self, model: nn.Module) -> nn.Module:
         model.load_state_dict(sdt_blocks.convert_released_state_dict(self.group("state")))
         return model.eval()
@@ -78,6 +103,10 @@ def load_golden(name: str) -> Golden:
     for layer, shape in json.loads(metadata["hook_shapes"]).items():
         bits = np.unpackbits(tensors[f"hook.{layer}"].numpy(), count=int(np.prod(shape)))
         tensors[f"hook.{layer}"] = torch.from_numpy(bits).view(shape)
+    for layer, shape in json.loads(metadata.get("level_shapes", "{}")).items():
+        pairs = tensors[f"hook.{layer}"]
+        levels = torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten()
+        tensors[f"hook.{layer}"] = levels[: int(np.prod(shape))].view(shape)
     return Golden(name, json.loads(metadata["config"]), json.loads(metadata["firing_rates"]), tensors)
 
 
@@ -85,6 +114,12 @@ def load_golden(name: str) -> Golden:
 def golden(request: pytest.FixtureRequest) -> Golden:
     """Each of the four golden files in turn."""
     return load_golden(request.param)
+
+
+@pytest.fixture
+def named_golden() -> Callable[[str], Golden]:
+    """Gives the golden file of a name."""
+    return load_golden
 
 
 @pytest.fixture

@@ -118,7 +118,8 @@ class LinearSpikeMixer(nn.Module):
     it counts, times `scale`, for a neuron to fire on. The product of k and v comes first, so that the cost grows
     linearly with the number of tokens.
 
-    Shapes: spikes q, k, v `[T, B, dim, H, W]` each `-> [T, B, dim, H, W]`.
+    Shapes: spikes q, k, v `[T, B, dim, H, W]` each `-> [T, B, dim, H, W]`; v, and with it the result, may have a
+    multiple of dim channels.
 
     Raises `ValueError` where num_heads does not divide dim, or scale is not positive.
 
@@ -138,7 +139,7 @@ class LinearSpikeMixer(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # Half precision could not hold the counts of many tokens.
-        dtype, shape = state_dtype(q), q.shape
+        dtype, shape = state_dtype(q), v.shape
         spikes = [as_spikes(x.to(dtype), x) for x in (q, k, v)]
         kept = [x for x in spikes if are_spikes(x)]
         # Meta tensors have shapes alone, and no autocast; torch.compile, for which no spikes are kept, stops at hooks.
@@ -152,13 +153,58 @@ class LinearSpikeMixer(nn.Module):
     def additions(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Those of k^T v, one for every spike of k and of v of a token and head, and of q (k^T v).
 
-        In the latter a spike of q adds a row of dim / num_heads counts. The scale is the next threshold's.
+        In the latter a spike of q adds a row of counts, one a channel of v's head. The scale is the next threshold's.
         """
         of_q, of_k, of_v = (x.unflatten(2, (self.num_heads, -1)) for x in (q, k, v))
-        return of_k * of_v.sum(3, keepdim=True) + of_q * of_q.shape[3]
+        return of_k * of_v.sum(3, keepdim=True) + of_q * of_v.shape[3]
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, scale={self.scale:g}"
+
+
+class QKMixer(nn.Module):
+    """`k * a` with `a = LIF_0.5(sum of q)`: no product but a mask (Zhou et al., 2024, https://arxiv.org/abs/2403.16552).
+
+    The sum is over the channels of a head (`over="channels"`: token attention, one spike a head and token decides which
+    tokens pass) or over the tokens (`over="tokens"`: channel attention, one spike a channel). Channel c belongs to head
+    c // (dim / num_heads). With tau = 2, a fires where any q of the sum does, and remembers nothing.
+
+    Shapes: spikes q, k `[T, B, dim, H, W]` each `-> [T, B, dim, H, W]`.
+
+    Raises `ValueError` where num_heads does not divide dim, or `over` is neither.
+
+    >>> q, k = torch.zeros(4, 1, 16, 3, 3), torch.ones(4, 1, 16, 3, 3)
+    >>> q[:, :, 0, 0, 0] = 1
+    >>> QKMixer(16, num_heads=8)(q, k).sum((0, 1, 2))[0]  # two channels a head, four steps
+    tensor([8., 0., 0.])
+    """
+
+    emits = "spikes"
+
+    def __init__(self, dim: int, *, num_heads: int = 8, over: str = "channels", neuron: NeuronLike = LIF) -> None:
+        super().__init__()
+        check_heads(dim, num_heads)
+        if over not in ("channels", "tokens"):
+            raise ValueError(f'over must be "channels" (token attention) or "tokens" (channel attention), got {over!r}')
+        self.num_heads, self.over = num_heads, over
+        masks = num_heads if over == "channels" else dim
+        self.neuron: Any = make_neuron(neuron, channels=masks, threshold=ATTENTION_THRESHOLD)
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        dtype = state_dtype(q)  # half precision could not hold the sum of many
+        if self.over == "tokens":
+            a = fire(self.neuron, q.sum((-2, -1), keepdim=True, dtype=dtype))
+        else:
+            a = fire(self.neuron, q.unflatten(2, (self.num_heads, -1)).sum(3, dtype=dtype))
+            a = a.repeat_interleave(k.shape[2] // self.num_heads, dim=2)
+        return as_spikes(k * a.to(k.dtype), k, a)
+
+    def additions(self, q: Tensor, k: Tensor) -> Tensor:
+        """One for every spike of q. The mask adds nothing."""
+        return q
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, over={self.over!r}"
 
 
 class PlanePool(nn.Module):

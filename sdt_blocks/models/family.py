@@ -25,6 +25,8 @@ class ReleasedKeys:
     """The family in words."""
     unused: str = ""
     """A pattern of whole keys that are released, but never used in the forward pass."""
+    weed: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
+    """Leaves out of a released state_dict what no pattern of keys could tell."""
 
     def renamed(self, key: str) -> str | None:
         """What a released key is called here: "" if nothing uses it, `None` if it is not one of the family's."""

@@ -197,7 +197,7 @@ KEYS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
         lambda m: f"downsamplings.{_DOWNSAMPLINGS.index(m[1])}.conv.{_KINDS[m[2]]}.",
     ),
     (
-        r"ConvBlock([12]_[12])\.0\.Conv\.(pwconv1|bn1|dwconv|pwconv2|bn2)\.",
+        r"ConvBlock([12]_[12])\.0\.Conv\.(pwconv1|bn1|dwconv|pwconv2|bn2)\.(?!\d)",
         lambda m: f"stages.{_BLOCKS[m[1]]}.separable.branch.{_SEPARABLE[m[2]]}.",
     ),
     (r"ConvBlock([12]_[12])\.0\.(conv|bn)([12])\.", lambda m: f"stages.{_BLOCKS[m[1]]}.conv{m[3]}.{_KINDS[m[2]]}."),

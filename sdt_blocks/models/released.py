@@ -24,23 +24,15 @@ _AVERAGED = ("state_dict_ema", "model_ema", "ema", "ema_state_dict")
 _PREFIX = re.compile(r"((module|_orig_mod|model)\.)+")
 """What distributed training, torch.compile and Lightning put before every name."""
 
-_OWN = re.compile(r"(patch|blocks|downsamplings|stages|head|distillation_head|head_neuron)\.")
+_OWN = re.compile(r"(patch|blocks|downsamplings|embeddings|stages|head|distillation_head|head_neuron)\.")
 """Names of weights as this kit saves them."""
-
-_STRANGERS = {
-    r"ConvBlock1_1\.0\.Conv\.pwconv1\.\d+\.": "Spike-Driven Transformer V3 (E-SpikeFormer)",
-    r"patch_embed1\.": "QKFormer",
-    r"block\.0\.norm1\.": "Spikformer",
-}
-"""Names of weights in the files of families that are not registered, the more telling first."""
 
 
 def convert_released_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The released models' state_dict under this kit's names, without never-used entries.
 
     The prefixes of distributed training, torch.compile and Lightning are left out. Raises `ValueError` that lists every
-    key that is not of a released model, or names the family that the weights are of where this kit has none of it, and
-    `TypeError` for what is no name of a tensor.
+    key that is not of a released model, and `TypeError` for what is no name of a tensor.
     """
     released = _plain_names(state_dict)
     return _converted(released, _family(released))
@@ -64,18 +56,21 @@ def _plain_names(state_dict: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def _family(released: Mapping[str, Tensor]) -> Family:
-    """The family that most names are of. Raises `ValueError`."""
+    """The family that most names are of. Raises `ValueError` for names of this kit, or where two know every name."""
     if released and all(_OWN.match(key) for key in released):
         raise ValueError(
             "the weights of a model of this kit: load_model takes them in a folder with their config.json, and "
             "model.load_state_dict as they are"
         )
     readable = [family for family in families().values() if family.keys is not None]
-    for pattern, name in _STRANGERS.items():
-        if any(re.match(pattern, key) for key in released):
-            known = ", ".join(family.name for family in readable)
-            raise ValueError(f"the weights of a {name}, which is not among what is read here: {known}")
-    return max(readable, key=lambda family: sum(_renamed(key, family) is not None for key in released))
+    counts = [sum(_renamed(key, family) is not None for key in released) for family in readable]
+    best = [family for family, count in zip(readable, counts, strict=True) if count == max(counts)]
+    if len(best) > 1 and 0 < max(counts) == len(released):
+        raise ValueError(
+            f"the names of the weights fit {' and '.join(family.name for family in best)} alike; keep what is released "
+            f"but never used, which tells them apart, such as block.0.norm1.weight of a Spikformer"
+        )
+    return best[0]
 
 
 def _renamed(key: str, family: Family) -> str | None:
@@ -83,17 +78,19 @@ def _renamed(key: str, family: Family) -> str | None:
 
 
 def _converted(released: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+    released = family.keys.weed(released) if family.keys is not None else released
     names = {key: _renamed(key, family) for key in released}
     unexpected = [key for key, name in names.items() if name is None]
     if unexpected:
         kind = f"a released {family.name}" if len(unexpected) < len(names) else "a released model"
         raise ValueError(f"not the state_dict of {kind}; unexpected: {listed(unexpected)}")
-    # A 1-D convolution over the tokens is a 1x1 convolution over the plane.
-    return {
-        name: released[key].unsqueeze(-1) if released[key].ndim == 3 else released[key]
-        for key, name in names.items()
-        if name
-    }
+    return {name: _over_planes(name, released[key]) for key, name in names.items() if name}
+
+
+def _over_planes(name: str, value: Tensor) -> Tensor:
+    """A linear layer, or a 1-D convolution over the tokens, as the 1x1 convolution over the plane that it is."""
+    flat = value.ndim == 3 or (value.ndim == 2 and name.endswith("conv.weight"))
+    return value[(...,) + (None,) * (4 - value.ndim)] if flat else value
 
 
 def _read_options(family: Family, released: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Neurons that take a whole sequence, what makes such of single-step ones, and streams that hand their state over."""
 
+from .integer import IntegerNeuron
 from .lif import LIF, NEURONS, NeuronFactory, NeuronLike, ParametricLIF, make_neuron, neuron_options, neuron_spec
 from .nir import export_to_nir
 from .replacing import InSteps, find_neurons, replace_neurons
@@ -10,6 +11,7 @@ __all__ = [
     "LIF",
     "NEURONS",
     "InSteps",
+    "IntegerNeuron",
     "NeuronFactory",
     "NeuronLike",
     "OverTime",

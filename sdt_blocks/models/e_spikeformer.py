@@ -1,0 +1,562 @@
+"""E-SpikeFormer (Spike-Driven Transformer V3): its base and its large family, and their published variants."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import Downsampling, LinearSpikeMixer, MembraneShortcut, SpikingMLP
+from ..blocks.mixers import check_heads
+from ..blocks.units import ConvNorm
+from ..neuron import IntegerNeuron, NeuronFactory
+from ..steps import (
+    Unit,
+    check_multiple,
+    check_sequence,
+    fire,
+    present,
+    project,
+    project_and_fire,
+    project_and_mix,
+)
+from .backbone import Backbone, stage_info
+from .family import ReleasedKeys, count_blocks, shape_of
+from .options import (
+    Channels,
+    Classes,
+    Depths,
+    DropPath,
+    Heads,
+    Levels,
+    Ratio,
+    RepConvs,
+    SecondHead,
+    Steps,
+    Widths,
+    keeps_options,
+)
+from .registry import register
+
+BASE_DEPTHS, LARGE_DEPTHS = (1, 1, 2, 6, 2), (1, 1, 2, 12)
+"""Blocks of each stage; the first three have convolution blocks."""
+
+CONVOLUTION_STAGES = 3
+LAYER_SCALE = 1e-6
+"""What the factors of the large family's branches start at."""
+
+
+class SeparableIntegerConvolution(nn.Module):
+    """Separable convolution with a neuron before each: 1x1 to twice the channels, depthwise, 1x1 back.
+
+    Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
+    """
+
+    def __init__(self, dim: int, *, kernel_size: int, neuron: NeuronFactory) -> None:
+        super().__init__()
+        self.dim = dim
+        self.neurons = nn.ModuleList(neuron() for _ in range(3))
+        self.expand = ConvNorm(dim, 2 * dim)
+        self.depthwise = ConvNorm(2 * dim, 2 * dim, kernel_size, groups=2 * dim)
+        self.reduce = ConvNorm(2 * dim, dim)
+
+    def forward(self, membrane: Tensor) -> Tensor:
+        check_sequence(membrane, self.dim, "SeparableIntegerConvolution")
+        levels = project_and_fire(self.expand, self.neurons[1], fire(self.neurons[0], membrane))
+        return project(self.reduce, project_and_fire(self.depthwise, self.neurons[2], levels))
+
+
+class ConvolutionPair(nn.Module):
+    """Two 3x3 convolutions with four times the channels between them, a neuron before each.
+
+    Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
+    """
+
+    def __init__(self, dim: int, *, bias: bool, neuron: NeuronFactory) -> None:
+        super().__init__()
+        self.dim = dim
+        self.neuron1, self.conv1 = neuron(), ConvNorm(dim, 4 * dim, 3, bias=bias)
+        self.neuron2, self.conv2 = neuron(), ConvNorm(4 * dim, dim, 3, bias=bias)
+
+    def forward(self, membrane: Tensor) -> Tensor:
+        check_sequence(membrane, self.dim, "ConvolutionPair")
+        return project(self.conv2, project_and_fire(self.conv1, self.neuron2, fire(self.neuron1, membrane)))
+
+
+class LinearChain(Unit):
+    """1x1, norm, 1x1 and, with `outer`, norm, without a neuron between; then the unit's norm: one 1x1 in eval mode.
+
+    Shapes: frames `[N, dim, H, W] -> [N, dim, H, W]`.
+    """
+
+    def __init__(self, dim: int, hidden: int, *, outer: bool = True) -> None:
+        super().__init__()
+        layers: dict[str, nn.Module] = {
+            "pointwise1": nn.Conv2d(dim, hidden, 1, bias=False),
+            "norm1": nn.BatchNorm2d(hidden),
+            "pointwise2": nn.Conv2d(hidden, dim, 1, bias=False),
+        }
+        if outer:
+            layers["norm2"] = nn.BatchNorm2d(dim)
+        self.conv = nn.Sequential(OrderedDict(layers))
+        self.norm = nn.BatchNorm2d(dim)
+
+    @torch.no_grad()
+    def kernel(self) -> nn.Conv2d:
+        chain: Any = self.conv
+        first, second = chain.pointwise1.weight, chain.pointwise2.weight
+        weight, bias = torch.eye(first.shape[1]).to(first).double(), torch.zeros(first.shape[1]).to(first).double()
+        for layer in chain:
+            if isinstance(layer, nn.Conv2d):
+                matrix = layer.weight.double()[..., 0, 0]
+                weight, bias = matrix @ weight, matrix @ bias
+            else:
+                gain = layer.weight.double() / (layer.running_var.double() + layer.eps).sqrt()
+                weight, bias = gain[:, None] * weight, (bias - layer.running_mean.double()) * gain + layer.bias.double()
+        merged = nn.Conv2d(weight.shape[1], weight.shape[0], 1, device="meta")
+        merged.weight = nn.Parameter(weight[..., None, None].to(second.dtype))
+        merged.bias = nn.Parameter(bias.to(second.dtype))
+        return merged.train(self.training)
+
+
+class IntegerAttention(nn.Module):
+    """Linear attention of levels: `unit(neuron(scale * q (k^T v)))` with `q, k, v = neuron(unit(neuron(u)))`.
+
+    `make_unit` makes the four units of their numbers of channels; v has `expansion` times those of q and k.
+
+    Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        scale: float,
+        expansion: int,
+        make_unit: Callable[[int, int], nn.Module],
+        neuron: NeuronFactory,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.mixer = LinearSpikeMixer(dim, num_heads=num_heads, scale=scale)
+        self.neuron, self.mixer_neuron = neuron(), neuron()
+        self.q, self.k, self.v = make_unit(dim, dim), make_unit(dim, dim), make_unit(dim, expansion * dim)
+        self.q_neuron, self.k_neuron, self.v_neuron = neuron(), neuron(), neuron()
+        self.proj = make_unit(expansion * dim, dim)
+
+    def forward(self, membrane: Tensor) -> Tensor:
+        check_sequence(membrane, self.dim, "IntegerAttention")
+        units, neurons = (self.q, self.k, self.v), (self.q_neuron, self.k_neuron, self.v_neuron)
+        mixed = project_and_mix(units, neurons, self.mixer, fire(self.neuron, membrane))
+        return project(self.proj, fire(self.mixer_neuron, mixed))
+
+
+class Scaled(nn.Module):
+    """A branch times a learnt factor for each channel, which starts near 0.
+
+    Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
+    """
+
+    def __init__(self, dim: int, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch, self.scale = branch, nn.Parameter(torch.full((dim,), LAYER_SCALE))
+
+    def forward(self, membrane: Tensor) -> Tensor:
+        scaled: Tensor = self.branch(membrane) * self.scale.view(-1, 1, 1)
+        return scaled
+
+
+class RepBranch(nn.Module):
+    """A linear chain behind a neuron. Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`."""
+
+    def __init__(self, dim: int, *, neuron: NeuronFactory) -> None:
+        super().__init__()
+        self.neuron, self.unit = neuron(), LinearChain(dim, dim, outer=False)
+
+    def forward(self, membrane: Tensor) -> Tensor:
+        return project(self.unit, fire(self.neuron, membrane))
+
+
+def _separable(dim: int, kernel_size: int, neuron: NeuronFactory) -> nn.Module:
+    return MembraneShortcut(SeparableIntegerConvolution(dim, kernel_size=kernel_size, neuron=neuron))
+
+
+class ESpikeFormer(Backbone):
+    """The base family of E-SpikeFormer (Yao et al., TPAMI 2025, https://arxiv.org/abs/2411.16061).
+
+    Five stages, each a downsampling and its blocks: convolution blocks at 1/2, 1/4 and 1/8 of the image's size,
+    attention blocks (separable convolution, attention, MLP) at 1/16; then mean over tokens, a neuron whose levels reach
+    the linear head, mean over frames. Neurons emit integer levels, 0 to `levels`, which stand for so many spikes in
+    `levels` binary steps ("1x4", "1x8"; the released weights do not say which: their file names do). Frames meet in
+    the last mean alone.
+
+    Input: images `[B, in_channels, H, W]` of any size, shown `time_steps` times (1, as all of them are the same), or
+    frames `[B, T, in_channels, H, W]`. Output: logits `[B, num_classes]`; `num_classes=0` leaves the head out.
+
+    Raises `ValueError` for dimensions that do not fit each other, and for input of another shape.
+
+    >>> ESpikeFormer(dims=(16, 32, 48, 64), depths=(1, 1, 1, 1, 1), num_classes=10)(torch.rand(2, 3, 64, 48)).shape
+    torch.Size([2, 10])
+    """
+
+    config: dict[str, Any]
+
+    @keeps_options
+    def __init__(
+        self,
+        *,
+        dims: Widths,
+        depths: Depths = BASE_DEPTHS,
+        num_heads: Heads = 8,
+        mlp_ratio: Ratio = 4,
+        in_channels: Channels = 3,
+        num_classes: Classes = 1000,
+        time_steps: Steps = 1,
+        levels: Levels = 4,
+    ) -> None:
+        super().__init__()
+        _check(dims, depths, BASE_DEPTHS, num_heads)
+        self.in_channels, self.num_classes, self.time_steps = in_channels, num_classes, time_steps
+        neuron = partial(IntegerNeuron, levels=levels)
+        widths = (dims[0] // 2, *dims)
+        self.downsamplings = _downsamplings(in_channels, widths, neuron)
+
+        def block(stage: int) -> nn.Module:
+            width = widths[stage]
+            if stage < CONVOLUTION_STAGES:
+                pair = ConvolutionPair(width, bias=False, neuron=neuron)
+                return nn.Sequential(_separable(width, 7, neuron), MembraneShortcut(pair))
+            attention = IntegerAttention(
+                width,
+                num_heads=num_heads,
+                scale=2 * (width // num_heads) ** -0.5,
+                expansion=4,
+                make_unit=ConvNorm,
+                neuron=neuron,
+            )
+            mlp = SpikingMLP(width, hidden=int(width * mlp_ratio), neuron=neuron)
+            return nn.Sequential(_separable(width, 3, neuron), MembraneShortcut(attention), MembraneShortcut(mlp))
+
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(block(stage) for _ in range(depth))) for stage, depth in enumerate(depths)
+        )
+        self.head_neuron = IntegerNeuron(levels=levels, norm=1)
+        self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
+        self.apply(_initialize)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Membranes of the tokens, `[T, B, dims[-1], H / 16, W / 16]`, sizes rounded up at every halving."""
+        for membrane in self.forward_stages(x):  # noqa: B007
+            pass
+        return membrane
+
+    def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
+        """Membranes of the stages."""
+        membrane: Tensor = present(x, self.time_steps, self.in_channels)
+        for downsampling, blocks in zip(self.downsamplings, self.stages, strict=True):
+            membrane = blocks(downsampling(membrane))
+            yield membrane
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        dims = self.config["dims"]
+        names = [f"stages.{stage}" for stage in range(len(self.stages))]
+        return stage_info((dims[0] // 2, *dims), (True,) * 4 + (False,), names)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(fire(self.head_neuron, self.forward_features(x).mean((-2, -1))))
+        return logits.mean(0)
+
+
+class LargeIntegerBlock(nn.Module):
+    """Block of the large family: linear chains for q, k, v and the projection, branches scaled by channel.
+
+    With `rep_conv` a linear chain comes first, in a shortcut of its own.
+
+    Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        mlp_ratio: float,
+        rep_conv: bool,
+        drop_path: float,
+        neuron: NeuronFactory,
+    ) -> None:
+        super().__init__()
+        self.rep_conv = MembraneShortcut(RepBranch(dim, neuron=neuron)) if rep_conv else nn.Identity()
+        attention = IntegerAttention(
+            dim,
+            num_heads=num_heads,
+            scale=0.125,
+            expansion=1,
+            make_unit=lambda before, after: LinearChain(before, dim * 3 // 2),
+            neuron=neuron,
+        )
+        self.attention = MembraneShortcut(Scaled(dim, attention), drop_path=drop_path)
+        mlp = SpikingMLP(dim, hidden=int(dim * mlp_ratio), neuron=neuron)
+        self.mlp = MembraneShortcut(Scaled(dim, mlp), drop_path=drop_path)
+
+    def forward(self, membrane: Tensor) -> Tensor:
+        result: Tensor = self.mlp(self.attention(self.rep_conv(membrane)))
+        return result
+
+
+class ESpikeFormerLarge(Backbone):
+    """The large family of E-SpikeFormer (Yao et al., TPAMI 2025, https://arxiv.org/abs/2411.16061).
+
+    Four stages, each a downsampling and its blocks: convolution blocks at 1/2, 1/4 and 1/8 of the image's size, and
+    `LargeIntegerBlock`s at 1/16; then mean over tokens, linear head on the membrane itself, mean over frames. With
+    `distillation` a second head behind a neuron learns from a teacher: in training the output is `(logits, logits of
+    the second head)`, in evaluation their mean. Its neurons round halves up, those of the base family to even.
+
+    Input and output are otherwise those of `ESpikeFormer`. `drop_path` is the rate of the last block.
+
+    Raises `ValueError` for dimensions that do not fit each other, and for input of another shape.
+
+    >>> ESpikeFormerLarge(dims=(16, 32, 48), depths=(1, 1, 1, 1), num_classes=10)(torch.rand(2, 3, 64, 48)).shape
+    torch.Size([2, 10])
+    """
+
+    config: dict[str, Any]
+
+    @keeps_options
+    def __init__(
+        self,
+        *,
+        dims: Widths,
+        depths: Depths = LARGE_DEPTHS,
+        num_heads: Heads = 8,
+        mlp_ratio: Ratio = 4,
+        in_channels: Channels = 3,
+        num_classes: Classes = 1000,
+        time_steps: Steps = 1,
+        levels: Levels = 4,
+        rep_conv: RepConvs = False,
+        distillation: SecondHead = False,
+        drop_path: DropPath = 0.0,
+    ) -> None:
+        super().__init__()
+        _check(dims, depths, LARGE_DEPTHS, num_heads)
+        if distillation and not num_classes:
+            raise ValueError("distillation needs classes for its head, got num_classes=0")
+        self.in_channels, self.num_classes, self.time_steps = in_channels, num_classes, time_steps
+        neuron = partial(IntegerNeuron, levels=levels, rounding="up")
+        widths = (dims[0] // 2, *dims)
+        self.downsamplings = _downsamplings(in_channels, widths, neuron)
+
+        def block(stage: int, number: int) -> nn.Module:
+            if stage < CONVOLUTION_STAGES:
+                return MembraneShortcut(ConvolutionPair(widths[stage], bias=True, neuron=neuron))
+            return LargeIntegerBlock(
+                widths[stage],
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                rep_conv=rep_conv,
+                drop_path=drop_path * number / max(depths[-1] - 1, 1),
+                neuron=neuron,
+            )
+
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(block(stage, number) for number in range(depth))) for stage, depth in enumerate(depths)
+        )
+        self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
+        self.distillation_neuron = IntegerNeuron(levels=levels, norm=1, rounding="up") if distillation else None
+        self.distillation_head = nn.Linear(dims[-1], num_classes) if distillation else None
+        self.apply(_initialize)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Membranes of the tokens, `[T, B, dims[-1], H / 16, W / 16]`, sizes rounded up at every halving."""
+        for membrane in self.forward_stages(x):  # noqa: B007
+            pass
+        return membrane
+
+    def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
+        """Membranes of the stages."""
+        membrane: Tensor = present(x, self.time_steps, self.in_channels)
+        for downsampling, blocks in zip(self.downsamplings, self.stages, strict=True):
+            membrane = blocks(downsampling(membrane))
+            yield membrane
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        dims = self.config["dims"]
+        names = [f"stages.{stage}" for stage in range(len(self.stages))]
+        return stage_info((dims[0] // 2, *dims), (True,) * 4, names)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        tokens = self.forward_features(x).mean((-2, -1))
+        logits: Tensor = self.head(tokens).mean(0)
+        if self.distillation_head is None or self.distillation_neuron is None:
+            return logits
+        distilled: Tensor = self.distillation_head(fire(self.distillation_neuron, tokens)).mean(0)
+        return (logits, distilled) if self.training else (logits + distilled) / 2
+
+
+def _downsamplings(in_channels: int, widths: Sequence[int], neuron: NeuronFactory) -> nn.ModuleList:
+    """The first sees the image; the last keeps the size where there are five."""
+    first = Downsampling(in_channels, widths[0], kernel_size=7, neuron=None)
+    strides = (2, 2, 2, 1)
+    others = (Downsampling(*sizes, stride=strides[i], neuron=neuron) for i, sizes in enumerate(pairwise(widths)))
+    return nn.ModuleList([first, *others])
+
+
+def _check(dims: Sequence[int], depths: Sequence[int], published: Sequence[int], num_heads: int) -> None:
+    if len(dims) != len(published) - 1 or len(depths) != len(published):
+        raise ValueError(
+            f"dims must be {len(published) - 1} widths and depths {len(published)} numbers of blocks, got {list(dims)} "
+            f"and {list(depths)}"
+        )
+    check_multiple(dims[0], 2, "dims[0]")
+    for width in dims[CONVOLUTION_STAGES - 1 :]:
+        check_heads(width, num_heads)
+
+
+def _initialize(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+BASE: dict[str, dict[str, Any]] = {
+    "sdt_v3_3m": {"dims": (24, 48, 96, 128)},
+    "sdt_v3_5m": {"dims": (32, 64, 128, 192)},
+    "sdt_v3_10m": {"dims": (48, 96, 192, 240)},
+    "sdt_v3_19m": {"dims": (64, 128, 256, 360)},
+}
+"""Published variants of the base family: what differs from the defaults of `ESpikeFormer`."""
+
+LARGE: dict[str, dict[str, Any]] = {
+    "sdt_v3_83m": {"dims": (128, 256, 512), "rep_conv": True},
+    "sdt_v3_171m": {"dims": (196, 384, 768)},
+}
+"""Published variants of the large family: what differs from the defaults of `ESpikeFormerLarge`."""
+
+_DOWNSAMPLINGS = ("1_1", "1_2", "2", "3", "4")
+_BLOCKS = {"1_1": "0.0", "1_2": "1.0", "2_1": "2.0", "2_2": "2.1"}
+_SEPARABLE = {"pwconv1": "expand", "dwconv": "depthwise", "pwconv2": "reduce"}
+_LAYERS = ("conv", "norm")
+_KINDS = {"conv": "conv", "bn": "norm"}
+_CHAIN = {"1.0": "conv.pointwise1", "1.1": "conv.norm1", "2.0": "conv.pointwise2", "2.1": "conv.norm2"}
+_REP = {**_CHAIN, "2.1": "norm"}
+
+Keys = list[tuple[str, str | Callable[[re.Match[str]], str]]]
+
+_SHARED: Keys = [
+    (
+        r"downsample(1_1|1_2|[234])\.encode_(conv|bn)\.",
+        lambda m: f"downsamplings.{_DOWNSAMPLINGS.index(m[1])}.conv.{_KINDS[m[2]]}.",
+    ),
+    (r"head\.", "head."),
+]
+
+BASE_KEYS: Keys = [
+    *_SHARED,
+    (
+        r"ConvBlock([12]_[12])\.0\.Conv\.(pwconv1|dwconv|pwconv2)\.([01])\.",
+        lambda m: f"stages.{_BLOCKS[m[1]]}.0.branch.{_SEPARABLE[m[2]]}.{_LAYERS[int(m[3])]}.",
+    ),
+    (
+        r"ConvBlock([12]_[12])\.0\.(conv|bn)([12])\.(?!\d)",
+        lambda m: f"stages.{_BLOCKS[m[1]]}.1.branch.conv{m[3]}.{_KINDS[m[2]]}.",
+    ),
+    (
+        r"block([34])\.(\d+)\.conv\.(pwconv1|dwconv|pwconv2)\.([01])\.",
+        lambda m: f"stages.{m[1]}.{m[2]}.0.branch.{_SEPARABLE[m[3]]}.{_LAYERS[int(m[4])]}.",
+    ),
+    (
+        r"block([34])\.(\d+)\.attn\.(q|k|v|proj)_conv\.([01])\.(?!conv|\d)",
+        lambda m: f"stages.{m[1]}.{m[2]}.1.branch.{m[3]}.{_LAYERS[int(m[4])]}.",
+    ),
+    (
+        r"block([34])\.(\d+)\.mlp\.fc([12])_(conv|bn)\.",
+        lambda m: f"stages.{m[1]}.{m[2]}.2.branch.fc{m[3]}.{_KINDS[m[4]]}.",
+    ),
+]
+"""Released prefixes of the base family, and what they are called here."""
+
+LARGE_KEYS: Keys = [
+    *_SHARED,
+    (r"head_kd\.", "distillation_head."),
+    (
+        r"ConvBlock([12]_[12])\.0\.conv([12])\.0\.([01])\.",
+        lambda m: f"stages.{_BLOCKS[m[1]]}.branch.conv{m[2]}.{_LAYERS[int(m[3])]}.",
+    ),
+    (
+        r"block3\.(\d+)\.attn\.(q|k|v|proj)_conv\.0\.conv([12]\.[01])\.",
+        lambda m: f"stages.3.{m[1]}.attention.branch.branch.{m[2]}.{_CHAIN[m[3]]}.",
+    ),
+    (
+        r"block3\.(\d+)\.attn\.(q|k|v|proj)_conv\.1\.",
+        lambda m: f"stages.3.{m[1]}.attention.branch.branch.{m[2]}.norm.",
+    ),
+    (r"block3\.(\d+)\.rep_conv\.conv([12]\.[01])\.", lambda m: f"stages.3.{m[1]}.rep_conv.branch.unit.{_REP[m[2]]}."),
+    (
+        r"block3\.(\d+)\.mlp\.fc([12])_(conv|bn)\.",
+        lambda m: f"stages.3.{m[1]}.mlp.branch.branch.fc{m[2]}.{_KINDS[m[3]]}.",
+    ),
+    (
+        r"block3\.(\d+)\.layer_scale([12])",
+        lambda m: f"stages.3.{m[1]}.{('attention', 'mlp')[int(m[2]) - 1]}.branch.scale",
+    ),
+]
+"""Released prefixes of the large family, and what they are called here."""
+
+NEVER_CALLED = r"block3\.\d+\.rep_conv\..*"
+"""What a released file holds of layers that no model could run: their norms are of another width (see `weed`)."""
+
+
+def weed(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without `rep_conv` where its first norm is not of its first convolution's width: it was never called."""
+    conv, norm = (state_dict.get(f"block3.0.rep_conv.conv1.{layer}.weight") for layer in (0, 1))
+    if conv is None or norm is None or norm.shape[0] == conv.shape[0]:
+        return dict(state_dict)
+    return {key: value for key, value in state_dict.items() if not re.fullmatch(NEVER_CALLED, key)}
+
+
+def _options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any], last: int) -> dict[str, Any]:
+    dims = [shape_of(state_dict, f"downsample{name}.encode_conv.weight")[0] for name in _DOWNSAMPLINGS[1 : last + 1]]
+    attention = [count_blocks(state_dict, f"block{stage}.") for stage in range(CONVOLUTION_STAGES, last + 1)]
+    options: dict[str, Any] = {
+        "dims": dims,
+        "depths": [*BASE_DEPTHS[:CONVOLUTION_STAGES], *attention],
+        "in_channels": shape_of(state_dict, "downsample1_1.encode_conv.weight")[1],
+        "num_classes": state_dict["head.weight"].shape[0] if "head.weight" in state_dict else 0,
+    }
+    if attention[0]:
+        options["mlp_ratio"] = shape_of(state_dict, "block3.0.mlp.fc1_conv.weight")[0] / dims[2]
+    if args.get("time_steps") is not None:
+        options["time_steps"] = args["time_steps"]
+    return options
+
+
+def read_base_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a released model of the base family from its state_dict and training arguments."""
+    return _options(state_dict, args, 4)
+
+
+def read_large_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a released model of the large family from its state_dict and training arguments."""
+    return {
+        **_options(state_dict, args, 3),
+        "rep_conv": "block3.0.rep_conv.conv1.0.weight" in weed(state_dict),
+        "distillation": "head_kd.weight" in state_dict,
+    }
+
+
+FAMILY = register(ESpikeFormer, BASE, keys=ReleasedKeys(BASE_KEYS, read_base_options, "E-SpikeFormer, base family"))
+LARGE_FAMILY = register(
+    ESpikeFormerLarge,
+    LARGE,
+    keys=ReleasedKeys(LARGE_KEYS, read_large_options, "E-SpikeFormer, large family", weed=weed),
+)

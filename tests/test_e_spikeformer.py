@@ -1,0 +1,267 @@
+"""E-SpikeFormer against the authors' code: both families, their neuron, variants and released files."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sdt_blocks import (
+    ESpikeFormer,
+    ESpikeFormerLarge,
+    calibrate_norms,
+    convert_released_state_dict,
+    create_model,
+    load_model,
+    load_released_checkpoint,
+    optimize_for_inference,
+    save_model,
+)
+from sdt_blocks.models import e_spikeformer
+from sdt_blocks.models.e_spikeformer import LinearChain
+from sdt_blocks.neuron import IntegerNeuron
+
+NAMES = ("sdtv3_base_64", "sdtv3_large_kd_64")
+PUBLISHED = {
+    "sdt_v3_3m": 2_702_048,
+    "sdt_v3_5m": 5_105_608,
+    "sdt_v3_10m": 10_023_112,
+    "sdt_v3_19m": 18_987_504,
+    "sdt_v3_83m": 82_502_952,
+    "sdt_v3_171m": 170_971_714,
+}
+WITH_SECOND_HEAD = {"sdt_v3_83m": 83_015_952, "sdt_v3_171m": 171_740_714}
+WITHOUT_EFFECT = re.compile(
+    r"(downsamplings\.\d\.conv|conv[12]|fc[12])\.conv\.bias$|\.(q|k|v|proj)\.conv\.(norm1\.bias|norm2\.(weight|bias))$"
+)
+"""What stands right in front of a batch normalization, which undoes it."""
+NEURONS = {
+    r"downsample(1_2|[234])\.encode_(spike|lif)": lambda m: (
+        f"downsamplings.{['1_2', '2', '3', '4'].index(m[1]) + 1}.neuron"
+    ),
+    r"ConvBlock([12]_[12])\.0\.Conv\.spike([123])": lambda m: f"{_block(m[1])}.0.branch.neurons.{int(m[2]) - 1}",
+    r"ConvBlock([12]_[12])\.0\.spike([12])": lambda m: f"{_block(m[1])}.1.branch.neuron{m[2]}",
+    r"ConvBlock([12]_[12])\.0\.neuron([12])": lambda m: f"{_block(m[1])}.branch.neuron{m[2]}",
+    r"block([34])\.(\d)\.conv\.spike([123])": lambda m: f"stages.{m[1]}.{m[2]}.0.branch.neurons.{int(m[3]) - 1}",
+    r"block([34])\.(\d)\.attn\.(\w+)_spike": lambda m: f"stages.{m[1]}.{m[2]}.1.branch.{_role(m[3])}",
+    r"block([34])\.(\d)\.mlp\.fc([12])_spike": lambda m: f"stages.{m[1]}.{m[2]}.2.branch.neuron{m[3]}",
+    r"block3\.(\d)\.attn\.(\w+)_lif": lambda m: f"stages.3.{m[1]}.attention.branch.branch.{_role(m[2])}",
+    r"block3\.(\d)\.mlp\.fc([12])_lif": lambda m: f"stages.3.{m[1]}.mlp.branch.branch.neuron{m[2]}",
+    r"spike": lambda m: "head_neuron",
+    r"lif": lambda m: "distillation_neuron",
+}
+
+
+def _block(name):
+    return "stages." + {"1_1": "0.0", "1_2": "1.0", "2_1": "2.0", "2_2": "2.1"}[name]
+
+
+def _role(name):
+    return {"head": "neuron", "attn": "mixer_neuron"}.get(name, f"{name}_neuron")
+
+
+def our_name(released):
+    (pattern,) = [pattern for pattern in NEURONS if re.fullmatch(pattern, released)]
+    return NEURONS[pattern](re.fullmatch(pattern, released))
+
+
+@pytest.fixture(params=NAMES)
+def released(request, named_golden):
+    """Each of the golden files in turn."""
+    return named_golden(request.param)
+
+
+# ---- the authors' code
+
+
+@torch.no_grad()
+def test_every_neuron_has_the_level(released):
+    model, seen = released.model(), {}
+    expected = released.group("hook")
+    for theirs in expected:
+        model.get_submodule(our_name(theirs)).register_forward_hook(
+            lambda module, args, output, name=theirs: seen.__setitem__(name, output * module.norm)
+        )
+    torch.testing.assert_close(model(released.tensors["input"]), released.tensors["logits_eval"], atol=1e-6, rtol=0)
+    assert seen.keys() == expected.keys() and len(seen) == sum(isinstance(m, IntegerNeuron) for m in model.modules())
+    for name, levels in expected.items():
+        assert torch.equal(seen[name].reshape(levels.shape), levels.float()), name
+    assert sum(levels.max() == 4 for levels in expected.values()) > len(expected) / 2
+
+
+def test_training_step(released):
+    model = released.model().train()
+    logits = model(released.tensors["input"])
+    target, two = released.tensors["target"], isinstance(logits, tuple)
+    if two:
+        logits, distilled = logits
+        torch.testing.assert_close(distilled, released.tensors["logits_train_kd"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits, released.tensors["logits_train"], atol=1e-5, rtol=0)
+    loss = F.cross_entropy(logits, target)
+    if two:
+        loss = (loss + F.cross_entropy(distilled, released.tensors["teacher_logits"].argmax(1))) / 2
+    assert abs(loss.item() - released.tensors["loss_train"].item()) < 1e-5
+    loss.backward()
+    expected = convert_released_state_dict({**released.group("state"), **released.group("grad")})
+    for name, parameter in model.named_parameters():
+        if WITHOUT_EFFECT.search(name):
+            assert parameter.grad.abs().max() < 1e-5 and expected[name].abs().max() < 1e-5, name
+        else:
+            assert (parameter.grad - expected[name]).norm() < 1e-4 * expected[name].norm(), name
+    state = model.state_dict()
+    for name, value in convert_released_state_dict({**released.group("state"), **released.group("after_step")}).items():
+        if "running" in name:
+            torch.testing.assert_close(state[name], value, atol=1e-6, rtol=1e-5, msg=name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sparse", [False, True])
+def test_folded(released, sparse):
+    fast = optimize_for_inference(released.model(), compile=False, sparse=sparse)
+    torch.testing.assert_close(fast(released.tensors["input"]), released.tensors["logits_eval"], atol=1e-5, rtol=0)
+
+
+# ---- the neuron
+
+
+def test_levels_and_gradients_by_hand():
+    x = torch.tensor([-0.5, 0.0, 0.5, 1.5, 2.5, 3.5, 4.0, 4.2], requires_grad=True)
+    for rounding, levels, gradient in (
+        ("even", [0, 0, 0, 2, 2, 4, 4, 4], [0, 1, 1, 1, 1, 1, 1, 0]),
+        ("up", [0, 0, 1, 2, 3, 4, 4, 4], [0, 0, 1, 1, 1, 1, 0, 0]),
+    ):
+        neuron = IntegerNeuron(levels=4, rounding=rounding)
+        (found,) = torch.autograd.grad(neuron(x).sum(), x)
+        assert (neuron(x) * 4).tolist() == levels and (found * 4).tolist() == gradient
+        assert neuron.unfold(x).sum(0).tolist() == levels and neuron.unfold(x).unique().tolist() == [0, 1]
+        # Integrate and fire, once all input is in: from half a threshold up, soft reset, nothing more comes.
+        membrane, fired = x.detach() + 0.5, torch.zeros(8)
+        for _ in range(4):
+            spike = (membrane >= 1).float()
+            membrane, fired = membrane - spike, fired + spike
+        assert torch.equal(fired, neuron.level(x)) == (rounding == "up")
+    for options, message in (
+        ({"levels": 0}, "levels must be at least 1"),
+        ({"norm": 0.0}, "norm and threshold positive"),
+        ({"rounding": "down"}, "rounding must be one of even, up, got 'down'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            IntegerNeuron(**options)
+
+
+@torch.no_grad()
+def test_a_product_of_levels_is_that_of_their_steps():
+    """Exact in float64: a weight layer adds the rows of D binary steps, its bias once."""
+    torch.manual_seed(0)
+    neuron, layer = IntegerNeuron(levels=8), nn.Linear(32, 16).double()
+    x = 8 * torch.rand(5, 32).double()
+    steps = neuron.unfold(x)
+    assert torch.equal(steps.sum(0), neuron.level(x)) and 0.2 < steps.mean() < 0.8
+    added = sum(F.linear(step, layer.weight) for step in steps) / neuron.norm + layer.bias
+    torch.testing.assert_close(added, layer(neuron(x)), atol=1e-14, rtol=0)
+
+
+# ---- variants, sizes, files
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts_are_the_published_ones(name):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in create_model(name).parameters()) == PUBLISHED[name]
+        if name in WITH_SECOND_HEAD:
+            model = create_model(name, distillation=True)
+            assert sum(p.numel() for p in model.parameters()) == WITH_SECOND_HEAD[name]
+    assert [*e_spikeformer.BASE, *e_spikeformer.LARGE] == list(PUBLISHED)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("outer", [False, True])
+def test_a_linear_chain_is_one_convolution(outer):
+    torch.manual_seed(0)
+    unit = LinearChain(6, 9, outer=outer).double()
+    x = torch.randn(4, 6, 5, 3).double()
+    calibrate_norms(unit, x)
+    for norm in (m for m in unit.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    torch.testing.assert_close(unit.norm(unit.eval().kernel()(x)), unit(x), atol=1e-12, rtol=0)
+
+
+SMALL = {
+    "base": (ESpikeFormer, {"dims": (16, 16, 16, 24), "depths": (1, 1, 1, 1, 1)}),
+    "large": (ESpikeFormerLarge, {"dims": (16, 16, 24), "depths": (1, 1, 1, 2), "rep_conv": True, "levels": 8}),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", SMALL)
+def test_any_size_and_frames(family, tmp_path):
+    torch.manual_seed(0)
+    kind, options = SMALL[family]
+    model = kind(num_classes=5, **options)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".scale"):
+            nn.init.normal_(parameter)
+    calibrate_norms(model, torch.rand(4, 3, 48, 64))
+    for module in model.eval().modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias, 1.0, 0.5)
+    fast = optimize_for_inference(model, compile=False)
+    for shape in ((2, 3, 37, 51), (2, 3, 3, 20, 33)):
+        x = torch.rand(shape)
+        frames = x if x.ndim == 5 else x.unsqueeze(1)
+        # Frames meet in the mean after the head alone.
+        expected = torch.stack([model(frame) for frame in frames.unbind(1)]).mean(0)
+        assert expected.shape == (2, 5) and expected.std() > 1e-3
+        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(fast(x), expected, atol=1e-4, rtol=1e-4)
+    features = model.features(torch.rand(2, model.in_channels, 48, 64))
+    for feature, info in zip(features, model.feature_info, strict=True):
+        assert feature.shape == (2, info["num_chs"], 48 // info["reduction"], 64 // info["reduction"])
+    save_model(model, tmp_path)
+    x = torch.rand(2, 3, 37, 51)
+    assert torch.equal(load_model(tmp_path)(x), model(x))
+
+
+def test_what_does_not_fit_is_named():
+    with pytest.raises(ValueError, match=r"dims must be 4 widths and depths 5 numbers of blocks, got \[16, 16, 16\]"):
+        ESpikeFormer(dims=(16, 16, 16))
+    with pytest.raises(ValueError, match=r"dims\[0\] must be a positive multiple of 2, got 15"):
+        ESpikeFormerLarge(dims=(15, 16, 16))
+    with pytest.raises(ValueError, match="distillation needs classes"):
+        ESpikeFormerLarge(dims=(16, 16, 16), num_classes=0, distillation=True)
+    with pytest.raises(ValueError, match="levels must be at least 1"):
+        ESpikeFormer(dims=(16, 16, 16, 16), levels=0)
+
+
+@torch.no_grad()
+def test_released_files(released, tmp_path):
+    state, depths = released.group("state"), released.config["depths"]
+    torch.save({"model": state, "epoch": 3}, tmp_path / "x.pth")
+    model = load_released_checkpoint(tmp_path / "x.pth")
+    assert [len(stage) for stage in model.stages] == depths
+    torch.testing.assert_close(model(released.tensors["input"]), released.tensors["logits_eval"], atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("called", [True, False])
+def test_rep_conv_is_read_unless_it_was_never_called(called, named_golden, tmp_path):
+    """One released file has a norm of 1.5 times its convolution's outputs there, which nothing could run."""
+    golden = named_golden(NAMES[1])
+    state, x = golden.group("state"), golden.tensors["input"]
+    dim, width = 48, 48 if called else 72
+    for i in range(golden.config["depths"][3]):
+        for layer in (1, 2):
+            name, norm = f"block3.{i}.rep_conv.conv{layer}", width if layer == 1 else dim
+            state[f"{name}.0.weight"] = torch.eye(dim).unsqueeze(-1)
+            state |= {f"{name}.1.{key}": torch.zeros(norm) for key in ("weight", "bias", "running_mean")}
+            state |= {f"{name}.1.running_var": torch.ones(norm), f"{name}.1.num_batches_tracked": torch.tensor(1)}
+    torch.save({"model": state}, tmp_path / "x.pth")
+    model = load_released_checkpoint(tmp_path / "x.pth")
+    assert model.config["rep_conv"] is called
+    # With norms that multiply by zero it adds nothing; with ones it does.
+    torch.testing.assert_close(model(x), golden.tensors["logits_eval"], atol=1e-5, rtol=0)
+    if called:
+        model.stages[3][0].rep_conv.branch.unit.norm.bias += 1
+        assert (model(x) - golden.tensors["logits_eval"]).abs().max() > 0.01

@@ -1,0 +1,290 @@
+"""Spikformer and QKFormer against the authors' code, their parts, variants and released files."""
+
+import argparse
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sdt_blocks import (
+    QKFormer,
+    Spikformer,
+    Stream,
+    calibrate_norms,
+    convert_released_state_dict,
+    create_model,
+    load_model,
+    load_released_checkpoint,
+    optimize_for_inference,
+    save_model,
+)
+from sdt_blocks.analysis import attention_maps, audit, energy, firing_rates
+from sdt_blocks.blocks import QKAttention, QKMixer, SpikeLevelMLP, SpikeShortcut, SpikingSelfAttention
+from sdt_blocks.models import qkformer, spikformer
+from sdt_blocks.neuron import find_neurons
+
+NAMES = ("spikformer_imagenet_64", "spikformer_cifar_32", "qkformer_imagenet_64", "qkformer_cifar_32")
+PUBLISHED = {
+    "spikformer_8_384": 16_816_024,
+    "spikformer_6_512": 23_373_352,
+    "spikformer_8_512": 29_689_384,
+    "spikformer_10_512": 36_005_416,
+    "spikformer_8_768": 66_338_632,
+    "spikformer_4_256": 4_155_178,
+    "spikformer_2_384": 5_765_050,
+    "spikformer_4_384": 9_324_730,
+    "spikformer_2_256_dvs": 2_566_666,
+    "spikformer_2_256_gesture": 2_566_923,
+    "qkformer_10_384": 16_473_688,
+    "qkformer_10_512": 29_079_336,
+    "qkformer_10_768": 64_962_760,
+    "qkformer_4_384": 6_706_234,
+    "qkformer_2_256_dvs": 1_504_138,
+    "qkformer_2_256_gesture": 1_504_395,
+}
+WITHOUT_EFFECT = re.compile(r"(q|k|v|proj|fc[12])\.conv\.bias$")
+"""What stands right in front of a batch normalization, which undoes it."""
+SMALL = {
+    "spikformer": (Spikformer, {"depth": 1, "dim": 32, "pooling": "0011"}),
+    "qkformer": (QKFormer, {"depths": (1, 1, 1), "dim": 32, "form": "cifar"}),
+    "qkformer of events": (QKFormer, {"depths": (1, 1), "dim": 32, "form": "events", "in_channels": 2}),
+}
+
+
+@pytest.fixture(params=NAMES)
+def released(request, named_golden):
+    """Each of the golden files in turn, and the options of the model as it was released."""
+    golden = named_golden(request.param)
+    return golden, {"mixes_images": True} if golden.config["family"] == "qkformer" else {}
+
+
+def alive(kind, **options):
+    """A small model in eval mode whose neurons all fire, and images for it."""
+    torch.manual_seed(0)
+    model = kind(**{"num_heads": 4, "num_classes": 5, "time_steps": 3, **options})
+    images = torch.rand(4, model.in_channels, *((48, 64) if options.get("form") == "events" else (16, 24)))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.8, 1.2)
+            nn.init.normal_(module.bias, 0.9, 0.4)
+    calibrate_norms(model, images)
+    return model.eval(), images
+
+
+@pytest.fixture(params=SMALL)
+def small(request):
+    kind, options = SMALL[request.param]
+    return alive(kind, **options)
+
+
+# ---- the authors' code
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", ["reference", "compiled"])
+def test_every_neuron_spikes_alike(released, path, monkeypatch):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", path)
+    golden, options = released
+    model, seen = golden.model(**options), {}
+    family = qkformer.FAMILY if options else spikformer.FAMILY
+    expected = golden.group("hook")
+    for theirs in expected:
+        ours = family.keys.renamed(f"{theirs}.w").removesuffix(".w")
+        model.get_submodule(ours).register_forward_hook(
+            lambda module, args, output, name=theirs: seen.__setitem__(name, output)
+        )
+    logits = model(golden.tensors["input"])
+    torch.testing.assert_close(logits, golden.tensors["logits_eval"], atol=1e-5, rtol=0)
+    assert len(find_neurons(model)) == len(seen) == len(expected)
+    for name, spikes in expected.items():
+        assert 0.01 < spikes.float().mean() < 0.95, name
+        assert torch.equal(seen[name].reshape(spikes.shape), spikes.float()), name
+
+
+@pytest.mark.parametrize("path", ["reference", "compiled", pytest.param("triton", marks=pytest.mark.slow)])
+def test_training_step(released, path, monkeypatch):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", path)
+    golden, options = released
+    model = golden.model(**options).train()
+    logits = model(golden.tensors["input"])
+    torch.testing.assert_close(logits, golden.tensors["logits_train"], atol=1e-5, rtol=0)
+    loss = F.cross_entropy(logits, golden.tensors["target"])
+    assert abs(loss.item() - golden.tensors["loss_train"].item()) < 1e-5
+    loss.backward()
+    expected = convert_released_state_dict({**golden.group("state"), **golden.group("grad")})
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        if WITHOUT_EFFECT.search(name):
+            # Zero in theory, noise in fact.
+            assert parameter.grad.abs().max() < 1e-5 and expected[name].abs().max() < 1e-5, name
+        else:
+            assert (parameter.grad - expected[name]).norm() < 1e-4 * expected[name].norm(), name
+    state = model.state_dict()
+    for name, value in convert_released_state_dict({**golden.group("state"), **golden.group("after_step")}).items():
+        if "running" in name:
+            torch.testing.assert_close(state[name], value, atol=1e-6, rtol=1e-5, msg=name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sparse", [False, True])
+def test_folded_and_event_driven(released, sparse):
+    golden, options = released
+    fast = optimize_for_inference(golden.model(**options), compile=False, sparse=sparse)
+    torch.testing.assert_close(fast(golden.tensors["input"]), golden.tensors["logits_eval"], atol=1e-5, rtol=0)
+    assert not sparse or len(list(fast.products())) >= 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES[2:])
+def test_an_image_is_answered_for_itself_unless_asked_otherwise(name, named_golden):
+    golden = named_golden(name)
+    x, alone = golden.tensors["input"], golden.tensors["logits_eval_single"]
+    repaired, released = golden.model(), golden.model(mixes_images=True)
+    torch.testing.assert_close(repaired(x), alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(repaired(x.flip(0)).flip(0), alone, atol=1e-5, rtol=0)
+    assert (released(x.flip(0)).flip(0) - released(x)).abs().max() > 0.1
+    torch.testing.assert_close(torch.cat([released(image[None]) for image in x]), alone, atol=1e-5, rtol=0)
+    with pytest.raises(TypeError, match="no state for a stream; use mixes_images=False"):
+        Stream(released)(x)
+
+
+# ---- parts
+
+
+@pytest.mark.parametrize("over", ["channels", "tokens"])
+def test_the_mask_of_qk_attention_by_hand(over):
+    torch.manual_seed(0)
+    q, k = ((torch.rand(3, 2, 8, 2, 3) < rate).float() for rate in (0.08, 0.5))
+    mixer = QKMixer(8, num_heads=2, over=over)
+    expected, membrane = torch.zeros_like(k), {}
+    for t, b, c, i, j in torch.cartesian_prod(*map(torch.arange, k.shape)).tolist():
+        head = slice(c // 4 * 4, c // 4 * 4 + 4)
+        place = (b, c) if over == "tokens" else (b, c, i, j)
+        count = q[t, b, c].sum() if over == "tokens" else q[t, b, head, i, j].sum()
+        if (t, place) not in membrane:
+            v = membrane.get((t - 1, place), 0.0)
+            h = v + (count - v) / 2
+            membrane[t, place], membrane["fired", t, place] = (0.0 if h >= 0.5 else h), h >= 0.5
+        expected[t, b, c, i, j] = k[t, b, c, i, j] * membrane["fired", t, place]
+    assert torch.equal(mixer(q, k), expected) and 0 < expected.mean() < k.mean()
+    assert mixer.additions(q, k).sum() == q.sum()
+
+
+@pytest.mark.parametrize("attention", [SpikingSelfAttention, QKAttention])
+def test_blocks_refuse_what_does_not_fit(attention):
+    with pytest.raises(ValueError, match="must be a positive multiple of 3, got 8"):
+        attention(8, num_heads=3)
+    with pytest.raises(ValueError, match=r"expects \[T, B, 8, H, W\] .* got \[2, 4, 3, 3\]"):
+        attention(8)(torch.zeros(2, 4, 3, 3))
+    with pytest.raises(ValueError, match="over must be"):
+        QKMixer(8, over="heads")
+    with pytest.raises(ValueError, match="dim and hidden must be positive, got 8 and 0"):
+        SpikeLevelMLP(8, hidden=0)
+    with pytest.raises(ValueError, match="must keep the shape"):
+        SpikeShortcut(nn.MaxPool3d(2))(torch.zeros(2, 2, 4, 4, 4))
+
+
+# ---- variants, sizes, files
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts_are_the_published_ones(name):
+    with torch.device("meta"):
+        model = create_model(name)
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
+
+
+def test_all_variants_are_counted():
+    assert [*spikformer.VARIANTS, *qkformer.VARIANTS] == list(PUBLISHED)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Spikformer(depth=1, dim=36), "dim must be a positive multiple of 8, got 36"),
+        (lambda: Spikformer(depth=1, dim=64, pooling="11"), "pooling must be four flags"),
+        (lambda: QKFormer(depths=(1, 1), dim=64), r"blocks of 3 stages \(imagenet\), got \[1, 1\]"),
+        (lambda: QKFormer(depths=(1, 1, 1), dim=64, form="video"), "form must be one of imagenet, cifar, events, got"),
+        (lambda: QKFormer(depths=(1, 1, 1), dim=64, num_heads=12), "must be a positive multiple of 12, got 16"),
+    ],
+)
+def test_what_does_not_fit_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@torch.no_grad()
+def test_any_size_any_number_of_steps_on_every_path(small, tmp_path):
+    model, images = small
+    fast = [optimize_for_inference(model, compile=False, sparse=sparse) for sparse in (False, True)]
+    for shape in ((2, 17, 30), (1, 1, 16, 16), (2, 5, 33, 20)):
+        x = torch.rand(*shape[:-2], model.in_channels, *shape[-2:])
+        expected = model(x)
+        assert expected.shape == (shape[0], 5) and expected.std() > 1e-3
+        for made in fast:
+            torch.testing.assert_close(made(x), expected, atol=1e-4, rtol=1e-4)
+    frames = torch.rand(2, 4, *images.shape[1:])
+    stream = model.stream()
+    parts = torch.stack([stream(frames[:, :1]), stream(frames[:, 1:2]), stream(frames[:, 2:])])
+    torch.testing.assert_close((parts * torch.tensor([0.25, 0.25, 0.5]).view(3, 1, 1)).sum(0), model(frames))
+    features = model.features(torch.rand(2, model.in_channels, 48, 64))
+    for feature, info in zip(features, model.feature_info, strict=True):
+        assert feature.shape == (2, info["num_chs"], 48 // info["reduction"], 64 // info["reduction"])
+    save_model(model, tmp_path)
+    assert torch.equal(load_model(tmp_path)(images), model(images))
+
+
+def test_the_analysis_says_what_multiplies(small):
+    model, images = small
+    rates = firing_rates(model, images)
+    assert not rates.silence and all(0 < layer.mean < 1 for layer in rates.layers.values())
+    found = audit(model, images)
+    assert not found.spike_driven
+    modules = {violation.module for violation in found.violations}
+    # Sums of spikes go into every product that no neuron stands before.
+    assert "head" in modules and any(name.endswith("mlp.branch.fc1.conv") for name in modules)
+    assert not any(re.search(r"(fc2|proj)\.conv$", name) for name in modules)
+    report = energy(model, images)
+    assert report.total_mj > 0 and not report.not_counted
+    for block in (0, -1):
+        assert attention_maps(model, images, block=block).any()
+
+
+@pytest.mark.parametrize("wrap", ["timm", "accelerate", "bare"])
+def test_released_files(released, wrap, tmp_path):
+    golden, options = released
+    state, config = golden.group("state"), golden.config
+    args = argparse.Namespace(num_heads=config["num_heads"], time_steps=config["T"])
+    content = {"timm": {"state_dict": state, "args": args}, "accelerate": {"model": state, "args": args}, "bare": state}
+    torch.save(content[wrap], tmp_path / "x.pth.tar")
+    heads = {"num_heads": config["num_heads"], "time_steps": config["T"]} if wrap == "bare" else {}
+    model = load_released_checkpoint(tmp_path / "x.pth.tar", **heads, **options)
+    assert type(model).__name__.lower() == config["family"] and not model.training
+    with torch.no_grad():
+        logits = model(golden.tensors["input"])
+    torch.testing.assert_close(logits, golden.tensors["logits_eval"], atol=1e-5, rtol=0)
+
+
+def test_mixed_files_are_refused(static_golden, v2_golden, named_golden, tmp_path):
+    states = [named_golden(name).group("state") for name in NAMES[::2]]
+    for state in states:
+        for other in (*states, static_golden.group("state"), v2_golden.group("state")):
+            if other is not state:
+                strange = {
+                    key: value for key, value in other.items() if key not in state and not key.startswith("head")
+                }
+                with pytest.raises(ValueError, match=r"not the state_dict of .*; unexpected: |fit|missing"):
+                    torch.save({**state, **dict(list(strange.items())[:3])}, tmp_path / "x.pth")
+                    load_released_checkpoint(tmp_path / "x.pth")
+
+
+def test_names_that_fit_two_families_are_refused(named_golden, tmp_path):
+    state = named_golden(NAMES[0]).group("state")
+    unused = {key for key in state if re.search(r"norm[12]\.", key)}
+    torch.save({key: value for key, value in state.items() if key not in unused}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"fit SpikeDrivenTransformer and Spikformer alike; .* block.0.norm1.weight"):
+        load_released_checkpoint(tmp_path / "x.pth")
