@@ -32,7 +32,7 @@ class Backbone(nn.Module):
 
         >>> model = create_model("sdt_v2_15m", dims=(16, 32, 48, 64), depths=(1, 1, 1, 1, 1))
         >>> [list(feature.shape) for feature in model.features(torch.rand(2, 3, 64, 48), stages=(1, 4))]
-        [[2, 32, 16, 12], [2, 64, 4, 3]]
+        [[2, 16, 16, 12], [2, 64, 4, 3]]
         """
         count = len(self.feature_info)
         wanted = list(range(count)) if stages is None else list(stages)
