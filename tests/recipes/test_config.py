@@ -13,7 +13,14 @@ from common.values import convert
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sdt_blocks import MetaSpikeFormer, SpikeDrivenTransformer
+from sdt_blocks import (
+    ESpikeFormer,
+    ESpikeFormerLarge,
+    MetaSpikeFormer,
+    QKFormer,
+    SpikeDrivenTransformer,
+    Spikformer,
+)
 
 KEYS = all_keys()
 NUMBERS = [key for key, value in flatten(Config()).items() if type(value) in (int, float) and key in KEYS]
@@ -37,9 +44,8 @@ def test_the_keys_every_recipe_has():
 
 
 def test_every_model_keyword_is_a_key():
-    keywords = {
-        key for model in (SpikeDrivenTransformer, MetaSpikeFormer) for key in inspect.signature(model).parameters
-    }
+    models = (SpikeDrivenTransformer, MetaSpikeFormer, Spikformer, QKFormer, ESpikeFormer, ESpikeFormerLarge)
+    keywords = {key for model in models for key in inspect.signature(model).parameters}
     assert {key.removeprefix("model.") for key in KEYS if key.startswith("model.")} == keywords | {"name"}
 
 
