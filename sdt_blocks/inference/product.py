@@ -246,7 +246,7 @@ class Product(nn.Module):
 
     def _timed_as(self, size: int) -> str:
         """The name of this product's costs at about 2^size rows."""
-        weight, chain = self.weight, "" if self.chain is None else f" chain {self.chain}"
+        weight, chain = self.weight, f" chain {self.chain}" if len(self.chain) else ""
         where = torch.cuda.get_device_name(weight.device) if weight.is_cuda else weight.device.type
         stride, padding, dilation, groups = self.geometry
         windows = f"{'x'.join(map(str, weight.shape))} stride {stride} padding {padding} dilation {dilation}"
