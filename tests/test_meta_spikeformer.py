@@ -10,6 +10,7 @@ from torch import nn
 
 from sdt_blocks import (
     LIF,
+    LinearSpikeAttention,
     MetaSpikeFormer,
     ParametricLIF,
     calibrate_norms,
@@ -20,6 +21,7 @@ from sdt_blocks import (
     optimize_for_inference,
     save_model,
 )
+from sdt_blocks.analysis import firing_rates
 from sdt_blocks.models.meta_spikeformer import FAMILY
 from sdt_blocks.steps import Unit, project
 
@@ -406,3 +408,17 @@ def test_save_and_load(tmp_path):
     config.write_text(text.replace("MetaSpikeFormer", "SpikeDrivenTransformer"))
     with pytest.raises(ValueError, match=r"config\.json: unknown model option depths, dims"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_linear_attention_is_compiled_whole(training):
+    torch.manual_seed(0)
+    block = LinearSpikeAttention(16, num_heads=4).train(training)
+    for norm in (module for module in block.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.momentum = 0.0
+        nn.init.constant_(norm.bias, 1.0)
+    x = 3 * torch.rand(2, 2, 16, 4, 4)
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    expected = block(x)
+    torch.testing.assert_close(compiled(x), expected, atol=1e-5, rtol=1e-5)
+    assert firing_rates(block, x.clone())["mixer_neuron"].mean > 0.05 and expected.std() > 0
