@@ -92,6 +92,8 @@ def options_of(model: type) -> dict[str, Keyword]:
     keywords = {}
     for name, parameter in inspect.signature(model).parameters.items():
         hint = hints.get(name, Any)
+        # Python 3.10 makes an Optional of what is None where it is not given.
+        hint = next((one for one in typing.get_args(hint) if typing.get_origin(one) is Annotated), hint)
         kind, *said = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
         option = next((one for one in said if isinstance(one, Option)), Option())
         keywords[name] = Keyword(kind, option, parameter.default)
