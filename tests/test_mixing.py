@@ -6,6 +6,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from sklearn.datasets import load_digits
 
 from sdt_blocks import optimize_for_inference
@@ -33,6 +34,15 @@ def write_shd(folder: Path, images: np.ndarray, labels: np.ndarray, split: str) 
         file["labels"] = labels.astype(np.uint16)
         file["extra/keys"] = [str(digit).encode() for digit in range(10)]
         file["extra/speaker"] = np.zeros(len(labels), np.uint16)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Threads that share a core with another test wait for each other at every small operation."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("title", PROGRAMS)
