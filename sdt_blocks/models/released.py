@@ -31,11 +31,16 @@ _OWN = re.compile(r"(patch|blocks|downsamplings|embeddings|stages|head|distillat
 def convert_released_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The released models' state_dict under this kit's names, without never-used entries.
 
-    The prefixes of distributed training, torch.compile and Lightning are left out. Raises `ValueError` that lists every
-    key that is not of a released model, and `TypeError` for what is no name of a tensor.
+    The prefixes of distributed training, torch.compile and Lightning are left out. Names that several families know,
+    such as those of a Spike-Driven Transformer's gradients, are converted where these agree on what they become. Raises
+    `ValueError` that lists every key that is not of a released model, and `TypeError` for what is no name of a tensor.
     """
     released = _plain_names(state_dict)
-    return _converted(released, _family(released))
+    found = _families(released)
+    converted = [_converted(released, family) for family in found]
+    if any(list(other) != list(converted[0]) for other in converted):
+        raise _alike(found)
+    return converted[0]
 
 
 def _plain_names(state_dict: Mapping[Any, Any]) -> dict[str, Tensor]:
@@ -57,6 +62,14 @@ def _plain_names(state_dict: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 def _family(released: Mapping[str, Tensor]) -> Family:
     """The family that most names are of. Raises `ValueError` for names of this kit, or where two know every name."""
+    found = _families(released)
+    if len(found) > 1:
+        raise _alike(found)
+    return found[0]
+
+
+def _families(released: Mapping[str, Tensor]) -> list[Family]:
+    """All families that know every name, or else the one that knows most. Raises `ValueError` for names of this kit."""
     if released and all(_OWN.match(key) for key in released):
         raise ValueError(
             "the weights of a model of this kit: load_model takes them in a folder with their config.json, and "
@@ -65,12 +78,14 @@ def _family(released: Mapping[str, Tensor]) -> Family:
     readable = [family for family in families().values() if family.keys is not None]
     counts = [sum(_renamed(key, family) is not None for key in released) for family in readable]
     best = [family for family, count in zip(readable, counts, strict=True) if count == max(counts)]
-    if len(best) > 1 and 0 < max(counts) == len(released):
-        raise ValueError(
-            f"the names of the weights fit {' and '.join(family.name for family in best)} alike; keep what is released "
-            f"but never used, which tells them apart, such as block.0.norm1.weight of a Spikformer"
-        )
-    return best[0]
+    return best if 0 < max(counts) == len(released) else best[:1]
+
+
+def _alike(found: list[Family]) -> ValueError:
+    return ValueError(
+        f"the names of the weights fit {' and '.join(family.name for family in found)} alike; keep what is released "
+        f"but never used, which tells them apart, such as block.0.norm1.weight of a Spikformer"
+    )
 
 
 def _renamed(key: str, family: Family) -> str | None:
