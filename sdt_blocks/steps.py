@@ -313,9 +313,15 @@ def _has_fused(mixer: Any) -> bool:
     """Whether a mixer has an op that does what its forward does, and nobody looks at the mixer."""
     if not hasattr(mixer, "fused") or (isinstance(mixer, nn.Module) and has_hooks(mixer)):
         return False
-    lineage = type(mixer).__mro__
-    forward = next(kind for kind in lineage if {"forward", "__call__"} & vars(kind).keys())
-    return any("fused" in vars(kind) for kind in lineage[: lineage.index(forward) + 1])
+    return _fuses_its_forward(type(mixer))
+
+
+@torch.compiler.assume_constant_result
+def _fuses_its_forward(kind: type) -> bool:
+    """Whether no class behind the one that brought `fused` has a forward of its own."""
+    lineage = kind.__mro__
+    forward = next(one for one in lineage if {"forward", "__call__"} & vars(one).keys())
+    return any("fused" in vars(one) for one in lineage[: lineage.index(forward) + 1])
 
 
 def _fusible(norm: nn.Module, neuron: nn.Module, x: Tensor) -> bool:
