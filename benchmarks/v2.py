@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from training import last
 
 from sdt_blocks import MetaSpikeFormer, calibrate_norms, create_model, optimize_for_inference
+from sdt_blocks.blocks import LinearSpikeAttention
 from sdt_blocks.inference import Events
 from sdt_blocks.inference.events import DenseSums
 from sdt_blocks.ops.packed import PackedSpikes
@@ -72,19 +73,36 @@ def in_channels_last(net: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def at_rate(name: str, images: Tensor, rate: float, **options: Any) -> MetaSpikeFormer:
-    """A model whose layers fire at this rate, and whose head fires."""
+    """A model whose layers fire at this rate, and whose head fires at twice the rate."""
     model: MetaSpikeFormer = firing_model(name, images, **options)
     rates = {seat.name: rate for seat in seats(model)}
+    # Behind an attention's sums and the tokens' mean stands no norm to be shifted: a threshold is set instead.
+    behind = {module.mixer_neuron: rate for module in model.modules() if isinstance(module, LinearSpikeAttention)}
+    behind[model.head_neuron] = 2 * rate
+    hooks = [neuron.register_forward_pre_hook(partial(_set_threshold, wanted)) for neuron, wanted in behind.items()]
+    # Norms behind neurons that were silent have seen no variance, and would magnify rounding: they take the statistics
+    # of this pass, in which every layer before them fires.
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.train().momentum = 1.0
+    set_rates(model, images, rates)
+    for norm in norms:
+        norm.eval()
     # A still image's first membrane, one frame for all steps, takes its shift in the second pass.
     for _ in range(2):
         set_rates(model, images, rates)
-    # Its threshold down to where a fifth of the tokens' means lie, for no layer is behind it.
-    means: list[Tensor] = []
-    hook = model.head_neuron.register_forward_pre_hook(lambda module, given: means.append(given[0]))
-    model(images)
-    hook.remove()
-    model.head_neuron.threshold = max(means[0].quantile(0.8).item(), 1e-3)
+    for hook in hooks:
+        hook.remove()
     return model
+
+
+def _set_threshold(rate: float, neuron: Any, inputs: tuple[Tensor]) -> None:
+    """Bisects the threshold, never below what a single spike among the sums needs, until neurons fire at this rate."""
+    low, high = 1e-3, max(4 * inputs[0].max().item(), 2e-3)
+    for _ in range(18):
+        neuron.threshold = (low + high) / 2
+        fired = type(neuron).forward(neuron, inputs[0]).mean().item()
+        low, high = (neuron.threshold, high) if fired > rate else (low, neuron.threshold)
 
 
 def small_model(images: Tensor) -> MetaSpikeFormer:
