@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .dataflow import ADDS, FIRST, FOLDS, LEAKS, MASKS, MULTIPLIES, SCALES, Follower, Product
+from .dataflow import ADDS, COUNTS, FIRST, FOLDS, LEAKS, LEVELS, MASKS, MULTIPLIES, SCALES, Follower, Product
 from .probe import Forward, Probe
 from .silence import DEAD, as_text, silence, warn_if_dead
 
@@ -25,6 +25,9 @@ VERDICTS = {
     MULTIPLIES: "a real multiplication",
 }
 """What a product can be found to be. Only the last breaks the property."""
+
+
+_LISTED = 3
 
 
 class NotSpikeDrivenError(ValueError):
@@ -79,6 +82,26 @@ class Audit:
         where = f" as it is deployed, {merged} chains of layers merged into one convolution each" if merged else ""
         return f"The network is spike-driven{where}."
 
+    @property
+    def reasons(self) -> list[str]:
+        """Why, in a few words each: what multiplies, and what only a closer look finds to be additions."""
+        sums = [product for product in self.violations if COUNTS in product.operands]
+        others = [product for product in self.violations if COUNTS not in product.operands]
+        adds = self.of(ADDS)
+        counts = [product for product in adds if COUNTS in product.operands]
+        levels = [product for product in adds if LEVELS in product.operands and product not in counts]
+        scales = [product for product in self.of(SCALES) if product.operation in ("mul", "div")]
+        numbers = {
+            "layer(s) multiply counts of spikes": sums,
+            "product(s) of counts with spikes, each of which adds a whole number": counts,
+            "product(s) of levels, each of which adds as many times": levels,
+            "constant scale(s) to be absorbed by weights or thresholds": scales,
+        }
+        found = [f"{len(products)} {what}" for what, products in numbers.items() if products]
+        listed = [f"{product.module or 'the model'}: {product.reason}" for product in others[:_LISTED]]
+        more = [f"{len(others) - _LISTED} more"] if len(others) > _LISTED else []
+        return [*found[: bool(sums)], *listed, *more, *found[bool(sums) :]]
+
     def summary(self) -> list[str]:
         """Neurons that never fired, if any; the finding; a line for each verdict with the number of its products."""
         counts = [(len(self.of(verdict)), verdict, why) for verdict, why in VERDICTS.items()]
@@ -116,8 +139,9 @@ def audit(
     """Follows the spikes through one forward pass and judges every product by what its operands are by construction.
 
     Neurons emit spikes. Max pooling, reshaping, selecting and products of spikes keep them spikes; a sum or a mean does
-    not, whatever values it happens to have. A convolution or matrix product with spikes only adds; the first layer may
-    multiply the analog input; batch normalisation after a convolution folds into it; constant factors are absorbed.
+    not, whatever values it happens to have. A convolution or matrix product with spikes only adds, and so does one with
+    the levels of an `IntegerNeuron`, which stand for as many spikes in binary steps; the first layer may multiply the
+    analog input; batch normalisation after a convolution folds into it; constant factors are absorbed.
     Everything else is a violation: analog values in a later layer, softmax, layer normalisation, a product of two
     analog values, and any operation that is not known to be free of multiplications. That the neurons really emit
     zeros and one other value is checked on the batch. What happens inside of a neuron is listed, not judged.

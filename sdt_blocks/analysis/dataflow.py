@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..neuron import spikes_of
+from ..neuron import IntegerNeuron, spikes_of
 from ..steps import Unit
 from .operators import (
     ADDITIONS,
@@ -30,6 +31,8 @@ from .probe import Probe
 ADDS, FIRST, MASKS, FOLDS, SCALES, LEAKS, MULTIPLIES = "AC", "MAC", "mask", "fold", "scale", "leak", "violation"
 
 INPUT, SPIKES, SCALED, ANALOG, CONSTANT = "input", "spikes", "scaled spikes", "analog", "constant"
+LEVELS, COUNTS = "levels", "counts of spikes"
+"""Whole numbers: of a neuron whose level l stands for l spikes in binary steps, and of spikes added to spikes."""
 UNSEEN = "unseen"
 
 OUTER, SUMMED, FOREIGN = "outer", "sum of products", "foreign code"
@@ -55,6 +58,7 @@ class Value:
     """What a tensor holds, where it became so, and the layer whose weights it has just gone through, if any.
 
     `factors` are those of an elementwise product, which a sum over `axes` (None: any) makes a product of matrices.
+    `norm` is what levels are divided by.
     """
 
     kind: str
@@ -62,10 +66,16 @@ class Value:
     layer: str = ""
     factors: tuple[Any, ...] = field(default=(), compare=False)
     axes: frozenset[int] | None = None
+    norm: float = 1.0
 
     @property
     def binary(self) -> bool:
         return self.kind in (SPIKES, SCALED)
+
+    @property
+    def adds(self) -> bool:
+        """Whether a product with it only adds: once for a spike, l times for a level of l."""
+        return self.binary or self.kind == LEVELS
 
 
 NOTHING = Value(CONSTANT)
@@ -170,11 +180,14 @@ class Follower(TorchDispatchMode):
                 return NOTHING
             a = Value(ANALOG, "values of unknown origin")
         kinds = f"{a.kind} x {b.kind}"
-        analog = [value for value in (a, b) if value.kind == ANALOG]
-        if a.binary or b.binary:
+        analog = [value for value in (a, b) if value.kind in (ANALOG, COUNTS)]
+        if a.adds or b.adds:
             scaled = "; their scale is absorbed by the weights" if SCALED in (a.kind, b.kind) else ""
+            what = "spikes" if a.binary or b.binary else "levels, each as many binary spikes"
             merged = self._merged()
-            self.note(name, kinds, ADDS, f"spikes{scaled}{merged}", merges=bool(merged))
+            self.note(name, kinds, ADDS, f"{what}{scaled}{merged}", merges=bool(merged))
+            if NOTHING not in (a, b) and {a.kind, b.kind} <= {SPIKES, COUNTS, LEVELS}:
+                return Value(COUNTS, f"a product of spikes in {self._here()}, which counts")
         elif not analog and NOTHING in (a, b):
             self.note(name, kinds, FIRST, "the analog input")
         else:
@@ -216,6 +229,8 @@ class Follower(TorchDispatchMode):
             self.note(name, kinds, SCALES, "a constant factor")
             if value.kind == SPIKES:
                 value = Value(SCALED, f"scaled in {self._here()}")
+            elif value.kind in (LEVELS, COUNTS):
+                value = Value(ANALOG, f"scaled {value.kind} in {self._here()}")
             axes = frozenset() if wide else _varying(constant)
             return replace(value, factors=(first, second) if axes else (), axes=axes or None)
         factors: tuple[Any, ...] = (first, second)
@@ -258,8 +273,12 @@ class Follower(TorchDispatchMode):
             return Value(SPIKES, f"complement in {self._here()}")
         if kinds == {INPUT}:
             return known[0]
+        if len(known) > 1 and kinds <= {SPIKES, COUNTS} and name in ("add", "sum"):
+            return Value(COUNTS, f"a sum of spikes in {self._here()}, which can exceed 1")
         if len(known) > 1 and all(value.binary for value in known):
             return Value(ANALOG, f"a sum of spikes in {self._here()}, which can exceed 1")
+        if kinds in ({SPIKES}, {COUNTS}) and name in ("sum", "cumsum"):
+            return Value(COUNTS, f"{name} of {known[0].kind} in {self._here()}")
         if all(value.binary for value in known):
             return Value(ANALOG, f"{name} of spikes in {self._here()}")
         # A constant added to a layer's output is a bias; a second signal added makes it no layer's own output any more.
@@ -271,6 +290,9 @@ class Follower(TorchDispatchMode):
             for part in _tensors(output):
                 self._mark(part, Value(ANALOG, f"the membrane of {name}"), False)
             spikes = spikes_of(output)
+            if isinstance(module, IntegerNeuron):
+                self._mark(spikes, _levels(name, module, spikes), False)
+                return
             top = None if spikes.is_meta else spikes.max().clamp(min=0)
             if top is not None and not bool(((spikes == 0) | (spikes == top)).all()):
                 value = Value(ANALOG, f"{name}, a neuron that emits other values than 0 and 1")
@@ -316,6 +338,15 @@ class Follower(TorchDispatchMode):
         self.products.setdefault(key, Product(*key, merges=merges)).calls += 1
 
 
+def _levels(name: str, neuron: IntegerNeuron, output: Tensor) -> Value:
+    """What a neuron of levels has emitted, which a hook on it may have changed."""
+    levels = output * neuron.norm
+    nearest = levels.round().clamp(0, neuron.levels)
+    if not output.is_meta and not bool(torch.isclose(levels, nearest, atol=1e-3).all()):
+        return Value(ANALOG, f"{name}, a neuron that emits other values than its levels")
+    return Value(LEVELS, f"{name}, levels of 0 to {neuron.levels}", norm=neuron.norm)
+
+
 def _tensors(nested: Any) -> list[Tensor]:
     if isinstance(nested, Tensor):
         return [nested]
@@ -334,7 +365,8 @@ def _joined(known: Sequence[Value], output: Any, constants: bool) -> Value:
         return Value(ANALOG, "spikes beside constants other than 0 and 1")
     if len(kinds) == 1:
         return first if len({value.layer for value in known}) == 1 else Value(first.kind, first.origin)
-    return Value(ANALOG, next((value.origin for value in known if value.kind == ANALOG), "the input beside spikes"))
+    mixed = (value.origin for value in known if value.kind in (ANALOG, COUNTS, LEVELS))
+    return Value(ANALOG, next(mixed, "the input beside spikes"))
 
 
 def _zeros_and_ones(x: Tensor) -> bool:

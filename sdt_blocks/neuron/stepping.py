@@ -11,6 +11,7 @@ import torch
 from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
+from .integer import IntegerNeuron
 from .stream import Streamed
 
 
@@ -120,7 +121,7 @@ _DETERMINISTIC = ("atan", "fast_sigmoid", "sigmoid", "triangular")
 def fires(module: nn.Module) -> bool:
     """Whether a module is a layer of neurons: one of the kit's, what `over_time` has made, or any of snnTorch's."""
     snntorchs = any(cls.__module__.startswith("snntorch._neurons.") for cls in type(module).__mro__)
-    return snntorchs or isinstance(module, Streamed)
+    return snntorchs or isinstance(module, Streamed | IntegerNeuron)
 
 
 def clear_hidden(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sdt_blocks import LIF, MembraneShortcut, SpikingMLP
+from sdt_blocks import LIF, MembraneShortcut, SpikingMLP, calibrate_norms, create_model
 from sdt_blocks.analysis import NotSpikeDrivenError, audit
 
 
@@ -226,3 +226,34 @@ def test_text():
     text = str(result)
     assert text.startswith("The network is NOT spike-driven.")
     assert "1 violation: a real multiplication" in text and "avg_pool2d of spikes in part" in text
+
+
+def test_levels_and_counts_are_told_from_real_values():
+    """Layers of every family: what multiplies in them, and what adds whole numbers."""
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 32, 32)
+    small = {"dims": (16, 32, 64), "depths": (1, 1, 1, 1)}
+    found = {}
+    for name, options in {
+        "spikformer_4_384": {"depth": 1, "dim": 32, "num_heads": 4},
+        "sdt_v3_5m": {"dims": (*small["dims"], 64), "depths": (1, 1, 1, 1, 1)},
+        "sdt_v3_83m": {**small, "rep_conv": False},
+        "sdt_v2_15m": {"dims": (*small["dims"], 64), "depths": (1, 1, 1, 1, 1)},
+    }.items():
+        model = create_model(name, num_classes=10, **options)
+        calibrate_norms(model, images)
+        found[name] = audit(model, images)
+        assert not found[name].dead
+    spikformer, base, large, v2 = found.values()
+    blamed = [product.module for product in spikformer.violations]
+    inside = [f"blocks.0.attention.branch.{part}.conv" for part in "qkv"]
+    assert blamed == [*inside, "blocks.0.mlp.branch.fc1.conv", "head"]
+    assert spikformer.reasons[0] == "4 layer(s) multiply counts of spikes"
+    assert spikformer.reasons[1].startswith("head: its input is not spikes: mean of counts")
+    assert "1 product(s) of counts with spikes, each of which adds a whole number" in spikformer.reasons
+    # q k^T and the product with v, in both attentions of V2 and of the base family.
+    for one, of_counts in ((v2, 2), (base, 2), (large, 1)):
+        assert sum("counts" in product.operands for product in one.of("AC")) == of_counts
+    assert v2.spike_driven and base.spike_driven and "levels" in " ".join(base.reasons)
+    # Its head reads the mean membrane itself.
+    assert [product.module for product in large.violations] == ["head"]
