@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .energy_models import (
+    E_AC,
+    E_MAC,
+    ENERGY_MODELS,
+    EXECUTED,
+    FORMULA,
+    PJ_IN_MJ,
+    Cost,
+    EnergyModel,
+    Estimate,
+    at_rates,
+    estimate,
+    step_costs,
+    vanilla,
+    with_rates,
+)
 from .operations import LayerOperations, NotCounted, Operations, count_operations
 from .probe import Batches, Forward, check_weights, unwrap
 from .silence import as_text, warn_if_dead
@@ -19,13 +35,8 @@ from .silence import as_text, warn_if_dead
 if TYPE_CHECKING:
     from rich.table import Table
 
-E_MAC = 4.6
-"""Energy of a multiply-accumulate in picojoules."""
-
-E_AC = 0.9
-"""Energy of an accumulate in picojoules."""
-
-PJ_IN_MJ = 1e-9
+CONVENTION = "A rate is the share of a layer's inputs that are not zero: after pooling, over all samples, at each step."
+"""What every rate of a report means, stated once."""
 
 Rates = float | Sequence[float]
 
@@ -71,7 +82,7 @@ class EnergyReport:
 
     `ann_mj` charges every layer once, as multiply-accumulates, and softmax attention instead of the spike-driven one.
     `not_counted` are operations that may multiply but have no rule, so that all totals lack them; `silence` says which
-    neurons never fired, "" where all did.
+    neurons never fired, "" where all did. `estimates` are the energies by each model, `operations` what they charge.
     """
 
     layers: list[LayerEnergy]
@@ -83,6 +94,32 @@ class EnergyReport:
     attention: AttentionEnergy | None
     not_counted: list[NotCounted] = field(default_factory=list)
     silence: str = ""
+    estimates: dict[str, Estimate] = field(default_factory=dict)
+    operations: Operations = field(default_factory=lambda: Operations([], 0, 0), repr=False)
+
+    def estimate(self, model: EnergyModel) -> Estimate:
+        """The energy by one model more, from the operations that have been counted; tables and files show it as well.
+
+        >>> from dataclasses import replace
+        >>> report = energy(example_model(), example_images()[0])
+        >>> without = report.estimate(replace(ENERGY_MODELS["executed"], name="without biases", biases=False))
+        >>> without.cost.total_mj < report.estimates["executed"].cost.total_mj
+        True
+        """
+        self.estimates[model.name] = estimate(self.operations, model)
+        return self.estimates[model.name]
+
+    @property
+    def verdict(self) -> str:
+        """In one sentence, whether the spiking network would win against its ANNs, and by which models."""
+        bits = next(iter(self.estimates.values())).bits
+        against = {
+            "the same ANN": {name: (found.ann, found.cost) for name, found in self.estimates.items()},
+            f"an ANN of {bits}-bit activations": {
+                name: (found.quantised, found.cost) for name, found in self.estimates.items()
+            },
+        }
+        return f"The spiking network would {'; '.join(_outcome(ann, costs) for ann, costs in against.items())}."
 
     @property
     def total_mj(self) -> float:
@@ -127,6 +164,9 @@ class EnergyReport:
             "layers": [vars(layer) for layer in self.layers],
             "not_counted": [vars(operation) for operation in self.not_counted],
             "silence": self.silence,
+            "convention": CONVENTION,
+            "verdict": self.verdict,
+            "estimates": {name: found.to_dict() for name, found in self.estimates.items()},
         }
         text = json.dumps(content, indent=2) + "\n"
         if path is not None:
@@ -138,21 +178,40 @@ class EnergyReport:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=f"Energy of one inference, {self.steps} steps, mean of {self.samples} samples")
+        title = f"Energy of one inference in mJ, {self.steps} steps, mean of {self.samples} samples. {CONVENTION}"
+        table = Table(title=title, caption=self.verdict)
         table.add_column("layer", overflow="fold")
         table.add_column("kind")
-        for name in ("MACs a step", "mean rate", "synaptic operations", "mJ"):
+        for name in ("MACs a step", "mean rate", "synaptic operations", *self.estimates):
             table.add_column(name, justify="right")
-        for layer in self.layers:
+
+        def costs(values: Sequence[float | None]) -> list[str]:
+            return ["-" if value is None else f"{value:.3g}" for value in values]
+
+        found = self.estimates.values()
+        for place, layer in enumerate(self.layers):
             mean = sum(layer.rate) / len(layer.rate)
             operations = (f"{layer.macs:,.0f}", f"{mean:.4f}", f"{layer.synaptic_operations:,.0f}")
-            table.add_row(Text(layer.name or "(model)"), layer.kind, *operations, f"{layer.energy_mj:.3g}")
+            row = costs([one.rows[place].cost.total_mj for one in found])
+            table.add_row(Text(layer.name or "(model)"), layer.kind, *operations, *row)
+        for rows in zip(*(one.rows[len(self.layers) :] for one in found), strict=True):
+            if any(row.cost.total_mj for row in rows):
+                row = costs([row.cost.total_mj for row in rows])
+                table.add_row(Text(rows[0].name or "(model)"), "neuron", "", f"{rows[0].rate:.4f}", "", *row)
         table.add_section()
-        table.add_row("total", "", "", "", f"{self.synaptic_operations:,.0f}", f"{self.total_mj:.4g}")
-        table.add_row("total, with a still image's first layer once", "", "", "", "", f"{self.total_once_mj:.4g}")
-        table.add_row("the same network as an ANN", "MAC", "", "", "", f"{self.ann_mj:.4g}")
+        bits = f"{next(iter(found)).bits}-bit activations"
+        for name, values in (
+            ("total", [one.cost.total_mj for one in found]),
+            ("of that, memory", [one.cost.memory_mj for one in found]),
+            ("the same network as an ANN", [one.ann.total_mj for one in found]),
+            (f"as an ANN of {bits}", [one.quantised.total_mj for one in found]),
+            ("break-even rate against the ANN", [one.break_even for one in found]),
+            (f"break-even rate against {bits}", [one.break_even_quantised for one in found]),
+        ):
+            counted = f"{self.synaptic_operations:,.0f}" if name == "total" else ""
+            table.add_row(name, "", "", "", counted, *costs(values))
         for operation in self.not_counted:
-            table.add_row(Text(str(operation)), "not counted", "", "", "", "?", style="bold red")
+            table.add_row(Text(str(operation)), "not counted", "", "", "?", style="bold red")
         return table
 
     def __str__(self) -> str:
@@ -180,8 +239,12 @@ def energy(
     A unit that is trained as several layers is charged as the one convolution that it is when deployed; with
     `as_trained` its layers are charged one by one.
 
-    `e_mac` and `e_ac` are in picojoules. Batch normalisation folds into the convolution before it and costs nothing,
-    folded or not; biases are not counted. The arguments are those of `count_operations`.
+    These are the papers' figures, those of the report itself. `report.estimates` holds an `Estimate` for each of
+    `ENERGY_MODELS` by its name, with the ANNs beside it and the rates at which they break even;
+    `report.estimate(model)` adds one more.
+
+    `e_mac` and `e_ac` are in picojoules, for the papers' formula and the operations executed. Batch normalisation folds
+    into the convolution before it and costs nothing, folded or not. The other arguments are as for `count_operations`.
 
     Raises `ValueError` where there is no batch, or the weights are on the meta device.
 
@@ -212,7 +275,9 @@ def energy_from_rates(
 
     `rates` is one number for all layers fed by spikes, or a mapping from layer names or patterns ("blocks.*.mlp.*"; the
     first that fits counts) to a number or one number a step. MAC layers that it does not name are charged in full.
-    `input_shape` is that of one sample, `[C, H, W]` or `[T, C, H, W]`.
+    Neuron layers are named alike; one that nothing names fires at the mean rate of all inputs that are spikes. The
+    bound of an attention follows from the rates of the neurons whose spikes it gets. `input_shape` is that of one
+    sample, `[C, H, W]` or `[T, C, H, W]`.
 
     Raises `ValueError` for a rate outside 0..1, a wrong number of steps, a layer without a rate, a key without a layer.
 
@@ -226,25 +291,48 @@ def energy_from_rates(
     operations = count_operations(
         model, torch.rand(1, *input_shape, device=where.device), neurons=neurons, forward=forward, as_trained=as_trained
     )
-    used = set()
-    for layer in operations.layers:
-        exact = layer.name in rates
-        pattern = layer.name if exact else next((key for key in rates if fnmatchcase(layer.name, key)), None)
-        if layer.kind == "MAC" and not exact:
-            layer.rate = [1.0] * len(layer.rate)
-            used.add(pattern)
-            continue
-        if pattern is None:
-            raise ValueError(f"no rate fits the layer {layer.name!r}; name it, or add a pattern such as '*'")
-        used.add(pattern)
-        layer.rate = _checked(layer.name, rates[pattern], len(layer.rate))
-        layer.bound_rate = []
-    unknown = [key for key in rates if key not in used]
+    names = [record.name for record in operations.neurons] + [layer.name for layer in operations.layers]
+    keys = {name: _key(name, rates) for name in names}
+    for place, layer in enumerate(operations.layers):
+        key = keys[layer.name]
+        given = [1.0] * len(layer.rate)
+        if layer.kind == "AC" or layer.name in rates:
+            if key is None:
+                raise ValueError(f"no rate fits the layer {layer.name!r}; name it, or add a pattern such as '*'")
+            given = _checked(layer.name, rates[key], len(layer.rate))
+        operations.layers[place] = with_rates(layer, given)
+    unknown = [key for key in rates if key not in keys.values()]
     if unknown:
-        names = ", ".join(layer.name for layer in operations.layers)
-        raise ValueError(f"no layer is called {', '.join(unknown)}; the layers are {names}")
+        listed = ", ".join(layer.name for layer in operations.layers)
+        raise ValueError(f"no layer is called {', '.join(unknown)}; the layers are {listed}")
+    fed = [layer for layer in operations.layers if layer.kind == "AC"]
+    entries = sum(layer.inputs * len(layer.moved) for layer in fed)
+    mean = sum(sum(layer.moved) for layer in fed) / entries if entries else 0.0
+    fire = {}
+    for place, neuron in enumerate(operations.neurons):
+        key = keys[neuron.name]
+        fire[neuron.name] = _checked(neuron.name, mean if key is None else rates[key], len(neuron.spikes))
+        operations.neurons[place] = at_rates(neuron, fire[neuron.name])
+    for layer in operations.layers:
+        layer.bound_rate = _bound(layer, fire)
     operations.samples, operations.silence = 0, ""
     return _report(operations, e_mac, e_ac)
+
+
+def _key(name: str, rates: Mapping[str, Rates]) -> str | None:
+    """The key under which a layer's rate is given: its own name, or the first pattern that fits."""
+    return name if name in rates else next((key for key in rates if fnmatchcase(name, key)), None)
+
+
+def _bound(layer: LayerOperations, fire: Mapping[str, list[float]]) -> list[float]:
+    """A mixer's estimate of its additions, from the rates of the neurons whose spikes it gets."""
+    if not layer.bound_shares or not all(source in fire for source in layer.sources):
+        return []
+    given = [fire[source] for source in layer.sources]
+    return [
+        sum(share * rate[step] for share, rate in zip(layer.bound_shares, given, strict=True))
+        for step in range(len(layer.rate))
+    ]
 
 
 def _checked(name: str, rate: Rates, steps: int) -> list[float]:
@@ -259,37 +347,48 @@ def _checked(name: str, rate: Rates, steps: int) -> list[float]:
 def _report(operations: Operations, e_mac: float, e_ac: float) -> EnergyReport:
     if not (e_mac >= 0 and e_ac >= 0):
         raise ValueError(f"energies per operation must not be negative, got e_mac={e_mac!r} and e_ac={e_ac!r}")
-    layers = [_layer(layer, e_mac, e_ac) for layer in operations.layers]
-    mac_mj = e_mac * PJ_IN_MJ
-    ann = sum(mac_mj * (_vanilla(layer) if layer.type == "attention" else layer.macs) for layer in operations.layers)
+    own = {model.name: replace(model, mac=e_mac, ac=e_ac) for model in (FORMULA, EXECUTED)}
+    estimates = {name: estimate(operations, model) for name, model in {**ENERGY_MODELS, **own}.items()}
+    formula = own[FORMULA.name]
+    layers = [_layer(layer, formula) for layer in operations.layers]
     return EnergyReport(
         layers,
         operations.steps,
         operations.samples,
         e_mac,
         e_ac,
-        ann,
-        _attention(operations, layers, mac_mj),
+        estimates[FORMULA.name].ann.total_mj,
+        _attention(operations, layers, e_mac * PJ_IN_MJ),
         operations.not_counted,
         operations.silence,
+        estimates,
+        operations,
     )
 
 
-def _layer(layer: LayerOperations, e_mac: float, e_ac: float) -> LayerEnergy:
-    picojoules = e_mac if layer.kind == "MAC" else e_ac
+def _layer(layer: LayerOperations, formula: EnergyModel) -> LayerEnergy:
+    energy_mj, once_mj = (
+        Cost.sum(step_costs(layer, model)).total_mj for model in (formula, replace(formula, every_step=False))
+    )
+    bound = formula.ac * layer.macs * sum(layer.bound_rate) * PJ_IN_MJ if layer.bound_rate else None
     synaptic_operations = layer.macs * sum(layer.rate)
-    energy_mj = picojoules * synaptic_operations * PJ_IN_MJ
-    once_mj = energy_mj / len(layer.rate) if layer.repeated else energy_mj
-    bound = e_ac * layer.macs * sum(layer.bound_rate) * PJ_IN_MJ if layer.bound_rate else None
     return LayerEnergy(
         layer.name, layer.type, layer.kind, layer.macs, layer.rate, synaptic_operations, energy_mj, once_mj, bound
     )
 
 
-def _vanilla(layer: LayerOperations) -> float:
-    """Operations of the softmax attention that a mixer of this size replaces."""
-    n, d = layer.tokens, layer.channels
-    return 2 * n * n * d + n * n + 2 * n * n
+def _outcome(ann: str, costs: Mapping[str, tuple[Cost, Cost]]) -> str:
+    """Where the spiking network wins against an ANN, and where it loses, by model and by how many times."""
+    ratios = {name: _ratio(other.total_mj, own.total_mj) for name, (other, own) in costs.items()}
+    told = []
+    for verb, names in (
+        ("win", [name for name, ratio in ratios.items() if ratio is None or ratio > 1]),
+        ("lose", [name for name, ratio in ratios.items() if ratio is not None and ratio <= 1]),
+    ):
+        listed = ", ".join(name if ratios[name] is None else f"{name} ({ratios[name]:.3g}x)" for name in names)
+        if names:
+            told.append(f"{verb} against {ann} by {listed}")
+    return " and ".join(told)
 
 
 def _attention(operations: Operations, rows: list[LayerEnergy], mac_mj: float) -> AttentionEnergy | None:
@@ -299,14 +398,14 @@ def _attention(operations: Operations, rows: list[LayerEnergy], mac_mj: float) -
     by_name = {row.name: row for row in rows}
     inside = sum(row.energy_mj for row in rows if any(_within(row.name, layer.name) for layer in attention))
     bounds = [by_name[layer.name].bound_mj for layer in attention]
-    vanilla = sum(_vanilla(layer) for layer in attention) * mac_mj
+    softmax = sum(vanilla(layer) for layer in attention) * mac_mj
     projections = sum(4 * layer.tokens * layer.channels**2 for layer in attention) * mac_mj
     return AttentionEnergy(
         sdsa_mj=sum(by_name[layer.name].energy_mj for layer in attention),
         bound_mj=None if None in bounds else sum(bound for bound in bounds if bound is not None),
-        vanilla_mj=vanilla,
+        vanilla_mj=softmax,
         whole_mj=inside,
-        vanilla_whole_mj=vanilla + projections,
+        vanilla_whole_mj=softmax + projections,
     )
 
 

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..neuron import IntegerNeuron
 from .dataflow import MULTIPLIES, NOTHING, OUTER, SUMMED, Follower
 from .operators import FREE
 from .probe import Batches, Clock, Forward, Hook, Probe, add_at, find_mixers, gather
+from .rates import Counts, SpikeCounts, merge_counts
 from .silence import merge_fired, silence
 
 
@@ -27,6 +29,12 @@ class LayerOperations:
     at each step. `kind` is "AC" where the input is spikes, which only add, else "MAC". `repeated`: the layer sees the
     same analog input at every step. For the mixer of an attention of `tokens` and `channels`, `macs` are the additions
     if all of q, k and v fired, `rate` the share of them that happens, and `bound_rate` the mixer's estimate of it.
+
+    `executed` are the operations that are really done at each step, those on the padding of a convolution left out, and
+    `executed_macs` those of one step if every input counted. `inputs` and `outputs` are the entries of one step,
+    `moved` the inputs that are not zero at each step, `biases` the outputs of one step to which a bias is added,
+    `weights` the parameters that are multiplied. Of a mixer, `sources` are the neurons that its inputs come from and
+    `bound_shares` how much of its `macs` its estimate takes for each of them if it always fires.
     """
 
     name: str
@@ -38,6 +46,28 @@ class LayerOperations:
     tokens: int = 0
     channels: int = 0
     bound_rate: list[float] = field(default_factory=list)
+    executed: list[float] = field(default_factory=list)
+    executed_macs: float = 0.0
+    inputs: float = 0.0
+    moved: list[float] = field(default_factory=list)
+    outputs: float = 0.0
+    biases: float = 0.0
+    weights: int = 0
+    sources: tuple[str, ...] = ()
+    bound_shares: tuple[float, ...] = ()
+
+
+@dataclass
+class NeuronOperations:
+    """The work of one neuron layer for one sample: its size, how often it emits anything at each step, its memory.
+
+    `states` is how many numbers each neuron keeps from step to step: none where it has no memory.
+    """
+
+    name: str
+    neurons: float
+    spikes: list[float]
+    states: int = 1
 
 
 @dataclass
@@ -64,6 +94,7 @@ class Operations:
     samples: int
     not_counted: list[NotCounted] = field(default_factory=list)
     silence: str = ""
+    neurons: list[NeuronOperations] = field(default_factory=list)
 
 
 @dataclass
@@ -75,22 +106,37 @@ class _Site:
     entries: np.ndarray = field(default_factory=lambda: np.zeros(0))
     dense: np.ndarray = field(default_factory=lambda: np.zeros(0))
     bound: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    executed: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    executed_dense: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    moved: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    inputs: float = 0.0
+    outputs: float = 0.0
+    biases: float = 0.0
     first: bool = False
     analog: bool = False
     frames: bool = False
     tokens: int = 0
     channels: int = 0
+    weights: int = 0
+    sources: tuple[str, ...] = ()
+    bound_shares: tuple[float, ...] = ()
 
     def add(self, other: _Site) -> None:
-        for name in ("nonzero", "entries", "dense", "bound"):
+        for name in ("nonzero", "entries", "dense", "bound", "executed", "executed_dense", "moved"):
             setattr(self, name, add_at(getattr(self, name), getattr(other, name)))
-        for name in ("first", "analog", "frames", "tokens", "channels"):
+        for name in ("inputs", "outputs", "biases"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("first", "analog", "frames", "tokens", "channels", "weights", "sources", "bound_shares"):
             setattr(self, name, max(getattr(self, name), getattr(other, name)))
 
 
 @dataclass
 class _Call:
-    """One call of a layer: non-zero inputs by row, the entries of a row, and the call's cost if all of them count."""
+    """One call of a layer: non-zero inputs by row, the entries of a row, and the call's cost if all of them count.
+
+    `executed` and `executed_dense` are the same costs without what falls on a padding; `moved` the non-zero inputs by
+    row where `nonzero` counts something else.
+    """
 
     type: str
     nonzero: Tensor
@@ -100,6 +146,15 @@ class _Call:
     kept_input: Tensor | None = None
     bound: Tensor | None = None
     size: tuple[int, int] = (0, 0)
+    executed: Tensor | None = None
+    executed_dense: float = 0.0
+    moved: Tensor | None = None
+    inputs: float = 0.0
+    outputs: float = 0.0
+    biases: float = 0.0
+    weights: int = 0
+    sources: tuple[str, ...] = ()
+    bound_shares: tuple[float, ...] = ()
 
 
 def count_operations(
@@ -121,15 +176,17 @@ def count_operations(
     sites: dict[str, _Site] = {}
     samples = steps = 0
     with Probe(model, neurons, forward, as_trained=as_trained) as probe:
-        recorder = _Recorder(probe)
+        recorder, fired = _Recorder(probe), SpikeCounts(probe, probe.neurons)
         for x in probe.run(batches):
             samples, steps = samples + probe.clock.batch, max(steps, probe.clock.steps)
             for name, calls in recorder.calls.items():
                 site = _sum(name, calls, probe.clock, x)
                 sites.setdefault(name, _Site(site.type)).add(site)
             recorder.calls.clear()
-        parts = gather((sites, samples, steps, recorder.not_counted(), probe.fired))
+            fired.end_batch()
+        parts = gather((sites, samples, steps, recorder.not_counted(), probe.fired, fired.totals))
     result = _merge(parts, spike_input)
+    result.neurons = _neurons(probe.neurons, merge_counts(part[5] for part in parts), result.samples)
     left_out = sum((part[3] for part in parts), Counter[tuple[str, str]]())
     result.not_counted = [NotCounted(*where, calls) for where, calls in left_out.items()]
     result.silence = silence(probe.model, merge_fired(part[4] for part in parts))
@@ -166,8 +223,12 @@ class _Recorder(Follower):
         return found
 
     def counts(self, name: str, args: Sequence[Any], output: Any) -> None:
-        for factors in RULES[name](args, output) if name in RULES else ():
-            self._count(factors)
+        if name not in RULES:
+            return
+        outputs = output.numel() if isinstance(output, Tensor) else 0
+        biased = any(isinstance(arg, Tensor) and arg.ndim == 1 and self._weight(arg) for arg in args)
+        for factors in RULES[name](args, output):
+            self._count(factors, outputs, biased)
 
     def inside_neuron(self, name: str, args: Sequence[Any], output: Any) -> None:
         # The membrane's own decay is free of charge, the weights of a recurrent neuron are not.
@@ -178,8 +239,8 @@ class _Recorder(Follower):
         elif name not in ("mul", "div"):
             self.note(name, "", MULTIPLIES, "a weight inside of a neuron")
 
-    def _count(self, factors: Factors) -> None:
-        a, b, macs, kind, a_rows, b_rows = factors
+    def _count(self, factors: Factors, outputs: int, biased: bool) -> None:
+        a, b, macs, kind, a_rows, b_rows, window = factors
         weights = [bool(self._weight(a)), bool(self._weight(b))]
         constant = [self.value(factor) is NOTHING for factor in (a, b)]
         if all(constant):
@@ -197,20 +258,36 @@ class _Recorder(Follower):
         name = here if layer else self._weight(other) or f"{here}.{kind}{self.numbers[here] or ''}".lstrip(".")
         self.numbers[here] += 1
         kind = "linear" if layer and kind == "matmul" else kind
-        self.calls.setdefault(name, []).append(self._call(name, kind, rows, macs))
+        call = self._call(name, kind, rows, macs, None if constant[0] else window)
+        call.outputs = float(outputs)
+        module = self.probe.model.get_submodule(here) if layer else None
+        call.biases = call.outputs * (biased or isinstance(getattr(module, "bias", None), Tensor))
+        call.weights = other.numel() if layer or self._weight(other) else 0
+        self.calls.setdefault(name, []).append(call)
 
     def _weight(self, factor: Tensor) -> str:
         """The name of the parameter that a factor is, whole, in part or transposed."""
         whole = factor if factor._base is None else factor._base
         return self.weights.get(id(factor), "") or self.weights.get(id(whole), "")
 
-    def _call(self, name: str, kind: str, rows: Tensor, macs: float) -> _Call:
+    def _call(self, name: str, kind: str, rows: Tensor, macs: float, window: Window | None) -> _Call:
         arranged = rows.flatten(1) if kind == "conv" else self._arranged(rows)
         nonzero = _nonzero(arranged)
+        executed, executed_dense = (None, float(macs)) if window is None else window.executed(rows)
         before = self.calls.get(name)
         first = before[0].kept_input is not None if before else not self.probe.clock.started
         kept = rows if first else None
-        return _Call(kind, nonzero, arranged.shape[-1], float(macs), _is_spikes(rows, nonzero), kept)
+        return _Call(
+            kind,
+            nonzero,
+            arranged.shape[-1],
+            float(macs),
+            _is_spikes(rows, nonzero),
+            kept,
+            executed=executed,
+            executed_dense=executed_dense,
+            inputs=float(arranged.numel()),
+        )
 
     def _arranged(self, rows: Tensor) -> Tensor:
         """Rows as `[d0, k]` or `[d0, d1, k]`, where the axes before the last tell time, samples and positions apart."""
@@ -225,7 +302,8 @@ class _Recorder(Follower):
         def mixed(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             spikes = [x for x in inputs if isinstance(x, Tensor)]
             where = "cpu" if spikes[0].is_meta else spikes[0].device
-            most = int(mixer.additions(*(torch.ones(1, 1, *x.shape[2:], device=where) for x in spikes)).sum())
+            ones = [torch.ones(1, 1, *x.shape[2:], device=where) for x in spikes]
+            most = int(mixer.additions(*ones).sum())
             if not most:
                 return
             frames = math.prod(spikes[0].shape[:2])
@@ -234,6 +312,13 @@ class _Recorder(Follower):
             binary = torch.stack([_is_spikes(x, x.count_nonzero()) for x in spikes]).all()
             size = (math.prod(spikes[0].shape[3:]), spikes[0].shape[2])
             call = _Call("attention", added, most, float(frames * most), binary, None, bound, size)
+            call.executed_dense, call.outputs = call.dense, float(output.numel())
+            call.inputs = float(sum(x.numel() for x in spikes))
+            call.moved = sum((_nonzero(x.flatten(0, 1).flatten(1)) for x in spikes), torch.zeros(()))
+            call.sources = tuple(self.value(x).origin for x in spikes)
+            if bound is not None:
+                alone = ([x if at == place else 0 * x for at, x in enumerate(ones)] for place in range(len(ones)))
+                call.bound_shares = tuple(float(mixer.bound(*x).sum()) / most for x in alone)
             self.calls.setdefault(row, []).append(call)
 
         return mixed
@@ -250,8 +335,46 @@ def _by_frame(additions: Callable[..., Tensor], spikes: Sequence[Tensor]) -> Ten
     return torch.zeros(summed.shape, dtype=torch.float64) if summed.is_meta else summed
 
 
+class Window(NamedTuple):
+    """Where the kernel of a convolution lies: for each axis, how many products each input takes part in."""
+
+    uses: tuple[Tensor, ...]
+    fan_out: int
+
+    def executed(self, x: Tensor) -> tuple[Tensor, float]:
+        """Products of the non-zero entries of each row of x `[N, C, ...]`, and those of all rows if all counted."""
+        dense = float(x.shape[0] * x.shape[1] * self.fan_out)
+        for uses in self.uses:
+            dense *= float(uses.sum())
+        if x.is_meta:
+            return torch.zeros(len(x), dtype=torch.float64), dense
+        found = x.count_nonzero(dim=1).double()
+        for uses in reversed(self.uses):
+            found = found @ uses.to(found.device)
+        return found * self.fan_out, dense
+
+
+def window(x: Tensor, weight: Tensor, output: Tensor, convolution: Sequence[Any]) -> Window:
+    """The window of a call of PyTorch's `convolution`, whose arguments are given from the strides on."""
+    strides, paddings, dilations, transposed, _, groups = convolution[:6]
+    # A transposed convolution spreads its input over its output as the other one gathers its output from its input.
+    inner, outer = (output, x) if transposed else (x, output)
+    uses = []
+    for axis, kernel in enumerate(weight.shape[2:]):
+        stride, padding, dilation = (each[axis % len(each)] for each in (strides, paddings, dilations))
+        taps = torch.arange(kernel) * dilation - padding
+        places = torch.arange(outer.shape[axis + 2])[:, None] * stride + taps
+        inside = (places >= 0) & (places < inner.shape[axis + 2])
+        found = inside.sum(1) if transposed else torch.bincount(places[inside], minlength=inner.shape[axis + 2])
+        uses.append(found.double())
+    return Window(tuple(uses), weight.shape[1] if transposed else weight.shape[0] // groups)
+
+
 class Factors(NamedTuple):
-    """A product of two tensors, its multiply-accumulates, and each factor as the rows that are multiplied."""
+    """A product of two tensors, its multiply-accumulates, and each factor as the rows that are multiplied.
+
+    `window` is that of a convolution of a, which does not multiply what falls on its padding.
+    """
 
     a: Tensor
     b: Tensor
@@ -259,6 +382,7 @@ class Factors(NamedTuple):
     kind: str
     a_rows: Tensor
     b_rows: Tensor
+    window: Window | None = None
 
 
 def _matrices(a: Tensor, b: Tensor) -> list[Factors]:
@@ -278,7 +402,8 @@ def _outer(a: Tensor, b: Tensor, product: Tensor) -> list[Factors]:
 def _convolution(args: Sequence[Any], output: Tensor) -> list[Factors]:
     x, weight, transposed = args[0], args[1], args[6]
     positions = x.numel() if transposed else output.numel()
-    return [Factors(x, weight, positions * weight[0].numel(), "conv", x, weight)]
+    covered = window(x, weight, output, args[3:])
+    return [Factors(x, weight, positions * weight[0].numel(), "conv", x, weight, covered)]
 
 
 def _linear(args: Sequence[Any], output: Tensor) -> list[Factors]:
@@ -368,16 +493,33 @@ def _sum(name: str, calls: list[_Call], clock: Clock, x: Tensor) -> _Site:
     dense = sum(call.dense for call in calls) / len(nonzero)
     bounds = [call.bound for call in calls if call.bound is not None]
 
+    steps = clock.steps if once else len(nonzero)
+    share = steps / len(nonzero)
+
     def per_step(values: Tensor) -> np.ndarray:
         array = values.cpu().numpy().astype(np.float64)
         return np.repeat(array, clock.steps) if once else array
 
+    def split(values: Sequence[Tensor | None]) -> np.ndarray | None:
+        found = [value for value in values if value is not None]
+        return per_step(clock.split(found, name)) if found else None
+
+    executed, moved = split([call.executed for call in calls]), split([call.moved for call in calls])
     return _Site(
         calls[0].type,
         per_step(nonzero),
         per_step(entries),
-        np.full(clock.steps if once else len(nonzero), dense),
+        np.full(steps, dense),
         per_step(clock.split(bounds, name)) if bounds else np.zeros(0),
+        executed=per_step(nonzero) / per_step(entries) * dense if executed is None else executed,
+        executed_dense=np.full(steps, sum(call.executed_dense for call in calls) / len(nonzero)),
+        moved=per_step(nonzero) if moved is None else moved,
+        inputs=share * sum(call.inputs for call in calls),
+        outputs=share * sum(call.outputs for call in calls),
+        biases=share * sum(call.biases for call in calls),
+        weights=calls[0].weights,
+        sources=calls[0].sources,
+        bound_shares=calls[0].bound_shares,
         first=bool(kept),
         analog=not all(bool(call.spikes) for call in calls),
         frames=frames,
@@ -408,18 +550,41 @@ def _merge(parts: Sequence[tuple[Any, ...]], spike_input: bool) -> Operations:
         share = site.nonzero / site.entries
         analog = site.analog or (site.first and not spike_input)
         # A still image is charged in full, and so is an analog value inside the network.
-        charged = share if not analog or (site.first and site.frames) else np.ones_like(share)
+        sparse = not analog or (site.first and site.frames)
+        charged, executed = (share, site.executed) if sparse else (np.ones_like(share), site.executed_dense)
+        calls = samples * len(share)
         layers.append(
             LayerOperations(
                 name,
                 site.type,
                 "MAC" if analog else "AC",
-                float(site.dense.sum() / (samples * len(share))),
+                float(site.dense.sum() / calls),
                 (charged * site.dense * len(share) / site.dense.sum()).tolist(),
                 repeated=analog and site.first and not site.frames,
                 tokens=site.tokens,
                 channels=site.channels,
                 bound_rate=(site.bound / site.entries).tolist() if len(site.bound) else [],
+                executed=(executed / samples).tolist(),
+                executed_macs=float(site.executed_dense.sum() / calls),
+                inputs=site.inputs / calls,
+                moved=(site.moved / samples).tolist() if sparse else [site.inputs / calls] * len(share),
+                outputs=site.outputs / calls,
+                biases=site.biases / calls,
+                weights=site.weights,
+                sources=site.sources,
+                bound_shares=site.bound_shares,
             )
         )
     return Operations(layers, steps, samples)
+
+
+def _neurons(modules: dict[str, nn.Module], counts: dict[str, Counts], samples: int) -> list[NeuronOperations]:
+    return [
+        NeuronOperations(
+            name,
+            float(found.chances.sum() / (samples * len(found.chances))),
+            (found.spikes / samples).tolist(),
+            0 if isinstance(modules[name], IntegerNeuron) else 1,
+        )
+        for name, found in counts.items()
+    ]

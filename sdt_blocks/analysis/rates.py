@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ..neuron import spikes_of, takes_sequence
-from .probe import Batches, Clock, Forward, Probe, add_at, check_weights, find_mixers, gather
+from .probe import Batches, Clock, Forward, Hook, Probe, add_at, check_weights, find_mixers, gather
 from .silence import as_text, merge_fired, silence, warn_if_dead
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class FiringRates:
 
 
 @dataclass
-class _Totals:
+class Counts:
     """Spikes and chances to spike, per step and per channel, in float64."""
 
     spikes: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -115,11 +116,43 @@ class _Totals:
     channel_spikes: np.ndarray = field(default_factory=lambda: np.zeros(0))
     channel_chances: float = 0.0
 
-    def add(self, other: _Totals) -> None:
+    def add(self, other: Counts) -> None:
         self.spikes = add_at(self.spikes, other.spikes)
         self.chances = add_at(self.chances, other.chances)
         self.channel_spikes = add_at(self.channel_spikes, other.channel_spikes)
         self.channel_chances += other.channel_chances
+
+
+class SpikeCounts:
+    """What layers emit, noted while a probe runs: `totals` by layer, added up by `end_batch` after each batch."""
+
+    def __init__(self, probe: Probe, layers: Mapping[str, nn.Module]) -> None:
+        self.totals: dict[str, Counts] = {}
+        self._probe = probe
+        self._calls: dict[str, list[_Call]] = {}
+        for name, module in layers.items():
+            probe.watch(module, self._noting(name, name not in probe.neurons or takes_sequence(module)))
+
+    def _noting(self, name: str, sequence: bool) -> Hook:
+        def note(_: nn.Module, args: Any, output: Any) -> None:
+            self._calls.setdefault(name, []).append(_count(spikes_of(output), sequence))
+
+        return note
+
+    def end_batch(self) -> None:
+        """Adds the calls of the batch that has run."""
+        for name, calls in self._calls.items():
+            self.totals.setdefault(name, Counts()).add(_sum(calls, self._probe.clock))
+        self._calls.clear()
+
+
+def merge_counts(parts: Iterable[Mapping[str, Counts]]) -> dict[str, Counts]:
+    """The counts of several processes, added up by layer."""
+    merged: dict[str, Counts] = {}
+    for part in parts:
+        for name, counts in part.items():
+            merged.setdefault(name, Counts()).add(counts)
+    return merged
 
 
 @dataclass
@@ -156,26 +189,16 @@ def firing_rates(
     [True, True, True, True]
     """
     check_weights(model)
-    totals: dict[str, _Totals] = {}
     samples = 0
     with Probe(model, neurons, forward, as_trained=as_trained) as probe:
         if not probe.neurons:
             owner = type(probe.model).__name__
             raise ValueError(f"{owner} has no neuron layer that is known; name the types of its neurons in neurons=")
-        calls: dict[str, list[_Call]] = {}
-        for name, module in _watched(probe).items():
-            sequence = name not in probe.neurons or takes_sequence(module)
-
-            def note(_: nn.Module, args: Any, output: Any, name: str = name, sequence: bool = sequence) -> None:
-                calls.setdefault(name, []).append(_count(spikes_of(output), sequence))
-
-            probe.watch(module, note)
+        counts = SpikeCounts(probe, _watched(probe))
         for _ in probe.run(batches):
             samples += probe.clock.batch
-            for name, layer_calls in calls.items():
-                totals.setdefault(name, _Totals()).add(_sum(layer_calls, probe.clock))
-            calls.clear()
-        parts = gather((totals, samples, probe.fired))
+            counts.end_batch()
+        parts = gather((counts.totals, samples, probe.fired))
     result = _merge(parts, set(probe.neurons))
     result.silence = silence(probe.model, merge_fired(part[2] for part in parts))
     warn_if_dead(result.silence)
@@ -194,28 +217,28 @@ def _count(spikes: Tensor, sequence: bool) -> _Call:
     by_step = spikes if sequence else spikes.unsqueeze(0)
     by_step = by_step if by_step.ndim > 1 else by_step.unsqueeze(1)
     others = [axis for axis in range(1, by_step.ndim) if axis != 2]
-    counts = by_step.count_nonzero(dim=others).reshape(len(by_step), -1)
+    if by_step.is_meta:
+        counts = torch.zeros(len(by_step), by_step.shape[2] if by_step.ndim > 2 else 1, dtype=torch.int64)
+    else:
+        counts = by_step.count_nonzero(dim=others).reshape(len(by_step), -1)
     return _Call(sequence, counts, by_step.numel() // counts.numel())
 
 
-def _sum(calls: list[_Call], clock: Clock) -> _Totals:
+def _sum(calls: list[_Call], clock: Clock) -> Counts:
     """The calls of one forward pass. A neuron called step by step has one call a step, or more if it is shared."""
-    result = _Totals()
+    result = Counts()
     steps = clock.steps if len(calls) % clock.steps == 0 else len(calls)
     for i, call in enumerate(calls):
         counts = call.spikes.cpu().numpy().astype(np.float64)
         offset = 0 if call.sequence else i * steps // len(calls)
         spikes = np.pad(counts.sum(1), (offset, 0))
         chances = np.pad(np.full(len(counts), float(call.chances * counts.shape[1])), (offset, 0))
-        result.add(_Totals(spikes, chances, counts.sum(0), float(call.chances * len(counts))))
+        result.add(Counts(spikes, chances, counts.sum(0), float(call.chances * len(counts))))
     return result
 
 
 def _merge(parts: Sequence[tuple[Any, ...]], neurons: set[str]) -> FiringRates:
-    merged: dict[str, _Totals] = {}
-    for totals, *_ in parts:
-        for name, layer in totals.items():
-            merged.setdefault(name, _Totals()).add(layer)
+    merged = merge_counts(part[0] for part in parts)
     samples = sum(part[1] for part in parts)
     if samples == 0:
         raise ValueError("there was no batch to run; check that the data is not empty")

@@ -1,0 +1,157 @@
+"""Energy models against closed forms, direct counts of what each kernel meets, and SpikingJelly's counters."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from sdt_blocks import LIF
+from sdt_blocks.analysis import ENERGY_MODELS, energy, energy_from_rates
+from sdt_blocks.analysis.operations import count_operations
+
+PJ = 1e-9
+STEPS = 3
+
+
+class Two(nn.Module):
+    """An analog layer, a neuron and a layer fed by spikes, 6 -> 8 -> 5."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.neuron, self.second = nn.Linear(6, 8), LIF(), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.second(self.neuron(6 * self.first(x).expand(STEPS, len(x), 8)))
+
+
+@pytest.fixture(scope="module")
+def two():
+    """The report, and the mean number of spikes of a sample at each step."""
+    torch.manual_seed(0)
+    net, x = Two(), torch.rand(4, 6)
+    seen = []
+    handle = net.neuron.register_forward_hook(lambda module, args, output: seen.append(output))
+    net(x)
+    handle.remove()
+    spikes = seen[0].double().sum((1, 2)) / 4
+    assert 0 < spikes.sum() < STEPS * 8
+    return energy(net, x), spikes
+
+
+def test_formula_and_executed(two):
+    report, spikes = two
+    formula, executed = report.estimates["formula"], report.estimates["executed"]
+    fired = spikes.sum().item()
+    assert formula.cost.total_mj == pytest.approx(PJ * (4.6 * STEPS * 48 + 0.9 * 5 * fired))
+    assert executed.cost.total_mj == pytest.approx(PJ * (4.6 * 48 + 0.9 * 8 + 0.9 * 5 * fired + 0.9 * 5 * STEPS))
+    assert [step.total_mj for step in formula.steps] == pytest.approx(
+        [PJ * (4.6 * 48 + 0.9 * 5 * count) for count in spikes.tolist()]
+    )
+    assert report.total_mj == formula.cost.total_mj and formula.cost.memory_mj == executed.cost.memory_mj == 0
+    assert formula.ann.total_mj == pytest.approx(PJ * 4.6 * (48 + 40))
+    assert formula.bits == 2 and formula.quantised.total_mj == pytest.approx(PJ * 2 * 0.9 * (48 + 40))
+    assert executed.ann.total_mj == pytest.approx(PJ * (4.6 * (48 + 40) + 0.9 * (8 + 5)))
+
+
+def test_simple_memory(two):
+    report, spikes = two
+    fired, found = spikes.sum().item(), report.estimates["step"]
+    used = 48 + 8 + 5 * fired + 5 * STEPS  # weights and biases
+    assert found.cost.weights_mj == pytest.approx(PJ * 24.96 * 4 * used)
+    assert found.cost.states_mj == pytest.approx(PJ * 24.96 * 4 * 2 * 8 * STEPS)
+    assert found.cost.compute_mj == pytest.approx(report.estimates["executed"].cost.compute_mj)
+    assert found.ann.total_mj == pytest.approx(PJ * (4.6 * 88 + 0.9 * 13 + 24.96 * 4 * (48 + 8 + 40 + 5)))
+
+
+def test_memory_by_the_size_of_buffers(two):
+    report, spikes = two
+    fired, found = spikes.sum().item(), report.estimates["lemaire"]
+
+    def word(entries):
+        return 10 * 4 * entries / 8192  # up to 8 KB
+
+    first, second = word(6 * 8), word(8 * 5)
+    assert found.cost.weights_mj == pytest.approx(PJ * (first * (48 + 8) + second * (5 * fired + 5 * STEPS)))
+    assert found.cost.states_mj == pytest.approx(PJ * (2 * word(5) * 5 * fired + 2 * word(8) * 8 * STEPS))
+    assert found.cost.spikes_mj == pytest.approx(PJ * (word(6) * 6 + 2 * word(1000) * fired))
+    addressing = 0.1 * (6 + 8) + 0.1 * 5 * fired
+    neurons = 3.2 * 8 * STEPS + 0.1 * fired
+    operations = 3.2 * 48 + 0.1 * 8 + 0.1 * (5 * fired + 5 * STEPS)
+    assert found.cost.compute_mj == pytest.approx(PJ * (operations + neurons + addressing))
+    prices = [found.model.price(0, size) * 32 for size in (4096, 8192, 20480, 32768, 2**19 + 2**14, 2**20, 2**24)]
+    assert prices == pytest.approx([5, 10, 15, 20, 60, 100, 100])
+
+
+def test_weights_once_and_routed_spikes(two):
+    report, spikes = two
+    fired, found = spikes.sum().item(), report.estimates["yan"]
+    assert found.cost.weights_mj == pytest.approx(PJ * 20 * 8 * (48 + 40))
+    assert found.steps[1].weights_mj == found.steps[2].weights_mj == 0
+    assert found.cost.spikes_mj == pytest.approx(PJ * (0.25 * 8 * 6 + 3 * 2 * fired))
+    assert found.quantised.spikes_mj == pytest.approx(PJ * 0.25 * 2 * (6 + 8 + 8))
+
+
+@pytest.mark.parametrize("name", ENERGY_MODELS)
+def test_at_the_break_even_rate_both_cost_the_same(two, name):
+    report, _ = two
+    found = report.estimates[name]
+    for rate, ann in ((found.break_even, found.ann), (found.break_even_quantised, found.quantised)):
+        slope = [energy_from_rates(Two(), r, (6,)).estimates[name].cost.total_mj for r in (0.25, 0.75)]
+        assert slope[0] + (rate - 0.25) / 0.5 * (slope[1] - slope[0]) == pytest.approx(ann.total_mj, rel=1e-9)
+    row = found.rows[1]
+    assert (row.name, found.rows[2].type, found.rows[2].break_even) == ("second", "neuron", None)
+    if name == "formula":
+        assert row.break_even == pytest.approx(4.6 / (0.9 * STEPS))
+        assert row.break_even_quantised == pytest.approx(2 / STEPS)
+
+
+def test_the_verdict_names_models_and_factors(two):
+    report, _ = two
+    for name, found in report.estimates.items():
+        factor = f"{name} ({found.ann.total_mj / found.cost.total_mj:.3g}x)"
+        assert factor in report.verdict.split(";")[0]
+    assert report.verdict.count("against an ANN of 2-bit activations") >= 1 and report.verdict in str(
+        report.table().caption
+    )
+    content = json.loads(report.to_json())
+    assert content["verdict"] == report.verdict and "after pooling" in content["convention"]
+    assert content["estimates"]["step"]["rows"][2]["states_mj"] == report.estimates["step"].rows[2].cost.states_mj > 0
+
+
+def test_biases_by_choice(two):
+    report, _ = two
+    plain = replace(ENERGY_MODELS["executed"], name="no biases", biases=False)
+    without, found = report.estimate(plain), report.estimates["executed"]
+    assert found.cost.total_mj - without.cost.total_mj == pytest.approx(PJ * 0.9 * (8 + 5 * STEPS))
+    assert report.estimates.pop("no biases") is without
+
+
+CONVOLUTIONS = {
+    "3x3": (nn.Conv2d(4, 6, 3, padding=1, bias=False), (4, 7, 5)),
+    "strided": (nn.Conv2d(4, 6, 3, padding=1, stride=2, bias=False), (4, 7, 6)),
+    "grouped, uneven, dilated": (
+        nn.Conv2d(4, 6, (3, 5), padding=(2, 1), dilation=(2, 1), stride=(1, 3), groups=2, bias=False),
+        (4, 9, 8),
+    ),
+    "depthwise 7x7": (nn.Conv2d(4, 4, 7, padding=3, groups=4, bias=False), (4, 6, 6)),
+    "1d": (nn.Conv1d(3, 5, 4, padding=3, bias=False), (3, 9)),
+    "3d": (nn.Conv3d(2, 3, 3, padding=1, bias=False), (2, 4, 3, 5)),
+    "transposed": (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2, bias=False), (4, 5, 4)),
+}
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_executed_operations_are_what_the_kernel_meets(kind):
+    """A convolution of ones with ones counts its own products."""
+    convolution, shape = CONVOLUTIONS[kind]
+    convolution = convolution.double().requires_grad_(False)
+    nn.init.ones_(convolution.weight)
+    torch.manual_seed(0)
+    x = (torch.rand(2, *shape) < 0.3).double()
+    layer = count_operations(convolution, x, spike_input=True).layers[0]
+    assert layer.executed == [convolution(x).sum().item() / 2] and layer.executed[0] > 0
+    assert layer.executed_macs == convolution(torch.ones(1, *shape).double()).sum().item() < layer.macs
+    assert layer.outputs == convolution(x)[0].numel() and layer.inputs == x[0].numel()
+    assert layer.moved == [x.sum().item() / 2] and layer.weights == convolution.weight.numel()
