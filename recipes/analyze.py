@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,7 @@ from common.schema import option
 from common.trained import default_folder, load, with_run_config
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 
 from sdt_blocks.analysis import analyze_model
 from sdt_blocks.neuron import find_neurons
@@ -66,25 +65,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     return options, with_run_config(Path(options.checkpoint), settings)
 
 
-class ReadableBatches:
-    """The batches of a loader without the samples that could not be read, as often as they are asked for."""
-
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self.loader, self.dataset = loader, loader.dataset
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        from common.loading import fetch
-
-        for inputs, targets in fetch(self.loader):
-            readable = targets >= 0
-            if readable.any():
-                yield inputs[readable], targets[readable]
-
-
-def run_neurobench(model: nn.Module, batches: ReadableBatches, folder: Path) -> None:
+def run_neurobench(model: nn.Module, batches: Any, folder: Path) -> None:
     """NeuroBench's view of the same model, on this process's samples, into neurobench.json."""
     from neurobench import metrics
     from neurobench.benchmarks import Benchmark
@@ -104,7 +85,7 @@ def main(arguments: list[str]) -> None:
     checkpoint = Path(options.checkpoint or "")
     config = load_config(rest, default="imagenet_8_384")
     start_cpu_processes()
-    from common.loading import closing, evaluation_loader
+    from common.loading import ReadableBatches, closing, evaluation_loader
     from common.set_up import build_accelerator, open_data
 
     model, config = load(checkpoint, config, rest, averaged=False)

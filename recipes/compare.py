@@ -9,8 +9,6 @@ The energy is that of `analyze.py` or `analyze=true`, where it has been computed
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -20,25 +18,23 @@ from typing import Any
 from common.command_line import short_errors
 from common.config import ConfigError, RunError
 
-COLUMNS = {
-    "run": "run",
-    "model": "model",
-    "data": "data",
-    "epochs": "epochs",
-    "test_top1": "top-1 (%)",
-    "best_top1": "best top-1 (%)",
-    "params": "parameters",
-    "energy_mj": "energy (mJ)",
-    "firing_rate": "firing rate",
-    "seconds": "time (s)",
-}
-"""What the table shows of a run: the key, as in summary.json, and the heading."""
+from sdt_blocks.analysis.tables import Column, as_csv, latex, markdown
 
-FORMATS = {"test_top1": ".2f", "best_top1": ".2f", "params": ",", "energy_mj": ".4g", "firing_rate": ".4f"}
-FORMATS |= {"seconds": ".0f"}
-ABSENT = "–"
+COLUMNS = (
+    Column("run", "run"),
+    Column("model", "model"),
+    Column("data", "data"),
+    Column("epochs", "epochs", ""),
+    Column("test_top1", "top-1 (%)", ".2f"),
+    Column("best_top1", "best top-1 (%)", ".2f"),
+    Column("params", "parameters", ","),
+    Column("energy_mj", "energy (mJ)", ".4g"),
+    Column("firing_rate", "firing rate", ".4f"),
+    Column("seconds", "time (s)", ".0f"),
+)
+"""What the table shows of a run: the keys are those of summary.json."""
 
-_LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\^{}"}
+NUMBERS = [column.key for column in COLUMNS if column.format]
 
 
 def read_run(folder: Path, name: str) -> dict[str, Any]:
@@ -58,7 +54,7 @@ def read_run(folder: Path, name: str) -> dict[str, Any]:
     measured = [line for line in lines if line.get("test_top1") is not None]
     last |= {key: measured[-1].get(key) if measured else None for key in ("test_top1", "firing_rate")}
     row = {"best_top1": max(accuracies, default=None), **last, **summary, "energy_mj": energy.get("total_mj")}
-    for key in FORMATS:
+    for key in NUMBERS:
         if isinstance(row.get(key), bool) or not isinstance(row.get(key), int | float | None):
             raise ConfigError(f"{folder}: {key} should be a number, found {row[key]!r}")
     return row | {"run": name if summary else f"{name} (not finished)", "lines": lines}
@@ -83,43 +79,6 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     raise ConfigError("a run is named twice; name each once")
 
 
-def shown(row: dict[str, Any], key: str) -> str:
-    """A cell of the printed tables."""
-    value = row.get(key)
-    return ABSENT if value is None else format(value, FORMATS.get(key, "")) if key in FORMATS else str(value)
-
-
-def markdown(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
-    """The rows as a Markdown table, numbers to the right."""
-    cells = [[shown(row, key).replace("|", "\\|") for key in columns] for row in rows]
-    sides = ["---" if key in ("run", "model", "data") else "---:" for key in columns]
-    lines = [[COLUMNS[key] for key in columns], sides, *cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def latex(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
-    """The rows as a LaTeX tabular with booktabs' rules."""
-
-    def line(cells: Sequence[str]) -> str:
-        escaped = ["".join(_LATEX.get(c, c) for c in cell).replace(ABSENT, "--") for cell in cells]
-        return " & ".join(escaped) + r" \\"
-
-    sides = "".join("l" if key in ("run", "model", "data") else "r" for key in columns)
-    head, body = line([COLUMNS[key] for key in columns]), [line([shown(row, key) for key in columns]) for row in rows]
-    return "\n".join(
-        [rf"\begin{{tabular}}{{{sides}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""]
-    )
-
-
-def as_csv(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
-    """The rows as CSV, numbers in full."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(columns)
-    table.writerows(["" if row.get(key) is None else row[key] for key in columns] for row in rows)
-    return text.getvalue()
-
-
 def main(arguments: Sequence[str]) -> None:
     output, folders = Path("comparison"), []
     for argument in arguments:
@@ -133,7 +92,7 @@ def main(arguments: Sequence[str]) -> None:
     if missing:
         raise ConfigError(f"{', '.join(missing)}: no such folder")
     rows = [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
-    columns = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+    columns = [column for column in COLUMNS if any(row.get(column.key) is not None for row in rows)]
     table = markdown(rows, columns)
     texts = {"md": table, "csv": as_csv(rows, columns), "tex": latex(rows, columns)}
     from common.pictures import draw_comparison
@@ -146,7 +105,7 @@ def main(arguments: Sequence[str]) -> None:
     except OSError as error:
         raise RunError(f"output_dir={output} cannot be written ({error})") from error
     print(table)
-    if "energy_mj" not in columns:
+    if all(row["energy_mj"] is None for row in rows):
         print("Energy is computed by: accelerate launch recipes/analyze.py checkpoint=RUN")
     print(f"comparison.md, .csv, .tex and .png are in {output}")
 

@@ -201,6 +201,22 @@ def fetch(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         yield batch
 
 
+class ReadableBatches:
+    """The batches of a loader without the samples that could not be read, as often as they are asked for."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader, self.dataset = loader, loader.dataset
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for inputs, targets in fetch(self.loader):
+            readable = targets >= 0
+            if readable.any():
+                yield inputs[readable], targets[readable]
+
+
 def stop_loaders(*loaders: DataLoader[Any]) -> None:
     """Ends the loaders' processes. They ignore the SIGTERM with which Python would end them at exit before it waits."""
     for loader in loaders:

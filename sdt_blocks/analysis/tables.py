@@ -1,0 +1,66 @@
+"""Tables of figures as Markdown, as LaTeX for a paper, and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+Row = Mapping[str, Any]
+
+ABSENT = "–"
+
+_LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\^{}"}
+_LATEX |= {ABSENT: "--", "µ": r"\textmu{}", "±": r"$\pm$", "\n": " "}
+
+
+class Column(NamedTuple):
+    """One column: the key of its values, its heading, and how numbers are printed; None where it holds text."""
+
+    key: str
+    heading: str
+    format: str | None = None
+
+    def shown(self, row: Row) -> str:
+        """A cell of the printed tables."""
+        value = row.get(self.key)
+        return ABSENT if value is None else str(value) if self.format is None else format(value, self.format)
+
+
+def markdown(rows: Sequence[Row], columns: Sequence[Column], note: str = "") -> str:
+    """The rows as a Markdown table, numbers to the right, and the note below."""
+    cells = [[column.shown(row).replace("|", "\\|").replace("\n", " ") for column in columns] for row in rows]
+    sides = ["---" if column.format is None else "---:" for column in columns]
+    lines = [[column.heading for column in columns], sides, *cells]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return f"{table}\n{note}\n" if note else table
+
+
+def latex(rows: Sequence[Row], columns: Sequence[Column], note: str = "") -> str:
+    """The rows as a LaTeX tabular with booktabs' rules, the note as a comment above it."""
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join("".join(_LATEX.get(c, c) for c in cell) for cell in cells) + r" \\"
+
+    sides = "".join("l" if column.format is None else "r" for column in columns)
+    head, body = line([column.heading for column in columns]), [line([c.shown(row) for c in columns]) for row in rows]
+    begin = [rf"\begin{{tabular}}{{{sides}}}", r"\toprule", head, r"\midrule"]
+    comment = [f"% {part}" for part in note.splitlines()]
+    return "\n".join([*comment, *begin, *body, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def as_csv(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    """The rows as CSV under their keys, numbers in full."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow([column.key for column in columns])
+    table.writerows([_cell(row.get(column.key)) for column in columns] for row in rows)
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A spreadsheet would compute a cell that starts like a formula."""
+    if value is None:
+        return ""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
