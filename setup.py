@@ -13,6 +13,7 @@ train += ["tensorboard", "torchmetrics>=1.6"]
 events = ["tonic>=1.5", "aedat>=2.0"]
 data = ["datasets>=4", "mlxtend>=0.23", "webdataset>=0.2.86"]
 test = [*data, "pytest>=8", "pytest-xdist", "hypothesis", "mypy", "ruff", "dv-processing", "neurobench", "types-PyYAML"]
+test += ["spikingjelly>=2.0"]
 
 setup(
     name="sdt_blocks",

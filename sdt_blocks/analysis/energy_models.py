@@ -399,6 +399,8 @@ def _read(where: str, name: str, own: dict[str, Any]) -> EnergyModel:
         if key not in known:
             raise ValueError(f"{where}: there is no constant {key!r}; there are base, {', '.join(known)}")
         if key == "buffers":
+            if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+                raise ValueError(f"{where}: buffers must be pairs of a size in bytes and a price, got {value!r}")
             own[key] = tuple((float(size), float(price)) for size, price in value)
         elif key != "source":
             switch = isinstance(known[key], bool)

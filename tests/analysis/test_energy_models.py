@@ -1,14 +1,19 @@
 """Energy models against closed forms, direct counts of what each kernel meets, and SpikingJelly's counters."""
 
+import csv
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import snntorch
+import snntorch.utils
 import torch
 from torch import nn
 
-from sdt_blocks import LIF
-from sdt_blocks.analysis import ENERGY_MODELS, energy, energy_from_rates
+from sdt_blocks import LIF, MetaSpikeFormer, create_model
+from sdt_blocks.analysis import ENERGY_MODELS, energy, energy_from_rates, firing_rates, read_energy_models
 from sdt_blocks.analysis.operations import count_operations
 
 PJ = 1e-9
@@ -155,3 +160,149 @@ def test_executed_operations_are_what_the_kernel_meets(kind):
     assert layer.executed_macs == convolution(torch.ones(1, *shape).double()).sum().item() < layer.macs
     assert layer.outputs == convolution(x)[0].numel() and layer.inputs == x[0].numel()
     assert layer.moved == [x.sum().item() / 2] and layer.weights == convolution.weight.numel()
+
+
+def lively_v2():
+    """A small Meta-SpikeFormer that fires everywhere."""
+    torch.manual_seed(0)
+    model = MetaSpikeFormer(
+        dims=(8, 16, 24, 32), depths=(1, 1, 1, 1, 1), num_heads=4, num_classes=5, time_steps=2
+    ).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 1, 3)
+            nn.init.uniform_(module.bias, 0, 1)
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    return model
+
+
+class Loop(nn.Module):
+    """Plain snnTorch, a loop over steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(3, 8, 3, padding=1, stride=2), nn.MaxPool2d(2)
+        self.fire = snntorch.Leaky(beta=0.9, init_hidden=True)
+        self.deep, self.last = nn.Conv2d(8, 6, 5, padding=2, bias=False), nn.Linear(96, 3)
+        self.again = snntorch.Leaky(beta=0.9, init_hidden=True, threshold=0.1)
+
+    def forward(self, x):
+        spikes = (self.again(self.deep(self.pool(self.fire(4 * self.conv(x).abs())))) for _ in range(3))
+        return torch.stack([self.last(one.flatten(1)) for one in spikes])
+
+
+@pytest.mark.parametrize(("network", "size"), [("v1", 16), ("v2", 64), ("loop", 16)])
+def test_additions_of_spikingjelly(network, size, small):
+    """Layer for layer and to the last one; the papers' formula differs where there is a border, and only there."""
+    counters = pytest.importorskip("spikingjelly.activation_based.op_counter")
+    torch.manual_seed(1)
+    model = {"v1": small, "v2": lively_v2, "loop": Loop}[network]()
+    x, counter = torch.rand(3, 3, size, size), counters.SynOpCounter()
+    report = energy(model, x, as_trained=True)
+    snntorch.utils.reset(model)
+    with torch.no_grad(), counters.DispatchCounterMode([counter]):
+        model(x)
+    theirs = {name.partition(".")[2]: sum(count.values()) for name, count in counter.get_counts().items()}
+    differ = 0
+    for layer in report.operations.layers:
+        if layer.kind != "AC" or layer.type == "attention":
+            continue
+        executed = 3 * sum(layer.executed)
+        assert round(executed) == theirs[layer.name] > 0 and executed == pytest.approx(round(executed), abs=1e-6)
+        formula = report[layer.name].synaptic_operations * 3
+        module = model.get_submodule(layer.name)
+        border = isinstance(module, nn.Conv2d) and max(module.padding) > 0
+        assert (layer.executed_macs < layer.macs) == border and (border or formula == pytest.approx(executed))
+        differ += border
+    assert differ
+
+
+def test_memory_of_spikingjelly(small):
+    """Weights read where a spike comes in, and biases, of all layers fed by spikes."""
+    counters = pytest.importorskip("spikingjelly.activation_based.op_counter")
+    base = pytest.importorskip("spikingjelly.activation_based.op_counter.base")
+    model, x = small(), torch.rand(2, 3, 16, 16)
+    report = energy(model, x, as_trained=True)
+    counter = counters.NeuromorphicMemoryAccessCounter()
+    with torch.no_grad(), base.ModuleCounterMode([counter], model=model):
+        model(x)
+    theirs = {name.partition(".")[2]: value for name, value in counter.get_counts().items()}
+    layers = [layer for layer in report.operations.layers if layer.kind == "AC" and layer.type != "attention"]
+    assert len(layers) == 11
+    for row in report.estimates["step"].rows:
+        if row.name in {layer.name for layer in layers}:
+            read = theirs[row.name]["weight_read_bytes"] + theirs[row.name]["bias_read_bytes"]
+            assert row.cost.weights_mj == pytest.approx(PJ * 24.96 * read / 2, rel=1e-12) and read > 0
+
+
+def test_measured_log_of_a_published_network():
+    """The 7.43610 mJ of Spikingformer 8-512 without its head, as its authors measured them on ImageNet."""
+    table = Path(__file__).parents[2] / "recipes" / "data" / "published_rates.csv"
+    with open(table, newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["network"] == "spikingformer_8_512"]
+    rates = {row["layer"]: float(row["rates"]) for row in rows}
+    with torch.device("meta"):
+        model = create_model("sdt_8_512")
+    report = energy_from_rates(model, {"head": 0.0, "blocks.*.attention.branch": 0.0, **rates}, (3, 224, 224))
+    fed = [layer.name for layer in report.layers if layer.kind == "AC" and layer.type != "attention"]
+    assert {*fed, "head"} == {*rates, "head"} and len(fed) == 53
+    assert report.total_mj - report["head"].energy_mj == pytest.approx(7.43610, rel=1e-3)
+
+
+def test_the_bound_of_an_attention_from_given_rates():
+    """`E_AC * N * D * sum of the rates of k and v`, from neurons that are named or one rate for all."""
+    with torch.device("meta"):
+        model = create_model("sdt_2_256")
+    bound, per_rate = {}, 0.9 * PJ * 2 * 64 * 256
+    rates = {"*k_neuron": [0.1, 0.2, 0.3, 0.4], "*v_neuron": 0.05, "*": 0.1}
+    for given in (0.1, rates):
+        bound[str(given)] = energy_from_rates(model, given, (3, 32, 32)).attention.bound_mj
+    assert bound["0.1"] == pytest.approx(per_rate * 4 * 0.2)
+    assert bound[str(rates)] == pytest.approx(per_rate * (1.0 + 4 * 0.05))
+
+
+def test_the_bound_is_the_measured_one(small):
+    model, x = small(), torch.rand(4, 3, 16, 16)
+    measured, rates = energy(model, x), firing_rates(model, x)
+    given = {name: layer.rate for name, layer in rates.layers.items() if name.endswith(("k_neuron", "v_neuron"))}
+    again = energy_from_rates(model, {**given, "*": 0.1}, (3, 16, 16))
+    assert again.attention.bound_mj == pytest.approx(measured.attention.bound_mj, rel=1e-9) and given
+
+
+def test_models_of_ones_own(tmp_path, two):
+    path = tmp_path / "chip.yaml"
+    path.write_text(
+        "chip:\n  base: step\n  ac: 1e-1\n  biases: false\n  buffers: [[0, 0], [4096, 8]]\nother: {mac: 2}\n"
+    )
+    models = read_energy_models(path)
+    assert (models["chip"].ac, models["chip"].mac, models["chip"].biases) == (0.1, 4.6, False)
+    assert models["chip"].buffers == ((0, 0), (4096, 8)) and "chip.yaml" in models["chip"].source
+    report, spikes = two
+    found = report.estimate(models["chip"])
+    assert found.cost.compute_mj == pytest.approx(PJ * (4.6 * 48 + 0.1 * 5 * spikes.sum().item()))
+    assert found.cost.states_mj == pytest.approx(PJ * 8 * 32 / 4096 * 2 * 8 * STEPS)
+    del report.estimates["chip"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("chip: {pj: 1}", "no constant 'pj'; there are base, source, mac, ac"),
+        ("chip: {base: horowitz}", "base must be one of formula, executed, step, lemaire, yan, got 'horowitz'"),
+        ("chip: {ac: much}", "ac must be a number, got 'much'"),
+        ("chip: {ac: true}", "ac must be a number, got True"),
+        ("chip: {biases: 1}", "biases must be true or false, got 1"),
+        ("chip: {ac: -1}", "chip: ac must not be negative or infinite, got -1"),
+        ("chip: {ac: .nan}", "chip: ac must not be negative or infinite, got nan"),
+        ("chip: {buffers: [[9, 1], [8, 2]]}", "buffers must grow in size"),
+        ("chip: {buffers: [8, 2]}", "buffers must be pairs"),
+        ("chip: 3", "expected constants under the name of each model"),
+        ("- chip", "expected constants under the name of each model"),
+    ],
+)
+def test_bad_models(text, message, tmp_path):
+    path = tmp_path / "chip.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_energy_models(path)
