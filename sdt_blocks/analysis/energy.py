@@ -28,6 +28,7 @@ from .energy_models import (
     vanilla,
     with_rates,
 )
+from .moments import Moments
 from .operations import LayerOperations, NotCounted, Operations, count_operations
 from .probe import Batches, Forward, check_weights, unwrap
 from .silence import as_text, warn_if_dead
@@ -202,6 +203,7 @@ class EnergyReport:
         bits = f"{next(iter(found)).bits}-bit activations"
         for name, values in (
             ("total", [one.cost.total_mj for one in found]),
+            ("± std over samples", [one.std_mj for one in found]),
             ("of that, memory", [one.cost.memory_mj for one in found]),
             ("the same network as an ANN", [one.ann.total_mj for one in found]),
             (f"as an ANN of {bits}", [one.quantised.total_mj for one in found]),
@@ -315,7 +317,7 @@ def energy_from_rates(
         operations.neurons[place] = at_rates(neuron, fire[neuron.name])
     for layer in operations.layers:
         layer.bound_rate = _bound(layer, fire)
-    operations.samples, operations.silence = 0, ""
+    operations.samples, operations.silence, operations.moments = 0, "", Moments()
     return _report(operations, e_mac, e_ac)
 
 

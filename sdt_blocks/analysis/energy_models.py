@@ -7,13 +7,14 @@ A model is a table of constants, `EnergyModel`; the equations are the functions 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .moments import half_width
 from .operations import LayerOperations, NeuronOperations, Operations
 
 E_MAC = 4.6
@@ -168,6 +169,7 @@ class RowEstimate:
     `rate` is the mean over the steps of the share of its inputs that count (of a neuron: of its outputs).
     `break_even` is the rate at which the spiking layer would cost as much as the ANN's, None where none would matter
     (analog inputs; neurons, whose rate is no input's): above 1 it wins at any rate, below 0 it loses at any.
+    `std_mj` is the standard deviation of its cost over the samples, None of fewer than two.
     """
 
     name: str
@@ -178,6 +180,7 @@ class RowEstimate:
     quantised: Cost
     break_even: float | None = None
     break_even_quantised: float | None = None
+    std_mj: float | None = None
 
     @property
     def cost(self) -> Cost:
@@ -192,7 +195,8 @@ class Estimate:
     `ann` is the same network as an ANN: each layer once, in full, softmax attention for the spike-driven one.
     `quantised` is the ANN whose activations have as many values as a neuron has over all steps, `bits` wide; a product
     with one costs `bits` additions, or a multiplication where that is less. `break_even` is the rate of all spikes at
-    which the whole network would cost as much as the ANN.
+    which the whole network would cost as much as the ANN; `std_mj` the standard deviation of the spiking network's cost
+    over `samples`, None of fewer than two.
     """
 
     model: EnergyModel
@@ -200,6 +204,14 @@ class Estimate:
     bits: int
     break_even: float | None = None
     break_even_quantised: float | None = None
+    samples: int = 0
+    std_mj: float | None = None
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
+        """The confidence interval of the mean cost in mJ; None of fewer than two samples. Raises outside of 0..1."""
+        half = half_width(self.std_mj, self.samples, confidence)
+        mean = self.cost.total_mj
+        return None if half is None else (mean - half, mean + half)
 
     @property
     def cost(self) -> Cost:
@@ -227,6 +239,7 @@ class Estimate:
                 "type": row.type,
                 "rate": row.rate,
                 **_flat(row.cost, row.steps, row.ann, row.quantised),
+                "std_mj": row.std_mj,
                 "break_even": row.break_even,
                 "break_even_quantised": row.break_even_quantised,
             }
@@ -235,6 +248,8 @@ class Estimate:
         return {
             "model": asdict(self.model),
             **_flat(self.cost, self.steps, self.ann, self.quantised),
+            "std_mj": self.std_mj,
+            "interval_95_mj": self.interval(),
             "quantised_bits": self.bits,
             "break_even": self.break_even,
             "break_even_quantised": self.break_even_quantised,
@@ -247,7 +262,11 @@ def estimate(operations: Operations, model: EnergyModel) -> Estimate:
     bits = math.ceil(math.log2(operations.steps + 1))
     records: list[Record] = [*operations.layers, *operations.neurons]
     rows = [_row(record, model, bits) for record in records]
-    result = Estimate(model, rows, bits)
+    result = Estimate(model, rows, bits, samples=operations.samples)
+    shares = [_shares(record, model) for record in records]
+    for row, share in zip(rows, shares, strict=True):
+        row.std_mj = operations.moments.std(share)
+    result.std_mj = operations.moments.std({key: value for share in shares for key, value in share.items()})
     none, all_fire = (
         sum(_total(at_rates(record, [rate] * len(_rates(record))), model) for record in records) for rate in (0.0, 1.0)
     )
@@ -413,6 +432,25 @@ def _rates(record: Record) -> list[float]:
     if isinstance(record, LayerOperations):
         return record.rate
     return [spikes / record.neurons for spikes in record.spikes]
+
+
+def _shares(record: Record, model: EnergyModel) -> dict[Hashable, float]:
+    """What one more of each value that samples differ in costs, in mJ: costs are linear in them."""
+    none = at_rates(record, [0.0] * len(_rates(record)))
+    one = [1.0] + [0.0] * (len(_rates(record)) - 1)
+    if isinstance(record, NeuronOperations):
+        more = {"spikes": replace(none, spikes=one)}
+    elif record.varies and record.macs:
+        none = with_rates(record, [0.0] * len(record.rate))
+        rate = [share / record.macs for share in one]
+        more = {
+            "charged": replace(none, rate=rate),
+            "executed": replace(none, executed=one),
+            "moved": replace(none, moved=one),
+        }
+    else:
+        return {}
+    return {(record.name, what): _total(each, model) - _total(none, model) for what, each in more.items()}
 
 
 def _total(record: Record, model: EnergyModel) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..neuron import IntegerNeuron
 from .dataflow import MULTIPLIES, NOTHING, OUTER, SUMMED, Follower
+from .moments import Moments, merged
 from .operators import FREE
 from .probe import Batches, Clock, Forward, Hook, Probe, add_at, find_mixers, gather
 from .rates import Counts, SpikeCounts, merge_counts
@@ -34,7 +35,8 @@ class LayerOperations:
     `executed_macs` those of one step if every input counted. `inputs` and `outputs` are the entries of one step,
     `moved` the inputs that are not zero at each step, `biases` the outputs of one step to which a bias is added,
     `weights` the parameters that are multiplied. Of a mixer, `sources` are the neurons that its inputs come from and
-    `bound_shares` how much of its `macs` its estimate takes for each of them if it always fires.
+    `bound_shares` how much of its `macs` its estimate takes for each of them if it always fires. `varies`: what
+    is charged depends on the sample.
     """
 
     name: str
@@ -55,6 +57,7 @@ class LayerOperations:
     weights: int = 0
     sources: tuple[str, ...] = ()
     bound_shares: tuple[float, ...] = ()
+    varies: bool = False
 
 
 @dataclass
@@ -87,6 +90,8 @@ class Operations:
     """The layers' work in the order of the forward pass, for the mean of `samples`.
 
     `not_counted` are operations that may multiply and that no rule counts; `silence` names neurons that never fired.
+    `moments` are those of what each sample is charged, over all steps: of a layer `(name, "charged")`, `"executed"` and
+    `"moved"`, of a neuron layer `(name, "spikes")`.
     """
 
     layers: list[LayerOperations]
@@ -95,6 +100,7 @@ class Operations:
     not_counted: list[NotCounted] = field(default_factory=list)
     silence: str = ""
     neurons: list[NeuronOperations] = field(default_factory=list)
+    moments: Moments = field(default_factory=Moments)
 
 
 @dataclass
@@ -106,6 +112,7 @@ class _Site:
     entries: np.ndarray = field(default_factory=lambda: np.zeros(0))
     dense: np.ndarray = field(default_factory=lambda: np.zeros(0))
     bound: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    by_sample: dict[str, np.ndarray] = field(default_factory=dict)
     executed: np.ndarray = field(default_factory=lambda: np.zeros(0))
     executed_dense: np.ndarray = field(default_factory=lambda: np.zeros(0))
     moved: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -175,17 +182,22 @@ def count_operations(
     """
     sites: dict[str, _Site] = {}
     samples = steps = 0
+    moments = Moments()
     with Probe(model, neurons, forward, as_trained=as_trained) as probe:
         recorder, fired = _Recorder(probe), SpikeCounts(probe, probe.neurons)
         for x in probe.run(batches):
             samples, steps = samples + probe.clock.batch, max(steps, probe.clock.steps)
+            values: dict[Hashable, np.ndarray] = {}
             for name, calls in recorder.calls.items():
                 site = _sum(name, calls, probe.clock, x)
                 sites.setdefault(name, _Site(site.type)).add(site)
+                values.update({(name, what): each for what, each in site.by_sample.items()})
             recorder.calls.clear()
-            fired.end_batch()
-        parts = gather((sites, samples, steps, recorder.not_counted(), probe.fired, fired.totals))
+            values.update({(name, "spikes"): each for name, each in fired.end_batch().items()})
+            moments.add(Moments.of(values))
+        parts = gather((sites, samples, steps, recorder.not_counted(), probe.fired, fired.totals, moments))
     result = _merge(parts, spike_input)
+    result.moments = merged(part[6] for part in parts)
     result.neurons = _neurons(probe.neurons, merge_counts(part[5] for part in parts), result.samples)
     left_out = sum((part[3] for part in parts), Counter[tuple[str, str]]())
     result.not_counted = [NotCounted(*where, calls) for where, calls in left_out.items()]
@@ -485,8 +497,9 @@ def _is_spikes(x: Tensor, nonzero: Tensor) -> Tensor:
 
 def _sum(name: str, calls: list[_Call], clock: Clock, x: Tensor) -> _Site:
     """The calls of one forward pass of the input x. A layer that ran once for all steps counts at each of them."""
-    nonzero = clock.split([call.nonzero for call in calls], name)
-    entries = clock.split([torch.full_like(call.nonzero, call.entries) for call in calls], name)
+    by_sample = clock.split([call.nonzero for call in calls], name)
+    nonzero = by_sample.sum(1)
+    entries = clock.split([torch.full_like(call.nonzero, call.entries) for call in calls], name).sum(1)
     once = len(nonzero) < clock.steps
     kept = [call.kept_input for call in calls if call.kept_input is not None]
     frames = bool(kept) and (x.ndim == 5 or (not once and _varies(kept, clock.steps)))
@@ -500,20 +513,24 @@ def _sum(name: str, calls: list[_Call], clock: Clock, x: Tensor) -> _Site:
         array = values.cpu().numpy().astype(np.float64)
         return np.repeat(array, clock.steps) if once else array
 
-    def split(values: Sequence[Tensor | None]) -> np.ndarray | None:
+    def split(values: Sequence[Tensor | None], default: Tensor) -> Tensor:
         found = [value for value in values if value is not None]
-        return per_step(clock.split(found, name)) if found else None
+        return clock.split(found, name) if found else default
 
-    executed, moved = split([call.executed for call in calls]), split([call.moved for call in calls])
+    charged = by_sample / entries[:, None] * dense
+    executed = split([call.executed for call in calls], charged)
+    moved = split([call.moved for call in calls], by_sample)
+    each = {"charged": charged, "executed": executed, "moved": moved}
     return _Site(
         calls[0].type,
         per_step(nonzero),
         per_step(entries),
         np.full(steps, dense),
-        per_step(clock.split(bounds, name)) if bounds else np.zeros(0),
-        executed=per_step(nonzero) / per_step(entries) * dense if executed is None else executed,
+        per_step(clock.split(bounds, name).sum(1)) if bounds else np.zeros(0),
+        by_sample={what: share * value.sum(0).double().cpu().numpy() for what, value in each.items()},
+        executed=per_step(executed.sum(1)),
         executed_dense=np.full(steps, sum(call.executed_dense for call in calls) / len(nonzero)),
-        moved=per_step(nonzero) if moved is None else moved,
+        moved=per_step(moved.sum(1)),
         inputs=share * sum(call.inputs for call in calls),
         outputs=share * sum(call.outputs for call in calls),
         biases=share * sum(call.biases for call in calls),
@@ -573,6 +590,7 @@ def _merge(parts: Sequence[tuple[Any, ...]], spike_input: bool) -> Operations:
                 weights=site.weights,
                 sources=site.sources,
                 bound_shares=site.bound_shares,
+                varies=sparse,
             )
         )
     return Operations(layers, steps, samples)

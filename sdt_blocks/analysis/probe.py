@@ -91,22 +91,27 @@ class Clock:
         self.batch = leading if known else self._batches.most_common(1)[0][0]
 
     def split(self, calls: Sequence[Tensor], name: str) -> Tensor:
-        """Values per row, one tensor a call, as sums per step `[T]`; `[1]` for a layer computed once for all steps."""
+        """Values per row, one tensor a call, as sums per step and sample `[T, B]`; `[1, B]` for what ran only once."""
         flat = [self._rows(call) for call in calls]
         per_step = len(flat) % self.steps == 0 and all(len(rows) % self.batch == 0 for rows in flat)
         if per_step and (self.looped or self.steps == 1):
-            return torch.stack([rows.sum() for rows in flat]).view(self.steps, -1).sum(1)
+            return self._by_call(flat).view(self.steps, -1, self.batch).sum(1)
         if all(len(rows) % (self.steps * self.batch) == 0 for rows in flat):
-            return torch.stack([rows.view(self.steps, -1).sum(1) for rows in flat]).sum(0)
+            return torch.stack([rows.view(self.steps, self.batch, -1).sum(2) for rows in flat]).sum(0)
         if per_step:
-            return torch.stack([rows.sum() for rows in flat]).view(self.steps, -1).sum(1)
+            return self._by_call(flat).view(self.steps, -1, self.batch).sum(1)
         if any(len(rows) % self.batch for rows in flat):
             warnings.warn(
                 f"{name}: its calls with {[len(rows) for rows in flat]} rows cannot be told apart into {self.steps} "
                 f"steps of {self.batch} samples; they count as one value for all steps",
                 stacklevel=2,
             )
-        return torch.stack([rows.sum() for rows in flat]).sum(0, keepdim=True)
+            return torch.stack([rows.sum() for rows in flat]).sum().expand(1, self.batch) / self.batch
+        return self._by_call(flat).sum(0, keepdim=True)
+
+    def _by_call(self, calls: Sequence[Tensor]) -> Tensor:
+        """The rows of each call as sums by sample `[calls, B]`."""
+        return torch.stack([rows.view(self.batch, -1).sum(1) for rows in calls])
 
     def _rows(self, call: Tensor) -> Tensor:
         """`[d0]`, or `[d0, d1]` of a layer that acts on the last axis, as one row for each frame."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..neuron import spikes_of, takes_sequence
+from .moments import Moments, half_width, merged
 from .probe import Batches, Clock, Forward, Hook, Probe, add_at, check_weights, find_mixers, gather
 from .silence import as_text, merge_fired, silence, warn_if_dead
 
@@ -29,13 +30,21 @@ class LayerRates:
 
     `rate` holds one value a step; `silent` and `saturated` are the shares of its channels that never fired, and that
     fired at 95 % of all positions, steps and samples or more. `neurons` is its size for one sample, 0 where the layer
-    is a product of spikes.
+    is a product of spikes. `std` is the standard deviation over `samples` of a sample's mean over the steps, None of
+    fewer than two samples.
     """
 
     name: str
     rate: list[float]
     channel_rate: list[float]
     neurons: int
+    std: float | None = None
+    samples: int = 0
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
+        """The confidence interval of the mean, over samples; None of fewer than two. Raises outside of 0..1."""
+        half = half_width(self.std, self.samples, confidence)
+        return None if half is None else (self.mean - half, self.mean + half)
 
     @property
     def mean(self) -> float:
@@ -55,12 +64,19 @@ class LayerRates:
 class FiringRates:
     """Firing rates of a model by layer name, in the order of the forward pass; `rates["head_neuron"].rate[0]`.
 
-    `silence` says which neurons never fired, "" where all did.
+    `silence` says which neurons never fired, "" where all did. `std` is the standard deviation over the samples of
+    `mean`, None of fewer than two.
     """
 
     layers: dict[str, LayerRates]
     samples: int
     silence: str = ""
+    std: float | None = None
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
+        """The confidence interval of `mean`, over samples; None of fewer than two. Raises outside of 0..1."""
+        half = half_width(self.std, self.samples, confidence)
+        return None if half is None else (self.mean - half, self.mean + half)
 
     def __getitem__(self, name: str) -> LayerRates:
         if name not in self.layers:
@@ -79,15 +95,15 @@ class FiringRates:
         return sum(layer.neurons * layer.mean for layer in self.layers.values()) / neurons
 
     def to_csv(self, path: str | Path) -> None:
-        """Writes one line a layer: its name, mean, silent and saturated channels, and the rate at every step."""
-        header = ["layer", "mean", "silent", "saturated", *(f"step_{t}" for t in range(self.steps))]
+        """Writes one line a layer: its name, mean, deviation, silent and saturated channels, the rate at every step."""
+        header = ["layer", "mean", "std", "silent", "saturated", *(f"step_{t}" for t in range(self.steps))]
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(header)
             for layer in self.layers.values():
                 # A spreadsheet would compute a cell that starts like a formula.
                 name = f"'{layer.name}" if layer.name.startswith(("=", "+", "-", "@")) else layer.name
-                writer.writerow([name, layer.mean, layer.silent, layer.saturated, *layer.rate])
+                writer.writerow([name, layer.mean, layer.std, layer.silent, layer.saturated, *layer.rate])
 
     def table(self) -> Table:
         """A table for rich."""
@@ -96,11 +112,12 @@ class FiringRates:
 
         table = Table(title=f"Firing rates over {self.samples} samples")
         table.add_column("layer", overflow="fold")
-        for name in ("mean", "silent", "saturated", *(f"step {t}" for t in range(self.steps))):
+        for name in ("mean", "± std", "silent", "saturated", *(f"step {t}" for t in range(self.steps))):
             table.add_column(name, justify="right")
         for layer in self.layers.values():
             shares = (f"{share:.1%}" for share in (layer.silent, layer.saturated))
-            table.add_row(Text(layer.name), f"{layer.mean:.4f}", *shares, *(f"{rate:.4f}" for rate in layer.rate))
+            std = "-" if layer.std is None else f"{layer.std:.4f}"
+            table.add_row(Text(layer.name), f"{layer.mean:.4f}", std, *shares, *(f"{rate:.4f}" for rate in layer.rate))
         return table
 
     def __str__(self) -> str:
@@ -139,11 +156,17 @@ class SpikeCounts:
 
         return note
 
-    def end_batch(self) -> None:
-        """Adds the calls of the batch that has run."""
+    def end_batch(self) -> dict[str, np.ndarray]:
+        """Adds the calls of the batch that has run, and returns the spikes of each of its samples over all steps."""
+        by_sample = {}
         for name, calls in self._calls.items():
             self.totals.setdefault(name, Counts()).add(_sum(calls, self._probe.clock))
+            batch = self._probe.clock.batch
+            each = [call.by_sample for call in calls if len(call.by_sample) == batch]
+            whole = sum(float(call.by_sample.sum()) for call in calls if len(call.by_sample) != batch)
+            by_sample[name] = sum((one.cpu().numpy() for one in each), np.full(batch, whole / batch))
         self._calls.clear()
+        return by_sample
 
 
 def merge_counts(parts: Iterable[Mapping[str, Counts]]) -> dict[str, Counts]:
@@ -157,11 +180,12 @@ def merge_counts(parts: Iterable[Mapping[str, Counts]]) -> dict[str, Counts]:
 
 @dataclass
 class _Call:
-    """One call of a layer: spikes by step and channel `[t, c]`, and the chances to spike behind each number."""
+    """One call of a layer: spikes by step and channel `[t, c]` and by sample, the chances behind each of the former."""
 
     sequence: bool
     spikes: Tensor
     chances: int
+    by_sample: Tensor
 
 
 def firing_rates(
@@ -195,10 +219,11 @@ def firing_rates(
             owner = type(probe.model).__name__
             raise ValueError(f"{owner} has no neuron layer that is known; name the types of its neurons in neurons=")
         counts = SpikeCounts(probe, _watched(probe))
+        moments = Moments()
         for _ in probe.run(batches):
             samples += probe.clock.batch
-            counts.end_batch()
-        parts = gather((counts.totals, samples, probe.fired))
+            moments.add(Moments.of(counts.end_batch()))
+        parts = gather((counts.totals, samples, probe.fired, moments))
     result = _merge(parts, set(probe.neurons))
     result.silence = silence(probe.model, merge_fired(part[2] for part in parts))
     warn_if_dead(result.silence)
@@ -216,12 +241,15 @@ def _watched(probe: Probe) -> dict[str, nn.Module]:
 def _count(spikes: Tensor, sequence: bool) -> _Call:
     by_step = spikes if sequence else spikes.unsqueeze(0)
     by_step = by_step if by_step.ndim > 1 else by_step.unsqueeze(1)
-    others = [axis for axis in range(1, by_step.ndim) if axis != 2]
     if by_step.is_meta:
-        counts = torch.zeros(len(by_step), by_step.shape[2] if by_step.ndim > 2 else 1, dtype=torch.int64)
+        counts = torch.zeros(*by_step.shape[:3], dtype=torch.int64)
+    elif by_step.ndim > 3:
+        counts = by_step.count_nonzero(dim=tuple(range(3, by_step.ndim)))
     else:
-        counts = by_step.count_nonzero(dim=others).reshape(len(by_step), -1)
-    return _Call(sequence, counts, by_step.numel() // counts.numel())
+        counts = (by_step != 0).long()
+    counts = counts if counts.ndim > 2 else counts.unsqueeze(2)
+    chances = by_step.numel() // (len(counts) * counts.shape[2])
+    return _Call(sequence, counts.sum(1), chances, counts.sum((0, 2)))
 
 
 def _sum(calls: list[_Call], clock: Clock) -> Counts:
@@ -238,19 +266,25 @@ def _sum(calls: list[_Call], clock: Clock) -> Counts:
 
 
 def _merge(parts: Sequence[tuple[Any, ...]], neurons: set[str]) -> FiringRates:
-    merged = merge_counts(part[0] for part in parts)
+    merged_counts = merge_counts(part[0] for part in parts)
     samples = sum(part[1] for part in parts)
     if samples == 0:
         raise ValueError("there was no batch to run; check that the data is not empty")
-    if not merged:
+    if not merged_counts:
         raise ValueError("no neuron layer took part in the forward pass; give forward= where it is not model(x)")
+    moments = merged(part[3] for part in parts)
+    chances = {name: layer.chances.sum() / samples for name, layer in merged_counts.items()}
     layers = {
         name: LayerRates(
             name,
             [float(rate) for rate in layer.spikes / layer.chances],
             [float(rate) for rate in layer.channel_spikes / layer.channel_chances],
             round(layer.chances[0] / samples) if name in neurons else 0,
+            moments.std({name: 1 / chances[name]}),
+            samples,
         )
-        for name, layer in merged.items()
+        for name, layer in merged_counts.items()
     }
-    return FiringRates(layers, samples)
+    every = sum(layer.neurons for layer in layers.values())
+    share = {name: layer.neurons / (every * chances[name]) for name, layer in layers.items() if layer.neurons}
+    return FiringRates(layers, samples, std=moments.std(share))

@@ -220,7 +220,7 @@ torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[3]
 x = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 mine = [x[:4]] if rank == 0 else [x[4:]]
 rates, report = firing_rates(small(), mine), energy(small(), mine)
-print(json.dumps({"rates": {k: v.rate for k, v in rates.layers.items()}, "energy": report.to_json()}))
+print(json.dumps({"rates": {k: [*v.rate, v.std] for k, v in rates.layers.items()}, "energy": report.to_json()}))
 torch.distributed.destroy_process_group()
 """
 
@@ -235,9 +235,12 @@ def test_two_processes_count_as_one(small, tmp_path):
     assert found[0] == found[1]
     x = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     rates, report = firing_rates(small(), x), json.loads(energy(small(), x).to_json())
-    assert {name: pytest.approx(layer.rate) for name, layer in rates.layers.items()} == found[0]["rates"]
+    assert {name: pytest.approx([*layer.rate, layer.std]) for name, layer in rates.layers.items()} == found[0]["rates"]
     theirs = json.loads(found[0]["energy"])
     assert theirs["samples"] == 5
     assert theirs["total_mj"] == pytest.approx(report["total_mj"], rel=1e-12)
+    for name, estimate in theirs["estimates"].items():
+        for figure in ("total_mj", "memory_mj", "std_mj", "ann_mj", "break_even"):
+            assert estimate[figure] == pytest.approx(report["estimates"][name][figure], rel=1e-9), (name, figure)
     for ours, other in zip(report["layers"], theirs["layers"], strict=True):
         assert ours["name"] == other["name"] and ours["rate"] == pytest.approx(other["rate"], rel=1e-12)

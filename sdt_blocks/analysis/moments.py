@@ -1,0 +1,81 @@
+"""How much figures differ from sample to sample, from sums that batches and processes add up."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass
+class Moments:
+    """Means and products of deviations `[F, F]` of F values that each sample has, over `samples`.
+
+    They give the standard deviation of any weighted sum of the values, and do not grow with the samples. Parts are
+    merged as Chan, Golub and LeVeque do (1979), without the loss of sums of squares.
+    """
+
+    names: list[Hashable] = field(default_factory=list)
+    samples: int = 0
+    mean: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    products: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+
+    @classmethod
+    def of(cls, values: Mapping[Any, np.ndarray]) -> Moments:
+        """The moments of one batch, each value `[B]`."""
+        if not values:
+            return cls()
+        table = np.stack([np.asarray(value, dtype=np.float64) for value in values.values()], axis=1)
+        mean = table.mean(0)
+        return cls(list(values), len(table), mean, (table - mean).T @ (table - mean))
+
+    def add(self, other: Moments) -> None:
+        """Takes in the samples of another batch or process; what only one of them knows is 0 in the other."""
+        names = list(dict.fromkeys([*self.names, *other.names]))
+        (a, a_products), (b, b_products) = self._spread(names), other._spread(names)
+        samples = self.samples + other.samples
+        if samples:
+            share, apart = other.samples / samples, b - a
+            self.mean = a + share * apart
+            self.products = a_products + b_products + self.samples * share * np.outer(apart, apart)
+        self.names, self.samples = names, samples
+
+    def _spread(self, names: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+        if names == self.names:
+            return self.mean, self.products
+        place = {name: at for at, name in enumerate(names)}
+        at = np.array([place[name] for name in self.names], dtype=int)
+        mean, products = np.zeros(len(names)), np.zeros((len(names), len(names)))
+        mean[at], products[np.ix_(at, at)] = self.mean, self.products
+        return mean, products
+
+    def std(self, weights: Mapping[Any, float]) -> float | None:
+        """The standard deviation over the samples of a weighted sum; None of fewer than two."""
+        if self.samples < 2:
+            return None
+        chosen = np.array([weights.get(name, 0.0) for name in self.names])
+        return float(np.sqrt(max(chosen @ self.products @ chosen, 0.0) / (self.samples - 1)))
+
+
+def merged(parts: Iterable[Moments]) -> Moments:
+    """The moments of all parts together."""
+    result = Moments()
+    for part in parts:
+        result.add(part)
+    return result
+
+
+def half_width(std: float | None, samples: int, confidence: float) -> float | None:
+    """Half of the confidence interval of a mean over samples, by Student's distribution; None where there is no spread.
+
+    Raises `ValueError` for a confidence that is not between 0 and 1.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, such as 0.95, got {confidence!r}")
+    if std is None or samples < 2:
+        return None
+    from scipy.special import stdtrit
+
+    return float(stdtrit(samples - 1, (1 + confidence) / 2)) * std / samples**0.5

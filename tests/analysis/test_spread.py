@@ -1,0 +1,80 @@
+"""The spread over samples, against the figures of each sample alone."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from sdt_blocks.analysis import energy, energy_from_rates, firing_rates
+from sdt_blocks.analysis.moments import Moments, half_width, merged
+
+
+def batches(frames):
+    torch.manual_seed(3)
+    shape = (7, 3, 2, 16, 16) if frames else (7, 3, 16, 16)
+    return torch.rand(shape) * torch.rand(7, *[1] * (len(shape) - 1)).round(decimals=1) * (torch.rand(shape) < 0.7)
+
+
+@pytest.mark.parametrize("frames", [False, True])
+def test_energies_of_each_sample(small, frames):
+    model, x = small(in_channels=2 if frames else 3), batches(frames)
+    whole, alone = energy(model, [x[:3], x[3:5], x[5:]]), [energy(model, x[i : i + 1]) for i in range(len(x))]
+    for name, found in whole.estimates.items():
+        totals = [one.estimates[name].cost.total_mj for one in alone]
+        assert found.cost.total_mj == pytest.approx(np.mean(totals)) and found.samples == 7
+        assert found.std_mj == pytest.approx(np.std(totals, ddof=1), rel=1e-6) and found.std_mj > 0
+        low, high = found.interval(0.9)
+        expected = stats.t.interval(0.9, 6, loc=np.mean(totals), scale=stats.sem(totals))
+        assert (low, high) == pytest.approx(expected, rel=1e-6)
+        for place, row in enumerate(found.rows):
+            each = [one.estimates[name].rows[place].cost.total_mj for one in alone]
+            assert row.std_mj == pytest.approx(np.std(each, ddof=1), rel=1e-6, abs=1e-18), row.name
+        assert (found.rows[0].std_mj > 0) == frames
+    assert alone[0].estimates["step"].std_mj is None and alone[0].estimates["step"].interval() is None
+    assert json.loads(whole.to_json())["estimates"]["yan"]["std_mj"] == whole.estimates["yan"].std_mj
+
+
+def test_rates_of_each_sample(small, tmp_path):
+    model, x = small(), batches(False)
+    whole, alone = firing_rates(model, [x[:4], x[4:]]), [firing_rates(model, x[i : i + 1]) for i in range(len(x))]
+    for name, layer in whole.layers.items():
+        assert layer.std == pytest.approx(np.std([one[name].mean for one in alone], ddof=1), abs=1e-12), name
+    assert whole.std == pytest.approx(np.std([one.mean for one in alone], ddof=1)) and whole.std > 0
+    low, high = whole.interval()
+    assert low < whole.mean < high
+    whole.to_csv(tmp_path / "rates.csv")
+    header, first = (tmp_path / "rates.csv").read_text().splitlines()[:2]
+    assert header.split(",")[2] == "std" and float(first.split(",")[2]) == next(iter(whole.layers.values())).std
+    assert "± std" in str(whole)
+
+
+def test_one_sample_has_no_spread(small):
+    rates = firing_rates(small(), torch.rand(1, 3, 16, 16))
+    assert rates.std is None and rates.interval() is None and "None" not in str(rates)
+    given = energy_from_rates(small(), 0.2, (3, 16, 16))
+    assert all(found.std_mj is None for found in given.estimates.values()) and "None" not in str(given)
+
+
+@pytest.mark.parametrize("parts", [[7], [3, 4], [1, 1, 5], [0, 7]])
+def test_parts_give_the_moments_of_the_whole(parts):
+    """Also where values are large against their spread, and where a part lacks one."""
+    values = 1e9 + np.random.default_rng(0).normal(size=(7, 3))
+    split = np.split(values, np.cumsum(parts)[:-1])
+    found = merged(Moments.of({name: part[:, name] for name in range(3)}) if len(part) else Moments() for part in split)
+    weights = {0: 1.0, 1: -2.0, 2: 0.5}
+    assert found.std(weights) == pytest.approx(np.std(values @ list(weights.values()), ddof=1), rel=1e-5)
+    assert found.products.shape == (3, 3) and found.samples == 7
+
+
+def test_a_value_that_a_part_lacks_is_zero_there():
+    found = merged([Moments.of({"a": np.array([1.0, 2.0])}), Moments.of({"b": np.array([3.0, 5.0, 4.0])})])
+    table = np.array([[1, 0], [2, 0], [0, 3], [0, 5], [0, 4]])
+    assert found.std({"a": 1.0, "b": 2.0}) == pytest.approx(np.std(table @ [1, 2], ddof=1))
+
+
+@pytest.mark.parametrize("confidence", [0, 1, 95, -0.5])
+def test_confidence_out_of_range(confidence):
+    with pytest.raises(ValueError, match="confidence must lie between 0 and 1"):
+        half_width(0.1, 5, confidence)
