@@ -1,4 +1,4 @@
-"""Plots, and the README's table: `python benchmarks/report.py [README]` rewrites what stands between two markers."""
+"""Plots and tables: `python benchmarks/report.py` rewrites what stands between markers in README and docs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,29 @@ import curves
 from harness import RESULTS, read_rows
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-SHOWN = ("neuron", "inference", "training")
-"""The suites of the README's table; results/ has all of them."""
+ROOT = Path(__file__).parents[1]
+SHOWN = ("neuron", "inference", "training", "v2", "v2_training")
+"""The suites of the tables in the docs; results/ has all of them."""
+HEADLINES = (
+    ("neuron", "LIF forward + backward", "", "reused", "sdt_blocks LIF", "SpikingJelly eager"),
+    ("training", "training step", "", "default", "sdt_blocks", "SpikingJelly, eager"),
+    ("training", "training step, peak memory", "", "default", "sdt_blocks", "SpikingJelly, eager"),
+    ("inference", "evaluation, batch 8", "", "reused", "sdt_blocks, optimised", "SpikingJelly sdt_8_384, eager"),
+    ("sparse", "evaluation, batch 8", "every layer at 10%", "reused", "event-driven, fp32", "optimised dense, fp32"),
+)
+"""The README's rows: suite, figure, how the setting ends, allocator, and whom of ours stands beside whom."""
 Row = dict[str, str]
 ORIGIN = ("machine", "torch", "snntorch", "spikingjelly", "threads", "date")
 
 
 def load(folder: Path = RESULTS) -> list[Row]:
     return [row for path in sorted(folder.glob("*.csv")) for row in read_rows(path)]
+
+
+def tables(rows: list[Row]) -> str:
+    """`table` for each machine: figures of two machines are never in one."""
+    machines = sorted({row["machine"] for row in rows})
+    return "\n\n".join(table([row for row in rows if row["machine"] == machine]) for machine in machines)
 
 
 def table(rows: list[Row]) -> str:
@@ -47,13 +62,40 @@ def table(rows: list[Row]) -> str:
                 f"| {row['figure']}, {row['setting']} ({row['device']}) | {row['contestant']} | {value(row)} |"
             )
         lines.append("")
-    origins = sorted({tuple(row[name] for name in ORIGIN) for row in rows})
-    for machine, torch, snntorch, spikingjelly, threads, date in origins:
+    lines += origins(rows)
+    return "\n".join(lines).rstrip()
+
+
+def headlines(rows: list[Row]) -> str:
+    """Markdown: the rows of HEADLINES, and where they were measured."""
+    lines = ["| | | beside it | ratio |", "|---|---|---|---|"]
+    shown = []
+    for suite, figure, ending, allocator, ours, peer in HEADLINES:
+        found = {
+            row["contestant"]: row
+            for row in rows
+            if (row["suite"], row["figure"], row["device"], row["allocator"]) == (suite, figure, "cpu", allocator)
+            and row["setting"].endswith(ending)
+        }
+        mine, other = found[ours], found[peer]
+        shown += [mine, other]
+        ratio = float(mine["median"]) / float(other["median"])
+        times = [f"{name}: {value({**row, 'ratio': ''})}" for name, row in ((ours, mine), (peer, other))]
+        lines.append(f"| {figure}, {mine['setting']} | {times[0]} | {times[1]} | {ratio:.2f} |")
+    return "\n".join([*lines, "", *origins(shown)]).rstrip()
+
+
+def origins(rows: list[Row]) -> list[str]:
+    """A paragraph for each machine, set of versions and day."""
+    lines = []
+    for machine, torch, snntorch, spikingjelly, threads, date in sorted(
+        {tuple(row[name] for name in ORIGIN) for row in rows}
+    ):
         versions = f"torch {torch}, snnTorch {snntorch}, SpikingJelly {spikingjelly}"
         lines += [f"{machine}; {threads} threads; {versions}; {date}; medians.", ""]
     if not any(row["device"] == "cuda" for row in rows):
         lines += ["Not measured on a GPU yet."]
-    return "\n".join(lines).rstrip()
+    return lines
 
 
 def raced(rows: list[Row]) -> list[Row]:
@@ -78,13 +120,13 @@ def value(row: Row) -> str:
     return f"{median:.3g} {unit}{relative}" + (", disturbed" if disturbed else "")
 
 
-def rewrite(readme: Path, content: str) -> None:
+def rewrite(page: Path, content: str) -> None:
     """Replaces what stands between the markers. Raises `ValueError` unless both are there once, in order."""
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{readme}: needs the markers {BEGIN} and {END}, once each and in this order")
+        raise ValueError(f"{page}: needs the markers {BEGIN} and {END}, once each and in this order")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{content}\n{END}{after}", encoding="utf-8")
+    page.write_text(f"{before}{BEGIN}\n{content}\n{END}{after}", encoding="utf-8")
 
 
 def plot(rows: list[Row], folder: Path = RESULTS) -> list[Path]:
@@ -127,16 +169,16 @@ def plot(rows: list[Row], folder: Path = RESULTS) -> list[Path]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("readme", nargs="?", type=Path, default=Path(__file__).parents[1] / "README.md")
-    arguments = parser.parse_args()
+    parser.parse_args()
     rows = load()
     if not rows:
         parser.error(f"no results in {RESULTS}; run benchmarks/run.py first")
     for path in plot(rows):
         print(path)
     try:
-        rewrite(arguments.readme, table([row for row in rows if row["suite"] in SHOWN]))
-    except (OSError, ValueError) as error:
+        rewrite(ROOT / "README.md", headlines(rows))
+        rewrite(ROOT / "docs/performance.md", tables([row for row in rows if row["suite"] in SHOWN]))
+    except (KeyError, OSError, ValueError) as error:
         parser.error(str(error))
     return 0
 

@@ -104,6 +104,31 @@ def test_the_table_replaces_what_stands_between_the_markers(tmp_path: Path) -> N
         report.rewrite(readme, "table")
 
 
+def test_the_front_page_sets_ours_beside_the_peer_by_the_same_run() -> None:
+    import harness
+    import report
+
+    rows = []
+    for suite, figure, ending, allocator, ours, peer in report.HEADLINES:
+        for contestant, median in ((ours, "1"), (peer, "4")):
+            row = dict.fromkeys(harness.COLUMNS, "")
+            row |= {"suite": suite, "figure": figure, "device": "cpu", "allocator": allocator, "unit": "s"}
+            rows.append(row | {"setting": f"a model, {ending}", "contestant": contestant, "median": median})
+    lines = report.headlines(rows).splitlines()
+    assert len([line for line in lines if line.endswith("| 0.25 |")]) == len(report.HEADLINES)
+    with pytest.raises(KeyError):
+        report.headlines(rows[:-1])
+
+
+def test_figures_of_two_machines_are_in_two_tables() -> None:
+    import harness
+    import report
+
+    row = dict.fromkeys(harness.COLUMNS, "") | {"figure": "f", "setting": "x", "baseline": "a", "ratio": "1"}
+    rows = [row | {"contestant": "a", "median": "2", "unit": "s", "machine": name} for name in ("one", "two")]
+    assert report.tables(rows).count("**f**, x") == 2 and report.table(rows).count("**f**, x") == 1
+
+
 def test_plots_are_written(tmp_path: Path) -> None:
     import harness
     import report
