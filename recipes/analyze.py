@@ -3,10 +3,10 @@
     accelerate launch recipes/analyze.py checkpoint=runs/digits
     accelerate launch recipes/analyze.py checkpoint=8_512.pth.tar data.root=DIR samples=1024
 
-It writes a folder (output_dir=, by default `analysis` in the run's): rates.csv, energy.json, audit.txt, plots as PNG,
-and index.html, one page that shows it all. For a run folder the data is the run's own unless said otherwise, else that
-of config=imagenet_8_384. Keys of its own: samples, batch_size, images, layer, output_dir, as_trained,
-neurobench (see the end).
+It writes a folder (output_dir=, by default `analysis` in the run's): rates.csv, energy.json, layers and time_steps as
+.csv, .md and .tex, measured.json, audit.txt, plots as PNG, and index.html, one page that shows it all. For a run folder
+the data is the run's own unless said otherwise, else that of config=imagenet_8_384. Keys of its own: samples,
+batch_size, images, layer, output_dir, as_trained, measure, seconds, energy_models, neurobench (see the end).
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from common.command_line import print_help, short_errors
 from common.config import ConfigError, RunError, load_config
 from common.cpu_processes import start_cpu_processes
 from common.schema import option
-from common.trained import default_folder, load, with_run_config
+from common.trained import class_names, default_folder, load, match_classes, with_run_config
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from sdt_blocks.analysis import analyze_model
+from sdt_blocks.analysis import EnergyModel, analyze_model, read_energy_models
+from sdt_blocks.analysis.report import ReportOptions
+from sdt_blocks.models.card import words_of
 from sdt_blocks.neuron import find_neurons
 
 
@@ -42,6 +44,9 @@ class Options:
     layer: str | None = option(None, "the neuron layer whose membranes are drawn; null takes the last")
     output_dir: str | None = option(None, "the folder to write; null makes `analysis` beside the checkpoint")
     as_trained: bool = option(False, "judge the network as it is trained, not as it is deployed: norms unfolded")
+    measure: bool = option(False, "joules of an inference by the machine's energy counters, where it has some")
+    seconds: float = option(0.5, "how long each latency and throughput is measured; 0 leaves out", least=0)
+    energy_models: str | None = option(None, "a YAML file of energy models of your own: their constants")
     neurobench: bool = option(False, "also NeuroBench's metrics, into neurobench.json")
 
 
@@ -65,6 +70,14 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     return options, with_run_config(Path(options.checkpoint), settings)
 
 
+def read_own_models(path: str | None) -> list[EnergyModel]:
+    """The energy models of a YAML file. Raises `ConfigError`."""
+    try:
+        return [] if path is None else list(read_energy_models(path).values())
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"energy_models={path}: {error}") from error
+
+
 def run_neurobench(model: nn.Module, batches: Any, folder: Path) -> None:
     """NeuroBench's view of the same model, on this process's samples, into neurobench.json."""
     from neurobench import metrics
@@ -83,9 +96,11 @@ def run_neurobench(model: nn.Module, batches: Any, folder: Path) -> None:
 def main(arguments: list[str]) -> None:
     options, rest = read_arguments(arguments)
     checkpoint = Path(options.checkpoint or "")
+    own_models = read_own_models(options.energy_models)
     config = load_config(rest, default="imagenet_8_384")
     start_cpu_processes()
     from common.loading import ReadableBatches, closing, evaluation_loader
+    from common.progress import warn
     from common.set_up import build_accelerator, open_data
 
     model, config = load(checkpoint, config, rest, averaged=False)
@@ -95,14 +110,28 @@ def main(arguments: list[str]) -> None:
     accelerator, config = build_accelerator(config)
     _, test_set = open_data(config, accelerator)
     loader = evaluation_loader(test_set, config, accelerator, batch_size=options.batch_size, samples=options.samples)
-    batches = ReadableBatches(loader)
+    names = class_names(checkpoint, model)
+    try:
+        matched = match_classes(test_set, names, model, checkpoint=checkpoint, by="name")
+        labelled = True
+    except ConfigError as error:
+        matched, labelled = f"no accuracy is given: {error}", False
+    if accelerator.is_main_process and (names is None or not labelled):
+        warn(matched)
+    batches = ReadableBatches(loader, labelled=labelled)
     folder = Path(options.output_dir or default_folder(checkpoint, "analysis"))
     model.to(accelerator.device)
     title = f"{checkpoint} on {config.data.name}"
-    asked = {"layer": options.layer, "images": options.images, "as_trained": options.as_trained}
+    asked: dict[str, Any] = {"layer": options.layer, "images": options.images, "as_trained": options.as_trained}
+    more = ReportOptions(
+        class_names=words_of(names or test_set.classes) if labelled else (),
+        seconds=1.0 if options.measure and not options.seconds else options.seconds,
+        counters=options.measure,
+        energy_models=own_models,
+    )
     try:
         with closing(loader):
-            analyze_model(model, batches, folder, title=title, **asked)
+            analyze_model(model, batches, folder, title=title, options=more, **asked)
             if options.neurobench and accelerator.is_main_process:
                 run_neurobench(model, batches, folder)
     except (ValueError, OSError, ImportError) as error:

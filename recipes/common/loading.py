@@ -202,10 +202,13 @@ def fetch(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class ReadableBatches:
-    """The batches of a loader without the samples that could not be read, as often as they are asked for."""
+    """The batches of a loader without the samples that could not be read, as often as they are asked for.
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self.loader, self.dataset = loader, loader.dataset
+    All of them are of class -1, an unknown one, unless `labelled`.
+    """
+
+    def __init__(self, loader: DataLoader[Any], *, labelled: bool = True) -> None:
+        self.loader, self.dataset, self.labelled = loader, loader.dataset, labelled
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -214,7 +217,8 @@ class ReadableBatches:
         for inputs, targets in fetch(self.loader):
             readable = targets >= 0
             if readable.any():
-                yield inputs[readable], targets[readable]
+                known = targets[readable]
+                yield inputs[readable], known if self.labelled else torch.full_like(known, -1)
 
 
 def stop_loaders(*loaders: DataLoader[Any]) -> None:

@@ -3,74 +3,30 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
 
+from . import charts
 from .audit import MULTIPLIES, VERDICTS, Audit
-from .energy import EnergyReport, millijoules
-from .plots import COLORS, short
+from .energy import CONVENTION, EnergyReport, millijoules
+from .energy_models import Estimate, RowEstimate
+from .measured import Measured
+from .outcome import Outcome
+from .plots import short
 from .rates import FiringRates
+from .style import STYLE
+from .summary import joules, layer_tables, sweep, sweep_table
 
-STYLE = """
-:root {
-  color-scheme: light dark;
-  --ink: #1c2430; --soft: #5d6b7a; --page: #f7f8fa; --card: #fff; --line: #dfe4ea;
-  --mac: MAC_COLOR; --ac: AC_COLOR; --bad: #c62828; --good: #2e7d32;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --ink: #e6eaf0; --soft: #9aa7b5; --page: #14181d; --card: #1d232b; --line: #303945;
-    --mac: #ec7c8a; --ac: #3cb4c4; --bad: #ff8a80; --good: #81c784;
-  }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 68rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .3rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 0 0 .6rem; }
-p { margin: .3rem 0 .8rem; }
-.soft, figcaption, dt, summary, th { color: var(--soft); }
-.good { color: var(--good); }
-.bad, tr.bad td { color: var(--bad); }
-.number { font-variant-numeric: tabular-nums; }
-section, dl div { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem; }
-section { margin-top: 1rem; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .8rem; margin: 1rem 0 0; }
-dl div { padding: .7rem .9rem; }
-dt { font-size: .8rem; }
-dd { margin: 0; font-size: 1.3rem; font-weight: 600; }
-.bar {
-  display: grid; grid-template-columns: minmax(0, 17rem) 1fr 5.5rem; gap: .1rem .7rem; align-items: center;
-  font-size: .82rem; padding: .12rem 0;
-}
-.bar span { overflow-wrap: anywhere; }
-.bar .number { text-align: right; }
-.track { background: var(--line); border-radius: 3px; height: .75rem; }
-.fill { height: 100%; border-radius: 3px; min-width: 1px; }
-.MAC { background: var(--mac); }
-.AC { background: var(--ac); }
-.key { margin-right: 1.2rem; white-space: nowrap; }
-.key i { display: inline-block; width: .8rem; height: .8rem; border-radius: 3px; margin-right: .4rem; }
-.scroll { overflow-x: auto; margin: .8rem 0; }
-table { border-collapse: collapse; font-size: .82rem; width: 100%; }
-th, td { padding: .22rem .5rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 500; }
-th.number, td.number { text-align: right; white-space: nowrap; }
-td:first-child { overflow-wrap: anywhere; min-width: 7rem; }
-td.number:first-child { min-width: 0; }
-td.rate { text-align: center; padding: .22rem .3rem; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
-figure { margin: 0; }
-figure.wide { grid-column: 1 / -1; }
-img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
-figcaption { font-size: .82rem; }
-summary { cursor: pointer; }
-@media (max-width: 40rem) {
-  .bar { grid-template-columns: 1fr 5.5rem; padding: .3rem 0; }
-  .bar span:first-child { grid-column: 1 / 3; }
-}
-""".replace("MAC_COLOR", COLORS["MAC"]).replace("AC_COLOR", COLORS["AC"])
+
+class Extras(NamedTuple):
+    """What a page may show beside rates, energy and audit."""
+
+    parameters: int = 0
+    outcome: Outcome | None = None
+    measured: Measured | None = None
 
 
 def write_page(
@@ -82,17 +38,23 @@ def write_page(
     report: EnergyReport,
     audit: Audit,
     figures: Mapping[str, Sequence[tuple[str | Path, str]]],
+    extras: Extras | None = None,
 ) -> None:
     """Writes the page. `figures` holds PNG files and their captions by section heading; the page takes them in."""
+    extras = extras or Extras()
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="bad">{escape(rates.silence)}</p>' if rates.silence else "",
         f'<p class="soft">{escape(subtitle)}</p>',
-        _tiles(rates, report, audit),
+        _tiles(rates, report, audit, extras),
         _section("Energy of one inference", _energy(report)),
+        _section("Break-even with an ANN", _break_even(report)),
+        _section("Step by step", _steps(rates, report, extras)),
+        _section("Measured on this machine", _measured(extras.measured, report)) if extras.measured else "",
         _section("Firing rates", _rates(rates)),
         *(_section(heading, _figures(images)) for heading, images in figures.items() if images),
         _section("What multiplies, and what only adds", _audit(audit)),
+        _section("Downloads", _downloads(rates, report, extras)),
     ]
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -106,7 +68,7 @@ def _section(heading: str, content: str) -> str:
     return f"<section><h2>{escape(heading)}</h2>{content}</section>"
 
 
-def _tiles(rates: FiringRates, report: EnergyReport, audit: Audit) -> str:
+def _tiles(rates: FiringRates, report: EnergyReport, audit: Audit, extras: Extras) -> str:
     layers = rates.layers.values()
     silent = sum(layer.silent * len(layer.channel_rate) for layer in layers)
     channels = sum(len(layer.channel_rate) for layer in layers)
@@ -121,32 +83,176 @@ def _tiles(rates: FiringRates, report: EnergyReport, audit: Audit) -> str:
         ("silent channels", f"{silent / channels:.1%}", ""),
         ("synaptic operations", quantity(report.synaptic_operations), ""),
     ]
+    with_memory = report.estimates.get("step")
+    if with_memory is not None:
+        tiles.insert(1, ("the same with memory", millijoules(with_memory.cost.total_mj), ""))
+    if extras.parameters:
+        tiles.append(("parameters", quantity(extras.parameters), ""))
+    if extras.outcome is not None and extras.outcome.accuracy:
+        tiles.append((f"accuracy on {extras.outcome.samples} samples", f"{extras.outcome.accuracy[-1]:.1%}", ""))
+    for form in (extras.measured.forms if extras.measured else [])[:1]:
+        if not form.missing:
+            tiles.append(("latency of a sample", f"{form.latency_ms:.3g} ms", ""))
+            tiles.append(("samples a second", f"{form.throughput:.3g}", ""))
     cells = (f'<div><dt>{escape(name)}</dt><dd class="{css}">{escape(value)}</dd></div>' for name, value, css in tiles)
     return f"<dl>{''.join(cells)}</dl>"
 
 
 def _energy(report: EnergyReport) -> str:
-    most = max((layer.energy_mj for layer in report.layers), default=0.0) or 1.0
-    rows = "".join(
-        f'<div class="bar"><span>{_name(layer.name)}</span><div class="track"><div class="fill {layer.kind}" '
-        f'style="width:{100 * layer.energy_mj / most:.2f}%"></div></div>'
-        f'<span class="number">{millijoules(layer.energy_mj)}</span></div>'
-        for layer in report.layers
-    )
-    key = (
-        '<span class="key"><i class="MAC"></i>multiplies (MAC)</span>'
-        '<span class="key"><i class="AC"></i>adds where a spike comes in (AC)</span>'
-    )
-    once = ""
-    if report.total_once_mj < report.total_mj:
-        once = f" With the first layer computed once for a still image: {millijoules(report.total_once_mj)}."
-    note = (
-        f"{report.steps} time steps, mean of {report.samples} samples, {report.e_mac:g} pJ a multiply-accumulate and "
-        f"{report.e_ac:g} pJ an accumulate.{once}"
-    )
     left_out = "; ".join(str(operation) for operation in report.not_counted)
     missing = f'<p class="bad">Not counted, as no rule knows what it costs: {escape(left_out)}</p>' if left_out else ""
-    return f'{missing}<p class="soft">{escape(note)}</p><p>{key}</p>{rows}{_attention(report)}'
+    note = f"{report.steps} time steps, mean of {report.samples} samples. {CONVENTION}"
+    kinds = {layer.name: layer.kind for layer in report.layers}
+    models = {name: _by_model(found, kinds) for name, found in report.estimates.items()}
+    key = charts.keys({"MAC": "multiplies (MAC)", "AC": "adds where a spike comes in (AC)", "memory": "moves memory"})
+    return (
+        f'{missing}<p>{escape(report.verdict)}</p><p class="soft">{escape(note)}</p>{key}'
+        f"{charts.tabs('energy', models)}{_attention(report)}"
+    )
+
+
+def _by_model(found: Estimate, kinds: Mapping[str, str]) -> str:
+    """All layers by one energy model: compute and memory, and the totals beside the ANNs'."""
+
+    def bar(row: RowEstimate) -> charts.Bar:
+        kind = kinds.get(row.name, "AC") if row.type != "neuron" else "AC"
+        name = f"{_name(row.name)}{' (neurons)' if row.type == 'neuron' else ''}"
+        cost = row.cost
+        return charts.Bar(name, {kind: cost.compute_mj, "memory": cost.memory_mj}, millijoules(cost.total_mj))
+
+    totals = [
+        ("spiking", found.cost),
+        ("as an ANN", found.ann),
+        (f"as an ANN of {found.bits}-bit activations", found.quantised),
+    ]
+    cells = "".join(
+        f"<tr><td>{name}</td>{_numbers(map(millijoules, (cost.compute_mj, cost.memory_mj, cost.total_mj)))}</tr>"
+        for name, cost in totals
+    )
+    columns = "".join(f'<th class="number">{name}</th>' for name in ("compute", "memory", "total"))
+    rows = [bar(row) for row in found.rows if row.type != "neuron" or row.cost.total_mj]
+    return (
+        f'<p class="soft">{escape(found.model.name)}: {escape(found.model.source)}</p>'
+        f'<div class="scroll"><table><tr><th>the whole network</th>{columns}</tr>{cells}</table></div>'
+        f"{charts.bars(rows)}"
+    )
+
+
+def _break_even(report: EnergyReport) -> str:
+    note = (
+        "Firing rate of each layer's input, and the rates at which the layer would cost as much as in an ANN: left of "
+        "the line the spiking layer needs less. A line at the right end lies at 100 % or beyond."
+    )
+    key = charts.keys(
+        {
+            "wins": "rate, below the ANN's line",
+            "loses": "rate, above it",
+            "even": "break-even with the ANN",
+            "even8": "with the ANN of few bits",
+        }
+    )
+    models = {name: _break_even_by_model(found) for name, found in report.estimates.items()}
+    return f'<p class="soft">{escape(note)} {escape(CONVENTION)}</p>{key}{charts.tabs("even", models)}'
+
+
+def _break_even_by_model(found: Estimate) -> str:
+    rows = []
+    for row in found.rows:
+        if row.break_even is None or row.break_even_quantised is None:
+            continue
+        css = "wins" if row.rate <= row.break_even else "loses"
+        marks = {"even": row.break_even, "even8": row.break_even_quantised}
+        text = f"{row.rate:.1%}, even at {_percent(row.break_even)}"
+        rows.append(charts.Bar(_name(row.name), {css: row.rate}, text, marks))
+    whole = (
+        f"The whole network breaks even at {_percent(found.break_even)} of all spikes, with the ANN of {found.bits} "
+        f"bits at {_percent(found.break_even_quantised)}."
+    )
+    return f'<p>{escape(whole)}</p><div class="rates">{charts.bars(rows, 1.0)}</div>'
+
+
+def _numbers(values: Iterable[str]) -> str:
+    return "".join(f'<td class="number">{value}</td>' for value in values)
+
+
+def _percent(rate: float | None) -> str:
+    if rate is None:
+        return "no rate"
+    return "over 100 %" if rate > 1 else "no rate" if rate < 0 else f"{rate:.1%}"
+
+
+def _steps(rates: FiringRates, report: EnergyReport, extras: Extras) -> str:
+    neurons = sum(layer.neurons for layer in rates.layers.values()) or 1
+    mean = [
+        sum(layer.neurons * layer.rate[t] for layer in rates.layers.values() if t < len(layer.rate)) / neurons
+        for t in range(rates.steps)
+    ]
+    drawn = [charts.lines("Firing rate at each step, mean of all neurons", {"rate": _numbered(mean)}, _rate_text)]
+    for name in ("formula", "step"):
+        if name in report.estimates:
+            steps = report.estimates[name].steps
+            series = {"compute": _numbered([step.compute_mj for step in steps])}
+            if any(step.memory_mj for step in steps):
+                series["memory"] = _numbered([step.memory_mj for step in steps])
+            drawn.append(charts.lines(f"Energy of each step by the model {name}", series, millijoules))
+    rows = sweep(report, extras.outcome, extras.measured)
+    for key, title, shown in (
+        ("accuracy", "Accuracy with the first T steps", _rate_text),
+        ("formula_mj", "Energy of the first T steps by the papers' formula", millijoules),
+        ("memory_mj", "Energy of the first T steps with memory (step)", millijoules),
+        ("latency_ms", "Latency with T steps, dense form", lambda value: f"{value:.3g} ms"),
+    ):
+        points = [(row["steps"], row[key]) for row in rows if row.get(key) is not None]
+        if len(points) > 1:
+            drawn.append(charts.lines(title, {key: points}, shown, label="T"))
+    return f'<div class="figures">{"".join(drawn)}</div><p class="soft">{escape(CONVENTION)}</p>'
+
+
+def _numbered(values: Sequence[float]) -> list[tuple[float, float]]:
+    return [(step, value) for step, value in enumerate(values)]
+
+
+def _rate_text(rate: float) -> str:
+    return f"{100 * rate:.3g} %"
+
+
+def _measured(found: Measured, report: EnergyReport) -> str:
+    modelled = report.estimates.get("step")
+    cells = []
+    for form in found.forms:
+        if form.missing:
+            cells.append(f'<tr><td>{form.name}</td><td colspan="5">not measured: {escape(form.missing)}</td></tr>')
+            continue
+        cost = None if modelled is None else modelled.ann if form.name == "ANN" else modelled.cost
+        values = (
+            f"{form.latency_ms:.3g} ms",
+            f"{form.throughput:.4g}",
+            joules(form.energy.total) if form.energy else "–",
+            joules(form.energy.above_idle) if form.energy else "–",
+            millijoules(cost.total_mj) if cost else "–",
+        )
+        cells.append(f"<tr><td>{form.name}</td>{_numbers(values)}</tr>")
+    names = ("latency", "samples a second", "measured", "above idle", "modelled, with memory")
+    columns = "".join(f'<th class="number">{name}</th>' for name in names)
+    note = (
+        f"{found.machine}; latency of one sample (median), the rest in batches of {found.batch}. "
+        f"Energy of a sample: {found.counters}."
+    )
+    return (
+        f'<p class="soft">{escape(note)}</p><div class="scroll"><table><tr><th>form</th>{columns}</tr>'
+        f"{''.join(cells)}</table></div>"
+    )
+
+
+def _downloads(rates: FiringRates, report: EnergyReport, extras: Extras) -> str:
+    files = {f"layers.{ending}": text for ending, text in layer_tables(report).items()}
+    rows = sweep(report, extras.outcome, extras.measured)
+    files |= {f"time_steps.{ending}": text for ending, text in sweep_table(rows).items()}
+    links = "".join(
+        f'<li><a download="{name}" href="data:text/plain;charset=utf-8,{quote(text)}">{name}</a></li>'
+        for name, text in files.items()
+    )
+    return f"<p class=soft>Energy and rates layer by layer, and by number of time steps.</p><ul>{links}</ul>"
 
 
 def _attention(report: EnergyReport) -> str:

@@ -126,14 +126,20 @@ def membrane_trace(recording: Recording, sample: int = 0, units: Sequence[int] |
 
 
 def attention_figure(
-    images: Tensor, maps: Tensor, titles: Sequence[str] | None = None, *, by_step: bool = False
+    images: Tensor,
+    maps: Tensor,
+    titles: Sequence[str] | None = None,
+    *,
+    by_step: bool = False,
+    names: Sequence[str] = (),
 ) -> Figure:
     """Images in rows; beside each the overlays of its maps `[K, B, H', W']`, such as one a step or one a block.
 
-    Of frames `[B, T, C, H, W]` the overlays show the mean, or with `by_step` each the frame of its own step.
+    Of frames `[B, T, C, H, W]` the overlays show the mean, or with `by_step` each the frame of its own step. `names`
+    stand above the images. Each overlay has its own scale, from zero to its highest value.
     """
     rows, columns = len(images), 1 + len(maps)
-    figure, _ = _figure(1.25 * columns, 1.35 * rows + 0.3, axes=False)
+    figure, _ = _figure(1.25 * columns + 0.9, (1.55 if names else 1.35) * rows + 0.3, axes=False)
     grid = figure.subplots(rows, columns, squeeze=False)
     headings = ["input", *(titles or [str(k) for k in range(len(maps))])]
     for row, image in enumerate(images):
@@ -143,18 +149,40 @@ def attention_figure(
             own = image[column - 1] if by_step and image.ndim == 4 and column else image
             axes.imshow(overlay(own, attention).numpy())
             axes.set_axis_off()
-            if row == 0:
-                axes.set_title(headings[column], fontsize=8)
+            heading = headings[column] if row == 0 else ""
+            if column == 0 and names:
+                heading = f"{heading}\n{_wrapped(names[row])}" if heading else _wrapped(names[row])
+            if heading:
+                axes.set_title(heading, fontsize=8 if column or not names else 7)
+    _color_scale(figure, grid.ravel().tolist())
     return figure
 
 
 def overlay_figure(image: Tensor, attention: Tensor, title: str = "") -> Figure:
     """One image under its attention map."""
-    figure, axes = _figure(3, 3.2)
+    figure, axes = _figure(3.6, 3.2)
     axes.imshow(overlay(image, attention).numpy())
     axes.set_axis_off()
-    axes.set_title(title, fontsize=9)
+    axes.set_title(_wrapped(title), fontsize=9)
+    _color_scale(figure, [axes], f"{float(attention.max()):.2g}")
     return figure
+
+
+def _color_scale(figure: Figure, axes: list[Any], highest: str = "its highest value") -> None:
+    """What the colours of the overlays mean."""
+    from matplotlib.cm import ScalarMappable
+
+    scale = figure.colorbar(ScalarMappable(cmap="inferno"), ax=axes, fraction=0.04, shrink=0.6, pad=0.02, aspect=20)
+    scale.set_ticks([0, 1], labels=["0", highest])
+    scale.ax.tick_params(labelsize=7)
+    scale.set_label("mean output of the attention", fontsize=7)
+
+
+def _wrapped(name: str) -> str:
+    """A class and an answer in lines that fit above a small picture."""
+    import textwrap
+
+    return "\n".join(textwrap.wrap(name, 22)[:3]).replace("$", r"\$")
 
 
 def _figure(width: float, height: float, axes: bool = True) -> tuple[Figure, Any]:

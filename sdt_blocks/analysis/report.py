@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +19,30 @@ from ..neuron import find_neurons
 from . import plots
 from .attention_maps import maps_of_blocks, upsample
 from .audit import Audit, audit
+from .counters import find_counters
 from .energy import EnergyReport, energy, millijoules
-from .page import write_page
+from .energy_models import EnergyModel
+from .measured import Measured, measure
+from .outcome import Outcome, look
+from .page import Extras, write_page
 from .probe import Batches, batch_axis, input_of, is_first_process, unwrap
 from .rates import FiringRates, firing_rates
 from .record import record
+from .summary import joules, layer_tables, sweep, sweep_table
+
+
+class ReportOptions(NamedTuple):
+    """What else an analysis does.
+
+    `class_names` stand beside the samples drawn (by default those of the model's card). For `seconds` each latency and
+    throughput is measured, with `counters` also the joules of an inference, where the machine has energy counters.
+    `energy_models` are charged beside the kit's.
+    """
+
+    class_names: Sequence[str] = ()
+    seconds: float = 0.0
+    counters: bool = False
+    energy_models: Sequence[EnergyModel] = ()
 
 
 class _Asked(NamedTuple):
@@ -33,6 +53,8 @@ class _Asked(NamedTuple):
     layer: str | None
     images: int
     form: str
+    names: Sequence[str]
+    axis: int
 
 
 def analyze_model(
@@ -44,6 +66,7 @@ def analyze_model(
     layer: str | None = None,
     images: int = 4,
     as_trained: bool = False,
+    options: ReportOptions | None = None,
 ) -> tuple[FiringRates, EnergyReport]:
     """Analyses a model on batches of (inputs, targets) and writes the folder; returns the rates and the energy.
 
@@ -52,10 +75,13 @@ def analyze_model(
     on the first axis of the inputs, or on the second one where the network takes time first. The network is judged as
     it is deployed, with norms folded and chains of layers merged, unless `as_trained`.
 
+    Where the targets are classes `[B]`, accuracy is given after each time step and the overlays are of different
+    classes; a negative class is an unknown one. The first process alone measures.
+
     Raises `TypeError` for batches that can be read only once, and `ValueError` for a layer that is not there, a
     negative number of images, no batch, or a model without neurons.
     """
-    model = unwrap(model)
+    model, options = unwrap(model), options or ReportOptions()
     if isinstance(batches, Iterator):
         raise TypeError("batches are read more than once; give a list or a data loader instead of an iterator")
     if images < 0:
@@ -64,38 +90,57 @@ def analyze_model(
     if layer is not None and layer not in neurons:
         raise ValueError(f"no neuron layer is called {layer!r}; there are {', '.join(neurons) or 'none'}")
     form = "trained" if as_trained else "deployed"
+    first = next(iter([batches] if isinstance(batches, Tensor) else batches), None)
+    if first is None:
+        raise ValueError("there was no batch to run; check that the data is not empty")
+    axis = batch_axis(model, input_of(first))
+    measured = None
+    if options.seconds > 0 and is_first_process():
+        measured = _measure(model, input_of(first), axis, options)
     # One form for all that is asked of the network, and one warning of what has none.
     with nullcontext() if as_trained else folded(model):
         rates = firing_rates(model, batches, as_trained=True)
         report = energy(model, batches, as_trained=True)
+        for one in options.energy_models:
+            report.estimate(one)
+        outcome = look(model, batches, images, axis)
         if is_first_process():
-            _write(
-                model,
-                batches,
-                rates,
-                report,
-                _Asked(Path(output_dir), title or type(model).__name__, layer, images, form),
-            )
+            names = options.class_names or getattr(getattr(model, "card", None), "class_names", None) or ()
+            asked = _Asked(Path(output_dir), title or type(model).__name__, layer, images, form, list(names), axis)
+            _write(model, input_of(first), rates, report, outcome, measured, asked)
     return rates, report
 
 
-def _write(model: nn.Module, batches: Batches, rates: FiringRates, report: EnergyReport, asked: _Asked) -> None:
+def _measure(model: nn.Module, batch: Tensor, axis: int, options: ReportOptions) -> Measured:
+    where = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    found, missing = find_counters(where) if options.counters else ([], "the counters were not asked for")
+    return measure(model, batch, axis=axis, seconds=options.seconds, counters=found, missing=missing)
+
+
+def _write(
+    model: nn.Module,
+    first: Tensor,
+    rates: FiringRates,
+    report: EnergyReport,
+    outcome: Outcome,
+    measured: Measured | None,
+    asked: _Asked,
+) -> None:
     """The folder of an analysis."""
-    folder = asked.folder
+    folder, axis = asked.folder, asked.axis
     (folder / "overlays").mkdir(parents=True, exist_ok=True)
-    first = batches if isinstance(batches, Tensor) else input_of(next(iter(batches)))
-    axis = batch_axis(model, first)
-    few, one = (first.narrow(axis, 0, min(count, first.shape[axis])) for count in (asked.images, 1))
+    one = first.narrow(axis, 0, 1)
     found = audit(model, first.narrow(axis, 0, min(2, first.shape[axis])), as_trained=True)
     found.silence, found.form = rates.silence, asked.form  # of all samples, not of two
     rates.to_csv(folder / "rates.csv")
     report.to_json(folder / "energy.json")
+    _write_tables(report, outcome, measured, folder)
     (folder / "audit.txt").write_text(str(found), encoding="utf-8")
     plots.energy_bars(report).savefig(folder / "energy.png", dpi=120)
     plots.rate_map(rates).savefig(folder / "rates.png", dpi=120)
     drawn = asked.layer or [name for name in rates.layers if name in find_neurons(model)][-1]
     figures = {
-        "Attention": draw_attention(model, few, axis, folder),
+        "Attention": draw_attention(model, outcome, asked),
         "A neuron layer": draw_neurons(model, one, drawn, rates, folder),
     }
     sample = " x ".join(str(size) for at, size in enumerate(first.shape) if at != axis)
@@ -107,33 +152,63 @@ def _write(model: nn.Module, batches: Batches, rates: FiringRates, report: Energ
         report=report,
         audit=found,
         figures=figures,
+        extras=Extras(sum(parameter.numel() for parameter in model.parameters()), outcome, measured),
     )
-    print_summary(rates, report, found, folder)
+    print_summary(rates, report, found, outcome, measured)
+    print(f"all in {folder / 'index.html'}")
 
 
-def draw_attention(model: nn.Module, inputs: Tensor, axis: int, folder: Path) -> list[tuple[Path, str]]:
+def _write_tables(report: EnergyReport, outcome: Outcome, measured: Measured | None, folder: Path) -> None:
+    """Layers and time steps as CSV, Markdown and LaTeX; what was measured as JSON."""
+    steps = sweep_table(sweep(report, outcome, measured))
+    for name, texts in (("layers", layer_tables(report)), ("time_steps", steps)):
+        for ending, text in texts.items():
+            (folder / f"{name}.{ending}").write_text(text, encoding="utf-8", errors="backslashreplace")
+    if measured is not None:
+        text = json.dumps(measured.to_dict(), indent=2) + "\n"
+        (folder / "measured.json").write_text(text, encoding="utf-8")
+
+
+def draw_attention(model: nn.Module, outcome: Outcome, asked: _Asked) -> list[tuple[Path, str]]:
     """Overlays of the last block by step, and of all blocks; one PNG for each image too. Empty without mixers.
 
-    Blocks of different grids are drawn at the largest one's size. `axis` is the one of the inputs on which the samples
-    lie.
+    Blocks of different grids are drawn at the largest one's size.
     """
-    images = inputs.transpose(0, axis)
-    maps = maps_of_blocks(model, inputs) if len(images) and images.ndim in (4, 5) else []
+    folder = asked.folder
+    if not outcome.drawn or outcome.drawn[0].ndim not in (3, 4):
+        return []
+    images = torch.stack(outcome.drawn)
+    maps = maps_of_blocks(model, images.transpose(0, asked.axis))
     if not maps:
         return []
+    names = [_caption(*pair, asked.names) for pair in zip(outcome.targets, outcome.answers, strict=True)]
     by_step = maps[-1]
     steps = [f"t={t}" for t in range(len(by_step))]
-    plots.attention_figure(images, by_step[:8], steps, by_step=True).savefig(folder / "attention_steps.png", dpi=120)
+    figure = plots.attention_figure(images, by_step[:8], steps, by_step=True, names=names)
+    figure.savefig(folder / "attention_steps.png", dpi=120)
     drawn = [(folder / "attention_steps.png", "What the last block's attention passes on, by time step")]
     height, width = max((tuple(one.shape[-2:]) for one in maps), key=math.prod)
     by_block = torch.stack([upsample(one.mean(0), (height, width)) for one in maps])
     if len(by_block) > 1:
         blocks = [f"block {i}" for i in range(len(by_block))]
-        plots.attention_figure(images, by_block, blocks).savefig(folder / "attention_blocks.png", dpi=120)
+        figure = plots.attention_figure(images, by_block, blocks, names=names)
+        figure.savefig(folder / "attention_blocks.png", dpi=120)
         drawn.append((folder / "attention_blocks.png", "The same by block, a mean over time steps"))
     for i, (image, attention) in enumerate(zip(images, by_step.mean(0), strict=True)):
-        plots.overlay_figure(image, attention).savefig(folder / "overlays" / f"image_{i}.png", dpi=120)
+        plots.overlay_figure(image, attention, names[i]).savefig(folder / "overlays" / f"image_{i}.png", dpi=120)
     return drawn
+
+
+def _caption(target: int, answer: int, names: Sequence[str]) -> str:
+    """The class of a sample, and what the network takes it for."""
+
+    def name(index: int) -> str:
+        return names[index] if index < len(names) else f"class {index}"
+
+    parts = [name(target)] if target >= 0 else []
+    if answer >= 0:
+        parts.append("recognised" if answer == target else f"taken for {name(answer)}")
+    return ", ".join(parts)
 
 
 def draw_neurons(
@@ -154,7 +229,9 @@ def draw_neurons(
     return drawn
 
 
-def print_summary(rates: FiringRates, report: EnergyReport, found: Audit, folder: Path) -> None:
+def print_summary(
+    rates: FiringRates, report: EnergyReport, found: Audit, outcome: Outcome, measured: Measured | None
+) -> None:
     """The findings on the terminal."""
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     if rates.silence:
@@ -166,10 +243,21 @@ def print_summary(rates: FiringRates, report: EnergyReport, found: Audit, folder
         f"{millijoules(report.total_mj)} an inference ({millijoules(report.ann_mj)} as an ANN), mean firing rate "
         f"{rates.mean:.1%} over {rates.samples} samples and {report.steps} steps"
     )
+    console.print(report.verdict)
+    if outcome.accuracy:
+        console.print(f"accuracy {outcome.accuracy[-1]:.2%} on {outcome.samples} samples")
     if report.attention and report.attention.sdsa_mj:
         ratio = report.attention.vanilla_mj / report.attention.sdsa_mj
         console.print(f"attention alone: {ratio:,.1f} times less than softmax attention of its size")
     for layer in sorted(report.layers, key=lambda layer: -layer.energy_mj)[:5]:
         share = layer.energy_mj / (report.total_mj or 1.0)
         console.print(f"  {share:6.1%}  {millijoules(layer.energy_mj):>9}  {layer.kind:3}  {layer.name}")
-    console.print(f"all in {folder / 'index.html'}")
+    if measured is None:
+        return
+    for form in measured.forms:
+        if form.missing:
+            console.print(f"{form.name}: not measured, {form.missing}")
+            continue
+        taken = f", {joules(form.energy.total)} ({joules(form.energy.above_idle)} above idle)" if form.energy else ""
+        console.print(f"{form.name}: {form.latency_ms:.3g} ms a sample, {form.throughput:.4g} a second{taken}")
+    console.print(f"on {measured.machine}; energy: {measured.counters}")

@@ -14,7 +14,8 @@ from sdt_datasets.images import build_image_datasets
 
 FILES = {
     "attention_blocks.png", "attention_steps.png", "audit.txt", "energy.json", "energy.png", "index.html",
-    "membrane.png", "overlays", "raster.png", "rate_histogram.png", "rates.csv", "rates.png",
+    "layers.csv", "layers.md", "layers.tex", "membrane.png", "overlays", "raster.png", "rate_histogram.png",
+    "rates.csv", "rates.png", "time_steps.csv", "time_steps.md", "time_steps.tex",
 }  # fmt: skip
 
 
@@ -48,6 +49,26 @@ def direct(run_folder, samples):
     return firing_rates(model, images), json.loads(energy(model, images).to_json())
 
 
+def check_steps(run_folder, folder, samples):
+    """Accuracy and energy with the first steps are those of the model told to take no more of them."""
+    from sdt_blocks import load_model
+
+    _, test = build_image_datasets(
+        "digits", img_size=8, mean=[0.3], std=[0.35], interpolation="bilinear", test_samples=samples
+    )
+    images = torch.stack([test[i][0] for i in range(samples)])
+    targets = torch.tensor([test[i][1] for i in range(samples)])
+    with open(folder / "time_steps.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["steps"]) for row in rows] == [1, 2, 3, 4] and all(float(row["latency_ms"]) > 0 for row in rows)
+    model = load_model(run_folder)
+    for row in (rows[1], rows[3]):
+        model.time_steps = int(row["steps"])
+        right = (model(images).argmax(1) == targets).float().mean()
+        assert float(row["accuracy"]) == pytest.approx(float(right), abs=1e-6)
+        assert float(row["formula_mj"]) == pytest.approx(energy(model, images).total_mj, rel=1e-6)
+
+
 def check_figures(folder, rates, report):
     found = json.loads((folder / "energy.json").read_text())
     assert found["samples"] == report["samples"]
@@ -61,11 +82,19 @@ def check_figures(folder, rates, report):
 
 def test_a_run(launcher, run_folder):
     done = launcher.run(
-        "analyze", "checkpoint=run", "samples=50", "batch_size=16", "images=3", "neurobench=true", launch=("--cpu",)
+        "analyze",
+        "checkpoint=run",
+        "samples=50",
+        "batch_size=16",
+        "images=3",
+        "neurobench=true",
+        "measure=true",
+        "seconds=0.05",
+        launch=("--cpu",),
     )
     assert done.returncode == 0, done.stderr
     folder = run_folder / "analysis"
-    assert {path.name for path in folder.iterdir()} == FILES | {"neurobench.json"}
+    assert {path.name for path in folder.iterdir()} == FILES | {"neurobench.json", "measured.json"}
     assert len(list((folder / "overlays").glob("*.png"))) == 3
     rates, report = direct(run_folder, 50)
     check_figures(folder, rates, report)
@@ -78,6 +107,11 @@ def test_a_run(launcher, run_folder):
     assert "The network is spike-driven." in done.stdout and "run/analysis/index.html" in done.stdout
     page = (folder / "index.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 5 and "50 samples, 4 time steps, input 1 x 8 x 8" in page
+    measured = json.loads((folder / "measured.json").read_text())
+    assert [form["name"] for form in measured["forms"]] == ["dense", "event-driven", "ANN"]
+    assert all(form["latency_ms"] > 0 and form["throughput"] > 0 for form in measured["forms"])
+    assert measured["counters"] in done.stdout and ("joules of" in measured["counters"] or "counter" in done.stdout)
+    check_steps(run_folder, folder, samples=50)
     neurobench = json.loads((folder / "neurobench.json").read_text())
     assert neurobench["ActivationSparsity"] == pytest.approx(1 - rates.mean)
 

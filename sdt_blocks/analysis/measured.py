@@ -1,0 +1,233 @@
+"""What a network really takes on this machine: latency, throughput, and joules where there are energy counters."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..inference import optimize_for_inference
+from ..neuron.replacing import replace_neurons
+from .counters import Counter
+from .probe import evaluating, input_of, unwrap
+
+DENSE, EVENTS, ANN = "dense", "event-driven", "ANN"
+
+LEAST_RUNS = 5
+"""Runs behind a latency, however long they take."""
+
+MOST_SWEPT = 8
+"""Numbers of time steps whose latency is measured; of more, those that double."""
+
+
+@dataclass
+class Energy:
+    """Joules of one inference by counter, and what the machine takes meanwhile when it does nothing."""
+
+    joules: dict[str, float]
+    idle_joules: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.joules.values())
+
+    @property
+    def above_idle(self) -> float:
+        return self.total - sum(self.idle_joules.values())
+
+
+@dataclass
+class Form:
+    """One form of a network as measured: the median latency of a single sample, and samples a second in a batch.
+
+    `energy` is that of a sample of the batch, None where there are no counters; `missing` says why a form could not be
+    measured at all.
+    """
+
+    name: str
+    latency_ms: float = 0.0
+    throughput: float = 0.0
+    energy: Energy | None = None
+    missing: str = ""
+
+
+@dataclass
+class Measured:
+    """What was measured on `machine`; `counters` says what the joules are of, or why there are none.
+
+    `latency_ms` is the dense form's by number of time steps.
+    """
+
+    machine: str
+    batch: int
+    counters: str
+    forms: list[Form] = field(default_factory=list)
+    latency_ms: dict[int, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON takes it."""
+        forms = [
+            {
+                "name": form.name,
+                "latency_ms": form.latency_ms,
+                "throughput": form.throughput,
+                "joules": form.energy and form.energy.joules,
+                "idle_joules": form.energy and form.energy.idle_joules,
+                "missing": form.missing,
+            }
+            for form in self.forms
+        ]
+        steps = {str(step): latency for step, latency in self.latency_ms.items()}
+        return {**vars(self), "forms": forms, "latency_ms": steps}
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    batch: Any,
+    *,
+    axis: int = 0,
+    seconds: float = 0.5,
+    counters: Sequence[Counter] = (),
+    missing: str = "",
+) -> Measured:
+    """Latency, throughput and joules of a model on a batch, as it is deployed.
+
+    Measured are the dense and the event-driven form of `optimize_for_inference`, and the same layers as an ANN: clipped
+    rectifiers for the neurons, one step. `axis` is the one of the inputs on which the samples lie; each figure takes
+    `seconds`, those of the counters at least a second. `missing` says why there are no (more) counters.
+
+    >>> found = measure(example_model(), example_images()[0], seconds=0.01)
+    >>> [form.name for form in found.forms], found.forms[0].latency_ms > 0
+    (['dense', 'event-driven', 'ANN'], True)
+    """
+    model = unwrap(model)
+    where = next(model.parameters(), torch.zeros(0))
+    x = input_of(batch)
+    x = x.to(where.device, where.dtype if x.is_floating_point() else x.dtype)
+    seen = ", ".join(counter.name for counter in counters)
+    told = "; ".join(part for part in (f"joules of {seen}, all programs together" if seen else "", missing) if part)
+    result = Measured(_machine(where.device), x.shape[axis], told or "the counters were not asked for")
+    with evaluating(model):
+        idle = _idle_watts(counters, max(seconds, 1.0)) if counters else {}
+        for name, build in _FORMS.items():
+            try:
+                form = build(model)
+            except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+                result.forms.append(Form(name, missing=" ".join(str(error).split())))
+                continue
+            given = x[:, :1] if name == ANN and axis == 0 and x.ndim == 5 else x[:1] if name == ANN and axis else x
+            result.forms.append(_measured(name, form, given, axis, seconds, counters, idle))
+        result.latency_ms = _latency_by_steps(model, x.narrow(axis, 0, 1), axis, seconds)
+    return result
+
+
+def as_ann(model: nn.Module) -> nn.Module:
+    """A copy of the model whose neurons are clipped rectifiers, for one step.
+
+    Raises `ValueError` where the model's own forward says how many steps there are.
+    """
+    copied = cast(Any, copy.deepcopy(model))
+    if not hasattr(copied, "time_steps"):
+        raise ValueError(f"{type(model).__name__} has no time_steps to set to one, so there is no ANN of its layers")
+    copied.time_steps = 1
+    return replace_neurons(cast(nn.Module, copied), lambda threshold: _ClippedRectifier())
+
+
+class _ClippedRectifier(nn.Module):
+    """Between the 0 and 1 of a spike: an unclipped one may overflow in weights that were trained for spikes."""
+
+    def forward(self, membrane: Tensor) -> Tensor:
+        return membrane.clamp(0, 1)
+
+
+_FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    DENSE: lambda model: optimize_for_inference(model),
+    EVENTS: lambda model: optimize_for_inference(model, sparse=True),
+    ANN: lambda model: optimize_for_inference(as_ann(model)),
+}
+
+
+def _measured(
+    name: str,
+    form: nn.Module,
+    x: Tensor,
+    axis: int,
+    seconds: float,
+    counters: Sequence[Counter],
+    idle: dict[str, float],
+) -> Form:
+    one = x.narrow(axis, 0, 1).contiguous()
+    try:
+        latency = statistics.median(_times(form, one, seconds))
+        runs = _times(form, x, seconds)
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        return Form(name, missing=" ".join(str(error).split()))
+    samples = x.shape[axis]
+    result = Form(name, 1e3 * latency, samples / statistics.median(runs))
+    if counters:
+        before = [counter.joules() for counter in counters]
+        times = _times(form, x, max(seconds, 1.0), warm=False)
+        taken, inferences = sum(times), samples * len(times)
+        joules = {c.name: (c.joules() - b) / inferences for c, b in zip(counters, before, strict=True)}
+        result.energy = Energy(joules, {key: watts * taken / inferences for key, watts in idle.items()})
+    return result
+
+
+def _times(form: nn.Module, x: Tensor, seconds: float, *, warm: bool = True) -> list[float]:
+    """Seconds of each of the runs that fill the time given, after two that count nowhere."""
+    for _ in range(2 if warm else 0):
+        _run(form, x)
+    times: list[float] = []
+    while sum(times) < seconds or len(times) < LEAST_RUNS:
+        start = time.perf_counter()
+        _run(form, x)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def _run(form: nn.Module, x: Tensor) -> None:
+    form(x)
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+
+
+def _idle_watts(counters: Sequence[Counter], seconds: float) -> dict[str, float]:
+    start, before = time.perf_counter(), [counter.joules() for counter in counters]
+    time.sleep(seconds)
+    after = [counter.joules() for counter in counters]
+    taken = time.perf_counter() - start
+    return {c.name: (b - a) / taken for c, a, b in zip(counters, before, after, strict=True)}
+
+
+def _latency_by_steps(model: nn.Module, one: Tensor, axis: int, seconds: float) -> dict[int, float]:
+    """The dense form's latency of a single sample for 1, 2, ... steps; empty where these cannot be chosen."""
+    frames = one.ndim == 5
+    if not frames and not hasattr(model, "time_steps"):
+        return {}
+    time_axis, copied = 1 - axis, cast(Any, copy.deepcopy(model))
+    steps = one.shape[time_axis] if frames else copied.time_steps
+    swept = range(1, steps + 1) if steps <= MOST_SWEPT else {2**k for k in range(steps.bit_length())} | {steps}
+    found = {}
+    for count in sorted(swept):
+        if not frames:
+            copied.time_steps = count
+        given = one.narrow(time_axis, 0, count).contiguous() if frames else one.contiguous()
+        try:
+            found[count] = 1e3 * statistics.median(_times(optimize_for_inference(copied), given, seconds))
+        except (ValueError, TypeError, RuntimeError, NotImplementedError):
+            return {}
+    return found
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
