@@ -93,7 +93,7 @@ def _tiles(rates: FiringRates, report: EnergyReport, audit: Audit, extras: Extra
     for form in (extras.measured.forms if extras.measured else [])[:1]:
         if not form.missing:
             tiles.append(("latency of a sample", f"{form.latency_ms:.3g} ms", ""))
-            tiles.append(("samples a second", f"{form.throughput:.3g}", ""))
+            tiles.append(("samples a second", quantity(form.throughput), ""))
     cells = (f'<div><dt>{escape(name)}</dt><dd class="{css}">{escape(value)}</dd></div>' for name, value, css in tiles)
     return f"<dl>{''.join(cells)}</dl>"
 
@@ -165,8 +165,8 @@ def _break_even_by_model(found: Estimate) -> str:
         text = f"{row.rate:.1%}, even at {_percent(row.break_even)}"
         rows.append(charts.Bar(_name(row.name), {css: row.rate}, text, marks))
     whole = (
-        f"The whole network breaks even at {_percent(found.break_even)} of all spikes, with the ANN of {found.bits} "
-        f"bits at {_percent(found.break_even_quantised)}."
+        f"The whole network breaks even at a rate of {_percent(found.break_even)} in all layers, with the ANN "
+        f"of {found.bits} bits at {_percent(found.break_even_quantised)}."
     )
     return f'<p>{escape(whole)}</p><div class="rates">{charts.bars(rows, 1.0)}</div>'
 
@@ -178,7 +178,7 @@ def _numbers(values: Iterable[str]) -> str:
 def _percent(rate: float | None) -> str:
     if rate is None:
         return "no rate"
-    return "over 100 %" if rate > 1 else "no rate" if rate < 0 else f"{rate:.1%}"
+    return ">100%" if rate > 1 else "no rate" if rate < 0 else f"{rate:.1%}"
 
 
 def _steps(rates: FiringRates, report: EnergyReport, extras: Extras) -> str:
