@@ -91,11 +91,10 @@ def analyze_model(
         raise ValueError(f"no neuron layer is called {layer!r}; there are {', '.join(neurons) or 'none'}")
     form = "trained" if as_trained else "deployed"
     first = next(iter([batches] if isinstance(batches, Tensor) else batches), None)
-    if first is None:
-        raise ValueError("there was no batch to run; check that the data is not empty")
-    axis = batch_axis(model, input_of(first))
+    # A process may have no share of few samples; where none has any, the rates say so.
+    axis = 0 if first is None else batch_axis(model, input_of(first))
     measured = None
-    if options.seconds > 0 and is_first_process():
+    if options.seconds > 0 and first is not None and is_first_process():
         measured = _measure(model, input_of(first), axis, options)
     # One form for all that is asked of the network, and one warning of what has none.
     with nullcontext() if as_trained else folded(model):
