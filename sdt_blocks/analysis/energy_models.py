@@ -42,9 +42,10 @@ class EnergyModel:
     Memory: `weight`, each time that a weight or bias is used; `weight_once`, each weight once an inference; `state`, a
     membrane when it is read and when it is written, once each a step, with `state_per_operation` also at each addition;
     `spike`, a spike that is read by a layer or written by a neuron; `activation`, an analog value in its place. The
-    `_bits` say how wide each is. With `buffers`, pairs of a memory's size in bytes and the price of a word of 32 bits,
-    linear in between, the size of what holds the values replaces these five prices; spikes wait in `queue` bytes, and a
-    convolution of analog values reads its input at each operation.
+    `_bits` say how wide each is. `stationary`: a layer of analog values keeps its weights in place and fetches an input
+    at each operation, where spikes fetch a weight. With `buffers`, pairs of a memory's size in bytes and the price of a
+    word of 32 bits, linear in between, the size of what holds the values replaces the prices but `weight_once`; spikes
+    wait in `queue` bytes, and a convolution of analog values reads its input at each operation.
 
     What is counted: `padding`, the operations of a convolution on its padding; `every_step`, a still image's first
     layer at every step although it is computed once; `biases`, an addition for each output of a layer that has one.
@@ -66,6 +67,7 @@ class EnergyModel:
     state_bits: float = WORD
     spike_bits: float = 1
     activation_bits: float = WORD
+    stationary: bool = False
     state_per_operation: bool = False
     buffers: tuple[tuple[float, float], ...] = ()
     queue: float = 4000.0
@@ -118,12 +120,14 @@ LEMAIRE = EnergyModel(
 
 YAN = EnergyModel(
     "yan",
-    "22 nm: additions, weights from DRAM once, membranes, routed spikes (Yan et al., https://arxiv.org/abs/2409.08290)",
+    "22 nm, 8-bit weights: from DRAM once, then by each spike, or in place (Yan et al., https://arxiv.org/abs/2409.08290)",
     mac=8 * 0.05448,
     ac=0.05448,
     update=0.05448,
     reset=0.05448,
+    weight=0.25,
     weight_once=20.0,
+    stationary=True,
     state=0.25,
     spike=3.0,
     activation=0.25,
@@ -334,14 +338,15 @@ def _product_cost(
     if model.addressing:
         compute += model.ac * operations + 2 * model.mac * moved * convolution if spikes else 0.0
         compute += 0.0 if spikes else model.ac * (layer.inputs + layer.outputs)
-    weights = (operations * bool(layer.weights) + biases) * model.weight_bits
+    fetches = operations * bool(layer.weights) + biases if spikes or not model.stationary else 0.0
+    weights = fetches * model.weight_bits
     weights *= model.price(model.weight, layer.weights * WORD / 8)
     states = 2 * operations * model.state_bits * model.state_per_operation * spikes
     states *= model.price(model.state, layer.outputs * WORD / 8)
     if spikes:
         carried = moved * model.spike_bits * model.price(model.spike, model.queue)
     else:
-        reads = operations if model.buffers and convolution else moved
+        reads = operations if model.stationary or (model.buffers and convolution) else moved
         bits = WORD if model.buffers else model.activation_bits if width is None else width
         carried = reads * bits * model.price(model.activation, layer.inputs * WORD / 8)
     return _mj(compute, weights, states, carried)

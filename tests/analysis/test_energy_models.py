@@ -92,10 +92,16 @@ def test_memory_by_the_size_of_buffers(two):
 def test_weights_once_and_routed_spikes(two):
     report, spikes = two
     fired, found = spikes.sum().item(), report.estimates["yan"]
-    assert found.cost.weights_mj == pytest.approx(PJ * 20 * 8 * (48 + 40))
-    assert found.steps[1].weights_mj == found.steps[2].weights_mj == 0
-    assert found.cost.spikes_mj == pytest.approx(PJ * (0.25 * 8 * 6 + 3 * 2 * fired))
-    assert found.quantised.spikes_mj == pytest.approx(PJ * 0.25 * 2 * (6 + 8 + 8))
+    assert found.cost.weights_mj == pytest.approx(PJ * 8 * (20 * (48 + 40) + 0.25 * 5 * (fired + STEPS)))
+    assert found.steps[1].weights_mj == pytest.approx(PJ * 8 * 0.25 * 5 * (spikes[1].item() + 1))
+    assert found.cost.states_mj == pytest.approx(PJ * 0.25 * 16 * 2 * 8 * STEPS)
+    assert found.cost.spikes_mj == pytest.approx(PJ * (0.25 * 8 * 48 + 3 * 2 * fired))
+    assert found.quantised.spikes_mj == pytest.approx(PJ * 0.25 * 2 * (48 + 40 + 8))
+    assert found.quantised.weights_mj == pytest.approx(PJ * 8 * 20 * (48 + 40))
+    # Of moving weights and activations alone they get the break-even rate that they publish, b / (8 T).
+    moving = replace(found.model, name="moving", ac=0, mac=0, spike=0, biases=False)
+    assert report.estimate(moving).rows[1].break_even_quantised == pytest.approx(2 / (8 * STEPS))
+    del report.estimates["moving"]
 
 
 @pytest.mark.parametrize("name", ENERGY_MODELS)
