@@ -21,6 +21,7 @@ from sdt_blocks import (
 from sdt_blocks.models import e_spikeformer
 from sdt_blocks.models.e_spikeformer import LinearChain
 from sdt_blocks.neuron import IntegerNeuron
+from sdt_blocks.steps import Unit
 
 NAMES = ("sdtv3_base_64", "sdtv3_large_kd_64")
 PUBLISHED = {
@@ -120,6 +121,55 @@ def test_training_step(released):
 def test_folded(released, sparse):
     fast = optimize_for_inference(released.model(), compile=False, sparse=sparse)
     torch.testing.assert_close(fast(released.tensors["input"]), released.tensors["logits_eval"], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_levels_run_by_events(released, monkeypatch):
+    """Every convolution that the kernels know adds the weights of D binary steps; the next levels are the same."""
+    model, x = released.model(), released.tensors["input"]
+    fast, seen, level = optimize_for_inference(model, sparse=True), [], IntegerNeuron.level
+    monkeypatch.setattr(IntegerNeuron, "level", lambda self, x: seen.append(level(self, x)) or seen[-1])
+    model(x)
+    expected, seen[:] = list(seen), []
+    torch.testing.assert_close(fast(x), released.tensors["logits_eval"], atol=1e-5, rtol=0)
+    assert len(seen) == len(expected) == sum(isinstance(m, IntegerNeuron) for m in model.modules())
+    assert all(torch.equal(*both) for both in zip(seen, expected, strict=True))
+    assert sum(levels.max() > 1 for levels in seen) > len(seen) / 2
+    kernels = [module.kernel() for module in model.modules() if isinstance(module, Unit)]
+    known = [conv for conv in kernels if conv.groups == 1 and conv.stride == (1, 1) and conv.in_channels > 3]
+    products = [product for _, product in fast.products()]
+    assert len(products) == len(known) > 10 and {product.planes for product in products} == {4}
+
+
+@torch.no_grad()
+def test_binary_steps_are_the_integer_model_in_float64(released):
+    """Every weight that sees levels, whatever its stride and groups, adds up D binary steps before a neuron decides."""
+    model, x = released.model().double(), released.tensors["input"].double()
+    seen: list = []
+    neurons = [m for m in model.modules() if isinstance(m, IntegerNeuron)]
+    for neuron in neurons:
+        neuron.register_forward_hook(lambda neuron, given, output: seen.append(neuron.level(*given)))
+    logits = model(x)
+    expected, seen[:] = list(seen), []
+    unfolded = set()
+
+    def in_steps(layer, given, output):
+        levels = 4 * given[0]
+        if not torch.equal(levels, levels.round().clamp(0, 4)):
+            return output  # the image, or sums between the layers of one unit
+        unfolded.add(layer)
+        geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        steps = ((levels > step).double() for step in range(4))
+        added = sum(F.conv2d(step, layer.weight, None, *geometry) for step in steps) / 4
+        return added if layer.bias is None else added + layer.bias.view(-1, 1, 1)
+
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    for layer in convolutions:
+        layer.register_forward_hook(in_steps)
+    torch.testing.assert_close(model(x), logits, atol=1e-12, rtol=0)
+    assert len(seen) == len(neurons) and all(torch.equal(*both) for both in zip(seen, expected, strict=True))
+    inner = sum(isinstance(m, LinearChain) for m in model.modules())
+    assert len(unfolded) == len(convolutions) - 1 - inner and sum(levels.max() > 1 for levels in seen) > len(seen) / 2
 
 
 # ---- the neuron

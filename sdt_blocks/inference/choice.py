@@ -94,7 +94,9 @@ class EventCosts:
 
     def break_even(self, places: Places, product: EventProduct) -> float:
         """The firing rate of the input at which both ways take as long."""
-        silent, full = (self.events(places, product, rate) for rate in (0.0, 1.0))
+        # Of levels, every step of theirs is listed.
+        listed = (places[0] * product.planes, *places[1:])
+        silent, full = (self.events(listed, product, rate) for rate in (0.0, 1.0))
         return min(max((self.dense_seconds(places, product) - silent) / (full - silent), 0.0), 1.0)
 
 
@@ -146,7 +148,7 @@ def calibrate(model: Events, batches: Iterable[Any], costs: EventCosts) -> list[
         shape = (steps, images, height, width)
         seen = spikes.setdefault(name, [0, 0])
         seen[0] += packed.count()
-        seen[1] += math.prod(shape) * packed.channels
+        seen[1] += math.prod(shape) * packed.channels * packed.planes
         places[name] = max(places.get(name, shape), shape, key=math.prod)
 
     hooks = [

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import steps
+from ..neuron import IntegerNeuron
 from ..ops.packed import (
     Epilogue,
     EventWeight,
@@ -24,7 +25,7 @@ from ..ops.packed import (
 )
 from ..ops.spec import NeuronSpec
 from . import passes
-from .passes import SPIKES, kinds, last_uses, over_places
+from .passes import LEVELS, SPIKES, kinds, last_uses, over_places
 from .plan import (
     ADD,
     CHECK,
@@ -54,7 +55,8 @@ class Events(nn.Module):
 
     Spikes are kept at one bit each; real values are written only for the membrane of the shortcuts. Norms follow the
     sums as they do in the network, not folded into the weights: so a silent frame gives the same membrane to the last
-    bit, and sums take the roundings of a channels-last convolution that adds input by input.
+    bit, and sums take the roundings of a channels-last convolution that adds input by input. The levels of an integer
+    neuron are as many spikes in binary steps, one bit each too, all of which are summed before the next neuron decides.
 
     Input and output are those of the network. A product whose input is denser than `break_even` of its layer is
     computed as a dense convolution instead, call by call; so is what the kernels do not know: the first layer, strides,
@@ -115,17 +117,24 @@ class Events(nn.Module):
             conv, norm = known
             fire = self.epilogues[node].fire
             neuron, channels = None if fire is None else fire.target, conv.out_channels
-            if self.kinds[node.inputs()[0]] == SPIKES and _by_events(conv):
-                return EventProduct(conv.weight, _epilogue(norm, neuron, bias=conv.bias, channels=channels))
+            if self.kinds[node.inputs()[0]] in (SPIKES, LEVELS) and _by_events(conv):
+                epilogue = _epilogue(norm, neuron, bias=conv.bias, channels=channels)
+                return EventProduct(conv.weight, epilogue, **self._planes(node))
             layers = node.target if isinstance(node.target, nn.Conv2d) else node.target.conv
             neuron = neuron if self.epilogues[node].residual is None else None
             return DenseSums(layers, _epilogue(norm, neuron, channels=channels))
-        if node.op == FIRE and is_neuron(node.target):
+        if node.op == FIRE and (is_neuron(node.target) or self.kinds[node] == LEVELS):
             return node.target
-        if node.op == MIX and self.kinds[node.inputs()[0]] == SPIKES:
-            packed = _packed_mixing(node.target) if hasattr(node.target.mixer, "packed") else None
-            return _apart(node.target) if packed is None else packed
+        if node.op == MIX and self.kinds[node.inputs()[0]] in (SPIKES, LEVELS):
+            planes = self._planes(node)
+            packed = _packed_mixing(node.target) if hasattr(node.target.mixer, "packed") and not planes else None
+            return _apart(node.target, planes) if packed is None else packed
         return None
+
+    def _planes(self, node: Node) -> dict[str, Any]:
+        """How the levels that a node takes are packed, as the options of its products."""
+        given = node.inputs()[0]
+        return {} if self.kinds[given] == SPIKES else {"planes": given.target.levels, "norm": given.target.norm}
 
     @torch.no_grad()
     def forward(self, *inputs: Tensor) -> Any:
@@ -208,6 +217,11 @@ class Events(nn.Module):
 
     def _fire(self, node: Node, x: Any) -> Any:
         membrane = _membrane(x)
+        if self.kinds[node] == LEVELS:
+            real = plain(x)
+            if real.ndim != 5 or 0 in real.shape:
+                return node.target(real)
+            return PackedSpikes.pack_levels(node.target.unfold(real), node.target.norm)
         if membrane is None or isinstance(x, PackedSpikes):
             return node.target(plain(x))
         real = membrane.real
@@ -219,7 +233,7 @@ class Events(nn.Module):
             _, qkv = form(x)
             return mixing.mixer.packed(qkv, form.channels)
         if form is not None and isinstance(x, PackedSpikes):
-            fired = [product(x)[1].unpack().contiguous() for product in form]
+            fired = [_fired(*both, x) for both in zip(form, mixing.neurons, strict=True)]
             return _repacked(mixing.mixer, mixing.mixer(*fired))
         mixed = steps.project_and_mix(mixing.units, mixing.neurons, mixing.mixer, plain(x))
         return _repacked(mixing.mixer, mixed)
@@ -250,14 +264,19 @@ class Membrane:
 class EventProduct(nn.Module):
     """A convolution of stride 1 on spikes, its norm, and what follows: a shortcut's sum, a neuron.
 
+    With more `planes` than one, the convolution of levels / `norm`; see `PackedSpikes`.
+
     `forward(spikes, residual, membrane)` is `spike_product`. `break_even` is the share of active inputs above which the
     sums come from a dense convolution instead; 1 never does that.
     """
 
-    def __init__(self, weight: Tensor, epilogue: Epilogue, channels: int = 0) -> None:
+    def __init__(
+        self, weight: Tensor, epilogue: Epilogue, channels: int = 0, *, planes: int = 1, norm: float = 1.0
+    ) -> None:
         super().__init__()
-        self.weight, self.epilogue, self.channels = EventWeight(weight), epilogue, channels
-        self.convolution = Product(self.weight.weight, torch.zeros(len(weight)))
+        weight = weight.detach().float()
+        self.weight, self.epilogue, self.channels, self.planes = EventWeight(weight / norm), epilogue, channels, planes
+        self.convolution = Product(weight, torch.zeros(len(weight)), spikes=planes == 1)
         self.break_even = 1.0
 
     def forward(
@@ -281,7 +300,7 @@ class EventProduct(nn.Module):
         size = _chunk(steps_ * height * width, channels)
         for first in range(0, images, size):
             some = slice(first, first + size)
-            part = PackedSpikes(spikes.words[:, some], spikes.channels)
+            part = spikes.of(spikes.words[:, some])
             shape = torch.Size((part.words.shape[:2].numel(), height, width, spikes.channels))
             frames = part.unpack(self.convolution.input_dtype(shape)).movedim(2, -1).flatten(0, 1)
             _, fired = spike_neuron(
@@ -382,7 +401,7 @@ def _pooled_membrane(form: Any, x: Any) -> Tensor:
     if not isinstance(form, EventProduct):
         return real_pool(form(x, membrane=True)[0])
     words = x.words.contiguous()
-    frames = PackedSpikes(words.flatten(0, 1).unsqueeze(0), x.channels)
+    frames = x.of(words.flatten(0, 1).unsqueeze(0))
     size = _chunk(words[0, 0, ..., 0].numel(), form.epilogue.channels)
     parts = [
         real_pool(form(frames.images(first, first + size), membrane=True)[0])
@@ -425,17 +444,28 @@ def _packed_mixing(mixing: Mixing) -> EventProduct | None:
     return EventProduct(weights, Epilogue(len(weights), neuron=specs[0], **rows), channels)
 
 
-def _apart(mixing: Mixing) -> nn.ModuleList | None:
+def _apart(mixing: Mixing, planes: dict[str, Any]) -> nn.ModuleList | None:
     """q, k and v each as a product with its neuron, for a mixer without a packed form."""
     found = [convolution(unit) for unit in mixing.units]
-    if not all(one is not None and _by_events(one[0]) for one in found) or not all(map(is_neuron, mixing.neurons)):
+    known = [is_neuron(neuron) or steps.is_plain(neuron, IntegerNeuron) for neuron in mixing.neurons]
+    if not all(one is not None and _by_events(one[0]) for one in found) or not all(known):
         return None
     parts = []
     for one, neuron in zip(found, mixing.neurons, strict=True):
         assert one is not None
         conv, norm = one
-        parts.append(EventProduct(conv.weight, _epilogue(norm, neuron, bias=conv.bias, channels=conv.out_channels)))
+        last: Any = neuron if is_neuron(neuron) else None
+        epilogue = _epilogue(norm, last, bias=conv.bias, channels=conv.out_channels)
+        parts.append(EventProduct(conv.weight, epilogue, **planes))
     return nn.ModuleList(parts)
+
+
+def _fired(product: EventProduct, neuron: Any, x: PackedSpikes) -> Tensor:
+    """What a neuron makes of a product, `[T, B, C, H, W]`."""
+    if product.epilogue.neuron is not None:
+        return plain(product(x)[1])
+    levels: Tensor = neuron(plain(Membrane(product(x, membrane=True)[0])))
+    return levels
 
 
 def _epilogue(

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from .. import steps
+from ..neuron import IntegerNeuron
 from .plan import ADD, CALL, CHECK, FIRE, INPUT, MIX, OUTPUT, POOL, PRESENT, PROJECT, Node, Plan, is_neuron
 
-SPIKES, REAL = "spikes", "real"
+SPIKES, LEVELS, REAL = "spikes", "levels", "real"
 
 # Calls that move values without changing them.
 _MOVES = """flatten unflatten reshape view permute transpose movedim contiguous clone squeeze unsqueeze expand getitem
@@ -19,7 +20,7 @@ select narrow chunk split unbind repeat cat stack detach roll flip"""
 
 
 def kinds(plan: Plan) -> dict[Node, str]:
-    """For every node whether it holds spikes, zeros and ones alone, or real values."""
+    """For every node whether it holds spikes, zeros and ones alone, levels of integer neurons, or real values."""
     found: dict[Node, str] = {}
     for node in plan.nodes:
         of = [found[given] for given in node.inputs()]
@@ -37,7 +38,8 @@ def kinds(plan: Plan) -> dict[Node, str]:
             spikes = all_spikes and (name in _MOVES.split() or node.target in (operator.mul, torch.mul))
         else:
             spikes = False
-        found[node] = SPIKES if spikes else REAL
+        levels = node.op == FIRE and steps.is_plain(node.target, IntegerNeuron)
+        found[node] = SPIKES if spikes else LEVELS if levels else REAL
     return found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_int64, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,16 @@ Result = tuple[Any, Any]
 
 @dataclass(frozen=True)
 class PackedSpikes:
-    """Spikes of `channels` channels at one bit each: words `[T, B, H, W, ceil(channels / 64)]` of int64.
+    """Spikes of `channels` channels at one bit each: words `[T, B, H, W, planes * ceil(channels / 64)]` of int64.
 
-    Channel c is bit `c % 64` of word `c // 64`; the bits behind the last channel are zero.
+    Channel c is bit `c % 64` of word `c // 64` of a plane; the bits behind the last channel are zero. Several planes
+    stand for the values `(sum over planes) / norm`: the levels of an integer neuron as spikes of binary steps.
     """
 
     words: Tensor
     channels: int
+    planes: int = 1
+    norm: float = 1.0
 
     @staticmethod
     def pack(spikes: Tensor) -> PackedSpikes:
@@ -50,27 +53,43 @@ class PackedSpikes:
         bits = spikes != 0
         if not torch.equal(bits.to(spikes.dtype), spikes):
             raise ValueError("spikes must be 0 or 1; a membrane or an image has to go through a neuron first")
-        channels = spikes.shape[2]
-        padded = F.pad(bits.movedim(2, -1), (0, -channels % WORD))
-        words = np.packbits(padded.contiguous().numpy(), axis=-1, bitorder="little").view(np.int64)
-        return PackedSpikes(torch.from_numpy(words), channels)
+        return PackedSpikes(_words(bits.movedim(2, -1)), spikes.shape[2])
+
+    @staticmethod
+    def pack_levels(steps: Tensor, norm: float) -> PackedSpikes:
+        """Packs the levels that zeros and ones `[planes, T, B, C, H, W]` sum up to, and which stand for level / norm.
+
+        >>> PackedSpikes.pack_levels(torch.ones(4, 1, 1, 3, 2, 2), norm=8).unpack().unique()
+        tensor([0.5000])
+        """
+        if steps.ndim != 6 or 0 in steps.shape:
+            raise ValueError(f"levels must be [planes, T, B, C, H, W] with no empty axis, got {list(steps.shape)}")
+        words = _words((steps != 0).permute(1, 2, 4, 5, 0, 3)).flatten(-2)
+        return PackedSpikes(words, steps.shape[3], len(steps), norm)
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Zeros and ones `[T, B, C, H, W]` in float32 or uint8; the channels are the innermost axis in memory."""
+        """The values `[T, B, C, H, W]`, of one plane in float32 or uint8, of several in float32 alone.
+
+        The channels are the innermost axis in memory.
+        """
         kernel = {torch.float32: "spike_expand_float", torch.uint8: "spike_expand_byte"}[dtype]
         words = self.words.contiguous()
-        frames = torch.empty(*words.shape[:-1], self.channels, dtype=dtype)
-        _call(kernel, words, frames, words[..., 0].numel(), self.channels)
-        return frames.movedim(-1, 2)
+        frames = torch.empty(*words.shape[:-1], self.planes, self.channels, dtype=dtype)
+        _call(kernel, words, frames, words[..., 0].numel() * self.planes, self.channels)
+        return (frames.squeeze(-2) if self.planes == 1 else frames.sum(-2) / self.norm).movedim(-1, 2)
 
     def unpack_reference(self) -> Tensor:
         """The same in PyTorch."""
-        bits = (self.words.unsqueeze(-1) >> torch.arange(WORD)) & 1
-        return bits.flatten(-2)[..., : self.channels].movedim(-1, 2).float()
+        bits = (self.words.unflatten(-1, (self.planes, -1)).unsqueeze(-1) >> torch.arange(WORD)) & 1
+        return bits.flatten(-2)[..., : self.channels].sum(-2).movedim(-1, 2).float() / self.norm
 
     def images(self, first: int, last: int) -> PackedSpikes:
         """The spikes of the images from `first` to before `last`: a view."""
-        return PackedSpikes(self.words[:, first:last], self.channels)
+        return self.of(self.words[:, first:last])
+
+    def of(self, words: Tensor) -> PackedSpikes:
+        """Spikes of other frames in the same arrangement."""
+        return replace(self, words=words)
 
     def count(self) -> int:
         """The number of spikes."""
@@ -78,8 +97,8 @@ class PackedSpikes:
         return _call("spike_count", words, words.numel())
 
     def rate(self) -> float:
-        """The share of ones."""
-        return self.count() / (self.words[..., 0].numel() * self.channels)
+        """The share of ones, over all planes."""
+        return self.count() / (self.words[..., 0].numel() * self.channels * self.planes)
 
 
 class EventWeight:
@@ -150,6 +169,7 @@ def spike_product(
 ) -> Result:
     """The convolution of spikes with a weight, and its epilogue: additions of the weights of active inputs alone.
 
+    Of levels in several planes it is the convolution of level * norm, their whole numbers: the weight holds 1 / norm.
     `residual` is `[T, B, H, W, out]`. `membrane` asks for u, and may be the tensor to write it to, even `residual`.
 
     >>> weight, neuron = torch.rand(8, 16, 1, 1), NeuronSpec()
@@ -161,7 +181,7 @@ def spike_product(
     steps, images, height, width, _ = spikes.words.shape
     words = _frames(spikes.words)
     kept, fired, arguments = _outputs(epilogue, (steps, images, height, width), residual, membrane)
-    frames = _Frames(words.data_ptr(), words.stride(0), steps, images, height, width, spikes.channels)
+    frames = _Frames(words.data_ptr(), words.stride(0), steps, images, height, width, spikes.channels, spikes.planes)
     _call("spike_product", frames, weight.radius, weight.tiles, arguments)
     return kept, fired
 
@@ -176,7 +196,7 @@ def spike_product_reference(
 ) -> Result:
     """`spike_product` as a dense convolution."""
     _check_product(spikes, weight, epilogue)
-    frames = spikes.unpack_reference()
+    frames = replace(spikes, norm=1.0).unpack_reference()
     sums = F.conv2d(
         frames.flatten(0, 1).contiguous(memory_format=torch.channels_last),
         weight.weight.contiguous(memory_format=torch.channels_last),
@@ -209,8 +229,7 @@ def spike_neuron_reference(
 
 def spike_pool(spikes: PackedSpikes) -> PackedSpikes:
     """3x3 maximum, stride 2, padding 1, which for spikes is OR."""
-    words = spikes.words.contiguous()
-    return PackedSpikes(_pool("spike_pool", words), spikes.channels)
+    return spikes.of(_pool("spike_pool", spikes.words.contiguous()))
 
 
 def spike_pool_reference(spikes: PackedSpikes) -> PackedSpikes:
@@ -289,7 +308,7 @@ def kernels_path() -> Path:
 class _Frames(ctypes.Structure):
     _fields_ = [
         ("words", c_void_p),
-        *((name, c_int64) for name in ("step", "steps", "images", "height", "width", "channels")),
+        *((name, c_int64) for name in ("step", "steps", "images", "height", "width", "channels", "planes")),
     ]
 
 
@@ -333,6 +352,12 @@ def _outputs(
     if neuron is not None:
         arguments.neuron = bindings.Neuron.of(neuron)
     return kept, None if words is None else PackedSpikes(words, epilogue.channels), arguments
+
+
+def _words(bits: Tensor) -> Tensor:
+    """Bits `[..., C]` -> words `[..., ceil(C / 64)]`."""
+    padded = F.pad(bits, (0, -bits.shape[-1] % WORD))
+    return torch.from_numpy(np.packbits(padded.contiguous().numpy(), axis=-1, bitorder="little").view(np.int64))
 
 
 def _frames(x: Tensor) -> Tensor:

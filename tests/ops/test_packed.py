@@ -99,6 +99,30 @@ def test_product_with_its_epilogue_agrees_with_the_reference(shape, reset, stric
     assert (fired.unpack() != expected_fired.unpack()).float().mean() <= 1e-4
 
 
+@pytest.mark.parametrize("levels,norm", [(4, 4.0), (8, 1.0), (3, 3.0)])
+@pytest.mark.parametrize("shape", SHAPES[:6])
+def test_levels_in_planes_agree_with_the_reference_and_with_dense_products(shape, levels, norm):
+    steps, images, height, width, into, out, kernel = shape
+    weight, epilogue = draw_layer(out, into, kernel, NeuronSpec())
+    level = (draw((levels, steps, images, into, height, width), 0.3).cumsum(0)[-1]).float()
+    planes = (level > torch.arange(levels).view(-1, 1, 1, 1, 1, 1)).float()
+    packed = PackedSpikes.pack_levels(planes, norm)
+    assert torch.equal(packed.unpack(), level / norm) and torch.equal(packed.unpack_reference(), level / norm)
+    assert packed.count() == level.sum() and packed.rate() == pytest.approx(planes.mean().item())
+    assert torch.equal(
+        spike_pool(packed).unpack(),
+        F.max_pool2d(level.flatten(0, 1), 3, 2, 1).view_as(spike_pool(packed).unpack()) / norm,
+    )
+    arguments = (packed, EventWeight(weight / norm), epilogue)
+    membrane, fired = spike_product(*arguments, membrane=True)
+    expected, expected_fired = spike_product_reference(*arguments, membrane=True)
+    torch.testing.assert_close(membrane, expected, rtol=1e-5, atol=1e-5)
+    assert (fired.unpack() != expected_fired.unpack()).float().mean() <= 1e-3
+    sums = F.conv2d((level / norm).flatten(0, 1).double(), weight.double(), padding=kernel // 2).movedim(1, -1)
+    alone, _ = spike_product(packed, EventWeight(weight / norm), Epilogue(out), membrane=True)
+    torch.testing.assert_close(alone.flatten(0, 1).double(), sums, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("reset", ["zero", "subtract", "none"])
 def test_the_neuron_sees_exactly_the_membrane_that_is_kept(reset):
     neuron = NeuronSpec(threshold=0.9, reset=reset)

@@ -1,11 +1,13 @@
 // Products, neurons, pooling and attention on packed spikes: one bit each, 64 channels a word, lowest channel first.
 //
+// Levels 0..D are D such planes a pixel, one after the other, and add a weight row for every one that is set.
+//
 // A product with spikes is a sum of weight rows. The outputs are cut into tiles of LANES channels whose weights fit the
 // first-level cache. A task lists the active inputs of its rows once, sorts rows of like length into groups of ROWS, and
 // then, tile by tile, adds up a group at a time with every sum in registers. The neuron follows while the sums are in the
 // cache, so that real values reach memory only where they are asked for.
 //
-// Sums run over taps, then channels, in ascending order, one rounding an addition.
+// Sums run over planes, taps, then channels, in ascending order, one rounding an addition.
 
 #include "packed_epilogue.h"
 
@@ -16,11 +18,12 @@ constexpr int64_t LIST_BYTES = 8 << 20;  // room for the lists of a task
 constexpr int64_t TASK_ROWS = 4096;
 constexpr int LIST_SLACK = 32;           // entries that a list may be overwritten by, behind its end
 
-// Spikes [steps, images, height, width, words of channels]; one step is `step` words from the next.
+// Spikes [steps, images, height, width, planes, words of channels]; one step is `step` words from the next.
 struct Frames {
     const uint64_t* words;
-    int64_t step, steps, images, height, width, channels;
-    int64_t stride() const { return (channels + 63) / 64; }
+    int64_t step, steps, images, height, width, channels, planes;
+    int64_t plane() const { return (channels + 63) / 64; }
+    int64_t stride() const { return planes * plane(); }
     int64_t pixels() const { return images * height * width; }
 };
 
@@ -46,16 +49,18 @@ int64_t list_inputs(const Frames& in, int radius, int64_t step, int64_t pixel, u
     const int64_t x = radius ? pixel % in.width : 0, y = radius ? pixel / in.width % in.height : 0;
     const uint64_t* centre = in.words + step * in.step + pixel * in.stride();
     uint16_t* to = list;
-    uint32_t base = 0;
-    for (int64_t dy = -radius; dy <= radius; dy++)
-        for (int64_t dx = -radius; dx <= radius; dx++, base += UNIT * uint32_t(in.channels)) {
-            if (radius && (y + dy < 0 || y + dy >= in.height || x + dx < 0 || x + dx >= in.width)) continue;
-            const uint64_t* words = centre + (dy * in.width + dx) * in.stride();
-            for (int64_t c = 0; c < in.channels; c += 32) {
-                const uint32_t bits = uint32_t(words[c / 64] >> (c % 64));
-                to = list_bits<UNIT>(bits, base + UNIT * uint32_t(c), to);
+    for (int64_t plane = 0; plane < in.planes; plane++, centre += in.plane()) {
+        uint32_t base = 0;
+        for (int64_t dy = -radius; dy <= radius; dy++)
+            for (int64_t dx = -radius; dx <= radius; dx++, base += UNIT * uint32_t(in.channels)) {
+                if (radius && (y + dy < 0 || y + dy >= in.height || x + dx < 0 || x + dx >= in.width)) continue;
+                const uint64_t* words = centre + (dy * in.width + dx) * in.stride();
+                for (int64_t c = 0; c < in.channels; c += 32) {
+                    const uint32_t bits = uint32_t(words[c / 64] >> (c % 64));
+                    to = list_bits<UNIT>(bits, base + UNIT * uint32_t(c), to);
+                }
             }
-        }
+    }
     return to - list;
 }
 
@@ -103,11 +108,11 @@ void run_task(Task& task, const Frames& in, int radius, const float* weights, co
               int64_t last, int64_t block) {
     const bool streams = e.streams(in.pixels() * in.steps);
     const int64_t inputs = in.channels * (2 * radius + 1) * (2 * radius + 1), steps = in.steps;
-    const int64_t stride = inputs + LIST_SLACK, block_rows = block * steps;
+    const int64_t stride = in.planes * inputs + LIST_SLACK, block_rows = block * steps;
     const int64_t blocks = (last - first + block - 1) / block, groups_a_block = (block_rows + ROWS - 1) / ROWS;
     uint16_t* lists = task.lists.reserve((last - first) * steps * stride);
     int32_t* counts = task.counts.reserve(block_rows);
-    int32_t* starts = task.starts.reserve(inputs + 2);
+    int32_t* starts = task.starts.reserve(in.planes * inputs + 2);
     int32_t* rows = task.rows.reserve(blocks * groups_a_block * ROWS);
     int32_t* groups = task.groups.reserve(blocks * groups_a_block);
     float* sums = task.sums.reserve(block_rows * LANES);
@@ -197,7 +202,7 @@ void spike_product(const Frames* spikes, int64_t radius, const float* weights, c
     const int64_t channels = in.channels, steps = in.steps;
     const int64_t inputs = channels * (2 * radius + 1) * (2 * radius + 1), pixels = in.pixels();
     const int64_t block = std::max<int64_t>(1, BLOCK_ROWS / steps);
-    const int64_t fitting = std::min(TASK_ROWS, LIST_BYTES / (2 * (inputs + LIST_SLACK))) / steps / block;
+    const int64_t fitting = std::min(TASK_ROWS, LIST_BYTES / (2 * (in.planes * inputs + LIST_SLACK))) / steps / block;
     const int64_t most = std::max<int64_t>(1, fitting) * block;
     int64_t tasks = ceil_divide(pixels, most);
     tasks = std::min(pixels, ceil_divide(tasks, threads) * threads);
