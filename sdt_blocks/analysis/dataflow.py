@@ -58,7 +58,7 @@ class Value:
     """What a tensor holds, where it became so, and the layer whose weights it has just gone through, if any.
 
     `factors` are those of an elementwise product, which a sum over `axes` (None: any) makes a product of matrices.
-    `norm` is what levels are divided by.
+    `norm` is what levels, or the counts that came of them, are divided by, `levels` the largest level.
     """
 
     kind: str
@@ -67,6 +67,7 @@ class Value:
     factors: tuple[Any, ...] = field(default=(), compare=False)
     axes: frozenset[int] | None = None
     norm: float = 1.0
+    levels: int = 1
 
     @property
     def binary(self) -> bool:
@@ -187,7 +188,7 @@ class Follower(TorchDispatchMode):
             merged = self._merged()
             self.note(name, kinds, ADDS, f"{what}{scaled}{merged}", merges=bool(merged))
             if NOTHING not in (a, b) and {a.kind, b.kind} <= {SPIKES, COUNTS, LEVELS}:
-                return Value(COUNTS, f"a product of spikes in {self._here()}, which counts")
+                return Value(COUNTS, f"a product of spikes in {self._here()}, which counts", norm=a.norm * b.norm)
         elif not analog and NOTHING in (a, b):
             self.note(name, kinds, FIRST, "the analog input")
         else:
@@ -273,12 +274,12 @@ class Follower(TorchDispatchMode):
             return Value(SPIKES, f"complement in {self._here()}")
         if kinds == {INPUT}:
             return known[0]
-        if len(known) > 1 and kinds <= {SPIKES, COUNTS} and name in ("add", "sum"):
+        if len(known) > 1 and kinds <= {SPIKES, COUNTS} and name == "add" and all(value.norm == 1 for value in known):
             return Value(COUNTS, f"a sum of spikes in {self._here()}, which can exceed 1")
         if len(known) > 1 and all(value.binary for value in known):
             return Value(ANALOG, f"a sum of spikes in {self._here()}, which can exceed 1")
         if kinds in ({SPIKES}, {COUNTS}) and name in ("sum", "cumsum"):
-            return Value(COUNTS, f"{name} of {known[0].kind} in {self._here()}")
+            return Value(COUNTS, f"{name} of {known[0].kind} in {self._here()}", norm=known[0].norm)
         if all(value.binary for value in known):
             return Value(ANALOG, f"{name} of spikes in {self._here()}")
         # A constant added to a layer's output is a bias; a second signal added makes it no layer's own output any more.
@@ -344,7 +345,7 @@ def _levels(name: str, neuron: IntegerNeuron, output: Tensor) -> Value:
     nearest = levels.round().clamp(0, neuron.levels)
     if not output.is_meta and not bool(torch.isclose(levels, nearest, atol=1e-3).all()):
         return Value(ANALOG, f"{name}, a neuron that emits other values than its levels")
-    return Value(LEVELS, f"{name}, levels of 0 to {neuron.levels}", norm=neuron.norm)
+    return Value(LEVELS, name, norm=neuron.norm, levels=neuron.levels)
 
 
 def _tensors(nested: Any) -> list[Tensor]:

@@ -234,7 +234,7 @@ def energy(
     """Energy of one inference: the operations of each layer times the rates of its real input, after any pooling.
 
         MAC layers (analog input)   E_MAC * macs * T; for frames that change, times their non-zero share
-        AC layers (spikes)          E_AC * macs * sum over t of rate[t]
+        AC layers (spikes)          E_AC * macs * sum over t of rate[t]; a level, or a count of spikes, is as many
         mixers of an attention      E_AC for each of their `additions`: a coincidence of k and v where a mask is made
                                     of them; in q (k^T v) also a row of counts for each spike of q
 

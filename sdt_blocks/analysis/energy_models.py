@@ -385,12 +385,16 @@ def at_rates(record: Record, rates: Sequence[float]) -> Any:
 
 
 def with_rates(layer: LayerOperations, rates: Sequence[float]) -> LayerOperations:
-    """A layer, fed by spikes or not, as if these shares of its inputs counted, one a step."""
+    """A layer, fed by spikes or not, as if these shares of its inputs counted, one a step.
+
+    Of levels they are shares of all binary steps.
+    """
+    numbers = [layer.levels * rate for rate in rates]
     return replace(
         layer,
-        rate=list(rates),
-        executed=[layer.executed_macs * rate for rate in rates],
-        moved=[layer.inputs * rate for rate in rates],
+        rate=numbers,
+        executed=[layer.executed_macs * number for number in numbers],
+        moved=[layer.inputs * number for number in numbers],
     )
 
 
@@ -435,7 +439,7 @@ def _read(where: str, name: str, own: dict[str, Any]) -> EnergyModel:
 
 def _rates(record: Record) -> list[float]:
     if isinstance(record, LayerOperations):
-        return record.rate
+        return [rate / record.levels for rate in record.rate]
     return [spikes / record.neurons for spikes in record.spikes]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..neuron import IntegerNeuron
-from .dataflow import MULTIPLIES, NOTHING, OUTER, SUMMED, Follower
+from .dataflow import COUNTS, LEVELS, MULTIPLIES, NOTHING, OUTER, SUMMED, Follower, Value
 from .moments import Moments, merged
 from .operators import FREE
 from .probe import Batches, Clock, Forward, Hook, Probe, add_at, find_mixers, gather
@@ -37,6 +37,9 @@ class LayerOperations:
     `weights` the parameters that are multiplied. Of a mixer, `sources` are the neurons that its inputs come from and
     `bound_shares` how much of its `macs` its estimate takes for each of them if it always fires. `varies`: what
     is charged depends on the sample.
+
+    Inputs that are whole numbers, levels or counts of spikes, are charged as so many additions: `rate` is the mean
+    number. `levels` is the largest level, of a mixer how often its `macs` are done if q, k and v all have that.
     """
 
     name: str
@@ -58,6 +61,7 @@ class LayerOperations:
     sources: tuple[str, ...] = ()
     bound_shares: tuple[float, ...] = ()
     varies: bool = False
+    levels: int = 1
 
 
 @dataclass
@@ -127,13 +131,14 @@ class _Site:
     weights: int = 0
     sources: tuple[str, ...] = ()
     bound_shares: tuple[float, ...] = ()
+    levels: int = 1
 
     def add(self, other: _Site) -> None:
         for name in ("nonzero", "entries", "dense", "bound", "executed", "executed_dense", "moved"):
             setattr(self, name, add_at(getattr(self, name), getattr(other, name)))
         for name in ("inputs", "outputs", "biases"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("first", "analog", "frames", "tokens", "channels", "weights", "sources", "bound_shares"):
+        for name in ("first", "analog", "frames", "tokens", "channels", "weights", "sources", "bound_shares", "levels"):
             setattr(self, name, max(getattr(self, name), getattr(other, name)))
 
 
@@ -162,6 +167,7 @@ class _Call:
     weights: int = 0
     sources: tuple[str, ...] = ()
     bound_shares: tuple[float, ...] = ()
+    levels: int = 1
 
 
 def count_operations(
@@ -270,7 +276,11 @@ class _Recorder(Follower):
         name = here if layer else self._weight(other) or f"{here}.{kind}{self.numbers[here] or ''}".lstrip(".")
         self.numbers[here] += 1
         kind = "linear" if layer and kind == "matmul" else kind
-        call = self._call(name, kind, rows, macs, None if constant[0] else window)
+        value = self.value(b if constant[0] else a)
+        whole = _whole(value, rows)
+        covered = None if constant[0] else window
+        call = self._call(name, kind, rows if whole is None else whole, macs, covered, whole=whole is not None)
+        call.levels = value.levels
         call.outputs = float(outputs)
         module = self.probe.model.get_submodule(here) if layer else None
         call.biases = call.outputs * (biased or isinstance(getattr(module, "bias", None), Tensor))
@@ -282,10 +292,10 @@ class _Recorder(Follower):
         whole = factor if factor._base is None else factor._base
         return self.weights.get(id(factor), "") or self.weights.get(id(whole), "")
 
-    def _call(self, name: str, kind: str, rows: Tensor, macs: float, window: Window | None) -> _Call:
+    def _call(self, name: str, kind: str, rows: Tensor, macs: float, window: Window | None, *, whole: bool) -> _Call:
         arranged = rows.flatten(1) if kind == "conv" else self._arranged(rows)
-        nonzero = _nonzero(arranged)
-        executed, executed_dense = (None, float(macs)) if window is None else window.executed(rows)
+        nonzero = arranged.sum(-1, dtype=torch.float64) if whole else _nonzero(arranged)
+        executed, executed_dense = (None, float(macs)) if window is None else window.executed(rows, whole=whole)
         before = self.calls.get(name)
         first = before[0].kept_input is not None if before else not self.probe.clock.started
         kept = rows if first else None
@@ -294,7 +304,7 @@ class _Recorder(Follower):
             nonzero,
             arranged.shape[-1],
             float(macs),
-            _is_spikes(rows, nonzero),
+            torch.tensor(True) if whole else _is_spikes(rows, nonzero),
             kept,
             executed=executed,
             executed_dense=executed_dense,
@@ -319,15 +329,21 @@ class _Recorder(Follower):
             if not most:
                 return
             frames = math.prod(spikes[0].shape[:2])
-            added = _by_frame(mixer.additions, spikes)
-            bound = _by_frame(mixer.bound, spikes) if hasattr(mixer, "bound") else None
-            binary = torch.stack([_is_spikes(x, x.count_nonzero()) for x in spikes]).all()
+            values = [self.value(x) for x in spikes]
+            whole = [_whole(value, x) for value, x in zip(values, spikes, strict=True)]
+            entries = [(x != 0).float() if given is None else given for given, x in zip(whole, spikes, strict=True)]
+            added = _by_frame(mixer.additions, entries)
+            bound = _by_frame(mixer.bound, entries) if hasattr(mixer, "bound") else None
+            binary = [x for given, x in zip(whole, spikes, strict=True) if given is None]
+            adds = torch.tensor(all(bool(_is_spikes(x, x.count_nonzero())) for x in binary))
             size = (math.prod(spikes[0].shape[3:]), spikes[0].shape[2])
-            call = _Call("attention", added, most, float(frames * most), binary, None, bound, size)
+            call = _Call("attention", added, most, float(frames * most), adds, None, bound, size)
             call.executed_dense, call.outputs = call.dense, float(output.numel())
             call.inputs = float(sum(x.numel() for x in spikes))
-            call.moved = sum((_nonzero(x.flatten(0, 1).flatten(1)) for x in spikes), torch.zeros(()))
-            call.sources = tuple(self.value(x).origin for x in spikes)
+            call.moved = sum((_summed(x) for x in entries), torch.zeros(()))
+            call.sources = tuple(value.origin for value in values)
+            all_fire = mixer.additions(*(value.levels * x for value, x in zip(values, ones, strict=True)))
+            call.levels = round(float(all_fire.sum()) / most)
             if bound is not None:
                 alone = ([x if at == place else 0 * x for at, x in enumerate(ones)] for place in range(len(ones)))
                 call.bound_shares = tuple(float(mixer.bound(*x).sum()) / most for x in alone)
@@ -341,9 +357,13 @@ def _parent(name: str) -> str:
 
 
 def _by_frame(additions: Callable[..., Tensor], spikes: Sequence[Tensor]) -> Tensor:
-    """A mixer's additions `[T * B]`; zeros of meta tensors, which have no values."""
-    found = additions(*((x != 0).float() for x in spikes))
-    summed = found.flatten(0, 1).flatten(1).sum(1, dtype=torch.float64)
+    """A mixer's additions `[T * B]` for so many spikes in each place."""
+    return _summed(additions(*spikes))
+
+
+def _summed(x: Tensor) -> Tensor:
+    """The sums of the frames of `[T, B, ...]` as `[T * B]`; zeros of meta tensors, which have no values."""
+    summed = x.flatten(0, 1).flatten(1).sum(1, dtype=torch.float64)
     return torch.zeros(summed.shape, dtype=torch.float64) if summed.is_meta else summed
 
 
@@ -353,14 +373,17 @@ class Window(NamedTuple):
     uses: tuple[Tensor, ...]
     fan_out: int
 
-    def executed(self, x: Tensor) -> tuple[Tensor, float]:
-        """Products of the non-zero entries of each row of x `[N, C, ...]`, and those of all rows if all counted."""
+    def executed(self, x: Tensor, *, whole: bool) -> tuple[Tensor, float]:
+        """Products of the non-zero entries of each row of x `[N, C, ...]`, and those of all rows if all counted.
+
+        Entries that are `whole` numbers of additions count as many times.
+        """
         dense = float(x.shape[0] * x.shape[1] * self.fan_out)
         for uses in self.uses:
             dense *= float(uses.sum())
         if x.is_meta:
             return torch.zeros(len(x), dtype=torch.float64), dense
-        found = x.count_nonzero(dim=1).double()
+        found = x.sum(1, dtype=torch.float64) if whole else x.count_nonzero(dim=1).double()
         for uses in reversed(self.uses):
             found = found @ uses.to(found.device)
         return found * self.fan_out, dense
@@ -487,6 +510,14 @@ def _nonzero(rows: Tensor) -> Tensor:
     return torch.zeros(rows.shape[:-1], dtype=torch.int64) if rows.is_meta else rows.count_nonzero(dim=-1)
 
 
+def _whole(value: Value, x: Tensor) -> Tensor | None:
+    """Levels or counts of spikes as the numbers of additions that they are; None for all else."""
+    if value.kind not in (LEVELS, COUNTS) or x.is_meta:
+        return None
+    whole = (x * value.norm).round()
+    return whole if bool((whole >= 0).all()) else None
+
+
 def _is_spikes(x: Tensor, nonzero: Tensor) -> Tensor:
     """Whether all entries are 0 or one and the same positive number; `nonzero` holds counts of the non-zero ones."""
     if x.is_meta:
@@ -537,6 +568,7 @@ def _sum(name: str, calls: list[_Call], clock: Clock, x: Tensor) -> _Site:
         weights=calls[0].weights,
         sources=calls[0].sources,
         bound_shares=calls[0].bound_shares,
+        levels=max(call.levels for call in calls),
         first=bool(kept),
         analog=not all(bool(call.spikes) for call in calls),
         frames=frames,
@@ -591,6 +623,7 @@ def _merge(parts: Sequence[tuple[Any, ...]], spike_input: bool) -> Operations:
                 sources=site.sources,
                 bound_shares=site.bound_shares,
                 varies=sparse,
+                levels=site.levels,
             )
         )
     return Operations(layers, steps, samples)

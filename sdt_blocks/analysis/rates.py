@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..neuron import spikes_of, takes_sequence
+from ..neuron import IntegerNeuron, spikes_of, takes_sequence
 from .moments import Moments, half_width, merged
 from .probe import Batches, Clock, Forward, Hook, Probe, add_at, check_weights, find_mixers, gather
 from .silence import as_text, merge_fired, silence, warn_if_dead
@@ -141,9 +141,13 @@ class Counts:
 
 
 class SpikeCounts:
-    """What layers emit, noted while a probe runs: `totals` by layer, added up by `end_batch` after each batch."""
+    """What layers emit, noted while a probe runs: `totals` by layer, added up by `end_batch` after each batch.
 
-    def __init__(self, probe: Probe, layers: Mapping[str, nn.Module]) -> None:
+    A level is that many spikes of one step, or with `unfold` a spike in as many steps of their own.
+    """
+
+    def __init__(self, probe: Probe, layers: Mapping[str, nn.Module], *, unfold: bool = False) -> None:
+        self._unfold = unfold
         self.totals: dict[str, Counts] = {}
         self._probe = probe
         self._calls: dict[str, list[_Call]] = {}
@@ -151,8 +155,12 @@ class SpikeCounts:
             probe.watch(module, self._noting(name, name not in probe.neurons or takes_sequence(module)))
 
     def _noting(self, name: str, sequence: bool) -> Hook:
-        def note(_: nn.Module, args: Any, output: Any) -> None:
-            self._calls.setdefault(name, []).append(_count(spikes_of(output), sequence))
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            spikes, whole = spikes_of(output), isinstance(module, IntegerNeuron) and not self._unfold
+            if isinstance(module, IntegerNeuron):
+                levels = (spikes * module.norm).round()
+                spikes = _binary_steps(levels, module.levels) if self._unfold else levels
+            self._calls.setdefault(name, []).append(_count(spikes, sequence, whole=whole))
 
         return note
 
@@ -201,6 +209,7 @@ def firing_rates(
     Counts are summed in float64 and divided at the end: a short last batch weighs what it holds, and memory does not
     grow with the number of batches. Beside the neurons, `coincidences` (k * v) and `masked` (q * a) of a spike-driven
     self-attention are layers, and with event pooling `k_pool` and `v_pool`. A rate is the share of non-zero entries.
+    An `IntegerNeuron` has as many steps as levels for each frame: in step i it fires where its level is above i.
 
     `model` runs in eval mode; `neurons` are further types of modules to count, called with `[T, B, ...]`; `forward`
     runs one batch where that is not `model(x)`. The network is judged as it is deployed, with norms folded and chains
@@ -218,7 +227,7 @@ def firing_rates(
         if not probe.neurons:
             owner = type(probe.model).__name__
             raise ValueError(f"{owner} has no neuron layer that is known; name the types of its neurons in neurons=")
-        counts = SpikeCounts(probe, _watched(probe))
+        counts = SpikeCounts(probe, _watched(probe), unfold=True)
         moments = Moments()
         for _ in probe.run(batches):
             samples += probe.clock.batch
@@ -238,15 +247,22 @@ def _watched(probe: Probe) -> dict[str, nn.Module]:
     return layers
 
 
-def _count(spikes: Tensor, sequence: bool) -> _Call:
+def _binary_steps(levels: Tensor, most: int) -> Tensor:
+    """Levels `[T, ...]` as spikes `[T * most, ...]`: step i of a frame has one where the level is above i."""
+    steps = torch.arange(most, device=levels.device).view(1, -1, *[1] * (levels.ndim - 1))
+    return (levels.unsqueeze(1) > steps).flatten(0, 1)
+
+
+def _count(spikes: Tensor, sequence: bool, *, whole: bool = False) -> _Call:
     by_step = spikes if sequence else spikes.unsqueeze(0)
     by_step = by_step if by_step.ndim > 1 else by_step.unsqueeze(1)
     if by_step.is_meta:
         counts = torch.zeros(*by_step.shape[:3], dtype=torch.int64)
     elif by_step.ndim > 3:
-        counts = by_step.count_nonzero(dim=tuple(range(3, by_step.ndim)))
+        places = tuple(range(3, by_step.ndim))
+        counts = by_step.sum(places) if whole else by_step.count_nonzero(dim=places)
     else:
-        counts = (by_step != 0).long()
+        counts = by_step if whole else (by_step != 0).long()
     counts = counts if counts.ndim > 2 else counts.unsqueeze(2)
     chances = by_step.numel() // (len(counts) * counts.shape[2])
     return _Call(sequence, counts.sum(1), chances, counts.sum((0, 2)))
