@@ -58,6 +58,54 @@ def draw_comparison(runs: Mapping[str, Lines], path: Path) -> None:
     _save(figure, path)
 
 
+MODEL_PANELS = {
+    "top1": "top-1 (%)",
+    "energy_mj": "energy (mJ)",
+    "firing_rate": "firing rate",
+    "operations": "operations (M)",
+    "params": "parameters (M)",
+}
+LATENCIES = {"dense_ms": "dense", "event_ms": "event-driven"}
+VERDICT_COLORS = {"yes": "#00798c", "no": "#d1495b", "silent": "#999999"}
+
+
+def draw_models(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Bars of every figure of several models, coloured by whether they are spike-driven, deviations as whiskers."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    panels = [key for key in MODEL_PANELS if any(row.get(key) is not None for row in rows)]
+    timed = any(row.get(key) is not None for row in rows for key in LATENCIES)
+    columns = len(panels) + timed
+    figure = Figure(figsize=(2.6 * columns + 1.5, 1.3 + 0.42 * len(rows)), layout="constrained")
+    grid = list(figure.subplots(1, columns, sharey=True, squeeze=False)[0])
+    places = np.arange(len(rows))
+    colors = [VERDICT_COLORS[row["spike_driven"]] for row in rows]
+    for axes, key in zip(grid, panels, strict=False):
+        scale = 1e6 if key == "params" else 1.0
+        values, errors = ([(row.get(name) or 0.0) / scale for row in rows] for name in (key, f"{key}_std"))
+        axes.barh(places, values, xerr=errors if any(errors) else None, color=colors, height=0.65)
+        axes.set_xlabel(MODEL_PANELS[key])
+    if timed:
+        for shift, (key, form) in zip((-0.17, 0.17), LATENCIES.items(), strict=True):
+            values = [row.get(key) or 0.0 for row in rows]
+            hatch = None if shift < 0 else "///"
+            grid[-1].barh(places + shift, values, height=0.32, color=colors, hatch=hatch, edgecolor="white", label=form)
+        grid[-1].set_xlabel("one image (ms)")
+        grid[-1].legend(frameon=False, fontsize=7)
+    for axes in grid:
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0].set_yticks(places, [_shortened(str(row["name"]), 40) for row in rows], parse_math=False)
+    grid[0].invert_yaxis()
+    meanings = {"yes": "spike-driven", "no": "not spike-driven", "silent": "silent"}
+    seen = [verdict for verdict in meanings if any(row["spike_driven"] == verdict for row in rows)]
+    patches = [Patch(color=VERDICT_COLORS[verdict], label=meanings[verdict]) for verdict in seen]
+    figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    _save(figure, path)
+
+
 def draw_confusion(confusion: np.ndarray, names: Sequence[str], path: Path) -> None:
     """A confusion matrix `[K, K]`, counts by true and predicted class, coloured by the share of the true class."""
     from matplotlib.figure import Figure

@@ -23,9 +23,12 @@ class Column(NamedTuple):
     format: str | None = None
 
     def shown(self, row: Row) -> str:
-        """A cell of the printed tables."""
-        value = row.get(self.key)
-        return ABSENT if value is None else str(value) if self.format is None else format(value, self.format)
+        """A cell of the printed tables; a standard deviation, under the key with `_std`, stands behind its mean."""
+        value, deviation = row.get(self.key), row.get(f"{self.key}_std")
+        if value is None or self.format is None:
+            return ABSENT if value is None else str(value)
+        text = format(value, self.format)
+        return text if deviation is None else f"{text} ± {format(deviation, self.format)}"
 
 
 def markdown(rows: Sequence[Row], columns: Sequence[Column], note: str = "") -> str:

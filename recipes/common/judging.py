@@ -1,0 +1,145 @@
+"""What a model is judged by: its size, operations, energy, firing rate, the audit, and its latency in two forms."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdt_blocks import calibrate_norms, create_model, optimize_for_inference
+from sdt_blocks.analysis import audit, energy, firing_rates
+from sdt_blocks.analysis.energy_models import STEP
+
+from .config import ConfigError
+
+CALIBRATION = 8
+"""Images on which the norms of an untrained model are settled, so that it fires."""
+
+FORMS = {"dense_ms": False, "event_ms": True}
+"""Latencies, and `sparse` of the form that is timed."""
+
+EVENTS_A_PIXEL = 0.1
+
+
+def untrained(name: str, *, seed: int, img_size: int, count: int) -> tuple[Any, Tensor]:
+    """A published variant with random weights and settled norms, and the inputs that settled them.
+
+    Raises `ConfigError` for an unknown name, and where the images do not fit.
+    """
+    torch.manual_seed(seed)
+    try:
+        model = create_model(name)
+        inputs = sample_inputs(model, max(count, CALIBRATION), img_size)
+        calibrate_norms(model, inputs)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{name} at img_size={img_size}: {error}") from error
+    return model.eval(), inputs[:count]
+
+
+def sample_inputs(model: Any, count: int, img_size: int) -> Tensor:
+    """Crops of scikit-learn's two photographs, brought to mean 0 and deviation 1, as the model takes them.
+
+    Models with two channels get frames of events at random places, `[B, T, 2, H, W]`.
+    """
+    if model.in_channels == 2:
+        shape = (count, model.time_steps, 2, img_size, img_size)
+        return torch.poisson(torch.full(shape, EVENTS_A_PIXEL), torch.Generator().manual_seed(0))
+    from sklearn.datasets import load_sample_images
+    from torch.nn.functional import interpolate
+
+    photographs = [torch.tensor(image).permute(2, 0, 1)[None] / 255 for image in load_sample_images().images]
+    crops = []
+    for number in range(count):
+        photograph = photographs[number % len(photographs)]
+        side = min(photograph.shape[-2:]) // 2
+        corner = [(space - side) * number // max(count - 1, 1) for space in photograph.shape[-2:]]
+        crop = photograph[..., corner[0] : corner[0] + side, corner[1] : corner[1] + side]
+        crops.append(interpolate(crop, (img_size, img_size), mode="bilinear", antialias=True))
+    images = torch.cat(crops)
+    images = images if model.in_channels == 3 else images.mean(1, keepdim=True).repeat(1, model.in_channels, 1, 1)
+    return (images - images.mean()) / images.std()
+
+
+def judge(model: Any, inputs: Tensor) -> dict[str, Any]:
+    """What can be said of a model without a clock, of one inference of `inputs` on average."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is silent or not counted stands in the row
+        report, rates, found = energy(model, inputs), firing_rates(model, inputs), audit(model, inputs[:2])
+    not_counted = [f"not counted: {operation}" for operation in report.not_counted]
+    return {
+        "family": type(model).__name__,
+        "params": sum(parameter.numel() for parameter in model.parameters()),
+        "operations": report.synaptic_operations / 1e6,
+        "multiplications": sum(row.synaptic_operations for row in report.layers if row.kind == "MAC") / 1e6,
+        "energy_mj": report.total_mj,
+        "memory_mj": report.estimates[STEP.name].cost.total_mj,
+        "ann_mj": report.ann_mj,
+        "firing_rate": rates.mean,
+        "spike_driven": "silent" if found.dead else "yes" if found.spike_driven else "no",
+        "why": [*found.reasons, *([rates.silence.partition(":")[0]] if rates.silence else []), *not_counted],
+    }
+
+
+def latencies(
+    models: Mapping[str, nn.Module],
+    inputs: Mapping[str, Tensor],
+    *,
+    rounds: int,
+    tick: Callable[[str], None] = lambda _: None,
+) -> dict[str, dict[str, Any]]:
+    """Milliseconds of one inference of each model, dense and event-driven: medians of calls made in turns.
+
+    A form that a model does not have is None, and `no_events` says why.
+    """
+    found: dict[str, dict[str, Any]] = {name: {} for name in models}
+    forms: list[tuple[str, str, nn.Module]] = []
+    for name, model in models.items():
+        for key, sparse in FORMS.items():
+            tick(f"{name}: {'event-driven' if sparse else 'dense'}")
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    form = optimize_for_inference(model, sparse=sparse)
+                    for _ in range(2):  # shapes are seen, ways are measured, memory is touched
+                        form(inputs[name])
+            except (ValueError, RuntimeError) as error:
+                found[name] |= {key: None, "no_events": " ".join(str(error).split())}
+                continue
+            forms.append((name, key, form))
+    times: dict[tuple[str, str], list[float]] = {}
+    with torch.inference_mode():
+        for round_ in range(rounds):
+            tick(f"round {round_ + 1} of {rounds}")
+            for name, key, form in forms:
+                start = time.perf_counter()
+                form(inputs[name])
+                times.setdefault((name, key), []).append(1e3 * (time.perf_counter() - start))
+    for (name, key), measured in times.items():
+        found[name][key] = statistics.median(measured)
+    return found
+
+
+def mean_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One row of several seeds: means of what are numbers with a point, with `_std` beside, else the first's."""
+    merged = dict(rows[0])
+    for key in rows[0] if len(rows) > 1 else ():
+        values = [row.get(key) for row in rows]
+        if all(isinstance(value, float) for value in values):
+            merged[key], merged[f"{key}_std"] = statistics.fmean(values), statistics.stdev(values)
+    return merged
+
+
+def machine(threads: int) -> str:
+    """The processor, and what of it is used."""
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
+    names = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
+    name = (names or [platform.processor()])[0] or platform.machine()
+    return f"{name}, {threads} thread(s) of {os.cpu_count()} cores, PyTorch {torch.__version__}"

@@ -1,0 +1,100 @@
+"""Models of all families side by side, untrained, saved and trained: what stands in the table, and why."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+from common.config import ConfigError
+from PIL import Image
+
+from sdt_blocks import calibrate_norms, create_model, save_model
+
+SMALL = {
+    "sdt_2_256": {"dim": 32},
+    "sdt_v2_15m": {"dims": (8, 16, 32, 32), "depths": (1, 1, 1, 1, 0)},
+    "spikformer_4_384": {"dim": 32, "depth": 1, "num_heads": 4},
+    "qkformer_4_384": {"dim": 32, "depths": (1, 1, 1), "num_heads": 4},
+    "sdt_v3_5m": {"dims": (8, 16, 32, 32), "depths": (1, 1, 1, 1, 0)},
+    "sdt_v3_83m": {"dims": (8, 16, 32), "depths": (1, 1, 1, 1)},
+}
+
+
+@pytest.fixture
+def compare(tmp_path, monkeypatch, capsys):
+    """`compare_models.py` in this process: its rows as CSV has them, and what it prints."""
+    import compare_models as recipe
+
+    monkeypatch.chdir(tmp_path)
+
+    def go(*arguments):
+        recipe.main([*arguments, "samples=2"])
+        with (tmp_path / "model_comparison" / "models.csv").open(encoding="utf-8") as file:
+            return {row["name"]: row for row in csv.DictReader(file)}, capsys.readouterr().out
+
+    return go
+
+
+def test_every_family_is_judged(compare, tmp_path):
+    from common.judging import sample_inputs
+
+    models = {}
+    for name, options in SMALL.items():
+        torch.manual_seed(0)
+        models[name] = create_model(name, num_classes=10, **options)
+        calibrate_norms(models[name], sample_inputs(models[name], 4, 32))
+        save_model(models[name].eval(), tmp_path / f"small_{name}")
+    rows, out = compare(*(f"small_{name}" for name in SMALL), "img_size=32", "rounds=2")
+    assert list(rows) == [f"small_{name}" for name in SMALL]
+    verdicts = [row["spike_driven"] for row in rows.values()]
+    assert verdicts == ["yes", "yes", "no", "no", "yes", "no"]
+    for name, model in models.items():
+        row = rows[f"small_{name}"]
+        assert int(row["params"]) == sum(parameter.numel() for parameter in model.parameters())
+        assert 0.01 < float(row["firing_rate"]) < 1, name
+        assert 0 < float(row["energy_mj"]) < float(row["memory_mj"])
+        assert float(row["operations"]) > float(row["multiplications"]) > 0
+        assert float(row["dense_ms"]) > 0
+    for name in ("sdt_2_256", "spikformer_4_384", "qkformer_4_384"):
+        assert float(rows[f"small_{name}"]["event_ms"]) > 0
+    assert "layer(s) multiply counts of spikes" in rows["small_spikformer_4_384"]["why"]
+    assert "product(s) of counts with spikes" in rows["small_sdt_v2_15m"]["why"]
+    assert "levels" in rows["small_sdt_v3_5m"]["why"] and "head" in rows["small_sdt_v3_83m"]["why"]
+    assert "small_qkformer_4_384 (QKFormer), not spike-driven: " in out
+    with Image.open(tmp_path / "model_comparison" / "models.png") as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+    assert "dense (ms) & event-driven (ms)" in (tmp_path / "model_comparison" / "models.tex").read_text()
+
+
+def test_several_seeds_are_one_row(compare, tmp_path):
+    from common.judging import sample_inputs
+
+    energies = []
+    for seed, top1 in enumerate((90.0, 94.0)):
+        torch.manual_seed(seed)
+        model = create_model("sdt_2_256", dim=32)
+        calibrate_norms(model, sample_inputs(model, 4, 32))
+        save_model(model.eval(), tmp_path / "runs" / f"seed_{seed}")
+        summary = {"data": "cifar10", "test_top1": top1}
+        (tmp_path / "runs" / f"seed_{seed}" / "summary.json").write_text(json.dumps(summary))
+        alone, _ = compare(f"runs/seed_{seed}", "img_size=32", "latency=false")
+        energies.append(float(alone[f"runs/seed_{seed}"]["energy_mj"]))
+    rows, out = compare("runs", "img_size=32", "latency=false")
+    assert float(rows["runs"]["top1"]) == 92.0 and float(rows["runs"]["top1_std"]) == pytest.approx(8**0.5)
+    assert float(rows["runs"]["energy_mj"]) == pytest.approx(sum(energies) / 2)
+    assert rows["runs"]["data"] == "cifar10" and float(rows["runs"]["firing_rate"]) > 0.01
+    assert "dense_ms" not in rows["runs"] and "92.00 ± 2.83" in out
+
+
+def test_what_cannot_be_compared_is_refused(compare, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for arguments, words in (
+        (["sdt_9_999"], "sdt_9_999 is neither a folder or file nor a variant"),
+        (["empty"], "checkpoint=empty: "),
+        (["sdt_2_256", "rounds=0"], "rounds: expected a value of at least 1, got 0"),
+        (["sdt_2_256", "latency=perhaps"], "latency"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            compare(*arguments)
