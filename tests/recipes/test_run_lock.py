@@ -53,7 +53,9 @@ def test_a_dead_owners_lock_is_taken_over_with_a_word(tmp_path, other, capsys, w
 def test_a_number_that_another_process_has_got_since_is_no_owner(tmp_path, other):
     owner = json.loads((tmp_path / LOCK).read_text())
     (tmp_path / LOCK).write_text(json.dumps({**owner, "started": owner["started"] - 1000}))
-    RunLock(tmp_path).release()
+    lock = RunLock(tmp_path)
+    assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid() != owner["pid"]
+    lock.release()
 
 
 @pytest.fixture
