@@ -98,5 +98,9 @@ def tabs(group: str, contents: Mapping[str, str]) -> str:
         f'<label for="{group}{number}">{escape(name)}</label>'
         for number, name in enumerate(contents)
     )
+    shown = "".join(
+        f"#{group}{number}:checked ~ .panels > div:nth-child({number + 1}) {{ display: block; }}"
+        for number in range(len(contents))
+    )
     panels = "".join(f"<div>{content}</div>" for content in contents.values())
-    return f'<div class="tabs">{inputs}<div class="panels">{panels}</div></div>'
+    return f'<div class="tabs"><style>{shown}</style>{inputs}<div class="panels">{panels}</div></div>'

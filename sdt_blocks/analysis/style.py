@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from .plots import COLORS
 
-MOST_TABS = 12
-
-_TABS = "".join(
-    f".tabs > input:nth-of-type({n}):checked ~ .panels > div:nth-child({n}) {{ display: block; }}\n"
-    for n in range(1, MOST_TABS + 1)
-)
-
-STYLE = (
-    (
-        """
+STYLE = """
 :root {
   color-scheme: light dark;
   --ink: #1c2430; --soft: #5d6b7a; --page: #f7f8fa; --card: #fff; --line: #dfe4ea;
@@ -69,7 +60,7 @@ a { color: var(--ac); }
 .tabs > input:checked + label { background: var(--ink); color: var(--card); }
 .tabs > input:focus-visible + label { outline: 2px solid var(--ac); }
 .panels > div { display: none; }
-TABS.chart svg { width: 100%; height: auto; display: block; }
+.chart svg { width: 100%; height: auto; display: block; }
 .chart text { fill: var(--soft); font-size: 11px; }
 .chart .grid { stroke: var(--line); }
 .chart polyline { fill: none; stroke: currentColor; stroke-width: 2; }
@@ -96,9 +87,4 @@ summary { cursor: pointer; }
   .bar span:first-child { grid-column: 1 / 3; }
   .rates .bar { grid-template-columns: 1fr 10.5rem; }
 }
-"""
-    )
-    .replace("MAC_COLOR", COLORS["MAC"])
-    .replace("AC_COLOR", COLORS["AC"])
-    .replace("TABS", _TABS)
-)
+""".replace("MAC_COLOR", COLORS["MAC"]).replace("AC_COLOR", COLORS["AC"])
