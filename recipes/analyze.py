@@ -21,10 +21,9 @@ from typing import Any
 from common.command_line import print_help, short_errors
 from common.config import ConfigError, RunError, load_config
 from common.cpu_processes import start_cpu_processes
+from common.options import own_help, read_options
 from common.schema import option
 from common.trained import class_names, default_folder, load, match_classes, with_run_config
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from sdt_blocks.analysis import EnergyModel, analyze_model, read_energy_models
@@ -55,15 +54,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     names = {item.name for item in fields(Options)}
     own = [argument for argument in arguments if argument.partition("=")[0] in names]
     rest = [argument for argument in arguments if argument not in own]
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(own))
-        options: Options = OmegaConf.to_object(merged)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{' '.join(own)}: {error}") from None
-    for item in fields(Options):
-        value, least = getattr(options, item.name), item.metadata.get("least")
-        if least is not None and value < least:
-            raise ConfigError(f"{item.name}: expected a value of at least {least}, got {value}")
+    options = read_options(Options, own)
     if options.checkpoint is None:
         raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar")
     settings = ["train.mixed_precision=no", "tracker=none", f"data.test_samples={options.samples}", *rest]
@@ -139,18 +130,9 @@ def main(arguments: list[str]) -> None:
     accelerator.end_training()
 
 
-def print_own_help() -> None:
-    """The keys that this recipe adds to those of training."""
-    defaults = Options()
-    for item in fields(Options):
-        value = getattr(defaults, item.name)
-        print(f"  {item.name}={'null' if value is None else value}: {item.metadata['help']}")
-
-
 if __name__ == "__main__":
     if print_help(sys.argv[1:], "imagenet_8_384"):
-        print("Keys of this recipe alone:")
-        print_own_help()
+        print(own_help(Options))
     else:
         with short_errors():
             main(sys.argv[1:])

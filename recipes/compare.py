@@ -18,7 +18,7 @@ from typing import Any
 from common.command_line import short_errors
 from common.config import ConfigError, RunError
 
-from sdt_blocks.analysis.tables import Column, as_csv, latex, markdown
+from sdt_blocks.analysis.tables import Column, as_files, write
 
 COLUMNS = (
     Column("run", "run"),
@@ -93,18 +93,15 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"{', '.join(missing)}: no such folder")
     rows = [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
     columns = [column for column in COLUMNS if any(row.get(column.key) is not None for row in rows)]
-    table = markdown(rows, columns)
-    texts = {"md": table, "csv": as_csv(rows, columns), "tex": latex(rows, columns)}
+    texts = as_files(rows, columns)
     from common.pictures import draw_comparison
 
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        for ending, text in texts.items():
-            (output / f"comparison.{ending}").write_text(text, encoding="utf-8", errors="backslashreplace")
+        write(texts, output / "comparison")
         draw_comparison({row["run"]: row["lines"] for row in rows}, output / "comparison.png")
     except OSError as error:
         raise RunError(f"output_dir={output} cannot be written ({error})") from error
-    print(table)
+    print(texts["md"])
     if all(row["energy_mj"] is None for row in rows):
         print("Energy is computed by: accelerate launch recipes/analyze.py checkpoint=RUN")
     print(f"comparison.md, .csv, .tex and .png are in {output}")

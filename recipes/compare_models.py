@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from sdt_blocks import list_models
-from sdt_blocks.analysis.tables import Column, as_csv, latex, markdown
+from sdt_blocks.analysis.tables import Column, as_csv, latex, markdown, write
 
 ONE_OF_EACH = ("sdt_8_384", "sdt_v2_15m", "spikformer_8_384", "qkformer_10_384", "sdt_v3_19m")
 """Variants of about the same size, one of each family."""
@@ -53,7 +53,7 @@ COLUMNS = (
 )
 """What all tables show."""
 
-ALSO = tuple(Column(key, key) for key in ("family", "data", "multiplications", "why", "no_events"))
+ALSO = tuple(Column(key, key) for key in ("family", "data", "multiplications", "why", "missing"))
 """What the CSV file has besides, with the standard deviations."""
 
 
@@ -156,7 +156,7 @@ def notes(rows: Sequence[Mapping[str, Any]], options: Options, machine: str) -> 
     lines = []
     for row in rows:
         verdict = {"yes": "spike-driven", "no": "not spike-driven", "silent": "no neuron fired"}[row["spike_driven"]]
-        reasons = [*row["why"], *([f"no event-driven form: {row['no_events']}"] if row.get("no_events") else [])]
+        reasons = [*row["why"], *([row["missing"]] if row.get("missing") else [])]
         lines.append(f"- {row['name']} ({row['family']}), {verdict}" + (f": {'; '.join(reasons)}." if reasons else "."))
     measured = f"one image, the median of {options.rounds} calls in turns, on {machine}"
     lines += [f"\nLatency: {measured}."] if options.latency else []
@@ -173,8 +173,9 @@ def main(arguments: Sequence[str]) -> None:
     start_cpu_processes()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    from common.judging import machine
     from common.pictures import draw_models
+
+    from sdt_blocks.analysis.measured import machine
 
     rows = compare(names, options)
     stem = Path(options.output_dir) / "models"
@@ -184,11 +185,9 @@ def main(arguments: Sequence[str]) -> None:
         spread = [
             Column(f"{column.key}_std", "") for column in columns if any(f"{column.key}_std" in row for row in rows)
         ]
-        text = markdown(written, columns, notes(rows, options, machine(torch.get_num_threads())))
+        text = markdown(written, columns, notes(rows, options, machine(torch.device("cpu"))))
         texts = {"md": text, "csv": as_csv(written, [*columns, *spread, *ALSO]), "tex": latex(written, columns)}
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        for ending, content in texts.items():
-            stem.with_suffix(f".{ending}").write_text(content, encoding="utf-8", errors="backslashreplace")
+        write(texts, stem)
         draw_models(rows, stem.with_suffix(".png"))
     except OSError as error:
         raise RunError(f"output_dir={options.output_dir} cannot be written ({error})") from error

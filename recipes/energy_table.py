@@ -24,7 +24,7 @@ from common.trained import class_names, load, match_classes, with_run_config
 
 from sdt_blocks.analysis.energy import CONVENTION
 from sdt_blocks.analysis.energy_models import STEP
-from sdt_blocks.analysis.tables import Column, as_csv, latex, markdown
+from sdt_blocks.analysis.tables import Column, as_files, markdown, write
 
 RATES = Path(__file__).parent / "data" / "published_rates.csv"
 """Firing rates of layers' inputs that were published or measured on published weights, one number or one a step."""
@@ -229,15 +229,10 @@ def main(arguments: Sequence[str]) -> None:
     if not is_first_process():
         return
     note = "\n".join([f"{CONVENTION} Rows that differ say so.", f"With memory: {STEP.source}.", *findings])
-    texts = {
-        "md": markdown(rows, COLUMNS, "\n".join(f"- {line}" for line in note.splitlines())),
-        "csv": as_csv(rows, COLUMNS),
-        "tex": latex(rows, COLUMNS, note),
-    }
+    listed = "\n".join(f"- {line}" for line in note.splitlines())
+    texts = as_files(rows, COLUMNS, note) | {"md": markdown(rows, COLUMNS, listed)}
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        for ending, text in texts.items():
-            (output / f"energy_table.{ending}").write_text(text, encoding="utf-8", errors="backslashreplace")
+        write(texts, output / "energy_table")
     except OSError as error:
         raise RunError(f"output_dir={output} cannot be written ({error})") from error
     print(texts["md"])

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,7 +94,7 @@ def latencies(
 ) -> dict[str, dict[str, Any]]:
     """Milliseconds of one inference of each model, dense and event-driven: medians of calls made in turns.
 
-    A form that a model does not have is None, and `no_events` says why.
+    A form that a model does not have is None, and `missing` says why.
     """
     found: dict[str, dict[str, Any]] = {name: {} for name in models}
     forms: list[tuple[str, str, nn.Module]] = []
@@ -111,7 +108,8 @@ def latencies(
                     for _ in range(2):  # shapes are seen, ways are measured, memory is touched
                         form(inputs[name])
             except (ValueError, RuntimeError) as error:
-                found[name] |= {key: None, "no_events": " ".join(str(error).split())}
+                form_name = "event-driven" if sparse else "dense"
+                found[name] |= {key: None, "missing": f"no {form_name} form: {' '.join(str(error).split())}"}
                 continue
             forms.append((name, key, form))
     times: dict[tuple[str, str], list[float]] = {}
@@ -135,11 +133,3 @@ def mean_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if all(isinstance(value, float) for value in values):
             merged[key], merged[f"{key}_std"] = statistics.fmean(values), statistics.stdev(values)
     return merged
-
-
-def machine(threads: int) -> str:
-    """The processor, and what of it is used."""
-    info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
-    names = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
-    name = (names or [platform.processor()])[0] or platform.machine()
-    return f"{name}, {threads} thread(s) of {os.cpu_count()} cores, PyTorch {torch.__version__}"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .moments import half_width
+from .moments import interval
 from .operations import LayerOperations, NeuronOperations, Operations
 
 E_MAC = 4.6
@@ -213,9 +213,7 @@ class Estimate:
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
         """The confidence interval of the mean cost in mJ; None of fewer than two samples. Raises outside of 0..1."""
-        half = half_width(self.std_mj, self.samples, confidence)
-        mean = self.cost.total_mj
-        return None if half is None else (mean - half, mean + half)
+        return interval(self.cost.total_mj, self.std_mj, self.samples, confidence)
 
     @property
     def cost(self) -> Cost:

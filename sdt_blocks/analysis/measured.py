@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -114,13 +116,13 @@ def measure(
     x = x.to(where.device, where.dtype if x.is_floating_point() else x.dtype)
     seen = ", ".join(counter.name for counter in counters)
     told = "; ".join(part for part in (f"joules of {seen}, all programs together" if seen else "", missing) if part)
-    result = Measured(_machine(where.device), x.shape[axis], told or "the counters were not asked for")
+    result = Measured(machine(where.device), x.shape[axis], told or "the counters were not asked for")
     with evaluating(model):
         idle = _idle_watts(counters, max(seconds, 1.0)) if counters else {}
         for name, build in _FORMS.items():
             try:
                 form = build(model)
-            except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+            except (ValueError, TypeError, RuntimeError) as error:
                 result.forms.append(Form(name, missing=" ".join(str(error).split())))
                 continue
             given = x[:, :1] if name == ANN and axis == 0 and x.ndim == 5 else x[:1] if name == ANN and axis else x
@@ -168,7 +170,7 @@ def _measured(
     try:
         latency = statistics.median(_times(form, one, seconds))
         runs = _times(form, x, seconds)
-    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         return Form(name, missing=" ".join(str(error).split()))
     samples = x.shape[axis]
     result = Form(name, 1e3 * latency, samples / statistics.median(runs))
@@ -222,12 +224,17 @@ def _latency_by_steps(model: nn.Module, one: Tensor, axis: int, seconds: float) 
         given = one.narrow(time_axis, 0, count).contiguous() if frames else one.contiguous()
         try:
             found[count] = 1e3 * statistics.median(_times(optimize_for_inference(copied), given, seconds))
-        except (ValueError, TypeError, RuntimeError, NotImplementedError):
+        except (ValueError, TypeError, RuntimeError):
             return {}
     return found
 
 
-def _machine(device: torch.device) -> str:
+def machine(device: torch.device) -> str:
+    """The processor or GPU by its name, and how many threads a processor is used with."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = (names or [platform.processor()])[0] or platform.machine()
+    return f"{name}, {torch.get_num_threads()} thread(s) of {os.cpu_count()} cores, PyTorch {torch.__version__}"

@@ -67,8 +67,8 @@ def merged(parts: Iterable[Moments]) -> Moments:
     return result
 
 
-def half_width(std: float | None, samples: int, confidence: float) -> float | None:
-    """Half of the confidence interval of a mean over samples, by Student's distribution; None where there is no spread.
+def interval(mean: float, std: float | None, samples: int, confidence: float) -> tuple[float, float] | None:
+    """The confidence interval of a mean over samples, by Student's distribution; None where there is no spread.
 
     Raises `ValueError` for a confidence that is not between 0 and 1.
     """
@@ -78,4 +78,5 @@ def half_width(std: float | None, samples: int, confidence: float) -> float | No
         return None
     from scipy.special import stdtrit
 
-    return float(stdtrit(samples - 1, (1 + confidence) / 2)) * std / samples**0.5
+    half = float(stdtrit(samples - 1, (1 + confidence) / 2)) * std / samples**0.5
+    return mean - half, mean + half

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..neuron import IntegerNeuron, spikes_of, takes_sequence
-from .moments import Moments, half_width, merged
+from .moments import Moments, interval, merged
 from .probe import Batches, Clock, Forward, Hook, Probe, add_at, check_weights, find_mixers, gather
 from .silence import as_text, merge_fired, silence, warn_if_dead
 
@@ -43,8 +43,7 @@ class LayerRates:
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
         """The confidence interval of the mean, over samples; None of fewer than two. Raises outside of 0..1."""
-        half = half_width(self.std, self.samples, confidence)
-        return None if half is None else (self.mean - half, self.mean + half)
+        return interval(self.mean, self.std, self.samples, confidence)
 
     @property
     def mean(self) -> float:
@@ -75,8 +74,7 @@ class FiringRates:
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
         """The confidence interval of `mean`, over samples; None of fewer than two. Raises outside of 0..1."""
-        half = half_width(self.std, self.samples, confidence)
-        return None if half is None else (self.mean - half, self.mean + half)
+        return interval(self.mean, self.std, self.samples, confidence)
 
     def __getitem__(self, name: str) -> LayerRates:
         if name not in self.layers:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..inference.folded import folded
 from ..neuron import find_neurons
-from . import plots
+from . import plots, tables
 from .attention_maps import maps_of_blocks, upsample
 from .audit import Audit, audit
 from .counters import find_counters
@@ -161,8 +161,7 @@ def _write_tables(report: EnergyReport, outcome: Outcome, measured: Measured | N
     """Layers and time steps as CSV, Markdown and LaTeX; what was measured as JSON."""
     steps = sweep_table(sweep(report, outcome, measured))
     for name, texts in (("layers", layer_tables(report)), ("time_steps", steps)):
-        for ending, text in texts.items():
-            (folder / f"{name}.{ending}").write_text(text, encoding="utf-8", errors="backslashreplace")
+        tables.write(texts, folder / name)
     if measured is not None:
         text = json.dumps(measured.to_dict(), indent=2) + "\n"
         (folder / "measured.json").write_text(text, encoding="utf-8")

@@ -8,7 +8,7 @@ from typing import Any
 from .energy import CONVENTION, EnergyReport
 from .measured import Measured
 from .outcome import Outcome
-from .tables import Column, Row, as_csv, latex, markdown
+from .tables import Column, Row, as_files
 
 SWEEP = (
     Column("steps", "T", ""),
@@ -33,7 +33,7 @@ def layer_tables(report: EnergyReport) -> dict[str, str]:
             cells = rows.setdefault((row.name, row.type), {"layer": row.name, "type": row.type, "rate": row.rate})
             cells[f"{name}_compute_mj"], cells[f"{name}_memory_mj"] = row.cost.compute_mj, row.cost.memory_mj
             cells[f"{name}_ann_mj"], cells[f"{name}_break_even"] = row.ann.total_mj, row.break_even
-    return _in_all_formats(list(rows.values()), columns, CONVENTION)
+    return as_files(list(rows.values()), columns, CONVENTION)
 
 
 def sweep(report: EnergyReport, outcome: Outcome | None, measured: Measured | None) -> list[dict[str, Any]]:
@@ -57,7 +57,7 @@ def sweep(report: EnergyReport, outcome: Outcome | None, measured: Measured | No
 def sweep_table(rows: Sequence[Row]) -> dict[str, str]:
     """What `sweep` found: CSV, Markdown and LaTeX by ending."""
     known = [column for column in SWEEP if any(row.get(column.key) is not None for row in rows)]
-    return _in_all_formats(rows, known, CONVENTION)
+    return as_files(rows, known, CONVENTION)
 
 
 def joules(value: float) -> str:
@@ -66,7 +66,3 @@ def joules(value: float) -> str:
         if abs(value) * factor >= 1:
             return f"{value * factor:.3g} {unit}"
     return f"{value * 1e6:.3g} µJ"
-
-
-def _in_all_formats(rows: Sequence[Row], columns: Sequence[Column], note: str) -> dict[str, str]:
-    return {"csv": as_csv(rows, columns), "md": markdown(rows, columns, note), "tex": latex(rows, columns, note)}

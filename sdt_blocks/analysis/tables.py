@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 Row = Mapping[str, Any]
@@ -29,6 +30,18 @@ class Column(NamedTuple):
             return ABSENT if value is None else str(value)
         text = format(value, self.format)
         return text if deviation is None else f"{text} ± {format(deviation, self.format)}"
+
+
+def as_files(rows: Sequence[Row], columns: Sequence[Column], note: str = "") -> dict[str, str]:
+    """The table as CSV, Markdown and LaTeX, by the ending of its file."""
+    return {"csv": as_csv(rows, columns), "md": markdown(rows, columns, note), "tex": latex(rows, columns, note)}
+
+
+def write(texts: Mapping[str, str], stem: Path) -> None:
+    """Writes texts as `stem` with their endings, into a folder that is made if it is missing."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    for ending, text in texts.items():
+        stem.with_name(f"{stem.name}.{ending}").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def markdown(rows: Sequence[Row], columns: Sequence[Column], note: str = "") -> str:

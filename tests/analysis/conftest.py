@@ -13,7 +13,12 @@ def lively(**options) -> SpikeDrivenTransformer:
     """The same network each time: one block of 32 channels, three steps, five classes, unless said otherwise."""
     torch.manual_seed(0)
     defaults = {"depth": 1, "dim": 32, "num_classes": 5, "pooling": "0011", "time_steps": 3}
-    model = SpikeDrivenTransformer(**{**defaults, **options}).eval()
+    return enliven(SpikeDrivenTransformer(**{**defaults, **options}))
+
+
+def enliven(model):
+    """The model in eval mode with random norms and weights such that it fires everywhere."""
+    model.eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 1, 3)
@@ -21,6 +26,12 @@ def lively(**options) -> SpikeDrivenTransformer:
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
     return model
+
+
+@pytest.fixture(name="enliven")
+def enliven_():
+    """The function `enliven`."""
+    return enliven
 
 
 @pytest.fixture

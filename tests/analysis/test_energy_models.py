@@ -168,21 +168,6 @@ def test_executed_operations_are_what_the_kernel_meets(kind):
     assert layer.moved == [x.sum().item() / 2] and layer.weights == convolution.weight.numel()
 
 
-def lively_v2():
-    """A small Meta-SpikeFormer that fires everywhere."""
-    torch.manual_seed(0)
-    model = MetaSpikeFormer(
-        dims=(8, 16, 24, 32), depths=(1, 1, 1, 1, 1), num_heads=4, num_classes=5, time_steps=2
-    ).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 1, 3)
-            nn.init.uniform_(module.bias, 0, 1)
-        if isinstance(module, nn.Conv2d):
-            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-    return model
-
-
 class Loop(nn.Module):
     """Plain snnTorch, a loop over steps."""
 
@@ -199,11 +184,12 @@ class Loop(nn.Module):
 
 
 @pytest.mark.parametrize(("network", "size"), [("v1", 16), ("v2", 64), ("loop", 16)])
-def test_additions_of_spikingjelly(network, size, small):
+def test_additions_of_spikingjelly(network, size, small, enliven):
     """Layer for layer and to the last one; the papers' formula differs where there is a border, and only there."""
     counters = pytest.importorskip("spikingjelly.activation_based.op_counter")
     torch.manual_seed(1)
-    model = {"v1": small, "v2": lively_v2, "loop": Loop}[network]()
+    widths = {"dims": (8, 16, 24, 32), "depths": (1, 1, 1, 1, 1), "num_heads": 4, "num_classes": 5, "time_steps": 2}
+    model = {"v1": small, "v2": lambda: enliven(MetaSpikeFormer(**widths)), "loop": Loop}[network]()
     x, counter = torch.rand(3, 3, size, size), counters.SynOpCounter()
     report = energy(model, x, as_trained=True)
     snntorch.utils.reset(model)

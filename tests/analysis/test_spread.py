@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from sdt_blocks.analysis import energy, energy_from_rates, firing_rates
-from sdt_blocks.analysis.moments import Moments, half_width, merged
+from sdt_blocks.analysis.moments import Moments, interval, merged
 
 
 def batches(frames):
@@ -77,4 +77,4 @@ def test_a_value_that_a_part_lacks_is_zero_there():
 @pytest.mark.parametrize("confidence", [0, 1, 95, -0.5])
 def test_confidence_out_of_range(confidence):
     with pytest.raises(ValueError, match="confidence must lie between 0 and 1"):
-        half_width(0.1, 5, confidence)
+        interval(0.5, 0.1, 5, confidence)
