@@ -10,8 +10,9 @@ it fires: its rate says nothing of a trained one. A run is judged on images of i
 several seeds by mean and standard deviation.
 
 It prints the table in Markdown and writes it as models.md, .csv and .tex, and as bars in models.png. Energy is by the
-papers' formula: 4.6 pJ where real values or counts are multiplied, 0.9 pJ an addition. Latency is of one image, dense
-and event-driven, measured in turns, a median. The keys stand at the end of --help.
+papers' formula: 4.6 pJ where real values are multiplied, 0.9 pJ an addition; a level or a count of spikes is as many
+additions. Latency is of one image, dense and event-driven, measured in turns, a median. The keys stand at the end of
+--help.
 """
 
 from __future__ import annotations

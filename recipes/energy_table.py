@@ -52,7 +52,7 @@ COLUMNS = (
     Column("rates", "rates"),
     Column("parameters", "parameters", ","),
     Column("top1", "top-1 (%)", ".2f"),
-    Column("rate", "mean rate (%)", ".1f"),
+    Column("rate", "mean rate by operations (%)", ".1f"),
     Column("once_rate", "rate if first layer once (%)", ".1f"),
     Column("energy_mj", "formula (mJ)", ".2f"),
     Column("once_mj", "first layer once (mJ)", ".2f"),
@@ -144,8 +144,8 @@ def paper_rows() -> tuple[list[dict[str, Any]], list[str]]:
         f"{fitted[high]:.1%} in {high}, networks of one kind (with the first layer charged once "
         f"{min(once.values()):.1%} to {max(once.values()):.1%}).",
         f"sdt_8_512 at the rates of a Spikingformer of the same shapes: {related['energy_mj']:.2f} mJ, "
-        f"{related['difference']:+.0f} % beside the paper's {related['published_mj']:.2f}; its mean rate is "
-        f"{related['rate']:.1f} %, and {fitted['sdt_8_512']:.1%} is what the paper's figure asks for.",
+        f"{related['difference']:+.0f} % beside the paper's {related['published_mj']:.2f}; its mean rate by operations "
+        f"is {related['rate']:.1f} %, and {fitted['sdt_8_512']:.1%} is what the paper's figure asks for.",
         f"sdt_8_768: its stem alone takes {stem['energy_mj']:.2f} of the paper's {stem['published_mj']:.2f} mJ, at "
         f"rates taken before pooling, which are lower than those that the convolutions see; that leaves a rate of "
         f"{left:.1%} for all other layers.",
