@@ -50,9 +50,9 @@ class ImageDataset(SampleDataset):
         training: bool,
         seed: int = 0,
         on_error: str = "raise",
-        samples: int | None = None,
+        rows: np.ndarray | None = None,
     ) -> None:
-        rows = _first(source, samples)
+        rows = np.arange(len(source.targets)) if rows is None else rows
         super().__init__(
             rows=rows,
             targets=source.targets[rows],
@@ -86,6 +86,7 @@ def build_image_datasets(
     in_channels: int | None = None,
     download: bool = False,
     on_error: str = "raise",
+    validation_samples: int | None = None,
     train_samples: int | None = None,
     test_samples: int | None = None,
     seed: int = 0,
@@ -95,8 +96,10 @@ def build_image_datasets(
     """The training and the evaluation set of a data set by name; `transforms` are the options of `build_transforms`.
 
     `in_channels=None` takes the data's own: 1 for grey arrays, else 3. `train_samples` and `test_samples` keep the
-    first so many images; where the data lies class by class, the first of each class in turn. With `evaluation_only` a
-    folder needs no training part; the first of the two sets is of no use then.
+    first so many images; where the data lies class by class, the first of each class in turn. With `validation_samples`
+    so many training images, always the same ones and in the classes' shares, are the evaluation set, and the others the
+    training set: whoever chooses settings by it has not looked at the test images. With `evaluation_only` a folder
+    needs no training part; the first of the two sets is of no use then.
 
     Raises `DataError` (a `ValueError`) for missing or unfit data, `ValueError` for a setting out of range; the message
     is one paragraph.
@@ -108,9 +111,14 @@ def build_image_datasets(
     train, test = _open(name, Path(root) if root is not None else None, download, evaluation_only)
     _check_classes(train, test)
     augment, resize = build_transforms(in_channels=in_channels or train.channels, **transforms)
+    rows, test_rows = np.arange(len(train.targets)), np.arange(len(test.targets))
+    if validation_samples is not None:
+        test, test_rows = train, _held_out(train, validation_samples)
+        rows = np.setdiff1d(rows, test_rows)
+    rows, test_rows = _first(train, rows, train_samples), _first(test, test_rows, test_samples)
     return (
-        ImageDataset(train, augment, training=True, seed=seed, on_error=on_error, samples=train_samples),
-        ImageDataset(test, resize, training=False, on_error=on_error, samples=test_samples),
+        ImageDataset(train, augment, training=True, seed=seed, on_error=on_error, rows=rows),
+        ImageDataset(test, resize, training=False, on_error=on_error, rows=test_rows),
     )
 
 
@@ -157,17 +165,35 @@ def _check_classes(train: Source, test: Source) -> None:
         )
 
 
-def _first(source: Source, samples: int | None) -> np.ndarray:
-    """The rows of the first `samples` images; of each class in turn where the data lies class by class."""
-    available = len(source.targets)
+def _first(source: Source, rows: np.ndarray, samples: int | None) -> np.ndarray:
+    """The first `samples` of the rows; of each class in turn where the data lies class by class."""
     if samples is None:
-        return np.arange(available)
-    if not 1 <= samples <= available:
-        raise DataError(f"{samples} samples were asked for, but there are {available} images")
-    if not source.by_class:
-        return np.arange(samples)
-    turns = np.zeros(available, dtype=np.int64)
+        return rows
+    if not 1 <= samples <= len(rows):
+        raise DataError(f"{samples} samples were asked for, but there are {len(rows)} images")
+    return np.sort(rows[_in_turns(source.targets[rows])[:samples]]) if source.by_class else rows[:samples]
+
+
+def _held_out(source: Source, samples: int) -> np.ndarray:
+    """`samples` rows in the shares of the classes, the same ones in every run. Raises `DataError`."""
+    available, classes = len(source.targets), len(source.classes)
+    if not classes <= samples < available:
+        raise DataError(
+            f"validation_samples={samples}: expected at least one for each of {classes} classes, and fewer than the "
+            f"{available} training images"
+        )
+    order = np.random.default_rng(0).permutation(available)
+    place = np.empty(available)
     for label in np.unique(source.targets):
-        rows = np.flatnonzero(source.targets == label)
+        rows = np.flatnonzero(source.targets[order] == label)
+        place[rows] = (np.arange(len(rows)) + 0.5) / len(rows)  # evenly through the whole, whatever the class's size
+    return np.sort(order[np.argsort(place, kind="stable")[:samples]])
+
+
+def _in_turns(targets: np.ndarray) -> np.ndarray:
+    """The order that takes each class in turn."""
+    turns = np.zeros(len(targets), dtype=np.int64)
+    for label in np.unique(targets):
+        rows = np.flatnonzero(targets == label)
         turns[rows] = np.arange(len(rows))
-    return np.sort(np.lexsort((source.targets, turns))[:samples])
+    return np.lexsort((targets, turns))

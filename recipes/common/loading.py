@@ -28,6 +28,8 @@ def build_datasets(config: Config, *, evaluation_only: bool = False) -> tuple[An
     """
     data = config.data
     if data.name in EVENT_DATA_SETS:
+        if data.validation_samples is not None:
+            raise ConfigError(f"data.validation_samples is for images; leave it out with data.name={data.name}")
         from sdt_datasets.event_data import build_event_datasets
 
         return build_event_datasets(
@@ -62,10 +64,12 @@ def build_datasets(config: Config, *, evaluation_only: bool = False) -> tuple[An
         erasing_mode=data.erasing_mode,
         download=data.download,
         on_error=data.on_error,
+        validation_samples=data.validation_samples,
         train_samples=None if evaluation_only else data.train_samples,
         test_samples=data.test_samples,
         seed=config.seed,
-        evaluation_only=evaluation_only,
+        # The validation images are among the training images.
+        evaluation_only=evaluation_only and data.validation_samples is None,
     )
 
 

@@ -52,6 +52,13 @@ class DataConfig:
     on_error: str = option(
         "raise", "an unreadable sample stops the run, or is skipped and counted", choices=("raise", "skip")
     )
+    validation_samples: int | None = option(
+        None,
+        "evaluate on N of the training images, in equal shares of the classes, and train on the others; the test "
+        "images are not looked at",
+        least=1,
+        most=10**12,
+    )
     train_samples: int | None = option(None, "train on the first N samples only", least=1, most=10**12)
     test_samples: int | None = option(None, "evaluate on the first N samples only", least=1, most=10**12)
 
@@ -128,6 +135,9 @@ class OptimConfig:
     )
     trust_clip: bool = option(False, "lamb: no layer's trust ratio above 1")
     clip_grad: float | None = option(None, "largest norm of the gradient", above=0, most=1e9)
+    layer_decay: float | None = option(
+        None, "factor of the learning rate from each attention block to the one before it", above=0, most=1
+    )
 
 
 @dataclass(frozen=True)

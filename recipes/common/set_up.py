@@ -279,6 +279,7 @@ def prepare(
         eps=config.optim.eps,
         betas=config.optim.betas,
         trust_clip=config.optim.trust_clip,
+        layer_decay=config.optim.layer_decay,
     )
     model, optimizer = accelerator.prepare(plain, optimizer)
     if training is None:

@@ -189,6 +189,29 @@ def test_a_limit_takes_the_first_where_the_order_is_mixed():
         build_image_datasets("digits", train_samples=2000, **PLAIN)
 
 
+@pytest.mark.parametrize("samples", [10, 287, 1000])
+def test_validation_images_are_training_images_in_the_classes_shares(samples):
+    train, test = build_image_datasets("digits", **PLAIN)
+    kept, held = build_image_datasets("digits", validation_samples=samples, seed=5, train_samples=20, **PLAIN)
+    rest, again = build_image_datasets("digits", validation_samples=samples, seed=6, **PLAIN)
+    assert (len(held), len(rest)) == (samples, 1437 - samples) and again._rows.tolist() == held._rows.tolist()
+    assert sorted([*held._rows, *rest._rows]) == list(range(1437)) and kept._rows.tolist() == rest._rows[:20].tolist()
+    shares = np.bincount(held.targets, minlength=10) - samples * np.bincount(train.targets) / 1437
+    assert np.abs(shares).max() < 1
+    assert np.array_equal(held.targets, train.targets[held._rows]) and held.source is not test.source
+    assert not held.training and torch.equal(held[0][0], held[0][0]) and rest.training
+
+
+def test_validation_images_of_a_folder_and_what_is_refused(tree):
+    train, held = build_image_datasets("folder", tree, validation_samples=4, train_samples=6, **PLAIN)
+    assert held.targets.tolist() == [0, 0, 1, 1] and train.targets.tolist() == [0, 0, 0, 1, 1, 1]
+    assert "train" in held.source.describe(0)
+    for samples in (1, 12):
+        words = f"validation_samples={samples}: expected at least one for each of 2 classes, and fewer than the 12"
+        with pytest.raises(DataError, match=words):
+            build_image_datasets("folder", tree, validation_samples=samples, **PLAIN)
+
+
 def remove(folder):
     for file in folder.iterdir():
         file.unlink()

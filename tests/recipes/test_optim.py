@@ -9,6 +9,7 @@ from common.optim import (
     build_loss,
     build_optimizer,
     check_even_batch,
+    layers_of,
     learning_rate,
     set_learning_rate,
 )
@@ -288,6 +289,53 @@ def test_losses_are_timms(smoothing):
     torch.testing.assert_close(cross_entropy(logits, soft), SoftTargetCrossEntropy()(logits, soft))
     torch.testing.assert_close(binary(logits, hard), BinaryCrossEntropy(smoothing)(logits, hard))
     torch.testing.assert_close(binary(logits, soft), BinaryCrossEntropy(0.0)(logits, soft))
+
+
+def test_layer_decay_is_that_of_the_released_large_family():
+    """Twelve attention blocks: 0.75 ** 13 before the first, 0.75 ** (12 - i) in block i, 1 at the heads."""
+    with torch.device("meta"):
+        model = create_model("sdt_v3_83m", distillation=True)
+    optimizer = build_optimizer(model, name="lamb", lr=1.0, weight_decay=0.05, trust_clip=True, layer_decay=0.75)
+    set_learning_rate(optimizer, 2.0)
+    found = {id(weight): group for group in optimizer.param_groups for weight in group["params"]}
+    names = dict(model.named_parameters())
+    assert len(found) == len(names)
+    for start, factor in (
+        ("downsamplings.3.", 0.75**13), ("stages.0.0.", 0.75**13), ("stages.2.1.", 0.75**13),
+        ("stages.3.0.", 0.75**12), ("stages.3.11.", 0.75), ("head.", 1.0), ("distillation_head.", 1.0),
+    ):  # fmt: skip
+        rates = [found[id(weight)]["lr"] for name, weight in names.items() if name.startswith(start)]
+        assert rates and rates == pytest.approx([2 * factor] * len(rates)), start
+    assert all((found[id(weight)]["weight_decay"] == 0) == (weight.ndim == 1) for weight in names.values())
+
+
+def test_layers_are_numbered_where_attention_has_one_stage():
+    with torch.device("meta"):
+        layers = layers_of(create_model("sdt_8_384", neuron="plif"))
+        several = create_model("sdt_v2_15m")
+    assert {name: layers[name] for name in ("patch.position.conv.weight", "head_neuron.w", "head.bias")} == {
+        "patch.position.conv.weight": 0, "head_neuron.w": 9, "head.bias": 9,
+    }  # fmt: skip
+    assert layers["blocks.0.mlp.branch.fc1.conv.weight"] == 1 and layers["blocks.7.attention.branch.q.conv.weight"] == 8
+    with pytest.raises(ValueError, match=r"MetaSpikeFormer has them in 2 \(stages\.3, stages\.4\): leave it out"):
+        build_optimizer(several, name="adamw", lr=1.0, weight_decay=0.0, layer_decay=0.75)
+    with pytest.raises(ValueError, match=r"Linear has them in 0 \(none\)"):
+        layers_of(nn.Linear(2, 2))
+
+
+def test_with_layer_decay_a_step_is_smaller_the_deeper_it_is():
+    torch.manual_seed(0)
+    model = create_model("sdt_2_256", dim=32)
+    optimizer = build_optimizer(model, name="adamw", lr=1.0, weight_decay=0.0, layer_decay=0.1)
+    set_learning_rate(optimizer, 1e-2)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    model(torch.rand(2, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    # Adam's first step is the learning rate, whatever the gradient, unless that is rounding alone.
+    for name in ("patch.stages.0.conv.weight", "blocks.0.mlp.branch.fc1.conv.weight", "head.weight"):
+        change = (model.get_parameter(name) - before[name]).abs().max().item()
+        assert change == pytest.approx(1e-2 * 0.1 ** (3 - layers_of(model)[name]), rel=0.05), name
+    assert layers_of(model)["head.weight"] == 3
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
