@@ -1,18 +1,23 @@
 """Every released image configuration: its values against the published table, and one update of it on real data."""
 
+import json
 import pickle
 
 import numpy as np
 import pytest
+import timm
 import torch
 from common.config import CONFIGS, load_config
-from common.loading import fetch
+from common.engine import train_epoch
+from common.loading import fetch, stop_loaders
 from common.optim import learning_rate, set_learning_rate
-from common.set_up import set_up
+from common.set_up import set_up as set_up_run
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 
-from sdt_blocks import SpikeDrivenTransformer, create_model
+from sdt_blocks import SpikeDrivenTransformer, create_model, save_model
+from sdt_blocks.neuron import find_neurons, spikes_of
 
 # depth, dim, batch of a process, lr, its minimum, mixup's probability, auto-augment, least area of the crop
 IMAGENET = {
@@ -40,6 +45,43 @@ ARCHITECTURE = {
 }
 SCHEDULE = {"epochs": 300, "warmup_epochs": 20, "cooldown_epochs": 10, "label_smoothing": 0.1, "loss": "ce"}
 UNUSED = {"accumulate": 1, "max_steps": None, "ema_decay": None, "sync_bn": False, "linear_probe": False}
+
+
+# Of the other families, at the total batch of eight processes (CIFAR: of one): variant, its parameters, batch,
+# optimiser, lr, its minimum, lr at the start of the warm-up, weight decay
+RATES = {
+    "imagenet_spikformer": ("spikformer_8_512", 29_689_384, 192, "adamw", 5e-4, 1e-5, 1e-6, 0.05),
+    "cifar10_spikformer": ("spikformer_4_384", 9_324_730, 128, "adamw", 5e-4, 1e-5, 1e-5, 0.06),
+    "cifar100_spikformer": ("spikformer_4_384", 9_359_380, 128, "adamw", 5e-4, 1e-5, 1e-5, 0.06),
+    "imagenet_qkformer": ("qkformer_10_384", 16_473_688, 512, "adamw", 1.2e-3, 1e-6, 0, 0.05),
+    "imagenet_qkformer_768": ("qkformer_10_768", 64_962_760, 576, "adamw", 1.35e-3, 1e-6, 0, 0.05),
+    "cifar10_qkformer": ("qkformer_4_384", 6_706_234, 64, "adamw", 1e-3, 1e-5, 1e-5, 0.06),
+    "cifar100_qkformer": ("qkformer_4_384", 6_740_884, 64, "adamw", 1e-3, 1e-5, 1e-5, 0.06),
+    "imagenet_v3_base": ("sdt_v3_19m", 18_987_504, 2048, "lamb", 4.8e-3, 1e-6, 0, 0.05),
+    "imagenet_v3_large": ("sdt_v3_83m", 82_502_952, 1024, "lamb", 2.4e-3, 1e-6, 0, 0.05),
+    "imagenet_v3_large_distilled": ("sdt_v3_83m", 83_015_952, 1568, "lamb", 6.125e-3, 1e-6, 0, 0.05),
+}
+# epochs, of which warm-up, then cool-down; seed; mixup, cutmix, the epoch that ends them; what is erased; crop's least
+# area; size that is resized to for evaluation; levels, drop path, averaged weights, layer decay where there are any
+OTHERS = {
+    "imagenet_spikformer": (300, 20, 10, 42, 0.8, 1.0, 0, "const", 1.0, 224),
+    "cifar10_spikformer": (300, 20, 10, 42, 0.5, 0.0, 200, "const", 1.0, 32),
+    "cifar100_spikformer": (300, 20, 10, 42, 0.5, 0.0, 200, "const", 1.0, 32),
+    "imagenet_qkformer": (200, 5, 0, 0, 0.0, 0.0, 0, "pixel", 0.08, 256),
+    "imagenet_qkformer_768": (200, 5, 0, 0, 0.0, 0.0, 0, "pixel", 0.08, 256),
+    "cifar10_qkformer": (400, 20, 10, 42, 0.5, 0.0, 200, "const", 1.0, 32),
+    "cifar100_qkformer": (400, 20, 10, 42, 0.5, 0.0, 200, "const", 1.0, 32),
+    "imagenet_v3_base": (200, 5, 0, 0, 0.0, 0.0, 0, "pixel", 0.08, 232, 4),
+    "imagenet_v3_large": (150, 10, 0, 0, 0.8, 1.0, 0, "pixel", 0.08, 232, 4, 0.1, 0.99996, 0.75),
+    "imagenet_v3_large_distilled": (100, 5, 0, 0, 0.5, 1.0, 0, "pixel", 0.08, 232, 4, 0.1, 0.99996, None),
+}
+TINY = {
+    "spikformer": ("model.depth=1", "model.dim=32", "model.num_heads=4"),
+    "qkformer": ("model.depths=[1,1,1]", "model.dim=32", "model.num_heads=4"),
+    "sdt_v3_19m": ("model.dims=[8,16,16,16]", "model.depths=[1,1,1,1,1]"),
+    "sdt_v3_83m": ("model.dims=[8,16,16]", "model.depths=[1,1,1,2]"),
+}
+TEACHER = "resnet10t"
 
 
 def expect(section, **values):
@@ -84,7 +126,38 @@ def test_cifar_configurations_are_the_tables(name):
     assert config.seed == 42
 
 
-@pytest.mark.parametrize("name", [*IMAGENET, *CIFAR])
+@pytest.mark.parametrize("name", RATES)
+def test_configurations_of_the_other_families_are_their_tables(name):
+    variant, params, batch, optimizer, lr, min_lr, warmup_lr, weight_decay = RATES[name]
+    epochs, warmup, cooldown, seed, mixup, cutmix, off, erasing, scale, resized, *of_v3 = OTHERS[name]
+    levels, drop_path, ema_decay, layer_decay = (*of_v3, *(None,) * (4 - len(of_v3)))
+    config = load_config([f"config={name}"], default="digits")
+    data, optim, train, imagenet = config.data, config.optim, config.train, name.startswith("imagenet")
+    classes = 1000 if imagenet else int(data.name.removeprefix("cifar"))
+    with torch.device("meta"):
+        distils = {"distillation": True} if train.teacher is not None else {}
+        model = create_model(config.model.name, num_classes=classes, **distils)
+    assert config.model.name == variant and sum(weight.numel() for weight in model.parameters()) == params
+    total = (8 if imagenet else 1) * train.batch_size * train.accumulate
+    assert total == batch
+    rates = [rate * total / optim.lr_batch for rate in (optim.lr, optim.min_lr, optim.warmup_lr)]
+    assert rates == pytest.approx([lr, min_lr, warmup_lr])
+    expect(optim, name=optimizer, weight_decay=weight_decay, betas=[0.9, 0.999], clip_grad=None)
+    expect(optim, trust_clip=optimizer == "lamb", layer_decay=layer_decay)
+    expect(train, epochs=epochs, warmup_epochs=warmup, cooldown_epochs=cooldown, warmup_prefix=cooldown == 0)
+    expect(train, label_smoothing=0.1, loss="ce", tet=False, mixed_precision="fp16", ema_decay=ema_decay)
+    expect(data, mixup=mixup, cutmix=cutmix, mixup_off_epoch=off, mixup_prob=1.0, mixup_switch_prob=0.5)
+    expect(data, random_erasing=0.25, erasing_mode=erasing, scale=[scale, 1.0], hflip=0.5, interpolation="bicubic")
+    expect(data, auto_augment="rand-m9-mstd0.5-inc1" if imagenet else "rand-m9-n1-mstd0.4-inc1")
+    expect(data, ratio=[3 / 4, 4 / 3] if imagenet else [1.0, 1.0])
+    assert data.img_size / data.crop_pct == resized and config.seed == seed
+    expect(config.model, levels=levels, drop_path=drop_path, time_steps=None if levels else 4)
+    whole = "caformer_b36.sail_in22k_ft_in1k", "hard", "runs/imagenet_v3_large"
+    distils = (train.teacher, train.distillation, train.init_checkpoint)
+    assert distils == (whole if name.endswith("distilled") else (None, "hard", None))
+
+
+@pytest.mark.parametrize("name", [*IMAGENET, *CIFAR, *RATES])
 def test_the_first_line_is_the_command(name):
     recipe = "imagenet" if name.startswith("imagenet") else "cifar"
     first = (CONFIGS / f"{name}.yaml").read_text().splitlines()[0]
@@ -94,8 +167,9 @@ def test_the_first_line_is_the_command(name):
 
 def test_the_tables_cover_the_files():
     files = {path.stem for path in CONFIGS.glob("*.yaml")}
-    published = {name for name in files if name.startswith(("imagenet", "cifar10_2", "cifar100_2"))}
-    assert {name for name in published if not name.startswith("imagenet_v2")} == {*IMAGENET, *CIFAR}
+    published = {name for name in files if name.startswith(("imagenet", "cifar")) and "dvs" not in name}
+    assert {name for name in published if not name.startswith("imagenet_v2")} == {*IMAGENET, *CIFAR, *RATES}
+    assert list(RATES) == list(OTHERS)
 
 
 @pytest.mark.parametrize("number", ["3e-4", "0.0003", "3.0e-4"])
@@ -151,7 +225,7 @@ def test_one_update_on_real_data(name, data_root, tmp_path):
     config = load_config(
         [f"config={name}", f"data.root={data_root}", f"output_dir={tmp_path}", *overrides], default="digits"
     )
-    run = set_up(config)
+    run = set_up_run(config)
     steps_per_epoch, total_batch = run.batches.updates, 2
     assert run.derived.total_batch == total_batch
     assert run.derived.lr == pytest.approx(config.optim.lr * total_batch / config.optim.lr_batch)
@@ -185,3 +259,44 @@ def test_one_update_on_real_data(name, data_root, tmp_path):
     assert "head.weight" in moved
     assert any(key.startswith("patch.") for key in moved)
     assert all(value.isfinite().all() for value in run.plain.parameters())
+
+
+@pytest.fixture(scope="module")
+def teacher_weights(tmp_path_factory):
+    """A teacher of two classes with random weights."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    save_file(timm.create_model(TEACHER, num_classes=2).state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_a_few_updates_of_a_small_model(name, data_root, teacher_weights, set_up, tmp_path):
+    config = load_config([f"config={name}"], default="digits")
+    small = next(options for family, options in TINY.items() if config.model.name.startswith(family))
+    arguments = [
+        f"data.root={data_root}", "data.img_size=32", "data.workers=0", "train.batch_size=4", "train.accumulate=1",
+        "train.max_steps=3", "tracker=none", "threads=1", "train.mixed_precision=no", "optim.lr_batch=4", *small,
+    ]  # fmt: skip
+    if config.train.teacher is not None:
+        start = {option.removeprefix("model.").partition("=")[0]: option.partition("=")[2] for option in small}
+        options = {key: json.loads(value) for key, value in start.items()}
+        save_model(create_model(config.model.name, num_classes=2, **options), tmp_path / "start")
+        arguments += [f"train.teacher={TEACHER}", f"train.teacher_weights={teacher_weights}"]
+        arguments += ["train.init_checkpoint=start"]
+    run = set_up(*arguments, default=name)
+    before = {key: value.clone() for key, value in run.plain.named_parameters()}
+    fired = dict.fromkeys(find_neurons(run.plain).values(), 0.0)
+    for neuron in fired:
+        neuron.register_forward_hook(
+            lambda module, _, output: fired.update({module: fired[module] + float(spikes_of(output).detach().sum())})
+        )
+    train_epoch(run)
+    assert run.position.step == 3 and run.position.loss_count == 3
+    assert 0 < run.position.loss_sum / 3 < 20
+    assert sum(spikes > 0 for spikes in fired.values()) > len(fired) / 2
+    moved = [key for key, value in run.plain.named_parameters() if not torch.equal(value, before[key])]
+    assert {"head.weight", next(iter(before))} <= set(moved)
+    assert all(value.isfinite().all() for value in run.plain.parameters())
+    stop_loaders(run.train_loader, run.test_loader)
+    run.lock.release()
