@@ -82,6 +82,7 @@ def test_other_classes_have_no_names_and_the_same_images(saved, options, names):
         ({"crop_pct": True}, "crop_pct must be a number"),
         ({"crop_pct": 1.5}, "crop_pct must be .* at most 1"),
         ({"interpolation": 3}, "interpolation must be text"),
+        ({"note": ["late"]}, "note must be text"),
         ({"colour": "grey"}, "unknown colour; it has class_names, input_size"),
     ],
 )
@@ -172,6 +173,33 @@ def test_a_released_imagenet_model_knows_its_classes_and_its_images(imagenet_fil
     assert load_released_checkpoint(imagenet_file, num_classes=7, new_head=True).card == model.card.without_names()
     assert load_released_checkpoint(released_file).card is None
     assert words_of(["n01440764", "n01", "cat"]) == ["tench, Tinca tinca", "n01", "cat"]
+
+
+@pytest.mark.parametrize(
+    ("name", "resized", "words"),
+    [
+        ("spikformer_imagenet_64", 224, None),
+        ("qkformer_imagenet_64", 256, "trained and evaluated with mixes_images=True"),
+        ("sdtv3_base_64", 232, "8 in those named 1x8 (levels=8)"),
+        ("sdtv3_large_kd_64", 232, "8 in those named 1x8 (levels=8)"),
+    ],
+)
+def test_released_models_of_the_other_families_have_their_cards(named_golden, tmp_path, name, resized, words):
+    weights = named_golden(name).group("state")
+    few = {"model": weights}
+    classes = weights["head.weight"].shape[0]
+    times = -(-1000 // classes)
+    heads = {key: value for key, value in weights.items() if key.startswith("head")}
+    many = {key: value.repeat(times, *(1,) * (value.ndim - 1))[:1000] for key, value in heads.items()}
+    torch.save(few, tmp_path / "few.pth")
+    torch.save({"model": {**weights, **many}}, tmp_path / "many.pth")
+    assert load_released_checkpoint(tmp_path / "few.pth").card is None
+    card = load_released_checkpoint(tmp_path / "many.pth").card
+    assert card.class_names[-1] == "n15075141" and card.input_size == (224, 224)
+    assert card.interpolation == "bicubic" and 224 / card.crop_pct == resized
+    assert card.note is None if words is None else words in card.note
+    save_model(load_released_checkpoint(tmp_path / "many.pth"), tmp_path / "saved")
+    assert load_model(tmp_path / "saved").card == card
 
 
 def test_the_names_of_imagenet_are_asked_for_when_one_is_looked_at(imagenet_file):

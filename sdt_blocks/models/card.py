@@ -68,6 +68,8 @@ class DataCard:
     interpolation: str | None = None
     crop_pct: Annotated[float | None, Option(above=0, most=1)] = None
     """The shorter side is resized to `input_size / crop_pct`, then the centre is cropped."""
+    note: str | None = None
+    """What whoever uses the weights has to know besides, in a sentence."""
 
     def __post_init__(self) -> None:
         for name, keyword in options_of(DataCard).items():

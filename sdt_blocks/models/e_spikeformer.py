@@ -1,4 +1,8 @@
-"""E-SpikeFormer (Spike-Driven Transformer V3): its base and its large family, and their published variants."""
+"""E-SpikeFormer (Spike-Driven Transformer V3): its base and its large family, and their published variants.
+
+The masked pre-training that the large family's authors start from is out of scope: neither its decoder nor its masked
+stem is here, and files of it are not read.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +31,7 @@ from ..steps import (
     project_and_mix,
 )
 from .backbone import Backbone, stage_info
+from .card import IMAGENET, DataCard
 from .family import ReleasedKeys, count_blocks, shape_of
 from .options import (
     Channels,
@@ -207,6 +212,7 @@ class ESpikeFormer(Backbone):
     """
 
     config: dict[str, Any]
+    card: DataCard | None
 
     @keeps_options
     def __init__(
@@ -329,6 +335,7 @@ class ESpikeFormerLarge(Backbone):
     """
 
     config: dict[str, Any]
+    card: DataCard | None
 
     @keeps_options
     def __init__(
@@ -554,9 +561,24 @@ def read_large_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]
     }
 
 
-FAMILY = register(ESpikeFormer, BASE, keys=ReleasedKeys(BASE_KEYS, read_base_options, "E-SpikeFormer, base family"))
+CARD = DataCard(
+    IMAGENET,
+    (224, 224),
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    interpolation="bicubic",
+    crop_pct=224 / 232,
+    note="The weights do not say how many levels their neurons have: 4 in files named 1x4, 8 in those named 1x8 "
+    "(levels=8). Files of 384 pixels see the whole image: input_size 384, crop_pct 1.",
+)
+"""What the released ImageNet models were evaluated on."""
+
+FAMILY = register(
+    ESpikeFormer, BASE, keys=ReleasedKeys(BASE_KEYS, read_base_options, "E-SpikeFormer, base family"), card=CARD
+)
 LARGE_FAMILY = register(
     ESpikeFormerLarge,
     LARGE,
     keys=ReleasedKeys(LARGE_KEYS, read_large_options, "E-SpikeFormer, large family", weed=weed),
+    card=CARD,
 )

@@ -14,6 +14,7 @@ from ..blocks.units import ConvNorm
 from ..neuron import LIF, NeuronLike, Stream, make_neuron
 from ..steps import check_multiple, check_sequence, fire, pool, present, project, project_and_fire, shortcut
 from .backbone import Backbone
+from .card import IMAGENET, DataCard
 from .family import ReleasedKeys, count_blocks, shape_of
 from .options import (
     Channels,
@@ -137,6 +138,7 @@ class QKFormer(Backbone):
     _no_split_modules = ("QKFormerBlock", "ShortcutEmbedding")
 
     config: dict[str, Any]
+    card: DataCard | None
 
     @keeps_options
     def __init__(
@@ -314,4 +316,17 @@ def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> d
     return options
 
 
-FAMILY = register(QKFormer, VARIANTS, keys=ReleasedKeys(KEYS, read_options, "QKFormer"))
+CARD = DataCard(
+    IMAGENET,
+    (224, 224),
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    interpolation="bicubic",
+    crop_pct=0.875,
+    note="The released weights were trained and evaluated with mixes_images=True: a neuron of the last stage goes on "
+    "from image to image of a batch, and the published accuracies are those of batches of images sorted by class. "
+    "mixes_images=False, the default, answers each image for itself, and with these weights less well.",
+)
+"""What the released ImageNet models were trained and evaluated on, and how."""
+
+FAMILY = register(QKFormer, VARIANTS, keys=ReleasedKeys(KEYS, read_options, "QKFormer"), card=CARD)

@@ -15,6 +15,7 @@ from ..blocks.units import ConvNorm
 from ..neuron import LIF, NeuronLike, Stream, make_neuron
 from ..steps import check_multiple, check_sequence, pool, present, project_and_fire, shortcut
 from .backbone import Backbone
+from .card import IMAGENET, DataCard
 from .family import ReleasedKeys, count_blocks, shape_of
 from .options import (
     Channels,
@@ -109,6 +110,7 @@ class Spikformer(Backbone):
     _no_split_modules = ("SpikformerBlock",)
 
     config: dict[str, Any]
+    card: DataCard | None
 
     @keeps_options
     def __init__(
@@ -242,4 +244,9 @@ def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> d
     return options
 
 
-FAMILY = register(Spikformer, VARIANTS, keys=ReleasedKeys(KEYS, read_options, "Spikformer", UNUSED))
+CARD = DataCard(
+    IMAGENET, (224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic", crop_pct=1.0
+)
+"""What the published ImageNet models were trained and evaluated on."""
+
+FAMILY = register(Spikformer, VARIANTS, keys=ReleasedKeys(KEYS, read_options, "Spikformer", UNUSED), card=CARD)
