@@ -11,8 +11,9 @@ from torch import nn
 from .choice import choose
 from .dense import Dense
 from .events import EventProduct, Events
-from .plan import Plan, plan
+from .plan import Plan
 from .product import PATHS, Product
+from .trace import plan
 
 __all__ = ["PATHS", "Dense", "EventProduct", "Events", "Plan", "Product", "optimize_for_inference", "plan"]
 

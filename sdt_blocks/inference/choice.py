@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..ops.packed import Epilogue, PackedSpikes, kernels_path
 from ..ops.spec import NeuronSpec
 from .events import EventProduct, Events
-from .plan import plan
 from .timings import Costs, best_seconds, timings
+from .trace import plan
 
 FITTED_ON = ((384, 1536, 1), (1536, 384, 1), (96, 192, 3))
 """Inputs, outputs and kernel of the products that a model of the costs is fitted on."""

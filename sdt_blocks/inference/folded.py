@@ -10,7 +10,9 @@ from typing import Any
 from torch import nn
 
 from .. import steps
-from .plan import MIX, PROJECT, Plan, Traced, convolution, fold, trace
+from .frames import ConvAndNorm
+from .plan import MIX, PROJECT, Plan, convolution, fold
+from .trace import Traced, trace
 
 
 class FoldedConv2d(nn.Conv2d):
@@ -82,7 +84,10 @@ def _units(plan: Plan) -> list[Any]:
 
 
 def _is_trained(unit: Any) -> bool:
-    return isinstance(unit, steps.Unit) and not isinstance(unit.conv, FoldedConv2d)
+    """Whether a module of the network is a unit that is not folded yet; plain layers stay apart under their names."""
+    return (
+        isinstance(unit, steps.Unit) and not isinstance(unit, ConvAndNorm) and not isinstance(unit.conv, FoldedConv2d)
+    )
 
 
 def _untouched(traced: Traced) -> dict[str, str]:

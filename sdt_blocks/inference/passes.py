@@ -133,12 +133,13 @@ def over_places(node: Node) -> bool:
 def changes_in_place(plan: Plan) -> bool:
     """Whether a call writes into a value that others take too."""
     users = plan.users()
-    for node in plan.nodes:
-        if node.op != CALL:
-            continue
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        writes = (name.endswith("_") and not name.endswith("__")) or getattr(node.target, "inplace", False)
-        writes = writes or name in ("setitem", "iadd", "imul", "isub", "itruediv") or "out" in node.kwargs
-        if writes and any(len(users[given]) > 1 for given in node.inputs()):
-            return True
-    return False
+    return any(len(users[given]) > 1 for node in plan.nodes if writes(node) for given in node.inputs())
+
+
+def writes(node: Node) -> bool:
+    """Whether a node writes into what it is given."""
+    if node.op != CALL:
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    by_name = (name.endswith("_") and not name.endswith("__")) or getattr(node.target, "inplace", False)
+    return by_name or name in ("setitem", "iadd", "imul", "isub", "itruediv") or "out" in node.kwargs

@@ -1,26 +1,18 @@
-"""What a network computes, as one list of nodes: a coarse trace of `forward` at the altitude of the steps.
+"""What a network computes, as one list of nodes: the data of a plan, and what its leaves are.
 
-Units, neurons, mixers and torch's own layers are leaves, which a node keeps whole; blocks, containers and a user's own
-modules are looked through. A module whose forward cannot be traced (it branches on a tensor, or asks for a shape in
-Python) becomes one opaque node, and one warning names it; all else keeps its forms.
+`trace` makes plans; the executors, and the passes that serve them, read them.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
-import operator
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.fx.node import map_arg
+from torch import Tensor, nn
 
 from .. import steps
-from ..neuron import Streamed
 
 INPUT, PRESENT, CHECK, PROJECT, FIRE, MIX, POOL, ADD, CALL, OUTPUT = (
     "input",
@@ -86,238 +78,6 @@ class Plan:
         return "\n".join(map(repr, self.nodes))
 
 
-def plan(model: nn.Module) -> Plan:
-    """The plan of a frozen copy of the model in eval mode, as a function of its required inputs.
-
-    Raises `TypeError` for what is no module.
-    """
-    traced = trace(model)
-    if traced.opaque:
-        told = "; ".join(f"{name or type(model).__name__} ({why})" for name, why in traced.opaque.items())
-        warnings.warn(f"kept as it is, since only its own forward can compute it: {told}", stacklevel=3)
-    return traced.plan
-
-
-class Traced(NamedTuple):
-    """A plan, the frozen copy of the network that its leaves stand in, and by name what is opaque, with the reason."""
-
-    plan: Plan
-    network: nn.Module
-    opaque: dict[str, str]
-
-
-def trace(model: nn.Module) -> Traced:
-    """The plan of a model and what it was made from; tells nobody what is opaque.
-
-    Raises `TypeError` for what is no module.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    opaque: dict[str, str] = {}
-    while True:
-        root = _Root(_frozen(model))
-        tracer = _Tracer(opaque)
-        random = torch.get_rng_state()
-        try:
-            graph = tracer.trace(root)
-        except Exception as error:
-            if _NETWORK in opaque:
-                raise
-            opaque[tracer.failed or _NETWORK] = _first_line(error)
-            continue
-        stateful = [name for name, module in root.named_modules() if _holds_proxies(module)]
-        if not torch.equal(random, torch.get_rng_state()):
-            torch.set_rng_state(random)
-            opaque[_NETWORK] = "it draws random numbers"
-        elif stateful:
-            opaque[stateful[-1]] = "it keeps a state in its attributes"
-        else:
-            break
-    told = {_short(name): why for name, why in (opaque | tracer.watched).items()}
-    return Traced(Plan(list(_Lowering(root).nodes_of(graph))), root.network, told)
-
-
-def _frozen(model: nn.Module) -> nn.Module:
-    """A copy in eval mode without gradients, also of what a backward pass has left in a neuron's state."""
-    values = (value for module in model.modules() for value in (*vars(module).values(), *module._buffers.values()))
-    held = [value for value in values if isinstance(value, Tensor) and not value.is_leaf]
-    memo: Any = {id(value): value.detach().clone() for value in held}
-    return copy.deepcopy(model, memo).eval().requires_grad_(False)
-
-
-_NETWORK = "network"
-
-
-class _Root(nn.Module):
-    """The network as a function of its required inputs: what is optional keeps its default."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        parameters = inspect.signature(network.forward).parameters.values()
-        required = [
-            p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
-        self.__class__ = _Two if len(required) == 2 else _Root
-
-    def forward(self, x: Any) -> Any:
-        return self.network(x)
-
-
-class _Two(_Root):
-    def forward(self, x: Any, y: Any) -> Any:  # type: ignore[override]
-        return self.network(x, y)
-
-
-def _holds_proxies(module: nn.Module) -> bool:
-    """Whether tracing has left a traced value in the module's attributes."""
-    values = (*vars(module).values(), *module._buffers.values())
-    return any(isinstance(value, fx.Proxy) for value in values)
-
-
-def _short(name: str) -> str:
-    return name.removeprefix(_NETWORK).removeprefix(".")
-
-
-class _Tracer(fx.Tracer):
-    def __init__(self, opaque: dict[str, str]) -> None:
-        super().__init__()
-        self.opaque = opaque
-        self.failed: str | None = None
-        self.autocast = _autocast()
-        self.watched: dict[str, str] = {}
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaf = module_qualified_name in self.opaque or is_leaf(m)
-        if any(map(steps.has_hooks, m.modules() if leaf else (m,))):
-            self.watched[module_qualified_name] = "it has hooks"
-            return True
-        return leaf
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            path = self.path_of_module(m)
-            # A leaf is not to blame for where it is called.
-            if self.failed is None and path not in self.opaque and not is_leaf(m):
-                self.failed = path
-            raise
-
-    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
-        if _autocast() != self.autocast:
-            raise RuntimeError("it sets autocast, which a traced call does not remember")
-        return super().create_node(kind, *args, **kwargs)
-
-    def create_arg(self, a: Any) -> Any:
-        if isinstance(a, nn.Module):
-            path = self.path_of_module(a)
-            # A step's leaf is none of the tracer's own calls.
-            self.is_leaf_module(a, path)
-            return self.create_node("get_attr", path, (), {})
-        return super().create_arg(a)
-
-
-def _autocast() -> list[tuple[bool, torch.dtype]]:
-    return [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")]
-
-
-def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is kept whole by what it is: torch's own layers, units, neurons, mixers."""
-    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    of_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(module, containers)
-    return of_torch or isinstance(module, steps.Unit | Streamed) or hasattr(module, "emits")
-
-
-class Constant(nn.Module):
-    """A tensor that the network holds by itself, such as a position embedding."""
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("value", value.detach())
-        self.value: Tensor
-
-    def forward(self) -> Tensor:
-        return self.value
-
-
-class _Lowering:
-    """From the nodes of `torch.fx` to those of a plan: steps taken apart, what does nothing in eval mode left out."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-        self.values: dict[fx.Node, Any] = {}
-
-    def nodes_of(self, graph: fx.Graph) -> Iterator[Node]:
-        for node in graph.nodes:
-            made = list(self._lower(node))
-            if made:
-                self.values[node] = made[-1]
-            yield from made
-
-    def _lower(self, node: fx.Node) -> Iterator[Node]:
-        args: Any = map_arg(node.args, self.values.__getitem__)
-        kwargs: Any = map_arg(node.kwargs, self.values.__getitem__)
-        if node.op == "placeholder":
-            yield Node(str(node.target), INPUT)
-        elif node.op == "get_attr":
-            value = _attribute(self.network, str(node.target))
-            if not isinstance(value, Tensor):
-                self.values[node] = value
-            else:
-                yield Node(_short(str(node.target)), CALL, Constant(value))
-        elif node.op == "output":
-            yield Node("output", OUTPUT, args=args)
-        elif node.op == "call_module":
-            yield from self._module(node, self.network.get_submodule(str(node.target)), args, kwargs)
-        elif node.op == "call_function" and node.target in _STEPS:
-            yield from self._step(node, _STEPS[node.target], args, kwargs)
-        elif node.op == "call_function" and node.target in (operator.add, torch.add) and not kwargs:
-            yield Node(node.name, ADD, operator.add, args)
-        else:
-            yield Node(node.name, CALL, node.target, args, kwargs)
-
-    def _module(self, node: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> Iterator[Node]:
-        name = _short(str(node.target))
-        if isinstance(module, nn.Identity | nn.Dropout | nn.Dropout2d | nn.Dropout3d) and not steps.has_hooks(module):
-            self.values[node] = args[0]
-        elif is_neuron(module) and not kwargs and len(args) == 1:
-            yield Node(name, FIRE, module, args)
-        else:
-            yield Node(name, CALL, module, args, kwargs)
-
-    def _step(self, node: fx.Node, op: str, args: Any, kwargs: Any) -> Iterator[Node]:
-        names = [_short(str(part.target)) for part in node.all_input_nodes if part.op == "get_attr"]
-        if op == "project_and_fire":
-            unit, neuron, x = args
-            change = Node(names[0], PROJECT, unit, (x,))
-            yield change
-            yield Node(names[1], FIRE, neuron, (change,))
-        elif op == MIX:
-            units, neurons, mixer, x = args
-            yield Node(names[-1], MIX, Mixing(tuple(units), tuple(neurons), mixer), (x,))
-        elif op == POOL and isinstance(args[0], nn.Identity) and not steps.has_hooks(args[0]):
-            self.values[node] = args[1]
-        elif op in (PROJECT, FIRE, POOL):
-            yield Node(names[0], op, args[0], args[1:])
-        elif op == ADD and not any(args[2:]):
-            yield Node(node.name, ADD, steps.shortcut, args[:2])
-        else:
-            yield Node(node.name, CALL if op == ADD else op, node.target, args, kwargs)
-
-
-_STEPS: dict[Any, str] = {
-    steps.present: PRESENT,
-    steps.check_sequence: CHECK,
-    steps.project: PROJECT,
-    steps.fire: FIRE,
-    steps.project_and_fire: "project_and_fire",
-    steps.project_and_mix: MIX,
-    steps.pool: POOL,
-    steps.shortcut: ADD,
-}
-
-
 # ---- what leaves are
 
 
@@ -377,12 +137,6 @@ def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
     return conv.weight.double() * scale.view(-1, 1, 1, 1), bias
 
 
-def _attribute(module: nn.Module, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module
-
-
 def _nodes(nested: Any) -> Iterator[Node]:
     if isinstance(nested, Node):
         yield nested
@@ -408,7 +162,3 @@ def filled(nested: Any, value: Callable[[Node], Any]) -> Any:
     if isinstance(nested, slice):
         return slice(*(filled(part, value) for part in (nested.start, nested.stop, nested.step)))
     return nested
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
