@@ -13,7 +13,7 @@ from torch import nn
 
 import sdt_blocks
 from sdt_blocks.inference import EventProduct, Events, choice, events, plan
-from sdt_blocks.inference.choice import EventCosts
+from sdt_blocks.inference.choice import ProductCosts
 from sdt_blocks.inference.timings import Timings
 from sdt_blocks.neuron import LIF
 from sdt_blocks.ops.packed import Epilogue, spike_neuron
@@ -153,37 +153,40 @@ def test_auto_returns_the_faster_model_and_says_why(firing_model, costs_file):
         torch.testing.assert_close(fast(x), model(x), rtol=0, atol=1e-4)
 
 
-def test_costs_are_fitted_once_a_machine(costs_file, monkeypatch):
-    costs = EventCosts.load()
-    assert min(costs.listing, costs.adding, costs.finishing) > 0
-    monkeypatch.setattr(EventCosts, "fit", lambda: pytest.fail("measured again"))
-    assert EventCosts.load() == costs
+def test_costs_are_measured_once_a_machine(costs_file, monkeypatch):
+    product, places = EventProduct(torch.rand(40, 24, 3, 3), Epilogue(40)), (2, 3, 4, 5)
+    costs = ProductCosts.of(places, product)
+    assert min(costs) > 0
+    (name,) = json.loads(costs_file.read_text())
+    assert name.endswith(", membranes 2x3x4x5 24x1->40 3x3")
+    other = ProductCosts(0.1, 0.2, 0.3)
+    monkeypatch.setattr(ProductCosts, "measure", lambda *given: other)
     monkeypatch.setattr(choice, "timings", partial(Timings, costs_file))
-    assert EventCosts.load() == costs
-    monkeypatch.setattr(EventCosts, "fit", lambda: costs)
+    assert ProductCosts.of(places, product) == costs
     costs_file.write_text("{")
-    monkeypatch.setattr(choice, "timings", partial(Timings, costs_file))
-    assert EventCosts.load() == costs
-    assert costs_file.read_text() != "{"
+    assert ProductCosts.of(places, product) == other
+    assert list(json.loads(costs_file.read_text())) == [name]
 
 
-def test_break_even_is_where_both_ways_take_as_long(monkeypatch):
-    product = EventProduct(torch.rand(40, 24, 3, 3), Epilogue(40))
-    places = (2, 3, 4, 5)
-    costs = EventCosts(listing=1e-9, adding=1e-8, finishing=1e-9, relative_error=0.0)
-    dense = iter((costs.events(places, product, 0.37), 0.0))
-    monkeypatch.setattr(EventCosts, "dense_seconds", lambda *given: next(dense))
-    assert costs.events(places, product, 1.0) == pytest.approx(120 * (216e-9 + 40e-9 + 216 * 40e-8))
-    assert costs.break_even(places, product) == pytest.approx(0.37)
-    assert costs.break_even(places, product) == 0
+def test_break_even_is_where_both_ways_take_as_long():
+    costs = ProductCosts(silent=1.0, firing=3.0, dense=4.0)
+    assert costs.break_even() == pytest.approx(0.3)
+    assert [costs._replace(dense=dense).break_even() for dense in (0.5, 99.0)] == [0, 1]
+    # Where additions cannot be told from none, the silent input decides.
+    assert [ProductCosts(1.0, 0.9, dense).break_even() for dense in (0.95, 1.05)] == [0, 1]
 
 
-def test_dense_products_are_measured_where_the_shape_is_new(costs_file):
-    product = EventProduct(torch.rand(40, 24, 1, 1), Epilogue(40))
-    costs = EventCosts(1e-12, 1e-12, 1e-12, 0.0)
-    seconds = costs.dense_seconds((1, 2, 3, 4), product)
-    assert seconds > 0 and costs.dense_seconds((1, 2, 3, 4), product) == seconds
-    assert json.loads(costs_file.read_text()) == {"dense membranes 1x2x3x4 24->40 1x1": {"seconds": seconds}}
+@pytest.mark.parametrize("limit", [0.0, 1.0])
+def test_costs_that_mislead_do_not_keep_auto_from_the_faster_form(firing_model, costs_file, monkeypatch, limit):
+    x = torch.rand(2, 3, 32, 32)
+    model = firing_model(x)
+    monkeypatch.setattr(ProductCosts, "break_even", lambda costs: limit)
+    # Seconds of the form by layer, of all by events, and of the dense one.
+    monkeypatch.setattr(choice, "_in_turn", lambda ways, rounds, seconds=0.0: [3.0, 1.0, 2.0][: len(ways)])
+    fast = sdt_blocks.optimize_for_inference(model, sparse="auto", calibrate=[x])
+    assert isinstance(fast, Events) and fast.calibration.event_driven_seconds == 1.0
+    assert {product.break_even for _, product in fast.products()} == {1.0}
+    assert {layer.break_even for layer in fast.calibration.layers} == {1.0}
 
 
 def test_sparse_arguments_are_checked(firing_model):

@@ -6,98 +6,68 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.packed import Epilogue, PackedSpikes, kernels_path
-from ..ops.spec import NeuronSpec
+from ..ops.packed import PackedSpikes, kernels_path
 from .events import EventProduct, Events
-from .timings import Costs, best_seconds, timings
+from .timings import best_seconds, timings
 from .trace import plan
 
-FITTED_ON = ((384, 1536, 1), (1536, 384, 1), (96, 192, 3))
-"""Inputs, outputs and kernel of the products that a model of the costs is fitted on."""
-RATES = (0.01, 0.05, 0.15, 0.3)
+RATE = 0.2
+"""The firing rate at which the additions of a product are timed."""
 _ROUNDS, _SECONDS = 5, 0.5
 WORTH = 0.98
-"""The event-driven model is chosen below this share of the dense one's time: nearer ones are told apart by chance."""
+"""A form is chosen below this share of another one's time: nearer ones are told apart by chance."""
 
 Places = tuple[int, int, int, int]
 """Steps, images, height and width."""
 
 
-@dataclass
-class EventCosts:
-    """Seconds of event-driven products by a linear model, and of dense ones by measurement.
+class ProductCosts(NamedTuple):
+    """Seconds of one product: by events on silent spikes and on spikes at `RATE`, and densely, on whatever spikes.
 
-        seconds = rows * (inputs * listing + outputs * (finishing + inputs * rate * adding))
-
-    A row is a pixel at a step; a 3x3 kernel has nine inputs a channel. `relative_error` is that of the fit, its worst.
+    They are measured in turn, and so kept: what another process takes from the machine meanwhile hits all of them.
     """
 
-    listing: float
-    adding: float
-    finishing: float
-    relative_error: float
+    silent: float
+    firing: float
+    dense: float
 
     @staticmethod
-    def load() -> EventCosts:
-        """The model of this machine and number of threads, fitted once, in a few seconds."""
-        return EventCosts(**timings().of(f"events, {kernels_path().stem}", lambda: asdict(EventCosts.fit())))
-
-    def __str__(self) -> str:
-        costs = f"{self.listing:.2g} s an input listed, {self.adding:.2g} an addition, {self.finishing:.2g} an output"
-        return f"{costs}; fitted within {self.relative_error:.0%}, kept in {timings().path}"
+    def of(places: Places, product: EventProduct) -> ProductCosts:
+        """The costs of a product on frames of this shape; measured, once a machine, where the shape is new."""
+        out, into, kernel, _ = product.weight.weight.shape
+        what = "membranes" if product.epilogue.neuron is None else "spikes"
+        shape = f"{'x'.join(map(str, places))} {into}x{product.planes}->{out} {kernel}x{kernel}"
+        costs = timings().of(
+            f"{kernels_path().stem}, {what} {shape}", lambda: ProductCosts.measure(places, product)._asdict()
+        )
+        return ProductCosts(**costs)
 
     @staticmethod
-    def fit() -> EventCosts:
-        """Measures a few products and fits the costs to them, all measurements weighing alike."""
-        rows, seconds = [], []
-        places = (4, 4, 14, 14)
-        for inputs, outputs, kernel in FITTED_ON:
-            product = EventProduct(torch.rand(outputs, inputs, kernel, kernel), Epilogue(outputs, neuron=NeuronSpec()))
-            for rate in RATES:
-                spikes = _random_spikes(places, inputs, rate)
-                seconds.append(best_seconds(partial(product.events, spikes)))
-                rows.append(_work(places, inputs, outputs, kernel, spikes.rate()))
-        measured, work = torch.tensor(seconds, dtype=torch.float64), torch.tensor(rows, dtype=torch.float64)
-        relative = work / measured.unsqueeze(1)
-        costs = torch.linalg.lstsq(relative, torch.ones_like(measured)).solution.clamp(min=1e-13)
-        error = (relative @ costs - 1).abs().max().item()
-        listing, adding, finishing = costs.tolist()
-        return EventCosts(listing, adding, finishing, relative_error=error)
-
-    def events(self, places: Places, product: EventProduct, rate: float) -> float:
-        """Predicted seconds of the event-driven product at a firing rate of its input."""
-        out, into, kernel, _ = product.weight.weight.shape
-        work = _work(places, into, out, kernel, rate)
-        costs = (self.listing, self.adding, self.finishing)
-        return sum(amount * cost for amount, cost in zip(work, costs, strict=True))
-
-    def dense_seconds(self, places: Places, product: EventProduct) -> float:
-        """Seconds of the dense product, which its input does not change; measured when a shape comes first."""
-        out, into, kernel, _ = product.weight.weight.shape
+    def measure(places: Places, product: EventProduct) -> ProductCosts:
+        """The best of a few rounds of each."""
+        silent, firing = (_random_spikes(places, product, rate) for rate in (0.0, RATE))
         membrane = product.epilogue.neuron is None
-        what = "membranes" if membrane else "spikes"
+        calls = [
+            partial(product.events, silent, membrane=membrane),
+            partial(product.events, firing, membrane=membrane),
+            partial(product.dense, firing, membrane=membrane),
+        ]
+        return ProductCosts(*_in_turn(calls, _ROUNDS))
 
-        def measure() -> Costs:
-            dense = partial(product.dense, _random_spikes(places, into, 0.1), membrane=membrane)
-            return {"seconds": best_seconds(dense)}
-
-        name = f"dense {what} {'x'.join(map(str, places))} {into}->{out} {kernel}x{kernel}"
-        return timings().of(name, measure)["seconds"]
-
-    def break_even(self, places: Places, product: EventProduct) -> float:
-        """The firing rate of the input at which both ways take as long."""
-        # Of levels, every step of theirs is listed.
-        listed = (places[0] * product.planes, *places[1:])
-        silent, full = (self.events(listed, product, rate) for rate in (0.0, 1.0))
-        return min(max((self.dense_seconds(places, product) - silent) / (full - silent), 0.0), 1.0)
+    def break_even(self) -> float:
+        """The firing rate of the input at which both ways take as long, between 0 and 1."""
+        adding = (self.firing - self.silent) / RATE
+        if adding <= 0:
+            return float(self.silent <= self.dense)
+        return min(max((self.dense - self.silent) / adding, 0.0), 1.0)
 
 
 class Layer(NamedTuple):
@@ -115,7 +85,6 @@ class Calibration:
     layers: list[Layer]
     event_driven_seconds: float
     dense_seconds: float
-    costs: EventCosts
 
     @property
     def event_driven(self) -> bool:
@@ -131,11 +100,11 @@ class Calibration:
         ]
         seconds = f"{self.event_driven_seconds:.4g} s, all dense: {self.dense_seconds:.4g} s"
         chosen = "event-driven" if self.event_driven else "dense"
-        lines += [f"a calibration batch, event-driven: {seconds}; chosen: {chosen}", f"costs: {self.costs}"]
+        lines += [f"a calibration batch, event-driven: {seconds}; chosen: {chosen}", f"costs: {timings().path}"]
         return "\n".join(lines)
 
 
-def calibrate(model: Events, batches: Iterable[Any], costs: EventCosts) -> list[Layer]:
+def calibrate(model: Events, batches: Iterable[Any]) -> list[Layer]:
     """Sets the `break_even` of every product of the model from the shapes of its inputs; returns what was measured.
 
     `batches` are what the model takes, or tuples that start with it, as a data loader gives them.
@@ -163,7 +132,7 @@ def calibrate(model: Events, batches: Iterable[Any], costs: EventCosts) -> list[
             hook.remove()
     layers = []
     for name, product in model.products():
-        product.break_even = costs.break_even(places[name], product)
+        product.break_even = ProductCosts.of(places[name], product).break_even()
         fired, neurons = spikes[name]
         layers.append(Layer(name, fired / neurons, product.break_even))
     return layers
@@ -172,6 +141,7 @@ def calibrate(model: Events, batches: Iterable[Any], costs: EventCosts) -> list[
 def choose(model: nn.Module, dense: nn.Module, batches: Iterable[Any]) -> nn.Module:
     """`dense`, or the event-driven model where that is faster on the calibration batches; `calibration` says why.
 
+    The event-driven model has its layers' break-even rates, unless it is clearly faster with every layer by events.
     Where `model` cannot run event-driven, one warning says so. Raises `ValueError` without batches.
     """
     batches = [images_of(batch) for batch in batches]
@@ -182,16 +152,22 @@ def choose(model: nn.Module, dense: nn.Module, batches: Iterable[Any]) -> nn.Mod
     except (ValueError, RuntimeError) as error:
         warnings.warn(f"the model is optimised densely: {error}", stacklevel=3)
         return dense
-    costs = EventCosts.load()
-    layers = calibrate(event_driven, batches, costs)
-    # In turn, so that a disturbance hits both; the shorter a run, the more of them.
-    seconds, start = [math.inf, math.inf], time.perf_counter()
-    for done in itertools.count():
-        if done >= _ROUNDS and time.perf_counter() - start > _SECONDS:
-            break
-        for i, contestant in enumerate((event_driven, dense)):
-            seconds[i] = min(seconds[i], best_seconds(partial(contestant, batches[0]), runs=1))
-    calibration = Calibration(layers, seconds[0], seconds[1], costs)
+    layers = calibrate(event_driven, batches)
+    by_events = [layer._replace(break_even=1.0) for layer in layers]
+
+    def limited(limits: list[Layer]) -> None:
+        for (_, product), layer in zip(event_driven.products(), limits, strict=True):
+            product.break_even = layer.break_even
+
+    def run(limits: list[Layer]) -> None:
+        limited(limits)
+        event_driven(batches[0])
+
+    ways = [partial(run, layers), partial(run, by_events), partial(dense, batches[0])]
+    by_layer, all_events, all_dense = _in_turn(ways, _ROUNDS, _SECONDS)
+    fastest, seconds = (by_events, all_events) if all_events < WORTH * by_layer else (layers, by_layer)
+    limited(fastest)
+    calibration = Calibration(fastest, seconds, all_dense)
     chosen: Any = event_driven if calibration.event_driven else dense
     chosen.calibration = calibration
     return chosen
@@ -207,12 +183,18 @@ def images_of(batch: Any) -> Tensor:
     return images
 
 
-def _work(places: Places, inputs: int, outputs: int, kernel: int, rate: float) -> tuple[float, float, float]:
-    rows, inputs = math.prod(places), inputs * kernel**2
-    return rows * inputs, rows * inputs * outputs * rate, rows * outputs
+def _in_turn(ways: Sequence[Callable[[], object]], rounds: int, seconds: float = 0.0) -> list[float]:
+    """The best time of each way, called in turn so that a disturbance hits all; quick ones more often than `rounds`."""
+    best, start = [math.inf] * len(ways), time.perf_counter()
+    for done in itertools.count():
+        if done >= rounds and time.perf_counter() - start >= seconds:
+            return best
+        best = [min(was, best_seconds(way, runs=1, warmup=not done)) for was, way in zip(best, ways, strict=True)]
+    raise AssertionError("counting does not end")
 
 
-def _random_spikes(places: Places, channels: int, rate: float) -> PackedSpikes:
+def _random_spikes(places: Places, product: EventProduct, rate: float) -> PackedSpikes:
     steps, images, height, width = places
-    uniform = torch.rand(steps, images, channels, height, width, generator=torch.Generator().manual_seed(0))
-    return PackedSpikes.pack(uniform < rate)
+    shape = (product.planes, steps, images, product.weight.weight.shape[1], height, width)
+    uniform = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    return PackedSpikes.pack_levels(uniform < rate, norm=1.0)
