@@ -17,151 +17,18 @@ additions. Latency is of one image, dense and event-driven, measured in turns, a
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from common.command_line import short_errors
-from common.config import ConfigError, RunError, load_config
 from common.cpu_processes import start_cpu_processes
 from common.options import own_help, read_options
-from common.schema import option
-from common.trained import load, with_run_config
-from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
-
-from sdt_blocks import list_models
-from sdt_blocks.analysis.tables import Column, as_csv, latex, markdown, write
+from common.side_by_side import Options, compare, notes, write_tables
 
 ONE_OF_EACH = ("sdt_8_384", "sdt_v2_15m", "spikformer_8_384", "qkformer_10_384", "sdt_v3_19m")
 """Variants of about the same size, one of each family."""
-
-COLUMNS = (
-    Column("name", "model"),
-    Column("params", "parameters", ",.0f"),
-    Column("top1", "top-1 (%)", ".2f"),
-    Column("operations", "operations (M)", ".4g"),
-    Column("energy_mj", "energy (mJ)", ".3g"),
-    Column("memory_mj", "with memory (mJ)", ".3g"),
-    Column("ann_mj", "as an ANN (mJ)", ".3g"),
-    Column("firing_rate", "firing rate", ".3f"),
-    Column("spike_driven", "spike-driven"),
-    Column("dense_ms", "dense (ms)", ".3g"),
-    Column("event_ms", "event-driven (ms)", ".3g"),
-)
-"""What all tables show."""
-
-ALSO = tuple(Column(key, key) for key in ("family", "data", "multiplications", "why", "missing"))
-"""What the CSV file has besides, with the standard deviations."""
-
-
-@dataclass
-class Options:
-    """What this recipe can be told."""
-
-    output_dir: str = option("model_comparison", "the folder to write")
-    img_size: int = option(224, "side of the images of variants, in pixels", least=16)
-    samples: int = option(8, "inputs of each model that are looked at", least=2)
-    latency: bool = option(True, "measure how long an inference takes, dense and event-driven")
-    rounds: int = option(11, "measurements of each form, in turns", least=1)
-    threads: int | None = option(None, "CPU threads; null takes what PyTorch takes", least=1)
-    seed: int = option(0, "of the random weights of variants", least=0)
-
-
-def read_model(name: str, options: Options) -> list[tuple[Any, Any, dict[str, Any]]]:
-    """What a name on the command line stands for: models, one a seed, each with inputs and what is known of its run.
-
-    Raises `ConfigError`.
-    """
-    from common.judging import sample_inputs, untrained
-
-    path = Path(name)
-    if not path.exists():
-        if name in list_models():
-            model, inputs = untrained(name, seed=options.seed, img_size=options.img_size, count=options.samples)
-            return [(model, inputs, {})]
-        raise ConfigError(
-            f"{name} is neither a folder or file nor a variant; the variants are {', '.join(list_models())}"
-        )
-    seeds = sorted(path.glob("seed_*"), key=lambda folder: (len(folder.name), folder.name)) if path.is_dir() else []
-    found = []
-    for folder in seeds or [path]:
-        arguments = with_run_config(folder, ["tracker=none", f"data.test_samples={options.samples}"])
-        config = load_config(arguments, default="imagenet_8_384")
-        model, config = load(folder, config, arguments, averaged=False)
-        of_a_run = arguments[0].startswith("config=")
-        size = model.card.input_size[0] if model.card is not None and model.card.input_size else options.img_size
-        inputs = data_of(config) if of_a_run else sample_inputs(model, options.samples, size)
-        found.append((model, inputs, summary_of(folder)))
-    return found
-
-
-def data_of(config: Any) -> Any:
-    """The first inputs of a run's evaluation set, as one tensor. Raises `ConfigError`."""
-    import torch
-    from common.loading import build_datasets
-    from common.set_up import at_the_door
-
-    def read() -> Any:
-        _, test = build_datasets(config, evaluation_only=True)
-        return torch.stack([test[index][0] for index in range(len(test))])
-
-    return at_the_door(read)
-
-
-def summary_of(folder: Path) -> dict[str, Any]:
-    """The accuracy and the data of a run that is finished. Raises `ConfigError`."""
-    path = folder / "summary.json"
-    if not path.is_file():
-        return {}
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        top1 = summary.get("test_top1")
-        return {"data": summary.get("data"), "top1": top1 if top1 is None else float(top1)}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{path}: not the summary of a run ({error})") from error
-
-
-def compare(names: Sequence[str], options: Options) -> list[dict[str, Any]]:
-    """A row for each model. Raises `ConfigError`."""
-    from common.judging import judge, latencies, mean_row
-
-    rows, models, inputs = [], {}, {}
-    columns = TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=None)
-
-        def tick(text: str) -> None:
-            progress.update(task, description=text)
-
-        for name in names:
-            tick(f"{name}: reading")
-            found = read_model(name, options)
-            judged = []
-            for number, (model, batch, known) in enumerate(found):
-                tick(f"{name}: rates, energy and audit" + f" ({number + 1} of {len(found)})" * (len(found) > 1))
-                judged.append(judge(model, batch) | known)
-            rows.append({"name": name, **mean_row(judged)})
-            models[name], inputs[name] = found[0][0], found[0][1][:1]
-        if options.latency:
-            times = latencies(models, inputs, rounds=options.rounds, tick=tick)
-            rows = [row | times[row["name"]] for row in rows]
-    return rows
-
-
-def notes(rows: Sequence[Mapping[str, Any]], options: Options, machine: str) -> str:
-    """What stands below the table: why, and how it was measured."""
-    lines = []
-    for row in rows:
-        verdict = {"yes": "spike-driven", "no": "not spike-driven", "silent": "no neuron fired"}[row["spike_driven"]]
-        reasons = [*row["why"], *([row["missing"]] if row.get("missing") else [])]
-        lines.append(f"- {row['name']} ({row['family']}), {verdict}" + (f": {'; '.join(reasons)}." if reasons else "."))
-    measured = f"one image, the median of {options.rounds} calls in turns, on {machine}"
-    lines += [f"\nLatency: {measured}."] if options.latency else []
-    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -170,29 +37,14 @@ def main(arguments: Sequence[str]) -> None:
     own = {item.name for item in fields(Options)}
     names = [argument for argument in arguments if argument.partition("=")[0] not in own]
     options = read_options(Options, [argument for argument in arguments if argument not in names])
-    names = list(dict.fromkeys(names)) or list(ONE_OF_EACH)
     start_cpu_processes()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    from common.pictures import draw_models
-
     from sdt_blocks.analysis.measured import machine
 
-    rows = compare(names, options)
-    stem = Path(options.output_dir) / "models"
-    try:
-        written = [row | {"why": "; ".join(row["why"])} for row in rows]
-        columns = [column for column in COLUMNS if any(row.get(column.key) is not None for row in rows)]
-        spread = [
-            Column(f"{column.key}_std", "") for column in columns if any(f"{column.key}_std" in row for row in rows)
-        ]
-        text = markdown(written, columns, notes(rows, options, machine(torch.device("cpu"))))
-        texts = {"md": text, "csv": as_csv(written, [*columns, *spread, *ALSO]), "tex": latex(written, columns)}
-        write(texts, stem)
-        draw_models(rows, stem.with_suffix(".png"))
-    except OSError as error:
-        raise RunError(f"output_dir={options.output_dir} cannot be written ({error})") from error
-    print(text)
+    rows = compare(list(dict.fromkeys(names)) or list(ONE_OF_EACH), options)
+    note = notes(rows, options, machine(torch.device("cpu")))
+    print(write_tables(rows, note, Path(options.output_dir) / "models"))
     print(f"models.md, .csv, .tex and .png are in {options.output_dir}")
 
 

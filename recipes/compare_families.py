@@ -1,0 +1,173 @@
+"""A small model of each family, trained alike and set side by side.
+
+    python recipes/compare_families.py
+    python recipes/compare_families.py families=V1,V2 rates=1e-3,3e-3 seeds=1,2 train.epochs=10
+
+All have the data, the schedule and the epochs of config=digits_families, and the same search: each learning rate of
+`rates` trains once on the training images without `validation_samples` of them and is judged on those. The best one
+trains with each of `seeds` on all training images, and those runs are judged on the test images.
+
+It prints the table of `compare_models.py`, which says what the figures are, and writes it as families.md, .csv and
+.tex, and as bars in families.png. What has been trained is not trained again, and the same command goes on where it was
+stopped. Keys of the runs (train.epochs=..., data.name=...) and config=... are those of the other recipes; the keys of
+this one stand at the end of --help.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from common.command_line import short_errors
+from common.config import Config, ConfigError, changed, load_config, trajectory
+from common.cpu_processes import start_cpu_processes
+from common.options import own_help, read_options
+from common.schema import option
+from common.side_by_side import COLUMNS, Found, Options, compare, notes, read_model, summary_of, write_tables
+from common.trained import RUN_CONFIG
+
+from sdt_blocks.analysis.tables import Column
+
+DEFAULT = "digits_families"
+
+_SPIKES = ("model.time_steps=2", "neuron.threshold=0.5")
+SMALL: dict[str, tuple[str, ...]] = {
+    "V1": ("model.name=sdt_8_384", "model.depth=2", "model.dim=64", *_SPIKES),
+    "V2": ("model.name=sdt_v2_15m", "model.dims=[8,16,32,64]", "model.depths=[1,1,1,1,1]", *_SPIKES),
+    "V3": ("model.name=sdt_v3_19m", "model.dims=[8,16,40,48]", "model.depths=[1,1,1,1,1]"),
+    "Spikformer": ("model.name=spikformer_8_384", "model.depth=2", "model.dim=64", *_SPIKES),
+    "QKFormer": ("model.name=qkformer_10_384", "model.depths=[1,1,1]", "model.dim=64", *_SPIKES),
+}
+"""The families' models with about as many parameters, of which a CPU trains dozens. With 2 x 2 tokens and few branches
+that add up, V2's attention in eight heads or at a threshold of 1 does not fire, and the three norms in a row behind it,
+which see nothing but zeros, blow the gradient of all that lies before up by as much as ten million times."""
+
+SEARCHED = (Column("lr", "learning rate", "g"), Column("validation_top1", "validation (%)", ".2f"))
+
+
+@dataclass
+class Search(Options):
+    """What this recipe can be told."""
+
+    output_dir: str = option("runs/families", "the folder to write, with a folder for each family")
+    families: str = option(",".join(SMALL), "which are compared, separated by commas")
+    rates: str = option("2e-3,5e-3,1.25e-2,3e-2", "learning rates that each family is tried with")
+    seeds: str = option("1,2,3", "seeds that the best learning rate trains with")
+    search_seed: int = option(0, "seed of the search", least=0)
+    validation_samples: int = option(287, "training images on which learning rates are judged", least=1)
+    samples: int = option(32, "test images on which rates and energy are measured", least=2)
+
+
+def listed(text: str, kind: type, name: str) -> list[Any]:
+    """The values of a list that is separated by commas. Raises `ConfigError`."""
+    try:
+        values = [kind(part.strip()) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or len(set(values)) < len(values):
+        raise ConfigError(f"{name}={text}: expected different values separated by commas")
+    return values
+
+
+def ready(folder: Path, config: Config) -> bool:
+    """Whether the folder holds the finished run of this configuration."""
+    if not (folder / "summary.json").is_file():
+        return False
+    asked, done = trajectory(config), trajectory(load_config([f"config={folder / RUN_CONFIG}"], default=""))
+    # What the data decides, such as the number of classes, is not asked for.
+    return all(value in (None, done[key]) for key, value in asked.items())
+
+
+def train_once(config: Config) -> dict[str, Any]:
+    """What is known of the run of a configuration, which is trained unless it has been."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    folder = Path(config.output_dir)
+    if not ready(folder, config):
+        from common.engine import train
+        from common.set_up import set_up
+
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        train(set_up(config))
+    return summary_of(folder)
+
+
+def train_family(name: str, arguments: Sequence[str], search: Search) -> dict[str, Any]:
+    """Searches and trains one family, in folders of its own; what was searched for and found."""
+    rates, seeds = listed(search.rates, float, "rates"), listed(search.seeds, int, "seeds")
+
+    def run(rate: float, seed: int, where: str, *extra: str) -> dict[str, Any]:
+        folder = Path(search.output_dir) / name / where
+        asked = [*SMALL[name], *arguments, f"optim.lr={rate}", f"seed={seed}", f"output_dir={folder}", *extra]
+        config = load_config(asked, default=DEFAULT)
+        # Looked at once, at the end: the best of several evaluations would be a choice by them.
+        config = changed(config, {"train.eval_every": config.train.epochs + config.train.cooldown_epochs})
+        print(f"{name}: learning rate {rate:g}, seed {seed}, in {folder}", flush=True)
+        return train_once(config)
+
+    held = f"data.validation_samples={search.validation_samples}"
+    found = {rate: run(rate, search.search_seed, f"search/{rate:g}", held)["top1"] for rate in rates}
+    best = max(rates, key=lambda rate: found[rate])  # of equals the first
+    for seed in seeds:
+        run(best, seed, f"seed_{seed}")
+    return {"lr": best, "validation_top1": found[best], "searched": found}
+
+
+def told(searches: Mapping[str, Mapping[str, Any]], config: Config, search: Search) -> str:
+    """How the models were trained, below the table."""
+    train, optim = config.train, config.optim
+    lines = [
+        f"Each family: {train.epochs} epochs of {config.data.name} in batches of {train.batch_size}, {optim.name}, one "
+        f"run for each learning rate judged on {search.validation_samples} images taken from the training images, then "
+        f"seeds {search.seeds} of the best on all of them; top-1 of the test images, mean ± standard deviation.",
+        "",
+    ]
+    for name, known in searches.items():
+        tried = ", ".join(f"{top1:.2f} % at {rate:g}" for rate, top1 in known["searched"].items())
+        lines.append(f"- {name}, validation: {tried}.")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> None:
+    import torch
+
+    own = {item.name for item in fields(Search)} - {"seed", "threads"}
+    rest = [argument for argument in arguments if argument.partition("=")[0] not in own]
+    search = read_options(Search, [argument for argument in arguments if argument not in rest])
+    names = listed(search.families, str, "families")
+    unknown = [name for name in names if name not in SMALL]
+    if unknown:
+        raise ConfigError(f"families={search.families}: {unknown[0]} is none of {', '.join(SMALL)}")
+    taken = [argument for argument in rest if argument.partition("=")[0] in ("optim.lr", "seed", "model.name")]
+    if taken:
+        raise ConfigError(f"{taken[0]} is this recipe's own; set rates, seeds or families")
+    start_cpu_processes()
+    common = ["tracker=none", *rest]
+    config = load_config(common, default=DEFAULT)
+    found = {name: train_family(name, common, search) for name in names}
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    from sdt_blocks.analysis.measured import machine
+
+    def read(name: str, options: Options) -> Found:
+        folders = [Path(search.output_dir) / name / f"seed_{seed}" for seed in listed(search.seeds, int, "seeds")]
+        return [model for folder in folders for model in read_model(str(folder), options)]
+
+    rows = [{**row, **found[row["name"]]} for row in compare(names, search, read)]
+    note = f"{told(found, config, search)}\n\n{notes(rows, search, machine(torch.device('cpu')))}"
+    columns = [*COLUMNS[:2], *SEARCHED, *COLUMNS[2:]]
+    print(write_tables(rows, note, Path(search.output_dir) / "families", columns))
+    print(f"families.md, .csv, .tex and .png are in {search.output_dir}")
+
+
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        print(own_help(Search))
+    else:
+        with short_errors():
+            main(sys.argv[1:])
