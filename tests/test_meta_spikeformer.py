@@ -22,6 +22,7 @@ from sdt_blocks import (
     save_model,
 )
 from sdt_blocks.analysis import firing_rates
+from sdt_blocks.inference.dense import Mixed
 from sdt_blocks.models.meta_spikeformer import FAMILY
 from sdt_blocks.steps import Unit, project
 
@@ -156,7 +157,7 @@ def test_chains_side_by_side_are_the_attention():
             nn.init.normal_(norm.bias, 1.0, 0.5)
     calibrate_norms(model, images)
     fast = optimize_for_inference(model, torch.float64, paths="chain")
-    mixers = [form[0] for form in fast.forms.values() if isinstance(form, nn.ModuleList)]
+    mixers = [form.product for form in fast.forms.values() if isinstance(form, Mixed)]
     assert [product.paths for product in mixers] == [["chain"]] * 2
     assert [[part.geometry.groups for part in product.chain] for product in mixers] == [[1, 48, 3], [1, 72, 3]]
     expected = model.eval()(images)

@@ -25,6 +25,7 @@ from sdt_blocks import (
 )
 from sdt_blocks.blocks import ConvNorm, ConvolutionBlock, Downsampling, LinearSpikeAttention
 from sdt_blocks.inference import Dense, Events, plan
+from sdt_blocks.neuron import IntegerNeuron
 from sdt_blocks.steps import fire, pool, present, project, project_and_fire, shortcut
 
 
@@ -417,3 +418,24 @@ def test_the_number_of_steps_may_be_read_from_the_frames():
     assert expected.shape == (5, 2, 4, 6, 6) and 0 < expected.mean() < 1
     for sparse in (False, True):
         assert torch.equal(optimize_for_inference(network, compile=False, sparse=sparse)(frames), expected)
+
+
+@torch.no_grad()
+def test_units_in_groups_and_of_other_widths_beside_each_other() -> None:
+    """q, k and v in groups of channels, which no one product has, and a v that is wider than q and k."""
+    torch.manual_seed(0)
+    grouped, wide = LinearSpikeAttention(16, num_heads=4), LinearSpikeAttention(16, num_heads=4)
+    for part in "qkv":
+        setattr(grouped, part, ConvNorm(16, 16, groups=4))
+    wide.q, wide.k, wide.v, wide.proj = (ConvNorm(*widths) for widths in ((16, 16), (16, 16), (16, 48), (48, 16)))
+    wide.v_neuron = IntegerNeuron(levels=2)
+    for attention in (grouped, wide):
+        for norm in (module for module in attention.modules() if isinstance(module, nn.BatchNorm2d)):
+            nn.init.normal_(norm.bias, 1.0, 0.5)
+        x = torch.randn(2, 3, 16, 4, 5)
+        calibrate_norms(attention, [x])
+        expected = attention.eval()(x)
+        assert expected.std() > 0.1
+        for sparse in (False, True):
+            fast = optimize_for_inference(attention, compile=False, sparse=sparse)
+            torch.testing.assert_close(fast(x), expected, atol=1e-5, rtol=1e-5)

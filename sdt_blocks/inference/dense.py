@@ -56,6 +56,17 @@ class Firing(nn.Module):
         return kernels.Neuron(self.inv_tau, *self.constants)
 
 
+class Mixed(nn.Module):
+    """q, k and v of an attention as one product of so many channels each, what fires on them, and the mixer.
+
+    Without a mixer, its dense form does what is behind the product; its neuron is then the last that fires.
+    """
+
+    def __init__(self, product: Product, channels: list[int], fires: list[nn.Module], mixer: nn.Module | None) -> None:
+        super().__init__()
+        self.product, self.channels, self.fires, self.mixer = product, channels, nn.ModuleList(fires), mixer
+
+
 class Membrane:
     """Real values `[T, B, H, W, C]`: one tensor, or a shortcut and what is added to it, which nobody has added yet."""
 
@@ -120,17 +131,14 @@ class Dense(nn.Module):
     def _form(self, node: Node, paths: str) -> Any:
         form: nn.Module | None = None
         if node.op == PROJECT:
-            form = self._product([node.target], node, paths)
+            made = self._product([node.target], node, paths)
+            form = None if made is None else made[0]
         elif node.op == FIRE and is_neuron(node.target):
             form = Firing(node.target, self.real_dtype, self.compiled)
-        elif node.op == MIX and _known(node.target):
+        elif node.op == MIX:
             # q, k and v are one product; what is behind it one op, where the mixer has a dense form.
-            product = self._product(node.target.units, node, paths)
-            fused = hasattr(node.target.mixer, "dense")
-            neurons = [*node.target.neurons, *([node.target.mixer.neuron] if fused else [])]
-            if product is not None:
-                layers = nn.ModuleList(Firing(neuron, self.real_dtype, self.compiled) for neuron in neurons)
-                form = nn.ModuleList([product, *layers, *([] if fused else [node.target.mixer])])
+            made = self._product(node.target.units, node, paths)
+            form = None if made is None else self._mixed(node.target, *made)
         if form is None:
             self.leaves.extend(leaves(node.target))
         else:
@@ -142,11 +150,18 @@ class Dense(nn.Module):
                 node.target = Mixing((), (), node.target.mixer)
         return form
 
-    def _product(self, units: Any, node: Node, paths: str) -> Product | None:
+    def _mixed(self, mixing: Mixing, product: Product, channels: list[int]) -> Mixed:
+        fused = _fuses(mixing)
+        neurons = (*mixing.neurons, *([mixing.mixer.neuron] if fused else []))
+        fires = [Firing(one, self.real_dtype, self.compiled) if is_neuron(one) else one for one in neurons]
+        return Mixed(product, channels, fires, None if fused else mixing.mixer)
+
+    def _product(self, units: Any, node: Node, paths: str) -> tuple[Product, list[int]] | None:
+        """The units' convolutions as one product, and the channels of each; `None` where they are no such product."""
         found = [convolution(unit) for unit in units]
         known = [one for one in found if one is not None]
-        geometries = {(Geometry.of(conv), conv.weight.shape) for conv, _ in known}
-        if len(known) != len(found) or len(geometries) > 1:
+        geometries = {(Geometry.of(conv), conv.weight.shape[1:]) for conv, _ in known}
+        if len(known) != len(found) or len(geometries) > 1 or (len(known) > 1 and known[0][0].groups > 1):
             return None
         weights, biases = zip(*(fold(conv, norm) for conv, norm in known), strict=True)
         bias = torch.cat(biases).to(self.real_dtype)
@@ -161,7 +176,7 @@ class Dense(nn.Module):
         )
         if paths != "auto":
             product.paths = [paths if paths in product.paths else "convolution"]
-        return product
+        return product, [conv.out_channels for conv, _ in known]
 
     def _chain(self, units: Any, norms: list[nn.BatchNorm2d | None], spikes: bool) -> list[Product]:
         """The layers of units that see the same frames, side by side, as products; none where they are no such chains.
@@ -305,14 +320,22 @@ class Dense(nn.Module):
         mixing, form = node.target, self.forms[node]
         if form is None:
             return steps.project_and_mix(mixing.units, mixing.neurons, mixing.mixer, self._plain(given[0]))
-        qkv = self._multiplied(form[0], self._frames_of(node, given[0])).real()
-        if not hasattr(mixing.mixer, "dense"):
-            parts = zip(form[1:-1], qkv.chunk(len(form) - 2, dim=-1), strict=True)
-            fired = [kernels.fire(x.contiguous(), f.neuron, self.real_dtype, compiled=f.compiled)[1] for f, x in parts]
-            return mixing.mixer(*(spikes.movedim(-1, 2).contiguous() for spikes in fired))
-        neurons = [firing.neuron for firing in form[1:]]
-        shape = torch.Size((*qkv.shape[:-1], qkv.shape[-1] // 3))
+        qkv = self._multiplied(form.product, self._frames_of(node, given[0])).real()
+        if form.mixer is not None:
+            parts = zip(form.fires, qkv.split(form.channels, dim=-1), strict=True)
+            return form.mixer(*(self._fired(one, membrane) for one, membrane in parts))
+        neurons = [firing.neuron for firing in form.fires]
+        shape = torch.Size((*qkv.shape[:-1], form.channels[0]))
         return Spiking(shape, lambda dtype: mixing.mixer.dense(qkv, neurons, dtype, compiled=self.compiled))
+
+    def _fired(self, neuron: Any, membrane: Tensor) -> Tensor:
+        """What a neuron of a mixer makes of its part of the product, as the mixer takes it."""
+        if isinstance(neuron, Firing):
+            spikes = kernels.fire(membrane.contiguous(), neuron.neuron, self.real_dtype, compiled=neuron.compiled)[1]
+            return spikes.movedim(-1, 2).contiguous()
+        x, own = membrane.movedim(-1, 2).contiguous(), evaluated(neuron)
+        fired: Tensor = steps.fire(neuron, x) if own is neuron else own(x)
+        return fired
 
     def _add(self, node: Node, given: list[Any], values: dict[Node, Any]) -> Any:
         a, b = filled(node.args, values.__getitem__)
@@ -374,8 +397,8 @@ def _shown_once(x: Tensor) -> bool:
     return len(x) > 1 and x.stride(0) == 0
 
 
-def _known(mixing: Mixing) -> bool:
-    """Whether the neurons of q, k and v are the kit's, and that of a mixer with a dense form too."""
-    inside = [getattr(mixing.mixer, "neuron", None)] if hasattr(mixing.mixer, "dense") else []
-    hooked = any(map(steps.has_hooks, mixing.mixer.modules()))
-    return not (hooked and inside) and all(map(is_neuron, (*mixing.neurons, *inside)))
+def _fuses(mixing: Mixing) -> bool:
+    """Whether the mixer's dense form takes the whole: it has one, knows all neurons, and nobody looks on."""
+    if not hasattr(mixing.mixer, "dense") or any(map(steps.has_hooks, mixing.mixer.modules())):
+        return False
+    return all(map(is_neuron, (*mixing.neurons, mixing.mixer.neuron)))
