@@ -20,6 +20,7 @@ FrameAugmentation = Callable[[Tensor, np.random.Generator], Tensor]
 
 
 OPERATION_LIMITS = {"identity": 0.0, "shear_x": 0.3, "translate_x": 5.0, "translate_y": 5.0, "rotate": 30.0}
+CUTOUT_AREAS = (0.001, 0.11)
 MAGNITUDE_BINS = 31
 
 
@@ -76,20 +77,21 @@ class RandomOperation:
 
     `[T, C, H, W]` -> `[T, C, H, W]`, nearest neighbour about the centre, zeros from outside. The operations and
     the largest magnitude of each: `identity`; `shear_x` by an angle of 0.3 rad; `translate_x` and
-    `translate_y` by 5 whole pixels; `rotate` by 30 degrees.
+    `translate_y` by 5 whole pixels; `rotate` by 30 degrees; `cutout`, which sets a square of 0.1 to 11 % of the
+    frame's area to zero.
     """
 
     def __init__(self, operations: Sequence[str] = ("identity", "shear_x", "translate_x", "rotate")) -> None:
-        unknown = set(operations) - set(OPERATION_LIMITS)
-        if unknown or not operations:
-            raise ValueError(f"operations must be among {', '.join(OPERATION_LIMITS)}, got {tuple(operations)!r}")
+        known = (*OPERATION_LIMITS, "cutout")
+        if set(operations) - set(known) or not operations:
+            raise ValueError(f"operations must be among {', '.join(known)}, got {tuple(operations)!r}")
         self.operations = tuple(operations)
 
     def __call__(self, frames: Tensor, rng: np.random.Generator) -> Tensor:
-        operation = self.operations[rng.integers(len(self.operations))]
-        magnitude = OPERATION_LIMITS[operation] * float(
-            np.linspace(-1, 1, MAGNITUDE_BINS)[rng.integers(MAGNITUDE_BINS)]
-        )
+        operation, place = self.operations[rng.integers(len(self.operations))], rng.integers(MAGNITUDE_BINS)
+        if operation == "cutout":
+            return _cut_out(frames, float(np.linspace(*CUTOUT_AREAS, MAGNITUDE_BINS)[place]), rng)
+        magnitude = OPERATION_LIMITS[operation] * float(np.linspace(-1, 1, MAGNITUDE_BINS)[place])
         return transform_frames(frames, operation, magnitude)
 
 
@@ -114,6 +116,16 @@ def transform_frames(frames: Tensor, operation: str, magnitude: float) -> Tensor
     return F.grid_sample(frames, grid, mode="nearest", padding_mode="zeros", align_corners=False)
 
 
+def _cut_out(frames: Tensor, area: float, rng: np.random.Generator) -> Tensor:
+    """Zero in a square of this share of the frame's area, which lies within the frame."""
+    height, width = frames.shape[-2:]
+    side = min(max(round(math.sqrt(area * height * width)), 1), height, width)
+    top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+    frames = frames.clone()
+    frames[..., top : top + side, left : left + side] = 0
+    return frames
+
+
 def _translate(frames: Tensor, shift: int, dim: int) -> Tensor:
     size = frames.shape[dim]
     shift = max(-size, min(shift, size))
@@ -134,6 +146,7 @@ FRAME_AUGMENTATIONS: dict[str, Callable[[], FrameAugmentation]] = {
     "roll": Roll,
     "cutout": Cutout,
     "random_op": RandomOperation,
+    "random_op_wide": lambda: RandomOperation((*OPERATION_LIMITS, "cutout")),
 }
 
 

@@ -185,7 +185,7 @@ def build_event_datasets(
     ones of `size` pixels a side; None takes 64 for CIFAR10-DVS, as released, else the sensor's own. `sensor_size` is
     the `(W, H)` of an `event_folder`; None takes the AEDAT4 header's or the smallest that fits. `augment` names, in a
     list or separated by commas, what is done in training, as `seed` decides: `hflip`, `roll`, `cutout`, `random_op`,
-    `drop_by_time`, `drop_by_area`, `drop_at_random`, `event_drop`.
+    `random_op_wide`, `drop_by_time`, `drop_by_area`, `drop_at_random`, `event_drop`.
 
     `cache` True or `"auto"` keeps the frames in `root/.frames_cache`, a path in that folder, False or `"none"` nowhere.
     `train_samples` and `test_samples` keep the first so many recordings, of each class in turn. For `on_error` see

@@ -18,6 +18,11 @@ from sdt_blocks import (
     optimize_for_inference,
     save_model,
 )
+from sdt_blocks.analysis import audit
+from sdt_blocks.blocks import LinearSpikeMixer
+from sdt_blocks.inference import Dense, choice
+from sdt_blocks.inference.choice import ProductCosts
+from sdt_blocks.inference.dense import Mixed
 from sdt_blocks.models import e_spikeformer
 from sdt_blocks.models.e_spikeformer import LinearChain
 from sdt_blocks.neuron import IntegerNeuron
@@ -29,6 +34,8 @@ PUBLISHED = {
     "sdt_v3_5m": 5_105_608,
     "sdt_v3_10m": 10_023_112,
     "sdt_v3_19m": 18_987_504,
+    "sdt_v3_19m_har_dvs": 18_740_004,
+    "sdt_v3_6m_gesture": 5_604_315,
     "sdt_v3_83m": 82_502_952,
     "sdt_v3_171m": 170_971_714,
 }
@@ -47,8 +54,8 @@ NEURONS = {
     r"block([34])\.(\d)\.conv\.spike([123])": lambda m: f"stages.{m[1]}.{m[2]}.0.branch.neurons.{int(m[3]) - 1}",
     r"block([34])\.(\d)\.attn\.(\w+)_spike": lambda m: f"stages.{m[1]}.{m[2]}.1.branch.{_role(m[3])}",
     r"block([34])\.(\d)\.mlp\.fc([12])_spike": lambda m: f"stages.{m[1]}.{m[2]}.2.branch.neuron{m[3]}",
-    r"block3\.(\d)\.attn\.(\w+)_lif": lambda m: f"stages.3.{m[1]}.attention.branch.branch.{_role(m[2])}",
-    r"block3\.(\d)\.mlp\.fc([12])_lif": lambda m: f"stages.3.{m[1]}.mlp.branch.branch.neuron{m[2]}",
+    r"block3\.(\d)\.attn\.(\w+)_lif": lambda m: f"stages.3.{m[1]}.attention.branch.{_role(m[2])}",
+    r"block3\.(\d)\.mlp\.fc([12])_lif": lambda m: f"stages.3.{m[1]}.mlp.branch.neuron{m[2]}",
     r"spike": lambda m: "head_neuron",
     r"lif": lambda m: "distillation_neuron",
 }
@@ -91,7 +98,9 @@ def test_every_neuron_has_the_level(released):
     assert sum(levels.max() == 4 for levels in expected.values()) > len(expected) / 2
 
 
-def test_training_step(released):
+@pytest.mark.parametrize("path", ["reference", "compiled", "triton"])
+def test_training_step(released, path, monkeypatch):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", path)
     model = released.model().train()
     logits = model(released.tensors["input"])
     target, two = released.tensors["target"], isinstance(logits, tuple)
@@ -120,14 +129,31 @@ def test_training_step(released):
 @pytest.mark.parametrize("sparse", [False, True])
 def test_folded(released, sparse):
     fast = optimize_for_inference(released.model(), compile=False, sparse=sparse)
+    if not sparse:
+        # q, k and v are one product, whose norms are in its weights.
+        mixed = [form for form in fast.forms.values() if isinstance(form, Mixed)]
+        assert len(mixed) == sum(released.config["depths"][3:]) and not any(
+            isinstance(m, nn.BatchNorm2d) for m in fast.modules()
+        )
     torch.testing.assert_close(fast(released.tensors["input"]), released.tensors["logits_eval"], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
-def test_levels_run_by_events(released, monkeypatch):
-    """Every convolution that the kernels know adds the weights of D binary steps; the next levels are the same."""
+@pytest.mark.parametrize("way", ["asked for", "cheap events", "costly events", "dense is faster"])
+def test_levels_run_by_events_or_densely(released, way, monkeypatch, tmp_path):
+    """Every convolution that the kernels know adds the weights of D binary steps, or is dense where `sparse="auto"`
+    finds that cheaper; either way the next levels are the same."""
     model, x = released.model(), released.tensors["input"]
-    fast, seen, level = optimize_for_inference(model, sparse=True), [], IntegerNeuron.level
+    by_events, densely = ProductCosts(1e-9, 2e-9, 1.0), ProductCosts(1.0, 2.0, 1e-9)
+    costs, seconds = {
+        "cheap events": (by_events, [1.0, 1.0, 2.0]),
+        "costly events": (densely, [1.0, 2.0, 2.0]),
+        "dense is faster": (densely, [2.0, 2.0, 1.0]),
+    }.get(way, (None, None))
+    monkeypatch.setattr(ProductCosts, "of", lambda places, product: costs)
+    monkeypatch.setattr(choice, "_in_turn", lambda ways, *rounds: [run() for run in ways] and seconds)
+    how = {"sparse": True} if way == "asked for" else {"sparse": "auto", "calibrate": [x]}
+    fast, seen, level = optimize_for_inference(model, compile=False, **how), [], IntegerNeuron.level
     monkeypatch.setattr(IntegerNeuron, "level", lambda self, x: seen.append(level(self, x)) or seen[-1])
     model(x)
     expected, seen[:] = list(seen), []
@@ -135,10 +161,17 @@ def test_levels_run_by_events(released, monkeypatch):
     assert len(seen) == len(expected) == sum(isinstance(m, IntegerNeuron) for m in model.modules())
     assert all(torch.equal(*both) for both in zip(seen, expected, strict=True))
     assert sum(levels.max() > 1 for levels in seen) > len(seen) / 2
+    if way == "dense is faster":
+        assert isinstance(fast, Dense) and not fast.calibration.event_driven
+        return
     kernels = [module.kernel() for module in model.modules() if isinstance(module, Unit)]
     known = [conv for conv in kernels if conv.groups == 1 and conv.stride == (1, 1) and conv.in_channels > 3]
     products = [product for _, product in fast.products()]
     assert len(products) == len(known) > 10 and {product.planes for product in products} == {4}
+    if way != "asked for":
+        layers = fast.calibration.layers
+        assert {layer.break_even for layer in layers} == {1.0 if way == "cheap events" else 0.0}
+        assert len(layers) == len(products) and all(0 < layer.rate < 1 for layer in layers)
 
 
 @torch.no_grad()
@@ -238,8 +271,10 @@ def test_a_linear_chain_is_one_convolution(outer):
     torch.testing.assert_close(unit.norm(unit.eval().kernel()(x)), unit(x), atol=1e-12, rtol=0)
 
 
+EVENTS = {"in_channels": 2, "layer_scale": True, "level_norm": 1}
 SMALL = {
     "base": (ESpikeFormer, {"dims": (16, 16, 16, 24), "depths": (1, 1, 1, 1, 1)}),
+    "events": (ESpikeFormer, {"dims": (16, 16, 16, 24), "depths": (1, 1, 1, 2, 0), **EVENTS}),
     "large": (ESpikeFormerLarge, {"dims": (16, 16, 24), "depths": (1, 1, 1, 2), "rep_conv": True, "levels": 8}),
 }
 
@@ -253,25 +288,60 @@ def test_any_size_and_frames(family, tmp_path):
     for name, parameter in model.named_parameters():
         if name.endswith(".scale"):
             nn.init.normal_(parameter)
-    calibrate_norms(model, torch.rand(4, 3, 48, 64))
+    channels = model.in_channels
+    calibrate_norms(model, torch.rand(4, channels, 48, 64))
     for module in model.eval().modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.bias, 1.0, 0.5)
-    fast = optimize_for_inference(model, compile=False)
-    for shape in ((2, 3, 37, 51), (2, 3, 3, 20, 33)):
+    fast, events = (optimize_for_inference(model, compile=False, sparse=sparse) for sparse in (False, True))
+    for shape in ((2, channels, 37, 51), (2, 3, channels, 20, 33)):
         x = torch.rand(shape)
         frames = x if x.ndim == 5 else x.unsqueeze(1)
         # Frames meet in the mean after the head alone.
         expected = torch.stack([model(frame) for frame in frames.unbind(1)]).mean(0)
         assert expected.shape == (2, 5) and expected.std() > 1e-3
         torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(fast(x), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(x.flip(0)).flip(0), expected, atol=1e-5, rtol=1e-5)
+        for made in (fast, events):
+            torch.testing.assert_close(made(x), expected, atol=1e-4, rtol=1e-4)
     features = model.features(torch.rand(2, model.in_channels, 48, 64))
     for feature, info in zip(features, model.feature_info, strict=True):
         assert feature.shape == (2, info["num_chs"], 48 // info["reduction"], 64 // info["reduction"])
     save_model(model, tmp_path)
-    x = torch.rand(2, 3, 37, 51)
+    x = torch.rand(2, channels, 37, 51)
     assert torch.equal(load_model(tmp_path)(x), model(x))
+
+
+@torch.no_grad()
+def test_the_models_of_events_by_the_base_family():
+    """Factors of one are none, and levels that are not divided by 4 need weights a fourth as large: exact."""
+    torch.manual_seed(0)
+    options = {**SMALL["base"][1], "in_channels": 2, "num_classes": 5}
+    base = ESpikeFormer(**options).double()
+    for norm in (module for module in base.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.normal_(norm.bias, 1.0, 0.5)
+    x = torch.poisson(torch.full((2, 3, 2, 48, 48), 0.2)).double()
+    calibrate_norms(base, x)
+    events = ESpikeFormer(**{**options, **EVENTS}).double().eval()
+    ones = {key: torch.ones_like(p) for key, p in events.named_parameters() if key.endswith(".scale")}
+    assert len(ones) == 3 * 2
+    events.load_state_dict(base.state_dict() | ones)
+    _, *others = (module for module in events.modules() if isinstance(module, nn.Conv2d))
+    for conv in others:
+        conv.weight /= 4
+    for mixer in (module for module in events.modules() if isinstance(module, LinearSpikeMixer)):
+        mixer.scale /= 4**3
+    expected = base.eval()(x)
+    assert torch.equal(events(x), expected) and expected.std() > 1e-3
+    assert audit(events, x).spike_driven
+    for name, parameter in events.named_parameters():
+        if name.endswith(".scale"):
+            nn.init.zeros_(parameter)
+    assert not torch.equal(events(x), expected)
+    with torch.device("meta"):
+        fresh = create_model("sdt_v3_19m_har_dvs")
+    neurons = [module for module in fresh.modules() if isinstance(module, IntegerNeuron)]
+    assert {(neuron.levels, neuron.norm, neuron.rounding) for neuron in neurons} == {(4, 1, "even")}
 
 
 def test_what_does_not_fit_is_named():
@@ -292,6 +362,24 @@ def test_released_files(released, tmp_path):
     model = load_released_checkpoint(tmp_path / "x.pth")
     assert [len(stage) for stage in model.stages] == depths
     torch.testing.assert_close(model(released.tensors["input"]), released.tensors["logits_eval"], atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_factors_of_the_models_of_events_are_read(named_golden, tmp_path):
+    """The golden weights with the factors that the authors' event models have: of one, and one of them larger."""
+    golden = named_golden(NAMES[0])
+    state, x = golden.group("state"), golden.tensors["input"]
+    for name, value in golden.group("state").items():
+        if name.endswith("attn.proj_conv.1.weight"):
+            state |= {f"{name.split('.attn')[0]}.layer_scale{i}": torch.ones_like(value) for i in (1, 2, 3)}
+    torch.save({"model": state}, tmp_path / "x.pth")
+    model = load_released_checkpoint(tmp_path / "x.pth")
+    assert model.config["layer_scale"]
+    torch.testing.assert_close(model(x), golden.tensors["logits_eval"], atol=1e-6, rtol=0)
+    state["block3.0.layer_scale2"] += 1
+    torch.save({"model": state}, tmp_path / "x.pth")
+    model = load_released_checkpoint(tmp_path / "x.pth", level_norm=8)
+    assert (model.stages[3][0][1].scale == 2).all() and model.stages[3][0][1].branch.neuron.norm == 8
 
 
 @torch.no_grad()

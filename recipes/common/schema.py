@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +73,8 @@ class EventsConfig:
     )
     augment: str | None = option(
         None,
-        "of the training samples, separated by commas: hflip, roll, cutout, random_op, drop_by_time, drop_by_area, "
-        "drop_at_random, event_drop",
+        "of the training samples, separated by commas: hflip, roll, cutout, random_op, random_op_wide, drop_by_time, "
+        "drop_by_area, drop_at_random, event_drop",
     )
     cache: str | None = option("auto", "folder that keeps the frames; auto: data.root/.frames_cache; null: none does")
     sensor_size: list[int] | None = option(
@@ -89,7 +90,7 @@ def _model_keys() -> list[tuple[str, Any, Any]]:
         kind, bounds = keyword.kind, keyword.option.bounds()
         if key == "neuron":
             kind, bounds = str, {"choices": tuple(NEURONS)}
-        elif typing.get_origin(kind) is not None:
+        elif typing.get_origin(kind) is Sequence:
             kind = list[typing.get_args(kind)[0]]  # type: ignore[misc]
         keys.append((key, kind | None, option(None, keyword.option.help, **bounds)))
     return keys

@@ -29,6 +29,7 @@ from ..steps import (
     project,
     project_and_fire,
     project_and_mix,
+    shortcut,
 )
 from .backbone import Backbone, stage_info
 from .card import IMAGENET, DataCard
@@ -39,6 +40,8 @@ from .options import (
     Depths,
     DropPath,
     Heads,
+    LayerScales,
+    LevelNorm,
     Levels,
     Ratio,
     RepConvs,
@@ -54,7 +57,7 @@ BASE_DEPTHS, LARGE_DEPTHS = (1, 1, 2, 6, 2), (1, 1, 2, 12)
 
 CONVOLUTION_STAGES = 3
 LAYER_SCALE = 1e-6
-"""What the factors of the large family's branches start at."""
+"""What the factors of scaled branches start at."""
 
 
 class SeparableIntegerConvolution(nn.Module):
@@ -163,19 +166,19 @@ class IntegerAttention(nn.Module):
         return project(self.proj, fire(self.mixer_neuron, mixed))
 
 
-class Scaled(nn.Module):
-    """A branch times a learnt factor for each channel, which starts near 0.
+class ScaledShortcut(MembraneShortcut):
+    """`u + drop_path(scale * branch(u))` with a learnt factor for each channel, which starts near 0.
 
     Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
     """
 
-    def __init__(self, dim: int, branch: nn.Module) -> None:
-        super().__init__()
-        self.branch, self.scale = branch, nn.Parameter(torch.full((dim,), LAYER_SCALE))
+    def __init__(self, dim: int, branch: nn.Module, *, drop_path: float = 0.0) -> None:
+        super().__init__(branch, drop_path=drop_path)
+        self.scale = nn.Parameter(torch.full((dim,), LAYER_SCALE))
 
     def forward(self, membrane: Tensor) -> Tensor:
-        scaled: Tensor = self.branch(membrane) * self.scale.view(-1, 1, 1)
-        return scaled
+        change = self.branch(membrane) * self.scale.view(-1, 1, 1)
+        return shortcut(membrane, change, self.drop_path if self.training else 0.0)
 
 
 class RepBranch(nn.Module):
@@ -189,10 +192,6 @@ class RepBranch(nn.Module):
         return project(self.unit, fire(self.neuron, membrane))
 
 
-def _separable(dim: int, kernel_size: int, neuron: NeuronFactory) -> nn.Module:
-    return MembraneShortcut(SeparableIntegerConvolution(dim, kernel_size=kernel_size, neuron=neuron))
-
-
 class ESpikeFormer(Backbone):
     """The base family of E-SpikeFormer (Yao et al., TPAMI 2025, https://arxiv.org/abs/2411.16061).
 
@@ -200,7 +199,9 @@ class ESpikeFormer(Backbone):
     attention blocks (separable convolution, attention, MLP) at 1/16; then mean over tokens, a neuron whose levels reach
     the linear head, mean over frames. Neurons emit integer levels, 0 to `levels`, which stand for so many spikes in
     `levels` binary steps ("1x4", "1x8"; the released weights do not say which: their file names do). Frames meet in
-    the last mean alone.
+    the last mean alone. The models of events have two things more: levels are divided by `level_norm`, which else is
+    `levels` (the last neuron's are not divided), and with `layer_scale` a learnt factor for each channel stands behind
+    the three branches of the attention blocks.
 
     Input: images `[B, in_channels, H, W]` of any size, shown `time_steps` times (1, as all of them are the same), or
     frames `[B, T, in_channels, H, W]`. Output: logits `[B, num_classes]`; `num_classes=0` leaves the head out.
@@ -226,19 +227,22 @@ class ESpikeFormer(Backbone):
         num_classes: Classes = 1000,
         time_steps: Steps = 1,
         levels: Levels = 4,
+        level_norm: LevelNorm = None,
+        layer_scale: LayerScales = False,
     ) -> None:
         super().__init__()
         _check(dims, depths, BASE_DEPTHS, num_heads)
         self.in_channels, self.num_classes, self.time_steps = in_channels, num_classes, time_steps
-        neuron = partial(IntegerNeuron, levels=levels)
+        neuron = partial(IntegerNeuron, levels=levels, norm=level_norm)
         widths = (dims[0] // 2, *dims)
         self.downsamplings = _downsamplings(in_channels, widths, neuron)
 
         def block(stage: int) -> nn.Module:
             width = widths[stage]
             if stage < CONVOLUTION_STAGES:
+                separable = SeparableIntegerConvolution(width, kernel_size=7, neuron=neuron)
                 pair = ConvolutionPair(width, bias=False, neuron=neuron)
-                return nn.Sequential(_separable(width, 7, neuron), MembraneShortcut(pair))
+                return nn.Sequential(MembraneShortcut(separable), MembraneShortcut(pair))
             attention = IntegerAttention(
                 width,
                 num_heads=num_heads,
@@ -247,8 +251,14 @@ class ESpikeFormer(Backbone):
                 make_unit=ConvNorm,
                 neuron=neuron,
             )
-            mlp = SpikingMLP(width, hidden=int(width * mlp_ratio), neuron=neuron)
-            return nn.Sequential(_separable(width, 3, neuron), MembraneShortcut(attention), MembraneShortcut(mlp))
+            branches = (
+                SeparableIntegerConvolution(width, kernel_size=3, neuron=neuron),
+                attention,
+                SpikingMLP(width, hidden=int(width * mlp_ratio), neuron=neuron),
+            )
+            return nn.Sequential(
+                *(ScaledShortcut(width, one) if layer_scale else MembraneShortcut(one) for one in branches)
+            )
 
         self.stages = nn.ModuleList(
             nn.Sequential(*(block(stage) for _ in range(depth))) for stage, depth in enumerate(depths)
@@ -309,9 +319,9 @@ class LargeIntegerBlock(nn.Module):
             make_unit=lambda before, after: LinearChain(before, dim * 3 // 2),
             neuron=neuron,
         )
-        self.attention = MembraneShortcut(Scaled(dim, attention), drop_path=drop_path)
+        self.attention = ScaledShortcut(dim, attention, drop_path=drop_path)
         mlp = SpikingMLP(dim, hidden=int(dim * mlp_ratio), neuron=neuron)
-        self.mlp = MembraneShortcut(Scaled(dim, mlp), drop_path=drop_path)
+        self.mlp = ScaledShortcut(dim, mlp, drop_path=drop_path)
 
     def forward(self, membrane: Tensor) -> Tensor:
         result: Tensor = self.mlp(self.attention(self.rep_conv(membrane)))
@@ -435,13 +445,17 @@ def _initialize(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+_EVENTS: dict[str, Any] = {"dims": (64, 128, 256, 360), "in_channels": 2, "time_steps": 8, "layer_scale": True}
+
 BASE: dict[str, dict[str, Any]] = {
     "sdt_v3_3m": {"dims": (24, 48, 96, 128)},
     "sdt_v3_5m": {"dims": (32, 64, 128, 192)},
     "sdt_v3_10m": {"dims": (48, 96, 192, 240)},
     "sdt_v3_19m": {"dims": (64, 128, 256, 360)},
+    "sdt_v3_19m_har_dvs": {**_EVENTS, "depths": (1, 1, 2, 6, 2), "level_norm": 1, "num_classes": 300},
+    "sdt_v3_6m_gesture": {**_EVENTS, "depths": (1, 1, 2, 1, 0), "level_norm": 8, "num_classes": 11},
 }
-"""Published variants of the base family: what differs from the defaults of `ESpikeFormer`."""
+"""Published variants of the base family, those of events last: what differs from the defaults of `ESpikeFormer`."""
 
 LARGE: dict[str, dict[str, Any]] = {
     "sdt_v3_83m": {"dims": (128, 256, 512), "rep_conv": True},
@@ -489,6 +503,7 @@ BASE_KEYS: Keys = [
         r"block([34])\.(\d+)\.mlp\.fc([12])_(conv|bn)\.",
         lambda m: f"stages.{m[1]}.{m[2]}.2.branch.fc{m[3]}.{_KINDS[m[4]]}.",
     ),
+    (r"block([34])\.(\d+)\.layer_scale([123])", lambda m: f"stages.{m[1]}.{m[2]}.{int(m[3]) - 1}.scale"),
 ]
 """Released prefixes of the base family, and what they are called here."""
 
@@ -501,20 +516,20 @@ LARGE_KEYS: Keys = [
     ),
     (
         r"block3\.(\d+)\.attn\.(q|k|v|proj)_conv\.0\.conv([12]\.[01])\.",
-        lambda m: f"stages.3.{m[1]}.attention.branch.branch.{m[2]}.{_CHAIN[m[3]]}.",
+        lambda m: f"stages.3.{m[1]}.attention.branch.{m[2]}.{_CHAIN[m[3]]}.",
     ),
     (
         r"block3\.(\d+)\.attn\.(q|k|v|proj)_conv\.1\.",
-        lambda m: f"stages.3.{m[1]}.attention.branch.branch.{m[2]}.norm.",
+        lambda m: f"stages.3.{m[1]}.attention.branch.{m[2]}.norm.",
     ),
     (r"block3\.(\d+)\.rep_conv\.conv([12]\.[01])\.", lambda m: f"stages.3.{m[1]}.rep_conv.branch.unit.{_REP[m[2]]}."),
     (
         r"block3\.(\d+)\.mlp\.fc([12])_(conv|bn)\.",
-        lambda m: f"stages.3.{m[1]}.mlp.branch.branch.fc{m[2]}.{_KINDS[m[3]]}.",
+        lambda m: f"stages.3.{m[1]}.mlp.branch.fc{m[2]}.{_KINDS[m[3]]}.",
     ),
     (
         r"block3\.(\d+)\.layer_scale([12])",
-        lambda m: f"stages.3.{m[1]}.{('attention', 'mlp')[int(m[2]) - 1]}.branch.scale",
+        lambda m: f"stages.3.{m[1]}.{('attention', 'mlp')[int(m[2]) - 1]}.scale",
     ),
 ]
 """Released prefixes of the large family, and what they are called here."""
@@ -549,7 +564,7 @@ def _options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any], last: in
 
 def read_base_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a released model of the base family from its state_dict and training arguments."""
-    return _options(state_dict, args, 4)
+    return {**_options(state_dict, args, 4), "layer_scale": "block3.0.layer_scale1" in state_dict}
 
 
 def read_large_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any]:

@@ -120,6 +120,21 @@ def test_random_operation_draws_from_its_set():
     assert set.union(*matched) == set(candidates)
 
 
+def test_the_wide_set_moves_down_and_cuts_out_too():
+    frames = torch.arange(1.0, 1 + 2 * 2 * 32 * 48).view(2, 2, 32, 48)
+    rng = np.random.default_rng(0)
+    drawn = [FRAME_AUGMENTATIONS["random_op_wide"]()(frames, rng) for _ in range(300)]
+    shifts = [transform_frames(frames, "translate_y", pixels) for pixels in (-4.0, -3.0, 2.0, 5.0)]
+    assert all(any(torch.equal(one, x) for x in drawn) for one in shifts)
+    # Nothing has moved where a square is missing.
+    cut = [(x == 0) for x in drawn if torch.equal(x, torch.where(x == 0, 0, frames)) and (x == 0).any()]
+    squares = [gone for gone in cut if gone[0, 0].any(0).sum() == gone[0, 0].any(1).sum()]
+    assert all(torch.equal(gone, gone[:1, :1].expand_as(gone)) for gone in squares)
+    sides = [int(gone[0, 0].any(0).sum()) for gone in squares]
+    assert [int(gone[0, 0].sum()) for gone in squares] == [side**2 for side in sides]
+    assert 25 < len(squares) < 80 and min(sides) == 1 and max(sides) == round((0.11 * 32 * 48) ** 0.5)
+
+
 def test_names_become_augmentations_in_their_order():
     events, frames = build_augmentations(["cutout", "drop_by_area", "hflip"], (64, 48, 2))
     assert [type(augmentation).__name__ for augmentation in events] == ["DropByArea"]

@@ -13,6 +13,7 @@ from launching import read_lines, read_summary
 from PIL import Image
 
 from sdt_blocks import create_model, load_model
+from sdt_blocks.neuron import find_neurons
 from sdt_datasets.events import EventsToFrames
 from sdt_datasets.layouts import NAMES
 from sdt_datasets.recordings import read_events
@@ -27,6 +28,22 @@ REGIMES = {
     "cifar10_dvs_t10_tet": ("cifar10_dvs", 10, "0011", True, 10, "adamw", 32, 7.5e-3, 3e-4, 1e-3, 1e-4, True, 64),
     "cifar10_dvs_t16": ("cifar10_dvs", 16, "0011", True, 10, "adamw", 32, 7.5e-3, 3e-4, 1e-3, 1e-4, True, 64),
 }
+
+# data, variant, T, frame side, lr, its minimum, its start, weight decay, epochs, warm-up, cool-down, batch, seed
+OTHER_FAMILIES = {
+    "cifar10_dvs_spikformer": (
+        "cifar10_dvs", "spikformer_2_256_dvs", 16, 128, 1e-3, 1e-5, 1e-5, 0.06, 96, 10, 10, 16, 2021,
+    ),
+    "cifar10_dvs_qkformer": (
+        "cifar10_dvs", "qkformer_2_256_dvs", 16, 128, 5e-3, 1e-5, 1e-5, 0.06, 96, 10, 10, 16, 2021,
+    ),
+    "gesture_qkformer": (
+        "dvs128_gesture", "qkformer_2_256_gesture", 16, 128, 1e-3, 2e-5, 1e-5, 0.06, 192, 10, 10, 16, 2021,
+    ),
+    "har_dvs_v3": (
+        "event_folder", "sdt_v3_19m_har_dvs", 8, 224, 4e-5 * 72 / 256, 1e-6, 0.0, 0.01, 100, 5, 0, 24, 42,
+    ),
+}  # fmt: skip
 
 
 def expect(section, **values):
@@ -51,9 +68,28 @@ def test_event_configurations_are_the_tables(name):
     assert config.seed == 42
 
 
-@pytest.mark.parametrize("name", [*REGIMES, "events_demo"])
+@pytest.mark.parametrize("name", OTHER_FAMILIES)
+def test_configurations_of_the_other_families_are_the_tables(name):
+    data, variant, steps, size, *rates, decay, epochs, warmup, cooldown, batch, seed = OTHER_FAMILIES[name]
+    config = load_config([f"config={name}"], default="digits")
+    mixed = {"mixup": 0.5, "mixup_prob": 0.5, "mixup_off_epoch": 75} if batch == 16 else {"mixup": 0.0}
+    expect(config.data, name=data, cutmix=0.0, **mixed)
+    augment = "hflip,random_op_wide" if batch == 16 else None
+    expect(config.events, time_steps=steps, split_by="number", size=size, augment=augment)
+    expect(config.model, name=variant, time_steps=steps, mixes_images=None)
+    # Three processes on HAR-DVS, one on the others.
+    scale = (3 * batch if name == "har_dvs_v3" else batch) / config.optim.lr_batch
+    given = [rate * scale for rate in (config.optim.lr, config.optim.min_lr, config.optim.warmup_lr)]
+    assert given == pytest.approx(rates)
+    expect(config.optim, name="adamw", weight_decay=decay, eps=1e-8, betas=[0.9, 0.999], clip_grad=None)
+    expect(config.train, epochs=epochs, warmup_epochs=warmup, cooldown_epochs=cooldown, batch_size=batch)
+    expect(config.train, label_smoothing=0.1, loss="ce", tet=False, mixed_precision="fp16", ema_decay=None)
+    assert config.seed == seed
+
+
+@pytest.mark.parametrize("name", [*REGIMES, *OTHER_FAMILIES, "events_demo"])
 def test_the_first_line_is_the_command(name):
-    recipe = {"g": "gesture", "c": "cifar10_dvs", "e": "events_demo"}[name[0]]
+    recipe = {"g": "gesture", "c": "cifar10_dvs", "e": "events_demo", "h": "gesture"}[name[0]]
     arguments = "" if name == "events_demo" else f" config={name} data.root=DIR"
     first = (CONFIGS / f"{name}.yaml").read_text().splitlines()[0]
     assert first == f"# accelerate launch recipes/{recipe}.py{arguments}"
@@ -63,19 +99,21 @@ def test_the_first_line_is_the_command(name):
 def test_the_recipes_know_every_event_data_set():
     assert set(EVENT_DATA_SETS) == set(NAMES)
     files = {path.stem for path in CONFIGS.glob("*.yaml")}
-    assert {name for name in files if name.startswith(("gesture", "cifar10_dvs"))} == set(REGIMES)
+    of_events = {name for name in files if name.startswith(("gesture", "cifar10_dvs", "har_dvs"))}
+    assert of_events == {*REGIMES, *OTHER_FAMILIES}
 
 
 # On the CPU there is no fp16; two updates show that data, model, loss and evaluation fit together.
 FEW = (
     "train.max_steps=2", "train.batch_size=4", "train.mixed_precision=no", "tracker=none", "threads=1",
-    "model.dim=16", "model.depth=1", "output_dir=run",
+    "output_dir=run",
 )  # fmt: skip
+SMALL_V1 = (*FEW, "model.dim=16", "model.depth=1")
 
 
 def test_gesture_recipe_on_gesture_files(tmp_path, launcher):
     Writer().gestures(tmp_path / "data", train=["user01_led", "user02_lab"], number=900)
-    arguments = (*FEW, "data.root=data", "events.size=32", "events.time_steps=5", "data.workers=2")
+    arguments = (*SMALL_V1, "data.root=data", "events.size=32", "events.time_steps=5", "data.workers=2")
     done = launcher.run("gesture", *arguments, launch=("--cpu",))
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"frames are kept in {tmp_path / 'data' / '.frames_cache'}: " in done.stdout
@@ -95,7 +133,7 @@ def test_cifar10_dvs_recipe_on_aedat4_files(tmp_path, launcher):
     Writer().cifar10_dvs(tmp_path / "data", per_class=2)
     broken = tmp_path / "data" / "CIFAR10DVS" / "cat" / "cifar10_cat_1.aedat4"
     broken.write_bytes(broken.read_bytes()[:500])
-    arguments = (*FEW, "data.root=data", "events.augment=hflip,roll,cutout", "events.cache=null", "data.workers=0")
+    arguments = (*SMALL_V1, "data.root=data", "events.augment=hflip,roll,cutout", "events.cache=null", "data.workers=0")
     done = launcher.run("cifar10_dvs", *arguments)
     assert done.returncode == 1
     assert f"error: {broken.relative_to(tmp_path)} cannot be read" in done.stderr
@@ -109,42 +147,67 @@ def test_cifar10_dvs_recipe_on_aedat4_files(tmp_path, launcher):
     assert model.config["event_pooling"]
 
 
+SMALL = {
+    "cifar10_dvs_spikformer": ("model.dim=32", "model.depth=1", "model.num_heads=4"),
+    "cifar10_dvs_qkformer": ("model.dim=32", "model.depths=[1,1]", "model.num_heads=4", "model.mixes_images=true"),
+    "gesture_qkformer": ("model.dim=32", "model.depths=[1,1]", "model.num_heads=4"),
+    "har_dvs_v3": ("model.dims=[16,16,16,24]", "model.depths=[1,1,1,1,1]"),
+    "gesture by E-SpikeFormer": (
+        "model.name=sdt_v3_6m_gesture", "model.dims=[16,16,16,24]", "model.depths=[1,1,1,1,0]",
+        "data.name=dvs128_gesture",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_other_families_train_on_event_files(name, tmp_path, train):
+    """Two updates, on files as each data set has them, with the configuration's own mixing and augmentation."""
+    given = SMALL[name]
+    config = name if name in OTHER_FAMILIES else "har_dvs_v3"
+    if name.startswith("cifar10"):
+        Writer().cifar10_dvs(tmp_path / "data", per_class=2)
+    elif name.startswith("gesture"):
+        Writer().gestures(tmp_path / "data", train=["user01_led"], number=900)
+    else:
+        write_recordings(tmp_path / "data", train=2, test=1)
+    arguments = (
+        *FEW, "data.workers=0", "data.root=data", "events.cache=null", "events.size=32",
+        "events.time_steps=4",
+    )  # fmt: skip
+    run = train(*arguments, *given, default=config)
+    classes = {"c": 10, "g": 11, "h": 4}[name[0]]
+    model = load_model(tmp_path / "run" / "last")
+    assert (run.position.step, model.in_channels, model.num_classes, model.time_steps) == (2, 2, classes, 4)
+    assert 0 < run.position.lines[-1]["train_loss"] < 10
+    assert bool(model.config.get("mixes_images")) == ("mixes_images" in given[-1])
+    rates = {}
+    for layer, neuron in find_neurons(model).items():
+        neuron.register_forward_hook(lambda _, args, out, layer=layer: rates.update({layer: out.bool().float().mean()}))
+    frames = torch.stack([run.train_loader.dataset[i][0] for i in range(4)])
+    assert frames.shape == (4, 4, 2, 32, 32) and frames.any()
+    model.train()(frames)
+    silent = [layer for layer, rate in rates.items() if not rate]
+    assert len(rates) > 10 and len(silent) < len(rates) / 4, silent  # those of few tokens and channels may be
+
+
 def test_absent_data_end_the_run_with_one_paragraph(tmp_path, launcher):
     (tmp_path / "empty").mkdir()
-    done = launcher.run("gesture", *FEW, "data.root=empty")
+    done = launcher.run("gesture", *SMALL_V1, "data.root=empty")
     assert done.returncode == 2
     assert done.stderr.startswith("error: data.name=dvs128_gesture: no recordings were found in empty")
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.fixture
-def set_up(tmp_path):
-    """`set_up(*arguments)` makes a run in this process."""
-    from accelerate.state import AcceleratorState, GradientState
-    from common import set_up as module
-
-    def make(*arguments):
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        return module.set_up(load_config([*FEW, "data.workers=0", *arguments], default="events_demo"))
-
-    yield make
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-
-
-def test_a_resumed_run_sees_the_same_augmented_frames(tmp_path, set_up):
-    from common.engine import train
-
+def test_a_resumed_run_sees_the_same_augmented_frames(tmp_path, train):
     write_recordings(tmp_path / "shapes", train=5, test=1)
     common = (f"data.root={tmp_path / 'shapes'}", "events.augment=event_drop,roll,cutout,random_op", "events.size=16")
     weights = []
     for name, stops in (("whole", (7,)), ("in two", (3, 7))):
         for stop in stops:
-            run = set_up(
-                *common, f"train.max_steps={stop}", f"output_dir={tmp_path / name}", "train.checkpoint_steps=1"
-            )
-            train(run)
+            run = train(
+                *SMALL_V1, "data.workers=0", *common, f"train.max_steps={stop}", f"output_dir={tmp_path / name}",
+                "train.checkpoint_steps=1", default="events_demo",
+            )  # fmt: skip
         weights.append({key: value.clone() for key, value in run.plain.state_dict().items()})
     whole, resumed = weights
     assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
