@@ -140,7 +140,7 @@ def test_folded(released, sparse):
 
 @torch.no_grad()
 @pytest.mark.parametrize("way", ["asked for", "cheap events", "costly events", "dense is faster"])
-def test_levels_run_by_events_or_densely(released, way, monkeypatch, tmp_path):
+def test_levels_run_by_events_or_densely(released, way, monkeypatch):
     """Every convolution that the kernels know adds the weights of D binary steps, or is dense where `sparse="auto"`
     finds that cheaper; either way the next levels are the same."""
     model, x = released.model(), released.tensors["input"]

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import statistics
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sdt_blocks import calibrate_norms, create_model, optimize_for_inference
+from sdt_blocks import calibrate_norms, create_model
 from sdt_blocks.analysis import audit, energy, firing_rates
 from sdt_blocks.analysis.energy_models import STEP
+from sdt_blocks.analysis.measured import DENSE, EVENTS, Form
 
 from .config import ConfigError
 
 CALIBRATION = 8
 """Images on which the norms of an untrained model are settled, so that it fires."""
 
-FORMS = {"dense_ms": False, "event_ms": True}
-"""Latencies, and `sparse` of the form that is timed."""
+LATENCIES = {DENSE: "dense_ms", EVENTS: "event_ms"}
+"""The forms that are timed, and the columns of their latencies."""
 
 EVENTS_A_PIXEL = 0.1
 
@@ -85,44 +85,11 @@ def judge(model: Any, inputs: Tensor) -> dict[str, Any]:
     }
 
 
-def latencies(
-    models: Mapping[str, nn.Module],
-    inputs: Mapping[str, Tensor],
-    *,
-    rounds: int,
-    tick: Callable[[str], None] = lambda _: None,
-) -> dict[str, dict[str, Any]]:
-    """Milliseconds of one inference of each model, dense and event-driven: medians of calls made in turns.
-
-    A form that a model does not have is None, and `missing` says why.
-    """
-    found: dict[str, dict[str, Any]] = {name: {} for name in models}
-    forms: list[tuple[str, str, nn.Module]] = []
-    for name, model in models.items():
-        for key, sparse in FORMS.items():
-            tick(f"{name}: {'event-driven' if sparse else 'dense'}")
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    form = optimize_for_inference(model, sparse=sparse)
-                    for _ in range(2):  # shapes are seen, ways are measured, memory is touched
-                        form(inputs[name])
-            except (ValueError, RuntimeError) as error:
-                form_name = "event-driven" if sparse else "dense"
-                found[name] |= {key: None, "missing": f"no {form_name} form: {' '.join(str(error).split())}"}
-                continue
-            forms.append((name, key, form))
-    times: dict[tuple[str, str], list[float]] = {}
-    with torch.inference_mode():
-        for round_ in range(rounds):
-            tick(f"round {round_ + 1} of {rounds}")
-            for name, key, form in forms:
-                start = time.perf_counter()
-                form(inputs[name])
-                times.setdefault((name, key), []).append(1e3 * (time.perf_counter() - start))
-    for (name, key), measured in times.items():
-        found[name][key] = statistics.median(measured)
-    return found
+def latency_row(forms: Sequence[Form]) -> dict[str, Any]:
+    """Milliseconds of a model's forms as a row has them: None for one that it does not have, and `missing` says why."""
+    row: dict[str, Any] = {LATENCIES[form.name]: None if form.missing else form.latency_ms for form in forms}
+    missing = [f"no {form.name} form: {form.missing}" for form in forms if form.missing]
+    return row | ({"missing": "; ".join(missing)} if missing else {})
 
 
 def mean_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -109,7 +109,9 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 def compare(names: Sequence[str], options: Options, read: Reader = read_model) -> list[dict[str, Any]]:
     """A row for each model, which `read` gives by its name. Raises `ConfigError`."""
-    from .judging import judge, latencies, mean_row
+    from sdt_blocks.analysis.measured import latencies
+
+    from .judging import judge, latency_row, mean_row
 
     rows, models, inputs = [], {}, {}
     columns = TextColumn("{task.description}"), TimeElapsedColumn()
@@ -130,7 +132,7 @@ def compare(names: Sequence[str], options: Options, read: Reader = read_model) -
             models[name], inputs[name] = found[0][0], found[0][1][:1]
         if options.latency:
             times = latencies(models, inputs, rounds=options.rounds, tick=tick)
-            rows = [row | times[row["name"]] for row in rows]
+            rows = [row | latency_row(times[row["name"]]) for row in rows]
     return rows
 
 

@@ -7,10 +7,12 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,9 @@ LEAST_RUNS = 5
 
 MOST_SWEPT = 8
 """Numbers of time steps whose latency is measured; of more, those that double."""
+
+Run = Callable[[], object]
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass
@@ -119,16 +124,47 @@ def measure(
     result = Measured(machine(where.device), x.shape[axis], told or "the counters were not asked for")
     with evaluating(model):
         idle = _idle_watts(counters, max(seconds, 1.0)) if counters else {}
-        for name, build in _FORMS.items():
-            try:
-                form = build(model)
-            except (ValueError, TypeError, RuntimeError) as error:
-                result.forms.append(Form(name, missing=" ".join(str(error).split())))
-                continue
+        for name in _FORMS:
+            form, why = _built(name, model)
             given = x[:, :1] if name == ANN and axis == 0 and x.ndim == 5 else x[:1] if name == ANN and axis else x
-            result.forms.append(_measured(name, form, given, axis, seconds, counters, idle))
+            result.forms.append(
+                Form(name, missing=why) if form is None else _measured(name, form, given, axis, seconds, counters, idle)
+            )
         result.latency_ms = _latency_by_steps(model, x.narrow(axis, 0, 1), axis, seconds)
     return result
+
+
+@torch.no_grad()
+def latencies(
+    models: Mapping[str, nn.Module],
+    inputs: Mapping[str, Tensor],
+    *,
+    rounds: int = LEAST_RUNS,
+    tick: Callable[[str], None] = lambda _: None,
+) -> dict[str, list[Form]]:
+    """The dense and the event-driven form of each model with the latency of its inputs, by the model's name.
+
+    The calls take turns, so that what disturbs the machine hits all of them; `tick` is told what is being done.
+    """
+    found: dict[str, list[Form]] = {}
+    runs: dict[tuple[str, str], Run] = {}
+    for model_name, model in models.items():
+        found[model_name] = []
+        for name in (DENSE, EVENTS):
+            tick(f"{model_name}: {name}")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what is not rebuilt runs as it is, and is timed so
+                form, why = _built(name, model)
+                why = why if form is None else _fails(form, inputs[model_name])
+            found[model_name].append(Form(name, missing=why))
+            if form is not None and not why:
+                runs[model_name, name] = partial(_run, form, inputs[model_name])
+    times = _times_in_turns(runs, rounds=rounds, tick=tick)
+    for model_name, forms in found.items():
+        for one in forms:
+            if not one.missing:
+                one.latency_ms = 1e3 * statistics.median(times[model_name, one.name])
+    return found
 
 
 def as_ann(model: nn.Module) -> nn.Module:
@@ -157,6 +193,27 @@ _FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+def _built(name: str, model: nn.Module) -> tuple[nn.Module | None, str]:
+    """One form of a network, or None and why there is none."""
+    try:
+        return _FORMS[name](model), ""
+    except (ValueError, TypeError, RuntimeError) as error:
+        return None, _words(error)
+
+
+def _fails(form: nn.Module, x: Tensor) -> str:
+    """Why a form cannot run these inputs, "" if it can."""
+    try:
+        _run(form, x)
+    except (ValueError, TypeError, RuntimeError) as error:
+        return _words(error)
+    return ""
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _measured(
     name: str,
     form: nn.Module,
@@ -167,13 +224,12 @@ def _measured(
     idle: dict[str, float],
 ) -> Form:
     one = x.narrow(axis, 0, 1).contiguous()
-    try:
-        latency = statistics.median(_times(form, one, seconds))
-        runs = _times(form, x, seconds)
-    except (ValueError, TypeError, RuntimeError) as error:
-        return Form(name, missing=" ".join(str(error).split()))
+    why = _fails(form, one) or _fails(form, x)
+    if why:
+        return Form(name, missing=why)
     samples = x.shape[axis]
-    result = Form(name, 1e3 * latency, samples / statistics.median(runs))
+    latency, batch = (statistics.median(_times(form, given, seconds)) for given in (one, x))
+    result = Form(name, 1e3 * latency, samples / batch)
     if counters:
         before = [counter.joules() for counter in counters]
         times = _times(form, x, max(seconds, 1.0), warm=False)
@@ -184,14 +240,33 @@ def _measured(
 
 
 def _times(form: nn.Module, x: Tensor, seconds: float, *, warm: bool = True) -> list[float]:
-    """Seconds of each of the runs that fill the time given, after two that count nowhere."""
-    for _ in range(2 if warm else 0):
-        _run(form, x)
-    times: list[float] = []
-    while sum(times) < seconds or len(times) < LEAST_RUNS:
-        start = time.perf_counter()
-        _run(form, x)
-        times.append(time.perf_counter() - start)
+    """Seconds of each of the runs that fill the time given."""
+    return _times_in_turns({"": partial(_run, form, x)}, seconds=seconds, warm=warm)[""]
+
+
+def _times_in_turns(
+    runs: Mapping[Key, Run],
+    *,
+    rounds: int = LEAST_RUNS,
+    seconds: float = 0.0,
+    warm: bool = True,
+    tick: Callable[[str], None] = lambda _: None,
+) -> dict[Key, list[float]]:
+    """Seconds of the runs, which take turns for so many rounds at least, and until they have filled the time given.
+
+    With `warm` two rounds before count nowhere: shapes are seen, ways are measured, memory is touched.
+    """
+    for run in list(runs.values()) * (2 if warm else 0):
+        run()
+    times: dict[Key, list[float]] = {key: [] for key in runs}
+    done = 0
+    while runs and (done < rounds or sum(map(sum, times.values())) < seconds):
+        done += 1
+        tick(f"round {done} of {rounds}")
+        for key, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[key].append(time.perf_counter() - start)
     return times
 
 

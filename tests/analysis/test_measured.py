@@ -9,7 +9,7 @@ from torch import nn
 
 from sdt_blocks import example_images, example_model
 from sdt_blocks.analysis.counters import find_counters
-from sdt_blocks.analysis.measured import ANN, DENSE, EVENTS, as_ann, measure
+from sdt_blocks.analysis.measured import ANN, DENSE, EVENTS, as_ann, latencies, measure
 
 CPU = torch.device("cpu")
 ROUND = 262_143_328_850
@@ -141,6 +141,31 @@ def test_a_network_is_measured_and_left_as_it_was():
     assert model.training and model.time_steps == 4 and all(form.missing == "" for form in found.forms)
     assert all(form.latency_ms > 0 and form.throughput > 0 and form.energy is None for form in found.forms)
     assert all(latency > 0 for latency in found.latency_ms.values()) and "not asked for" in found.counters
+
+
+def test_models_take_turns(monkeypatch):
+    """One of them has no event-driven form, which is said; of the others each call is followed by the next one's."""
+    from sdt_blocks.analysis import measured
+
+    models, order, told = {"one": example_model(), "two": example_model()}, [], []
+    build, run = measured._FORMS[EVENTS], measured._run
+
+    def built(model):
+        if model is models["two"]:
+            raise RuntimeError("no\n  compiler")
+        return build(model)
+
+    monkeypatch.setitem(measured._FORMS, EVENTS, built)
+    monkeypatch.setattr(measured, "_run", lambda form, x: (order.append(id(form)), run(form, x)))
+    found = latencies(models, dict.fromkeys(models, example_images()[0][:1]), rounds=3, tick=told.append)
+    assert [(name, form.name) for name, forms in found.items() for form in forms] == [
+        (name, form) for name in models for form in (DENSE, EVENTS)
+    ]
+    assert [form.missing for forms in found.values() for form in forms] == ["", "", "", "no compiler"]
+    assert [form.latency_ms > 0 for forms in found.values() for form in forms] == [True, True, True, False]
+    # Each is tried once; two rounds count nowhere, three do.
+    assert len(set(order)) == 3 and order == order[:3] * 6
+    assert told[0] == "one: dense" and told[-1] == "round 3 of 3"
 
 
 def test_the_ann_has_the_layers_and_no_neuron():
