@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .dataflow import ADDS, COUNTS, FIRST, FOLDS, LEAKS, LEVELS, MASKS, MULTIPLIES, SCALES, Follower, Product
-from .probe import Forward, Probe
+from .dataflow import ADDS, COUNTS, FIRST, FOLDS, LEAKS, LEVELS, MASKS, MIXES, MULTIPLIES, SCALES, Follower, Product
+from .independence import where_samples_meet
+from .probe import Forward, Probe, batch_axis, input_of
 from .silence import DEAD, as_text, silence, warn_if_dead
 
 if TYPE_CHECKING:
@@ -23,9 +24,14 @@ VERDICTS = {
     SCALES: "a constant factor that weights or thresholds absorb",
     LEAKS: "a neuron's own membrane, once a step",
     MULTIPLIES: "a real multiplication",
+    MIXES: "values of several samples of the batch in one",
 }
-"""What a product can be found to be. Only the last breaks the property."""
+"""What a product can be found to be, or a module to do."""
 
+BREAKS = (MULTIPLIES, MIXES)
+"""What breaks the property: a device adds weights for the spikes of the one sample that it sees."""
+
+MEETING = "what it gives for one sample depends on others in the batch, which a device that sees one has not got"
 
 _LISTED = 3
 
@@ -36,7 +42,7 @@ class NotSpikeDrivenError(ValueError):
 
 @dataclass
 class Audit:
-    """The products of one forward pass; the network is `spike_driven` where none of them is a violation.
+    """The products of one forward pass, and what mixes samples; `spike_driven` where none of them is a violation.
 
     `silence` says which neurons never fired; where none did, `spike_driven` tells of the construction alone. `form` is
     what was judged, the network as it is "deployed" or as it is "trained".
@@ -48,7 +54,7 @@ class Audit:
 
     @property
     def violations(self) -> list[Product]:
-        return self.of(MULTIPLIES)
+        return [product for product in self.products if product.verdict in BREAKS]
 
     @property
     def spike_driven(self) -> bool:
@@ -59,10 +65,16 @@ class Audit:
         return [product for product in self.products if product.verdict == verdict]
 
     def raise_for_violations(self) -> None:
-        """Raises `NotSpikeDrivenError`, listing the real multiplications, if there are any."""
-        if self.violations:
-            listed = "\n".join(f"  {p.module or 'the model'}, {p.operation}: {p.reason}" for p in self.violations)
-            raise NotSpikeDrivenError(f"the network is not spike-driven; it multiplies in\n{listed}")
+        """Raises `NotSpikeDrivenError`, listing what multiplies real values or mixes samples, if anything does."""
+        told = {"it multiplies in": self.of(MULTIPLIES), "samples of a batch are mixed in": self.of(MIXES)}
+        listed = [
+            "\n".join([what, *(f"  {p.module or 'the model'}, {p.operation}: {p.reason}" for p in products)])
+            for what, products in told.items()
+            if products
+        ]
+        if listed:
+            text = "\n".join(listed)
+            raise NotSpikeDrivenError(f"the network is not spike-driven; {text}")
 
     @property
     def dead(self) -> bool:
@@ -75,7 +87,8 @@ class Audit:
         if not self.spike_driven:
             merging = all(product.merges for product in self.violations)
             until = " until the layers of its units are merged, as they are when it is deployed" if merging else ""
-            return f"The network is NOT spike-driven{until}."
+            mixing = ": answers depend on what else is in the batch" if self.of(MIXES) else ""
+            return f"The network is NOT spike-driven{until}{mixing}."
         if self.dead:
             return "The network is built to be spike-driven, but it does nothing here: no neuron fired."
         merged = len({product.module for product in self.products if product.merges})
@@ -84,9 +97,9 @@ class Audit:
 
     @property
     def reasons(self) -> list[str]:
-        """Why, in a few words each: what multiplies, and what only a closer look finds to be additions."""
-        sums = [product for product in self.violations if COUNTS in product.operands]
-        others = [product for product in self.violations if COUNTS not in product.operands]
+        """Why, in a few words each: what multiplies or mixes, and what only a closer look finds to be additions."""
+        sums = [product for product in self.of(MULTIPLIES) if COUNTS in product.operands]
+        others = [product for product in self.of(MULTIPLIES) if COUNTS not in product.operands]
         adds = self.of(ADDS)
         counts = [product for product in adds if COUNTS in product.operands]
         levels = [product for product in adds if LEVELS in product.operands and product not in counts]
@@ -98,7 +111,7 @@ class Audit:
             "constant scale(s) to be absorbed by weights or thresholds": scales,
         }
         found = [f"{len(products)} {what}" for what, products in numbers.items() if products]
-        listed = [f"{product.module or 'the model'}: {product.reason}" for product in others[:_LISTED]]
+        listed = [f"{product.module or 'the model'}: {product.reason}" for product in self.of(MIXES) + others[:_LISTED]]
         more = [f"{len(others) - _LISTED} more"] if len(others) > _LISTED else []
         return [*found[: bool(sums)], *listed, *more, *found[bool(sums) :]]
 
@@ -118,7 +131,7 @@ class Audit:
         for name in ("module", "operation", "operands", "verdict", "why"):
             table.add_column(name, overflow="fold")
         for p in self.products:
-            style = "bold red" if p.verdict == MULTIPLIES else None
+            style = "bold red" if p.verdict in BREAKS else None
             cells = (Text(cell) for cell in (p.module or "(model)", p.operation, p.operands, p.verdict, p.reason))
             table.add_row(*cells, style=style)
         return table
@@ -146,6 +159,10 @@ def audit(
     analog values, and any operation that is not known to be free of multiplications. That the neurons really emit
     zeros and one other value is checked on the batch. What happens inside of a neuron is listed, not judged.
 
+    A violation is also what makes one value of several samples of the batch, which no device could that sees one at a
+    time: batch statistics, or a neuron that goes on from sample to sample. It is found by replacing samples in three
+    further passes, by what the values depend on, whatever computes them; a batch of one sample gets a second one.
+
     The network is judged as it is deployed: a unit that is trained as several layers without a neuron in between is one
     convolution of its input, so that every weight sees spikes. With `as_trained` its layers are judged one by one, of
     which all but the first see sums of weights; the reason then says that merging puts it right.
@@ -157,11 +174,15 @@ def audit(
     >>> found.spike_driven, found.silence
     (True, '')
     """
+    x = input_of(batch)
     with Probe(model, neurons, forward, as_trained=as_trained) as probe:
         follower = Follower(probe)
         for _ in probe.run([batch]):
             pass
     products = list(follower.products.values())
+    axis = batch_axis(probe.model, x, neurons, forward, clock=probe.clock)
+    for name in where_samples_meet(probe.model, x, axis, neurons=neurons, forward=forward):
+        products.append(Product(name, "batch", "several samples", MIXES, MEETING, 1))
     result = Audit(products, silence(probe.model, probe.fired), "trained" if as_trained else "deployed")
     warn_if_dead(result.silence)
     if strict:

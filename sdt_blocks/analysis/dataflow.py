@@ -29,6 +29,7 @@ from .operators import (
 from .probe import Probe
 
 ADDS, FIRST, MASKS, FOLDS, SCALES, LEAKS, MULTIPLIES = "AC", "MAC", "mask", "fold", "scale", "leak", "violation"
+MIXES = "mixing"
 
 INPUT, SPIKES, SCALED, ANALOG, CONSTANT = "input", "spikes", "scaled spikes", "analog", "constant"
 LEVELS, COUNTS = "levels", "counts of spikes"
@@ -123,7 +124,7 @@ class Follower(TorchDispatchMode):
             return output
         if not in_place and "out" not in (kwargs or {}) and name not in SHAPES:
             self._seen((args, kwargs))
-        operands = [self.value(arg) for arg in _tensors((args, kwargs or {}))]
+        operands = [self.value(arg) for arg in tensors_in((args, kwargs or {}))]
         if any(value is not NOTHING for value in operands) or name in WEIGHTED:
             value = self._judge(name, args, operands, output)
             self._mark(output, value, in_place or "out" in (kwargs or {}))
@@ -138,7 +139,7 @@ class Follower(TorchDispatchMode):
 
     def _seen(self, tensors: Any) -> None:
         """Notes tensors that are read although no operation wrote them: kernels and extensions did, out of sight."""
-        for tensor in _tensors(tensors):
+        for tensor in tensors_in(tensors):
             if self.value(tensor).kind == UNSEEN and tensor.numel():
                 self.note(FOREIGN, "", MULTIPLIES, "written by code that PyTorch does not see")
                 self._mark(tensor, Value(ANALOG, f"foreign code in {self._here()}"), True)
@@ -288,7 +289,7 @@ class Follower(TorchDispatchMode):
 
     def _neuron(self, name: str) -> Any:
         def fired(module: nn.Module, inputs: Any, output: Any) -> None:
-            for part in _tensors(output):
+            for part in tensors_in(output):
                 self._mark(part, Value(ANALOG, f"the membrane of {name}"), False)
             spikes = spikes_of(output)
             if isinstance(module, IntegerNeuron):
@@ -314,7 +315,7 @@ class Follower(TorchDispatchMode):
         return found or NOTHING
 
     def _mark(self, output: Any, value: Value, in_place: bool) -> None:
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             whole = tensor._base if in_place else None
             before = None if whole is None else self._values.get(whole)
             if value is NOTHING:
@@ -348,13 +349,14 @@ def _levels(name: str, neuron: IntegerNeuron, output: Tensor) -> Value:
     return Value(LEVELS, name, norm=neuron.norm, levels=neuron.levels)
 
 
-def _tensors(nested: Any) -> list[Tensor]:
+def tensors_in(nested: Any) -> list[Tensor]:
+    """The tensors of nested lists, tuples and dictionaries, in their order."""
     if isinstance(nested, Tensor):
         return [nested]
     if isinstance(nested, dict):
         nested = list(nested.values())
     if isinstance(nested, tuple | list):
-        return [tensor for part in nested for tensor in _tensors(part)]
+        return [tensor for part in nested for tensor in tensors_in(part)]
     return []
 
 
@@ -362,7 +364,7 @@ def _joined(known: Sequence[Value], output: Any, constants: bool) -> Value:
     """What holds where values come together unchanged; constants beside spikes must be zeros and ones."""
     first = known[0]
     kinds = {value.kind for value in known}
-    if kinds == {SPIKES} and constants and not all(_zeros_and_ones(tensor) for tensor in _tensors(output)):
+    if kinds == {SPIKES} and constants and not all(_zeros_and_ones(tensor) for tensor in tensors_in(output)):
         return Value(ANALOG, "spikes beside constants other than 0 and 1")
     if len(kinds) == 1:
         return first if len({value.layer for value in known}) == 1 else Value(first.kind, first.origin)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from . import charts
-from .audit import MULTIPLIES, VERDICTS, Audit
+from .audit import BREAKS, VERDICTS, Audit
 from .energy import CONVENTION, EnergyReport, millijoules
 from .energy_models import Estimate, RowEstimate
 from .measured import Measured
@@ -310,7 +310,7 @@ def _audit(audit: Audit) -> str:
     rows = "".join(
         f"<tr{_bad(p.verdict)}><td>{_name(p.module)}</td><td>{escape(p.operation)}</td>"
         f"<td>{escape(p.operands)}</td><td>{escape(p.verdict)}</td><td>{escape(p.reason)}</td></tr>"
-        for p in sorted(audit.products, key=lambda p: p.verdict != MULTIPLIES)
+        for p in sorted(audit.products, key=lambda p: p.verdict not in BREAKS)
     )
     head = "<tr><th>module</th><th>operation</th><th>operands</th><th>verdict</th><th>why</th></tr>"
     details = (
@@ -326,7 +326,7 @@ def _name(layer: str) -> str:
 
 
 def _bad(verdict: str) -> str:
-    return ' class="bad"' if verdict == MULTIPLIES else ""
+    return ' class="bad"' if verdict in BREAKS else ""
 
 
 def quantity(value: float) -> str:

@@ -252,16 +252,26 @@ class Probe:
                 yield x
 
 
-def batch_axis(model: nn.Module, x: Tensor) -> int:
-    """The axis of the input on which the samples lie: 1 where the model takes `[T, B, ...]`, else 0."""
+def batch_axis(
+    model: nn.Module,
+    x: Tensor,
+    neurons: Sequence[type[nn.Module]] = (),
+    forward: Forward | None = None,
+    *,
+    clock: Clock | None = None,
+) -> int:
+    """The axis of the input on which the samples lie: 1 where the model takes `[T, B, ...]`, else 0.
+
+    `clock` is that of a pass of x, where there has been one.
+    """
 
     def clock_of(part: Tensor) -> Clock:
-        with Probe(model) as probe:
+        with Probe(model, neurons, forward) as probe:
             for _ in probe.run(part):
                 pass
         return probe.clock
 
-    clock = clock_of(x)
+    clock = clock or clock_of(x)
     if x.ndim < 3 or x.shape[:2] != (clock.steps, clock.batch):
         return 0
     # As many steps as samples: what one slice of the first axis is shows when it runs alone.

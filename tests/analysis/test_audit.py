@@ -10,6 +10,7 @@ from torch import nn
 
 from sdt_blocks import LIF, MembraneShortcut, SpikingMLP, calibrate_norms, create_model
 from sdt_blocks.analysis import NotSpikeDrivenError, audit
+from sdt_blocks.blocks.spike_level import AcrossImages
 
 
 def test_v1_multiplies_in_the_first_convolution_only(golden):
@@ -130,7 +131,7 @@ def test_broken_blocks(name):
 SOUND = {
     "nothing": nn.Identity(),
     "max pool": nn.MaxPool2d(3, 2, 1),
-    "mask": Function(lambda s: s * s.flip(0)),
+    "mask": Function(lambda s: s * s.flip(1)),
     "complement": Function(lambda s: 1 - s),
     "scale": Function(lambda s: s * 0.5),
     "cat": Function(lambda s: torch.cat([s[:, 4:], s[:, :4]], 1)),
@@ -257,3 +258,79 @@ def test_levels_and_counts_are_told_from_real_values():
     assert v2.spike_driven and base.spike_driven and "levels" in " ".join(base.reasons)
     # Its head reads the mean membrane itself.
     assert [product.module for product in large.violations] == ["head"]
+
+
+# ---- samples of a batch
+
+
+def mixing(found):
+    return [product.module for product in found.of("mixing")]
+
+
+@pytest.mark.parametrize(("name", "count"), [("qkformer_cifar_32", 1), ("qkformer_imagenet_64", 2)])
+def test_the_released_qkformer_mixes_the_images_of_a_batch(name, count, named_golden):
+    golden = named_golden(name)
+    released, repaired = (golden.model(mixes_images=mixes) for mixes in (True, False))
+    x = golden.tensors["input"][:count]
+    found = audit(released, x)
+    # The first neuron that does it: what comes behind is given mixed values already.
+    assert mixing(found) == ["stages.2.0.attention.branch.proj_neuron"]
+    assert "answers depend on what else is in the batch" in found.finding
+    assert any("proj_neuron: what it gives for one sample depends on others" in reason for reason in found.reasons)
+    with pytest.raises(NotSpikeDrivenError, match=r"mixed in\n  stages.2.0.attention.branch.proj_neuron, batch: what"):
+        found.raise_for_violations()
+    sound = audit(repaired, x)
+    assert not mixing(sound) and "batch" not in sound.finding and not sound.spike_driven
+    others = [product for product in found.products if product.verdict != "mixing"]
+    assert [(p.module, p.verdict) for p in others] == [(p.module, p.verdict) for p in sound.products]
+
+
+def test_mixing_alone_breaks_the_property(small):
+    model, x = small(depth=2), torch.rand(3, 3, 16, 16)
+    assert audit(model, x).spike_driven
+    mlp = model.blocks[1].mlp.branch
+    mlp.neuron2 = AcrossImages(mlp.neuron2)
+    for given in (x, x[:1]):
+        found = audit(model, given)
+        assert [product.module for product in found.violations] == ["blocks.1.mlp.branch.neuron2"]
+
+
+class AgainstTheOthers(nn.Module):
+    """An attention of one's own, in which tokens of all images meet."""
+
+    def __init__(self):
+        super().__init__()
+        self.neuron = LIF()
+
+    def forward(self, u):
+        spikes = self.neuron(u)
+        return u + spikes - spikes.mean(1, keepdim=True)
+
+
+def test_whatever_lets_samples_meet_is_named(small):
+    model, x = small(), torch.rand(3, 3, 16, 16)
+    model.blocks.append(AgainstTheOthers())
+    assert mixing(audit(model, x)) == ["blocks.1"]
+    model.blocks[0].mlp.branch.fc1.norm = nn.BatchNorm2d(128, track_running_stats=False)
+    with pytest.warns(UserWarning, match="blocks.0.mlp.branch.fc1 .it is no plain convolution"):
+        assert mixing(audit(model, x)) == ["blocks.0.mlp.branch.fc1.norm"]
+    # Time first, as many samples as steps, and other outputs than answers.
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 6), LIF(), nn.Linear(6, 4)).eval()
+    sequence = 3 * torch.randn(4, 4, 6)
+    assert not mixing(audit(net, sequence)) and net[1](net[0](sequence)).any()
+    net[1] = AcrossImages(LIF())
+    assert mixing(audit(net, sequence)) == ["1"]
+
+
+def test_one_value_for_a_batch_and_chance_are_not_answers(small):
+    class Noisy(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            logits = self.model(x + 0.1 * torch.rand_like(x))
+            return {"logits": logits, "largest": logits.max()}
+
+    assert not mixing(audit(Noisy(small()), torch.rand(3, 3, 16, 16)))
