@@ -1,4 +1,7 @@
-"""Both published stages of Meta-SpikeFormer: their tables, a teacher for a second head, and some steps of each."""
+"""Both published stages of Meta-SpikeFormer: their tables, a teacher for a second head, and some steps of each.
+
+E-SpikeFormer learns from a teacher in the same way.
+"""
 
 import json
 import math
@@ -15,12 +18,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sdt_blocks import DataCard, calibrate_norms, create_model, load_model, save_model
+from sdt_blocks.models.e_spikeformer import LAYER_SCALE
 
 TEACHER = "resnet10t"
-SMALL = (
-    "data.img_size=64", "data.workers=0", "train.batch_size=8", "threads=1", "tracker=none", "model.name=sdt_v2_15m",
-    "model.dims=[16,16,16,24]", "model.depths=[1,1,1,1,1]", "train.mixed_precision=no", "optim.lr_batch=8",
+FEW = (
+    "data.img_size=64", "data.workers=0", "train.batch_size=8", "threads=1", "tracker=none",
+    "train.mixed_precision=no", "optim.lr_batch=8",
 )  # fmt: skip
+SMALL = (*FEW, "model.name=sdt_v2_15m", "model.dims=[16,16,16,24]", "model.depths=[1,1,1,1,1]")
 
 
 @pytest.mark.parametrize(
@@ -83,10 +88,10 @@ def test_the_loss_of_two_heads(kind):
         distilled(build_loss(), "warm")
 
 
-def firing(**options):
+def firing(name="sdt_v2_15m", dims=(16, 16, 16, 24), **options):
     """The small model of these tests with one time step, its norms fitted to noise so that its neurons fire."""
     torch.manual_seed(0)
-    model = create_model("sdt_v2_15m", dims=[16, 16, 16, 24], depths=[1] * 5, num_classes=2, time_steps=1, **options)
+    model = create_model(name, dims=dims, depths=[1] * (len(dims) + 1), num_classes=2, time_steps=1, **options)
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.normal_(norm.bias, 1.0, 0.5)
@@ -138,6 +143,37 @@ def test_both_stages_on_photographs(train, photographs, teacher_weights, tmp_pat
     with torch.no_grad():
         _, second = last(images)
     assert (second[:, 1] > second[:, 0]).all()
+
+
+def test_e_spikeformer_learns_from_a_teacher(train, photographs, teacher_weights, tmp_path):
+    """From weights without a second head, on mixed images, in two parts; the averaged model has both heads too."""
+    save_model(firing("sdt_v3_83m", (16, 16, 16)), "start")
+    stage = (
+        *FEW, f"data.root={photographs}", "model.dims=[16,16,16]", "model.depths=[1,1,1,1]", "train.epochs=4",
+        "train.warmup_epochs=0", "train.init_checkpoint=start", f"train.teacher={TEACHER}", "optim.lr=1e-2",
+        f"train.teacher_weights={teacher_weights}",
+    )  # fmt: skip
+    config = "imagenet_v3_large_distilled"
+    train(*stage, "train.max_steps=4", "output_dir=parts", default=config)
+    run = train(*stage, "output_dir=parts", default=config)
+    train(*stage, "output_dir=whole", default=config)
+    for kind in ("last", "ema"):
+        files = [(tmp_path / name / kind / "model.safetensors").read_bytes() for name in ("parts", "whole")]
+        assert files[0] == files[1], f"{kind}: a run in two parts ends as an undisturbed one, bit for bit"
+    lines = read_lines(tmp_path / "parts")
+    assert [line["step"] for line in lines] == [3, 4, 6, 9, 12]
+    assert all(0 < line["train_loss"] < 5 and line["firing_rate"] > 0.05 for line in lines)
+    last = load_model(tmp_path / "parts" / "last")
+    assert last.config["distillation"] and last.config["drop_path"] == 0.1
+    images = torch.stack([run.test_loader.dataset[i][0] for i in range(8)])
+    with torch.no_grad():
+        logits, second = last.train()(images)
+        assert (second[:, 1] > second[:, 0]).all()
+        answers = last.eval()(images)
+    assert answers.shape == logits.shape == (8, 2)
+    # Its factors have moved from where they started.
+    scales = [p for name, p in last.named_parameters() if name.endswith(".scale")]
+    assert scales and all((scale != LAYER_SCALE).any() for scale in scales)
 
 
 def test_evaluation_and_prediction_take_the_mean_of_both_heads(photographs, tmp_path, monkeypatch, capsys):
