@@ -33,11 +33,22 @@ def step(function: Function) -> Function:
     def call(*args: Any, **kwargs: Any) -> Any:
         for argument in (*args, *kwargs.values()):
             if isinstance(argument, fx.Proxy):
-                given = signature.bind(*args, **kwargs).args
+                given = _by_name(argument.tracer, signature.bind(*args, **kwargs).args)
                 return argument.tracer.create_proxy("call_function", call, given, {})
         return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]
+
+
+def _by_name(tracer: Any, given: tuple[Any, ...]) -> Any:
+    """The arguments of a traced step, its modules as their names for a tracer that takes no modules."""
+
+    def named(value: Any) -> Any:
+        if not isinstance(value, nn.Module):
+            return value
+        return tracer.create_proxy("get_attr", tracer.path_of_module(value), (), {})
+
+    return given if getattr(tracer, "takes_modules", False) else fx.node.map_aggregate(given, named)
 
 
 class Unit(nn.Module):

@@ -7,6 +7,8 @@ import os
 # Read when Triton is imported, and torch may import it: without a GPU its kernels run in its interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidiactl") else "1")
 
+import copy
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sdt_blocks
+import sdt_blocks.analysis
 
 GOLDEN = Path(__file__).with_name("golden")
 GOLDEN_NAMES = ("sdt_lif_static_64", "sdt_plif_static_32", "sdt_lif_dvs_64", "sdt_lif_dvsmode_tet_32")
@@ -164,6 +167,54 @@ def firing_model() -> Callable[..., sdt_blocks.SpikeDrivenTransformer]:
         return model.eval()
 
     return make
+
+
+SMALL = {
+    "sdt_2_256": {"dim": 32},
+    "sdt_v2_15m": {"dims": (8, 16, 32, 32), "depths": (1, 1, 1, 1, 1)},
+    "sdt_v3_5m": {"dims": (8, 16, 32, 32), "depths": (1, 1, 1, 1, 1)},
+    "sdt_v3_83m": {"dims": (8, 16, 32), "depths": (1, 1, 1, 2)},
+    "spikformer_4_384": {"dim": 32, "depth": 2, "num_heads": 4},
+    "qkformer_4_384": {"dim": 32, "depths": (1, 1, 1), "num_heads": 4},
+}
+"""A variant of every family, and what makes it small."""
+
+
+@dataclass
+class Small:
+    """A small model of one family, in eval mode, whose neurons fire at the images."""
+
+    name: str
+    options: dict
+    model: nn.Module
+    images: Tensor
+
+
+@pytest.fixture
+def small_names() -> list[str]:
+    """A variant of every family."""
+    return list(SMALL)
+
+
+@functools.cache
+def _small(name: str) -> Small:
+    torch.manual_seed(0)
+    options, images = {**SMALL[name], "num_classes": 5, "time_steps": 2}, torch.rand(4, 3, 32, 32)
+    model = sdt_blocks.create_model(name, **options)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias, 0.5, 0.5)
+    sdt_blocks.calibrate_norms(model, images)
+    model.eval()
+    with torch.no_grad():
+        assert sdt_blocks.analysis.firing_rates(model, images).mean > 0.01 and model(images).std(0).min() > 1e-4
+    return Small(name, options, model, images)
+
+
+@pytest.fixture(params=SMALL)
+def small(request: pytest.FixtureRequest) -> Small:
+    """Each family in turn."""
+    return copy.deepcopy(_small(request.param))
 
 
 @pytest.fixture(autouse=True)

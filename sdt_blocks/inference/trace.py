@@ -133,6 +133,8 @@ def _short(name: str) -> str:
 
 
 class _Tracer(fx.Tracer):
+    takes_modules = True
+
     def __init__(self, opaque: dict[str, str]) -> None:
         super().__init__()
         self.opaque = opaque

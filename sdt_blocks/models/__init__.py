@@ -1,5 +1,6 @@
 """Model families: by name, saved and loaded, and as their authors released them."""
 
+from .backbone import Backbone
 from .card import DataCard, transform_of
 from .e_spikeformer import ESpikeFormer, ESpikeFormerLarge
 from .family import Family, ReleasedKeys
@@ -13,6 +14,7 @@ from .sdt import SpikeDrivenBlock, SpikeDrivenTransformer
 from .spikformer import Spikformer, SpikformerBlock
 
 __all__ = [
+    "Backbone",
     "DataCard",
     "ESpikeFormer",
     "ESpikeFormerLarge",

@@ -1,18 +1,38 @@
-"""Feature maps of every stage, for dense prediction: segmentation, detection."""
+"""What every model of the kit has: maps of its stages, a head that can be changed, what training loops ask for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..neuron import find_neurons
+from ..steps import fire
+from .card import DataCard
+from .hub import HubModel
+
+WEIGHT_STD = 0.02
+"""Of the normal distribution that weights start from."""
 
 
-class Backbone(nn.Module):
+class Backbone(HubModel, nn.Module):
     """A model that computes its membranes stage by stage, each at a lower resolution or with more channels.
 
-    A subclass has `forward_stages` and `feature_info`, from which `features` follows.
+    A subclass has `forward_stages`, `feature_info` and a `head` (`nn.Identity` without classes), and runs its blocks by
+    `run_blocks`. The head sees the means over tokens, or the spikes that a `head_neuron` makes of them; a
+    `distillation_head` sees the same, or what its own `distillation_neuron` makes of the means. Methods are called as
+    in timm, and what is written for timm's models takes these.
     """
+
+    config: dict[str, Any]
+    card: DataCard | None
+    num_classes: int
+    head: nn.Module
+    grad_checkpointing = False
 
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
         """What the stages give, one after the other, `[T, B, C, H, W]` each; whoever stops early computes no more."""
@@ -22,6 +42,38 @@ class Backbone(nn.Module):
     def feature_info(self) -> list[dict[str, Any]]:
         """For each stage, as in timm: `num_chs`, `reduction` (image size over map size), `module` (what gives it)."""
         raise NotImplementedError(f"{type(self).__name__} has no feature_info")
+
+    # ---- features and head
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """What the last stage gives, `[T, B, C, H', W']`."""
+        for membrane in self.forward_stages(x):  # noqa: B007
+            pass
+        return membrane
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """What the model answers to the result x of `forward_features`.
+
+        With `pre_logits` what the head would see instead, its mean over time, `[B, num_features]`.
+        """
+        tokens = x.mean((-2, -1))
+        neuron = getattr(self, "head_neuron", None)
+        seen = tokens if neuron is None else fire(neuron, tokens)
+        if pre_logits:
+            return seen.mean(0)
+        logits = self._over_steps(self.head(seen))
+        second = getattr(self, "distillation_head", None)
+        if second is None:
+            return logits
+        neuron = getattr(self, "distillation_neuron", None)
+        distilled = self._over_steps(second(seen if neuron is None else fire(neuron, tokens)))
+        return (logits, distilled) if self.training else (logits + distilled) / 2
+
+    def _over_steps(self, logits: Tensor) -> Tensor:
+        return logits if getattr(self, "per_step", False) else logits.mean(0)
 
     def features(self, x: Tensor, stages: Sequence[int] | None = None) -> list[Tensor]:
         """The mean over time of every stage, or of those numbered in `stages`, `[B, C, H, W]` each.
@@ -38,13 +90,192 @@ class Backbone(nn.Module):
         wanted = list(range(count)) if stages is None else list(stages)
         if not wanted or len(set(wanted)) < len(wanted) or not set(wanted) <= set(range(count)):
             raise ValueError(f"stages must be different numbers from 0 to {count - 1}, got {wanted}")
+        found, _ = self._maps(x, wanted, stop=True)
+        return found
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """`(what the last stage gives, maps)`, or with `intermediates_only` the maps alone, as timm asks for them.
+
+        The maps are those of `features`: of the stages `indices`, negative ones counted from the end, of the last
+        `indices` if it is a number, of all without it. What the last stage gives is what `forward_head` takes; with
+        `stop_early` it is that of the last stage asked for. There is no norm behind the stages that `norm` could apply.
+
+        Raises `ValueError` for stages that are not there and another format.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"maps are [B, C, H, W], output_fmt='NCHW', got {output_fmt!r}")
+        maps, last = self._maps(x, self.stages_of(indices), stop=stop_early or intermediates_only)
+        return maps if intermediates_only else (last, maps)
+
+    def stages_of(self, indices: int | Sequence[int] | None = None) -> list[int]:
+        """The numbers of stages that timm's `indices` stand for. Raises `ValueError` where there are none such."""
+        count = len(self.feature_info)
+        if indices is None or isinstance(indices, int):
+            last = count if indices is None else indices
+            if not 1 <= last <= count:
+                raise ValueError(f"the last {last} stages were asked for; the model has {count}")
+            return list(range(count - last, count))
+        outside = [index for index in indices if not -count <= index < count]
+        if outside or not indices:
+            raise ValueError(f"stages must be numbers from {-count} to {count - 1}, got {list(indices)}")
+        return [index % count for index in indices]
+
+    def _maps(self, x: Tensor, wanted: Sequence[int], *, stop: bool) -> tuple[list[Tensor], Tensor]:
+        """The maps of the wanted stages, and what the last stage that was computed gives."""
         found: dict[int, Tensor] = {}
         for stage, membrane in enumerate(self.forward_stages(x)):
             if stage in wanted:
                 found[stage] = membrane.mean(0)
-            if stage == max(wanted):
+            if stop and stage == max(wanted):
                 break
-        return [found[stage] for stage in wanted]
+        return [found[stage] for stage in wanted], membrane
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] | None = None, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Leaves the head out where features alone are wanted; gives the numbers of the stages of `indices`.
+
+        Stages behind the last of them stay and are not computed. There is no norm to prune.
+        """
+        stages = self.stages_of(indices)
+        if prune_head:
+            self.reset_classifier(0)
+        return stages
+
+    # ---- the classifier
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the last stage, and of what the head sees."""
+        return int(self.feature_info[-1]["num_chs"])
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Channels of what the head sees."""
+        return self.num_features
+
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
+        """The head, or where there are two `(head, distillation_head)`."""
+        second = getattr(self, "distillation_head", None)
+        return self.head if second is None else (self.head, second)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Puts new heads for `num_classes` in the place of the old ones; 0 leaves them out, for good if there are two.
+
+        The model's options follow, so that it can be saved; of its card the names of the classes go.
+
+        Raises `ValueError` for a negative number, and for another pooling than "avg", the mean over tokens.
+
+        >>> model = create_model("sdt_2_256")
+        >>> model.reset_classifier(7)
+        >>> model.get_classifier(), model.num_classes
+        (Linear(in_features=256, out_features=7, bias=True), 7)
+        """
+        if global_pool not in (None, "", "avg"):
+            raise ValueError(f"the head sees the mean over tokens, global_pool='avg', got {global_pool!r}")
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
+            raise ValueError(f"num_classes must be a whole number of at least 0, got {num_classes!r}")
+        like = next(self.parameters())
+        self.head = self._new_head(num_classes, like)
+        options: dict[str, Any] = {"num_classes": num_classes}
+        if getattr(self, "distillation_head", None) is not None:
+            self.distillation_head = self._new_head(num_classes, like) if num_classes else None
+            if not num_classes:
+                options["distillation"] = False
+                for name in {"distillation", "distillation_neuron"} & {*vars(self), *self._modules}:
+                    setattr(self, name, False if name == "distillation" else None)
+        self.num_classes, self.config = num_classes, {**self.config, **options}
+        if self.card is not None:
+            self.card = self.card.without_names()
+
+    def _new_head(self, num_classes: int, like: Tensor) -> nn.Module:
+        if not num_classes:
+            return nn.Identity()
+        head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+        initialize(head)
+        return head.train(self.training)
+
+    # ---- training
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether training keeps of each block its input alone, and computes the rest anew in the backward pass.
+
+        Gradients are the same, and the running statistics of norms count a batch once.
+        """
+        self.grad_checkpointing = enable
+
+    def run_blocks(self, blocks: Any, membrane: Tensor) -> Tensor:
+        """The blocks of a stage, an `nn.Sequential`, one after the other."""
+        again = self.grad_checkpointing and self.training and torch.is_grad_enabled()
+        # What is traced is planned anew by whoever traces it.
+        if not again or isinstance(membrane, fx.Proxy) or torch.compiler.is_compiling():
+            result: Tensor = blocks(membrane)
+            return result
+        for block in blocks:
+            membrane = _checkpointed(block, membrane)
+        return membrane
+
+    def no_weight_decay(self) -> set[str]:
+        """The names of what neurons learn: time constants, which decay would draw to 2 steps."""
+        return {f"{name}.{key}" for name, neuron in find_neurons(self).items() for key, _ in neuron.named_parameters()}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns of names for the groups of timm's layer decay: stem, blocks in their order (or stages), head."""
+        last = (r"^(?:head|distillation)_neuron", (99999,))
+        if coarse:
+            blocks = [(r"^(?:blocks|stages|downsamplings|embeddings)\.(\d+)", None), last]
+        else:
+            blocks = [
+                (r"^(?:downsamplings|embeddings)\.(\d+)", (-1,)),
+                (r"^stages\.(\d+)\.(\d+)", None),
+                (r"^blocks\.(\d+)", None),
+                last,
+            ]
+        return {"stem": r"^(?:patch|downsamplings\.0|embeddings\.0)\.", "blocks": blocks}
+
+
+def initialize(module: nn.Module, *kinds: type[nn.Module]) -> None:
+    """Normally distributed weights and biases of 0, for linear layers and modules of `kinds`."""
+    if isinstance(module, (nn.Linear, *kinds)):
+        nn.init.trunc_normal_(module.weight, std=WEIGHT_STD)  # type: ignore[arg-type]
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+
+def _checkpointed(block: nn.Module, membrane: Tensor) -> Tensor:
+    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _statistics_aside(norms, [_copied(norm) for norm in norms])
+
+    result: Tensor = checkpoint(block, membrane, use_reentrant=False, context_fn=contexts)
+    return result
+
+
+def _copied(norm: nn.Module) -> dict[str, Tensor | None]:
+    return {name: None if value is None else value.clone() for name, value in norm._buffers.items()}
+
+
+@contextmanager
+def _statistics_aside(norms: Sequence[nn.Module], before: Sequence[dict[str, Tensor | None]]) -> Iterator[None]:
+    """Within it norms have the running statistics `before`, which borders are made of; their own stay as they are."""
+    kept = [dict(norm._buffers) for norm in norms]
+    for norm, buffers in zip(norms, before, strict=True):
+        norm._buffers.update(buffers)
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)
 
 
 def stage_info(channels: Sequence[int], halved: Sequence[bool], modules: Sequence[str]) -> list[dict[str, Any]]:

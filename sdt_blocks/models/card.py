@@ -169,7 +169,9 @@ def transform_of(model: nn.Module) -> Callable[[Image], Tensor]:
 
         from sdt_datasets.image_transforms import build_evaluation, to_rgb
     except ImportError as error:
-        raise ImportError(f"transform_of needs sdt_datasets with torchvision and timm: {error}") from None
+        raise ImportError(
+            f"transform_of needs torchvision and timm (pip install 'sdt_blocks[recipes]'): {error}"
+        ) from None
     channels = getattr(model, "in_channels", 3)
     resize = build_evaluation(img_size=card.input_size[0], in_channels=channels, **card.preparation)
     return Compose([to_rgb, resize])  # type: ignore[no-any-return]

@@ -31,7 +31,7 @@ from ..steps import (
     project_and_mix,
     shortcut,
 )
-from .backbone import Backbone, stage_info
+from .backbone import Backbone, initialize, stage_info
 from .card import IMAGENET, DataCard
 from .family import ReleasedKeys, count_blocks, shape_of
 from .options import (
@@ -265,19 +265,13 @@ class ESpikeFormer(Backbone):
         )
         self.head_neuron = IntegerNeuron(levels=levels, norm=1)
         self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
-        self.apply(_initialize)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Membranes of the tokens, `[T, B, dims[-1], H / 16, W / 16]`, sizes rounded up at every halving."""
-        for membrane in self.forward_stages(x):  # noqa: B007
-            pass
-        return membrane
+        self.apply(initialize)
 
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
         """Membranes of the stages."""
         membrane: Tensor = present(x, self.time_steps, self.in_channels)
         for downsampling, blocks in zip(self.downsamplings, self.stages, strict=True):
-            membrane = blocks(downsampling(membrane))
+            membrane = self.run_blocks(blocks, downsampling(membrane))
             yield membrane
 
     @property
@@ -285,10 +279,6 @@ class ESpikeFormer(Backbone):
         dims = self.config["dims"]
         names = [f"stages.{stage}" for stage in range(len(self.stages))]
         return stage_info((dims[0] // 2, *dims), (True,) * 4 + (False,), names)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(fire(self.head_neuron, self.forward_features(x).mean((-2, -1))))
-        return logits.mean(0)
 
 
 class LargeIntegerBlock(nn.Module):
@@ -390,19 +380,13 @@ class ESpikeFormerLarge(Backbone):
         self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
         self.distillation_neuron = IntegerNeuron(levels=levels, norm=1, rounding="up") if distillation else None
         self.distillation_head = nn.Linear(dims[-1], num_classes) if distillation else None
-        self.apply(_initialize)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Membranes of the tokens, `[T, B, dims[-1], H / 16, W / 16]`, sizes rounded up at every halving."""
-        for membrane in self.forward_stages(x):  # noqa: B007
-            pass
-        return membrane
+        self.apply(initialize)
 
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
         """Membranes of the stages."""
         membrane: Tensor = present(x, self.time_steps, self.in_channels)
         for downsampling, blocks in zip(self.downsamplings, self.stages, strict=True):
-            membrane = blocks(downsampling(membrane))
+            membrane = self.run_blocks(blocks, downsampling(membrane))
             yield membrane
 
     @property
@@ -410,14 +394,6 @@ class ESpikeFormerLarge(Backbone):
         dims = self.config["dims"]
         names = [f"stages.{stage}" for stage in range(len(self.stages))]
         return stage_info((dims[0] // 2, *dims), (True,) * 4, names)
-
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        tokens = self.forward_features(x).mean((-2, -1))
-        logits: Tensor = self.head(tokens).mean(0)
-        if self.distillation_head is None or self.distillation_neuron is None:
-            return logits
-        distilled: Tensor = self.distillation_head(fire(self.distillation_neuron, tokens)).mean(0)
-        return (logits, distilled) if self.training else (logits + distilled) / 2
 
 
 def _downsamplings(in_channels: int, widths: Sequence[int], neuron: NeuronFactory) -> nn.ModuleList:
@@ -437,12 +413,6 @@ def _check(dims: Sequence[int], depths: Sequence[int], published: Sequence[int],
     check_multiple(dims[0], 2, "dims[0]")
     for width in dims[CONVOLUTION_STAGES - 1 :]:
         check_heads(width, num_heads)
-
-
-def _initialize(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
 
 
 _EVENTS: dict[str, Any] = {"dims": (64, 128, 256, 360), "in_channels": 2, "time_steps": 8, "layer_scale": True}

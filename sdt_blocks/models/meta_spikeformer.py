@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..blocks import ConvolutionBlock, Downsampling, LinearSpikeAttention, MembraneShortcut, SpikingMLP
 from ..blocks.mixers import check_heads
 from ..neuron import LIF, NeuronLike, Stream, make_neuron
-from ..steps import check_multiple, fire, present
-from .backbone import Backbone, stage_info
+from ..steps import check_multiple, present
+from .backbone import Backbone, initialize, stage_info
 from .card import IMAGENET, DataCard
 from .family import ReleasedKeys, count_blocks, shape_of
 from .options import Channels, Classes, Depths, Heads, Neuron, PerStep, Ratio, SecondHead, Steps, Widths, keeps_options
@@ -107,19 +107,13 @@ class MetaSpikeFormer(Backbone):
         self.head_neuron = make_neuron(neuron, channels=dims[-1])
         self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
         self.distillation_head = nn.Linear(dims[-1], num_classes) if distillation else None
-        self.apply(_initialize)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Membranes of the tokens, `[T, B, dims[3], H / 16, W / 16]`, sizes rounded up at every halving."""
-        for membrane in self.forward_stages(x):  # noqa: B007
-            pass
-        return membrane
+        self.apply(initialize)
 
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
         """Membranes of the five stages; the released segmentation takes 0, 1, 2 and 4."""
         membrane: Tensor = present(x, self.time_steps, self.in_channels)
         for downsampling, blocks in zip(self.downsamplings, self.stages, strict=True):
-            membrane = blocks(downsampling(membrane))
+            membrane = self.run_blocks(blocks, downsampling(membrane))
             yield membrane
 
     @property
@@ -128,20 +122,9 @@ class MetaSpikeFormer(Backbone):
         names = [f"stages.{stage}" for stage in range(len(self.stages))]
         return stage_info((dims[0] // 2, *dims), (True,) * 4 + (False,), names)
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        spikes = fire(self.head_neuron, self.forward_features(x).mean((-2, -1)))
-        logits = self._over_steps(self.head(spikes))
-        if self.distillation_head is None:
-            return logits
-        distilled = self._over_steps(self.distillation_head(spikes))
-        return (logits, distilled) if self.training else (logits + distilled) / 2
-
     def stream(self) -> Stream:
         """This model for frames that come chunk by chunk: `stream(chunk)` goes on where the chunk before ended."""
         return Stream(self)
-
-    def _over_steps(self, logits: Tensor) -> Tensor:
-        return logits if self.per_step else logits.mean(0)
 
 
 def _check(dims: Sequence[int], depths: Sequence[int], num_heads: int, num_classes: int, distillation: bool) -> None:
@@ -155,12 +138,6 @@ def _check(dims: Sequence[int], depths: Sequence[int], num_heads: int, num_class
     check_multiple(dims[0], 2, "dims[0]")
     for width in dims[CONVOLUTION_STAGES - 1 :]:
         check_heads(width, num_heads)
-
-
-def _initialize(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

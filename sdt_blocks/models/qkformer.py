@@ -13,7 +13,7 @@ from ..blocks.spike_level import QKAttention, SpikeLevelMLP, SpikeShortcut, Spik
 from ..blocks.units import ConvNorm
 from ..neuron import LIF, NeuronLike, Stream, make_neuron
 from ..steps import check_multiple, check_sequence, fire, pool, present, project, project_and_fire, shortcut
-from .backbone import Backbone
+from .backbone import Backbone, initialize
 from .card import IMAGENET, DataCard
 from .family import ReleasedKeys, count_blocks, shape_of
 from .options import (
@@ -175,19 +175,13 @@ class QKFormer(Backbone):
             nn.Sequential(*(block(stage) for _ in range(depth))) for stage, depth in enumerate(depths)
         )
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
-        self.apply(_initialize)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Sums of the tokens' spikes, `[T, B, dim, H', W']`."""
-        for sums in self.forward_stages(x):  # noqa: B007
-            pass
-        return sums
+        self.apply(lambda module: initialize(module, nn.Conv2d))
 
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
         """Sums of spikes of the stages."""
         x = present(x, self.time_steps, self.in_channels)
         for embedding, blocks in zip(self.embeddings, self.stages, strict=True):
-            x = blocks(embedding(x))
+            x = self.run_blocks(blocks, embedding(x))
             yield x
 
     @property
@@ -198,10 +192,6 @@ class QKFormer(Backbone):
             width = self.config["dim"] // 2 ** (len(stems) - 1 - stage)
             found.append({"num_chs": width, "reduction": reduction, "module": f"stages.{stage}"})
         return found
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.forward_features(x).mean((-2, -1)))
-        return logits if self.per_step else logits.mean(0)
 
     def stream(self) -> Stream:
         """This model for frames that come chunk by chunk: `stream(chunk)` goes on where the chunk before ended."""
@@ -220,13 +210,6 @@ def _widths(form: str, depths: Sequence[int], dim: int, num_heads: int) -> list[
     for width in widths:
         check_heads(width, num_heads)
     return widths
-
-
-def _initialize(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 _CIFAR: dict[str, Any] = {"depths": (1, 1, 2), "dim": 384, "form": "cifar"}

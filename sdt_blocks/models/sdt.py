@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..blocks import MembraneShortcut, SpikeDrivenSelfAttention, SpikingMLP, SpikingPatchSplitting
 from ..blocks.patch import WIDTHS
 from ..neuron import LIF, NeuronLike, Stream, make_neuron
-from ..steps import check_multiple, fire, present
-from .backbone import Backbone, stage_info
+from ..steps import check_multiple, present
+from .backbone import Backbone, initialize, stage_info
 from .card import IMAGENET, DataCard
 from .family import ReleasedKeys, count_blocks, shape_of
 from .options import (
@@ -123,12 +123,11 @@ class SpikeDrivenTransformer(Backbone):
         )
         self.head_neuron = make_neuron(neuron, channels=dim)
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
-        self.apply(_initialize)
+        self.apply(lambda module: initialize(module, nn.Conv2d))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Membranes of the tokens, `[T, B, dim, H', W']`."""
-        result: Tensor = self.blocks(self.patch(present(x, self.time_steps, self.in_channels)))
-        return result
+        return self.run_blocks(self.blocks, self.patch(present(x, self.time_steps, self.in_channels)))
 
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
         """Spikes behind the pooling of the first three stages of the patch splitting, and the membranes of the tokens.
@@ -137,7 +136,7 @@ class SpikeDrivenTransformer(Backbone):
         """
         stages = self.patch.forward_stages(present(x, self.time_steps, self.in_channels))
         for stage, result in enumerate(stages, start=1):
-            yield result if stage < len(WIDTHS) else self.blocks(result)
+            yield result if stage < len(WIDTHS) else self.run_blocks(self.blocks, result)
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
@@ -145,21 +144,9 @@ class SpikeDrivenTransformer(Backbone):
         names = (*(f"patch.pools.{stage}" for stage in range(3)), "blocks")
         return stage_info([dim // width for width in WIDTHS], [flag == "1" for flag in flags], names)
 
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.forward_features(x).mean((-2, -1))
-        logits: Tensor = self.head(fire(self.head_neuron, tokens))
-        return logits if self.per_step else logits.mean(0)
-
     def stream(self) -> Stream:
         """This model for frames that come chunk by chunk: `stream(chunk)` goes on where the chunk before ended."""
         return Stream(self)
-
-
-def _initialize(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

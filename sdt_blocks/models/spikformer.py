@@ -14,7 +14,7 @@ from ..blocks.spike_level import SpikeLevelMLP, SpikeShortcut, SpikingSelfAttent
 from ..blocks.units import ConvNorm
 from ..neuron import LIF, NeuronLike, Stream, make_neuron
 from ..steps import check_multiple, check_sequence, pool, present, project_and_fire, shortcut
-from .backbone import Backbone
+from .backbone import Backbone, initialize
 from .card import IMAGENET, DataCard
 from .family import ReleasedKeys, count_blocks, shape_of
 from .options import (
@@ -136,12 +136,11 @@ class Spikformer(Backbone):
         options: dict[str, Any] = {"num_heads": num_heads, "mlp_ratio": mlp_ratio, "scale": scale, "qkv_bias": qkv_bias}
         self.blocks = nn.Sequential(*(SpikformerBlock(dim, neuron=neuron, **options) for _ in range(depth)))
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
-        self.apply(_initialize)
+        self.apply(lambda module: initialize(module, nn.Conv2d))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Sums of the tokens' spikes, `[T, B, dim, H', W']`."""
-        result: Tensor = self.blocks(self.patch(present(x, self.time_steps, self.in_channels)))
-        return result
+        return self.run_blocks(self.blocks, self.patch(present(x, self.time_steps, self.in_channels)))
 
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
         """Sums of the tokens' spikes: all blocks are one stage."""
@@ -152,20 +151,9 @@ class Spikformer(Backbone):
         reduction = 2 ** self.config["pooling"].count("1")
         return [{"num_chs": self.config["dim"], "reduction": reduction, "module": "blocks"}]
 
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.forward_features(x).mean((-2, -1)))
-        return logits if self.per_step else logits.mean(0)
-
     def stream(self) -> Stream:
         """This model for frames that come chunk by chunk: `stream(chunk)` goes on where the chunk before ended."""
         return Stream(self)
-
-
-def _initialize(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 _CIFAR: dict[str, Any] = {"num_heads": 12, "pooling": "0011", "qkv_bias": True, "num_classes": 10}

@@ -1,0 +1,222 @@
+"""Models of every family under timm: built, taken apart, grouped and trained by timm's own functions."""
+
+import copy
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_loader, resolve_model_data_config
+from timm.models import group_parameters
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV2
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import sdt_blocks.models.timm  # noqa: F401
+from sdt_blocks import create_model, example_images, list_models, load_model, save_model
+from sdt_blocks.analysis import firing_rates
+from sdt_blocks.models.registry import families
+
+
+def as_timm(small, **options):
+    """The small model of a family as timm builds it, with the same weights."""
+    model = timm.create_model(small.name, **{**small.options, **options})
+    (model.model if options.get("features_only") else model).load_state_dict(small.model.state_dict(), strict=False)
+    return model.eval()
+
+
+def test_timm_knows_every_variant():
+    assert set(list_models()) <= set(timm.list_models())
+    assert set(timm.list_models("sdt*")) == {name for name in list_models() if name.startswith("sdt")}
+    for name in list_models():
+        config = timm.get_pretrained_cfg(name)
+        assert config.input_size[0] in (2, 3) and len(config.mean) == len(config.std) == config.input_size[0]
+
+
+def test_the_fixture_has_every_family(request):
+    from_conftest = request.getfixturevalue("small_names")
+    assert {type(create_model(name)) for name in from_conftest} == {family.model for family in families().values()}
+
+
+@torch.no_grad()
+def test_one_model_by_both_ways(small):
+    model = as_timm(small)
+    assert type(model) is type(small.model) and model.config == small.model.config
+    assert torch.equal(model(small.images), small.model(small.images))
+    first = model.get_submodule(model.default_cfg["first_conv"])
+    assert isinstance(first, nn.Conv2d) and first.in_channels == 3
+    assert resolve_model_data_config(model)["input_size"] == model.default_cfg["input_size"]
+    options = {**small.options, "num_classes": 7, "in_chans": 1, "drop_rate": 0.0, "drop_path_rate": 0.0}
+    grey = timm.create_model(small.name, **options)
+    assert grey(torch.rand(2, 1, 32, 32)).shape == (2, 7) and grey.in_channels == grey.in_chans == 1
+
+
+def test_drop_path_is_the_kits():
+    model = timm.create_model("sdt_8_384", num_classes=10, in_chans=1, drop_path_rate=0.1, dim=32)
+    assert model.config["drop_path"] == 0.1 and model.blocks[7].mlp.drop_path == 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"pretrained": True}, RuntimeError, "no weights of sdt_v2_15m.*load_released_checkpoint"),
+        ({"drop_path_rate": 0.1}, TypeError, "unknown model option drop_path_rate; the options are dims"),
+        ({"global_pool": "max"}, TypeError, "unknown model option global_pool"),
+        ({"img_size": 96}, TypeError, "unknown model option img_size"),
+    ],
+)
+def test_what_a_family_does_not_have_is_refused(options, error, words):
+    with pytest.raises(error, match=words):
+        timm.create_model("sdt_v2_15m", **options)
+
+
+@torch.no_grad()
+def test_features_and_head_apart_are_the_whole(small):
+    model, images = small.model, small.images
+    features = model.forward_features(images)
+    assert torch.equal(model.forward_head(features), model(images))
+    seen = model.forward_head(features, pre_logits=True)
+    assert seen.shape == (4, model.num_features) and model.num_features == model.get_classifier().in_features
+    torch.testing.assert_close(model.get_classifier()(seen), model(images), atol=1e-5, rtol=1e-4)
+    last, maps = model.forward_intermediates(images, indices=[-1, 0])
+    assert torch.equal(last, features) and torch.equal(maps[0], features.mean(0))
+    assert len(maps) == 2 and torch.equal(maps[1], model.features(images, stages=(0,))[0])
+    (alone,) = model.forward_intermediates(images, indices=1, intermediates_only=True)
+    assert torch.equal(alone, maps[0])
+    for wrong in (0, [99], [], len(model.feature_info) + 1):
+        with pytest.raises(ValueError, match="stages"):
+            model.forward_intermediates(images, indices=wrong)
+    with pytest.raises(ValueError, match="output_fmt='NCHW', got 'NLC'"):
+        model.forward_intermediates(images, output_fmt="NLC")
+
+
+@torch.no_grad()
+def test_features_only(small):
+    count = len(small.model.feature_info)
+    for asked in ({}, {"out_indices": (0, count - 1)}, {"out_indices": (-1,)}):
+        features = as_timm(small, features_only=True, **asked)
+        stages = [stage % count for stage in asked.get("out_indices", range(count))]
+        maps = features(small.images)
+        expected = small.model.features(small.images)
+        assert len(maps) == len(stages)
+        for i, stage in enumerate(stages):
+            assert torch.equal(maps[i], expected[stage]) and features.feature_info.channels()[i] == maps[i].shape[1]
+            assert features.feature_info.reduction()[i] == -(-32 // maps[i].shape[-1])
+        assert isinstance(features.model.head, nn.Identity)
+
+
+@torch.no_grad()
+def test_torchvision_extracts_features(small):
+    last = small.model.feature_info[-1]["module"]
+    extract = create_feature_extractor(small.model, {last: "maps", "head": "logits"})
+    found = extract(small.images)
+    assert torch.equal(found["maps"].mean(0), small.model.features(small.images)[-1])
+    assert torch.equal(found["logits"].mean(0), small.model(small.images))
+
+
+def test_a_new_head_can_be_saved(small, tmp_path):
+    model = small.model
+    model.reset_classifier(9)
+    assert model.num_classes == 9 and model(small.images).shape == (4, 9)
+    save_model(model, tmp_path)
+    assert torch.equal(load_model(tmp_path)(small.images), model(small.images))
+    model.reset_classifier(0)
+    assert model(small.images).shape == (4, model.num_features)
+    for wrong in ({"num_classes": -1}, {"num_classes": True}, {"num_classes": 3, "global_pool": "max"}):
+        with pytest.raises(ValueError, match=r"must be a whole number|global_pool"):
+            model.reset_classifier(**wrong)
+
+
+@pytest.mark.parametrize("name", ["sdt_v2_15m", "sdt_v3_83m"])
+def test_two_heads(name, tmp_path):
+    small = {"sdt_v2_15m": (8, 16, 32, 32), "sdt_v3_83m": (8, 16, 32)}[name]
+    model = create_model(name, dims=small, num_classes=5, distillation=True, depths=(1,) * (len(small) + 1))
+    head, second = model.get_classifier()
+    assert head is model.head and second is model.distillation_head
+    model.reset_classifier(6)
+    assert [layer.out_features for layer in model.get_classifier()] == [6, 6]
+    logits, distilled = model.train()(torch.rand(2, 3, 32, 32))
+    assert logits.shape == distilled.shape == (2, 6)
+    model.reset_classifier(0)
+    model.reset_classifier(3)
+    assert isinstance(model.get_classifier(), nn.Linear) and model.config["distillation"] is False
+    save_model(model, tmp_path)
+    assert load_model(tmp_path).num_classes == 3
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_groups_run_from_the_stem_to_the_head(small, coarse):
+    layers = group_parameters(small.model, small.model.group_matcher(coarse=coarse), reverse=True)
+    assert set(layers) == dict(small.model.named_parameters()).keys()
+    order = list(dict.fromkeys(layers[name] for name, _ in small.model.named_parameters() if name in layers))
+    assert layers["head.weight"] == max(order) and sorted(order) == list(range(max(order) + 1))
+    first = timm.get_pretrained_cfg(small.name).first_conv
+    assert layers[f"{first}.weight"] == 0
+    depth = 1 if hasattr(small.model, "blocks") else 2
+    blocks = {tuple(name.split(".")[: depth + 1]) for name in layers if name.startswith(("blocks.", "stages."))}
+    found = {
+        block: {layers[name] for name in layers if tuple(name.split(".")[: depth + 1]) == block} for block in blocks
+    }
+    assert all(len(layer) == 1 for layer in found.values())
+    assert len(set.union(*found.values())) == (len({block[:2] for block in blocks}) if coarse else len(blocks)) > 1
+
+
+def test_time_constants_do_not_decay():
+    model = create_model("sdt_2_256", dim=32, neuron="plif")
+    names = model.no_weight_decay()
+    assert names == {name for name, _ in model.named_parameters() if name.endswith(".w")} and len(names) > 10
+    groups = create_optimizer_v2(model, "adamw", weight_decay=0.05, layer_decay=0.5).param_groups
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decayed and not decayed & {id(dict(model.named_parameters())[name]) for name in names}
+    assert create_model("sdt_2_256", dim=32).no_weight_decay() == set()
+
+
+def test_checkpointed_blocks_have_the_same_gradients_and_count_a_batch_once(small):
+    plain, again = small.model.train(), copy.deepcopy(small.model)
+    again.set_grad_checkpointing()
+    runs = []
+    block = again.get_submodule("blocks.1" if hasattr(again, "blocks") else "stages.1.0")
+    block.register_forward_hook(lambda *_: runs.append(1))
+    for model in (plain, again):
+        torch.manual_seed(1)
+        model(small.images).square().sum().backward()
+    assert len(runs) >= 1
+    for (name, one), (_, other) in zip(plain.named_parameters(), again.named_parameters(), strict=True):
+        if one.grad is not None:
+            torch.testing.assert_close(other.grad, one.grad, atol=1e-5, rtol=1e-4, msg=name)
+    for (name, one), (_, other) in zip(plain.named_buffers(), again.named_buffers(), strict=True):
+        assert torch.equal(one, other), name
+    again.set_grad_checkpointing(False)
+    assert not again.grad_checkpointing
+
+
+def test_timms_pieces_train_a_model(tmp_path):
+    """train.py itself is not a part of timm's package: its data set, loader, optimiser, schedule and averaging are."""
+    torch.manual_seed(0)
+    images, labels = example_images()
+    for split in ("train", "validation"):
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            folder = tmp_path / split / str(label.item() % 2)
+            folder.mkdir(parents=True, exist_ok=True)
+            grey = ((image[0] - image.min()) / (image.max() - image.min()) * 255).numpy().astype(np.uint8)
+            Image.fromarray(grey).save(folder / f"{i}.png")
+    model = timm.create_model("sdt_2_256", dim=32, num_classes=2, time_steps=2, drop_path_rate=0.1)
+    data = {**resolve_model_data_config(model), "input_size": (3, 16, 16)}
+    dataset = create_dataset("", root=str(tmp_path), split="train")
+    options = {"batch_size": 8, "use_prefetcher": False, "num_workers": 0, "no_aug": True}
+    loader = create_loader(dataset, is_training=True, **options, **data)
+    optimizer = create_optimizer_v2(model, "adamw", lr=2e-2, weight_decay=0.05, layer_decay=0.9)
+    average, losses = ModelEmaV2(model, decay=0.5), []
+    for _ in range(8):
+        for x, y in loader:
+            loss = nn.functional.cross_entropy(model.train()(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            average.update(model)
+            losses.append(loss.item())
+    assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
+    assert not firing_rates(average.module.eval(), x).silence
+    assert average.module(x).shape == (len(x), 2)
