@@ -11,6 +11,7 @@ import curves
 from harness import RESULTS, read_rows
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+PREDICTED = "<!-- gpu-offline: begin -->", "<!-- gpu-offline: end -->"
 ROOT = Path(__file__).parents[1]
 SHOWN = ("neuron", "inference", "training", "v2", "v2_training")
 """The suites of the tables in the docs; results/ has all of them."""
@@ -85,6 +86,52 @@ def headlines(rows: list[Row]) -> str:
     return "\n".join([*lines, "", *origins(shown)]).rstrip()
 
 
+def predicted(rows: list[Row], model: str = "sdt_8_384", run: str = "training step") -> str:
+    """Markdown: for each kernel of a step the share of a copy's bandwidth that the suite gpu_offline predicts."""
+    found = [row for row in rows if (row["model"], row["run"]) == (model, run)]
+    peers = [row for row in rows if row["model"].startswith("SpikingJelly")]
+    columns = sorted({(row["dtype"], row["order"]) for row in found}, reverse=True)
+    gpu, batch = found[0]["gpu"], found[0]["batch"]
+    lines = [
+        f"**Predicted, not measured on a GPU**: {run} of {model}, 224 x 224, T=4, batch {batch}, on an {gpu}. Share of "
+        "the speed of a copy that the kernel's own bytes would reach, and instructions for each element and step.",
+        "",
+        f"| | {' | '.join(f'{dtype}, {order}' for dtype, order in columns)} |",
+        "|" + "---|" * (len(columns) + 1),
+    ]
+    for kernel in dict.fromkeys(row["kernel"] for row in found):
+        cells = []
+        for column in columns:
+            own = [row for row in found if (row["kernel"], row["dtype"], row["order"]) == (kernel, *column)]
+            cells.append(f"{_share(own):.0%}, {float(own[0]['instructions']):.0f}" if own else "")
+        lines.append(f"| {kernel} | {' | '.join(cells)} |")
+    totals = [[row for row in found if (row["dtype"], row["order"]) == column] for column in columns]
+    times = (f"{_microseconds(own) / 1e3:.1f} ms ({1 / _share(own):.2f} of the bytes)" for own in totals)
+    lines += [f"| all {sum(int(row['launches']) for row in totals[0])} launches | {' | '.join(times)} |", ""]
+    if peers:
+        lines += ["SpikingJelly's neurons by the same arithmetic, beside ours at the same size:", ""]
+        lines += ["| | bytes an element and step | predicted | ours |", "|---|---|---|---|"]
+    for peer in peers:
+        which = "backward" if "backward" in peer["kernel"] else "forward"
+        alike = [row for row in found if (row["kernel"], row["dtype"]) == (which, peer["dtype"])]
+        own = max(alike, key=lambda row: float(row["microseconds"]))
+        ours = f"{float(own['bytes']):.1f} bytes, {float(own['microseconds']):.0f} us"
+        lines.append(
+            f"| {which}, {peer['dtype']} | {float(peer['bytes']):.1f} | {float(peer['microseconds']):.0f} us | {ours} |"
+        )
+    return "\n".join(lines)
+
+
+def _microseconds(rows: list[Row]) -> float:
+    return sum(float(row["microseconds"]) * int(row["launches"]) for row in rows)
+
+
+def _share(rows: list[Row]) -> float:
+    """That of rows together."""
+    ideal = sum(float(row["microseconds"]) * float(row["share"]) * int(row["launches"]) for row in rows)
+    return ideal / _microseconds(rows)
+
+
 def origins(rows: list[Row]) -> list[str]:
     """A paragraph for each machine, set of versions and day."""
     lines = []
@@ -120,13 +167,14 @@ def value(row: Row) -> str:
     return f"{median:.3g} {unit}{relative}" + (", disturbed" if disturbed else "")
 
 
-def rewrite(page: Path, content: str) -> None:
+def rewrite(page: Path, content: str, markers: tuple[str, str] = (BEGIN, END)) -> None:
     """Replaces what stands between the markers. Raises `ValueError` unless both are there once, in order."""
+    begin, end = markers
     text = page.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{page}: needs the markers {BEGIN} and {END}, once each and in this order")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n{content}\n{END}{after}", encoding="utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{page}: needs the markers {begin} and {end}, once each and in this order")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    page.write_text(f"{before}{begin}\n{content}\n{end}{after}", encoding="utf-8")
 
 
 def plot(rows: list[Row], folder: Path = RESULTS) -> list[Path]:
@@ -178,6 +226,7 @@ def main() -> int:
     try:
         rewrite(ROOT / "README.md", headlines(rows))
         rewrite(ROOT / "docs/performance.md", tables([row for row in rows if row["suite"] in SHOWN]))
+        rewrite(ROOT / "docs/performance.md", predicted(read_rows(RESULTS / "gpu_offline/sm_90.csv")), PREDICTED)
     except (KeyError, OSError, ValueError) as error:
         parser.error(str(error))
     return 0

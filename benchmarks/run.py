@@ -47,7 +47,8 @@ def run_suite(arguments: argparse.Namespace, name: str) -> int:
     torch.manual_seed(0)
     bench = Bench(name, device, arguments.allocator, arguments.seconds, frozenset(arguments.with_))
     load_suite(name).run(bench)
-    write_rows(bench.rows, RESULTS / f"{name}-{device.type}-{arguments.allocator}.csv")
+    if bench.rows:
+        write_rows(bench.rows, RESULTS / f"{name}-{device.type}-{arguments.allocator}.csv")
     for failure in bench.failures:
         print(f"WRONG ANSWER {failure}", file=sys.stderr)
     return len(bench.failures)
@@ -69,10 +70,11 @@ def main() -> int:
         action="append",
         default=[],
         metavar="PEER",
-        help="a contestant that is left out by default; spikingjelly-compiled: minutes of compiling",
+        help="what is left out by default: spikingjelly-compiled, minutes of compiling; a target of gpu-offline, sm_80",
     )
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.suite = [name.replace("-", "_") for name in arguments.suite]
     unknown = [name for name in arguments.suite if name not in suites]
     if unknown:
         parser.error(f"unknown suite {', '.join(unknown)}; choose from {', '.join(suites)}")

@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 @pytest.fixture(autouse=True)
 def beside_the_suites(monkeypatch: pytest.MonkeyPatch):
     """Suites import each other by file name, as when run.py starts them."""
-    names = ("harness", "report", "run", "peers", "rates", "curves", "bench_sparse")
+    names = ("harness", "report", "run", "peers", "rates", "curves", "bench_sparse", "offline", "gpu_offline")
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
     for name in names:
@@ -79,8 +79,45 @@ def test_rows_survive_the_file(tmp_path: Path) -> None:
 def test_every_suite_is_found() -> None:
     import run
 
-    assert {"neuron", "block", "inference", "training", "scaling", "sparse", "networks"} <= set(run.find_suites())
-    assert not {"run", "report", "harness", "peers", "rates", "curves"} & set(run.find_suites())
+    assert {"neuron", "block", "inference", "training", "scaling", "sparse", "networks", "gpu_offline"} <= set(
+        run.find_suites()
+    )
+    assert not {"run", "report", "harness", "peers", "rates", "curves", "offline"} & set(run.find_suites())
+
+
+ASSEMBLY = """
+.text.kernel:
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0010*/              @!P0 EXIT ;
+.L_x_1:
+        /*0020*/                   FADD R4, R4, R5 ;
+        /*0030*/               @P1 BRA `(.L_x_1) ;
+        /*0040*/               @P2 BRA `(.L_x_2) ;
+        /*0050*/                   CALL.REL.NOINC `($__internal_0_$__cuda_sm20_div_s64) ;
+.L_x_2:
+        /*0060*/                   STG.E.U8 desc[UR4][R2.64], R4 ;
+        /*0070*/                   EXIT ;
+.L_x_3:
+        /*0080*/                   BRA `(.L_x_3) ;
+$__internal_0_$__cuda_sm20_div_s64:
+        /*0090*/                   RET.REL.NODEC R6 `(kernel) ;
+"""
+
+
+def test_a_thread_is_followed_through_loops_and_round_slow_ways() -> None:
+    offline = pytest.importorskip("offline")
+    binary = offline.Binary(ASSEMBLY, registers=32, spilled=0, shared=0, warps=4)
+    counts = offline.executed(binary, trips=3)
+    assert counts["FADD"] == 3 and counts["STG.E.U8"] == 1 and "CALL.REL.NOINC" not in counts
+    assert offline.accesses(counts) == {"L128": 1, "S8": 1}
+    assert offline.kinds(counts)["float"] == 3
+    h100 = offline.GPUS[90]
+    assert offline.resident(binary, h100) == 16
+    launch = offline.Launch(None, {}, (1000,))
+    slow = offline.predict(launch, offline.Work(elements=1000, moved=8), binary, h100)
+    fast = offline.predict(launch, offline.Work(elements=1000, moved=1 << 30), binary, h100)
+    assert slow.share < 0.01 and fast.bound == "memory" and fast.share == 1
+    assert slow.divisions == 1 and fast.seconds == pytest.approx((1 << 30) / h100.copy)
 
 
 def test_the_table_replaces_what_stands_between_the_markers(tmp_path: Path) -> None:

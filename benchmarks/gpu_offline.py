@@ -1,0 +1,255 @@
+"""The Triton kernels built for GPUs that need not be there, and a model's prediction: nothing is measured on a GPU.
+
+`--with sm_80` and `--with sm_120` add targets to sm_90. The launches are those of a training step and of an evaluation
+of sdt_8_384 and sdt_8_512, recorded on tensors without data. Rows go to results/gpu_offline/TARGET.csv.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import offline
+import torch
+import torch.nn.functional as F
+import triton
+from harness import RESULTS, Bench
+from offline import GPUS, Launch, Work
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sdt_blocks import create_model
+from sdt_blocks.ops import bits, dispatch
+from sdt_blocks.ops.attention import attend_backward_op, attend_op
+from sdt_blocks.ops.lif import lif_backward_op, lif_op
+from sdt_blocks.ops.norm_lif import channel_statistics
+from sdt_blocks.ops.pool import max_pool_backward_op, max_pool_op
+from sdt_blocks.ops.triton import training
+
+ALLOCATORS = ["default"]
+COLUMNS = [
+    *("target", "gpu", "model", "batch", "run", "dtype", "order", "kernel", "shape", "launches", "registers"),
+    *("spilled", "shared", "occupancy", "accesses", "instructions", "memory", "integer", "float", "special", "control"),
+    *("divisions", "barriers", "bytes", "cached", "bound", "share", "microseconds"),
+]
+TARGETS = [f"sm_{capability}" for capability in GPUS]
+BATCH = 32
+OPS = {
+    op._qualname: op
+    for op in (
+        *(lif_op, lif_backward_op, channel_statistics, max_pool_op, max_pool_backward_op),
+        *(attend_op, attend_backward_op),
+    )
+}
+Row = dict[str, Any]
+
+
+def run(bench: Bench) -> None:
+    """Builds, predicts and writes; `bench` says which targets besides sm_90."""
+    for target in ["sm_90", *(name for name in TARGETS if name in bench.options and name != "sm_90")]:
+        capability = int(target.removeprefix("sm_"))
+        rows = [row for name in ("sdt_8_384", "sdt_8_512") for row in of_model(name, capability)]
+        rows += of_spikingjelly(capability)
+        path = RESULTS / "gpu_offline" / f"{target}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        for line in summary(rows):
+            print(f"  {line}", flush=True)
+
+
+def of_model(name: str, capability: int) -> list[Row]:
+    """A row for every distinct launch of the model's training step and evaluation."""
+    rows = []
+    for training_step in (True, False):
+        for dtype in (torch.float32, torch.bfloat16):
+            for channels_last in (False, True):
+                launches = record(name, dtype, channels_last, training_step)
+                settings = {
+                    "model": name,
+                    "batch": BATCH,
+                    "run": "training step" if training_step else "evaluation",
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "order": "channels-last" if channels_last else "channels-first",
+                }
+                rows += distinct(launches, capability, settings)
+    return rows
+
+
+def record(name: str, dtype: torch.dtype, channels_last: bool, training_step: bool) -> list[Launch]:
+    """The launches of one step of a model, in their order."""
+    with FakeTensorMode(allow_non_fake_inputs=True), ours_run() as launches:
+        # How weights are drawn depends on values, which there are none of.
+        with mock.patch.object(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor):
+            model = create_model(name).train(training_step)
+        # The order of the images is that of all that is made of them.
+        order = torch.channels_last if channels_last else torch.contiguous_format
+        images = torch.empty(BATCH, 3, 224, 224).contiguous(memory_format=order)
+        with torch.set_grad_enabled(training_step), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits = model(images)
+        if training_step:
+            F.cross_entropy(logits.float(), torch.zeros(BATCH, dtype=torch.long)).backward()
+    return launches
+
+
+@contextlib.contextmanager
+def ours_run() -> Iterator[list[Launch]]:
+    """Within it the kernels' launchers are called for tensors without data, as if these were on an H100."""
+    of_h100 = mock.patch.object(training, "_programs", lambda device: training._PROGRAMS * GPUS[90].multiprocessors)
+    with (
+        mock.patch.object(dispatch, "_backend", lambda device, dtype: "triton"),
+        mock.patch.object(bits, "_holds_all", _holds_all),
+        of_h100 if hasattr(training, "_programs") else contextlib.nullcontext(),
+        offline.recorded() as launches,
+        _Bodies(),
+    ):
+        yield launches
+
+
+class _Bodies(TorchDispatchMode):
+    """Runs the bodies of our ops, of which tensors without data are shown the shapes of the results alone."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        body = OPS[func._schema.name]._init_fn if func._schema.name in OPS else func
+        return body(*args, **(kwargs or {}))
+
+
+def _holds_all(tensor: Tensor, spikes: Tensor) -> bool:
+    """`bits._holds_all` by the storage: tensors without data have no address."""
+    same = tensor.untyped_storage()._cdata == spikes.untyped_storage()._cdata and tensor.dtype == spikes.dtype
+    return same and tensor.numel() == spikes.numel() and bits._dense(tensor)
+
+
+def distinct(launches: list[Launch], capability: int, settings: Row) -> list[Row]:
+    """A row for launches alike in build and size, with their number."""
+    counts: Counter[tuple[Any, ...]] = Counter()
+    first: dict[tuple[Any, ...], Launch] = {}
+    for launch in launches:
+        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in launch.tensors().items())
+        of = (*offline.key(launch, capability), launch.grid, shapes)
+        counts[of] += 1
+        first.setdefault(of, launch)
+    return [row(launch, work(launch), capability, settings, counts[of]) for of, launch in first.items()]
+
+
+def work(launch: Launch) -> Work:
+    """Elements, bytes and rounds of a launch of ours, from its tensors."""
+    tensors, arguments = launch.tensors(), launch.arguments
+    scratch = tensors.pop("scratch", None)
+    elements = max(tensor.numel() for tensor in tensors.values())
+    moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if launch.name == "combine":
+        moved += arguments["grad"].numel() * arguments["grad"].element_size()
+    steps = arguments.get("STEPS", 1)
+    if scratch is not None:
+        # Membranes written and read twice; the input read again, unless it is one frame.
+        again = 0 if arguments["REPEAT"] else arguments["x"].element_size()
+        elements = arguments["size"] * steps
+        return Work(elements, moved, elements * (3 * scratch.element_size() + again), steps, training._PROGRAMS)
+    return Work(elements, moved, trips=arguments.get("rounds", steps))
+
+
+def row(launch: Launch, of: Work, capability: int, settings: Row, number: int) -> Row:
+    gpu, binary = GPUS[capability], offline.build(launch, capability)
+    found = offline.predict(launch, of, binary, gpu)
+    kinds = offline.kinds(found.counts)
+    shape = max((tensor.shape for tensor in launch.tensors().values()), key=math.prod)
+    return {
+        "target": f"sm_{capability}",
+        "gpu": gpu.name,
+        **settings,
+        "kernel": title(launch),
+        "shape": "x".join(map(str, shape)),
+        "launches": number,
+        "registers": binary.registers,
+        "spilled": binary.spilled,
+        "shared": binary.shared,
+        "occupancy": f"{offline.resident(binary, gpu) * binary.warps / gpu.warps:.2f}",
+        "accesses": " ".join(f"{width}:{count}" for width, count in sorted(offline.accesses(found.counts).items())),
+        "instructions": f"{sum(kinds.values()) * found.per_element:.1f}",
+        **{name: f"{kinds[name] * found.per_element:.2f}" for name in (*offline.KINDS, "integer")},
+        "divisions": found.divisions,
+        "barriers": sum(count for op, count in found.counts.items() if op.startswith("BAR")),
+        "bytes": f"{of.moved / of.elements:.2f}",
+        "cached": f"{of.cached / of.elements:.2f}",
+        "bound": found.bound,
+        "share": f"{found.share:.3f}",
+        "microseconds": f"{found.seconds * 1e6:.1f}",
+    }
+
+
+def title(launch: Launch) -> str:
+    """A kernel's name, with what of the neuron it is told besides."""
+    flags = {"AFFINE": "norm", "MASK": "mask", "REPEAT": "one frame", "KEEP": "kept"}
+    told = [word for name, word in flags.items() if launch.arguments.get(name)]
+    return launch.name + (f" ({', '.join(told)})" if told else "")
+
+
+def of_spikingjelly(capability: int) -> list[Row]:
+    """SpikingJelly's Triton neurons at the size of a block's, float32 and its opt-in bfloat16; none if absent."""
+    try:
+        from spikingjelly._ops.lif import triton as theirs
+        from spikingjelly._ops.lif import triton_precision as reduced
+    except ImportError:
+        return []
+    steps, neurons = 4, BATCH * 384 * 14 * 14
+    rows: list[Row] = []
+    with FakeTensorMode():
+        x, v = torch.empty(steps, neurons), torch.empty(neurons)
+        half = x.bfloat16()
+        number = {"tau": 2.0, "threshold": 1.0, "reset": 0.0}
+        flags = {"T": steps, "DECAY_INPUT": True, "SOFT_RESET": False, "STORE_V_SEQ": False, "BLOCK": 256}
+        forward = {"x_ptr": x, "v_ptr": v, "spikes_ptr": x.clone(), "voltages_ptr": v.clone(), "charged_ptr": x.clone()}
+        backward = {"gs_ptr": x, "gv_ptr": v, "h_ptr": x.clone(), "gx_ptr": x.clone(), "gv_init_ptr": v.clone()}
+        backward |= {"alpha": 4.0, "DETACH_RESET": True, "SURROGATE": 0, "UNROLL": steps}
+        grid, options = (triton.cdiv(neurons, 256),), {"enable_fp_fusion": False}
+        plain = {"N": neurons, "LAYOUT": None, **number, **flags}
+        launches = [
+            Launch(theirs._forward_kernel, {**plain, **forward}, grid, options),
+            Launch(theirs._backward_kernel, {**plain, **backward}, grid, options),
+        ]
+        number = {"tau": 2.0, "v_threshold": 1.0, "v_reset": 0.0, "decay_input": True, "soft_reset": False}
+        number |= {"T": steps, "NCL": neurons, "BLOCK_NCL": 256, "compute_dtype": triton.language.bfloat16}
+        number |= {"store_v_seq": False, "BLOCK_MINOR": 1, "SIZES": (), "STRIDES": ()}
+        first = v.bfloat16()
+        forward = {"x_seq_ptr": half, "v_init_ptr": first, "s_seq_ptr": half.clone(), "h_seq_ptr": half.clone()}
+        forward |= {"v_seq_ptr": first.clone()}
+        backward = {"grad_s_seq_ptr": half, "grad_v_seq_ptr": first, "h_seq_ptr": half.clone()}
+        backward |= {"grad_x_seq_ptr": half.clone(), "grad_v_init_ptr": first.clone(), "sg_alpha": 4.0}
+        backward |= {"sg_triton_id": 0, "detach_reset": True}
+        half_forward = reduced._multistep_lif_forward_kernel_static.fn
+        half_backward = reduced._multistep_lif_backward_kernel_static.fn
+        launches += [
+            Launch(half_forward, {**number, **forward, "save_intermediates": True}, grid),
+            Launch(half_backward, {**number, **backward}, grid),
+        ]
+        for launch, dtype in zip(launches, ("float32", "float32", "bfloat16", "bfloat16"), strict=True):
+            tensors = launch.tensors().values()
+            moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            settings = {"model": "SpikingJelly's LIF", "batch": BATCH, "dtype": dtype, "order": "any"}
+            settings["run"] = "training step"
+            rows.append(row(launch, Work(steps * neurons, moved, trips=steps), capability, settings, 1))
+    return rows
+
+
+def summary(rows: list[Row]) -> list[str]:
+    """Milliseconds of all of a step's launches, and how many times what their bytes take at the speed of a copy."""
+    lines = []
+    for name, which, dtype, order in dict.fromkeys((r["model"], r["run"], r["dtype"], r["order"]) for r in rows):
+        found = [r for r in rows if (r["model"], r["run"], r["dtype"], r["order"]) == (name, which, dtype, order)]
+        time = sum(float(r["microseconds"]) * r["launches"] for r in found)
+        ideal = sum(float(r["microseconds"]) * float(r["share"]) * r["launches"] for r in found)
+        launches = sum(r["launches"] for r in found)
+        lines.append(
+            f"{found[0]['target']} {name} {which} {dtype} {order}: {launches} launches, predicted {time / 1e3:.2f} ms, "
+            f"{time / ideal:.2f} of their bytes; lowest share {min(float(r['share']) for r in found):.2f}"
+        )
+    return lines

@@ -1,0 +1,366 @@
+"""What Triton kernels compile to for a GPU that need not be there, and how fast that can be at best: a model on paper.
+
+Launches are recorded instead of run, built for a target with Triton's own specialisation of their arguments, and one
+thread's way through the machine code is followed: loops are gone round as often as the launch says, branches to
+subroutines (64-bit division) are taken. `predict` holds what is found against a GPU's datasheet. Nothing is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as its datasheet has it; `reached` is the share of the bandwidth that a copy gets, an assumption."""
+
+    name: str
+    multiprocessors: int
+    clock: float
+    """Hz under load, an assumption between base and boost."""
+    bandwidth: float
+    """Bytes/s of the memory."""
+    reached: float
+    cache: float
+    """Bytes/s of the L2 cache, an assumption from published microbenchmarks."""
+    float_lanes: int
+    wide_conversions: int
+    """64-bit conversions a clock and multiprocessor, from the CUDA C++ Programming Guide's table of throughputs."""
+    warps: int
+    """Resident warps of a multiprocessor; with `blocks` and `shared` from the guide's table of capabilities."""
+    blocks: int
+    shared: int
+
+    @property
+    def copy(self) -> float:
+        return self.bandwidth * self.reached
+
+
+GPUS = {
+    80: Gpu("A100 80 GB", 108, 1.41e9, 2.039e12, 0.88, 4.0e12, 64, 16, 64, 32, 163 << 10),
+    90: Gpu("H100 SXM", 132, 1.70e9, 3.35e12, 0.90, 5.5e12, 128, 16, 64, 32, 227 << 10),
+    120: Gpu("RTX 5090", 170, 2.41e9, 1.792e12, 0.90, 7.0e12, 128, 2, 48, 24, 99 << 10),
+}
+"""By compute capability."""
+BUSY = 0.75
+"""The share of its busiest pipe's throughput that a kernel is taken to reach."""
+REGISTERS, WARP = 65536, 32
+
+
+@dataclass
+class Launch:
+    """One launch of a kernel, as it was asked for."""
+
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    grid: tuple[int, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+    @property
+    def programs(self) -> int:
+        return math.prod(self.grid)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are given, each once: a stand-in for what is not read is one of the others."""
+        found: dict[str, Tensor] = {}
+        for name, value in self.arguments.items():
+            if isinstance(value, Tensor) and all(value is not other for other in found.values()):
+                found[name] = value
+        return found
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Within it, launches of Triton kernels are noted in the list that it gives, and nothing runs."""
+    launches: list[Launch] = []
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        names = [parameter.name for parameter in self.params]
+        arguments = dict(zip(names, args, strict=False))
+        arguments |= {name: options.pop(name) for name in names if name in options}
+        sizes = grid(arguments) if callable(grid) else grid
+        launches.append(Launch(self, arguments, tuple(int(size) for size in sizes), options))
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield launches
+
+
+class _Aligned:
+    """Stands in for a tensor where Triton asks for dtype and alignment."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def data_ptr(self) -> int:
+        return 256
+
+    def ptr_range(self) -> int:
+        return 0
+
+
+@dataclass
+class Binary:
+    """A kernel built for a target."""
+
+    assembly: str
+    registers: int
+    spilled: int
+    shared: int
+    warps: int
+
+
+_built: dict[tuple[Any, ...], Binary] = {}
+
+
+def key(launch: Launch, capability: int) -> tuple[Any, ...]:
+    """What decides which build a launch takes: arguments by their types, alignments and constants."""
+    return _specialized(launch, capability)[0]
+
+
+def build(launch: Launch, capability: int) -> Binary:
+    """The launch's kernel as machine code; equal launches are built once."""
+    of, (signature, constants, attributes, options) = _specialized(launch, capability)
+    if of not in _built:
+        target = GPUTarget("cuda", capability, WARP)
+        source = ASTSource(launch.kernel, signature, constants, attributes)
+        kernel = triton.compile(source, target=target, options=options.__dict__)
+        _built[of] = _disassembled(kernel)
+    return _built[of]
+
+
+def _specialized(launch: Launch, capability: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    backend = make_backend(GPUTarget("cuda", capability, WARP))
+    given = {
+        name: _Aligned(value.dtype) if isinstance(value, Tensor) else value for name, value in launch.arguments.items()
+    }
+    settings = {"debug": False, "instrumentation_mode": "", **launch.options}
+    binder = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+    bound, specialization, options = binder(**given, **settings)
+    options, signature, constants, attributes = launch.kernel._pack_args(
+        backend, settings, bound, specialization, options
+    )
+    parts = (
+        signature,
+        sorted(constants.items()),
+        sorted(attributes.items()),
+        sorted(options.__dict__.items(), key=str),
+    )
+    return (launch.kernel.__module__, launch.name, capability, *map(str, parts)), (
+        signature,
+        constants,
+        attributes,
+        options,
+    )
+
+
+def _disassembled(kernel: Any) -> Binary:
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        assembly = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True)
+        usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
+    assert found is not None, usage.stderr
+    registers, stack = map(int, found.groups())
+    return Binary(assembly.stdout, registers, stack, kernel.metadata.shared, kernel.metadata.num_warps)
+
+
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;")
+DIVISION = r"CALL.*(?:div|rem)_[su]64"
+LABEL = re.compile(r"^\s*([.$\w]+):")
+
+
+def executed(binary: Binary, trips: int, outer: int | None = None) -> Counter[str]:
+    """What one thread executes, by opcode; a loop about other loops is gone round `outer` times, if that differs."""
+    code, labels = [], {}
+    for line in binary.assembly.splitlines():
+        if found := INSTRUCTION.match(line):
+            code.append((bool(found[1]), found[2], found[3]))
+        elif found := LABEL.match(line):
+            labels[found[1]] = len(code)
+
+    def target(operands: str) -> tuple[str, int]:
+        name = re.search(r"`\((.+?)\)", operands)
+        return (name[1], labels[name[1]]) if name else ("", len(code))
+
+    def slow(at: int, end: int) -> bool:
+        """Whether a branch from `at` to `end` goes round a call."""
+        return any(op.startswith("CALL") for _, op, _ in code[at + 1 : min(end, at + 12)])
+
+    back = {at: target(operands)[1] for at, (_, op, operands) in enumerate(code) if op.startswith("BRA")}
+    back = {at: to for at, to in back.items() if to < at}
+
+    def times(at: int) -> int:
+        """How often the loop that ends at `at` is gone round."""
+        about_others = any(to > back[at] and end < at for end, to in back.items())
+        return outer if outer is not None and about_others else trips
+
+    counts: Counter[str] = Counter()
+    rounds: dict[int, int] = {}
+    calls: list[int] = []
+    at = 0
+    while at < len(code):
+        predicated, op, operands = code[at]
+        name, to = target(operands)
+        counts[op] += 1
+        conditional = predicated or re.match(r"!?U?P\d", operands) is not None
+        at += 1
+        if op.startswith("EXIT") and not predicated:
+            break
+        if op.startswith("RET") and calls:
+            at = calls.pop()
+        elif op.startswith("CALL"):
+            calls.append(at)
+            at = to
+        elif op.startswith("BRA") and name:
+            if to < at:
+                if to == at - 1:
+                    break
+                rounds[at] = rounds.get(at, 0) + 1
+                if rounds[at] < times(at - 1):
+                    at = to
+                else:
+                    rounds[at] = 0
+            elif not conditional or slow(at - 1, to):
+                at = to
+    return counts
+
+
+KINDS = {
+    "memory": "LDG STG RED ATOM ATOMG LDS STS LDSM STSM LDL STL",
+    "float": "FADD FMUL FFMA FSETP FSEL FMNMX FSET FCHK HADD2 HFMA2 HMUL2 HSETP2 FFMA2 FADD2 FMUL2 F2FP DADD DMUL DFMA "
+    "DSETP HMNMX2",
+    "special": "MUFU I2F F2I F2F I2FP",
+    "control": "BAR WARPSYNC BRA EXIT CALL RET BSSY BSYNC SHFL NOP LDC ULDC S2R S2UR CS2R LDCU",
+}
+_KIND = {op: kind for kind, ops in KINDS.items() for op in ops.split()}
+_INTEGER = """
+    LOP3 IADD3 ISETP SEL SHF PLOP3 LEA VIADD FSETP FSEL FMNMX PRMT P2R R2P FSET IABS IMNMX VIMNMX LOP POPC BREV FLO I2FP
+    VIADDMNMX FCHK ISCADD SGXT BMSK F2FP HSETP2 HMNMX2
+"""
+ALU = frozenset(_INTEGER.split())
+"""What goes through the integer pipe, half as wide as the issue."""
+
+
+def kinds(counts: Counter[str]) -> Counter[str]:
+    """Instructions by kind; what is not listed is integer arithmetic."""
+    found: Counter[str] = Counter()
+    for op, count in counts.items():
+        found[_KIND.get(op.split(".")[0], "integer")] += count
+    return found
+
+
+def accesses(counts: Counter[str]) -> Counter[str]:
+    """Loads and stores of global memory by their width in bits: L128, S64, ..."""
+    found: Counter[str] = Counter()
+    for op, count in counts.items():
+        if op.startswith(("LDG", "STG")):
+            parts = op.split(".")
+            width = next((part for part in ("128", "64") if part in parts), None)
+            width = width or ("8" if {"U8", "S8"} & set(parts) else "16" if {"U16", "S16"} & set(parts) else "32")
+            found[op[0] + width] += count
+    return found
+
+
+def cycles(counts: Counter[str], gpu: Gpu) -> tuple[float, str]:
+    """Clocks of a multiprocessor that a thread takes on the busiest of its pipes, and which that is."""
+    lanes = {"issue": 128.0, "integer": 64.0, "float": gpu.float_lanes, "special": 16.0, "load/store": 32.0}
+    lanes |= {"64-bit conversion": gpu.wide_conversions, "multiply": 64.0}
+    used: Counter[str] = Counter()
+    for op, count in counts.items():
+        parts = op.split(".")
+        base, words = parts[0], 4 if "128" in parts else 2 if "64" in parts else 1
+        used["issue"] += count
+        if base in ALU:
+            used["integer"] += count
+        elif base in ("IMAD", "IDP"):
+            used["multiply"] += count
+            used["float"] += count
+        elif base in ("FADD", "FMUL", "FFMA", "HADD2", "HFMA2", "HMUL2", "MOV"):
+            used["float"] += count
+        elif _KIND.get(base) == "special":
+            used["64-bit conversion" if any("64" in part for part in parts) else "special"] += count
+        elif base in ("LDG", "STG", "LDS", "STS", "LDL", "STL"):
+            used["load/store"] += count * words
+    pipe = max(used, key=lambda name: used[name] / lanes[name])
+    return used[pipe] / lanes[pipe], pipe
+
+
+def resident(binary: Binary, gpu: Gpu) -> int:
+    """Programs of a multiprocessor at once."""
+    warps = min(gpu.warps, REGISTERS // (math.ceil(max(binary.registers, 16) / 8) * 8 * WARP))
+    blocks = min(gpu.blocks, warps // binary.warps)
+    return min(blocks, gpu.shared // (binary.shared + 1024)) if binary.shared else blocks
+
+
+@dataclass
+class Work:
+    """What a launch has to do."""
+
+    elements: int
+    """Elements and steps."""
+    moved: int
+    """Bytes of memory that it cannot do without: each tensor once, twice where it is changed."""
+    cached: int = 0
+    """Bytes that the cache carries besides."""
+    trips: int = 1
+    """How often its loops go round."""
+    persistent: int = 0
+    """Programs for each multiprocessor of a launch whose programs do the work of several, block by block."""
+
+
+@dataclass
+class Prediction:
+    """A launch on a GPU, on paper."""
+
+    seconds: float
+    bound: str
+    share: float
+    """Of the speed at which a copy moves `Work.moved`."""
+    counts: Counter[str]
+    divisions: int
+    """Of 64-bit integers, each a call in the code."""
+    per_element: float
+    """Threads for each element and step: what a thread executes times this is what an element takes."""
+
+
+def predict(launch: Launch, work: Work, binary: Binary, gpu: Gpu) -> Prediction:
+    """The slowest of memory, cache and pipes, times the last wave's idle part where programs are persistent."""
+    counts = executed(binary, work.trips, 1 if work.persistent else None)
+    programs = launch.arguments["blocks"] if work.persistent else launch.programs
+    threads = programs * binary.warps * WARP
+    clocks, pipe = cycles(counts, gpu)
+    times = {
+        "memory": work.moved / gpu.copy,
+        "cache": (work.moved + work.cached) / gpu.cache,
+        pipe: clocks * threads / (gpu.multiprocessors * gpu.clock * BUSY),
+    }
+    bound = max(times, key=lambda name: times[name])
+    seconds = times[bound]
+    if work.persistent:
+        waves = work.persistent / min(work.persistent, resident(binary, gpu))
+        seconds *= math.ceil(waves) / waves
+    divisions = len(re.findall(DIVISION, binary.assembly))
+    return Prediction(seconds, bound, times["memory"] / seconds, counts, divisions, threads / work.elements)
