@@ -336,7 +336,7 @@ def _fuses_its_forward(kind: type) -> bool:
 
 
 def _fusible(norm: nn.Module, neuron: nn.Module, x: Tensor) -> bool:
-    if not (fused(x, even_traced=norm.training) and is_plain(norm, nn.BatchNorm2d) and is_neuron(neuron)):
+    if not (is_plain(norm, nn.BatchNorm2d) and is_neuron(neuron) and fused(x, even_traced=norm.training)):
         return False
     assert isinstance(norm, nn.BatchNorm2d) and isinstance(neuron, LIF)
     return isinstance(neuron.surrogate, Surrogate) and x.shape[2] == norm.num_features < x.numel()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 KINDS = ("sigmoid", "atan", "fast_sigmoid", "triangular", "straight_through")
 
@@ -56,17 +57,44 @@ class Surrogate:
         return fire(shift, self)
 
 
+def transformed() -> bool:
+    """Whether torch.func transforms what is computed, or forward-mode gradients flow: the equations alone know them."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 class _Spike(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, shift: Tensor, surrogate: Surrogate, strict: bool) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(shift)
-        ctx.surrogate = surrogate
+    def forward(shift: Tensor, surrogate: Surrogate, strict: bool) -> Tensor:  # type: ignore[override]
         return heaviside(shift, strict)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        shift, ctx.surrogate, _ = inputs
+        ctx.save_for_backward(shift)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         (shift,) = ctx.saved_tensors
         return grad * ctx.surrogate.derivative(shift), None, None
+
+
+class _ForwardSpike(_Spike):
+    """With the rule of forward-mode gradients, which torch.compile takes no function with."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _Spike.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, *_: None) -> Tensor:  # type: ignore[override]
+        (shift,) = ctx.saved_tensors
+        result: Tensor = tangent * ctx.surrogate.derivative(shift)
+        return result
 
 
 def heaviside(shift: Tensor, strict: bool = False) -> Tensor:
@@ -77,9 +105,10 @@ def heaviside(shift: Tensor, strict: bool = False) -> Tensor:
 def fire(shift: Tensor, surrogate: Surrogate | Callable[[Tensor], Tensor], strict: bool = False) -> Tensor:
     """Spikes of `shift`, with the gradient of a `Surrogate` or of any snnTorch `spike_grad`."""
     if isinstance(surrogate, Surrogate):
-        if not (torch.is_grad_enabled() and shift.requires_grad):
+        forward = transformed()
+        if not forward and not (torch.is_grad_enabled() and shift.requires_grad):
             return heaviside(shift, strict)  # a plain operation, which a traced model can be saved with
-        spikes: Tensor = _Spike.apply(shift, surrogate, strict)  # type: ignore[no-untyped-call]
+        spikes: Tensor = (_ForwardSpike if forward else _Spike).apply(shift, surrogate, strict)
         return spikes
     soft = surrogate(shift)
     return soft + (heaviside(shift, strict) - soft).detach()

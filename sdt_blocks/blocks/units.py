@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..steps import Unit, has_hooks, is_plain
+from ..surrogate import transformed
 
 
 class ConvNorm(Unit):
@@ -146,7 +147,8 @@ class PaddedNorm(nn.Module):
         """What the norm makes of zero by its running statistics, `[channels]`."""
         norm = self.norm
         assert norm.running_mean is not None and norm.running_var is not None
-        return norm.bias - norm.running_mean * norm.weight / (norm.running_var + norm.eps).sqrt()
+        weight, bias = norm.weight.detach(), norm.bias.detach()  # forward-mode gradients pass no_grad
+        return bias - norm.running_mean * weight / (norm.running_var + norm.eps).sqrt()
 
     @staticmethod
     def pad(normalized: Tensor, of_zero: Tensor) -> Tensor:
@@ -162,13 +164,13 @@ class Recomputed(nn.Sequential):
     """Layers without a neuron between them: training keeps what the first one makes, and computes the rest anew.
 
     The second time norms take the same batch statistics and leave the running ones alone. Where somebody looks at a
-    layer (a hook), and while `torch.compile` traces, everything is kept.
+    layer (a hook), while `torch.compile` traces, and within transforms of `torch.func`, everything is kept.
     """
 
     def forward(self, frames: Tensor) -> Tensor:
         known = (nn.Conv2d, nn.BatchNorm2d, PaddedNorm)
         plain = all(is_plain(layer, *known) for layer in self) and not any(map(has_hooks, self.modules()))
-        if not (plain and self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        if not (plain and self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling() or transformed():
             return super().forward(frames)
         first, *rest = self
         again = False

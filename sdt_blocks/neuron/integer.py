@@ -7,23 +7,49 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..surrogate import transformed
+
 ROUNDINGS = ("even", "up")
 """Of a level and a half: to the even neighbour, as `torch.round`, or up."""
 
 
 class _Levels(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, levels: int, rounding: str) -> Tensor:  # type: ignore[override]
-        # An open window has no gradient at its ends, where silent neurons lie.
-        inside = (x >= 0) & (x <= levels) if rounding == "even" else (x > 0) & (x < levels)
-        ctx.save_for_backward(inside)
+    def forward(x: Tensor, levels: int, rounding: str) -> Tensor:  # type: ignore[override]
         clamped = x.clamp(0, levels)
         return clamped.round() if rounding == "even" else (clamped + 0.5).floor()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(_inside(*inputs))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (inside,) = ctx.saved_tensors
         return grad * inside, None, None
+
+
+class _ForwardLevels(_Levels):
+    """With the rule of forward-mode gradients, which torch.compile takes no function with."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        inside = _inside(*inputs)
+        ctx.save_for_backward(inside)
+        ctx.save_for_forward(inside)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:  # type: ignore[override]
+        (inside,) = ctx.saved_tensors
+        result: Tensor = tangent * inside
+        return result
+
+
+def _inside(x: Tensor, levels: int, rounding: str) -> Tensor:
+    """Where the gradient passes: an open window has none at its ends, where silent neurons lie."""
+    return (x >= 0) & (x <= levels) if rounding == "even" else (x > 0) & (x < levels)
 
 
 class IntegerNeuron(nn.Module):
@@ -58,7 +84,8 @@ class IntegerNeuron(nn.Module):
     def level(self, x: Tensor) -> Tensor:
         """The whole numbers, in the dtype of x."""
         x = x if self.threshold == 1 else x / self.threshold
-        levels: Tensor = _Levels.apply(x, self.levels, self.rounding)  # type: ignore[no-untyped-call]
+        function = _ForwardLevels if transformed() else _Levels
+        levels: Tensor = function.apply(x, self.levels, self.rounding)
         return levels
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .bits import as_spikes
 from .dispatch import fused, kernels
-from .lif import constants, lif, lif_gradients, lif_reference
+from .lif import constants, gradients_of_equations, lif, lif_gradients, lif_reference, normalized
 from .norm_lif import batch_norm_lif, batch_norm_lif_reference, statistics
 from .spec import MOST_TOKENS, Affine, Arriving, Layout, Mask, NeuronSpec, Norm, arrange, state_dtype
 
@@ -168,6 +168,12 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     q, k, v, codes, sums, inv_tau, *norm = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        inputs = (q, k, v, inv_tau, *norm[2:])
+        with torch.enable_grad():
+            masked = _equations((q, k, v), _specs(ctx.neurons), inv_tau, norm, ctx.of_batch)
+        of_q, of_k, of_v, of_inv_tau, of_weight, of_bias = gradients_of_equations((masked,), inputs, (grad,))
+        return of_q, of_k, of_v, None, of_inv_tau, None, None, of_weight, of_bias, None, None
     *of_x, of_inv_tau, of_weight, of_bias = torch.ops.sdt_blocks.attend_backward(
         grad, q, k, v, codes, sums, ctx.neurons, inv_tau, *norm, ctx.of_batch
     )
@@ -175,6 +181,19 @@ def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 
 
 attend_op.register_autograd(_gradients, setup_context=_keep)
+
+
+def _equations(
+    x: Sequence[Tensor], specs: Sequence[NeuronSpec], inv_tau: Tensor | None, norm: Sequence[Tensor], of_batch: bool
+) -> Tensor:
+    """The masked spikes from what the op is given."""
+    if inv_tau is not None:
+        specs = [spec._replace(inv_tau=inv_tau[i]) for i, spec in enumerate(specs)]
+    mean, inv_std, weight, bias = norm
+    frames = [normalized(x[i], mean[i], inv_std[i], weight[i], bias[i], of_batch) for i in range(3)]
+    q, k, v = (lif_reference(part, spec)[0] for part, spec in zip(frames, specs[:3], strict=True))
+    mask = lif_reference((k * v).sum(tuple(range(3, q.ndim)), keepdim=True), specs[3])[0]
+    return (q * mask).to(x[0].dtype)
 
 
 def _arranged(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Layout]:

@@ -10,6 +10,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from ..surrogate import transformed
 from .kernels import Kernels
 
 BACKENDS = ("reference", "compiled", "triton")
@@ -25,12 +26,16 @@ def fused(x: Tensor, *, even_traced: bool = False) -> bool:
     `TRITON_INTERPRET=1` CPU tensors too). Without it CUDA tensors take Triton and CPU tensors the compiled kernels.
     Where these cannot run, one warning says why and the reference runs. While `torch.compile` traces CPU code it is
     shown the reference, which it fuses with what stands beside it, unless `even_traced`. What `torch.export`,
-    `torch.onnx` and `torch.jit` make is for other runtimes: they are shown nothing but the reference.
+    `torch.onnx` and `torch.jit` make is for other runtimes: they are shown nothing but the reference, as are, with a
+    warning, the transforms of `torch.func` and forward-mode gradients.
 
     Raises `ValueError` for an unknown backend or one that does not run on the tensor's device, and `RuntimeError` where
     a forced backend cannot run.
     """
-    if _exporting():
+    if exporting():
+        return False
+    if transformed():
+        fall_back("torch.func and forward-mode gradients are computed from the equations")
         return False
     if torch.compiler.is_compiling() and x.device.type == "cpu" and not even_traced:
         return False
@@ -42,7 +47,8 @@ def kernels(x: Tensor) -> Kernels:
     return _module(_backend(x.device.type, x.dtype))
 
 
-def _exporting() -> bool:
+def exporting() -> bool:
+    """Whether torch.export, torch.onnx or torch.jit is looking on."""
     if torch.jit.is_tracing():
         return True
     if hasattr(torch.compiler, "is_exporting"):

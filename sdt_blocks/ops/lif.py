@@ -233,6 +233,15 @@ def _gradients(ctx: Any, grad: Tensor | None, grad_last: Tensor | None) -> tuple
     x, inv_tau, membrane, mean, inv_std, weight, bias = ctx.saved_tensors
     if not ctx.keep_membrane:
         grad_last = None
+    if torch.is_grad_enabled():
+        with torch.enable_grad():
+            frames = normalized(x, mean, inv_std, weight, bias, ctx.of_batch)
+            spec = NeuronSpec.decode(ctx.neuron)
+            spec = spec if inv_tau is None else spec._replace(inv_tau=inv_tau)
+            outputs = lif_reference(frames.expand(ctx.steps, *x.shape[1:]), spec, membrane)
+        found = gradients_of_equations(outputs, (x, inv_tau, membrane, weight, bias), (grad, grad_last))
+        of_x, of_inv_tau, of_membrane, of_weight, of_bias = found
+        return of_x, None, None, of_inv_tau, of_membrane, None, None, None, of_weight, of_bias, None
     of_x, of_inv_tau, of_membrane, of_weight, of_bias = torch.ops.sdt_blocks.lif_backward(
         grad, grad_last, x, ctx.steps, ctx.neuron, inv_tau, membrane, mean, inv_std, weight, bias, ctx.of_batch
     )
@@ -245,6 +254,47 @@ def _gradients(ctx: Any, grad: Tensor | None, grad_last: Tensor | None) -> tuple
 
 
 lif_op.register_autograd(_gradients, setup_context=_keep_inputs)
+
+
+def normalized(
+    x: Tensor, mean: Tensor | None, inv_std: Tensor | None, weight: Tensor | None, bias: Tensor | None, of_batch: bool
+) -> Tensor:
+    """`(x - mean) * inv_std * weight + bias` per channel, x without a mean; mean and inv_std again as functions of x.
+
+    In the state's dtype where there is a mean.
+    """
+    if mean is None or inv_std is None:
+        return x
+    x = x.to(state_dtype(x))
+    if of_batch:
+        axes = [axis for axis in range(x.ndim) if axis != 2]
+        variance, batch_mean = torch.var_mean(x, axes, correction=0)
+        eps = inv_std.detach() ** -2 - variance.detach()
+        mean, inv_std = batch_mean, (variance + eps).rsqrt()
+    scale = inv_std if weight is None else inv_std * weight
+    shape = (-1, *[1] * (x.ndim - 3))
+    result = (x - mean.view(shape)) * scale.view(shape)
+    return result if bias is None else result + bias.view(shape)
+
+
+def gradients_of_equations(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor | None], arriving: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of the inputs, as functions that can be differentiated again: kernels have no such form.
+
+    Says so once.
+    """
+    fall_back("gradients of gradients (create_graph=True) are computed from the equations")
+    wanted = [i for i, value in enumerate(inputs) if value is not None and value.requires_grad]
+    pairs = [(out, grad) for out, grad in zip(outputs, arriving, strict=True) if grad is not None and out.requires_grad]
+    found: list[Tensor | None] = [None] * len(inputs)
+    if wanted and pairs:
+        of, grads = zip(*pairs, strict=True)
+        given = [inputs[i] for i in wanted]
+        gradients = torch.autograd.grad(of, given, grads, create_graph=True, allow_unused=True)  # type: ignore[arg-type]
+        for i, gradient in zip(wanted, gradients, strict=True):
+            found[i] = gradient
+    return found
 
 
 def _arranged(x: Tensor, steps: int, inv_tau: Tensor | None, mean: Tensor | None) -> tuple[Tensor, Layout]:

@@ -68,10 +68,21 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None]:
     (places,) = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return _scattered(grad, places, *ctx.size), None
     return torch.ops.sdt_blocks.max_pool_backward(grad, places, *ctx.size), None
 
 
 max_pool_op.register_autograd(_gradient, setup_context=_keep)
+
+
+def _scattered(grad: Tensor, places: Tensor, height: int, width: int) -> Tensor:
+    """What `max_pool_backward_op` computes, by operations with a gradient of their own."""
+    down, right = (torch.arange(size, device=grad.device) * 2 - 1 for size in grad.shape[2:])
+    rows, columns = down[:, None] + places // 3, right + places % 3
+    index = (rows * width + columns).flatten(2)
+    frames = grad.new_zeros(*grad.shape[:2], height * width)
+    return frames.scatter_add(2, index, grad.flatten(2)).unflatten(2, (height, width))
 
 
 def _order(x: Tensor) -> torch.memory_format:
