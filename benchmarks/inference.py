@@ -20,6 +20,11 @@ from sdt_blocks import MetaSpikeFormer, SpikeDrivenTransformer, optimize_for_inf
 ALLOCATORS = ["default", "reused"]
 FLOOR = "floor: bare convolutions, fp32"
 Build = Callable[[Any], Callable[[Tensor], Tensor]]
+WHOLE_NUMBERS: dict[str, Build] = {
+    "sdt_blocks, optimised, int8": lambda model: optimize_for_inference(model, torch.int8),
+    "sdt_blocks, optimised, exact": lambda model: optimize_for_inference(model, exact=True),
+}
+"""On a CPU alone."""
 
 
 @torch.no_grad()
@@ -54,6 +59,7 @@ def builds(bench: Bench) -> dict[str, Build]:
         "sdt_blocks, optimised, not compiled": lambda model: optimize_for_inference(model, compile=False),
         "sdt_blocks, optimised": optimize_for_inference,
         "sdt_blocks, optimised, bf16": lambda model: optimize_for_inference(model, torch.bfloat16),
+        **({} if bench.device.type != "cpu" else WHOLE_NUMBERS),
     }
     if spikingjelly_installed():
         found["authors' arrangement"] = lambda model: AuthorsArrangement(model).eval()
@@ -86,7 +92,7 @@ def agreement(
     images: int = 200,
     small: Callable[[Tensor], SpikeDrivenTransformer | MetaSpikeFormer] | None = None,
 ) -> str:
-    """Parity on a small model, image by image; in bfloat16 as near to float32 as `torch.autocast` comes.
+    """Parity on a small model, image by image; in fewer bits as near to float32 as `torch.autocast` comes.
 
     A membrane within rounding of its threshold fires in one library's sums and not in another's, and its spike travels
     on: so a few images may differ, in float32 too. In a model with millions of neurons every image has such a membrane.

@@ -26,6 +26,7 @@ from sdt_blocks.analysis import E_AC, E_MAC
 from sdt_blocks.inference import Events, Product, plan
 from sdt_blocks.inference.choice import Calibration
 from sdt_blocks.ops import dense as firing
+from sdt_blocks.ops.integers import IntegerWeight, quantize, spike_product_dense
 from sdt_blocks.ops.packed import Epilogue, EventWeight, PackedSpikes, spike_product
 from sdt_blocks.ops.spec import NeuronSpec
 
@@ -46,6 +47,12 @@ SUMS, FIRED = "events to membrane", "events to spikes, neuron included"
 FLOOR, FLOOR_BF16 = "floor: bare convolutions, fp32", "floor: bare convolutions, bf16"
 OPTIMISED, OPTIMISED_BF16 = "optimised dense, fp32", "optimised dense, bf16"
 EVENTS, AUTO = "event-driven, fp32", 'sparse="auto"'
+OPTIMISED_INT8, EVENTS_INT8, AUTO_INT8 = "optimised dense, int8", "event-driven, int8", 'sparse="auto", int8'
+SUMS_INT8, FIRED_INT8, DENSE_INT8 = (
+    "events to membrane, int8",
+    "events to spikes, int8, neuron included",
+    "dense to spikes, int8, neuron included",
+)
 FALLBACK = "event-driven, dense layers by call"
 """What sparse=\"auto\" uses where it was calibrated on quieter images than these."""
 
@@ -74,11 +81,15 @@ def race_product(bench: Bench, inputs: int, outputs: int, kernel: int, side: int
     ours, ours_bf16 = (Product(weight, torch.zeros(outputs), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     neuron = firing.Neuron(torch.tensor(0.5), threshold=1.0, reset="zero", strict=False)
     shape = torch.Size((32, side, side, inputs))
+    whole, scale = quantize(weight, pieces=1)
+    integers, fires_int8 = IntegerWeight(whole), Epilogue(outputs, scale=scale, neuron=NeuronSpec())
     ratios: dict[tuple[str, str], list[float]] = {
         (SUMS, DENSE): [],
         (SUMS, DENSE_OURS): [],
         (SUMS, DENSE_BF16): [],
         (FIRED, DENSE_BF16_FIRED): [],
+        (FIRED_INT8, DENSE_INT8): [],
+        (FIRED_INT8, DENSE_BF16_FIRED): [],
     }
     for rate in PRODUCT_RATES:
         spikes = PackedSpikes.pack(torch.rand(4, 8, inputs, side, side) < rate)
@@ -95,13 +106,19 @@ def race_product(bench: Bench, inputs: int, outputs: int, kernel: int, side: int
             ),
             SUMS: sums,
             FIRED: partial(spike_product, spikes, tiles, fires),
+            SUMS_INT8: partial(spike_product, spikes, integers, plain, membrane=membrane),
+            FIRED_INT8: partial(spike_product, spikes, integers, fires_int8),
+            DENSE_INT8: partial(spike_product_dense, spikes, integers, fires_int8),
         }
         samples = bench.race(
             f"product {inputs} -> {outputs}, {kernel}x{kernel}",
             f"{32 * side**2} rows, {rate:.1%} active",
             contestants,
             baseline=DENSE,
-            parity={SUMS: partial(same_sums, sums, dense)},
+            parity={
+                SUMS: partial(same_sums, sums, dense),
+                SUMS_INT8: partial(same_integers, spikes, integers),
+            },
             rounds=7 if kernel > 1 else 15,
         )
         for (events, dense_way), found in ratios.items():
@@ -138,6 +155,17 @@ def same_sums(compute: Callable[[], Any], dense: Callable[[], Tensor]) -> str:
     return "equal to the last bit" if error == 0 else f"absolute error {error:.1e}"
 
 
+def same_integers(spikes: PackedSpikes, weight: IntegerWeight) -> str:
+    """Both ways of whole numbers against float64, which holds such sums exactly."""
+    frames = spikes.unpack().double().flatten(0, 1)
+    expected = F.conv2d(frames, weight.weight.double(), padding=weight.radius).movedim(1, -1)
+    for product in (spike_product, spike_product_dense):
+        found, _ = product(spikes, weight, Epilogue(len(weight.weight)), membrane=True)
+        if not torch.equal(found.flatten(0, 1).double(), expected):
+            raise ParityError("sums of whole numbers differ")
+    return "equal to the last bit, by events and densely"
+
+
 def break_even(ratios: list[float]) -> float:
     """The rate at which event-driven / dense reaches 1, between the measured ones; the highest where it never does."""
     points = list(zip(PRODUCT_RATES, ratios, strict=True))
@@ -152,11 +180,15 @@ def race_models(bench: Bench, model: SpikeDrivenTransformer, images: Tensor, set
     fast = optimize_for_inference(model, sparse=True)
     assert isinstance(fast, Events)
     expected = like_convolutions(model, images)
-    dense, dense_bf16 = (optimize_for_inference(model, dtype) for dtype in (torch.float32, torch.bfloat16))
+    dense, dense_bf16, dense_int8 = (
+        optimize_for_inference(model, dtype) for dtype in (torch.float32, torch.bfloat16, torch.int8)
+    )
+    fast_int8 = optimize_for_inference(model, torch.int8, sparse=True)
     for batch in (1, len(images)):
         some = images[:batch]
         auto: Any = optimize_for_inference(model, sparse="auto", calibrate=[some])
-        choices: dict[str, nn.Module] = {AUTO: auto}
+        auto_int8 = optimize_for_inference(model, torch.int8, sparse="auto", calibrate=[some])
+        choices: dict[str, nn.Module] = {AUTO: auto, AUTO_INT8: auto_int8}
         if not isinstance(auto, Events):
             choices[FALLBACK] = dense_by_call(model, auto.calibration)
         floor = ConvolutionFloor(model, some)
@@ -168,11 +200,16 @@ def race_models(bench: Bench, model: SpikeDrivenTransformer, images: Tensor, set
                 FLOOR_BF16: ConvolutionFloor(model, some, torch.bfloat16),
                 OPTIMISED: partial(dense, some),
                 OPTIMISED_BF16: partial(dense_bf16, some),
+                OPTIMISED_INT8: partial(dense_int8, some),
                 EVENTS: partial(fast, some),
+                EVENTS_INT8: partial(fast_int8, some),
                 **{name: partial(chosen, some) for name, chosen in choices.items()},
             },
             baseline=FLOOR,
-            parity={EVENTS: partial(same_answers, fast(images), expected)},
+            parity={
+                EVENTS: partial(same_answers, fast(images), expected),
+                EVENTS_INT8: partial(same_bits, fast_int8(some), dense_int8(some)),
+            },
             rounds=15 if batch == 1 else 9,
             warmup=1,
         )
@@ -206,6 +243,12 @@ def same_answers(found: Tensor, expected: Tensor, least: float = 0.5) -> str:
     if same < least:
         raise ParityError(f"the logits of {same:.0%} of the images are within 1e-4 of the plain model's")
     return f"{same:.1%} of the images within 1e-4"
+
+
+def same_bits(found: Tensor, expected: Tensor) -> str:
+    if not torch.equal(found, expected):
+        raise ParityError("the event-driven int8 model differs from the dense one")
+    return f"equal to {OPTIMISED_INT8} to the last bit"
 
 
 def answers_of_a_trained_network(bench: Bench, train: int = 1500) -> dict[str, float]:

@@ -205,7 +205,7 @@ def test_errors_at_the_door(firing_model: MakeModel) -> None:
         optimize_for_inference(SpikeDrivenTransformer)
     with pytest.raises(ValueError, match="paths must be"):
         optimize_for_inference(firing_model(), paths="fastest")
-    with pytest.raises(ValueError, match=r"float64, got torch\.float16"):
+    with pytest.raises(ValueError, match=r"int8, got torch\.float16"):
         optimize_for_inference(firing_model(), torch.float16)
     fast = optimize_for_inference(firing_model(), compile=False)
     with pytest.raises(ValueError, match=r"expected images \[B, 3, H, W\]"):

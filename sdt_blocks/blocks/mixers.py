@@ -3,7 +3,8 @@
 A mixer is any module that takes them and says what it `emits`, "spikes" or "counts". One that has `additions` gets a
 row of its own in the analysis, and a map: `additions(q, k, v)` gives how many its products of spikes need, in any shape
 `[T, B, ...]`. Optional are `bound`, an estimate of them from the firing rates, in the same form, and `seen`, the names
-of submodules that its products of spikes pass through.
+of submodules that its products of spikes pass through. `exact = True` says that its sums are whole numbers below 2^24,
+the same in any order.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class MaskMixer(nn.Module):
     """
 
     emits = "spikes"
+    exact = True
 
     @property
     def seen(self) -> tuple[str, ...]:
@@ -129,6 +131,7 @@ class LinearSpikeMixer(nn.Module):
     """
 
     emits = "counts"
+    exact = True
 
     def __init__(self, dim: int, *, num_heads: int = 8, scale: float = 0.125) -> None:
         super().__init__()
@@ -180,6 +183,7 @@ class QKMixer(nn.Module):
     """
 
     emits = "spikes"
+    exact = True
 
     def __init__(self, dim: int, *, num_heads: int = 8, over: str = "channels", neuron: NeuronLike = LIF) -> None:
         super().__init__()

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.packed import PackedSpikes, kernels_path
-from .events import EventProduct, Events
+from .events import Events
+from .integers import FLOAT32, SpikeProduct
 from .timings import best_seconds, timings
-from .trace import plan
 
 RATE = 0.2
 """The firing rate at which the additions of a product are timed."""
@@ -40,10 +40,11 @@ class ProductCosts(NamedTuple):
     dense: float
 
     @staticmethod
-    def of(places: Places, product: EventProduct) -> ProductCosts:
+    def of(places: Places, product: SpikeProduct) -> ProductCosts:
         """The costs of a product on frames of this shape; measured, once a machine, where the shape is new."""
         out, into, kernel, _ = product.weight.weight.shape
         what = "membranes" if product.epilogue.neuron is None else "spikes"
+        what = what if product.kind == FLOAT32 else f"{product.kind} {what}"
         shape = f"{'x'.join(map(str, places))} {into}x{product.planes}->{out} {kernel}x{kernel}"
         costs = timings().of(
             f"{kernels_path().stem}, {what} {shape}", lambda: ProductCosts.measure(places, product)._asdict()
@@ -51,7 +52,7 @@ class ProductCosts(NamedTuple):
         return ProductCosts(**costs)
 
     @staticmethod
-    def measure(places: Places, product: EventProduct) -> ProductCosts:
+    def measure(places: Places, product: SpikeProduct) -> ProductCosts:
         """The best of a few rounds of each."""
         silent, firing = (_random_spikes(places, product, rate) for rate in (0.0, RATE))
         membrane = product.epilogue.neuron is None
@@ -132,28 +133,31 @@ def calibrate(model: Events, batches: Iterable[Any]) -> list[Layer]:
             hook.remove()
     layers = []
     for name, product in model.products():
-        product.break_even = ProductCosts.of(places[name], product).break_even()
+        product.break_even = ProductCosts.of(places[name], product).break_even() if product.counts else 0.0
         fired, neurons = spikes[name]
         layers.append(Layer(name, fired / neurons, product.break_even))
     return layers
 
 
-def choose(model: nn.Module, dense: nn.Module, batches: Iterable[Any]) -> nn.Module:
-    """`dense`, or the event-driven model where that is faster on the calibration batches; `calibration` says why.
+def choose(make: Callable[[], Events], dense: nn.Module, batches: Iterable[Any]) -> nn.Module:
+    """`dense`, or the event-driven model that `make` gives where that is faster on the batches; `calibration` says why.
 
     The event-driven model has its layers' break-even rates, unless it is clearly faster with every layer by events.
-    Where `model` cannot run event-driven, one warning says so. Raises `ValueError` without batches.
+    Where the model cannot run event-driven, one warning says so. Raises `ValueError` without batches.
     """
     batches = [images_of(batch) for batch in batches]
     if not batches:
         raise ValueError("calibrate must hold at least one batch of images or frames")
     try:
-        event_driven = Events(plan(model))
+        event_driven = make()
     except (ValueError, RuntimeError) as error:
         warnings.warn(f"the model is optimised densely: {error}", stacklevel=3)
         return dense
     layers = calibrate(event_driven, batches)
-    by_events = [layer._replace(break_even=1.0) for layer in layers]
+    by_events = [
+        layer._replace(break_even=float(product.counts))
+        for layer, (_, product) in zip(layers, event_driven.products(), strict=True)
+    ]
 
     def limited(limits: list[Layer]) -> None:
         for (_, product), layer in zip(event_driven.products(), limits, strict=True):
@@ -193,7 +197,7 @@ def _in_turn(ways: Sequence[Callable[[], object]], rounds: int, seconds: float =
     raise AssertionError("counting does not end")
 
 
-def _random_spikes(places: Places, product: EventProduct, rate: float) -> PackedSpikes:
+def _random_spikes(places: Places, product: SpikeProduct, rate: float) -> PackedSpikes:
     steps, images, height, width = places
     shape = (product.planes, steps, images, product.weight.weight.shape[1], height, width)
     uniform = torch.rand(shape, generator=torch.Generator().manual_seed(0))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,30 +23,50 @@ from ..ops.packed import (
     real_pool,
     spike_neuron,
     spike_pool,
-    spike_product,
 )
 from ..ops.spec import NeuronSpec
 from . import passes
-from .passes import LEVELS, SPIKES, kinds, last_uses, over_places
+from .integers import (
+    FLOAT32,
+    INT8,
+    PIECES,
+    Finished,
+    IntegerProduct,
+    OrderedLinear,
+    OrderedSums,
+    SpikeProduct,
+    ordered_mean,
+    shown,
+    windows_of,
+)
+from .passes import LEVELS, SPIKES, axes_of_mean, kinds, last_uses, over_places
 from .plan import (
     ADD,
+    CALL,
     CHECK,
     FIRE,
     INPUT,
     MIX,
     OUTPUT,
     POOL,
+    PRESENT,
     PROJECT,
     Mixing,
     Node,
     Plan,
+    chain,
     convolution,
     evaluated,
     filled,
+    fold,
     is_neuron,
     leaves,
 )
 from .product import Geometry, Product
+from .trace import Constant
+
+Known = tuple[nn.Conv2d, nn.BatchNorm2d | None]
+"""A convolution and its norm."""
 
 CHUNK_BYTES = 8 << 20
 """Real values between a convolution and a pooling are kept this few, so that they stay in the cache."""
@@ -62,17 +84,23 @@ class Events(nn.Module):
     computed as a dense convolution instead, call by call; so is what the kernels do not know: the first layer, strides,
     groups, kernels other than 1x1 and 3x3.
 
-    Raises `ValueError` for a network that is not in float32 on the CPU, and `RuntimeError` where the kernels cannot be
-    built.
+    With `weights` other than FLOAT32 they are whole numbers (see `IntegerProduct`): norms are folded into them, a dense
+    product gives the bits of the event-driven one, and any ungrouped convolution of spikes is such a product. What real
+    values drive stays in float32; with `exact` it is summed in a fixed order, so that all answers are the same bits for
+    every batch, number of threads and way of a product.
+
+    Raises `ValueError` for a network that is not in float32 on the CPU, or has what `exact` cannot hold to an order,
+    and `RuntimeError` where the kernels cannot be built.
     """
 
     streams = False
     rebuilt = True
     """Layers are computed together: there is nothing for a hook to see."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, weights: str = FLOAT32, exact: bool = False) -> None:
         super().__init__()
-        self.plan = plan
+        self.plan, self.weights, self.exact = plan, weights, exact
+        self.dtype = torch.int8 if weights == INT8 else torch.float32
         _check(plan)
         self.in_place = passes.changes_in_place(plan)
         self.inputs = [node for node in plan.nodes if node.op == INPUT]
@@ -88,16 +116,17 @@ class Events(nn.Module):
             self.leaves.extend(leaves(node.target) if form is None else [form])
             if node.op == PROJECT and form is not None:
                 node.target = None
+        if exact:
+            _refuse_unordered(plan, self.forms)
         super().train(False)
 
-    def products(self) -> Iterator[tuple[str, EventProduct]]:
+    def products(self) -> Iterator[tuple[str, SpikeProduct]]:
         """The layers that spikes drive, by name."""
         for node, form in self.forms.items():
-            if isinstance(form, EventProduct):
-                yield node.name, form
-            elif isinstance(form, nn.ModuleList):
-                parts: Any = form
-                yield from ((f"{node.name}.{i}", part) for i, part in enumerate(parts))
+            parts: Any = form if isinstance(form, nn.ModuleList) else [form]
+            for i, part in enumerate(parts):
+                if isinstance(part, SpikeProduct):
+                    yield (f"{node.name}.{i}" if isinstance(form, nn.ModuleList) else node.name), part
 
     def _pooled_products(self) -> dict[Node, Node]:
         """Products whose membrane goes nowhere but into a 3x3 maximum of stride 2: that pooling by product."""
@@ -114,22 +143,101 @@ class Events(nn.Module):
             known = convolution(node.target)
             if known is None:
                 return None
-            conv, norm = known
             fire = self.epilogues[node].fire
-            neuron, channels = None if fire is None else fire.target, conv.out_channels
-            if self.kinds[node.inputs()[0]] in (SPIKES, LEVELS) and _by_events(conv):
-                epilogue = _epilogue(norm, neuron, bias=conv.bias, channels=channels)
-                return EventProduct(conv.weight, epilogue, **self._planes(node))
-            layers = node.target if isinstance(node.target, nn.Conv2d) else node.target.conv
+            neuron = None if fire is None else fire.target
+            if self.kinds[node.inputs()[0]] in (SPIKES, LEVELS) and self._on_spikes(node.target, known[0]):
+                return self._product([known], neuron, **self._planes(node))
             neuron = neuron if self.epilogues[node].residual is None else None
-            return DenseSums(layers, _epilogue(norm, neuron, channels=channels))
+            return self._on_reals(node.target, known, neuron)
         if node.op == FIRE and (is_neuron(node.target) or self.kinds[node] == LEVELS):
             return node.target
         if node.op == MIX and self.kinds[node.inputs()[0]] in (SPIKES, LEVELS):
             planes = self._planes(node)
-            packed = _packed_mixing(node.target) if hasattr(node.target.mixer, "packed") and not planes else None
-            return _apart(node.target, planes) if packed is None else packed
+            packed = self._packed_mixing(node.target) if hasattr(node.target.mixer, "packed") and not planes else None
+            return self._apart(node.target, planes) if packed is None else packed
+        if node.op == MIX and self.exact:
+            return self._apart(node.target, None)
+        if node.op == CALL and self.exact and steps.is_plain(node.target, nn.Linear):
+            return OrderedLinear(node.target)
         return None
+
+    def _on_spikes(self, unit: Any, conv: nn.Conv2d) -> bool:
+        """Whether the kernels know a convolution of spikes: whole numbers also those that events cannot compute."""
+        own = unit if isinstance(unit, nn.Conv2d) else unit.conv
+        return _by_events(conv) or (self.weights != FLOAT32 and isinstance(own, nn.Conv2d) and conv.groups == 1)
+
+    def _product(
+        self, known: list[Known], neuron: Any, *, leak: Tensor | None = None, words: bool = False, **planes: Any
+    ) -> SpikeProduct:
+        """Convolutions of spikes side by side, each padded to whole `words` where asked, and a neuron on all."""
+        conv, pad = known[0][0], pad_to_words if words else lambda x: x
+        spec, of_neuron = (None, None) if neuron is None else _neuron(neuron, conv.out_channels)
+        leak = of_neuron if leak is None else leak
+        make: Any = EventProduct
+        if self.weights == FLOAT32:
+            epilogues = [_epilogue(norm, None, bias=one.bias, channels=one.out_channels) for one, norm in known]
+            weights: Sequence[Tensor] = [one.weight.detach() for one, _ in known]
+            rows = {name: [getattr(one, name) for one in epilogues] for name in ("bias", "scale", "shift")}
+        else:
+            weights, biases = zip(*(fold(*one) for one in known), strict=True)
+            rows = {"shift": list(biases)}
+            make = partial(IntegerProduct, pieces=PIECES[self.weights], windows=windows_of(Geometry.of(conv)))
+        joined = {name: torch.cat([pad(part) for part in parts]) for name, parts in rows.items()}
+        weight = torch.cat([pad(part) for part in weights])
+        epilogue = Epilogue(len(weight), neuron=spec, inv_tau=leak, **joined)
+        return make(weight, epilogue, conv.out_channels if words else 0, **planes)
+
+    def _on_reals(self, unit: Any, known: Known, neuron: Any) -> nn.Module | None:
+        """A convolution of real values: as PyTorch computes it, or in a fixed order."""
+        (conv, norm), channels = known, known[0].out_channels
+        if not self.exact:
+            layers = unit if isinstance(unit, nn.Conv2d) else unit.conv
+            return DenseSums(layers, _epilogue(norm, neuron, channels=channels))
+        convs = chain(unit) or [conv]
+        if any(one.groups > 1 and one.weight.shape[:2] != (one.in_channels, 1) for one in convs):
+            return None
+        weight, bias = fold(convs[-1], norm)
+        spec, leak = (None, None) if neuron is None else _neuron(neuron, channels)
+        parts = [*((one.weight.detach(), Geometry.of(one)) for one in convs[:-1]), (weight, Geometry.of(convs[-1]))]
+        return OrderedSums(parts, Epilogue(channels, shift=bias, neuron=spec, inv_tau=leak))
+
+    def _packed_mixing(self, mixing: Mixing) -> SpikeProduct | None:
+        """q, k and v as one product with each padded to whole words, as the mixer's packed form takes them."""
+        found = [convolution(unit) for unit in mixing.units]
+        known = [one for one in found if one is not None and _by_events(one[0])]
+        neurons = (*mixing.neurons, getattr(mixing.mixer, "neuron", None))
+        if len(known) != len(mixing.units) or steps.has_hooks(mixing.mixer) or not all(map(is_neuron, neurons)):
+            return None
+        specs, leaks = zip(*(_neuron(one, known[0][0].out_channels) for one in mixing.neurons), strict=True)
+        if len({(spec.threshold, spec.reset, spec.strict) for spec in specs}) > 1:
+            return None
+        if len({conv.weight.shape for conv, _ in known}) > 1:
+            return None
+        leak = torch.cat([pad_to_words(one) for one in leaks])
+        return self._product(known, mixing.neurons[0], leak=leak, words=True)
+
+    def _apart(self, mixing: Mixing, planes: dict[str, Any] | None) -> nn.ModuleList | None:
+        """q, k and v each as a product with its neuron, for a mixer without a packed form.
+
+        They take spikes or levels in so many `planes`, or real values where that is None.
+        """
+        known = [is_neuron(neuron) or steps.is_plain(neuron, IntegerNeuron) for neuron in mixing.neurons]
+        if not all(known):
+            return None
+        parts = []
+        for unit, neuron in zip(mixing.units, mixing.neurons, strict=True):
+            one, last = convolution(unit), neuron if is_neuron(neuron) else None
+            if one is None:
+                return None
+            part: Any
+            if planes is not None:
+                part = self._product([one], last, **planes) if _by_events(one[0]) else None
+            else:
+                part = self._on_reals(unit, one, last)
+            if part is None:
+                return None
+            parts.append(part)
+        return nn.ModuleList(parts)
 
     def _planes(self, node: Node) -> dict[str, Any]:
         """How the levels that a node takes are packed, as the options of its products."""
@@ -169,8 +277,13 @@ class Events(nn.Module):
             if isinstance(a, Membrane) and isinstance(b, Membrane) and a.real.shape == b.real.shape:
                 return Membrane(a.real + b.real)
         if node.target == "mean" and isinstance(given[0], Membrane) and over_places(node):
-            return given[0].real.movedim(-1, 2).mean((-2, -1))
+            places = given[0].real
+            return ordered_mean(places, (2, 3)) if self.exact else places.movedim(-1, 2).mean((-2, -1))
         args, kwargs = filled((node.args, node.kwargs), lambda one: plain(values[one]))
+        if self.exact and node.target == "mean":
+            return ordered_mean(args[0], axes_of_mean(node) or ())
+        if node in self.forms:
+            return self.forms[node](*args)
         if node.op == FIRE:
             return _repacked(node.target, evaluated(node.target)(*args))
         if isinstance(node.target, str):
@@ -192,7 +305,11 @@ class Events(nn.Module):
         into: bool | Tensor = after.keep
         if after.residual is not None:
             before = _membrane(values[after.residual])
-            if before is None or isinstance(form, DenseSums) or before.real.shape != _result_shape(form, source):
+            if (
+                before is None
+                or isinstance(form, DenseSums | OrderedSums)
+                or before.real.shape != form.result_shape(source)
+            ):
                 # Added by itself, and the neuron behind it fires by itself.
                 return Membrane(form(source, membrane=True)[0], owned=True)
             residual = before.real
@@ -210,8 +327,8 @@ class Events(nn.Module):
         """Input of a product: packed spikes for events, else frames with channels last, one if it is shown at all."""
         if isinstance(x, PackedSpikes):
             return x
-        frames = _frames(x)
-        if frames is None or not isinstance(self.forms.get(node), EventProduct):
+        frames, form = _frames(x), self.forms.get(node)
+        if frames is None or not isinstance(form, SpikeProduct):
             return frames
         return PackedSpikes.pack(frames.movedim(-1, 2))
 
@@ -229,11 +346,12 @@ class Events(nn.Module):
 
     def _mix(self, node: Node, x: Any) -> Any:
         mixing, form = node.target, self.forms.get(node)
-        if isinstance(form, EventProduct) and isinstance(x, PackedSpikes):
+        if isinstance(form, SpikeProduct) and isinstance(x, PackedSpikes):
             _, qkv = form(x)
             return mixing.mixer.packed(qkv, form.channels)
-        if form is not None and isinstance(x, PackedSpikes):
-            fired = [_fired(*both, x) for both in zip(form, mixing.neurons, strict=True)]
+        source = x if isinstance(x, PackedSpikes) or form is None else _frames(x)
+        if form is not None and source is not None:
+            fired = [_fired(*both, source) for both in zip(form, mixing.neurons, strict=True)]
             return _repacked(mixing.mixer, mixing.mixer(*fired))
         mixed = steps.project_and_mix(mixing.units, mixing.neurons, mixing.mixer, plain(x))
         return _repacked(mixing.mixer, mixed)
@@ -261,35 +379,23 @@ class Membrane:
         self.real, self.owned = real, owned
 
 
-class EventProduct(nn.Module):
-    """A convolution of stride 1 on spikes, its norm, and what follows: a shortcut's sum, a neuron.
+class EventProduct(SpikeProduct):
+    """A convolution of stride 1 on spikes in float32, its norm, and what follows: a shortcut's sum, a neuron.
 
     With more `planes` than one, the convolution of levels / `norm`; see `PackedSpikes`.
-
-    `forward(spikes, residual, membrane)` is `spike_product`. `break_even` is the share of active inputs above which the
-    sums come from a dense convolution instead; 1 never does that.
     """
 
     def __init__(
         self, weight: Tensor, epilogue: Epilogue, channels: int = 0, *, planes: int = 1, norm: float = 1.0
     ) -> None:
-        super().__init__()
-        weight = weight.detach().float()
-        self.weight, self.epilogue, self.channels, self.planes = EventWeight(weight / norm), epilogue, channels, planes
+        super().__init__(epilogue, channels, planes)
+        weight, self.norm = weight.detach().float(), norm
         self.convolution = Product(weight, torch.zeros(len(weight)), spikes=planes == 1)
-        self.break_even = 1.0
 
-    def forward(
-        self, spikes: PackedSpikes, *, residual: Tensor | None = None, membrane: bool | Tensor = False
-    ) -> Result:
-        by_events = self.break_even >= 1 or spikes.rate() <= self.break_even
-        return (self.events if by_events else self.dense)(spikes, residual=residual, membrane=membrane)
-
-    def events(
-        self, spikes: PackedSpikes, *, residual: Tensor | None = None, membrane: bool | Tensor = False
-    ) -> Result:
-        """The sums from the weights of active inputs."""
-        return spike_product(spikes, self.weight, self.epilogue, residual=residual, membrane=membrane)
+    @property
+    def weight(self) -> EventWeight:  # type: ignore[override]
+        made: EventWeight = self.made("weight", lambda: EventWeight(self.convolution.weight / self.norm))
+        return made
 
     def dense(self, spikes: PackedSpikes, *, residual: Tensor | None = None, membrane: bool | Tensor = False) -> Result:
         """The sums from a dense convolution, by the fastest way of this machine, a few images at a time."""
@@ -314,17 +420,13 @@ class EventProduct(nn.Module):
         packed = PackedSpikes(words[0] if len(words) == 1 else torch.cat(words, dim=1), channels) if words else None
         return (kept if isinstance(kept, Tensor) else None), packed
 
-    def extra_repr(self) -> str:
-        out, into, kernel, _ = self.weight.weight.shape
-        return f"{into}, {out}, kernel={kernel}, break_even={self.break_even:.3g}"
 
-
-class DenseSums(nn.Module):
+class DenseSums(Finished):
     """A unit's layers on any frames, and what follows them, a few images at a time."""
 
     def __init__(self, layers: nn.Module, epilogue: Epilogue) -> None:
-        super().__init__()
-        self.layers, self.epilogue = copy.deepcopy(layers).to(memory_format=torch.channels_last), epilogue
+        super().__init__(epilogue)
+        self.layers = copy.deepcopy(layers).to(memory_format=torch.channels_last)
 
     def forward(
         self,
@@ -333,7 +435,7 @@ class DenseSums(nn.Module):
         residual: Tensor | None = None,
         membrane: bool | Tensor = False,
     ) -> Result:
-        x, time_steps = _shown(frames)
+        x, time_steps = shown(frames)
         parts: list[Result] = []
         size, images = _chunk(x[:, 0, ..., 0].numel(), self.epilogue.channels), x.shape[1]
         for first in range(0, images, size):
@@ -361,6 +463,35 @@ def _check(plan: Plan) -> None:
         raise RuntimeError(f"the event-driven kernels cannot run: {problem}")
 
 
+def _refuse_unordered(plan: Plan, forms: dict[Node, Any]) -> None:
+    """Raises `ValueError` where a sum would be taken in an order that a library chooses."""
+    unordered = []
+    for node in plan.nodes:
+        known = node in forms or node.op in (INPUT, PRESENT, CHECK, ADD, OUTPUT)
+        if node.op == POOL:
+            known = steps.is_plain(node.target, nn.MaxPool2d)
+        elif node.op == MIX:
+            known = known and getattr(node.target.mixer, "exact", False)
+            # Levels over a power of two are exact in float32, and so are the sums of their products.
+            norms = [one.norm for one in node.target.neurons if isinstance(one, IntegerNeuron)]
+            known = known and all(math.frexp(norm)[0] == 0.5 for norm in norms)
+        elif node.op == CALL and node not in forms:
+            known = passes.keeps_values_apart(node) or isinstance(node.target, Constant)
+            known = known or (node.target == "mean" and axes_of_mean(node) is not None)
+        if not known:
+            unordered.append(f"{node.name} ({_called(node)})")
+    if unordered:
+        raise ValueError(
+            f"exact=True needs sums in a fixed order, and these are computed by code that may choose one: "
+            f"{', '.join(unordered)}; leave exact out"
+        )
+
+
+def _called(node: Node) -> str:
+    target = node.target.mixer if node.op == MIX else node.target
+    return target if isinstance(target, str) else getattr(target, "__name__", type(target).__name__)
+
+
 def plain(x: Any) -> Any:
     """A value as the network's own modules take it: `[T, B, C, H, W]`, without gaps."""
     if isinstance(x, PackedSpikes):
@@ -385,20 +516,9 @@ def _frames(x: Any) -> Tensor | None:
     return shown.movedim(2, -1).contiguous().expand(len(x), *(x.shape[i] for i in (1, 3, 4, 2)))
 
 
-def _result_shape(product: EventProduct, spikes: PackedSpikes) -> torch.Size:
-    return torch.Size((*spikes.words.shape[:4], product.epilogue.channels))
-
-
-def _shown(x: Tensor | PackedSpikes) -> tuple[Tensor, int]:
-    """Frames `[T or 1, B, H, W, C]` in float32 and the number of steps."""
-    if isinstance(x, PackedSpikes):
-        x = x.unpack().movedim(2, -1)
-    return (x[:1] if len(x) > 1 and x.stride(0) == 0 else x), len(x)
-
-
 def _pooled_membrane(form: Any, x: Any) -> Tensor:
     """The maximum over windows of a product's membrane, a few frames at a time: no neuron joins its time steps."""
-    if not isinstance(form, EventProduct):
+    if not isinstance(form, SpikeProduct):
         return real_pool(form(x, membrane=True)[0])
     words = x.words.contiguous()
     frames = x.of(words.flatten(0, 1).unsqueeze(0))
@@ -421,46 +541,7 @@ def _by_events(conv: nn.Conv2d) -> bool:
     return conv.kernel_size in ((1, 1), (3, 3)) and plain_windows and conv.in_channels * kernel**2 < 1 << 16
 
 
-def _packed_mixing(mixing: Mixing) -> EventProduct | None:
-    """q, k and v as one product with each padded to whole words, as the mixer's packed form takes them."""
-    found = [convolution(unit) for unit in mixing.units]
-    known = [one for one in found if one is not None and _by_events(one[0])]
-    neurons = (*mixing.neurons, getattr(mixing.mixer, "neuron", None))
-    if len(known) != len(mixing.units) or steps.has_hooks(mixing.mixer) or not all(map(is_neuron, neurons)):
-        return None
-    channels = known[0][0].out_channels
-    specs, leaks = zip(*(_neuron(neuron, channels) for neuron in mixing.neurons), strict=True)
-    if len({(spec.threshold, spec.reset, spec.strict) for spec in specs}) > 1:
-        return None
-    if len({conv.weight.shape for conv, _ in known}) > 1:
-        return None
-    epilogues = [_epilogue(norm, None, bias=conv.bias, channels=channels) for conv, norm in known]
-    weights = torch.cat([pad_to_words(conv.weight.detach()) for conv, _ in known])
-    rows = {
-        name: torch.cat([pad_to_words(getattr(epilogue, name)) for epilogue in epilogues])
-        for name in ("bias", "scale", "shift")
-    }
-    rows["inv_tau"] = torch.cat([pad_to_words(leak) for leak in leaks])
-    return EventProduct(weights, Epilogue(len(weights), neuron=specs[0], **rows), channels)
-
-
-def _apart(mixing: Mixing, planes: dict[str, Any]) -> nn.ModuleList | None:
-    """q, k and v each as a product with its neuron, for a mixer without a packed form."""
-    found = [convolution(unit) for unit in mixing.units]
-    known = [is_neuron(neuron) or steps.is_plain(neuron, IntegerNeuron) for neuron in mixing.neurons]
-    if not all(one is not None and _by_events(one[0]) for one in found) or not all(known):
-        return None
-    parts = []
-    for one, neuron in zip(found, mixing.neurons, strict=True):
-        assert one is not None
-        conv, norm = one
-        last: Any = neuron if is_neuron(neuron) else None
-        epilogue = _epilogue(norm, last, bias=conv.bias, channels=conv.out_channels)
-        parts.append(EventProduct(conv.weight, epilogue, **planes))
-    return nn.ModuleList(parts)
-
-
-def _fired(product: EventProduct, neuron: Any, x: PackedSpikes) -> Tensor:
+def _fired(product: Any, neuron: Any, x: PackedSpikes | Tensor) -> Tensor:
     """What a neuron makes of a product, `[T, B, C, H, W]`."""
     if product.epilogue.neuron is not None:
         return plain(product(x)[1])

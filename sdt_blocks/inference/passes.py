@@ -18,6 +18,9 @@ SPIKES, LEVELS, REAL = "spikes", "levels", "real"
 _MOVES = """flatten unflatten reshape view permute transpose movedim contiguous clone squeeze unsqueeze expand getitem
 select narrow chunk split unbind repeat cat stack detach roll flip"""
 
+# Calls that compute every value by itself.
+_EACH = "add sub mul truediv div neg abs relu clamp float to size dim getattr"
+
 
 def kinds(plan: Plan) -> dict[Node, str]:
     """For every node whether it holds spikes, zeros and ones alone, levels of integer neurons, or real values."""
@@ -34,8 +37,7 @@ def kinds(plan: Plan) -> dict[Node, str]:
         elif node.op == CALL and isinstance(node.target, nn.Module):
             spikes = emits_spikes(node.target)
         elif node.op == CALL:
-            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-            spikes = all_spikes and (name in _MOVES.split() or node.target in (operator.mul, torch.mul))
+            spikes = all_spikes and (_name(node) in _MOVES.split() or node.target in (operator.mul, torch.mul))
         else:
             spikes = False
         levels = node.op == FIRE and steps.is_plain(node.target, IntegerNeuron)
@@ -130,6 +132,24 @@ def over_places(node: Node) -> bool:
     return not node.kwargs and isinstance(axes, list | tuple) and sorted(axes) in ([-2, -1], [3, 4])
 
 
+def axes_of_mean(node: Node) -> list[int] | None:
+    """The axes that a call of `mean` names, and does not keep; None where it does not, or asks for something else."""
+    axes: Any = node.args[1] if len(node.args) == 2 else node.kwargs.get("dim")
+    if set(node.kwargs) - {"dim"} or len(node.args) + len(node.kwargs) != 2:
+        return None
+    axes = [axes] if isinstance(axes, int) else axes
+    return list(axes) if isinstance(axes, list | tuple) and all(isinstance(axis, int) for axis in axes) else None
+
+
+def keeps_values_apart(node: Node) -> bool:
+    """Whether a call moves values, or computes every one by itself: it has no sums whose order matters."""
+    return _name(node) in (*_MOVES.split(), *_EACH.split())
+
+
+def _name(node: Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
 def changes_in_place(plan: Plan) -> bool:
     """Whether a call writes into a value that others take too."""
     users = plan.users()
@@ -140,6 +160,6 @@ def writes(node: Node) -> bool:
     """Whether a node writes into what it is given."""
     if node.op != CALL:
         return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = _name(node)
     by_name = (name.endswith("_") and not name.endswith("__")) or getattr(node.target, "inplace", False)
     return by_name or name in ("setitem", "iadd", "imul", "isub", "itruediv") or "out" in node.kwargs

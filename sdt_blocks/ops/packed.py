@@ -10,7 +10,7 @@ import ctypes
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ class PackedSpikes:
         kernel = {torch.float32: "spike_expand_float", torch.uint8: "spike_expand_byte"}[dtype]
         words = self.words.contiguous()
         frames = torch.empty(*words.shape[:-1], self.planes, self.channels, dtype=dtype)
-        _call(kernel, words, frames, words[..., 0].numel() * self.planes, self.channels)
+        call(kernel, words, frames, words[..., 0].numel() * self.planes, self.channels)
         return (frames.squeeze(-2) if self.planes == 1 else frames.sum(-2) / self.norm).movedim(-1, 2)
 
     def unpack_reference(self) -> Tensor:
@@ -94,7 +94,7 @@ class PackedSpikes:
     def count(self) -> int:
         """The number of spikes."""
         words = self.words.contiguous()
-        return _call("spike_count", words, words.numel())
+        return call("spike_count", words, words.numel())
 
     def rate(self) -> float:
         """The share of ones, over all planes."""
@@ -102,7 +102,7 @@ class PackedSpikes:
 
 
 class EventWeight:
-    """The weight `[out, in, k, k]` (k = 1 or 3) of a convolution of stride 1 that keeps the frame's size, in tiles.
+    """The float32 weight `[out, in, k, k]` (k = 1, 3) of a convolution of stride 1 that keeps a frame's size, in tiles.
 
     Raises `ValueError` for another kernel or more inputs than an entry of a list can name.
     """
@@ -115,7 +115,10 @@ class EventWeight:
             raise ValueError(f"an output may have at most {(1 << 16) - 1} inputs, got {len(rows)}")
         self.weight = weight.detach().float()
         # The row of zeros behind the last input is what shorter lists of a group are filled up with.
-        self.tiles = _tiled(F.pad(rows, (0, 0, 0, 1)))
+        self.tiles = tiled(F.pad(rows, (0, 0, 0, 1)))
+
+    kind = 0
+    """What the rows of the tiles are to the kernel."""
 
     @property
     def radius(self) -> int:
@@ -143,8 +146,15 @@ class Epilogue:
         of_neuron = 0.0 if neuron is None else neuron.inv_tau
         constants = ((bias, 0.0), (scale, 1.0), (shift, 0.0), (inv_tau, of_neuron))
         rows = [torch.tensor(default) if given is None else given.detach().float() for given, default in constants]
-        self.bias, self.scale, self.shift, self.inv_tau = (row.expand(channels) for row in rows)
-        self.tiles = _tiled(torch.stack([self.bias, self.scale, self.shift, self.inv_tau]))
+        self.constants = torch.stack([row.expand(channels) for row in rows])
+        self.bias, self.scale, self.shift, self.inv_tau = self.constants
+        self.tiles = tiled(self.constants)
+
+    @staticmethod
+    def of(constants: Tensor, neuron: NeuronSpec | None) -> Epilogue:
+        """That of `constants`, the four rows `[4, channels]` in the order of the options."""
+        bias, scale, shift, inv_tau = constants
+        return Epilogue(constants.shape[1], bias=bias, scale=scale, shift=shift, inv_tau=inv_tau, neuron=neuron)
 
     def reference(self, sums: Tensor, residual: Tensor | None, steps: int, membrane: bool) -> Result:
         """The equations on sums `[T or 1, B, H, W, channels]`."""
@@ -159,9 +169,29 @@ class Epilogue:
         return (u if membrane else None), spikes
 
 
+class RowWeight(Protocol):
+    """A weight as products by events take it: `EventWeight`, or `IntegerWeight` of `ops.integers`."""
+
+    @property
+    def weight(self) -> Tensor:
+        """`[out, in, k, k]`."""
+
+    @property
+    def kind(self) -> int:
+        """What the rows of the tiles are to the kernel."""
+
+    @property
+    def tiles(self) -> Tensor:
+        """`[tiles, inputs + 1, lanes]`."""
+
+    @property
+    def radius(self) -> int:
+        """Of the kernel: 0 or 1."""
+
+
 def spike_product(
     spikes: PackedSpikes,
-    weight: EventWeight,
+    weight: RowWeight,
     epilogue: Epilogue,
     *,
     residual: Tensor | None = None,
@@ -177,12 +207,11 @@ def spike_product(
     >>> spike_product(spikes, EventWeight(weight), Epilogue(8, neuron=neuron))[1].unpack().shape
     torch.Size([4, 1, 8, 2, 2])
     """
-    _check_product(spikes, weight, epilogue)
+    check_product(spikes, weight, epilogue)
     steps, images, height, width, _ = spikes.words.shape
-    words = _frames(spikes.words)
-    kept, fired, arguments = _outputs(epilogue, (steps, images, height, width), residual, membrane)
-    frames = _Frames(words.data_ptr(), words.stride(0), steps, images, height, width, spikes.channels, spikes.planes)
-    _call("spike_product", frames, weight.radius, weight.tiles, arguments)
+    frames = frames_of(spikes)
+    kept, fired, arguments = outputs_of(epilogue, (steps, images, height, width), residual, membrane)
+    call("spike_product", frames, weight.radius, weight.kind, weight.tiles, arguments)
     return kept, fired
 
 
@@ -195,7 +224,7 @@ def spike_product_reference(
     membrane: bool | Tensor = False,
 ) -> Result:
     """`spike_product` as a dense convolution."""
-    _check_product(spikes, weight, epilogue)
+    check_product(spikes, weight, epilogue)
     frames = replace(spikes, norm=1.0).unpack_reference()
     sums = F.conv2d(
         frames.flatten(0, 1).contiguous(memory_format=torch.channels_last),
@@ -213,9 +242,9 @@ def spike_neuron(
     _check_neuron(x, epilogue, steps)
     x = _frames(x)
     frames, *places, _ = x.shape
-    kept, fired, arguments = _outputs(epilogue, (steps, *places), residual, membrane)
+    kept, fired, arguments = outputs_of(epilogue, (steps, *places), residual, membrane)
     step = 0 if frames == 1 else x.stride(0)
-    _call("spike_neuron", x, frames, step, steps, x[0, ..., 0].numel(), arguments)
+    call("spike_neuron", x, frames, step, steps, x[0, ..., 0].numel(), arguments)
     return kept, fired
 
 
@@ -259,7 +288,7 @@ def spike_attention(qkv: PackedSpikes, neuron: NeuronSpec, inv_tau: Tensor | Non
     steps, images, height, width, _ = words.shape
     out = torch.empty(steps, images, height, width, channels // WORD, dtype=torch.int64)
     leak = torch.as_tensor(neuron.inv_tau if inv_tau is None else inv_tau).detach().float().expand(channels)
-    _call(
+    call(
         "spike_attention",
         words,
         out,
@@ -326,9 +355,20 @@ class _Epilogue(ctypes.Structure):
     ]
 
 
-def _outputs(
+def frames_of(spikes: PackedSpikes) -> ctypes.Structure:
+    """What tells the kernels of spikes."""
+    words = _frames(spikes.words)
+    steps, images, height, width, _ = words.shape
+    sizes = (steps, images, height, width, spikes.channels, spikes.planes)
+    frames = _Frames(words.data_ptr(), words.stride(0), *sizes)
+    frames.kept = words  # the memory lives as long as its address
+    return frames
+
+
+def outputs_of(
     epilogue: Epilogue, places: tuple[int, ...], residual: Tensor | None, membrane: bool | Tensor
-) -> tuple[Tensor | None, PackedSpikes | None, _Epilogue]:
+) -> tuple[Tensor | None, PackedSpikes | None, ctypes.Structure]:
+    """Where results go, and what tells the kernels of it and of the epilogue."""
     shape = (*places, epilogue.channels)
     kept = torch.empty(shape) if membrane is True else membrane if isinstance(membrane, Tensor) else None
     for name, real in (("residual", residual), ("membrane", kept)):
@@ -368,18 +408,18 @@ def _frames(x: Tensor) -> Tensor:
 def _pool(kernel: str, x: Tensor) -> Tensor:
     steps, images, height, width, channels = x.shape
     pooled = x.new_empty(steps, images, (height + 1) // 2, (width + 1) // 2, channels)
-    _call(kernel, x, pooled, steps * images, height, width, channels)
+    call(kernel, x, pooled, steps * images, height, width, channels)
     return pooled
 
 
-def _tiled(rows: Tensor) -> Tensor:
-    """rows `[n, out]` -> `[tiles, n, lanes]`, zeros behind the last output."""
+def tiled(rows: Tensor) -> Tensor:
+    """Rows `[n, out]` -> `[tiles, n, lanes]`, zeros behind the last output."""
     lanes = bindings.call("packed.cpp", "spike_lanes")
     padded = F.pad(rows, (0, -rows.shape[1] % lanes))
     return padded.unflatten(1, (-1, lanes)).transpose(0, 1).contiguous()
 
 
-def _check_product(spikes: PackedSpikes, weight: EventWeight, epilogue: Epilogue) -> None:
+def check_product(spikes: PackedSpikes, weight: RowWeight, epilogue: Epilogue) -> None:
     out, into = weight.weight.shape[:2]
     if spikes.channels != into or epilogue.channels != out:
         raise ValueError(
@@ -405,6 +445,6 @@ def _library() -> ctypes.CDLL:
     return bindings.built("packed.cpp")
 
 
-def _call(name: str, *arguments: Any) -> int:
+def call(name: str, *arguments: Any) -> int:
     """Calls a kernel; behind its arguments goes the number of threads."""
     return bindings.call("packed.cpp", name, *arguments, torch.get_num_threads())

@@ -1,158 +1,11 @@
 // Products, neurons, pooling and attention on packed spikes: one bit each, 64 channels a word, lowest channel first.
 //
-// Levels 0..D are D such planes a pixel, one after the other, and add a weight row for every one that is set.
-//
-// A product with spikes is a sum of weight rows. The outputs are cut into tiles of LANES channels whose weights fit the
-// first-level cache. A task lists the active inputs of its rows once, sorts rows of like length into groups of ROWS, and
-// then, tile by tile, adds up a group at a time with every sum in registers. The neuron follows while the sums are in the
-// cache, so that real values reach memory only where they are asked for.
-//
-// Sums run over planes, taps, then channels, in ascending order, one rounding an addition.
+// Levels 0..D are D such planes a pixel, one after the other, and stand for the number that is set.
 
-#include "packed_epilogue.h"
+#include "packed_dense.h"
+#include "packed_events.h"
 
 namespace {
-
-constexpr int64_t BLOCK_ROWS = 256;      // rows whose sums of one tile stay in the cache between product and neuron
-constexpr int64_t LIST_BYTES = 8 << 20;  // room for the lists of a task
-constexpr int64_t TASK_ROWS = 4096;
-constexpr int LIST_SLACK = 32;           // entries that a list may be overwritten by, behind its end
-
-// Spikes [steps, images, height, width, planes, words of channels]; one step is `step` words from the next.
-struct Frames {
-    const uint64_t* words;
-    int64_t step, steps, images, height, width, channels, planes;
-    int64_t plane() const { return (channels + 63) / 64; }
-    int64_t stride() const { return planes * plane(); }
-    int64_t pixels() const { return images * height * width; }
-};
-
-// Writes base + UNIT * i for every set bit i; may write up to LIST_SLACK entries behind the end that it returns.
-template <int UNIT>
-inline uint16_t* list_bits(uint32_t bits, uint32_t base, uint16_t* to) {
-#if defined(__AVX512VBMI2__)
-    alignas(64) static constexpr uint16_t STEPS[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
-                                                       16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
-    const __m512i steps = _mm512_mullo_epi16(_mm512_load_si512(STEPS), _mm512_set1_epi16(UNIT));
-    const __m512i entries = _mm512_add_epi16(_mm512_set1_epi16(short(base)), steps);
-    _mm512_storeu_si512(to, _mm512_maskz_compress_epi16(bits, entries));
-    return to + __builtin_popcount(bits);
-#else
-    for (; bits; bits &= bits - 1) *to++ = uint16_t(base + UNIT * __builtin_ctz(bits));
-    return to;
-#endif
-}
-
-// The active inputs of one output pixel: entry tap * channels + channel, times UNIT.
-template <int UNIT>
-int64_t list_inputs(const Frames& in, int radius, int64_t step, int64_t pixel, uint16_t* list) {
-    const int64_t x = radius ? pixel % in.width : 0, y = radius ? pixel / in.width % in.height : 0;
-    const uint64_t* centre = in.words + step * in.step + pixel * in.stride();
-    uint16_t* to = list;
-    for (int64_t plane = 0; plane < in.planes; plane++, centre += in.plane()) {
-        uint32_t base = 0;
-        for (int64_t dy = -radius; dy <= radius; dy++)
-            for (int64_t dx = -radius; dx <= radius; dx++, base += UNIT * uint32_t(in.channels)) {
-                if (radius && (y + dy < 0 || y + dy >= in.height || x + dx < 0 || x + dx >= in.width)) continue;
-                const uint64_t* words = centre + (dy * in.width + dx) * in.stride();
-                for (int64_t c = 0; c < in.channels; c += 32) {
-                    const uint32_t bits = uint32_t(words[c / 64] >> (c % 64));
-                    to = list_bits<UNIT>(bits, base + UNIT * uint32_t(c), to);
-                }
-            }
-    }
-    return to - list;
-}
-
-// sums[row] = the sum of the listed weight rows, for ROWS rows whose lists have `count` entries each, an even number.
-template <int UNIT>
-inline void add_up(const float* weights, const uint16_t* lists, int64_t list_stride, const int32_t* rows, int64_t count,
-                   float* sums) {
-    const uint16_t* list[ROWS];
-    Vector sum[ROWS][VECTORS] = {};
-    for (int r = 0; r < ROWS; r++) list[r] = lists + rows[r] * list_stride;
-    const auto row = [=](uint32_t entry) {
-        return reinterpret_cast<const float*>(reinterpret_cast<const char*>(weights) + size_t(entry) * (4 * LANES / UNIT));
-    };
-    // Two entries at a time: loads are what limits this loop.
-    for (int64_t i = 0; i < count; i += 2)
-        for (int r = 0; r < ROWS; r++) {
-            uint32_t two;
-            std::memcpy(&two, list[r] + i, 4);
-            const float *one = row(two & 0xffff), *other = row(two >> 16);
-            for (int v = 0; v < VECTORS; v++) sum[r][v] += load(one + v * WIDTH);
-            for (int v = 0; v < VECTORS; v++) sum[r][v] += load(other + v * WIDTH);
-        }
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) store(sums + rows[r] * LANES + v * WIDTH, sum[r][v]);
-}
-
-// Rows in ascending order of their counts.
-void sort_rows(const int32_t* counts, int64_t n, int64_t most, int32_t* starts, int32_t* rows) {
-    std::fill(starts, starts + most + 2, 0);
-    for (int64_t r = 0; r < n; r++) starts[counts[r] + 1]++;
-    for (int64_t c = 0; c < most; c++) starts[c + 1] += starts[c];
-    for (int64_t r = 0; r < n; r++) rows[starts[counts[r]]++] = int32_t(r);
-}
-
-struct Task {
-    Buffer<uint16_t> lists;
-    Buffer<int32_t> counts, starts, rows, groups;
-    Buffer<float> sums;
-};
-
-template <int UNIT>
-void run_task(Task& task, const Frames& in, int radius, const float* weights, const Epilogue& e, int64_t first,
-              int64_t last, int64_t block) {
-    const bool streams = e.streams(in.pixels() * in.steps);
-    const int64_t inputs = in.channels * (2 * radius + 1) * (2 * radius + 1), steps = in.steps;
-    const int64_t stride = in.planes * inputs + LIST_SLACK, block_rows = block * steps;
-    const int64_t blocks = (last - first + block - 1) / block, groups_a_block = (block_rows + ROWS - 1) / ROWS;
-    uint16_t* lists = task.lists.reserve((last - first) * steps * stride);
-    int32_t* counts = task.counts.reserve(block_rows);
-    int32_t* starts = task.starts.reserve(in.planes * inputs + 2);
-    int32_t* rows = task.rows.reserve(blocks * groups_a_block * ROWS);
-    int32_t* groups = task.groups.reserve(blocks * groups_a_block);
-    float* sums = task.sums.reserve(block_rows * LANES);
-
-    for (int64_t b = 0; b < blocks; b++) {
-        const int64_t start = first + b * block, pixels = std::min(block, last - start), n = pixels * steps;
-        uint16_t* list = lists + b * block_rows * stride;
-        int32_t* order = rows + b * groups_a_block * ROWS;
-        int64_t most = 0;
-        for (int64_t t = 0; t < steps; t++)
-            for (int64_t q = 0; q < pixels; q++) {
-                const int64_t row = t * pixels + q;
-                counts[row] = int32_t(list_inputs<UNIT>(in, radius, t, start + q, list + row * stride));
-                most = std::max<int64_t>(most, counts[row]);
-            }
-        sort_rows(counts, n, most, starts, order);
-        for (int64_t i = 0; i < n; i += ROWS) {
-            const int64_t end = std::min(i + ROWS, n), longest = (counts[order[end - 1]] + 1) / 2 * 2;
-            for (int64_t j = i; j < end; j++) {
-                uint16_t* mine = list + order[j] * stride;
-                // The weights have a row of zeros behind the last input.
-                std::fill(mine + counts[order[j]], mine + longest, uint16_t(inputs * UNIT));
-            }
-            std::fill(order + end, order + i + ROWS, order[end - 1]);
-            groups[b * groups_a_block + i / ROWS] = int32_t(longest);
-        }
-    }
-    for (int64_t tile = 0; tile < e.tiles(); tile++)
-        for (int64_t b = 0; b < blocks; b++) {
-            const int64_t start = first + b * block, pixels = std::min(block, last - start);
-            const uint16_t* list = lists + b * block_rows * stride;
-            for (int64_t g = 0; g < (pixels * steps + ROWS - 1) / ROWS; g++)
-                add_up<UNIT>(weights + tile * (inputs + 1) * LANES, list, stride, rows + (b * groups_a_block + g) * ROWS,
-                             groups[b * groups_a_block + g], sums);
-            finish(e, tile, steps, start, pixels, {sums, LANES, pixels * LANES}, streams);
-        }
-    if (streams) finish_streams();
-}
-
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class T, class Larger>
 void pool(const T* in, T* out, int64_t frames, int64_t height, int64_t width, int64_t channels, int64_t threads, Larger larger) {
@@ -196,28 +49,39 @@ extern "C" {
 
 int64_t spike_lanes() { return LANES; }
 
-void spike_product(const Frames* spikes, int64_t radius, const float* weights, const Epilogue* epilogue, int64_t threads) {
-    const Frames& in = *spikes;
-    const Epilogue& e = *epilogue;
-    const int64_t channels = in.channels, steps = in.steps;
-    const int64_t inputs = channels * (2 * radius + 1) * (2 * radius + 1), pixels = in.pixels();
-    const int64_t block = std::max<int64_t>(1, BLOCK_ROWS / steps);
-    const int64_t fitting = std::min(TASK_ROWS, LIST_BYTES / (2 * (in.planes * inputs + LIST_SLACK))) / steps / block;
-    const int64_t most = std::max<int64_t>(1, fitting) * block;
-    int64_t tasks = ceil_divide(pixels, most);
-    tasks = std::min(pixels, ceil_divide(tasks, threads) * threads);
-    const int64_t share = ceil_divide(pixels, tasks);
-    constexpr int UNIT = 4 * LANES / 8;  // entries are row offsets in units of 8 bytes where 16 bits hold these
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t i = 0; i < tasks; i++) {
-        static thread_local Task task;
-        const int64_t first = i * share, last = std::min(first + share, pixels);
-        if (first >= last) continue;
-        if ((inputs + 1) * UNIT <= 65536)
-            run_task<UNIT>(task, in, int(radius), weights, e, first, last, block);
-        else
-            run_task<1>(task, in, int(radius), weights, e, first, last, block);
+// `kind` says what the rows of weights are: 0 float32; whole numbers of 32 bits (1), or of 8 (2).
+void spike_product(const Frames* spikes, int64_t radius, int64_t kind, const void* weights, const Epilogue* epilogue,
+                   int64_t threads) {
+    switch (kind) {
+    case 0: return product_by_events(*spikes, radius, static_cast<const float*>(weights), *epilogue, threads);
+    case 1: return product_by_events(*spikes, radius, static_cast<const int32_t*>(weights), *epilogue, threads);
+    default: return product_by_events(*spikes, radius, static_cast<const int8_t*>(weights), *epilogue, threads);
     }
+}
+
+// All inputs multiplied, active or not; the weights are whole numbers in `pieces` digits of 8 bits, 1 or 3.
+void spike_product_dense(const Frames* spikes, const Windows* windows, int64_t pieces, const int8_t* weights,
+                         const Epilogue* epilogue, int64_t threads) {
+    const Bits in{*spikes};
+    if (pieces == 1)
+        dense_product<1>(in, *windows, weights, *epilogue, threads);
+    else
+        dense_product<3>(in, *windows, weights, *epilogue, threads);
+}
+
+// Real values [frames, images, height, width, channels] with frames = steps, or one that is shown at every step. Every
+// output is summed over taps, then channels, in ascending order, each product added with one rounding: the same bits
+// whatever the batch, the threads and the machine are.
+void real_product(const float* x, int64_t frames, const int64_t* sizes, const Windows* windows, const float* weights,
+                  const Epilogue* epilogue, int64_t steps, int64_t threads) {
+    const Reals in{x, frames, sizes[0], sizes[1], sizes[2], sizes[3], steps};
+    dense_product<1>(in, *windows, weights, *epilogue, threads);
+}
+
+// The same for a convolution with one weight an input channel and tap; `sizes` are frames, height, width and channels.
+void depthwise_product(const float* x, const int64_t* sizes, const Windows* windows, const float* weights, float* out,
+                       int64_t threads) {
+    depthwise(x, sizes[0], sizes[1], sizes[2], sizes[3], *windows, weights, out, threads);
 }
 
 // The epilogue alone: x is [frames, pixels, channels] with frames = steps, or one frame that is shown at every step (then
@@ -236,14 +100,14 @@ void spike_neuron(const float* x, int64_t frames, int64_t step, int64_t steps, i
             const float* from = x + first * channels + tile * LANES;
             const int64_t lanes = std::min<int64_t>(LANES, channels - tile * LANES);
             if (lanes == LANES) {
-                finish(e, tile, steps, first, count, {from, channels, step}, streams);
+                finish<float>(e, tile, steps, first, count, {from, channels, step}, streams);
                 continue;
             }
             float* copy = copies.reserve(frames * count * LANES);
             for (int64_t t = 0; t < frames; t++)
                 for (int64_t q = 0; q < count; q++)
                     std::memcpy(copy + (t * count + q) * LANES, from + t * step + q * channels, lanes * sizeof(float));
-            finish(e, tile, steps, first, count, {copy, LANES, step ? count * LANES : 0}, streams);
+            finish<float>(e, tile, steps, first, count, {copy, LANES, step ? count * LANES : 0}, streams);
         }
         if (streams) finish_streams();
     }

@@ -27,11 +27,18 @@ constexpr int LANES = WIDTH * VECTORS;
 constexpr int64_t STREAM_BYTES = 16 << 20;  // a larger membrane has left the caches before anybody reads it
 
 typedef float Vector __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t Whole __attribute__((vector_size(4 * WIDTH)));
 
 inline Vector load(const float* from) {
     Vector v;
     std::memcpy(&v, from, sizeof v);
     return v;
+}
+// Whole numbers as the nearest float32.
+inline Vector load(const int32_t* from) {
+    Whole v;
+    std::memcpy(&v, from, sizeof v);
+    return __builtin_convertvector(v, Vector);
 }
 inline void store(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
 // Stores past the caches, at a multiple of the vector's size; `finish_streams` has to follow before others read it.
@@ -100,6 +107,17 @@ struct Buffer {
     ~Buffer() { std::free(data); }
 };
 
+// Spikes [steps, images, height, width, planes, words of channels]; one step is `step` words from the next.
+struct Frames {
+    const uint64_t* words;
+    int64_t step, steps, images, height, width, channels, planes;
+    int64_t plane() const { return (channels + 63) / 64; }
+    int64_t stride() const { return planes * plane(); }
+    int64_t pixels() const { return images * height * width; }
+};
+
+inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // What becomes of a sum: u = residual + (sum + bias) * scale + shift, kept in `membrane` and handed to a neuron, where
 // these are wanted. `constants` has bias, scale, shift and 1 / tau of every tile.
 struct Epilogue {
@@ -142,8 +160,8 @@ struct Strided {
 };
 
 // The epilogue of `count` pixels in one tile.
-template <int RESET, bool STREAM>
-void finish_tile(const Epilogue& e, int64_t tile, int64_t steps, int64_t count, Strided<const float> sums,
+template <int RESET, bool STREAM, class Sum>
+void finish_tile(const Epilogue& e, int64_t tile, int64_t steps, int64_t count, Strided<const Sum> sums,
                  Strided<const float> residual, Strided<float> membrane, Strided<char> spikes) {
     const VectorDynamics c{Dynamics<float>(e.neuron)};
     Vector bias[VECTORS], scale[VECTORS], shift[VECTORS], inv_tau[VECTORS];
@@ -158,7 +176,7 @@ void finish_tile(const Epilogue& e, int64_t tile, int64_t steps, int64_t count, 
         Vector h[VECTORS] = {};
         Fired fired[VECTORS] = {};
         for (int64_t t = 0; t < steps; t++) {
-            const float* sum = sums.data + q * sums.pixel + t * sums.step;
+            const Sum* sum = sums.data + q * sums.pixel + t * sums.step;
             const float* before = residual.data + q * residual.pixel + t * residual.step;
             float* kept = membrane.data + q * membrane.pixel + t * membrane.step;
             Mask mask = 0;
@@ -178,18 +196,19 @@ void finish_tile(const Epilogue& e, int64_t tile, int64_t steps, int64_t count, 
     }
 }
 
-template <bool STREAM>
+template <bool STREAM, class Sum>
 auto finish_tile_of(int64_t reset) {
-    return reset == ZERO       ? finish_tile<ZERO, STREAM>
-           : reset == SUBTRACT ? finish_tile<SUBTRACT, STREAM>
-                               : finish_tile<NONE, STREAM>;
+    return reset == ZERO       ? finish_tile<ZERO, STREAM, Sum>
+           : reset == SUBTRACT ? finish_tile<SUBTRACT, STREAM, Sum>
+                               : finish_tile<NONE, STREAM, Sum>;
 }
 
 // The epilogue of the pixels from `first` on, in one tile.
-void finish(const Epilogue& e, int64_t tile, int64_t steps, int64_t first, int64_t count, Strided<const float> sums,
+template <class Sum>
+void finish(const Epilogue& e, int64_t tile, int64_t steps, int64_t first, int64_t count, Strided<const Sum> sums,
             bool streams) {
     static thread_local Buffer<float> copies;
-    const auto finish_tile = streams ? finish_tile_of<true>(e.neuron.reset) : finish_tile_of<false>(e.neuron.reset);
+    const auto finish_tile = streams ? finish_tile_of<true, Sum>(e.neuron.reset) : finish_tile_of<false, Sum>(e.neuron.reset);
     const int64_t at = first * e.channels + tile * LANES, lanes = std::min(int64_t(LANES), e.channels - tile * LANES);
     Strided<const float> residual{e.residual ? e.residual + at : nullptr, e.channels, e.residual_step};
     Strided<float> membrane{e.membrane ? e.membrane + at : nullptr, e.channels, e.membrane_step};

@@ -1,0 +1,219 @@
+"""Layers of whole numbers, whose sums are exact in any order, and of real values that are summed in a fixed one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.integers import (
+    IntegerWeight,
+    RealWeight,
+    Windows,
+    depthwise_product,
+    quantize,
+    real_product,
+    spike_product_dense,
+)
+from ..ops.packed import Epilogue, PackedSpikes, Result, spike_neuron, spike_product
+from .product import Geometry
+
+FLOAT32, INT8, INT24 = "float32", "int8", "int24"
+"""What the weights of products on spikes are."""
+PIECES = {INT8: 1, INT24: 3}
+
+
+class Finished(nn.Module):
+    """A layer with what follows its sums, whose constants are part of its state.
+
+    What the kernels take is made of the buffers when it is first used, and anew after they were loaded.
+    """
+
+    def __init__(self, epilogue: Epilogue) -> None:
+        super().__init__()
+        self.neuron = epilogue.neuron
+        self.register_buffer("constants", epilogue.constants)
+        self.constants: Tensor
+        self._made: dict[str, Any] = {"epilogue": epilogue}
+
+    @property
+    def epilogue(self) -> Epilogue:
+        return self.made("epilogue", lambda: Epilogue.of(self.constants, self.neuron))
+
+    def made(self, name: str, make: Any) -> Any:
+        """What `make()` gives, kept until the state changes."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._made = {}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Finished:
+        super()._apply(fn, recurse)
+        self._made = {}
+        return self
+
+
+class SpikeProduct(Finished):
+    """A convolution on spikes, what follows it, and two ways to the sums: by `events`, and `dense` with all inputs.
+
+    `forward(spikes, residual, membrane)` is `spike_product`. `break_even` is the share of active inputs above which the
+    sums are dense: 1 never does that, 0 always. Where events cannot compute the product (`counts`), it is always dense.
+    """
+
+    kind = FLOAT32
+    weight: Any
+    counts = True
+
+    def __init__(self, epilogue: Epilogue, channels: int, planes: int) -> None:
+        super().__init__(epilogue)
+        self.channels, self.planes, self.break_even = channels, planes, 1.0
+
+    def forward(
+        self, spikes: PackedSpikes, *, residual: Tensor | None = None, membrane: bool | Tensor = False
+    ) -> Result:
+        return (self.events if self._pays(spikes) else self.dense)(spikes, residual=residual, membrane=membrane)
+
+    def _pays(self, spikes: PackedSpikes) -> bool:
+        if not self.counts or self.break_even <= 0:
+            return False
+        return self.break_even >= 1 or spikes.rate() <= self.break_even
+
+    def events(
+        self, spikes: PackedSpikes, *, residual: Tensor | None = None, membrane: bool | Tensor = False
+    ) -> Result:
+        """The sums from the weights of active inputs."""
+        return spike_product(spikes, self.weight, self.epilogue, residual=residual, membrane=membrane)
+
+    def dense(self, spikes: PackedSpikes, *, residual: Tensor | None = None, membrane: bool | Tensor = False) -> Result:
+        """The sums from all inputs."""
+        raise NotImplementedError
+
+    def result_shape(self, spikes: PackedSpikes) -> torch.Size:
+        """`[T, B, H, W, out]`."""
+        return torch.Size((*spikes.words.shape[:4], self.epilogue.channels))
+
+    def extra_repr(self) -> str:
+        out, into, kernel, _ = self.weight.weight.shape
+        return f"{into}, {out}, kernel={kernel}, {self.kind}, break_even={self.break_even:.3g}"
+
+
+class IntegerProduct(SpikeProduct):
+    """A product with whole numbers as weights, `pieces` digits of 8 bits each (see `ops.integers.quantize`).
+
+    Both ways give the same bits. The epilogue's shift is the folded bias; its scale, which has to be 1 before, becomes
+    that of the weights. `planes` and `norm` as in `PackedSpikes`.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        epilogue: Epilogue,
+        channels: int = 0,
+        *,
+        planes: int = 1,
+        norm: float = 1.0,
+        pieces: int = 1,
+        windows: Windows | None = None,
+    ) -> None:
+        integers, scale = quantize(weight, pieces, planes)
+        constants = epilogue.constants.clone()
+        constants[1] = (scale.double() / norm).float()
+        super().__init__(Epilogue.of(constants, epilogue.neuron), channels, planes)
+        self.register_buffer("integers", integers)
+        self.integers: Tensor
+        self.windows = windows or Windows.same(weight)
+        self.kind = next(name for name, count in PIECES.items() if count == pieces)
+        size = tuple(weight.shape[2:])
+        self.counts = size in ((1, 1), (3, 3)) and self.windows == Windows.same(weight) and weight[0].numel() < 1 << 16
+
+    @property
+    def weight(self) -> IntegerWeight:  # type: ignore[override]
+        made: IntegerWeight = self.made("weight", lambda: IntegerWeight(self.integers))
+        return made
+
+    def dense(self, spikes: PackedSpikes, *, residual: Tensor | None = None, membrane: bool | Tensor = False) -> Result:
+        return spike_product_dense(
+            spikes, self.weight, self.epilogue, windows=self.windows, residual=residual, membrane=membrane
+        )
+
+    def result_shape(self, spikes: PackedSpikes) -> torch.Size:
+        size = self.windows.size(spikes.words.shape[2:4], self.integers)
+        return torch.Size((*spikes.words.shape[:2], *size, self.epilogue.channels))
+
+
+class OrderedSums(Finished):
+    """Convolutions of real values one after the other, each summed in a fixed order, and what follows the last.
+
+    `layers` are their weights with a geometry each, ungrouped or depthwise; the epilogue's shift is the folded bias.
+    """
+
+    def __init__(self, layers: Sequence[tuple[Tensor, Geometry]], epilogue: Epilogue) -> None:
+        super().__init__(epilogue)
+        self.geometries = [geometry for _, geometry in layers]
+        for place, (weight, _) in enumerate(layers):
+            self.register_buffer(f"weight{place}", weight.float())
+
+    def forward(
+        self, frames: Tensor | PackedSpikes, *, residual: Tensor | None = None, membrane: bool | Tensor = False
+    ) -> Result:
+        x, time_steps = shown(frames)
+        options: dict[str, Any] = {"residual": residual, "membrane": membrane}
+        for place, geometry in enumerate(self.geometries):
+            last = place == len(self.geometries) - 1
+            windows, weight = windows_of(geometry), getattr(self, f"weight{place}")
+            if geometry.groups == 1:
+                made = self.made(f"weight{place}", lambda weight=weight: RealWeight(weight))
+                if last:
+                    return real_product(x, made, self.epilogue, time_steps, windows=windows, **options)
+                x = real_product(x, made, Epilogue(len(weight)), len(x), windows=windows, membrane=True)[0]
+            else:
+                x = depthwise_product(x.flatten(0, 1), weight, windows=windows).unflatten(0, x.shape[:2])
+        return spike_neuron(x, self.epilogue, time_steps, **options)
+
+
+class OrderedLinear(Finished):
+    """A linear layer on real values `[..., in]`, each output summed over the inputs in ascending order."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        bias = linear.bias
+        super().__init__(Epilogue(linear.out_features, shift=bias))
+        self.register_buffer("weight", linear.weight.detach().float().clone())
+        self.weight: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.made("weight", lambda: RealWeight(self.weight[..., None, None]))
+        rows = x.reshape(1, -1, 1, 1, x.shape[-1]).contiguous()
+        out, _ = real_product(rows, weight, self.epilogue, 1, membrane=True)
+        result: Tensor = out.view(*x.shape[:-1], -1)
+        return result
+
+
+def ordered_mean(x: Tensor, axes: Sequence[int]) -> Tensor:
+    """The mean over axes, which it takes out, summed by halves: the same bits for any batch, threads and processor."""
+    axes = sorted(axis % x.ndim for axis in axes)
+    count = math.prod(x.shape[axis] for axis in axes)
+    for axis in reversed(axes):
+        while x.shape[axis] > 1:
+            half = x.shape[axis] // 2
+            pairs = x.narrow(axis, 0, half) + x.narrow(axis, half, half)
+            x = torch.cat([pairs, x.narrow(axis, 2 * half, 1)], axis) if x.shape[axis] % 2 else pairs
+        x = x.squeeze(axis)
+    return x / count
+
+
+def shown(x: Tensor | PackedSpikes) -> tuple[Tensor, int]:
+    """Frames `[T or 1, B, H, W, C]` in float32 and the number of steps."""
+    if isinstance(x, PackedSpikes):
+        x = x.unpack().movedim(2, -1)
+    return (x[:1] if len(x) > 1 and x.stride(0) == 0 else x), len(x)
+
+
+def windows_of(geometry: Geometry) -> Windows:
+    """What a geometry says apart from its groups."""
+    return Windows(geometry.stride, geometry.padding, geometry.dilation)
