@@ -217,6 +217,35 @@ def small(request: pytest.FixtureRequest) -> Small:
     return copy.deepcopy(_small(request.param))
 
 
+@pytest.fixture
+def same_on_every_path(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module, Tensor, Tensor], None]:
+    """Takes a training step of a model by each backend, and holds it to the reference: logits, gradients, statistics.
+
+    Small models show Triton's kernels in its interpreter too, which takes most of a minute for whole ones.
+    """
+
+    def check(model: nn.Module, x: Tensor, target: Tensor) -> None:
+        results = []
+        for path in ("reference", "compiled", "triton"):
+            monkeypatch.setenv("SDT_BLOCKS_BACKEND", path)
+            trained = copy.deepcopy(model).train()
+            logits = trained(x)
+            nn.functional.cross_entropy(logits, target).backward()
+            gradients = {name: parameter.grad for name, parameter in trained.named_parameters()}
+            results.append((logits, gradients, trained.state_dict()))
+            expected_logits, expected_gradients, expected_state = results[0]
+            least = 1e-3 * max(gradient.norm() for gradient in expected_gradients.values())
+            assert next(iter(gradients.values())).any(), "the gradient reaches the first layer"
+            for name, gradient in gradients.items():
+                expected = expected_gradients[name]
+                assert (gradient - expected).norm() <= 1e-3 * max(expected.norm(), least), (path, name)
+            torch.testing.assert_close(logits, expected_logits, atol=1e-5, rtol=1e-5)
+            for name, value in trained.state_dict().items():
+                torch.testing.assert_close(value, expected_state[name], atol=1e-5, rtol=1e-5, msg=f"{path}: {name}")
+
+    return check
+
+
 @pytest.fixture(autouse=True)
 def _uninitialized_memory_is_nan():
     """`torch.empty` gives NaN, so that a result nobody wrote is seen."""

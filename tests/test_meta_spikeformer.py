@@ -79,7 +79,7 @@ def test_logits(v2_golden):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("path", ["reference", "compiled"])
+@pytest.mark.parametrize("path", ["reference", "compiled", pytest.param("triton", marks=pytest.mark.slow)])
 def test_every_neuron_spikes_alike(v2_golden, path, monkeypatch):
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", path)
     model, seen = v2_golden.model(), {}
@@ -171,25 +171,10 @@ def test_chains_side_by_side_are_the_attention():
         torch.testing.assert_close(found, parts, atol=1e-10, rtol=0)
 
 
-def test_a_small_training_step_on_every_path(monkeypatch):
-    """Triton's kernels too, which for the whole network take minutes in its interpreter."""
-    results = []
-    for path in ("reference", "compiled", "triton"):
-        monkeypatch.setenv("SDT_BLOCKS_BACKEND", path)
-        model, _ = alive(dims=(8, 8, 8, 8), depths=(1, 0, 0, 1, 0))
-        x = torch.rand(3, 3, 13, 18, generator=torch.Generator().manual_seed(1))
-        logits = model.train()(x)
-        F.cross_entropy(logits, torch.tensor([0, 1, 2])).backward()
-        gradients = {name: p.grad for name, p in model.named_parameters()}
-        least = 1e-3 * max(gradient.norm() for gradient in gradients.values())
-        results.append((logits, gradients, model.state_dict()))
-        assert gradients["downsamplings.0.conv.conv.weight"].any()
-        for name, gradient in gradients.items():
-            expected = results[0][1][name]
-            assert (gradient - expected).norm() <= 1e-3 * max(expected.norm(), least), (path, name)
-        torch.testing.assert_close(logits, results[0][0], atol=1e-5, rtol=1e-5)
-        for name, value in model.state_dict().items():
-            torch.testing.assert_close(value, results[0][2][name], atol=1e-5, rtol=1e-5, msg=f"{path}: {name}")
+def test_a_small_training_step_on_every_path(same_on_every_path):
+    model, _ = alive(dims=(8, 8, 8, 8), depths=(1, 0, 0, 1, 0))
+    x = torch.rand(3, 3, 13, 18, generator=torch.Generator().manual_seed(1))
+    same_on_every_path(model, x, torch.tensor([0, 1, 2]))
 
 
 # ---- variants, sizes, heads

@@ -85,7 +85,7 @@ def small(request):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("path", ["reference", "compiled"])
+@pytest.mark.parametrize("path", ["reference", "compiled", pytest.param("triton", marks=pytest.mark.slow)])
 def test_every_neuron_spikes_alike(released, path, monkeypatch):
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", path)
     golden, options = released
@@ -127,6 +127,16 @@ def test_training_step(released, path, monkeypatch):
     for name, value in convert_released_state_dict({**golden.group("state"), **golden.group("after_step")}).items():
         if "running" in name:
             torch.testing.assert_close(state[name], value, atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_a_small_training_step_on_every_path(family, same_on_every_path):
+    kind, options = SMALL[family]
+    released = {"mixes_images": True} if kind is QKFormer else {}
+    model, _ = alive(kind, **{**options, **released, "dim": 16, "num_heads": 2, "time_steps": 2})
+    side = 16 if "events" in family else 8
+    x = torch.rand(3, model.in_channels, side, side, generator=torch.Generator().manual_seed(1))
+    same_on_every_path(model, x, torch.tensor([0, 1, 2]))
 
 
 @torch.no_grad()

@@ -149,7 +149,7 @@ def test_e_spikeformer_learns_from_a_teacher(train, photographs, teacher_weights
     """From weights without a second head, on mixed images, in two parts; the averaged model has both heads too."""
     save_model(firing("sdt_v3_83m", (16, 16, 16)), "start")
     stage = (
-        *FEW, f"data.root={photographs}", "model.dims=[16,16,16]", "model.depths=[1,1,1,1]", "train.epochs=4",
+        *FEW, f"data.root={photographs}", "model.dims=[16,16,16]", "model.depths=[1,1,1,1]", "train.epochs=2",
         "train.warmup_epochs=0", "train.init_checkpoint=start", f"train.teacher={TEACHER}", "optim.lr=1e-2",
         f"train.teacher_weights={teacher_weights}",
     )  # fmt: skip
@@ -161,7 +161,7 @@ def test_e_spikeformer_learns_from_a_teacher(train, photographs, teacher_weights
         files = [(tmp_path / name / kind / "model.safetensors").read_bytes() for name in ("parts", "whole")]
         assert files[0] == files[1], f"{kind}: a run in two parts ends as an undisturbed one, bit for bit"
     lines = read_lines(tmp_path / "parts")
-    assert [line["step"] for line in lines] == [3, 4, 6, 9, 12]
+    assert [line["step"] for line in lines] == [3, 4, 6]
     assert all(0 < line["train_loss"] < 5 and line["firing_rate"] > 0.05 for line in lines)
     last = load_model(tmp_path / "parts" / "last")
     assert last.config["distillation"] and last.config["drop_path"] == 0.1
