@@ -124,7 +124,7 @@ class Dense(nn.Module):
         self.apart = [node for node in plan.nodes if node not in set(self.together)]
         crossing = {given for node in self.apart for given in node.inputs()}
         self.crossing = {node: None for node in self.together if node in crossing}
-        self.last = last_uses(plan)
+        self.last, self.given = last_uses(plan), {node: node.inputs() for node in plan.nodes}
         self.inputs = [node for node in plan.nodes if node.op == INPUT]
         super().train(False)
 
@@ -228,7 +228,7 @@ class Dense(nn.Module):
         for part in self._parts([first[node] for node in starts if isinstance(first[node], Tensor)]):
             some = {node: value[:, part] for node, value in first.items() if value.ndim > 1}
             for node in rest:
-                if any(given in some for given in node.inputs()):
+                if any(given in some for given in self.given[node]):
                     self._run(node, some)
             results.append({node: self._plain(some[node]) for node in self.crossing if node in some})
         for node in self.crossing:
@@ -248,10 +248,10 @@ class Dense(nn.Module):
         return [slice(first, first + size) for first in range(0, images, size)]
 
     def _run(self, node: Node, values: dict[Node, Any]) -> None:
-        given = [values[one] for one in node.inputs()]
+        given = [values[one] for one in self.given[node]]
         result = _RULES[node.op](self, node, given, values)
         values[node] = self._plain(result) if self.in_place else result
-        for one in node.inputs():
+        for one in self.given[node]:
             if self.last.get(one) is node and one in values and one not in self.crossing:
                 del values[one]
 

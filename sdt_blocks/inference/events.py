@@ -105,6 +105,7 @@ class Events(nn.Module):
         self.in_place = passes.changes_in_place(plan)
         self.inputs = [node for node in plan.nodes if node.op == INPUT]
         self.kinds, self.last = kinds(plan), last_uses(plan)
+        self.given = {node: node.inputs() for node in plan.nodes}
         self.epilogues = {} if self.in_place else passes.epilogues(plan)
         self.pooled = self._pooled_products()
         self.leaves = nn.ModuleList()
@@ -255,13 +256,13 @@ class Events(nn.Module):
                 return filled(node.args[0], lambda one: plain(values[one]))
             if node not in values:
                 values[node] = self._run(node, values)
-            for one in node.inputs():
+            for one in self.given[node]:
                 if self.last.get(one) is node and one.op != INPUT:
                     values.pop(one, None)
         raise AssertionError("a plan ends with its output")
 
     def _run(self, node: Node, values: dict[Node, Any]) -> Any:
-        given = [values[one] for one in node.inputs()]
+        given = [values[one] for one in self.given[node]]
         if node.op == PROJECT:
             return self._project(node, given[0], values)
         if node.op == FIRE and node in self.forms:
