@@ -6,6 +6,7 @@ with Tonic's own in `tonic.transforms.Compose`.
 """
 
 import bisect
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,15 +63,100 @@ class EventsToFrames:
         else:
             edges = [i * (len(events) // self.time_steps) for i in range(self.time_steps)] + [len(events)]
 
-        pixels = 2 * height * width
-        frames = np.empty((self.time_steps, pixels), dtype=np.float32)
+        frames = np.empty((self.time_steps, 2 * height * width), dtype=np.float32)
         for frame, start, stop in zip(frames, edges, edges[1:], strict=False):
-            chunks = (
-                _pixel_index(events[first : min(first + _CHUNK, stop)], self.sensor_size, first)
-                for first in range(start, stop, _CHUNK)
-            )
-            frame[:] = sum(np.bincount(chunk, minlength=pixels) for chunk in chunks)
+            frame[:] = _counted(events, self.sensor_size, start, stop)
         return frames.reshape(self.time_steps, 2, height, width)
+
+
+class FramesOfEvents:
+    """Counts events into frames as they come, per polarity and pixel.
+
+    Each frame holds so many `events`, or those of `duration` microseconds from the first event on: one of the two. A
+    call takes the next events, in order of time, and gives the frames that they have finished, which may be none; what
+    is left waits for the next call, and `rest` gives it at the end. Frames of `N // T` events each are those of
+    `EventsToFrames` with T steps, but for the last, which takes what is left there. Frames of a duration in which
+    nothing happens are empty.
+
+    `sensor_size` is `(W, H, 2)` as in Tonic.
+
+    Shapes: structured events `[N]` -> float32 frames `[n, 2, H, W]`, OFF events in channel 0 and ON in channel 1.
+
+    Raises `ValueError` for a setting out of range, for events outside the sensor, before the last one or more than
+    `MOST_EMPTY` frames after it, and `TypeError` for an input that is no structured event array.
+
+    >>> to_frames = FramesOfEvents(sensor_size=(128, 128, 2), duration=10_000)
+    >>> frames = to_frames(events)  # [n, 2, 128, 128], n >= 0
+    """
+
+    def __init__(
+        self, *, sensor_size: tuple[int, int, int], events: int | None = None, duration: int | None = None
+    ) -> None:
+        # It checks the sensor.
+        self.sensor_size = EventsToFrames(sensor_size=sensor_size, time_steps=1).sensor_size
+        if (events is None) == (duration is None):
+            raise ValueError(f"give either events= or duration= of a frame, got {events!r} and {duration!r}")
+        size = events if duration is None else duration
+        if isinstance(size, bool) or int(size) != size or size < 1:
+            raise ValueError(f"a frame must have a whole number of events or microseconds, at least 1, got {size!r}")
+        self.events, self.duration = events, duration
+        self._waiting: np.ndarray | None = None
+        self._start: int | None = None
+        self._now: int | None = None
+
+    def __call__(self, events: np.ndarray) -> np.ndarray:
+        check_events(events, ("t", "x", "y", "p"))
+        times = events["t"]
+        if not _is_sorted(times) or (self._now is not None and len(times) and int(times[0]) < self._now):
+            raise ValueError("events must come in order of time; sort them, and call rest() before another recording")
+        whole = events if self._waiting is None else np.concatenate([self._waiting, events])
+        start = int(whole["t"][0]) if self._start is None and len(whole) else self._start
+        edges = self._edges(whole, start)
+        frames = [_counted(whole, self.sensor_size, first, stop) for first, stop in itertools.pairwise(edges)]
+        self._start = None if start is None else start + len(frames) * (self.duration or 0)
+        self._now = int(times[-1]) if len(times) else self._now
+        self._waiting = whole[edges[-1] :].copy()
+        return self._shaped(frames)
+
+    def rest(self) -> np.ndarray:
+        """The frame `[1, 2, H, W]` that is not finished, `[0, 2, H, W]` where nothing waits; then it starts anew."""
+        waiting, self._waiting, self._start, self._now = self._waiting, None, None, None
+        if waiting is None or len(waiting) == 0:
+            return self._shaped([])
+        return self._shaped([_counted(waiting, self.sensor_size, 0, len(waiting))])
+
+    def _edges(self, events: np.ndarray, start: int | None) -> list[int]:
+        """Where the frames begin that the events finish, and where the rest does."""
+        if self.events is not None:
+            return list(range(0, len(events) + 1, self.events))
+        if len(events) == 0 or start is None or self.duration is None:
+            return [0]
+        times = events["t"]
+        finished = (int(times[-1]) - start) // self.duration
+        if finished > len(events) + MOST_EMPTY:
+            raise ValueError(
+                f"{len(events)} events span {finished} frames of {self.duration} microseconds; look for a time that "
+                f"jumps, or take longer frames"
+            )
+        return [bisect.bisect_left(times, start + i * self.duration) for i in range(finished + 1)]
+
+    def _shaped(self, frames: list[np.ndarray]) -> np.ndarray:
+        width, height, _ = self.sensor_size
+        return np.array(frames, dtype=np.float32).reshape(len(frames), 2, height, width)
+
+
+MOST_EMPTY = 10_000
+"""Frames without events that `FramesOfEvents` makes at once: a time that jumps would make any number of them."""
+
+
+def _counted(events: np.ndarray, sensor_size: tuple[int, int, int], start: int, stop: int) -> np.ndarray:
+    """How many of the events from `start` to before `stop` lie on each pixel, flat."""
+    pixels = 2 * sensor_size[0] * sensor_size[1]
+    chunks = (
+        _pixel_index(events[first : min(first + _CHUNK, stop)], sensor_size, first)
+        for first in range(start, stop, _CHUNK)
+    )
+    return sum((np.bincount(chunk, minlength=pixels) for chunk in chunks), np.zeros(pixels, dtype=np.intp))
 
 
 def check_events(events: np.ndarray, fields: tuple[str, ...]) -> None:

@@ -226,7 +226,7 @@ def normalize_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, time_steps
             return batch_norm_lif(x, settings, neuron.spec, time_steps=time_steps)
         before = neuron.carrier.membrane(neuron, x)
         spikes, last = batch_norm_lif(x, settings, neuron.spec, before, time_steps=time_steps, return_membrane=True)
-        neuron.carrier.keep(neuron, last)
+        neuron.carrier.keep_state(neuron, last)
         return spikes
     repeated = time_steps is not None and time_steps != x.shape[0]
     return fire(neuron, repeat_frame(norm, x, time_steps or 1) if repeated else per_frame(norm, x))

@@ -246,6 +246,20 @@ def same_on_every_path(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module, 
     return check
 
 
+@pytest.fixture
+def on_a_grid() -> Callable[[nn.Module], nn.Module]:
+    """Rounds weights so that sums are exact: a library may add in another order for other numbers of rows."""
+
+    @torch.no_grad()
+    def rounded(model: nn.Module) -> nn.Module:
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.weight.mul_(1024).round_().div_(1024)
+        return model
+
+    return rounded
+
+
 @pytest.fixture(autouse=True)
 def _uninitialized_memory_is_nan():
     """`torch.empty` gives NaN, so that a result nobody wrote is seen."""

@@ -1,8 +1,10 @@
 """Cutting time into chunks gives the membranes and spikes of the uncut sequence."""
 
+import io
 from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import snntorch
 import torch
@@ -20,6 +22,20 @@ from sdt_blocks import (
     over_time,
 )
 from sdt_blocks.steps import is_unit
+
+STREAMED = (
+    "sdt_lif_static_64",
+    "sdt_plif_static_32",
+    "sdt_lif_dvs_64",
+    "spikformer_cifar_32",
+    "qkformer_cifar_32",
+    "sdtv2_grads_T2_64",
+    "sdtv3_base_64",
+    "sdtv3_large_kd_64",
+)
+WITHOUT_MEMORY = ("sdtv3_base_64", "sdtv3_large_kd_64")
+REAL_HEAD = ("sdtv3_large_kd_64",)
+"""Whose head multiplies real values, which a library rounds otherwise for other numbers of rows."""
 
 
 def spikes_and_membranes(model):
@@ -154,8 +170,6 @@ def test_what_cannot_be_streamed(firing_model):
     model.eval()
     shared = LIF()
     for other, message in (
-        (optimize_for_inference(model, compile=False), "rebuilt for inference"),
-        (optimize_for_inference(model, sparse=True), "rebuilt for inference"),
         (torch.compile(model), "compiled"),
         (nn.Sequential(nn.Linear(3, 3), nn.ReLU()), "no neuron"),
         (nn.Sequential(shared, nn.Linear(3, 3), shared), "several places"),
@@ -164,6 +178,154 @@ def test_what_cannot_be_streamed(firing_model):
         with pytest.raises(TypeError, match=message):
             Stream(other)
     assert Stream(nn.Sequential(LIF(), over_time(snntorch.Leaky(beta=0.9)))).neurons
+
+
+FORMS = {
+    "plain": lambda model: model,
+    "dense": lambda model: optimize_for_inference(model, paths="convolution"),
+    "events": lambda model: optimize_for_inference(model, sparse=True),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("file", STREAMED)
+def test_answers_so_far_of_every_family_and_form(file, form, named_golden, on_a_grid):
+    """Frame by frame, the answer is that of the whole sequence up to there, to the bit."""
+    golden = named_golden(file)
+    model = FORMS[form](on_a_grid(golden.model()))
+    generator = torch.Generator().manual_seed(0)
+    size = golden.tensors["input"].shape
+    frames = torch.randint(0, 16, (2, 5, *size[-3:]), generator=generator) / 8
+    stream = Stream(model)
+    with torch.no_grad():
+        whole = [as_steps(model(frames[:, : t + 1])) for t in range(5)]
+        for t, frame in enumerate(frames.unbind(1)):
+            answer = stream.push(frame)
+            room = 1e-5 if file in REAL_HEAD else 0.0
+            torch.testing.assert_close(as_steps(answer), whole[t], rtol=0, atol=room)
+        stream.reset()
+        assert torch.equal(as_steps(stream.push(frames)), as_steps(answer))
+        alone = as_steps(model(frames[:, 4:]))
+    assert len({tuple(one.flatten().tolist()) for one in whole}) == 5
+    assert file in WITHOUT_MEMORY or not torch.equal(as_steps(stream(frames[:, 4:])), alone)
+
+
+def as_steps(logits):
+    """The logits `[B, K]` of a model, the mean of those of every step; of two heads the first's."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    return logits.mean(0) if logits.ndim == 3 else logits
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("neuron", [*NEURONS, "SpikingJelly"])
+def test_streams_of_a_batch_go_their_own_ways(firing_model, on_a_grid, neuron, form):
+    """One starts anew, one is left out, all are saved and restored: each answers as if it ran alone."""
+    make = NEURONS.get(neuron) or partial(pytest.importorskip("spikingjelly.activation_based.neuron").LIFNode)
+    made = make if neuron != "SpikingJelly" else lambda threshold: make(v_threshold=threshold, v_reset=-0.1)
+    model = on_a_grid(firing_model(neuron=made, depth=1))
+    form = FORMS[form](model)
+    frames = torch.randint(0, 16, (3, 6, 3, 16, 16)) / 8
+    stream = Stream(form)
+    with torch.no_grad():
+        for t in range(2):
+            stream.push(frames[:, t])
+        stream.reset([1])
+        assert stream.seen.tolist() == [2, 0, 2]
+        answer = stream.push(frames[:, 2:4])
+        assert torch.equal(answer[[0, 2]], form(frames[[0, 2], :4]))
+        assert torch.equal(answer[1], form(frames[1:2, 2:4])[0])
+        assert not torch.equal(answer[1], form(frames[1:2, :4])[0])
+        file = io.BytesIO()
+        torch.save(stream.state_dict(), file)
+        stream.keep(torch.tensor([False, True, True]))
+        kept = stream.push(frames[1:, 4])
+        assert torch.equal(kept[1], form(frames[2:, :5])[0]) and torch.equal(kept[0], form(frames[1:2, 2:5])[0])
+        again = Stream(form)
+        again.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+        assert torch.equal(again.push(frames[:, 4])[1:], kept) and again.seen.tolist() == [5, 3, 5]
+
+
+def test_the_answer_of_the_last_frames(firing_model):
+    model = firing_model()
+    frames = torch.rand(2, 6, 3, 16, 16)
+    whole, stream = Stream(model), Stream(model, window=3)
+    logits = [whole(frames[:, t : t + 1]) for t in range(6)]
+    answers = [stream.push(frame) for frame in frames.unbind(1)]
+    for t, answer in enumerate(answers):
+        assert torch.equal(answer, torch.stack(logits[max(0, t - 2) : t + 1]).mean(0))
+    assert len(stream._logits) == 3 and len(logits[0].unique()) > 2
+
+
+@pytest.mark.parametrize("length", [15, 16, 17, 40, 64])
+def test_long_sequences_are_summed_as_a_model_does(length, on_a_grid):
+    """Whatever order the mean over so many steps is summed in."""
+    head = nn.Sequential(LIF(), nn.Linear(5, 3)).eval()
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = head
+
+        def forward(self, x):
+            return self.head(x.transpose(0, 1).mean((-2, -1))).mean(0)
+
+    frames = torch.rand(4, length, 5, 1, 1) * 3
+    net = on_a_grid(Net().eval())
+    stream = Stream(net)
+    with torch.no_grad():
+        assert torch.equal(stream.push(frames), net(frames)) and net(frames).std() > 0
+
+
+def test_raw_events(firing_model, on_a_grid):
+    from sdt_datasets.events import FramesOfEvents
+
+    events = np.zeros(100, dtype=[("t", "<i8"), ("x", "<i2"), ("y", "<i2"), ("p", "?")])
+    rng = np.random.default_rng(0)
+    events["t"] = np.arange(100)
+    for axis in "xy":
+        events[axis] = rng.integers(0, 16, 100)
+    model = on_a_grid(firing_model(in_channels=2))
+    to_frames = FramesOfEvents(sensor_size=(16, 16, 2), events=30)
+    frames = torch.from_numpy(to_frames(events))[None]
+    stream = Stream(model, to_frames=FramesOfEvents(sensor_size=(16, 16, 2), events=30))
+    assert stream.push(events[:20]) is None
+    answers = [stream.push(events[start : start + 20]) for start in range(20, 100, 20)]
+    assert torch.equal(answers[0], model(frames[:, :1])) and torch.equal(answers[-1], model(frames))
+    assert torch.equal(answers[1], answers[2]) != torch.equal(answers[1], answers[0]) and len(frames[0]) == 3
+
+
+def test_what_push_refuses(firing_model):
+    model = firing_model()
+    stream = Stream(model)
+    with pytest.raises(RuntimeError, match="no frame has been pushed"):
+        stream.answer()
+    for bad, message in (
+        (torch.rand(3, 16, 16), r"got \[3, 16, 16\]"),
+        (np.zeros(3), "got ndarray; see to_frames="),
+        (torch.rand(2, 0, 3, 16, 16), r"got \[2, 0, 3, 16, 16\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stream.push(bad)
+    stream.push(torch.rand(2, 3, 16, 16))
+    with pytest.raises(ValueError, match="a batch of 2, got 3 frames; keep"):
+        stream.push(torch.rand(3, 3, 16, 16))
+    for samples in (2, [-1], torch.tensor([True]), [0.5]):
+        with pytest.raises(IndexError, match="between 0 and 1"):
+            stream.reset(samples)
+    stream.reset(0)
+    with pytest.raises(RuntimeError, match=r"pushed yet to \[0\]"):
+        stream.answer()
+    with pytest.raises(ValueError, match="window must be a number of frames of at least 1"):
+        Stream(model, window=0)
+    with pytest.raises(TypeError, match=r"push needs logits \[2, K\] of a frame, SpikingMLP gave"):
+        Stream(SpikingMLP(4).eval()).push(torch.rand(2, 1, 4, 3, 3))
+    state = stream.state_dict()
+    with pytest.raises(ValueError, match="of a SpikeDrivenTransformer, not a Dense; restore it to the model and form"):
+        Stream(optimize_for_inference(model, compile=False)).load_state_dict(state)
+    with pytest.raises(ValueError, match="it lacks logits"):
+        stream.load_state_dict({key: value for key, value in state.items() if key != "logits"})
+    with pytest.raises(ValueError, match="the model has no neuron nobody"):
+        stream.load_state_dict(state | {"neurons": {"nobody": {}}})
 
 
 def test_there_are_no_gradients():

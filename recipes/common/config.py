@@ -171,7 +171,7 @@ def validate(config: Config) -> None:
     for key, _, item in _walk(Config):
         value = _get(config, key)
         for single in value if isinstance(value, list) else [value]:
-            _check_bounds(key, single, item.metadata)
+            check_bounds(key, single, item.metadata)
         length = item.metadata.get("length")
         if isinstance(value, list) and (not value or (length and len(value) != length)):
             raise ConfigError(f"{key}: expected {length or 'at least one'} number(s), got {shown(value)}")
@@ -234,7 +234,8 @@ def _get(config: Any, key: str) -> Any:
     return config
 
 
-def _check_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> None:
+def check_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for a value that an `option` does not allow."""
     if value is None:
         return
     choices = bounds.get("choices")

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .config import ConfigError
+from .config import ConfigError, check_bounds
 
 T = TypeVar("T")
 
@@ -22,9 +22,7 @@ def read_options(kind: type[T], arguments: Sequence[str]) -> T:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{' '.join(arguments)}: {error}") from None
     for item in fields(options):
-        value, least = getattr(options, item.name), item.metadata.get("least")
-        if least is not None and value is not None and value < least:
-            raise ConfigError(f"{item.name}: expected a value of at least {least}, got {value}")
+        check_bounds(item.name, getattr(options, item.name), item.metadata)
     return options  # type: ignore[no-any-return]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import steps
-from ..neuron import LIF
+from ..neuron import LIF, Streamed
 from ..ops import dense as kernels
 from .passes import SPIKES, changes_in_place, kinds, last_uses, of_samples, over_places
 from .plan import (
@@ -40,7 +40,7 @@ from .product import Geometry, Product
 _PASS_BYTES = 48 << 20
 
 
-class Firing(nn.Module):
+class Firing(nn.Module, Streamed):
     """A layer of neurons; `compile` says whether its steps are compiled (see `ops.dense`)."""
 
     def __init__(self, neuron: LIF, dtype: torch.dtype, compile: bool) -> None:
@@ -55,16 +55,32 @@ class Firing(nn.Module):
         """As the ops take it."""
         return kernels.Neuron(self.inv_tau, *self.constants)
 
+    def go_on(self, x: Tensor) -> Tensor:
+        """Spikes of x `[T, B, H, W, C]` from where the layer stood in the stream."""
+        assert self.carrier is not None
+        before = self.carrier.membrane(self, x)
+        spikes, last = kernels.go_on(x, self.neuron, before)
+        self.carrier.keep_state(self, last)
+        return spikes
+
 
 class Mixed(nn.Module):
     """q, k and v of an attention as one product of so many channels each, what fires on them, and the mixer.
 
-    Without a mixer, its dense form does what is behind the product; its neuron is then the last that fires.
+    Where it is `fused`, the mixer's dense form does what is behind the product; its neuron is then the last that fires.
+    In a stream the neurons of q, k and v fire by themselves, and the mixer is called.
     """
 
-    def __init__(self, product: Product, channels: list[int], fires: list[nn.Module], mixer: nn.Module | None) -> None:
+    def __init__(
+        self, product: Product, channels: list[int], fires: list[nn.Module], mixer: nn.Module, *, fused: bool
+    ) -> None:
         super().__init__()
         self.product, self.channels, self.fires, self.mixer = product, channels, nn.ModuleList(fires), mixer
+        self.fused = fused
+
+    def apart(self) -> bool:
+        """Whether the neurons fire by themselves."""
+        return not self.fused or any(getattr(one, "carrier", None) is not None for one in self.fires)
 
 
 class Membrane:
@@ -106,7 +122,6 @@ class Dense(nn.Module):
     There is no training mode; gradients do not flow.
     """
 
-    streams = False
     rebuilt = True
     """Layers are computed together: there is nothing for a hook to see."""
 
@@ -126,6 +141,7 @@ class Dense(nn.Module):
         self.crossing = {node: None for node in self.together if node in crossing}
         self.last, self.given = last_uses(plan), {node: node.inputs() for node in plan.nodes}
         self.inputs = [node for node in plan.nodes if node.op == INPUT]
+        self.streamed = [module for module in self.modules() if isinstance(module, Streamed)]
         super().train(False)
 
     def _form(self, node: Node, paths: str) -> Any:
@@ -143,6 +159,8 @@ class Dense(nn.Module):
             self.leaves.extend(leaves(node.target))
         else:
             self.leaves.append(form)
+            if node.op == FIRE:
+                self.leaves.append(node.target)  # fires by itself on what is no frame, and a stream has to find it
             # The weights are in the form: the frozen copy of the network need not stay in memory beside it.
             if node.op == PROJECT:
                 node.target = None
@@ -154,7 +172,7 @@ class Dense(nn.Module):
         fused = _fuses(mixing)
         neurons = (*mixing.neurons, *([mixing.mixer.neuron] if fused else []))
         fires = [Firing(one, self.real_dtype, self.compiled) if is_neuron(one) else one for one in neurons]
-        return Mixed(product, channels, fires, None if fused else mixing.mixer)
+        return Mixed(product, channels, fires, mixing.mixer, fused=fused)
 
     def _product(self, units: Any, node: Node, paths: str) -> tuple[Product, list[int]] | None:
         """The units' convolutions as one product, and the channels of each; `None` where they are no such product."""
@@ -239,6 +257,8 @@ class Dense(nn.Module):
         """How a batch is cut: on a CPU a few images stay in its caches and in reused memory."""
         x = next((x for x in starts if x.ndim == 5), None)
         products = [form for form in self.forms.values() if isinstance(form, Product)]
+        if any(neuron.carrier is not None for neuron in self.streamed):
+            return [slice(None)]  # a neuron stands where it does for the whole batch
         if x is None or x.device.type != "cpu" or not products:
             return [slice(None)]
         image_bytes = 4 * len(x) * x.shape[-2:].numel() * len(products[0].bias)
@@ -284,6 +304,9 @@ class Dense(nn.Module):
         if firing is None or frames is None:
             return evaluated(node.target)(self._plain(given[0]))
         membrane = frames if isinstance(frames, Membrane) else Membrane(frames.real(self.real_dtype))
+        if firing.carrier is not None:
+            spikes = firing.go_on(membrane.real())
+            return Spiking(spikes.shape, spikes.to)
 
         def fired(dtype: torch.dtype) -> Tensor:
             options = {"compiled": firing.compiled}
@@ -321,8 +344,9 @@ class Dense(nn.Module):
         if form is None:
             return steps.project_and_mix(mixing.units, mixing.neurons, mixing.mixer, self._plain(given[0]))
         qkv = self._multiplied(form.product, self._frames_of(node, given[0])).real()
-        if form.mixer is not None:
-            parts = zip(form.fires, qkv.split(form.channels, dim=-1), strict=True)
+        if form.apart():
+            fires = form.fires[: len(form.channels)]
+            parts = zip(fires, qkv.split(form.channels, dim=-1), strict=True)
             return form.mixer(*(self._fired(one, membrane) for one, membrane in parts))
         neurons = [firing.neuron for firing in form.fires]
         shape = torch.Size((*qkv.shape[:-1], form.channels[0]))
@@ -331,7 +355,11 @@ class Dense(nn.Module):
     def _fired(self, neuron: Any, membrane: Tensor) -> Tensor:
         """What a neuron of a mixer makes of its part of the product, as the mixer takes it."""
         if isinstance(neuron, Firing):
-            spikes = kernels.fire(membrane.contiguous(), neuron.neuron, self.real_dtype, compiled=neuron.compiled)[1]
+            x = membrane.contiguous()
+            if neuron.carrier is None:
+                spikes = kernels.fire(x, neuron.neuron, self.real_dtype, compiled=neuron.compiled)[1]
+            else:
+                spikes = neuron.go_on(x).to(self.real_dtype)
             return spikes.movedim(-1, 2).contiguous()
         x, own = membrane.movedim(-1, 2).contiguous(), evaluated(neuron)
         fired: Tensor = steps.fire(neuron, x) if own is neuron else own(x)

@@ -93,7 +93,6 @@ class Events(nn.Module):
     and `RuntimeError` where the kernels cannot be built.
     """
 
-    streams = False
     rebuilt = True
     """Layers are computed together: there is nothing for a hook to see."""
 
@@ -115,6 +114,10 @@ class Events(nn.Module):
             if form is not None:
                 self.forms[node] = form
             self.leaves.extend(leaves(node.target) if form is None else [form])
+            if node.op == MIX and form is not None:
+                # For streams, whose neurons fire by themselves.
+                parts = (*node.target.neurons, node.target.mixer)
+                self.leaves.extend(part for part in parts if isinstance(part, nn.Module))
             if node.op == PROJECT and form is not None:
                 node.target = None
         if exact:
@@ -317,7 +320,11 @@ class Events(nn.Module):
             # The shortcut's memory takes the sum where nothing reads it afterwards.
             if after.keep and before.owned and self.last[after.residual] is after.total:
                 into = residual
-        membrane, fired = form(source, residual=residual, membrane=into)
+        if after.fire is not None and _streamed(after.fire.target):
+            membrane = form.membrane(source, residual=residual, into=True if into is False else into)
+            fired = _gone_on(after.fire.target, membrane)
+        else:
+            membrane, fired = form(source, residual=residual, membrane=into)
         if after.fire is not None:
             values[after.fire] = fired
         total = None if membrane is None else Membrane(membrane, owned=True)
@@ -343,11 +350,18 @@ class Events(nn.Module):
         if membrane is None or isinstance(x, PackedSpikes):
             return node.target(plain(x))
         real = membrane.real
+        if _streamed(node.target):
+            return _gone_on(node.target, real)
         return spike_neuron(real, _epilogue(None, node.target, channels=real.shape[-1]), len(real))[1]
 
     def _mix(self, node: Node, x: Any) -> Any:
         mixing, form = node.target, self.forms.get(node)
         if isinstance(form, SpikeProduct) and isinstance(x, PackedSpikes):
+            if any(map(_streamed, mixing.neurons)):
+                membranes = form.membrane(x).chunk(len(mixing.neurons), -1)
+                parts = (part[..., : form.channels].movedim(-1, 2) for part in membranes)
+                fired = [neuron(part) for neuron, part in zip(mixing.neurons, parts, strict=True)]
+                return _repacked(mixing.mixer, mixing.mixer(*fired))
             _, qkv = form(x)
             return mixing.mixer.packed(qkv, form.channels)
         source = x if isinstance(x, PackedSpikes) or form is None else _frames(x)
@@ -544,10 +558,22 @@ def _by_events(conv: nn.Conv2d) -> bool:
 
 def _fired(product: Any, neuron: Any, x: PackedSpikes | Tensor) -> Tensor:
     """What a neuron makes of a product, `[T, B, C, H, W]`."""
-    if product.epilogue.neuron is not None:
+    if product.epilogue.neuron is not None and not _streamed(neuron):
         return plain(product(x)[1])
-    levels: Tensor = neuron(plain(Membrane(product(x, membrane=True)[0])))
-    return levels
+    fired: Tensor = neuron(plain(Membrane(product.membrane(x))))
+    return fired
+
+
+def _streamed(neuron: Any) -> bool:
+    """Whether a stream hands the neuron's state over, which kernels do not know."""
+    return getattr(neuron, "carrier", None) is not None
+
+
+def _gone_on(neuron: Any, membrane: Tensor) -> PackedSpikes:
+    """What a neuron in a stream makes of a membrane `[T, B, H, W, C]`."""
+    if torch.as_tensor(neuron.inv_tau).ndim:  # a time constant for each channel of [T, B, C, H, W]
+        return PackedSpikes.pack(neuron(membrane.movedim(-1, 2)))
+    return PackedSpikes.pack(neuron(membrane).movedim(-1, 2))
 
 
 def _epilogue(

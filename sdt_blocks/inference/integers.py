@@ -29,8 +29,11 @@ PIECES = {INT8: 1, INT24: 3}
 class Finished(nn.Module):
     """A layer with what follows its sums, whose constants are part of its state.
 
-    What the kernels take is made of the buffers when it is first used, and anew after they were loaded.
+    What the kernels take is made of the buffers when it is first used, and anew after they were loaded. `fires` is off
+    while a stream has the neuron fire by itself.
     """
+
+    fires = True
 
     def __init__(self, epilogue: Epilogue) -> None:
         super().__init__()
@@ -41,7 +44,20 @@ class Finished(nn.Module):
 
     @property
     def epilogue(self) -> Epilogue:
-        return self.made("epilogue", lambda: Epilogue.of(self.constants, self.neuron))
+        if not self.fires:
+            bare: Epilogue = self.made("bare", lambda: Epilogue.of(self.constants, None))
+            return bare
+        whole: Epilogue = self.made("epilogue", lambda: Epilogue.of(self.constants, self.neuron))
+        return whole
+
+    def membrane(self, x: Any, *, residual: Tensor | None = None, into: bool | Tensor = True) -> Tensor:
+        """What the neuron would get: `forward` without it."""
+        self.fires = False
+        try:
+            real: Tensor = self(x, residual=residual, membrane=into)[0]
+        finally:
+            self.fires = True
+        return real
 
     def made(self, name: str, make: Any) -> Any:
         """What `make()` gives, kept until the state changes."""

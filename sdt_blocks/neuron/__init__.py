@@ -4,7 +4,7 @@ from .integer import IntegerNeuron
 from .lif import LIF, NEURONS, NeuronFactory, NeuronLike, ParametricLIF, make_neuron, neuron_options, neuron_spec
 from .nir import export_to_nir
 from .replacing import InSteps, find_neurons, replace_neurons
-from .stepping import OverTime, clear_hidden, fires, over_time, remembers, spikes_of, takes_sequence
+from .stepping import OverTime, clear_hidden, fires, over_time, remembers, spikes_of, states_of, takes_sequence
 from .stream import Stream, Streamed
 
 __all__ = [
@@ -29,5 +29,6 @@ __all__ = [
     "remembers",
     "replace_neurons",
     "spikes_of",
+    "states_of",
     "takes_sequence",
 ]

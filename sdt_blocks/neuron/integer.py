@@ -68,6 +68,9 @@ class IntegerNeuron(nn.Module):
     tensor([0.0000, 0.0000, 0.2500, 0.5000, 1.0000])
     """
 
+    states = 0
+    """Numbers kept from one time step to the next."""
+
     def __init__(
         self, *, levels: int = 4, norm: float | None = None, rounding: str = "even", threshold: float = 1.0
     ) -> None:

@@ -47,6 +47,8 @@ class LIF(snntorch.Leaky, Streamed):
     """
 
     step_mode = "m"
+    states = 1
+    """Numbers kept from one time step to the next."""
 
     def __init__(
         self,
@@ -135,7 +137,7 @@ class LIF(snntorch.Leaky, Streamed):
         result = lif(x, self.spec, membrane, return_membrane=return_membrane or carrier is not None)
         if carrier is None:
             return result
-        carrier.keep(self, result[1])
+        carrier.keep_state(self, result[1])
         return result if return_membrane else result[0]
 
     def step(self, x: Tensor, membrane: Tensor | None = None) -> tuple[Tensor, Tensor]:

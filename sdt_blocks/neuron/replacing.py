@@ -13,7 +13,7 @@ from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
 from .lif import LIF, NeuronLike, make_neuron, wants_channels
-from .stepping import OverTime, fires, takes_sequence
+from .stepping import OverTime, fires, states_of, takes_sequence
 
 
 def find_neurons(model: nn.Module, extra: Sequence[type[nn.Module]] = ()) -> dict[str, nn.Module]:
@@ -109,7 +109,7 @@ def _in_steps(name: str, old: nn.Module, new: nn.Module) -> nn.Module:
                 f"{name}, {type(old).__name__}, takes one time step a call, {type(new).__name__} a sequence"
             )
         return new
-    hidden, output, states = old.init_hidden, old.output, _states(old)
+    hidden, output, states = old.init_hidden, old.output, states_of(old)
     if isinstance(new, LIF) and states == 1:
         return InSteps(new, init_hidden=hidden, output=output)
     calls = f"init_hidden={hidden}, output={output} and {states} state(s)"
@@ -118,17 +118,12 @@ def _in_steps(name: str, old: nn.Module, new: nn.Module) -> nn.Module:
             f"{name} is called once a time step, with {calls}, which {type(new).__name__} does not take: give a neuron "
             f"of snnTorch with as many, or where it is one, LIF or ParametricLIF"
         )
-    if (new.init_hidden, new.output, _states(new)) != (hidden, output, states):
+    if (new.init_hidden, new.output, states_of(new)) != (hidden, output, states):
         raise TypeError(
             f"{name} is called with {calls}; {type(new).__name__} has init_hidden={new.init_hidden}, "
-            f"output={new.output} and {_states(new)}"
+            f"output={new.output} and {states_of(new)}"
         )
     return new
-
-
-def _states(neuron: nn.Module) -> int:
-    """How many states a neuron of snnTorch is called with beside its input."""
-    return len(inspect.signature(neuron.forward).parameters) - 1
 
 
 def _threshold(name: str, old: nn.Module, informed: bool) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import snntorch
@@ -52,6 +53,11 @@ class OverTime(nn.Module, Streamed):
         _clear(neuron)
 
     @property
+    def states(self) -> int:
+        """How many numbers each neuron keeps within a call."""
+        return states_of(self.neuron)
+
+    @property
     def emits(self) -> str:
         """ "spikes" where the neuron is known to give zeros and ones alone."""
         graded = torch.as_tensor(getattr(self.neuron, "graded_spikes_factor", 2.0))
@@ -70,8 +76,35 @@ class OverTime(nn.Module, Streamed):
         # A stream's state lies in a neuron of its own, which no other call can touch.
         neuron = copy.deepcopy(self.carrier.state(self) or self.neuron)
         spikes = self._run(neuron, x)
-        self.carrier.keep(self, neuron)
+        self.carrier.keep_state(self, neuron)
         return spikes
+
+    def held(self, state: nn.Module) -> dict[str, Tensor]:
+        """What the neuron and its parts keep beside what is saved with them: buffers, attributes, memories."""
+        found: dict[str, Tensor] = {}
+        for path, module in state.named_modules():
+            passing = {key: module._buffers[key] for key in module._non_persistent_buffers_set}
+            passing |= getattr(module, "_memories", {}) | vars(module)
+            tensors = {key: value for key, value in passing.items() if isinstance(value, Tensor) and value.ndim}
+            found |= {f"{path}.{key}".lstrip("."): value for key, value in tensors.items()}
+        return found
+
+    def holding(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """A copy of the neuron that keeps these tensors."""
+        neuron = copy.deepcopy(self.neuron)
+        for name, value in tensors.items():
+            path, _, key = name.rpartition(".")
+            module = neuron.get_submodule(path)
+            memories = getattr(module, "_memories", {})
+            place = next((kept for kept in (module._buffers, memories) if key in kept), vars(module))
+            place[key] = value
+        return neuron
+
+    def resting(self, name: str) -> float:
+        """What a tensor of a state holds at the start: SpikingJelly's neurons say it, others start at zero."""
+        path, _, key = name.rpartition(".")
+        value = getattr(self.neuron.get_submodule(path), "_memories_rv", {}).get(key, 0.0)
+        return float(value) if isinstance(value, int | float) else 0.0
 
     @torch.no_grad()
     def evaluate(self, x: Tensor) -> Tensor:
@@ -144,6 +177,27 @@ def remembers(neuron: nn.Module) -> bool:
     if isinstance(neuron, nn.Sequential):
         return any(remembers(layer) for layer in neuron)
     return _forget(neuron) is not None
+
+
+def states_of(neuron: nn.Module) -> int:
+    """How many numbers each neuron of a layer keeps from one time step to the next.
+
+    A layer may say so itself, as `states`. SpikingJelly's name their memories, snnTorch's take their states beside the
+    input; of others one is known, the membrane.
+
+    >>> import snntorch
+    >>> [states_of(neuron) for neuron in (LIF(), snntorch.Synaptic(alpha=0.9, beta=0.8), IntegerNeuron())]
+    [1, 2, 0]
+    """
+    told = getattr(neuron, "states", None)
+    if isinstance(told, int):
+        return told
+    if isinstance(neuron, nn.Sequential):
+        return sum(states_of(layer) for layer in neuron if fires(layer) or remembers(layer))
+    named = getattr(neuron, "named_memories", None)
+    if callable(named):
+        return len(list(named()))
+    return len(inspect.signature(neuron.forward).parameters) - 1 if isinstance(neuron, SpikingNeuron) else 1
 
 
 def spikes_of(output: Any, owner: str = "a neuron") -> Tensor:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+Samples = int | Sequence[int] | Tensor
+"""Places in a batch: one, several, or a mask of all."""
 
 
 class Streamed:
@@ -13,21 +18,43 @@ class Streamed:
 
     carrier: Stream | None = None
 
+    def held(self, state: Any) -> dict[str, Tensor]:
+        """The tensors of a state by name, each with the samples of the batch on its first axis."""
+        return {"membrane": state}
+
+    def holding(self, tensors: Mapping[str, Tensor]) -> Any:
+        """The state that has these tensors."""
+        return tensors["membrane"]
+
+    def resting(self, name: str) -> float:
+        """What a tensor of a state holds at the start."""
+        return 0.0
+
 
 class Stream:
     """Runs a model on one chunk of frames after the other, as if they came in one piece.
 
-    Called like the model in eval mode, or used as a context within which the model (and what it is made of) may be
-    called in any way; either way membranes go on from the call before, and spikes and membranes are those of the uncut
-    sequence. What the model averages over time it averages over the chunk. There are no gradients. `reset`
-    starts a new sequence; outside the stream the model has no memory, as ever.
+    `push` takes frames as they come and gives the answer so far. Or the stream is called like the model in eval mode,
+    and gives what the model makes of the chunk, or is used as a context within which the model (and what it is made
+    of) may be called in any way. Either way membranes go on from the call before, and spikes and membranes are those
+    of the uncut sequence. What the model averages over time it averages over the chunk. There are no gradients.
 
-    An error leaves the states as they were before the call, or the context.
+    The model may be of any family, mixed, or one of the forms of `optimize_for_inference`. Equal to the bit are what
+    neurons, additions of events and sums of whole numbers give; a product of a library may round otherwise for other
+    numbers of rows, so that a membrane within rounding of its threshold could fire in one and not in the other.
+
+    The batch holds several streams, of which `reset` starts one or all anew. `state_dict` and `load_state_dict` save
+    and restore where they stand. With `window` the answer so far is that of the last frames alone, and memory does not
+    grow; without it the logits of all frames since the start are kept. `to_frames` makes frames `[n, C, H, W]` of what
+    `push` gets in the place of a tensor, such as raw events of one stream (`sdt_datasets.events.FramesOfEvents`).
+
+    An error leaves the states as they were before the call, or the context. Outside of the stream the model has no
+    memory, as ever.
 
     Shapes: those of the model; the batch must be the same for all chunks.
 
-    Raises `TypeError` for a model whose memory cannot be handed over: one that is compiled, was rebuilt for
-    inference, has one neuron in two places or layers with a state of their own, such as `nn.LSTM`. Raises
+    Raises `TypeError` for a model whose memory cannot be handed over: one that is compiled, has one neuron in two
+    places or layers with a state of their own, such as `nn.LSTM`, and `ValueError` for a window below one frame. Raises
     `RuntimeError` in training mode, where a chunk's norms would differ from the sequence's.
 
     >>> block = SpikingMLP(8).eval()
@@ -35,22 +62,39 @@ class Stream:
     >>> parts = torch.cat([stream(x[:1]), stream(x[1:])])
     >>> torch.equal(parts, block(x))
     True
+    >>> model, frames = example_model(), example_images()[0][:, None].expand(-1, 4, -1, -1, -1)
+    >>> stream = Stream(model)
+    >>> answers = [stream.push(frame) for frame in frames.unbind(1)]
+    >>> torch.allclose(answers[-1], model(frames), atol=1e-5)
+    True
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        window: int | None = None,
+        to_frames: Callable[[Any], Any] | None = None,
+    ) -> None:
         for name, module in model.named_modules():
             reason = _obstacle(module)
             if reason:
                 what = f"{type(module).__name__} {name}".rstrip()
                 raise TypeError(f"{what} cannot be streamed: {reason}")
-        self.model = model
-        everywhere = [module for _, module in model.named_modules(remove_duplicate=False)]
-        self.neurons = [module for module in everywhere if isinstance(module, Streamed)]
-        if not self.neurons or len(set(self.neurons)) < len(self.neurons):
+        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+            raise ValueError(f"window must be a number of frames of at least 1, or None for all, got {window!r}")
+        self.model, self.window, self.to_frames = model, window, to_frames
+        everywhere = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Streamed)]
+        self._names = {neuron: name for name, neuron in everywhere}
+        self.neurons = list(self._names)
+        without_memory = any(getattr(module, "states", None) == 0 for module in model.modules())
+        if len(self.neurons) < len(everywhere) or not (self.neurons or without_memory):
             what = "one neuron in several places" if self.neurons else "no neuron whose state could be handed over"
             raise TypeError(f"{type(model).__name__} cannot be streamed: it has {what}")
         self._states: dict[Streamed, Any] = {}
         self._before = self._states
+        self._logits: deque[tuple[Tensor, ...]] = deque(maxlen=window)
+        self._seen = torch.zeros(0, dtype=torch.int64)
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         with self:
@@ -75,9 +119,143 @@ class Stream:
         for neuron in self.neurons:
             neuron.carrier = None
 
-    def reset(self) -> None:
-        """Forgets all states: the next chunk begins a sequence."""
-        self._states.clear()
+    # ---- the answer so far
+
+    @property
+    def seen(self) -> Tensor:
+        """How many frames `push` has had of each stream since its start `[B]`."""
+        return self._seen
+
+    def push(self, frames: Any) -> Any:
+        """Takes the next frame `[B, C, H, W]` of each stream, or several `[B, T, C, H, W]`; gives the answer so far.
+
+        That is the mean of the model's logits over all frames since the start, or the last ones of the `window`:
+        `[B, K]`, a tuple of such where the model has several heads. What `to_frames` is given may be no whole frame
+        yet: then the answer is the one before, `None` at first.
+
+        Raises `ValueError` for frames of another shape or another number of streams, and `TypeError` for a model
+        whose output is no logits.
+        """
+        if self.to_frames is not None and not isinstance(frames, Tensor):
+            frames = torch.as_tensor(self.to_frames(frames)).unsqueeze(0)
+            if frames.shape[1] == 0:
+                return self.answer() if self._logits else None
+        if not isinstance(frames, Tensor) or frames.ndim not in (4, 5) or 0 in frames.shape:
+            got = list(frames.shape) if isinstance(frames, Tensor) else f"{type(frames).__name__}; see to_frames="
+            raise ValueError(f"expected a frame [B, C, H, W] of each stream, or frames [B, T, C, H, W], got {got}")
+        if len(self._seen) not in (0, len(frames)):
+            raise ValueError(
+                f"this stream has a batch of {len(self._seen)}, got {len(frames)} frames; keep() takes some of its "
+                f"samples, reset() starts with another batch"
+            )
+        before = self._states, list(self._logits), self._seen
+        try:
+            for frame in _one_by_one(frames):
+                self._logits.append(_logits_of(self(frame), len(frames), type(self.model).__name__))
+                self._seen = (self._seen if len(self._seen) else torch.zeros(len(frames), dtype=torch.int64)) + 1
+        except BaseException:
+            self._states, kept, self._seen = before
+            self._logits = deque(kept, maxlen=self.window)
+            raise
+        return self.answer()
+
+    def answer(self) -> Any:
+        """The answer so far. Raises `RuntimeError` before the first frame, of any stream."""
+        if not self._logits or not bool((self._seen > 0).all()):
+            waiting = (self._seen == 0).nonzero().flatten().tolist()
+            raise RuntimeError(f"no frame has been pushed yet{f' to {waiting}' if waiting else ''}")
+        heads = tuple(self._mean([logits[head] for logits in self._logits]) for head in range(len(self._logits[0])))
+        return heads if len(heads) > 1 else heads[0]
+
+    def _mean(self, logits: list[Tensor]) -> Tensor:
+        """The mean over each stream's own frames, summed in the order in which a model sums its time steps."""
+        result = torch.empty_like(logits[-1])
+        counts = self._seen.clamp(max=len(logits))
+        for count in counts.unique().tolist():
+            of = (counts == count).to(result.device)
+            result[of] = torch.stack([one[of] for one in logits[len(logits) - count :]]).mean(0)
+        return result
+
+    # ---- the streams of a batch
+
+    def reset(self, samples: Samples | None = None) -> None:
+        """Starts new sequences: all of them, with a batch of any size, or those at `samples` alone.
+
+        Raises `IndexError` for a sample that is not in the batch.
+        """
+        if samples is None:
+            self._states.clear()
+            self._logits.clear()
+            self._seen = torch.zeros(0, dtype=torch.int64)
+            return
+        at = self._places(samples)
+
+        def rest(tensor: Tensor, value: float) -> Tensor:
+            return tensor.index_fill(0, at.to(tensor.device), value)
+
+        self._states = self._each(rest)
+        if len(self._seen):
+            self._seen = self._seen.index_fill(0, at, 0)
+
+    def keep(self, samples: Samples) -> None:
+        """Goes on with the streams at `samples` alone, in that order: the batch becomes as small.
+
+        Raises `IndexError` for a sample that is not in the batch.
+        """
+        at = self._places(samples)
+        self._states = self._each(lambda tensor, _: tensor.index_select(0, at.to(tensor.device)))
+        kept = [tuple(head.index_select(0, at.to(head.device)) for head in logits) for logits in self._logits]
+        self._logits = deque(kept, maxlen=self.window)
+        self._seen = self._seen[at] if len(self._seen) else self._seen
+
+    def _each(self, change: Callable[[Tensor, float], Tensor]) -> dict[Streamed, Any]:
+        """The states with every tensor changed, given what it holds at the start."""
+        return {
+            neuron: neuron.holding(
+                {name: change(tensor, neuron.resting(name)) for name, tensor in neuron.held(state).items()}
+            )
+            for neuron, state in self._states.items()
+        }
+
+    def _places(self, samples: Samples) -> Tensor:
+        held = (tensor for neuron, state in self._states.items() for tensor in neuron.held(state).values())
+        batch = len(self._seen) or next((len(tensor) for tensor in held), 0)
+        if not batch:
+            raise IndexError("no frame has come yet, so there is no sample to name")
+        at = torch.as_tensor(samples).flatten()
+        if at.dtype == torch.bool and len(at) == batch:
+            at = at.nonzero().flatten()
+        whole = not at.is_floating_point() and at.dtype != torch.bool
+        if not whole or bool(((at < 0) | (at >= batch)).any()):
+            raise IndexError(f"samples must lie between 0 and {batch - 1}, of a batch of {batch}, got {samples!r}")
+        return at.long().cpu()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the streams stand, as tensors and plain values, for `torch.save` and `load_state_dict`."""
+        neurons = {self._names[neuron]: dict(neuron.held(state)) for neuron, state in self._states.items()}
+        return {
+            "model": type(self.model).__name__,
+            "neurons": neurons,
+            "logits": [list(logits) for logits in self._logits],
+            "seen": self._seen,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from where `state_dict` was taken. Raises `ValueError` for the state of another model or form."""
+        by_name = {name: neuron for neuron, name in self._names.items()}
+        parts = {"model", "neurons", "logits", "seen"}
+        missing, unknown = parts - state.keys(), set(state.get("neurons", ())) - by_name.keys()
+        ours = type(self.model).__name__
+        if missing or unknown or state["model"] != ours:
+            why = f"it lacks {', '.join(sorted(missing))}" if missing else f"it is of a {state['model']}, not a {ours}"
+            if not missing and state["model"] == ours:
+                why = f"the model has no neuron {', '.join(sorted(unknown))}"
+            raise ValueError(f"this is no state of such a stream: {why}; restore it to the model and form it came from")
+        self._states = {by_name[name]: by_name[name].holding(held) for name, held in state["neurons"].items()}
+        self._logits = deque((tuple(logits) for logits in state["logits"]), maxlen=self.window)
+        self._seen = state["seen"]
+
+    # ---- what neurons ask
 
     def membrane(self, neuron: Streamed, x: Tensor) -> Tensor | None:
         """Where the neuron stood after the chunk before x `[T, ...]`; `None` at the start."""
@@ -93,16 +271,31 @@ class Stream:
         """What was kept for the neuron last; `None` at the start."""
         return self._states.get(neuron)
 
-    def keep(self, neuron: Streamed, state: Any) -> None:
+    def keep_state(self, neuron: Streamed, state: Any) -> None:
         """Keeps a neuron's state for the next chunk."""
         self._states[neuron] = state
+
+
+def _one_by_one(frames: Tensor) -> Sequence[Tensor]:
+    """Frames `[B, C, H, W]` or `[B, T, C, H, W]` as chunks `[B, 1, C, H, W]`."""
+    return [frames.unsqueeze(1)] if frames.ndim == 4 else frames.split(1, dim=1)
+
+
+def _logits_of(output: Any, batch: int, owner: str) -> tuple[Tensor, ...]:
+    """The logits `[B, K]` of one frame, of each head; a model may give those of every step `[1, B, K]`."""
+    heads = output if isinstance(output, tuple | list) else (output,)
+    found = [head[0] if isinstance(head, Tensor) and head.ndim == 3 and len(head) == 1 else head for head in heads]
+    if not found or not all(isinstance(head, Tensor) and head.ndim == 2 and len(head) == batch for head in found):
+        got = [list(head.shape) if isinstance(head, Tensor) else type(head).__name__ for head in heads]
+        raise TypeError(
+            f"push needs logits [{batch}, K] of a frame, {owner} gave {got}; call the stream itself for other outputs"
+        )
+    return tuple(found)
 
 
 def _obstacle(module: nn.Module) -> str | None:
     if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
         return "it is compiled; stream the model that was compiled"
-    if not getattr(module, "streams", True):
-        return "it was rebuilt for inference and keeps no membranes; stream the model that it was made from"
     if isinstance(module, nn.RNNBase):
         return "its state would start anew with every chunk"
     return None

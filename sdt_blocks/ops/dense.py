@@ -55,6 +55,17 @@ def fire(
     return x if shortcut is None else total.view(x.shape), spikes.view(x.shape)
 
 
+def go_on(x: Tensor, neuron: Neuron, membrane: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`(spikes, last membrane)` of x `[T, B, H, W, C]` after a membrane `[B, H, W, C]`, `None` at the start."""
+    flat = x.flatten(1, -2) if neuron.inv_tau.ndim else x
+    spec = NeuronSpec(neuron.threshold, neuron.reset, strict=neuron.strict, inv_tau=neuron.inv_tau)
+    before = None if membrane is None else membrane.reshape(flat.shape[1:])
+    result = lif(flat, spec, before, return_membrane=True)
+    assert isinstance(result, tuple)
+    spikes, last = result
+    return spikes.view(x.shape), last.view(x.shape[1:])
+
+
 def fire_and_pool(x: Tensor, neuron: Neuron, dtype: torch.dtype, *, compiled: bool = False) -> Tensor:
     """Spikes of x after a 3x3 maximum of stride 2, `[T, B, H, W, C] -> [T, B, ceil(H / 2), ceil(W / 2), C]`."""
     if compiled and _native(x):

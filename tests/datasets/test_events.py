@@ -6,7 +6,15 @@ import tonic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdt_datasets.events import DropAtRandom, DropByArea, DropByTime, EventDrop, EventsToFrames
+from sdt_datasets.events import (
+    MOST_EMPTY,
+    DropAtRandom,
+    DropByArea,
+    DropByTime,
+    EventDrop,
+    EventsToFrames,
+    FramesOfEvents,
+)
 
 CAMERA = np.dtype([("t", np.uint64), ("x", np.uint16), ("y", np.uint16), ("p", bool)])
 GESTURE = np.dtype([("x", np.int16), ("y", np.int16), ("p", bool), ("t", np.int64)])
@@ -53,6 +61,54 @@ def test_frames_equal_a_direct_count(time_steps, split_by, frame_of_event):
         assert frames.dtype == np.float32
         expected = direct_count(events, frame_of_event(events, time_steps), time_steps, 128, 96)
         np.testing.assert_array_equal(frames, expected, err_msg=f"{number} events")
+
+
+@settings(max_examples=30, deadline=None)
+@given(cuts=st.lists(st.integers(0, 1003), max_size=6), time_steps=st.sampled_from([1, 4, 7]), by=st.booleans())
+def test_frames_as_events_come_are_those_of_the_recording(cuts, time_steps, by):
+    """However the recording is cut; what follows the last whole frame waits."""
+    events = make_events(1003, 20, 12)
+    split_by, size = ("number", {"events": 1003 // time_steps}) if by else ("time", {})
+    if not by:
+        size = {"duration": int(events["t"][-1] - events["t"][0]) // time_steps}
+    whole = EventsToFrames(sensor_size=(20, 12, 2), time_steps=time_steps, split_by=split_by)(events)
+    to_frames = FramesOfEvents(sensor_size=(20, 12, 2), **size)
+    found = np.concatenate([to_frames(part) for part in np.split(events, sorted(cuts))])
+    assert found.dtype == np.float32 and len(found) == time_steps
+    rest = to_frames.rest().sum(0)
+    np.testing.assert_array_equal(found[:-1], whole[:-1])
+    np.testing.assert_array_equal(found[-1] + rest, whole[-1])
+    assert found.sum() + rest.sum() == 1003 and to_frames.rest().shape == (0, 2, 12, 20)
+
+
+def test_frames_without_events_are_empty():
+    events = make_events(3, 4, 4)
+    events["t"] = [100, 129, 171]
+    frames = FramesOfEvents(sensor_size=(4, 4, 2), duration=10)(events)
+    assert frames.sum((1, 2, 3)).tolist() == [1, 0, 1, 0, 0, 0, 0]
+
+
+def test_frames_as_events_come_refuse():
+    events = make_events(10, 4, 4)
+    size = {"sensor_size": (4, 4, 2)}
+    for options, message in (
+        ({}, "give either events= or duration="),
+        ({"events": 3, "duration": 4}, "give either events= or duration="),
+        ({"events": 0}, "at least 1, got 0"),
+        ({"duration": 1.5}, "at least 1, got 1.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FramesOfEvents(**size, **options)
+    to_frames = FramesOfEvents(**size, events=4)
+    to_frames(events[5:])
+    with pytest.raises(ValueError, match="in order of time"):
+        to_frames(events[:5])
+    assert to_frames.rest().sum() == 1
+    events["t"][-1] += 10 * (MOST_EMPTY + 100)
+    with pytest.raises(ValueError, match="look for a time that jumps"):
+        FramesOfEvents(**size, duration=10)(events)
+    with pytest.raises(TypeError, match="structured array"):
+        to_frames(np.zeros((3, 4)))
 
 
 @pytest.mark.parametrize("dtype", [CAMERA, GESTURE, NMNIST], ids=["camera", "gesture", "n-mnist"])
