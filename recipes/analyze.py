@@ -6,7 +6,8 @@
 It writes a folder (output_dir=, by default `analysis` in the run's): rates.csv, energy.json, layers and time_steps as
 .csv, .md and .tex, measured.json, audit.txt, plots as PNG, and index.html, one page that shows it all. For a run folder
 the data is the run's own unless said otherwise, else that of config=imagenet_8_384. Keys of its own: samples,
-batch_size, images, layer, output_dir, as_trained, measure, seconds, energy_models, neurobench (see the end).
+batch_size, images, layer, output_dir, as_trained, measure, seconds, energy_models, confidence, neurobench (see the
+end).
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ class Options:
     measure: bool = option(False, "joules of an inference by the machine's energy counters, where it has some")
     seconds: float = option(0.5, "how long each latency and throughput is measured; 0 leaves out", least=0)
     energy_models: str | None = option(None, "a YAML file of energy models of your own: their constants")
+    confidence: float = option(
+        0.95, "the level of the confidence intervals of energy, rates and accuracy", above=0, below=1
+    )
     neurobench: bool = option(False, "also NeuroBench's metrics, into neurobench.json")
 
 
@@ -119,6 +123,7 @@ def main(arguments: list[str]) -> None:
         seconds=1.0 if options.measure and not options.seconds else options.seconds,
         counters=options.measure,
         energy_models=own_models,
+        confidence=options.confidence,
     )
     try:
         with closing(loader):

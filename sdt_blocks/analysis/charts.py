@@ -50,13 +50,17 @@ def lines(
     shown: Callable[[float], str],
     *,
     label: str = "time step",
+    band: Sequence[tuple[float, float, float]] = (),
 ) -> str:
-    """A line chart from zero up: points (whole number, value) by series, values printed by `shown`."""
+    """A line chart from zero up: points (whole number, value) by series, values printed by `shown`.
+
+    `band` holds an interval, (whole number, low, high), of the first series.
+    """
     points = [point for one in series.values() for point in one]
     if not points:
         return ""
     low, high = (choice(x for x, _ in points) for choice in (min, max))
-    step, top = _scale(max(y for _, y in points))
+    step, top = _scale(max(y for _, y in [*points, *((x, end) for x, _, end in band)]))
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = 0.5 if high == low else (x - low) / (high - low)
@@ -71,6 +75,10 @@ def lines(
     for x in whole[:: math.ceil(len(whole) / 10)]:
         parts.append(f'<text x="{at(x, 0)[0]:.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{x}</text>')
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">{escape(label)}</text>')
+    if band:
+        edge = [*((x, upper) for x, _, upper in band), *((x, max(lower, 0.0)) for x, lower, _ in reversed(band))]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in edge))
+        parts.append(f'<polygon class="s0" points="{path}"/>')
     for number, (name, one) in enumerate(series.items()):
         where = [at(x, y) for x, y in one]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in where)

@@ -28,7 +28,6 @@ from .energy_models import (
     vanilla,
     with_rates,
 )
-from .moments import Moments
 from .operations import LayerOperations, NotCounted, Operations, count_operations
 from .probe import Batches, Forward, check_weights, unwrap
 from .silence import as_text, warn_if_dead
@@ -142,8 +141,8 @@ class EnergyReport:
                 return layer
         raise KeyError(f"there is no layer {name!r}; the layers are {', '.join(layer.name for layer in self.layers)}")
 
-    def to_json(self, path: str | Path | None = None) -> str:
-        """The report as JSON text, also written to `path` if given."""
+    def to_json(self, path: str | Path | None = None, confidence: float = 0.95) -> str:
+        """The report as JSON text, also written to `path` if given; intervals are those of `confidence`."""
         attention = None
         if self.attention is not None:
             attention = {
@@ -167,7 +166,8 @@ class EnergyReport:
             "silence": self.silence,
             "convention": CONVENTION,
             "verdict": self.verdict,
-            "estimates": {name: found.to_dict() for name, found in self.estimates.items()},
+            "confidence": confidence,
+            "estimates": {name: found.to_dict(confidence) for name, found in self.estimates.items()},
         }
         text = json.dumps(content, indent=2) + "\n"
         if path is not None:
@@ -317,7 +317,7 @@ def energy_from_rates(
         operations.neurons[place] = at_rates(neuron, fire[neuron.name])
     for layer in operations.layers:
         layer.bound_rate = _bound(layer, fire)
-    operations.samples, operations.silence, operations.moments = 0, "", Moments()
+    operations.samples, operations.silence, operations.moments = 0, "", []
     return _report(operations, e_mac, e_ac)
 
 

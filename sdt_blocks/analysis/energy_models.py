@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,13 @@ Record = LayerOperations | NeuronOperations
 class EnergyModel:
     """What is charged, and for how much. Energies are in picojoules: of an operation, or of a bit that is moved.
 
-    Compute: `mac` and `ac`, an operation; `update`, a neuron and step; `reset`, a spike that a neuron emits.
+    Compute: `mac` and `ac`, an operation; `update`, a state and step; `reset`, a spike that a neuron emits.
     `addressing`: an addition more for each operation that a spike causes and two `mac` for each spike into a
     convolution; for analog inputs an addition for each input and output.
 
-    Memory: `weight`, each time that a weight or bias is used; `weight_once`, each weight once an inference; `state`, a
-    membrane when it is read and when it is written, once each a step, with `state_per_operation` also at each addition;
+    Memory: `weight`, each time that a weight or bias is used; `weight_once`, each weight once an inference; `state`,
+    each number that a neuron keeps, when it is read and when it is written, once each a step, with
+    `state_per_operation` a membrane also at each addition;
     `spike`, a spike that is read by a layer or written by a neuron; `activation`, an analog value in its place. The
     `_bits` say how wide each is. `stationary`: a layer of analog values keeps its weights in place and fetches an input
     at each operation, where spikes fetch a weight. With `buffers`, pairs of a memory's size in bytes and the price of a
@@ -173,7 +174,7 @@ class RowEstimate:
     `rate` is the mean over the steps of the share of its inputs that count (of a neuron: of its outputs).
     `break_even` is the rate at which the spiking layer would cost as much as the ANN's, None where none would matter
     (analog inputs; neurons, whose rate is no input's): above 1 it wins at any rate, below 0 it loses at any.
-    `std_mj` is the standard deviation of its cost over the samples, None of fewer than two.
+    `std_mj` is the standard deviation of its cost over `samples`, None of fewer than two.
     """
 
     name: str
@@ -185,6 +186,11 @@ class RowEstimate:
     break_even: float | None = None
     break_even_quantised: float | None = None
     std_mj: float | None = None
+    samples: int = 0
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
+        """The confidence interval of the mean cost in mJ; None of fewer than two samples. Raises outside of 0..1."""
+        return interval(self.cost.total_mj, self.std_mj, self.samples, confidence)
 
     @property
     def cost(self) -> Cost:
@@ -200,7 +206,7 @@ class Estimate:
     `quantised` is the ANN whose activations have as many values as a neuron has over all steps, `bits` wide; a product
     with one costs `bits` additions, or a multiplication where that is less. `break_even` is the rate of all spikes at
     which the whole network would cost as much as the ANN; `std_mj` the standard deviation of the spiking network's cost
-    over `samples`, None of fewer than two.
+    over `samples`, `steps_std_mj` that of its first 1, 2, ... steps; None and empty of fewer than two.
     """
 
     model: EnergyModel
@@ -209,11 +215,21 @@ class Estimate:
     break_even: float | None = None
     break_even_quantised: float | None = None
     samples: int = 0
-    std_mj: float | None = None
+    steps_std_mj: list[float] = field(default_factory=list)
 
-    def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
-        """The confidence interval of the mean cost in mJ; None of fewer than two samples. Raises outside of 0..1."""
-        return interval(self.cost.total_mj, self.std_mj, self.samples, confidence)
+    @property
+    def std_mj(self) -> float | None:
+        return self.steps_std_mj[-1] if self.steps_std_mj else None
+
+    def interval(self, confidence: float = 0.95, *, steps: int | None = None) -> tuple[float, float] | None:
+        """The confidence interval of the mean cost in mJ, of the first `steps` alone where given.
+
+        None of fewer than two samples. Raises `ValueError` for a confidence outside of 0..1.
+        """
+        if steps is None or not self.steps_std_mj:
+            return interval(self.cost.total_mj, self.std_mj, self.samples, confidence)
+        std = self.steps_std_mj[min(steps, len(self.steps_std_mj)) - 1]
+        return interval(Cost.sum(self.steps[:steps]).total_mj, std, self.samples, confidence)
 
     @property
     def cost(self) -> Cost:
@@ -233,7 +249,7 @@ class Estimate:
     def quantised(self) -> Cost:
         return Cost.sum(row.quantised for row in self.rows)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, confidence: float = 0.95) -> dict[str, Any]:
         """All of it as JSON takes it; energies in millijoules, those of the spiking network with one number a step."""
         rows = [
             {
@@ -242,6 +258,7 @@ class Estimate:
                 "rate": row.rate,
                 **_flat(row.cost, row.steps, row.ann, row.quantised),
                 "std_mj": row.std_mj,
+                "interval_mj": row.interval(confidence),
                 "break_even": row.break_even,
                 "break_even_quantised": row.break_even_quantised,
             }
@@ -251,7 +268,7 @@ class Estimate:
             "model": asdict(self.model),
             **_flat(self.cost, self.steps, self.ann, self.quantised),
             "std_mj": self.std_mj,
-            "interval_95_mj": self.interval(),
+            "interval_mj": self.interval(confidence),
             "quantised_bits": self.bits,
             "break_even": self.break_even,
             "break_even_quantised": self.break_even_quantised,
@@ -267,8 +284,11 @@ def estimate(operations: Operations, model: EnergyModel) -> Estimate:
     result = Estimate(model, rows, bits, samples=operations.samples)
     shares = [_shares(record, model) for record in records]
     for row, share in zip(rows, shares, strict=True):
-        row.std_mj = operations.moments.std(share)
-    result.std_mj = operations.moments.std({key: value for share in shares for key, value in share.items()})
+        row.std_mj = operations.moments[-1].std(share) if operations.moments else None
+        row.samples = operations.samples
+    whole = {key: value for share in shares for key, value in share.items()}
+    spread = [moments.std(whole) for moments in operations.moments]
+    result.steps_std_mj = [std for std in spread if std is not None]
     none, all_fire = (
         sum(_total(at_rates(record, [rate] * len(_rates(record))), model) for record in records) for rate in (0.0, 1.0)
     )

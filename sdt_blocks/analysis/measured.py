@@ -69,7 +69,7 @@ class Form:
 class Measured:
     """What was measured on `machine`; `counters` says what the joules are of, or why there are none.
 
-    `latency_ms` is the dense form's by number of time steps.
+    `latency_ms` is the dense form's by number of time steps, `latency_missing` why it lacks some or all of them.
     """
 
     machine: str
@@ -77,6 +77,7 @@ class Measured:
     counters: str
     forms: list[Form] = field(default_factory=list)
     latency_ms: dict[int, float] = field(default_factory=dict)
+    latency_missing: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON takes it."""
@@ -130,7 +131,8 @@ def measure(
             result.forms.append(
                 Form(name, missing=why) if form is None else _measured(name, form, given, axis, seconds, counters, idle)
             )
-        result.latency_ms = _latency_by_steps(model, x.narrow(axis, 0, 1), axis, seconds)
+        found = _latency_by_steps(model, x.narrow(axis, 0, 1), axis, seconds)
+        result.latency_ms, result.latency_missing = found
     return result
 
 
@@ -284,24 +286,24 @@ def _idle_watts(counters: Sequence[Counter], seconds: float) -> dict[str, float]
     return {c.name: (b - a) / taken for c, a, b in zip(counters, before, after, strict=True)}
 
 
-def _latency_by_steps(model: nn.Module, one: Tensor, axis: int, seconds: float) -> dict[int, float]:
-    """The dense form's latency of a single sample for 1, 2, ... steps; empty where these cannot be chosen."""
+def _latency_by_steps(model: nn.Module, one: Tensor, axis: int, seconds: float) -> tuple[dict[int, float], str]:
+    """The dense form's latency of a single sample for 1, 2, ... steps, and why others are missing ("": none are)."""
     frames = one.ndim == 5
     if not frames and not hasattr(model, "time_steps"):
-        return {}
+        return {}, f"{type(model).__name__} has no time_steps to set, and its inputs are no frames [B, T, C, H, W]"
     time_axis, copied = 1 - axis, cast(Any, copy.deepcopy(model))
     steps = one.shape[time_axis] if frames else copied.time_steps
     swept = range(1, steps + 1) if steps <= MOST_SWEPT else {2**k for k in range(steps.bit_length())} | {steps}
-    found = {}
+    found: dict[int, float] = {}
     for count in sorted(swept):
         if not frames:
             copied.time_steps = count
         given = one.narrow(time_axis, 0, count).contiguous() if frames else one.contiguous()
         try:
             found[count] = 1e3 * statistics.median(_times(optimize_for_inference(copied), given, seconds))
-        except (ValueError, TypeError, RuntimeError):
-            return {}
-    return found
+        except (ValueError, TypeError, RuntimeError) as error:
+            return found, f"with {count} step(s), {' '.join(str(error).split())}"
+    return found, ""
 
 
 def machine(device: torch.device) -> str:

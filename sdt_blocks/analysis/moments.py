@@ -67,16 +67,56 @@ def merged(parts: Iterable[Moments]) -> Moments:
     return result
 
 
+def of_first_steps(values: Mapping[Any, np.ndarray]) -> list[Moments]:
+    """The moments of one batch after the first 1, 2, ... steps, each value `[T, B]` being added up over the steps.
+
+    What has fewer steps than another value keeps its last.
+    """
+    steps = max((len(value) for value in values.values()), default=0)
+    return [
+        Moments.of({name: each[min(step, len(each) - 1)] for name, each in values.items()}) for step in range(steps)
+    ]
+
+
+def merged_steps(parts: Iterable[Sequence[Moments]]) -> list[Moments]:
+    """The moments of all parts together, each those of the first 1, 2, ... steps; what ends sooner keeps its last."""
+    known = [part for part in parts if part]
+    steps = max(map(len, known), default=0)
+    return [merged(part[min(step, len(part) - 1)] for part in known) for step in range(steps)]
+
+
 def interval(mean: float, std: float | None, samples: int, confidence: float) -> tuple[float, float] | None:
     """The confidence interval of a mean over samples, by Student's distribution; None where there is no spread.
 
     Raises `ValueError` for a confidence that is not between 0 and 1.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, such as 0.95, got {confidence!r}")
+    check_confidence(confidence)
     if std is None or samples < 2:
         return None
     from scipy.special import stdtrit
 
     half = float(stdtrit(samples - 1, (1 + confidence) / 2)) * std / samples**0.5
     return mean - half, mean + half
+
+
+def share_interval(share: float, samples: int, confidence: float) -> tuple[float, float] | None:
+    """The confidence interval of a share of so many samples, such as an accuracy (Wilson, 1927); None of no sample.
+
+    Raises `ValueError` for a confidence that is not between 0 and 1.
+    """
+    check_confidence(confidence)
+    if samples < 1:
+        return None
+    from scipy.special import ndtri
+
+    z = float(ndtri((1 + confidence) / 2))
+    middle = share + z * z / (2 * samples)
+    half = z * (share * (1 - share) / samples + (z / (2 * samples)) ** 2) ** 0.5
+    low, high = ((middle + sign * half) / (1 + z * z / samples) for sign in (-1, 1))
+    return max(low, 0.0), min(high, 1.0)
+
+
+def check_confidence(confidence: float) -> None:
+    """Raises `ValueError` unless the level lies between 0 and 1."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, such as 0.95, got {confidence!r}")

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..neuron import IntegerNeuron
+from ..neuron import states_of
 from .dataflow import COUNTS, LEVELS, MULTIPLIES, NOTHING, OUTER, SUMMED, Follower, Value
-from .moments import Moments, merged
+from .moments import Moments, merged_steps, of_first_steps
 from .operators import FREE
 from .probe import Batches, Clock, Forward, Hook, Probe, add_at, find_mixers, gather
 from .rates import Counts, SpikeCounts, merge_counts
@@ -94,8 +94,8 @@ class Operations:
     """The layers' work in the order of the forward pass, for the mean of `samples`.
 
     `not_counted` are operations that may multiply and that no rule counts; `silence` names neurons that never fired.
-    `moments` are those of what each sample is charged, over all steps: of a layer `(name, "charged")`, `"executed"` and
-    `"moved"`, of a neuron layer `(name, "spikes")`.
+    `moments` are those of what each sample is charged in the first 1, 2, ... steps: of a layer `(name, "charged")`,
+    `"executed"` and `"moved"`, of a neuron layer `(name, "spikes")`.
     """
 
     layers: list[LayerOperations]
@@ -104,7 +104,7 @@ class Operations:
     not_counted: list[NotCounted] = field(default_factory=list)
     silence: str = ""
     neurons: list[NeuronOperations] = field(default_factory=list)
-    moments: Moments = field(default_factory=Moments)
+    moments: list[Moments] = field(default_factory=list)
 
 
 @dataclass
@@ -188,7 +188,7 @@ def count_operations(
     """
     sites: dict[str, _Site] = {}
     samples = steps = 0
-    moments = Moments()
+    moments: list[Moments] = []
     with Probe(model, neurons, forward, as_trained=as_trained) as probe:
         recorder, fired = _Recorder(probe), SpikeCounts(probe, probe.neurons)
         for x in probe.run(batches):
@@ -200,10 +200,10 @@ def count_operations(
                 values.update({(name, what): each for what, each in site.by_sample.items()})
             recorder.calls.clear()
             values.update({(name, "spikes"): each for name, each in fired.end_batch().items()})
-            moments.add(Moments.of(values))
+            moments = merged_steps((moments, of_first_steps(values)))
         parts = gather((sites, samples, steps, recorder.not_counted(), probe.fired, fired.totals, moments))
     result = _merge(parts, spike_input)
-    result.moments = merged(part[6] for part in parts)
+    result.moments = merged_steps(part[6] for part in parts)
     result.neurons = _neurons(probe.neurons, merge_counts(part[5] for part in parts), result.samples)
     left_out = sum((part[3] for part in parts), Counter[tuple[str, str]]())
     result.not_counted = [NotCounted(*where, calls) for where, calls in left_out.items()]
@@ -558,7 +558,7 @@ def _sum(name: str, calls: list[_Call], clock: Clock, x: Tensor) -> _Site:
         per_step(entries),
         np.full(steps, dense),
         per_step(clock.split(bounds, name).sum(1)) if bounds else np.zeros(0),
-        by_sample={what: share * value.sum(0).double().cpu().numpy() for what, value in each.items()},
+        by_sample={what: _first_steps(value, steps) for what, value in each.items()},
         executed=per_step(executed.sum(1)),
         executed_dense=np.full(steps, sum(call.executed_dense for call in calls) / len(nonzero)),
         moved=per_step(moved.sum(1)),
@@ -575,6 +575,11 @@ def _sum(name: str, calls: list[_Call], clock: Clock, x: Tensor) -> _Site:
         tokens=calls[0].size[0],
         channels=calls[0].size[1],
     )
+
+
+def _first_steps(value: Tensor, steps: int) -> np.ndarray:
+    """What each sample has at each step `[T or 1, B]`, added up over the first 1, 2, ... steps."""
+    return value.double().expand(steps, value.shape[1]).cumsum(0).cpu().numpy()
 
 
 def _varies(inputs: list[Tensor], steps: int) -> bool:
@@ -635,7 +640,7 @@ def _neurons(modules: dict[str, nn.Module], counts: dict[str, Counts], samples: 
             name,
             float(found.chances.sum() / (samples * len(found.chances))),
             (found.spikes / samples).tolist(),
-            0 if isinstance(modules[name], IntegerNeuron) else 1,
+            states_of(modules[name]),
         )
         for name, found in counts.items()
     ]

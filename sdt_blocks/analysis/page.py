@@ -14,11 +14,13 @@ from .audit import BREAKS, VERDICTS, Audit
 from .energy import CONVENTION, EnergyReport, millijoules
 from .energy_models import Estimate, RowEstimate
 from .measured import Measured
+from .moments import share_interval
 from .outcome import Outcome
 from .plots import short
 from .rates import FiringRates
 from .style import STYLE
-from .summary import joules, layer_tables, sweep, sweep_table
+from .summary import NO_LATENCY, joules, layer_tables, sweep, sweep_table
+from .tables import HIGH, LOW
 
 
 class Extras(NamedTuple):
@@ -27,6 +29,7 @@ class Extras(NamedTuple):
     parameters: int = 0
     outcome: Outcome | None = None
     measured: Measured | None = None
+    confidence: float = 0.95
 
 
 def write_page(
@@ -90,6 +93,9 @@ def _tiles(rates: FiringRates, report: EnergyReport, audit: Audit, extras: Extra
         tiles.append(("parameters", quantity(extras.parameters), ""))
     if extras.outcome is not None and extras.outcome.accuracy:
         tiles.append((f"accuracy on {extras.outcome.samples} samples", f"{extras.outcome.accuracy[-1]:.1%}", ""))
+        ends = share_interval(extras.outcome.accuracy[-1], extras.outcome.samples, extras.confidence)
+        if ends is not None:
+            tiles.append((f"its {level(extras)} interval", f"{ends[0]:.1%} to {ends[1]:.1%}", ""))
     for form in (extras.measured.forms if extras.measured else [])[:1]:
         if not form.missing:
             tiles.append(("latency of a sample", f"{form.latency_ms:.3g} ms", ""))
@@ -195,7 +201,8 @@ def _steps(rates: FiringRates, report: EnergyReport, extras: Extras) -> str:
             if any(step.memory_mj for step in steps):
                 series["memory"] = _numbered([step.memory_mj for step in steps])
             drawn.append(charts.lines(f"Energy of each step by the model {name}", series, millijoules))
-    rows = sweep(report, extras.outcome, extras.measured)
+    rows = sweep(report, extras.outcome, extras.measured, extras.confidence)
+    banded = False
     for key, title, shown in (
         ("accuracy", "Accuracy with the first T steps", _rate_text),
         ("formula_mj", "Energy of the first T steps by the papers' formula", millijoules),
@@ -203,9 +210,21 @@ def _steps(rates: FiringRates, report: EnergyReport, extras: Extras) -> str:
         ("latency_ms", "Latency with T steps, dense form", lambda value: f"{value:.3g} ms"),
     ):
         points = [(row["steps"], row[key]) for row in rows if row.get(key) is not None]
+        band = [(row["steps"], row[f"{key}{LOW}"], row[f"{key}{HIGH}"]) for row in rows if f"{key}{LOW}" in row]
         if len(points) > 1:
-            drawn.append(charts.lines(title, {key: points}, shown, label="T"))
-    return f'<div class="figures">{"".join(drawn)}</div><p class="soft">{escape(CONVENTION)}</p>'
+            drawn.append(charts.lines(title, {key: points}, shown, label="T", band=band))
+            banded = banded or bool(band)
+    notes = [CONVENTION]
+    if banded:
+        notes.append(f"Shaded: the {level(extras)} confidence interval of the mean over samples.")
+    if extras.measured is not None and extras.measured.latency_missing:
+        notes.append(f"{NO_LATENCY} {extras.measured.latency_missing}.")
+    return f'<div class="figures">{"".join(drawn)}</div><p class="soft">{escape(" ".join(notes))}</p>'
+
+
+def level(extras: Extras) -> str:
+    """How sure the intervals are."""
+    return f"{extras.confidence * 100:g} %"
 
 
 def _numbered(values: Sequence[float]) -> list[tuple[float, float]]:
@@ -245,9 +264,10 @@ def _measured(found: Measured, report: EnergyReport) -> str:
 
 
 def _downloads(rates: FiringRates, report: EnergyReport, extras: Extras) -> str:
-    files = {f"layers.{ending}": text for ending, text in layer_tables(report).items()}
-    rows = sweep(report, extras.outcome, extras.measured)
-    files |= {f"time_steps.{ending}": text for ending, text in sweep_table(rows).items()}
+    files = {f"layers.{ending}": text for ending, text in layer_tables(report, extras.confidence).items()}
+    rows = sweep(report, extras.outcome, extras.measured, extras.confidence)
+    steps = sweep_table(rows, extras.measured, extras.confidence)
+    files |= {f"time_steps.{ending}": text for ending, text in steps.items()}
     links = "".join(
         f'<li><a download="{name}" href="data:text/plain;charset=utf-8,{quote(text)}">{name}</a></li>'
         for name, text in files.items()

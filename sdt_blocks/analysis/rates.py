@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,16 +92,18 @@ class FiringRates:
         neurons = sum(layer.neurons for layer in self.layers.values())
         return sum(layer.neurons * layer.mean for layer in self.layers.values()) / neurons
 
-    def to_csv(self, path: str | Path) -> None:
-        """Writes one line a layer: its name, mean, deviation, silent and saturated channels, the rate at every step."""
-        header = ["layer", "mean", "std", "silent", "saturated", *(f"step_{t}" for t in range(self.steps))]
+    def to_csv(self, path: str | Path, confidence: float = 0.95) -> None:
+        """Writes one line a layer: mean, deviation, interval, silent and saturated channels, the rate at every step."""
+        header = ["layer", "mean", "std", "low", "high", "silent", "saturated"]
+        header += [f"step_{t}" for t in range(self.steps)]
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(header)
             for layer in self.layers.values():
                 # A spreadsheet would compute a cell that starts like a formula.
                 name = f"'{layer.name}" if layer.name.startswith(("=", "+", "-", "@")) else layer.name
-                writer.writerow([name, layer.mean, layer.std, layer.silent, layer.saturated, *layer.rate])
+                low, high = layer.interval(confidence) or ("", "")
+                writer.writerow([name, layer.mean, layer.std, low, high, layer.silent, layer.saturated, *layer.rate])
 
     def table(self) -> Table:
         """A table for rich."""
@@ -163,14 +165,14 @@ class SpikeCounts:
         return note
 
     def end_batch(self) -> dict[str, np.ndarray]:
-        """Adds the calls of the batch that has run, and returns the spikes of each of its samples over all steps."""
+        """Adds the calls of the batch that has run, and returns the spikes of each of its samples `[T, B]`.
+
+        They are added up over the first 1, 2, ... steps.
+        """
         by_sample = {}
         for name, calls in self._calls.items():
             self.totals.setdefault(name, Counts()).add(_sum(calls, self._probe.clock))
-            batch = self._probe.clock.batch
-            each = [call.by_sample for call in calls if len(call.by_sample) == batch]
-            whole = sum(float(call.by_sample.sum()) for call in calls if len(call.by_sample) != batch)
-            by_sample[name] = sum((one.cpu().numpy() for one in each), np.full(batch, whole / batch))
+            by_sample[name] = _by_sample(calls, self._probe.clock)
         self._calls.clear()
         return by_sample
 
@@ -186,7 +188,7 @@ def merge_counts(parts: Iterable[Mapping[str, Counts]]) -> dict[str, Counts]:
 
 @dataclass
 class _Call:
-    """One call of a layer: spikes by step and channel `[t, c]` and by sample, the chances behind each of the former."""
+    """One call of a layer: spikes by step and channel `[t, c]`, their chances, and spikes by step and sample."""
 
     sequence: bool
     spikes: Tensor
@@ -229,7 +231,7 @@ def firing_rates(
         moments = Moments()
         for _ in probe.run(batches):
             samples += probe.clock.batch
-            moments.add(Moments.of(counts.end_batch()))
+            moments.add(Moments.of({name: each[-1] for name, each in counts.end_batch().items()}))
         parts = gather((counts.totals, samples, probe.fired, moments))
     result = _merge(parts, set(probe.neurons))
     result.silence = silence(probe.model, merge_fired(part[2] for part in parts))
@@ -263,20 +265,38 @@ def _count(spikes: Tensor, sequence: bool, *, whole: bool = False) -> _Call:
         counts = by_step if whole else (by_step != 0).long()
     counts = counts if counts.ndim > 2 else counts.unsqueeze(2)
     chances = by_step.numel() // (len(counts) * counts.shape[2])
-    return _Call(sequence, counts.sum(1), chances, counts.sum((0, 2)))
+    return _Call(sequence, counts.sum(1), chances, counts.sum(2))
 
 
 def _sum(calls: list[_Call], clock: Clock) -> Counts:
     """The calls of one forward pass. A neuron called step by step has one call a step, or more if it is shared."""
     result = Counts()
-    steps = clock.steps if len(calls) % clock.steps == 0 else len(calls)
-    for i, call in enumerate(calls):
+    for call, offset in _placed(calls, clock):
         counts = call.spikes.cpu().numpy().astype(np.float64)
-        offset = 0 if call.sequence else i * steps // len(calls)
         spikes = np.pad(counts.sum(1), (offset, 0))
         chances = np.pad(np.full(len(counts), float(call.chances * counts.shape[1])), (offset, 0))
         result.add(Counts(spikes, chances, counts.sum(0), float(call.chances * len(counts))))
     return result
+
+
+def _by_sample(calls: list[_Call], clock: Clock) -> np.ndarray:
+    """The spikes of each sample in the first 1, 2, ... steps `[T, B]`."""
+    total = np.zeros((0, clock.batch))
+    for call, offset in _placed(calls, clock):
+        counts = call.by_sample.cpu().numpy().astype(np.float64)
+        if counts.shape[1] != clock.batch:
+            counts = np.repeat(counts.sum(1, keepdims=True) / clock.batch, clock.batch, axis=1)
+        missing = offset + len(counts) - len(total)
+        total = np.pad(total, ((0, max(missing, 0)), (0, 0)))
+        total[offset : offset + len(counts)] += counts
+    return total.cumsum(0)
+
+
+def _placed(calls: list[_Call], clock: Clock) -> Iterator[tuple[_Call, int]]:
+    """Each call and the step that it begins at."""
+    steps = clock.steps if len(calls) % clock.steps == 0 else len(calls)
+    for i, call in enumerate(calls):
+        yield call, 0 if call.sequence else i * steps // len(calls)
 
 
 def _merge(parts: Sequence[tuple[Any, ...]], neurons: set[str]) -> FiringRates:

@@ -23,12 +23,13 @@ from .counters import find_counters
 from .energy import EnergyReport, energy, millijoules
 from .energy_models import EnergyModel
 from .measured import Measured, measure
+from .moments import check_confidence, share_interval
 from .outcome import Outcome, look
 from .page import Extras, write_page
 from .probe import Batches, batch_axis, input_of, is_first_process, unwrap
 from .rates import FiringRates, firing_rates
 from .record import record
-from .summary import joules, layer_tables, sweep, sweep_table
+from .summary import NO_LATENCY, joules, layer_tables, sweep, sweep_table
 
 
 class ReportOptions(NamedTuple):
@@ -36,13 +37,14 @@ class ReportOptions(NamedTuple):
 
     `class_names` stand beside the samples drawn (by default those of the model's card). For `seconds` each latency and
     throughput is measured, with `counters` also the joules of an inference, where the machine has energy counters.
-    `energy_models` are charged beside the kit's.
+    `energy_models` are charged beside the kit's. Intervals are those of `confidence`.
     """
 
     class_names: Sequence[str] = ()
     seconds: float = 0.0
     counters: bool = False
     energy_models: Sequence[EnergyModel] = ()
+    confidence: float = 0.95
 
 
 class _Asked(NamedTuple):
@@ -55,6 +57,7 @@ class _Asked(NamedTuple):
     form: str
     names: Sequence[str]
     axis: int
+    confidence: float
 
 
 def analyze_model(
@@ -79,13 +82,14 @@ def analyze_model(
     classes; a negative class is an unknown one. The first process alone measures.
 
     Raises `TypeError` for batches that can be read only once, and `ValueError` for a layer that is not there, a
-    negative number of images, no batch, or a model without neurons.
+    negative number of images, a confidence outside of 0..1, no batch, or a model without neurons.
     """
     model, options = unwrap(model), options or ReportOptions()
     if isinstance(batches, Iterator):
         raise TypeError("batches are read more than once; give a list or a data loader instead of an iterator")
     if images < 0:
         raise ValueError(f"images must not be negative, got {images}")
+    check_confidence(options.confidence)
     neurons = find_neurons(model)
     if layer is not None and layer not in neurons:
         raise ValueError(f"no neuron layer is called {layer!r}; there are {', '.join(neurons) or 'none'}")
@@ -105,7 +109,8 @@ def analyze_model(
         outcome = look(model, batches, images, axis)
         if is_first_process():
             names = options.class_names or getattr(getattr(model, "card", None), "class_names", None) or ()
-            asked = _Asked(Path(output_dir), title or type(model).__name__, layer, images, form, list(names), axis)
+            title = title or type(model).__name__
+            asked = _Asked(Path(output_dir), title, layer, images, form, list(names), axis, options.confidence)
             _write(model, input_of(first), rates, report, outcome, measured, asked)
     return rates, report
 
@@ -131,9 +136,9 @@ def _write(
     one = first.narrow(axis, 0, 1)
     found = audit(model, first.narrow(axis, 0, min(2, first.shape[axis])), as_trained=True)
     found.silence, found.form = rates.silence, asked.form  # of all samples, not of two
-    rates.to_csv(folder / "rates.csv")
-    report.to_json(folder / "energy.json")
-    _write_tables(report, outcome, measured, folder)
+    rates.to_csv(folder / "rates.csv", asked.confidence)
+    report.to_json(folder / "energy.json", asked.confidence)
+    _write_tables(report, outcome, measured, asked)
     (folder / "audit.txt").write_text(str(found), encoding="utf-8")
     plots.energy_bars(report).savefig(folder / "energy.png", dpi=120)
     plots.rate_map(rates).savefig(folder / "rates.png", dpi=120)
@@ -151,20 +156,20 @@ def _write(
         report=report,
         audit=found,
         figures=figures,
-        extras=Extras(sum(parameter.numel() for parameter in model.parameters()), outcome, measured),
+        extras=Extras(sum(parameter.numel() for parameter in model.parameters()), outcome, measured, asked.confidence),
     )
-    print_summary(rates, report, found, outcome, measured)
+    print_summary(rates, report, found, outcome, measured, asked.confidence)
     print(f"all in {folder / 'index.html'}")
 
 
-def _write_tables(report: EnergyReport, outcome: Outcome, measured: Measured | None, folder: Path) -> None:
+def _write_tables(report: EnergyReport, outcome: Outcome, measured: Measured | None, asked: _Asked) -> None:
     """Layers and time steps as CSV, Markdown and LaTeX; what was measured as JSON."""
-    steps = sweep_table(sweep(report, outcome, measured))
-    for name, texts in (("layers", layer_tables(report)), ("time_steps", steps)):
-        tables.write(texts, folder / name)
+    steps = sweep_table(sweep(report, outcome, measured, asked.confidence), measured, asked.confidence)
+    for name, texts in (("layers", layer_tables(report, asked.confidence)), ("time_steps", steps)):
+        tables.write(texts, asked.folder / name)
     if measured is not None:
         text = json.dumps(measured.to_dict(), indent=2) + "\n"
-        (folder / "measured.json").write_text(text, encoding="utf-8")
+        (asked.folder / "measured.json").write_text(text, encoding="utf-8")
 
 
 def draw_attention(model: nn.Module, outcome: Outcome, asked: _Asked) -> list[tuple[Path, str]]:
@@ -228,7 +233,12 @@ def draw_neurons(
 
 
 def print_summary(
-    rates: FiringRates, report: EnergyReport, found: Audit, outcome: Outcome, measured: Measured | None
+    rates: FiringRates,
+    report: EnergyReport,
+    found: Audit,
+    outcome: Outcome,
+    measured: Measured | None,
+    confidence: float,
 ) -> None:
     """The findings on the terminal."""
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -242,8 +252,13 @@ def print_summary(
         f"{rates.mean:.1%} over {rates.samples} samples and {report.steps} steps"
     )
     console.print(report.verdict)
+    ends = report.estimates["formula"].interval(confidence)
+    if ends is not None:
+        told = " to ".join(map(millijoules, ends))
+        console.print(f"{confidence * 100:g} % confidence interval of the mean over samples: {told}")
     if outcome.accuracy:
-        console.print(f"accuracy {outcome.accuracy[-1]:.2%} on {outcome.samples} samples")
+        low, high = share_interval(outcome.accuracy[-1], outcome.samples, confidence) or (0.0, 1.0)
+        console.print(f"accuracy {outcome.accuracy[-1]:.2%} ({low:.2%} to {high:.2%}) on {outcome.samples} samples")
     if report.attention and report.attention.sdsa_mj:
         ratio = report.attention.vanilla_mj / report.attention.sdsa_mj
         console.print(f"attention alone: {ratio:,.1f} times less than softmax attention of its size")
@@ -258,4 +273,6 @@ def print_summary(
             continue
         taken = f", {joules(form.energy.total)} ({joules(form.energy.above_idle)} above idle)" if form.energy else ""
         console.print(f"{form.name}: {form.latency_ms:.3g} ms a sample, {form.throughput:.4g} a second{taken}")
+    if measured.latency_missing:
+        console.print(f"{NO_LATENCY} {measured.latency_missing}")
     console.print(f"on {measured.machine}; energy: {measured.counters}")

@@ -65,6 +65,7 @@ a { color: var(--ac); }
 .chart .grid { stroke: var(--line); }
 .chart polyline { fill: none; stroke: currentColor; stroke-width: 2; }
 .chart circle { fill: currentColor; }
+.chart polygon { fill: currentColor; opacity: .22; }
 .s0 { color: var(--ac); } .s1 { color: var(--memory); } .s2 { color: var(--mac); }
 .s3 { color: var(--other); } .s4 { color: var(--good); } .s5 { color: var(--ink); }
 .key i[class^="s"] { background: currentColor; }

@@ -7,8 +7,9 @@ from typing import Any
 
 from .energy import CONVENTION, EnergyReport
 from .measured import Measured
+from .moments import share_interval
 from .outcome import Outcome
-from .tables import Column, Row, as_files
+from .tables import HIGH, LOW, Column, Row, as_files
 
 SWEEP = (
     Column("steps", "T", ""),
@@ -19,45 +20,67 @@ SWEEP = (
 )
 
 
-def layer_tables(report: EnergyReport) -> dict[str, str]:
+NO_LATENCY = "Latency by number of steps is not given in full:"
+
+
+def note(confidence: float) -> str:
+    """What the figures of a table mean."""
+    return f"{CONVENTION} In brackets: the {confidence * 100:g} % confidence interval of the mean over samples."
+
+
+def layer_tables(report: EnergyReport, confidence: float = 0.95) -> dict[str, str]:
     """A row a layer and neuron layer, with its rate and its energy by each model: CSV, Markdown and LaTeX by ending."""
     columns = [Column("layer", "layer"), Column("type", "type"), Column("rate", "rate", ".4f")]
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for name, found in report.estimates.items():
-        columns.append(Column(f"{name}_compute_mj", f"{name}, compute (mJ)", ".3g"))
+        columns.append(Column(f"{name}_mj", f"{name} (mJ)", ".3g"))
         if found.cost.memory_mj:
+            columns.append(Column(f"{name}_compute_mj", f"{name}, compute (mJ)", ".3g"))
             columns.append(Column(f"{name}_memory_mj", f"{name}, memory (mJ)", ".3g"))
         columns.append(Column(f"{name}_ann_mj", f"{name}, ANN (mJ)", ".3g"))
         columns.append(Column(f"{name}_break_even", f"{name}, break-even rate", ".3g"))
         for row in found.rows:
             cells = rows.setdefault((row.name, row.type), {"layer": row.name, "type": row.type, "rate": row.rate})
+            cells |= _with_interval(f"{name}_mj", row.cost.total_mj, row.interval(confidence))
             cells[f"{name}_compute_mj"], cells[f"{name}_memory_mj"] = row.cost.compute_mj, row.cost.memory_mj
             cells[f"{name}_ann_mj"], cells[f"{name}_break_even"] = row.ann.total_mj, row.break_even
-    return as_files(list(rows.values()), columns, CONVENTION)
+    return as_files(list(rows.values()), columns, note(confidence))
 
 
-def sweep(report: EnergyReport, outcome: Outcome | None, measured: Measured | None) -> list[dict[str, Any]]:
-    """Accuracy, energy and latency with the first 1, 2, ... steps, what is not known left out."""
+def _with_interval(key: str, value: float, ends: tuple[float, float] | None) -> dict[str, float]:
+    low, high = ends or (None, None)
+    return {key: value} if low is None or high is None else {key: value, f"{key}{LOW}": low, f"{key}{HIGH}": high}
+
+
+def sweep(
+    report: EnergyReport, outcome: Outcome | None, measured: Measured | None, confidence: float = 0.95
+) -> list[dict[str, Any]]:
+    """Accuracy, energy and latency with the first 1, 2, ... steps, what is not known left out.
+
+    Accuracy and energy have the ends of their intervals beside them, where there are samples enough.
+    """
     accuracy = outcome.accuracy if outcome is not None else []
     latency = measured.latency_ms if measured is not None else {}
     rows = []
     for count in range(1, report.steps + 1):
         row: dict[str, Any] = {"steps": count, "latency_ms": latency.get(count)}
-        if len(accuracy) == report.steps:
-            row["accuracy"] = accuracy[count - 1]
-        elif count == report.steps and accuracy:
-            row["accuracy"] = accuracy[-1]
+        if outcome is not None and accuracy and (len(accuracy) == report.steps or count == report.steps):
+            share = accuracy[count - 1] if len(accuracy) == report.steps else accuracy[-1]
+            row |= _with_interval("accuracy", share, share_interval(share, outcome.samples, confidence))
         for key, name in (("formula_mj", "formula"), ("memory_mj", "step")):
             if name in report.estimates:
-                row[key] = sum(cost.total_mj for cost in report.estimates[name].steps[:count])
+                found = report.estimates[name]
+                total = sum(cost.total_mj for cost in found.steps[:count])
+                row |= _with_interval(key, total, found.interval(confidence, steps=count))
         rows.append(row)
     return rows
 
 
-def sweep_table(rows: Sequence[Row]) -> dict[str, str]:
+def sweep_table(rows: Sequence[Row], measured: Measured | None = None, confidence: float = 0.95) -> dict[str, str]:
     """What `sweep` found: CSV, Markdown and LaTeX by ending."""
     known = [column for column in SWEEP if any(row.get(column.key) is not None for row in rows)]
-    return as_files(rows, known, CONVENTION)
+    missing = f" {NO_LATENCY} {measured.latency_missing}." if measured is not None and measured.latency_missing else ""
+    return as_files(rows, known, note(confidence) + missing)
 
 
 def joules(value: float) -> str:

@@ -16,6 +16,10 @@ _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\
 _LATEX |= {ABSENT: "--", "µ": r"\textmu{}", "±": r"$\pm$", "\n": " "}
 
 
+LOW, HIGH = "_low", "_high"
+"""Behind a column's key: the ends of the interval around its value, which CSV has as columns of their own."""
+
+
 class Column(NamedTuple):
     """One column: the key of its values, its heading, and how numbers are printed; None where it holds text."""
 
@@ -24,11 +28,14 @@ class Column(NamedTuple):
     format: str | None = None
 
     def shown(self, row: Row) -> str:
-        """A cell of the printed tables; a standard deviation, under the key with `_std`, stands behind its mean."""
+        """A cell of the printed tables; a deviation (key with `_std`) or an interval stands behind its mean."""
         value, deviation = row.get(self.key), row.get(f"{self.key}_std")
         if value is None or self.format is None:
             return ABSENT if value is None else str(value)
         text = format(value, self.format)
+        ends = [row.get(f"{self.key}{end}") for end in (LOW, HIGH)]
+        if None not in ends:
+            text += f" [{', '.join(format(end, self.format) for end in ends)}]"
         return text if deviation is None else f"{text} ± {format(deviation, self.format)}"
 
 
@@ -70,8 +77,10 @@ def as_csv(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     """The rows as CSV under their keys, numbers in full."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow([column.key for column in columns])
-    table.writerows([_cell(row.get(column.key)) for column in columns] for row in rows)
+    ends = [(column.key, f"{column.key}{LOW}", f"{column.key}{HIGH}") for column in columns]
+    keys = [key for of in ends for key in of if key == of[0] or any(row.get(key) is not None for row in rows)]
+    table.writerow(keys)
+    table.writerows([_cell(row.get(key)) for key in keys] for row in rows)
     return text.getvalue()
 
 

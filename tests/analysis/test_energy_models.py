@@ -12,7 +12,7 @@ import snntorch.utils
 import torch
 from torch import nn
 
-from sdt_blocks import LIF, MetaSpikeFormer, create_model
+from sdt_blocks import LIF, MetaSpikeFormer, create_model, over_time
 from sdt_blocks.analysis import ENERGY_MODELS, energy, energy_from_rates, firing_rates, read_energy_models
 from sdt_blocks.analysis.operations import count_operations
 
@@ -23,9 +23,9 @@ STEPS = 3
 class Two(nn.Module):
     """An analog layer, a neuron and a layer fed by spikes, 6 -> 8 -> 5."""
 
-    def __init__(self):
+    def __init__(self, neuron=None):
         super().__init__()
-        self.first, self.neuron, self.second = nn.Linear(6, 8), LIF(), nn.Linear(8, 5)
+        self.first, self.neuron, self.second = nn.Linear(6, 8), neuron or LIF(), nn.Linear(8, 5)
 
     def forward(self, x):
         return self.second(self.neuron(6 * self.first(x).expand(STEPS, len(x), 8)))
@@ -68,6 +68,24 @@ def test_simple_memory(two):
     assert found.cost.states_mj == pytest.approx(PJ * 24.96 * 4 * 2 * 8 * STEPS)
     assert found.cost.compute_mj == pytest.approx(report.estimates["executed"].cost.compute_mj)
     assert found.ann.total_mj == pytest.approx(PJ * (4.6 * 88 + 0.9 * 13 + 24.96 * 4 * (48 + 8 + 40 + 5)))
+
+
+def test_every_state_of_a_neuron_is_charged():
+    """Two numbers a neuron of snnTorch's Synaptic, three of its Alpha, one of its Leaky or of SpikingJelly's LIF."""
+    made = {
+        "Leaky": (snntorch.Leaky(beta=0.9, threshold=0.05), 1),
+        "Synaptic": (snntorch.Synaptic(alpha=0.9, beta=0.8, threshold=0.05), 2),
+        "Alpha": (snntorch.Alpha(alpha=0.9, beta=0.8, threshold=0.05), 3),
+    }
+    theirs = pytest.importorskip("spikingjelly.activation_based.neuron")
+    made["LIFNode"] = (theirs.LIFNode(v_threshold=0.05, step_mode="m"), 1)
+    torch.manual_seed(0)
+    for name, (neuron, states) in made.items():
+        report = energy(Two(over_time(neuron)), torch.rand(4, 6))
+        (layer,) = report.operations.neurons
+        assert layer.states == states and sum(layer.spikes) > 0, name
+        found = report.estimates["step"].cost.states_mj
+        assert found == pytest.approx(PJ * 24.96 * 4 * 2 * 8 * STEPS * states), name
 
 
 def test_memory_by_the_size_of_buffers(two):
@@ -226,6 +244,34 @@ def test_memory_of_spikingjelly(small):
         if row.name in {layer.name for layer in layers}:
             read = theirs[row.name]["weight_read_bytes"] + theirs[row.name]["bias_read_bytes"]
             assert row.cost.weights_mj == pytest.approx(PJ * 24.96 * read / 2, rel=1e-12) and read > 0
+
+
+def test_lemaires_model_of_spikingjelly():
+    """The whole of it, by their own counter, where no border makes operations differ and no bias is kept."""
+    theirs = pytest.importorskip("spikingjelly.activation_based.op_counter")
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.fire = nn.Linear(6, 4 * 9, bias=False), neuron.LIFNode(v_threshold=0.2)
+            self.mix, self.again = nn.Conv2d(4, 5, 1, bias=False), neuron.LIFNode(v_threshold=0.1)
+            self.last = nn.Linear(45, 3, bias=False)
+
+        def forward(self, x):
+            membrane = self.first(x).view(-1, 4, 3, 3)
+            spikes = (self.again(self.mix(self.fire(membrane)).abs()) for _ in range(STEPS))
+            return torch.stack([self.last(one.flatten(1)) for one in spikes])
+
+    torch.manual_seed(0)
+    net, x = Net(), torch.rand(1, 6)
+    found = theirs.estimate_lemaire_energy(net, x)
+    for module in (net.fire, net.again):
+        module.reset()
+    ours = energy(net, x, neurons=(neuron.LIFNode,), as_trained=True).estimates["lemaire"].cost
+    assert ours.total_mj == pytest.approx(PJ * found.total_pj, rel=1e-12) and found.counts["synop"] > 50
+    parts = {"params_pj": ours.weights_mj, "potential_pj": ours.states_mj, "inout_pj": ours.spikes_mj}
+    assert {name: PJ * found.breakdown_pj[name] for name in parts} == pytest.approx(parts, rel=1e-12)
 
 
 def test_measured_log_of_a_published_network():

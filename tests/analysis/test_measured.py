@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sdt_blocks import example_images, example_model
+from sdt_blocks import LIF, example_images, example_model
 from sdt_blocks.analysis.counters import find_counters
 from sdt_blocks.analysis.measured import ANN, DENSE, EVENTS, as_ann, latencies, measure
 
@@ -166,6 +166,24 @@ def test_models_take_turns(monkeypatch):
     # Each is tried once; two rounds count nowhere, three do.
     assert len(set(order)) == 3 and order == order[:3] * 6
     assert told[0] == "one: dense" and told[-1] == "round 3 of 3"
+
+
+def test_latencies_that_are_missing_say_why(monkeypatch):
+    from sdt_blocks.analysis import measured
+
+    optimize = measured.optimize_for_inference
+
+    def fail_at_three(model, **options):
+        if getattr(model, "time_steps", 0) == 3:
+            raise ValueError("three steps are\n too many")
+        return optimize(model, **options)
+
+    monkeypatch.setattr(measured, "optimize_for_inference", fail_at_three)
+    found = measure(example_model(), example_images()[0][:1], seconds=0.001)
+    assert list(found.latency_ms) == [1, 2] and found.latency_missing == "with 3 step(s), three steps are too many"
+    assert found.to_dict()["latency_missing"] == found.latency_missing
+    plain = measure(nn.Sequential(nn.Linear(3, 2), LIF()), torch.rand(2, 1, 3), seconds=0.001)
+    assert not plain.latency_ms and "Sequential has no time_steps to set" in plain.latency_missing
 
 
 def test_the_ann_has_the_layers_and_no_neuron():

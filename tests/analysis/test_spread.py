@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from sdt_blocks.analysis import energy, energy_from_rates, firing_rates
-from sdt_blocks.analysis.moments import Moments, interval, merged
+from sdt_blocks.analysis.moments import Moments, interval, merged, merged_steps, share_interval
 
 
 def batches(frames):
@@ -28,9 +28,16 @@ def test_energies_of_each_sample(small, frames):
         low, high = found.interval(0.9)
         expected = stats.t.interval(0.9, 6, loc=np.mean(totals), scale=stats.sem(totals))
         assert (low, high) == pytest.approx(expected, rel=1e-6)
+        assert len(found.steps_std_mj) == whole.steps > 2
+        for step, std in enumerate(found.steps_std_mj, 1):
+            totals = [sum(cost.total_mj for cost in one.estimates[name].steps[:step]) for one in alone]
+            assert std == pytest.approx(np.std(totals, ddof=1), rel=1e-6)
+            expected = stats.t.interval(0.8, 6, loc=np.mean(totals), scale=stats.sem(totals))
+            assert found.interval(0.8, steps=step) == pytest.approx(expected, rel=1e-6)
         for place, row in enumerate(found.rows):
             each = [one.estimates[name].rows[place].cost.total_mj for one in alone]
             assert row.std_mj == pytest.approx(np.std(each, ddof=1), rel=1e-6, abs=1e-18), row.name
+            assert row.std_mj < 1e-15 or row.interval(0.9)[0] < row.cost.total_mj < row.interval(0.9)[1]
         assert (found.rows[0].std_mj > 0) == frames
     assert alone[0].estimates["step"].std_mj is None and alone[0].estimates["step"].interval() is None
     assert json.loads(whole.to_json())["estimates"]["yan"]["std_mj"] == whole.estimates["yan"].std_mj
@@ -74,7 +81,23 @@ def test_a_value_that_a_part_lacks_is_zero_there():
     assert found.std({"a": 1.0, "b": 2.0}) == pytest.approx(np.std(table @ [1, 2], ddof=1))
 
 
+def test_a_part_of_fewer_steps_keeps_its_last():
+    short, long = ([Moments.of({"a": np.array(each)}) for each in of] for of in ([[1.0, 2.0]], [[3.0], [7.0]]))
+    found = merged_steps([short, [], long])
+    expected = [np.std(each, ddof=1) for each in ([1, 2, 3], [1, 2, 7])]
+    assert [one.std({"a": 1.0}) for one in found] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("right", "samples"), [(0, 7), (5, 7), (7, 7), (180, 200)])
+def test_the_interval_of_an_accuracy(right, samples):
+    expected = stats.binomtest(right, samples).proportion_ci(0.9, method="wilson")
+    assert share_interval(right / samples, samples, 0.9) == pytest.approx(tuple(expected), abs=1e-12)
+    assert share_interval(0.5, 0, 0.9) is None
+
+
 @pytest.mark.parametrize("confidence", [0, 1, 95, -0.5])
 def test_confidence_out_of_range(confidence):
     with pytest.raises(ValueError, match="confidence must lie between 0 and 1"):
         interval(0.5, 0.1, 5, confidence)
+    with pytest.raises(ValueError, match=f"such as 0.95, got {confidence}"):
+        share_interval(0.5, 5, confidence)

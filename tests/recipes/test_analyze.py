@@ -6,6 +6,7 @@ import json
 import pytest
 import snntorch
 import torch
+from scipy import stats
 from torch import nn
 
 from sdt_blocks import SpikeDrivenTransformer, save_model
@@ -30,6 +31,8 @@ def run_folder(tmp_path):
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 1, 3)
             nn.init.uniform_(module.bias, 0, 1)
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
     folder = tmp_path / "run"
     save_model(model, folder / "best")
     config = load_config(["data.img_size=8", "threads=1", "tracker=none"], default="digits")
@@ -69,6 +72,31 @@ def check_steps(run_folder, folder, samples):
         assert float(row["formula_mj"]) == pytest.approx(energy(model, images).total_mj, rel=1e-6)
 
 
+def check_intervals(folder, page, told):
+    """Those of 80 % around every mean, in each file, on the page and on the terminal."""
+    report = json.loads((folder / "energy.json").read_text())
+    low, high = report["estimates"]["step"]["interval_mj"]
+    found = report["estimates"]["step"]
+    half = stats.t.ppf(0.9, 49) * found["std_mj"] / 50**0.5
+    assert (low, high) == pytest.approx((found["total_mj"] - half, found["total_mj"] + half)) and half > 0
+    with open(folder / "time_steps.csv", encoding="utf-8") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert [float(last["memory_mj_low"]), float(last["memory_mj_high"])] == pytest.approx([low, high])
+    accuracy = stats.binomtest(round(float(last["accuracy"]) * 50), 50).proportion_ci(0.8, method="wilson")
+    assert [float(last["accuracy_low"]), float(last["accuracy_high"])] == pytest.approx(list(accuracy))
+    with open(folder / "layers.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert all(
+        float(row["formula_mj_low"]) <= float(row["formula_mj"]) <= float(row["formula_mj_high"]) for row in rows
+    )
+    for ending in ("md", "tex"):
+        text = (folder / f"layers.{ending}").read_text(encoding="utf-8")
+        assert " [" in text and "80 % confidence interval" in text
+    with open(folder / "rates.csv", encoding="utf-8") as file:
+        assert all(float(row["low"]) <= float(row["mean"]) <= float(row["high"]) for row in csv.DictReader(file))
+    assert page.count("<polygon") == 3 and "80 % confidence interval" in page and "80 % confidence" in told
+
+
 def check_figures(folder, rates, report):
     found = json.loads((folder / "energy.json").read_text())
     assert found["samples"] == report["samples"]
@@ -90,6 +118,7 @@ def test_a_run(launcher, run_folder):
         "neurobench=true",
         "measure=true",
         "seconds=0.05",
+        "confidence=0.8",
         launch=("--cpu",),
     )
     assert done.returncode == 0, done.stderr
@@ -111,7 +140,9 @@ def test_a_run(launcher, run_folder):
     assert [form["name"] for form in measured["forms"]] == ["dense", "event-driven", "ANN"]
     assert all(form["latency_ms"] > 0 and form["throughput"] > 0 for form in measured["forms"])
     assert measured["counters"] in done.stdout and ("joules of" in measured["counters"] or "counter" in done.stdout)
+    assert measured["latency_missing"] == ""
     check_steps(run_folder, folder, samples=50)
+    check_intervals(folder, page, done.stdout)
     neurobench = json.loads((folder / "neurobench.json").read_text())
     assert neurobench["ActivationSparsity"] == pytest.approx(1 - rates.mean)
 
@@ -146,6 +177,7 @@ def test_a_released_file_with_other_steps(launcher, released_file, photographs):
         (["checkpoint=nowhere"], ["nowhere", "no such file"]),
         (["checkpoint=run", "samples=0"], ["samples", "at least 1", "got 0"]),
         (["checkpoint=run", "samples=many"], ["samples", "many"]),
+        (["checkpoint=run", "confidence=95"], ["confidence", "below 1", "got 95"]),
         (["checkpoint=run", "layer=head"], ["layer=head", "head_neuron"]),
         (["checkpoint=run", "sample=3"], ["sample"]),
     ],

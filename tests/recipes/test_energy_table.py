@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 
+import numpy as np
 import pytest
 import torch
 from common.config import ConfigError, load_config
 from common.loading import build_datasets
+from PIL import Image
 
-from sdt_blocks import DataCard, SpikeDrivenTransformer, save_model
+from sdt_blocks import DataCard, SpikeDrivenTransformer, load_released_checkpoint, save_model
 from sdt_blocks.analysis import energy
 
 
@@ -87,6 +89,28 @@ def test_a_model_of_the_papers_shapes_is_known():
         assert recipe.variant_of(create_model("sdt_10_512")) == "sdt_10_512"
         assert recipe.variant_of(create_model("sdt_10_512", num_classes=10)) is None
         assert recipe.variant_of(create_model("spikformer_10_512")) is None
+
+
+def test_a_released_file_and_a_validation_folder(table, tmp_path, monkeypatch, released_file):
+    """The command for the paper's own weights: a file as it was released, pictures in folders named like ImageNet's."""
+    import energy_table as recipe
+
+    monkeypatch.setattr(recipe, "paper_rows", lambda: ([], []))
+    root, drawn = tmp_path / "imagenet", np.random.default_rng(0)
+    for place in range(10):
+        folder = root / "val" / f"n{place:08d}"
+        folder.mkdir(parents=True)
+        Image.fromarray(drawn.integers(0, 256, (80, 90, 3), dtype=np.uint8)).save(folder / "ILSVRC2012_val_1.JPEG")
+    data = [f"data.root={root}", "data.img_size=64", "data.workers=0", "threads=1"]
+    rows, out = table(str(released_file), *data, networks=())
+    _, val = build_datasets(load_config(data, default="imagenet_8_384"), evaluation_only=True)
+    images = torch.stack([val[i][0] for i in range(10)])
+    model = load_released_checkpoint(released_file)
+    (row,) = rows
+    assert float(row["energy_mj"]) == pytest.approx(energy(model, images).total_mj, rel=1e-9) and float(row["rate"]) > 1
+    right = model(images).argmax(1) == torch.arange(10)
+    assert float(row["top1"]) == pytest.approx(100 * right.float().mean().item(), abs=1e-4)
+    assert row["network"] == f"SpikeDrivenTransformer ({released_file.name})" and "measured: 10 images" in out
 
 
 @pytest.mark.parametrize(
