@@ -12,7 +12,7 @@ from .blocks import (
 )
 from .blocks.calibration import calibrate_norms
 from .example import example_images, example_model
-from .inference import optimize_for_inference
+from .inference import EarlyAnswers, optimize_for_inference
 from .models import (
     DataCard,
     ESpikeFormer,
@@ -42,6 +42,7 @@ __all__ = [
     "Downsampling",
     "ESpikeFormer",
     "ESpikeFormerLarge",
+    "EarlyAnswers",
     "LinearAttentionBlock",
     "LinearSpikeAttention",
     "MembraneShortcut",

@@ -216,6 +216,25 @@ def as_steps(logits):
     return logits.mean(0) if logits.ndim == 3 else logits
 
 
+WHOLE = {
+    "exact": {"exact": True},
+    "exact, by events": {"exact": True, "sparse": True},
+    "8 bits, exact": {"dtype": torch.int8, "exact": True},
+}
+
+
+@pytest.mark.parametrize("options", WHOLE.values(), ids=WHOLE)
+@pytest.mark.parametrize("file", ["sdt_plif_static_32", "sdtv2_grads_T2_64"])
+def test_answers_so_far_of_whole_numbers(file, options, named_golden):
+    """Weights as they come, and still to the bit: no sum depends on how many frames come at once."""
+    model = optimize_for_inference(named_golden(file).model(), **options)
+    frames = torch.rand(2, 5, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2
+    stream = Stream(model)
+    whole = [model(frames[:, : t + 1]) for t in range(5)]
+    answers = [stream.push(frame) for frame in frames.unbind(1)]
+    assert all(map(torch.equal, answers, whole)) and len({one.sum().item() for one in whole}) == 5
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("neuron", [*NEURONS, "SpikingJelly"])
 def test_streams_of_a_batch_go_their_own_ways(firing_model, on_a_grid, neuron, form):

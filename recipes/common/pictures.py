@@ -106,6 +106,31 @@ def draw_models(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
+def draw_early(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Accuracy against mean steps, and against time, of each form of a model that answers early."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for color, form in zip(("#00798c", "#d1495b"), dict.fromkeys(row["form"] for row in rows), strict=False):
+        of = [row for row in rows if row["form"] == form]
+        for axes, key in zip(panels, ("steps", "ms"), strict=True):
+            points = [row for row in of if row[key] is not None and row["steps"] is not None]
+            ends = [[row["accuracy_low"] for row in points], [row["accuracy_high"] for row in points]]
+            errors = np.abs(np.array(ends) - [row["accuracy"] for row in points])
+            values = [[row[name] for row in points] for name in (key, "accuracy")]
+            axes.errorbar(*values, yerr=errors, color=color, marker="o", capsize=3, label=f"{form}, step by step")
+            if key == "ms":
+                axes.scatter(of[0]["ms"], of[0]["accuracy"], color=color, marker="*", s=130, label=f"{form}, whole")
+    panels[0].set(xlabel="mean time steps of an image", ylabel="accuracy (%), 95 % interval")
+    panels[1].set_xlabel("time of an image (ms)")
+    panels[1].legend(frameon=False, fontsize=8)
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
 def draw_confusion(confusion: np.ndarray, names: Sequence[str], path: Path) -> None:
     """A confusion matrix `[K, K]`, counts by true and predicted class, coloured by the share of the true class."""
     from matplotlib.figure import Figure

@@ -11,6 +11,7 @@ from torch import nn
 
 from .choice import choose
 from .dense import Dense
+from .early import Early, EarlyAnswers
 from .events import EventProduct, Events
 from .integers import FLOAT32, INT8, INT24, IntegerProduct
 from .plan import Plan
@@ -20,6 +21,8 @@ from .trace import plan
 __all__ = [
     "PATHS",
     "Dense",
+    "Early",
+    "EarlyAnswers",
     "EventProduct",
     "Events",
     "IntegerProduct",

@@ -124,6 +124,10 @@ class Events(nn.Module):
             _refuse_unordered(plan, self.forms)
         super().train(False)
 
+    def mean_of_steps(self, x: Tensor) -> Tensor:
+        """The mean over the first axis as the network takes it, for a `Stream` of its logits."""
+        return ordered_mean(x, (0,)) if self.exact else x.mean(0)
+
     def products(self) -> Iterator[tuple[str, SpikeProduct]]:
         """The layers that spikes drive, by name."""
         for node, form in self.forms.items():

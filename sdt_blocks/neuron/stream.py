@@ -40,8 +40,9 @@ class Stream:
     of the uncut sequence. What the model averages over time it averages over the chunk. There are no gradients.
 
     The model may be of any family, mixed, or one of the forms of `optimize_for_inference`. Equal to the bit are what
-    neurons, additions of events and sums of whole numbers give; a product of a library may round otherwise for other
-    numbers of rows, so that a membrane within rounding of its threshold could fire in one and not in the other.
+    neurons, additions of events and sums of whole numbers give, and with `exact=True` all of it; a product of a library
+    may round otherwise for other numbers of rows, so that a membrane within rounding of its threshold could fire in
+    one and not in the other.
 
     The batch holds several streams, of which `reset` starts one or all anew. `state_dict` and `load_state_dict` save
     and restore where they stand. With `window` the answer so far is that of the last frames alone, and memory does not
@@ -168,12 +169,13 @@ class Stream:
         return heads if len(heads) > 1 else heads[0]
 
     def _mean(self, logits: list[Tensor]) -> Tensor:
-        """The mean over each stream's own frames, summed in the order in which a model sums its time steps."""
+        """The mean over each stream's own frames, summed in the order in which the model sums its time steps."""
+        mean = getattr(self.model, "mean_of_steps", None) or _mean
         result = torch.empty_like(logits[-1])
         counts = self._seen.clamp(max=len(logits))
         for count in counts.unique().tolist():
             of = (counts == count).to(result.device)
-            result[of] = torch.stack([one[of] for one in logits[len(logits) - count :]]).mean(0)
+            result[of] = mean(torch.stack([one[of] for one in logits[len(logits) - count :]]))
         return result
 
     # ---- the streams of a batch
@@ -274,6 +276,10 @@ class Stream:
     def keep_state(self, neuron: Streamed, state: Any) -> None:
         """Keeps a neuron's state for the next chunk."""
         self._states[neuron] = state
+
+
+def _mean(steps: Tensor) -> Tensor:
+    return steps.mean(0)
 
 
 def _one_by_one(frames: Tensor) -> Sequence[Tensor]:
