@@ -6,6 +6,7 @@ mixture, and layer by layer to those of a network of the same depth that is trai
 
 from __future__ import annotations
 
+import copy
 import itertools
 import statistics
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from rates import digits, measured_rates, seats, set_rates, train_on_digits
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from sdt_blocks import SpikeDrivenTransformer, create_model, optimize_for_inference
+from sdt_blocks import SpikeDrivenTransformer, optimize_for_inference
 from sdt_blocks.analysis import E_AC, E_MAC
 from sdt_blocks.inference import Events, Product, plan
 from sdt_blocks.inference.choice import Calibration
@@ -230,8 +231,7 @@ def dense_by_call(model: SpikeDrivenTransformer, calibration: Calibration) -> Ev
 
 def like_convolutions(model: SpikeDrivenTransformer, images: Tensor) -> Tensor:
     """Logits of the plain model in channels-last layout, where the library adds terms one by one as events do."""
-    plain = create_model("sdt_8_384")
-    plain.load_state_dict(model.state_dict())
+    plain = copy.deepcopy(model)
     images = images.contiguous(memory_format=torch.channels_last)
     logits: Tensor = plain.eval().to(memory_format=torch.channels_last)(images)
     return logits

@@ -15,6 +15,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 def beside_the_suites(monkeypatch: pytest.MonkeyPatch):
     """Suites import each other by file name, as when run.py starts them."""
     names = ("harness", "report", "run", "peers", "rates", "curves", "bench_sparse", "offline", "gpu_offline")
+    names += ("sparse", "published")
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
     for name in names:
@@ -200,6 +201,29 @@ def test_the_authors_arrangement_answers_as_the_model() -> None:
     expected = model(images)
     assert expected.std() > 0.01
     torch.testing.assert_close(peers.AuthorsArrangement(model).eval()(images), expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_published_rates_reach_the_layers_that_they_were_measured_at() -> None:
+    """Every product of a network of 8 blocks gets its input at the published rate, also behind the mask."""
+    import csv
+
+    import peers
+    import published
+    import rates
+
+    from sdt_blocks.analysis import energy
+
+    images = torch.rand(2, 3, 96, 96)
+    model = peers.firing_model("sdt_8_512", images, dim=64, num_heads=1, num_classes=4)
+    rates.set_rates(model, images, published.published_profile())
+    with open(published.PUBLISHED, encoding="utf-8") as file:
+        wanted = {row["layer"]: row["rates"] for row in csv.DictReader(file) if row["network"] == published.MEASURED}
+    found = {layer.name: sum(layer.rate) / 4 for layer in energy(model, images, as_trained=True).layers}
+    for layer, rate in wanted.items():
+        room = 0.1 if ".proj." in layer else 0.02
+        assert found[layer] == pytest.approx(float(rate), rel=room, abs=0.01), layer
+    assert len(wanted) == 52
 
 
 @torch.no_grad()
