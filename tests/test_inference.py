@@ -75,7 +75,7 @@ def test_every_setting_answers_as_the_model(firing_model: MakeModel, setting: st
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("path", ["convolution", "linear", "integers"])
+@pytest.mark.parametrize("path", ["convolution", "linear", "integers", "digits"])
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_every_path_computes_the_product(path: str, kernel: int) -> None:
     torch.manual_seed(0)
@@ -92,12 +92,13 @@ def test_every_path_computes_the_product(path: str, kernel: int) -> None:
     torch.testing.assert_close(layer(spikes).double(), true, atol=1e-5, rtol=1e-5)
 
 
-def test_integers_are_as_exact_as_float32() -> None:
+@pytest.mark.parametrize("path", ["integers", "digits"])
+def test_integers_are_as_exact_as_float32(path: str) -> None:
     torch.manual_seed(0)
     weight, bias = torch.randn(64, 1536, 1, 1), torch.zeros(64)
     spikes = torch.rand(1, 16, 16, 1536) < 0.2
     true = spikes.double() @ weight.double().flatten(1).T
-    layer = product.Product(weight, bias, path="integers")
+    layer = product.Product(weight, bias, path=path)
     found = layer(spikes.to(layer.input_dtype(spikes.shape)))
     # float32 as it is on every machine: added input by input. A library sums in blocks, whose size is the machine's.
     added = torch.zeros_like(true, dtype=torch.float32)
@@ -124,17 +125,17 @@ def test_the_fastest_path_is_found_once_and_kept(monkeypatch: pytest.MonkeyPatch
 
     def seconds(self: product.Product, name: str, frames: Tensor) -> float:
         timed.append(name)
-        return {"convolution": 3.0, "linear": 1.0, "integers": 2.0}[name]
+        return {"convolution": 3.0, "linear": 1.0, "integers": 2.0, "digits": 4.0}[name]
 
     monkeypatch.setattr(product.Product, "_seconds", seconds)
     layer = product.Product(torch.randn(8, 8, 1, 1), torch.zeros(8))
     shape = torch.Size((2, 4, 4, 8))
     assert layer.input_dtype(shape) == torch.float32 and layer._choose(shape) == "linear"
     layer(torch.zeros(shape))
-    assert sorted(timed) == sorted(["convolution", "integers", "linear"] * product._ROUNDS)
+    assert sorted(timed) == sorted(["convolution", "digits", "integers", "linear"] * product._ROUNDS)
     # Another process reads what this one has measured.
     assert product.Product(torch.randn(8, 8, 1, 1), torch.zeros(8))._choose(shape) == "linear"
-    assert len(timed) == 3 * product._ROUNDS
+    assert len(timed) == 4 * product._ROUNDS
 
 
 def test_a_path_that_fails_or_errs_is_not_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -234,6 +235,13 @@ def test_copies_and_state(static_golden) -> None:
     other(x)
     other.load_state_dict(fast.state_dict())
     assert torch.equal(other(x), expected)
+    for path in ("integers", "digits"):
+        one, two = (
+            optimize_for_inference(part, compile=False, paths=path) for part in (model, type(model)(**model.config))
+        )
+        two(x)
+        two.load_state_dict(one.state_dict())
+        assert torch.equal(two(x), one(x))
 
 
 @torch.no_grad()

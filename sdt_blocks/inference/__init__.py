@@ -56,8 +56,8 @@ def optimize_for_inference(
 
     The membranes of neurons and shortcuts are float32 also for bfloat16, and so is the output. A spike can differ where
     a membrane lies within rounding of its threshold, as it can between two libraries' convolutions. `paths` pins the
-    way of all products that know it ("convolution", "linear", "integers"; others are convolutions), so that two
-    processes round alike.
+    way of all products that know it ("convolution", "linear", "integers", "digits"; others are convolutions), so that
+    two processes round alike.
 
     With `sparse=True`, on a CPU and in float32, products add the weights of active inputs instead, and spikes are one
     bit each (see `Events`). `sparse="auto"` returns the faster of the two on the batches of `calibrate` (tensors, or

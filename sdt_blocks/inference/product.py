@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.integers import IntegerWeight, Windows, byte_product, quantize
+from ..ops.packed import Epilogue
 from .timings import Costs, timings
 
 _ROUNDS = 5
@@ -161,6 +163,31 @@ class Integers(Convolution):
         return total
 
 
+class Digits(Convolution):
+    """The same weights as whole numbers of three digits of 8 bits, in one pass of the kit's kernel (`ops.integers`).
+
+    The library needs three passes over memory for `Integers`: without matrix units for bytes they take as long as one
+    in float32, or nearly.
+    """
+
+    def __init__(self, product: Product) -> None:
+        super().__init__(product)
+        integers, scale = quantize(product.weight, pieces=3)
+        self.weight, self.epilogue = IntegerWeight(integers), Epilogue(len(scale), scale=scale, shift=product.bias)
+
+    @staticmethod
+    def applies(product: Product) -> bool:
+        wanted = product.spikes and product.weight.dtype == torch.float32 and product.geometry.groups == 1
+        return wanted and product.weight.device.type == "cpu"
+
+    @staticmethod
+    def input_dtype(product: Product, shape: torch.Size) -> torch.dtype:
+        return torch.uint8
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        return byte_product(frames, self.weight, self.epilogue, windows=Windows(*self.product.geometry[:3]))
+
+
 class Chain(Convolution):
     """The layers that a unit is trained as, where they are fewer multiply-adds than the one convolution."""
 
@@ -184,6 +211,7 @@ PATHS: dict[str, type[Convolution]] = {
     "convolution": Convolution,
     "linear": Linear,
     "integers": Integers,
+    "digits": Digits,
     "chain": Chain,
 }
 """The ways to compute a product."""
@@ -286,6 +314,10 @@ class Product(nn.Module):
         self._ways, self._chosen = {}, {}
         super()._apply(fn, recurse)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._ways = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ways": {}, "_chosen": {}}

@@ -198,6 +198,23 @@ def real_product(
     return kept, fired
 
 
+def byte_product(x: Tensor, weight: IntegerWeight, epilogue: Epilogue, *, windows: Windows | None = None) -> Tensor:
+    """The same with bytes 0..128 in the place of packed spikes: uint8 `[N, H, W, in]` -> float32 `[N, H', W', out]`."""
+    out, into = weight.weight.shape[:2]
+    if x.ndim != 4 or x.shape[-1] != into or x.dtype != torch.uint8 or epilogue.channels != out:
+        raise ValueError(
+            f"expected uint8 [N, H, W, {into}] and an epilogue of {out} channels, got {x.dtype} {list(x.shape)} and "
+            f"{epilogue.channels}"
+        )
+    windows, x = windows or Windows.same(weight.weight), x.contiguous()
+    size = windows.size(x.shape[1:3], weight.weight)
+    kept, _, arguments = outputs_of(epilogue, (1, len(x), *size), None, True)
+    shape = windows.structure(weight.weight, size)
+    call("byte_product", x, (ctypes.c_int64 * 4)(*x.shape), shape, weight.pieces, weight.digits, arguments)
+    assert kept is not None
+    return kept[0]
+
+
 def depthwise_product(x: Tensor, weight: Tensor, *, windows: Windows | None = None) -> Tensor:
     """The depthwise convolution of x `[N, H, W, C]` with a weight `[C, 1, height, width]`, in a fixed order as well."""
     if x.ndim != 4 or x.shape[-1] != len(weight) or weight.shape[1] != 1 or x.dtype != torch.float32:

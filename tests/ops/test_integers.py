@@ -17,6 +17,7 @@ from sdt_blocks.ops.integers import (
     IntegerWeight,
     RealWeight,
     Windows,
+    byte_product,
     depthwise_product,
     largest,
     quantize,
@@ -112,6 +113,8 @@ def test_levels(instructions, pieces, planes, norm):
     expected = true_sums(level, whole.weight, Windows.same(weight))
     for product in (spike_product, spike_product_dense):
         assert torch.equal(product(packed, whole, Epilogue(20), membrane=True)[0], expected)
+    frames = level.flatten(0, 1).movedim(1, -1).to(torch.uint8)
+    assert torch.equal(byte_product(frames, whole, Epilogue(20)), expected.flatten(0, 1))
 
 
 @settings(max_examples=20, deadline=None)
@@ -254,6 +257,10 @@ def test_sums_of_24_bits_fit_32(planes):
         (lambda: IntegerWeight(torch.ones(2, 2, 5, 5, dtype=torch.int8)).tiles, r"\[2, 2, 5, 5\]"),
         (lambda: real_product(torch.ones(2, 1, 1, 1, 4), RealWeight(torch.ones(4, 4, 1, 1)), Epilogue(4), 3), "3 or 1"),
         (lambda: real_product(torch.ones(1, 1, 1, 1, 4), RealWeight(torch.ones(4, 4, 1, 1)), Epilogue(5), 1), "has 5"),
+        (
+            lambda: byte_product(torch.ones(1, 1, 1, 4), IntegerWeight(torch.ones(2, 4, 1, 1).char()), Epilogue(2)),
+            "uint8",
+        ),
         (lambda: depthwise_product(torch.ones(1, 1, 1, 4), torch.ones(4, 4, 1, 1)), r"\[4, 4, 1, 1\]"),
         (lambda: _too_many_levels(), "at most 128, got 129"),
     ],

@@ -74,8 +74,18 @@ void spike_product_dense(const Frames* spikes, const Windows* windows, int64_t p
 // whatever the batch, the threads and the machine are.
 void real_product(const float* x, int64_t frames, const int64_t* sizes, const Windows* windows, const float* weights,
                   const Epilogue* epilogue, int64_t steps, int64_t threads) {
-    const Reals in{x, frames, sizes[0], sizes[1], sizes[2], sizes[3], steps};
+    const Reals in{{x, frames, sizes[0], sizes[1], sizes[2], sizes[3], steps}};
     dense_product<1>(in, *windows, weights, *epilogue, threads);
+}
+
+// Bytes up to 128 in the place of packed spikes, and one step.
+void byte_product(const uint8_t* x, const int64_t* sizes, const Windows* windows, int64_t pieces, const int8_t* weights,
+                  const Epilogue* epilogue, int64_t threads) {
+    const Bytes in{{x, 1, sizes[0], sizes[1], sizes[2], sizes[3], 1}};
+    if (pieces == 1)
+        dense_product<1>(in, *windows, weights, *epilogue, threads);
+    else
+        dense_product<3>(in, *windows, weights, *epilogue, threads);
 }
 
 // The same for a convolution with one weight an input channel and tap; `sizes` are frames, height, width and channels.

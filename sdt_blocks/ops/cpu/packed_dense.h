@@ -43,6 +43,27 @@ inline void expand_word(uint64_t bits, uint8_t* to, bool add) {
 #endif
 }
 
+// The sums of four products a lane: the same four values for all, and four weights each.
+inline Whole dot(Whole sum, const uint8_t* values, const int8_t* weights) {
+    int32_t four;
+    std::memcpy(&four, values, 4);
+#if defined(__AVX512VNNI__)
+    return Whole(_mm512_dpbusd_epi32(__m512i(sum), _mm512_set1_epi32(four), _mm512_loadu_si512(weights)));
+#elif defined(__AVX512BW__)
+    // Two products of a level up to 128 and a weight stay within 16 bits.
+    const __m512i two = _mm512_maddubs_epi16(_mm512_set1_epi32(four), _mm512_loadu_si512(weights));
+    return Whole(_mm512_add_epi32(__m512i(sum), _mm512_madd_epi16(two, _mm512_set1_epi16(1))));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i of = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights));
+    const __m256i two = _mm256_maddubs_epi16(_mm256_set1_epi32(four), of);
+    return Whole(_mm256_add_epi32(__m256i(sum), _mm256_madd_epi16(two, _mm256_set1_epi16(1))));
+#else
+    for (int i = 0; i < WIDTH; i++)
+        for (int j = 0; j < 4; j++) sum[i] = int32_t(uint32_t(sum[i]) + uint32_t(values[j] * weights[4 * i + j]));
+    return sum;
+#endif
+}
+
 // Spikes or levels, gathered as bytes and multiplied four at a time with weights of 8 bits.
 struct Bits {
     typedef uint8_t Value;
@@ -65,38 +86,14 @@ struct Bits {
             for (int64_t word = 0; word < in.plane(); word++)
                 expand_word(words[plane * in.plane() + word], to + 64 * word, plane > 0);
     }
-    static Sums multiply_add(Whole sum, const uint8_t* values, const int8_t* weights);
+    static Sums multiply_add(Whole sum, const uint8_t* values, const int8_t* weights) { return dot(sum, values, weights); }
 };
 
-// The sums of four products a lane: the same four values for all, and four weights each.
-inline Whole Bits::multiply_add(Whole sum, const uint8_t* values, const int8_t* weights) {
-    int32_t four;
-    std::memcpy(&four, values, 4);
-#if defined(__AVX512VNNI__)
-    return Whole(_mm512_dpbusd_epi32(__m512i(sum), _mm512_set1_epi32(four), _mm512_loadu_si512(weights)));
-#elif defined(__AVX512BW__)
-    // Two products of a level up to 128 and a weight stay within 16 bits.
-    const __m512i two = _mm512_maddubs_epi16(_mm512_set1_epi32(four), _mm512_loadu_si512(weights));
-    return Whole(_mm512_add_epi32(__m512i(sum), _mm512_madd_epi16(two, _mm512_set1_epi16(1))));
-#elif defined(__AVX2__) && !defined(__AVX512F__)
-    const __m256i of = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights));
-    const __m256i two = _mm256_maddubs_epi16(_mm256_set1_epi32(four), of);
-    return Whole(_mm256_add_epi32(__m256i(sum), _mm256_madd_epi16(two, _mm256_set1_epi16(1))));
-#else
-    for (int i = 0; i < WIDTH; i++)
-        for (int j = 0; j < 4; j++) sum[i] = int32_t(uint32_t(sum[i]) + uint32_t(values[j] * weights[4 * i + j]));
-    return sum;
-#endif
-}
-
-// Real values, multiplied one at a time.
-struct Reals {
-    typedef float Value;
-    typedef float Weight;
-    typedef float Sum;
-    typedef Vector Sums;
-    static constexpr int TOGETHER = 1;
-    const float* x;
+// What lies in memory value by value, [frames, images, rows, columns, channels].
+template <class T>
+struct Values {
+    typedef T Value;
+    const T* x;
     int64_t frames, image_count, rows, columns, channels, step_count;
 
     int64_t images() const { return image_count; }
@@ -104,10 +101,28 @@ struct Reals {
     int64_t shown() const { return frames; }  // one frame may be shown at every step
     int64_t height() const { return rows; }
     int64_t width() const { return columns; }
-    int64_t tap() const { return channels; }
-    void gather(int64_t step, int64_t pixel, float* to) const {
-        std::memcpy(to, x + (step * image_count * rows * columns + pixel) * channels, channels * sizeof(float));
+    void gather(int64_t step, int64_t pixel, T* to) const {
+        std::memcpy(to, x + (step * image_count * rows * columns + pixel) * channels, channels * sizeof(T));
     }
+};
+
+// Bytes; those that fill up a tap meet weights of zero.
+struct Bytes : Values<uint8_t> {
+    typedef int8_t Weight;
+    typedef int32_t Sum;
+    typedef Whole Sums;
+    static constexpr int TOGETHER = 4;
+    int64_t tap() const { return (channels + 3) / 4 * 4; }
+    static Sums multiply_add(Whole sum, const uint8_t* values, const int8_t* weights) { return dot(sum, values, weights); }
+};
+
+// Real values, multiplied one at a time.
+struct Reals : Values<float> {
+    typedef float Weight;
+    typedef float Sum;
+    typedef Vector Sums;
+    static constexpr int TOGETHER = 1;
+    int64_t tap() const { return channels; }
     static Sums multiply_add(Vector sum, const float* value, const float* weights) {
         return ::multiply_add(broadcast(*value), load(weights), sum);
     }
