@@ -300,6 +300,7 @@ def close_epoch(run: Run, clock: Clock) -> None:
         "data_wait": round(clock.waited / clock.total, 4),
         "peak_memory_mib": peak_memory(accelerator.device),
     }
+    partly = ""
     if at_end or number % config.train.eval_every == 0:
         broadcast_buffers(accelerator, run.plain)
         models = {"": whole_model(accelerator, config, run.model)}
@@ -316,6 +317,8 @@ def close_epoch(run: Run, clock: Clock) -> None:
             line[f"{prefix}firing_rate"] = result.firing_rate
             line["test_samples"] = result.samples
             silent = is_silent(line, prefix)
+            if at_end and result.silence and not silent:
+                partly = result.silence
             # Chance may beat what a network has learnt so far; it is no better model.
             if (not silent, measured["top1"]) > (not position.best_silent, position.best_top1):
                 position.best_top1, position.best_epoch, position.best_silent = measured["top1"], number, silent
@@ -331,6 +334,8 @@ def close_epoch(run: Run, clock: Clock) -> None:
         append_metrics(run.folder, line)
     log(run, line)
     run.display.say(describe(line, config.train.epochs + config.train.cooldown_epochs))
+    if partly:  # what lies behind such a layer sees zeros, and may have kept what lies before it from learning
+        run.display.say(partly)
     if at_end or number % config.train.checkpoint_every == 0:
         save(run)
 

@@ -250,6 +250,19 @@ def test_chance_of_a_silent_network_is_neither_reported_nor_the_best(set_up, mon
     assert last.startswith("evaluation is still silent (no neuron fires") and "%" not in last
 
 
+def test_layers_that_never_fired_are_named_at_the_end(set_up, monkeypatch, capsys):
+    from common import engine
+    from common.evaluation import Evaluation
+
+    counts = torch.eye(10, dtype=torch.int64)
+    sentence = "1 of 12 neuron layers never fired: blocks.0.attention.branch.mixer.neuron"
+    for rate, told in ((0.1, 1), (0.0, 0)):
+        result = Evaluation(2.0, {"top1": 30.0}, counts, rate, (8, 8), sentence)
+        monkeypatch.setattr(engine, "evaluate", lambda *_, result=result, **__: result)
+        engine.train(set_up(*PLAIN, f"output_dir=run_{told}", "train.epochs=2"))
+        assert capsys.readouterr().out.count(sentence) == told
+
+
 def test_weights_that_are_not_finite_are_never_saved(set_up):
     from common.engine import save
 
