@@ -1,4 +1,4 @@
-"""What torch.export, ONNX and torch.jit make of a model answers as the model does, on a network that fires."""
+"""What torch.export, ONNX, AOTInductor and torch.jit make of a model answers as it does, on networks that fire."""
 
 import warnings
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdt_blocks import example_images, example_model
+from sdt_blocks import example_images, example_model, optimize_for_inference
 from sdt_blocks.analysis import firing_rates
 
 OPSET = 18
@@ -67,3 +67,43 @@ def test_onnx(example, tmp_path, dynamo):
     (got,) = session.run(None, {"x": images.numpy()})
     assert got.dtype == np.float32
     assert_same(torch.from_numpy(got), logits)
+
+
+@pytest.mark.slow
+def test_every_family_exports_for_any_batch(small):
+    program = torch.export.export(small.model, (small.images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    with torch.no_grad():
+        expected = small.model(small.images)
+    torch.testing.assert_close(program.module()(small.images), expected, atol=1e-5, rtol=1e-4)
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not [target for target in targets if "sdt_blocks" in target]
+
+
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_frames_of_any_number_of_steps(example, steps):
+    model, images, _ = example
+    frames = torch.stack([images, *[images.flip(-1)] * (steps - 1)], dim=1)
+    program = torch.export.export(model, (frames[:3],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    with torch.no_grad():
+        expected = model(frames)
+    assert expected.std(0).min() > 0.01
+    torch.testing.assert_close(program.module()(frames), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_optimised_models_name_the_plain_one(example, sparse, tmp_path):
+    model, images, logits = example
+    fast = optimize_for_inference(model, sparse=sparse)
+    assert_same(fast(images), logits)
+    ways = [lambda: torch.export.export(fast, (images,)), lambda: torch.jit.trace(fast, images, check_trace=False)]
+    for way in ways:
+        with pytest.raises(RuntimeError, match="cannot be exported: export the plain model"):
+            way()
+
+
+@pytest.mark.slow
+def test_aot_inductor(example, tmp_path):
+    model, images, logits = example
+    program = torch.export.export(model, (images[:4],), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    assert_same(torch._inductor.aoti_load_package(path)(images), logits)

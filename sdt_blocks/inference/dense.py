@@ -34,6 +34,7 @@ from .plan import (
     fold,
     is_neuron,
     leaves,
+    refuse_export,
 )
 from .product import Geometry, Product
 
@@ -219,6 +220,7 @@ class Dense(nn.Module):
         return products
 
     def forward(self, *inputs: Tensor) -> Any:
+        refuse_export()
         if len(inputs) != len(self.inputs):
             raise TypeError(f"expected {len(self.inputs)} input(s), got {len(inputs)}; options keep their defaults")
         # Tensors are ordinary ones even inside inference_mode: nothing compiles twice, and the result can go anywhere.

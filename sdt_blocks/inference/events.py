@@ -61,6 +61,7 @@ from .plan import (
     fold,
     is_neuron,
     leaves,
+    refuse_export,
 )
 from .product import Geometry, Product
 from .trace import Constant
@@ -254,6 +255,7 @@ class Events(nn.Module):
 
     @torch.no_grad()
     def forward(self, *inputs: Tensor) -> Any:
+        refuse_export()
         if len(inputs) != len(self.inputs):
             raise TypeError(f"expected {len(self.inputs)} input(s), got {len(inputs)}; options keep their defaults")
         given = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import steps
+from ..ops.dispatch import exporting
 
 INPUT, PRESENT, CHECK, PROJECT, FIRE, MIX, POOL, ADD, CALL, OUTPUT = (
     "input",
@@ -76,6 +77,15 @@ class Plan:
 
     def __str__(self) -> str:
         return "\n".join(map(repr, self.nodes))
+
+
+def refuse_export() -> None:
+    """Raises `RuntimeError` while a form of a network is exported: it runs what this machine alone has."""
+    if exporting():
+        raise RuntimeError(
+            "an optimised network runs kernels of this machine and cannot be exported: export the plain model, the one "
+            "that optimize_for_inference was given (the runtime that reads it folds and fuses in its own way)"
+        )
 
 
 # ---- what leaves are

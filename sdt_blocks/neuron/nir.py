@@ -27,8 +27,8 @@ def export_to_nir(model: nn.Module, x: Tensor) -> Any:
     `export_to_nir` does not know that `LIF` scales its input, and stops at one. NIR's neuron fires above its threshold,
     as with `strict=True`; a membrane at it exactly is the simulator's to judge. x is `[T, B, ...]`.
 
-    Raises `ValueError` for another reset than "zero", `TypeError` for layers that NIR does not have, and `ImportError`
-    without the packages nir and nirtorch.
+    Raises `ValueError` for another reset than "zero", `TypeError` for layers that NIR does not have, such as attention,
+    and `ImportError` without the packages nir and nirtorch.
 
     >>> net = nn.Sequential(nn.Linear(8, 5), LIF(tau=2.0), nn.Linear(5, 3))  # doctest: +SKIP
     >>> export_to_nir(net, torch.rand(4, 1, 8)).nodes["1"].r  # doctest: +SKIP
@@ -40,8 +40,14 @@ def export_to_nir(model: nn.Module, x: Tensor) -> Any:
         from snntorch.export_nir import _extract_snntorch_module
     except ImportError as error:
         raise ImportError(
-            f"the export needs the packages nir and nirtorch (pip install nir nirtorch): {error}"
+            f"the export needs the packages nir and nirtorch (pip install 'sdt_blocks[export]'): {error}"
         ) from None
+    mixers = [name for name, module in model.named_modules() if hasattr(module, "emits")]
+    if mixers:
+        raise TypeError(
+            f"NIR has no attention, nor any other product of spikes with spikes, and the network has {len(mixers)} "
+            f"({mixers[0]} for one); ONNX and torch.export hold it"
+        )
     shapes = _shapes(model, x)
 
     def node(module: nn.Module) -> Any:

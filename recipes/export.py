@@ -1,0 +1,171 @@
+"""Writes a model for other runtimes, and holds what was written to the model's own answers.
+
+    python recipes/export.py checkpoint=runs/digits format=onnx
+    python recipes/export.py checkpoint=8_384.pth.tar format=pt2 output=sdt_8_384.pt2 model.time_steps=2
+
+`onnx` is for ONNX Runtime and the like, `pt2` is torch.export's program, which torch.export.load reads and
+AOTInductor compiles, `nir` a graph for neuromorphic simulators and chips, which have no attention. Any number of images
+may be given at a time (batch=N: N alone); the number of time steps is fixed. Keys of its own: see the end.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from common.command_line import print_help, short_errors
+from common.config import Config, ConfigError, RunError, load_config
+from common.options import own_help, read_options
+from common.schema import option
+from common.trained import load, with_run_config
+
+FORMATS = ("onnx", "pt2", "nir")
+CLOSE = 1e-4
+"""What logits of another runtime may differ by, which sums in another order."""
+CHECKED = 8
+"""Images that the model and what was written of it are compared on."""
+EXTRA = "pip install 'sdt_blocks[export]'"
+
+
+@dataclass
+class Options:
+    """This recipe's own arguments."""
+
+    checkpoint: str | None = option(None, "a run folder, a saved model, or a released .pth.tar")
+    format: str = option("onnx", "onnx, pt2 or nir")
+    output: str | None = option(None, "the file to write; null makes model.FORMAT beside the checkpoint")
+    batch: int | None = option(None, "images at a time; null: any number", least=1)
+    ema: bool = option(False, "the averaged weights of a run")
+
+
+def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
+    """This recipe's options, and the arguments that `load_config` takes. Raises `ConfigError`."""
+    names = {item.name for item in fields(Options)}
+    own = [argument for argument in arguments if argument.partition("=")[0] in names]
+    options = read_options(Options, own)
+    if options.checkpoint is None:
+        raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar")
+    if options.format not in FORMATS:
+        raise ConfigError(f"format: expected one of {', '.join(FORMATS)}, got {options.format!r}")
+    return options, with_run_config(Path(options.checkpoint), [one for one in arguments if one not in own])
+
+
+def example_inputs(model: Any, config: Config, count: int) -> Any:
+    """Images or, for a model of events, frames of the configured size, at random: `[count, ...]`."""
+    import torch
+
+    data, events = config.data, config.events
+    generator = torch.Generator().manual_seed(0)
+    if model.in_channels == 2:
+        size = events.size or 128
+        counts = torch.rand(count, events.time_steps, 2, size, size, generator=generator)
+        return (3 * counts).floor()
+    images = torch.rand(count, model.in_channels, data.img_size, data.img_size, generator=generator)
+    # Blurred, as photographs are: noise alone would silence the deeper layers.
+    images = torch.nn.functional.avg_pool2d(images, 5, stride=1, padding=2)
+    low, high = images.amin((-2, -1), keepdim=True), images.amax((-2, -1), keepdim=True)
+    return ((images - low) / (high - low) - sum(data.mean) / len(data.mean)) / (sum(data.std) / len(data.std))
+
+
+def write_pt2(model: Any, x: Any, path: Path, *, any_batch: bool) -> Callable[[Any], Any]:
+    """torch.export's program of the model. Returns what answers by the file."""
+    import torch
+
+    shapes = ({0: torch.export.Dim("batch")},) if any_batch else None
+    program = torch.export.export(model, (x,), dynamic_shapes=shapes)
+    torch.export.save(program, str(path))
+    return torch.export.load(str(path)).module()  # type: ignore[no-any-return]
+
+
+def write_onnx(model: Any, x: Any, path: Path, *, any_batch: bool) -> Callable[[Any], Any]:
+    """An ONNX graph with input `x` and output `logits`. Returns what answers by the file."""
+    import torch
+
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"format=onnx needs onnx, onnxscript and onnxruntime ({error}): {EXTRA}") from None
+    shapes = ({0: torch.export.Dim("batch")},) if any_batch else None
+    names: dict[str, Any] = {"input_names": ["x"], "output_names": ["logits"], "dynamic_shapes": shapes}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's, of its own parts
+        torch.onnx.export(model, (x,), str(path), dynamo=True, external_data=False, verbose=False, **names)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"x": images.numpy()})[0])
+
+
+def write_nir(model: Any, x: Any, path: Path) -> None:
+    """A NIR graph. Raises `ConfigError` for what NIR cannot hold."""
+    from sdt_blocks.neuron import export_to_nir
+
+    try:
+        import nir
+
+        graph = export_to_nir(model, x)
+    except ImportError as error:
+        raise ConfigError(f"format=nir needs nir and nirtorch ({error}): {EXTRA}") from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"format=nir: {error}") from error
+    nir.write(str(path), graph)
+
+
+def check(model: Any, answers: Callable[[Any], Any], x: Any) -> str:
+    """A sentence on how near the written model is to the model itself. Raises `RunError` where it is another."""
+    import torch
+
+    with torch.no_grad():
+        expected, found = model(x), answers(x)
+    if not torch.isfinite(expected).all() or found.shape != expected.shape:
+        raise RunError(f"the model answers {list(expected.shape)}, what was written {list(found.shape)}")
+    off = (found - expected).abs()
+    same = (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
+    if off.max() > CLOSE and (off.mean() > 0.05 * expected.std() or same < 1):
+        raise RunError(
+            f"what was written answers otherwise than the model: logits differ by up to {off.max():.2g}, {same:.0%} of "
+            f"the classes are the same"
+        )
+    more = "" if off.max() <= CLOSE else "; membranes within rounding of their threshold fire in one alone"
+    return f"{len(x)} images get the same class, logits differ by {off.max():.1e} at most{more}"
+
+
+def run(options: Options, rest: Sequence[str]) -> str:
+    """Writes the file and says what it is. Raises `ConfigError` or `RunError`."""
+    checkpoint = Path(options.checkpoint or "")
+    config = load_config(list(rest), default="imagenet_8_384")
+    from common.progress import warn
+
+    from sdt_blocks.analysis import firing_rates
+
+    model, config = load(checkpoint, config, rest, averaged=options.ema)
+    beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    path = Path(options.output) if options.output else beside / f"model.{options.format}"
+    if not path.parent.is_dir():
+        raise ConfigError(f"output={path}: there is no folder {path.parent}")
+    x = example_inputs(model, config, options.batch or CHECKED)
+    silent = firing_rates(model, x).silence
+    if silent:
+        warn(f"the comparison says little of layers that did not fire at random images: {silent}")
+    if options.format == "nir":
+        write_nir(model, x, path)
+        return f"{path} is written"
+    write = {"onnx": write_onnx, "pt2": write_pt2}[options.format]
+    said = check(model, write(model, x, path, any_batch=options.batch is None), x)
+    shape = ["any" if options.batch is None else options.batch, *x.shape[1:]]
+    return f"{path} takes {shape} and answers as the model does: {said}"
+
+
+def main(arguments: list[str]) -> None:
+    print(run(*read_arguments(arguments)))
+
+
+if __name__ == "__main__":
+    if print_help(sys.argv[1:], "imagenet_8_384"):
+        print(own_help(Options))
+    else:
+        with short_errors():
+            main(sys.argv[1:])

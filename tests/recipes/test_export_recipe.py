@@ -1,0 +1,65 @@
+"""`export.py` and the command `sdt`: what is written answers as the model does, what cannot be is refused."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from common.config import ConfigError, RunError
+
+from sdt_blocks import example_images
+from sdt_blocks.example import FOLDER, example_model
+
+
+@pytest.fixture
+def export(tmp_path, monkeypatch):
+    """`export.py` in this process: what it says."""
+    import export as recipe
+
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: recipe.run(*recipe.read_arguments([f"checkpoint={FOLDER}", *arguments]))
+
+
+def expected():
+    with torch.no_grad():
+        return example_model()(example_images()[0])
+
+
+def test_a_program_of_torch_export(export, tmp_path):
+    said = export("format=pt2", "output=digits.pt2")
+    assert "digits.pt2 takes ['any', 1, 16, 16]" in said and "same class" in said
+    program = torch.export.load(tmp_path / "digits.pt2").module()
+    torch.testing.assert_close(program(example_images()[0]), expected(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_onnx(export, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert "takes ['any', 1, 16, 16]" in export("output=digits.onnx")
+    session = runtime.InferenceSession(str(tmp_path / "digits.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": example_images()[0].numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected(), atol=1e-4, rtol=0)
+
+
+def test_what_cannot_be_written_is_refused(export, monkeypatch):
+    pytest.importorskip("nirtorch")
+    with pytest.raises(ConfigError, match="format=nir: NIR has no attention"):
+        export("format=nir", "output=digits.nir")
+    with pytest.raises(ConfigError, match="format: expected one of onnx, pt2, nir, got 'tflite'"):
+        export("format=tflite")
+    with pytest.raises(ConfigError, match="there is no folder nowhere"):
+        export("format=pt2", "output=nowhere/model.pt2")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ConfigError, match=r"pip install 'sdt_blocks\[export\]'"):
+        export("output=digits.onnx")
+
+
+def test_what_answers_otherwise_is_no_export():
+    import export as recipe
+
+    model, images = example_model(), example_images()[0]
+    assert "same class" in recipe.check(model, model, images)
+    with pytest.raises(RunError, match="answers otherwise than the model: logits differ by up to"):
+        recipe.check(model, lambda x: model(x).roll(1, dims=1), images)
