@@ -8,12 +8,15 @@ version = next(
     if line.startswith("__version__")
 )
 
-train = ["accelerate>=1.2", "omegaconf>=2.3", "timm>=1.0.12", "torchvision", "scikit-learn", "matplotlib>=3.7"]
-train += ["tensorboard", "torchmetrics>=1.6"]
+analysis = ["matplotlib>=3.7", "omegaconf>=2.3", "scipy"]
+recipes = [*analysis, "accelerate>=1.2", "pyyaml", "psutil", "pillow", "scikit-learn", "tensorboard"]
+recipes += ["timm>=1.0.12", "torchmetrics>=1.6", "torchvision"]
 events = ["tonic>=1.5", "aedat>=2.0"]
+export = ["onnx>=1.17", "onnxscript>=0.2", "onnxruntime>=1.20", "nir>=1.0", "nirtorch>=2.0"]
 data = ["datasets>=4", "mlxtend>=0.23", "webdataset>=0.2.86"]
-test = [*data, "pytest>=8", "pytest-xdist", "hypothesis", "mypy", "ruff", "dv-processing", "neurobench", "types-PyYAML"]
-test += ["spikingjelly>=2.0"]
+everything = [*recipes, *events, *export, *data, "huggingface_hub>=0.24"]
+test = [*everything, "pytest>=8", "pytest-xdist", "hypothesis", "mypy", "ruff", "dv-processing", "h5py", "neurobench"]
+test += ["spikingjelly>=2.0", "types-PyYAML", "wheel"]
 
 setup(
     name="sdt_blocks",
@@ -23,10 +26,19 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    # `datasets/` is installed under another name: as `datasets` it would shadow the Hugging Face package.
-    packages=[*find_packages(include=["sdt_blocks", "sdt_blocks.*"]), "sdt_datasets"],
-    package_dir={"sdt_datasets": "datasets"},
-    package_data={"sdt_blocks": ["py.typed", "ops/cpu/*.cpp", "ops/cpu/*.h", "example/*.*"]},
+    # Installed under other names: as `datasets` one folder would shadow the Hugging Face package.
+    packages=[
+        *find_packages(include=["sdt_blocks", "sdt_blocks.*"]),
+        "sdt_datasets",
+        "sdt_recipes",
+        "sdt_recipes.common",
+    ],
+    package_dir={"sdt_datasets": "datasets", "sdt_recipes": "recipes"},
+    package_data={
+        "sdt_blocks": ["py.typed", "ops/cpu/*.cpp", "ops/cpu/*.h", "example/*.*"],
+        "sdt_recipes": ["README.md", "configs/*.yaml", "accelerate/*.yaml", "data/*"],
+    },
+    entry_points={"console_scripts": ["sdt = sdt_recipes.sdt:main"]},
     install_requires=[
         "torch>=2.6",
         "snntorch>=0.9.4",
@@ -35,13 +47,18 @@ setup(
         "numpy",
         "safetensors>=0.4",
         "rich>=13",
-        *train,
-        *events,
     ],
     extras_require={
+        "recipes": recipes,
+        "events": events,
+        "analysis": analysis,
+        "export": export,
         "data": data,
+        "timm": ["timm>=1.0.12"],
+        "hub": ["huggingface_hub>=0.24"],
+        "all": everything,
         "test": test,
-        "bench": ["spikingjelly>=2.0"],
+        "bench": ["spikingjelly>=2.0", "matplotlib>=3.7", "scikit-learn"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

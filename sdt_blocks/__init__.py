@@ -33,7 +33,7 @@ from .models import (
 )
 from .neuron import LIF, ParametricLIF, Stream, over_time, replace_neurons
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "LIF",

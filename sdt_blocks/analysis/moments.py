@@ -93,7 +93,10 @@ def interval(mean: float, std: float | None, samples: int, confidence: float) ->
     check_confidence(confidence)
     if std is None or samples < 2:
         return None
-    from scipy.special import stdtrit
+    try:
+        from scipy.special import stdtrit
+    except ImportError as error:
+        raise ImportError(f"intervals need scipy (pip install 'sdt_blocks[analysis]'): {error}") from None
 
     half = float(stdtrit(samples - 1, (1 + confidence) / 2)) * std / samples**0.5
     return mean - half, mean + half

@@ -186,7 +186,10 @@ def _wrapped(name: str) -> str:
 
 
 def _figure(width: float, height: float, axes: bool = True) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"plots need matplotlib (pip install 'sdt_blocks[analysis]'): {error}") from None
 
     figure = Figure(figsize=(width, height), layout="constrained")
     if not axes:

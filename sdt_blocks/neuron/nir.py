@@ -42,7 +42,9 @@ def export_to_nir(model: nn.Module, x: Tensor) -> Any:
         raise ImportError(
             f"the export needs the packages nir and nirtorch (pip install 'sdt_blocks[export]'): {error}"
         ) from None
-    mixers = [name for name, module in model.named_modules() if hasattr(module, "emits")]
+    mixers = [
+        name for name, module in model.named_modules() if hasattr(module, "emits") and hasattr(module, "additions")
+    ]
     if mixers:
         raise TypeError(
             f"NIR has no attention, nor any other product of spikes with spikes, and the network has {len(mixers)} "

@@ -1,0 +1,111 @@
+"""The recipes as one command, the same scripts as in `accelerate launch recipes/NAME.py`.
+
+    sdt train NAME [key=value ...]             trains: digits, imagenet, cifar, gesture, cifar10_dvs, events_demo
+    sdt train --num_processes 4 NAME ...       the same, with the options of accelerate launch
+    sdt evaluate checkpoint=PATH ...           accuracy by class
+    sdt predict checkpoint=PATH IMAGE...       labels with probabilities
+    sdt analyze checkpoint=PATH ...            firing rates, energy, what multiplies, on one page
+    sdt export checkpoint=PATH format=onnx     for other runtimes
+    sdt compare RUN...                         runs side by side; compare_models, compare_families: models
+    sdt energy_table ...                       the energy column of the paper; and what else recipes/README.md tells of
+    sdt configs [NAME]                         the configurations by name, or one of them
+
+`sdt COMMAND --help`, and `sdt train NAME --help`, tell the keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+TRAINING = ("digits", "imagenet", "cifar", "gesture", "cifar10_dvs", "events_demo")
+OTHERS = tuple(
+    path.stem
+    for path in sorted(FOLDER.glob("*.py"))
+    if path.stem not in (*TRAINING, "sdt", "launch", "config", "run_state")
+)
+"""Those that train nothing, or more than one model."""
+EXTRAS = {"tonic": "events", "aedat": "events", "datasets": "data", "mlxtend": "data", "webdataset": "data"}
+"""The extra that a package comes with; what is not named here comes with `recipes`."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the recipe that the command line names. Exit codes are the recipe's, and 2 for a command that is unknown."""
+    command, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
+    if command in ("-h", "--help", "help"):
+        print(__doc__)
+    elif command == "configs":
+        show_configs(rest)
+    elif command == "train":
+        train(rest)
+    elif command in OTHERS:
+        run(command, rest)
+    else:
+        fail(f"unknown command {command!r}{near(command, ['train', 'configs', *OTHERS])}")
+
+
+def train(arguments: Sequence[str]) -> None:
+    """The recipe that the first name among the arguments says; what stands before it is accelerate's."""
+    place = next((i for i, word in enumerate(arguments) if word in TRAINING), None)
+    if place is None:
+        named = next((word for word in arguments if not word.startswith("-")), "")
+        if {"-h", "--help"} & set(arguments):
+            print(__doc__)
+            return
+        fail(
+            f"name what to train: {', '.join(TRAINING)}" + (f"; {named!r} is none{near(named, TRAINING)}" * bool(named))
+        )
+    name, options, rest = arguments[place], arguments[:place], arguments[place + 1 :]
+    if options:
+        run("launch", [*options, str(FOLDER / f"{name}.py"), *rest])
+    else:
+        run(name, rest)
+
+
+def run(name: str, arguments: Sequence[str]) -> None:
+    """Runs a script of this folder as Python would."""
+    path = str(FOLDER / f"{name}.py")
+    if sys.path[0] != str(FOLDER):
+        sys.path.insert(0, str(FOLDER))
+    sys.argv = [path, *arguments]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "common", "sdt_blocks", "sdt_datasets"):
+            raise
+        extra = EXTRAS.get(package, "recipes")
+        fail(f"sdt {name} needs the package {package}, which is not installed: pip install 'sdt_blocks[{extra}]'")
+
+
+def show_configs(names: Sequence[str]) -> None:
+    """Lists the configurations, each with the command that runs it, or prints those that are named."""
+    files = {path.stem: path for path in sorted((FOLDER / "configs").glob("*.yaml"))}
+    for name in names:
+        if name not in files:
+            fail(f"no configuration is called {name!r}{near(name, files)}")
+        print(files[name].read_text(encoding="utf-8"), end="")
+    if not names:
+        width = max(map(len, files))
+        for name, path in files.items():
+            print(f"{name:{width}}  {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
+
+
+def near(word: str, known: Sequence[str] | dict[str, Path]) -> str:
+    """The nearest known words, or all of them."""
+    close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else f"; known: {', '.join(known)}"
+
+
+def fail(message: str) -> None:
+    """Ends the process as a recipe does that cannot do what it was asked for."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
