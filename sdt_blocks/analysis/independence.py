@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 from .dataflow import tensors_in
 from .probe import Forward, Probe
 
-Call = tuple[list[Tensor], list[Tensor]]
-"""What a module was given and what it gave."""
+Changes = tuple[Tensor | None, Tensor | None]
+"""Where a tensor differs from that of the first run in either of two others; None where nobody can tell."""
+
+Keep = Callable[[str, list[Tensor], list[Tensor]], None]
+"""Called with the name of a module, what it was given and what it gave."""
 
 
 def where_samples_meet(
@@ -33,7 +37,7 @@ def where_samples_meet(
     if batches is None or any(parameter.is_meta for parameter in model.parameters()):
         return []
 
-    def run(batch: Tensor, seen: dict[str, list[Call]] | None = None) -> list[Tensor]:
+    def run(batch: Tensor, keep: Keep | None = None) -> list[Tensor]:
         outputs: list[Any] = []
 
         def call(net: nn.Module, given: Tensor) -> None:
@@ -42,8 +46,8 @@ def where_samples_meet(
         # Random draws are the same each time.
         with torch.random.fork_rng(range(torch.cuda.device_count())), Probe(model, neurons, call) as probe:
             torch.manual_seed(0)
-            if seen is not None:
-                _record(probe, seen)
+            if keep is not None:
+                _watch(probe, keep)
             for _ in probe.run(batch):
                 pass
         return tensors_in(outputs)
@@ -54,20 +58,56 @@ def where_samples_meet(
             run(batches[0])
         except Exception:  # whatever a network raises that takes one sample alone: none can meet there
             return []
-    answers = [run(batch) for batch in batches]
-    if not _meet(answers, size):
+    first, *others = (run(batch) for batch in batches)
+    if not _meet([_changed(*both) for both in zip(first, *others, strict=False)], size):
         return []
-    calls: list[dict[str, list[Call]]] = [{}, {}, {}]
-    for batch, seen in zip(batches, calls, strict=True):
-        run(batch, seen)
-    found = []
-    for name, base in calls[0].items():
-        for call in zip(base, *(other.get(name, []) for other in calls[1:]), strict=False):
-            given, made = ([one[part] for one in call] for part in (0, 1))
-            if _apart(given, size) and _meet(made, size):
-                found.append(name)
-                break
+    calls = _Calls()
+    run(batches[0], calls.keep)
+    for changes, batch in zip(calls.changes, batches[1:], strict=True):
+        run(batch, calls.comparing(changes))
+    meeting = (name for name, given, made in calls.compared() if _apart(given, size) and _meet(made, size))
+    found = list(dict.fromkeys(meeting))
     return [name for name in found if not any(_within(other, name) for other in found)] or [""]
+
+
+class _Calls:
+    """What the modules are given and give in one run, and where that changes in two others.
+
+    Tensors are kept as they are, not copied: one that is written to later is not looked at.
+    """
+
+    def __init__(self) -> None:
+        self.base: dict[str, list[tuple[list[Tensor], list[Tensor]]]] = {}
+        self.versions: dict[int, int] = {}
+        self.changes: tuple[dict[int, Tensor | None], ...] = ({}, {})
+
+    def keep(self, name: str, given: list[Tensor], made: list[Tensor]) -> None:
+        self.base.setdefault(name, []).append((given, made))
+        for tensor in (*given, *made):
+            self.versions.setdefault(id(tensor), _version(tensor))
+
+    def comparing(self, changes: dict[int, Tensor | None]) -> Keep:
+        """What keeps, of another run, where it differs from the first one."""
+        places: Counter[str] = Counter()
+
+        def keep(name: str, given: list[Tensor], made: list[Tensor]) -> None:
+            calls, place = self.base.get(name, []), places[name]
+            places[name] += 1
+            for before, after in zip(calls[place], (given, made), strict=True) if place < len(calls) else ():
+                for old, new in zip(before, after, strict=False):
+                    if id(old) not in changes:
+                        same = _version(old) == self.versions[id(old)]
+                        changes[id(old)] = _differ(old, new) if same else None
+
+        return keep
+
+    def compared(self) -> Iterator[tuple[str, list[Changes], list[Changes]]]:
+        """For every call the module's name, and where its inputs and its outputs differ in either run."""
+        one, other = self.changes
+        for name, calls in self.base.items():
+            for call in calls:
+                given, made = ([(one.get(id(t)), other.get(id(t))) for t in part] for part in call)
+                yield name, given, made
 
 
 def _replaced(x: Tensor, axis: int) -> list[Tensor] | None:
@@ -93,45 +133,50 @@ def _replaced(x: Tensor, axis: int) -> list[Tensor] | None:
     return batches
 
 
-def _record(probe: Probe, seen: dict[str, list[Call]]) -> None:
-    """Keeps what every module is given and gives, but for those within a neuron, which may be called with anything."""
+def _version(tensor: Tensor) -> int:
+    """How often a tensor has been written to, as far as it counts."""
+    return 0 if tensor.is_inference() else tensor._version
 
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            given, made = ([one.clone() for one in tensors_in(some)] for some in (inputs, output))
-            seen.setdefault(name, []).append((given, made))
 
-        return hook
+def _watch(probe: Probe, keep: Keep) -> None:
+    """Shows every module's calls, but for those within a neuron, which may be called with anything."""
+
+    def watcher(name: str) -> Any:
+        return lambda module, inputs, output: keep(name, tensors_in(inputs), tensors_in(output))
 
     for name, module in probe.model.named_modules():
         if not any(_within(name, neuron) for neuron in probe.neurons):
-            probe.watch(module, keep(name))
+            probe.watch(module, watcher(name))
 
 
-def _meet(runs: Sequence[list[Tensor]], size: int) -> bool:
-    """Whether an entry differs from the first run in both others, in tensors that have an axis for `size` samples."""
-    return any(bool((one & other).any()) for one, other in _changes(runs) if _layouts(one.shape, size))
-
-
-def _apart(runs: Sequence[list[Tensor]], size: int) -> bool:
-    """Whether no sample of any tensor differs from the first run in both others, wherever its samples lie."""
-    return all(
-        not (one.any() and other.any())
-        or any(
-            not (_of_samples(one, layout, size) & _of_samples(other, layout, size)).any()
-            for layout in _layouts(one.shape, size)
-        )
-        for one, other in _changes(runs)
+def _meet(tensors: Sequence[Changes], size: int) -> bool:
+    """Whether an entry changes in both runs, in tensors that have an axis for `size` samples."""
+    return any(
+        one is not None and other is not None and bool(_layouts(one.shape, size)) and bool((one & other).any())
+        for one, other in tensors
     )
 
 
-def _changes(runs: Sequence[list[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Where the tensors differ from those of the first run, once for each of the two others."""
-    base, *others = runs
-    if all([one.shape for one in other] == [one.shape for one in base] for other in others):
-        for first, *values in zip(base, *others, strict=True):
-            one, other = ((first != value) & ~(first.isnan() & value.isnan()) for value in values)
-            yield one, other
+def _apart(tensors: Sequence[Changes], size: int) -> bool:
+    """Whether no sample of any tensor changes in both runs, wherever its samples lie."""
+    return all(one is not None and other is not None and _one_each(one, other, size) for one, other in tensors)
+
+
+def _one_each(one: Tensor, other: Tensor, size: int) -> bool:
+    return not (one.any() and other.any()) or any(
+        not (_of_samples(one, layout, size) & _of_samples(other, layout, size)).any()
+        for layout in _layouts(one.shape, size)
+    )
+
+
+def _changed(first: Tensor, *others: Tensor) -> Changes:
+    one, other = (_differ(first, value) for value in others)
+    return one, other
+
+
+def _differ(a: Tensor, b: Tensor) -> Tensor | None:
+    """Where two tensors differ; None where their shapes do."""
+    return (a != b) & ~(a.isnan() & b.isnan()) if a.shape == b.shape else None
 
 
 def _layouts(shape: Sequence[int], size: int) -> list[tuple[int, int]]:
