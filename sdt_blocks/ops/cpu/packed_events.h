@@ -21,16 +21,21 @@ constexpr int LIST_SLACK = 32;           // entries that a list may be overwritt
 
 // Writes base + UNIT * i for every set bit i; may write up to LIST_SLACK entries behind the end that it returns.
 template <int UNIT>
-inline uint16_t* list_bits(uint32_t bits, uint32_t base, uint16_t* to) {
+inline uint16_t* list_bits(uint64_t bits, uint32_t base, uint16_t* to) {
 #if defined(__AVX512VBMI2__)
-    alignas(64) static constexpr uint16_t STEPS[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
-                                                       16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
-    const __m512i steps = _mm512_mullo_epi16(_mm512_load_si512(STEPS), _mm512_set1_epi16(UNIT));
-    const __m512i entries = _mm512_add_epi16(_mm512_set1_epi16(short(base)), steps);
-    _mm512_storeu_si512(to, _mm512_maskz_compress_epi16(bits, entries));
-    return to + __builtin_popcount(bits);
+    alignas(64) static constexpr uint8_t PLACES[64] = {
+        0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
+        32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+    const __m512i set = _mm512_maskz_compress_epi8(bits, _mm512_load_si512(PLACES)), first = _mm512_set1_epi16(short(base));
+    const auto entries = [=](__m256i places) {
+        return _mm512_add_epi16(first, _mm512_mullo_epi16(_mm512_cvtepu8_epi16(places), _mm512_set1_epi16(UNIT)));
+    };
+    const int count = __builtin_popcountll(bits);
+    _mm512_storeu_si512(to, entries(_mm512_castsi512_si256(set)));
+    if (count > 32) _mm512_storeu_si512(to + 32, entries(_mm512_extracti64x4_epi64(set, 1)));
+    return to + count;
 #else
-    for (; bits; bits &= bits - 1) *to++ = uint16_t(base + UNIT * __builtin_ctz(bits));
+    for (; bits; bits &= bits - 1) *to++ = uint16_t(base + UNIT * __builtin_ctzll(bits));
     return to;
 #endif
 }
@@ -47,10 +52,8 @@ int64_t list_inputs(const Frames& in, int radius, int64_t step, int64_t pixel, u
             for (int64_t dx = -radius; dx <= radius; dx++, base += UNIT * uint32_t(in.channels)) {
                 if (radius && (y + dy < 0 || y + dy >= in.height || x + dx < 0 || x + dx >= in.width)) continue;
                 const uint64_t* words = centre + (dy * in.width + dx) * in.stride();
-                for (int64_t c = 0; c < in.channels; c += 32) {
-                    const uint32_t bits = uint32_t(words[c / 64] >> (c % 64));
-                    to = list_bits<UNIT>(bits, base + UNIT * uint32_t(c), to);
-                }
+                for (int64_t word = 0; word < in.plane(); word++)
+                    to = list_bits<UNIT>(words[word], base + UNIT * uint32_t(64 * word), to);
             }
     }
     return to - list;
