@@ -84,6 +84,7 @@ def test_configurations_of_the_other_families_are_the_tables(name):
     expect(config.optim, name="adamw", weight_decay=decay, eps=1e-8, betas=[0.9, 0.999], clip_grad=None)
     expect(config.train, epochs=epochs, warmup_epochs=warmup, cooldown_epochs=cooldown, batch_size=batch)
     expect(config.train, label_smoothing=0.1, loss="ce", tet=False, mixed_precision="fp16", ema_decay=None)
+    expect(config.train, warmup_prefix=batch == 24)
     assert config.seed == seed
 
 
