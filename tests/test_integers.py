@@ -13,8 +13,8 @@ from safetensors.torch import load, save
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-import sdt_blocks
 from sdt_blocks import LIF, create_model, example_model, optimize_for_inference
+from sdt_blocks.analysis import firing_rates
 from sdt_blocks.inference import Events, IntegerProduct, choice
 from sdt_blocks.inference.integers import ordered_mean
 from sdt_blocks.inference.timings import Timings
@@ -106,8 +106,8 @@ def test_exact_answers_of_a_wide_network():
             nn.init.normal_(module.bias, 0.3, 0.2)
     images = torch.rand(4, 3, 96, 96)
     model.train()(images)
-    rates = sdt_blocks.analysis.firing_rates(model.eval(), images[:1])
-    assert sum(rate.mean > 0.01 for rate in rates.values()) > len(rates) / 2
+    rates = firing_rates(model.eval(), images[:1])
+    assert sum(rate.mean > 0.01 for rate in rates.layers.values()) > len(rates.layers) / 2
     check_one_answer(model, images, batches=(4, 3, 1))
 
 
