@@ -154,6 +154,8 @@ def work(launch: Launch) -> Work:
         again = 0 if arguments["REPEAT"] else arguments["x"].element_size()
         elements = arguments["size"] * steps
         return Work(elements, moved, elements * (3 * scratch.element_size() + again), steps, training._PROGRAMS)
+    if "per" in arguments:
+        return Work(elements, moved, trips=arguments["per"] // arguments["RUNS"])
     return Work(elements, moved, trips=arguments.get("rounds", steps))
 
 

@@ -68,7 +68,8 @@ def defined(module: str) -> set[str]:
 
 def length(function: ast.FunctionDef) -> int:
     """In lines; of a Triton kernel without its signature, which has a line for every constant."""
-    first = function.body[0] if "triton.jit" in map(ast.unparse, function.decorator_list) else function
+    kernel = any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+    first = function.body[0] if kernel else function
     return function.end_lineno - first.lineno + 1
 
 

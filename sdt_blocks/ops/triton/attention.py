@@ -2,15 +2,120 @@
 
 Traffic in bytes per element and time step, for an element of b bytes: forward 4 b (q, k and v read, masked spikes
 written) and 1 where a gradient will be wanted; backward b + 1 for the mask's gradient, then for q what a neuron takes
-and 1, for k and v 3 b + 1 each.
+and 1, for k and v 2 b + 1 each.
+
+A program goes over an image's tokens a chunk at a time, with all steps of one chunk after the other. What has fired
+waits in registers, a bit for a chunk and step, until the sums over all tokens say what is masked.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .lif import channel_values, charge, fires
+from ..spec import Layout
+from .lif import MOST_STEPS, charge, fires
+from .tiles import THREADS, WIDEST, elements, grid_of, index, number, of_channel, second_axis
+
+SIZES = ("size", "tokens", "channels", "rounds", "grad_step")
+NUMBERS = ("inv_tau_number", "threshold_number", "mask_inv_tau_number", "mask_threshold_number")
+# Groups of tokens, or of channels, of a chunk: more leave more lanes idle at an image's end.
+FEWEST = 8
+# Chunks times steps: what has fired is held as one bit each.
+BITS = 64
+
+
+class Cut(NamedTuple):
+    """How an image is cut into programs and chunks, as a kernel's arguments."""
+
+    grid: tuple[int, int, int]
+    group: int
+    fits: bool
+    """Whether what has fired has room in the bits that a program holds."""
+    arguments: dict[str, Any]
+
+
+def cut(x: Tensor, layout: Layout, *strides: int) -> Cut:
+    """The chunks of x `[T, B, C, ...]`; `strides` are other distances between frames, which a group must divide."""
+    images, channels = x.shape[1:3]
+    tokens = layout.size // (images * channels)
+    innermost = layout.inner == 1 and channels > 1
+    # Membranes of three neurons for wider groups would not fit the registers.
+    group = min(WIDEST // x.element_size(), 4)
+    while any(number % group for number in (channels if innermost else tokens, *strides)):
+        group //= 2
+    if innermost:
+        channels //= group
+        b = min(FEWEST, triton.next_power_of_2(channels))
+        chunk = 2 * THREADS // b
+    else:
+        tokens //= group
+        chunk = FEWEST
+    rounds = triton.cdiv(tokens, chunk)
+    while rounds * layout.steps > BITS and rounds > 1:
+        chunk *= 2
+        rounds = triton.cdiv(tokens, chunk)
+    if innermost:
+        a, b = chunk, max(1, min(b, 2 * THREADS // chunk))
+        blocks = triton.cdiv(channels, b)
+    else:
+        a, b = min(triton.next_power_of_2(channels), max(1, THREADS // chunk)), chunk
+        blocks = triton.cdiv(channels, a)
+    arguments = {
+        "size": layout.size // group,
+        "tokens": tokens,
+        "channels": channels,
+        "rounds": rounds,
+        "INNERMOST": innermost,
+        "A": a,
+        "B": b,
+        "V": group,
+        "INDEX": index(layout.size + 2 * a * b * group * layout.channels),
+        "num_warps": max(1, min(a * b, 2 * THREADS) // 32),
+        "BITS": tl.int32 if rounds * layout.steps <= BITS // 2 else tl.int64,
+    }
+    return Cut(grid_of(images, blocks), group, rounds * layout.steps <= BITS, arguments)
+
+
+def unrolled(steps: int) -> int:
+    """How many steps of a loop stand in the code one after the other."""
+    return max(n for n in range(1, MOST_STEPS + 1) if steps % n == 0)
+
+
+@triton.jit
+def _channels(channels, INNERMOST: tl.constexpr, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr):
+    """A program's channels, `[A, 1, 1]` or where these are innermost `[1, B, V]`, and which of them exist."""
+    if INNERMOST:
+        g = (second_axis() * B + tl.arange(0, B))[None, :, None]
+        return g * V + tl.arange(0, V)[None, None, :], g < channels
+    else:
+        c = (second_axis() * A + tl.arange(0, A))[:, None, None]
+        return c, c < channels
+
+
+@triton.jit
+def _chunk(chunk, image, tokens, channels, INNERMOST: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+    """The groups `[A, B, 1]` of a chunk, and which of them exist."""
+    if INNERMOST:
+        n = (chunk * A + tl.arange(0, A))[:, None, None]
+        g = (second_axis() * B + tl.arange(0, B))[None, :, None]
+        return (image * tokens + n) * channels + g, (n < tokens) & (g < channels)
+    else:
+        n = (chunk * B + tl.arange(0, B))[None, :, None]
+        c = (second_axis() * A + tl.arange(0, A))[:, None, None]
+        return (image * channels + c) * tokens + n, (n < tokens) & (c < channels)
+
+
+@triton.jit
+def _over_tokens(x, INNERMOST: tl.constexpr):
+    """The sum of `[A, B, V]` over its tokens, shaped like the channels."""
+    if INNERMOST:
+        return tl.sum(x, axis=0)[None, :, :]
+    else:
+        return tl.sum(tl.sum(x, axis=2), axis=1)[:, None, None]
 
 
 @triton.jit
@@ -21,7 +126,7 @@ def _advance(x, mask, h, s, a, b, k, threshold, RESET: tl.constexpr, STRICT: tl.
     return h, fires(h, threshold, STRICT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, *NUMBERS])
 def attend(
     q,
     k,
@@ -35,84 +140,89 @@ def attend(
     size,
     tokens,
     channels,
-    token_stride,
-    channel_stride,
-    STEPS,
-    K: tl.constexpr,
-    THRESHOLD: tl.constexpr,
+    rounds,
+    inv_tau_number,
+    threshold_number,
+    mask_inv_tau_number,
+    mask_threshold_number,
+    STEPS: tl.constexpr,
+    UNROLL: tl.constexpr,
     RESET: tl.constexpr,
     STRICT: tl.constexpr,
-    MASK_K: tl.constexpr,
-    MASK_THRESHOLD: tl.constexpr,
     MASK_RESET: tl.constexpr,
     MASK_STRICT: tl.constexpr,
     TAU: tl.constexpr,
     KEEP: tl.constexpr,
     STATE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    TOKENS: tl.constexpr,
+    INNERMOST: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    V: tl.constexpr,
+    INDEX: tl.constexpr,
+    BITS: tl.constexpr,
 ):
-    """One image's tokens of a few channels, all of them at once, step after step."""
-    image = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    n = tl.arange(0, TOKENS)
-    of_channel = c < channels
-    mask = of_channel[:, None] & (n < tokens)[None, :]
-    i = image * tokens * channels + c.to(tl.int64)[:, None] * channel_stride + n[None, :] * token_stride
-    a_q = channel_values(scale, c, of_channel, STATE)[:, None]
-    a_k = channel_values(scale + channels, c, of_channel, STATE)[:, None]
-    a_v = channel_values(scale + 2 * channels, c, of_channel, STATE)[:, None]
-    b_q = channel_values(shift, c, of_channel, STATE)[:, None]
-    b_k = channel_values(shift + channels, c, of_channel, STATE)[:, None]
-    b_v = channel_values(shift + 2 * channels, c, of_channel, STATE)[:, None]
-    k_q = tl.full([CHANNELS, 1], K, STATE)
-    k_k = k_q
-    k_v = k_q
-    k_mask = tl.full([CHANNELS], MASK_K, STATE)
-    if TAU:
-        k_q = channel_values(inv_tau, c, of_channel, STATE)[:, None]
-        k_k = channel_values(inv_tau + channels, c, of_channel, STATE)[:, None]
-        k_v = channel_values(inv_tau + 2 * channels, c, of_channel, STATE)[:, None]
-        k_mask = channel_values(inv_tau + 3 * channels, c, of_channel, STATE)
-    threshold = tl.full([CHANNELS, TOKENS], THRESHOLD, STATE)
-    mask_threshold = tl.full([CHANNELS], MASK_THRESHOLD, STATE)
-    h_q = tl.zeros([CHANNELS, TOKENS], STATE)
-    h_k = h_q
-    h_v = h_q
-    q_fires = h_q > 1
-    k_fires = q_fires
-    v_fires = q_fires
-    h_mask = tl.zeros([CHANNELS], STATE)
-    mask_fires = h_mask > 1
-    q += i
-    k += i
-    v += i
-    out += i
-    codes += i
-    sums += image * channels + c
-    for _ in range(STEPS):
-        h_q, q_fires = _advance(q, mask, h_q, q_fires, a_q, b_q, k_q, threshold, RESET, STRICT, STATE)
-        h_k, k_fires = _advance(k, mask, h_k, k_fires, a_k, b_k, k_k, threshold, RESET, STRICT, STATE)
-        h_v, v_fires = _advance(v, mask, h_v, v_fires, a_v, b_v, k_v, threshold, RESET, STRICT, STATE)
-        # The padding beyond the tokens may fire too.
-        total = tl.sum(tl.where(k_fires & v_fires & mask, 1.0, 0.0), axis=1).to(STATE)
-        h_mask, _m = charge(h_mask, mask_fires, total, k_mask, mask_threshold, MASK_RESET)
-        mask_fires = fires(h_mask, mask_threshold, MASK_STRICT)
-        masked = tl.where(q_fires & mask_fires[:, None], 1.0, 0.0)
-        tl.store(out, masked.to(out.dtype.element_ty), mask=mask)
-        if KEEP:
-            code = tl.where(q_fires, 1, 0) | tl.where(k_fires, 2, 0) | tl.where(v_fires, 4, 0)
-            tl.store(codes, code.to(tl.uint8), mask=mask)
-        tl.store(sums, total, mask=of_channel)
-        q += size
-        k += size
-        v += size
-        out += size
-        codes += size
-        sums += size // tokens
+    image = tl.program_id(0).to(INDEX)
+    c, there = _channels(channels, INNERMOST, A, B, V)
+    row = channels * V if INNERMOST else channels
+    a_q = of_channel(scale, c, there, STATE)
+    a_k = of_channel(scale + row, c, there, STATE)
+    a_v = of_channel(scale + 2 * row, c, there, STATE)
+    b_q = of_channel(shift, c, there, STATE)
+    b_k = of_channel(shift + row, c, there, STATE)
+    b_v = of_channel(shift + 2 * row, c, there, STATE)
+    k_q = of_channel(inv_tau, c, there, STATE) if TAU else number(inv_tau_number, STATE)
+    k_k = of_channel(inv_tau + row, c, there, STATE) if TAU else k_q
+    k_v = of_channel(inv_tau + 2 * row, c, there, STATE) if TAU else k_q
+    k_mask = of_channel(inv_tau + 3 * row, c, there, STATE) if TAU else number(mask_inv_tau_number, STATE)
+    threshold = number(threshold_number, STATE)
+    mask_threshold = number(mask_threshold_number, STATE)
+    one = tl.full([1, 1, 1], 1, BITS)
+    fired = tl.zeros([A, B, V], BITS)
+    both = tl.zeros([A, B, V], BITS)
+    for chunk in range(rounds):
+        groups, mask = _chunk(chunk, image, tokens, channels, INNERMOST, A, B)
+        i = elements(groups, V)
+        h_q = tl.zeros([A, B, V], STATE)
+        h_k = h_q
+        h_v = h_q
+        q_fires = h_q > 1
+        k_fires = q_fires
+        v_fires = q_fires
+        for t in tl.range(STEPS, loop_unroll_factor=UNROLL):
+            at = tl.cast(t, tl.int64) * size * V + i
+            h_q, q_fires = _advance(q + at, mask, h_q, q_fires, a_q, b_q, k_q, threshold, RESET, STRICT, STATE)
+            h_k, k_fires = _advance(k + at, mask, h_k, k_fires, a_k, b_k, k_k, threshold, RESET, STRICT, STATE)
+            h_v, v_fires = _advance(v + at, mask, h_v, v_fires, a_v, b_v, k_v, threshold, RESET, STRICT, STATE)
+            bit = one << tl.cast(chunk * STEPS + t, BITS)
+            fired |= tl.where(q_fires, bit, 0)
+            # The padding beyond the tokens may fire too.
+            both |= tl.where(k_fires & v_fires & mask, bit, 0)
+            if KEEP:
+                code = tl.where(q_fires, 1, 0) | tl.where(k_fires, 2, 0) | tl.where(v_fires, 4, 0)
+                tl.store(codes + at, code.to(tl.uint8), mask=mask)
+    allowed = tl.zeros(c.shape, BITS)
+    h = tl.zeros(c.shape, STATE)
+    s = h > 1
+    sums += image.to(tl.int64) * row + c
+    for t in tl.range(STEPS, loop_unroll_factor=UNROLL):
+        count = tl.zeros([A, B, V], BITS)
+        for chunk in range(rounds):
+            count += (both >> tl.cast(chunk * STEPS + t, BITS)) & 1
+        total = _over_tokens(count.to(tl.int32), INNERMOST).to(STATE)
+        h, _u = charge(h, s, total, k_mask, mask_threshold, MASK_RESET)
+        s = fires(h, mask_threshold, MASK_STRICT)
+        allowed |= tl.where(s, one << tl.cast(t, BITS), 0)
+        tl.store(sums + tl.cast(t, tl.int64) * tl.num_programs(0) * row, total, mask=there)
+    for chunk in range(rounds):
+        groups, mask = _chunk(chunk, image, tokens, channels, INNERMOST, A, B)
+        i = elements(groups, V)
+        left = (fired >> tl.cast(chunk * STEPS, BITS)) & allowed
+        for t in tl.range(STEPS, loop_unroll_factor=UNROLL):
+            masked = tl.where((left >> tl.cast(t, BITS)) & 1 != 0, 1.0, 0.0)
+            tl.store(out + tl.cast(t, tl.int64) * size * V + i, masked.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def mask_gradient(
     grad,
     codes,
@@ -120,21 +230,30 @@ def mask_gradient(
     size,
     tokens,
     channels,
-    token_stride,
-    channel_stride,
+    rounds,
     grad_step,
-    images,
+    STEPS: tl.constexpr,
+    UNROLL: tl.constexpr,
     STATE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    TOKENS: tl.constexpr,
+    INNERMOST: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    V: tl.constexpr,
+    INDEX: tl.constexpr,
+    BITS: tl.constexpr,
 ):
-    t = tl.program_id(0).to(tl.int64) // images
-    image = tl.program_id(0).to(tl.int64) % images
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    n = tl.arange(0, TOKENS)
-    mask = (c < channels)[:, None] & (n < tokens)[None, :]
-    i = image * tokens * channels + c.to(tl.int64)[:, None] * channel_stride + n[None, :] * token_stride
-    code = tl.load(codes + t * size + i, mask=mask, other=0)
-    given = tl.load(grad + t * grad_step + i, mask=mask, other=0.0).to(STATE)
-    total = tl.sum(tl.where(code & 1 != 0, given, 0.0), axis=1)
-    tl.store(result + (t * images + image) * channels + c, total, mask=c < channels)
+    """Sums over an image's tokens, step by step."""
+    image = tl.program_id(0).to(INDEX)
+    c, there = _channels(channels, INNERMOST, A, B, V)
+    row = channels * V if INNERMOST else channels
+    result += image.to(tl.int64) * row + c
+    for t in tl.range(STEPS, loop_unroll_factor=UNROLL):
+        frame = tl.cast(t, tl.int64)
+        total = tl.zeros([A, B, V], STATE)
+        for chunk in range(rounds):
+            groups, mask = _chunk(chunk, image, tokens, channels, INNERMOST, A, B)
+            i = elements(groups, V)
+            code = tl.load(codes + frame * size * V + i, mask=mask, other=0)
+            given = tl.load(grad + frame * grad_step * V + i, mask=mask, other=0.0).to(STATE)
+            total += tl.where(code & 1 != 0, given, 0.0)
+        tl.store(result + frame * tl.num_programs(0) * row, _over_tokens(total, INNERMOST), mask=there)

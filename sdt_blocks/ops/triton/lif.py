@@ -1,9 +1,9 @@
 """Triton kernels of neurons with a normalization in front of them.
 
-Traffic in bytes per element and time step, for an element of b bytes: forward 2 b (input read, spikes written; the
-state stays in registers), backward 4 b (input read twice, gradient read and written). The backward pass also writes the
-membranes and reads them twice, in a scratch that a fixed number of programs use again and again, so that it stays in
-the L2 cache. Sums over channels cost 4 bytes each per neuron, not per step.
+Traffic in bytes per element and step, for an element of b bytes: forward 2 b (input read, spikes written), backward
+3 b (input and gradient read, gradient written). Membranes stay in registers; of more than eight steps those of eight at
+once do, the input is read twice and the membrane before each eight is kept meanwhile, 4 bytes a neuron. Sums over
+channels leave as one value a channel and program, so that they are the same every time.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .tiles import SIZES, by_channel, elements, in_x, number, of_channel, place, second_axis, store_by_channel
+
 HALF_PI = tl.constexpr(1.5707963267948966)
+MOST_STEPS = 8
+"""Steps whose inputs and membranes are in registers at once."""
 
 
 @triton.jit
-def _surrogate(shift, KIND: tl.constexpr, ALPHA: tl.constexpr):
-    # A bare number would be rounded to float32 beside float64.
-    a = tl.full(shift.shape, ALPHA, shift.dtype)
+def _surrogate(shift, a, KIND: tl.constexpr):
     if KIND == 0:
         e = tl.exp(-tl.abs(a * shift))
         return a * e / ((1 + e) * (1 + e))
     elif KIND == 1:
-        y = tl.full(shift.shape, HALF_PI, shift.dtype) * a * shift
+        y = tl.full([1, 1, 1], HALF_PI, shift.dtype) * a * shift
         return (a / 2) / (1 + y * y)
     elif KIND == 2:
         y = a * tl.abs(shift) + 1
@@ -52,12 +54,7 @@ def charge(h, s, v, k, threshold, RESET: tl.constexpr):
     return h, u
 
 
-@triton.jit
-def channel_values(pointer, c, mask, DTYPE: tl.constexpr):
-    return tl.load(pointer + c, mask=mask, other=0.0).to(DTYPE)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, "inv_tau_number", "threshold_number"])
 def forward(
     x,
     scale,
@@ -70,55 +67,124 @@ def forward(
     chunk,
     chunk_stride,
     x_step,
+    positions,
     channels,
     inner,
-    STEPS,
-    K: tl.constexpr,
-    THRESHOLD: tl.constexpr,
+    tokens,
+    inv_tau_number,
+    threshold_number,
+    STEPS: tl.constexpr,
+    UNROLL: tl.constexpr,
     RESET: tl.constexpr,
     STRICT: tl.constexpr,
     AFFINE: tl.constexpr,
     TAU: tl.constexpr,
     BEFORE: tl.constexpr,
     LAST: tl.constexpr,
-    DENSE: tl.constexpr,
     STATE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    INNERMOST: tl.constexpr,
+    SINGLE: tl.constexpr,
+    DENSE: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    V: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < size
-    offset = i if DENSE else i // chunk * chunk_stride + i % chunk
-    c = i // inner % channels
-    threshold = tl.full([BLOCK], THRESHOLD, STATE)
-    a = channel_values(scale, c, mask, STATE) if AFFINE else 1.0
-    b = channel_values(shift, c, mask, STATE) if AFFINE else 0.0
-    k = tl.full([BLOCK], K, STATE) if TAU == 0 else channel_values(inv_tau, c if TAU == 2 else c * 0, mask, STATE)
+    c, there, groups, mask, _image = place(positions, channels, inner, tokens, INNERMOST, SINGLE, A, B, V, INDEX)
+    i = elements(groups, V)
+    offset = elements(in_x(groups, chunk, chunk_stride, DENSE), V)
+    threshold = number(threshold_number, STATE)
+    a = of_channel(scale, c, there, STATE) if AFFINE else 1.0
+    b = of_channel(shift, c, there, STATE) if AFFINE else 0.0
+    k = number(inv_tau_number, STATE) if TAU == 0 else of_channel(inv_tau, c if TAU == 2 else c * 0, there, STATE)
     if BEFORE:
         h = tl.load(before + i, mask=mask, other=0.0).to(STATE)
         s = fires(h, threshold, STRICT)
     else:
-        h = tl.zeros([BLOCK], STATE)
+        h = tl.zeros([A, B, V], STATE)
         s = h > 1
-    # Pointers step from frame to frame: an offset into the whole sequence may not fit 32 bits.
+    # An offset into the whole sequence may not fit 32 bits.
     x += offset
-    to = spikes + i
-    for _ in range(STEPS):
-        v = tl.load(x, mask=mask, other=0.0).to(STATE)
+    coming = tl.load(x, mask=mask, other=0.0)
+    for t in tl.range(STEPS, loop_unroll_factor=UNROLL):
+        frame = tl.cast(t, tl.int64)
+        v = coming.to(STATE)
+        # Behind the store it would wait for it.
+        coming = tl.load(x + (frame + 1) * x_step * V, mask=mask & (frame + 1 < STEPS), other=0.0)
         if AFFINE:
             v = v * a + b
         h, _u = charge(h, s, v, k, threshold, RESET)
         s = fires(h, threshold, STRICT)
-        tl.store(to, tl.where(s, 1.0, 0.0).to(spikes.dtype.element_ty), mask=mask)
-        x += x_step
-        to += size
+        tl.store(spikes + frame * size * V + i, tl.where(s, 1.0, 0.0).to(spikes.dtype.element_ty), mask=mask)
     if LAST:
         tl.store(last + i, h, mask=mask)
 
 
 @triton.jit
-def _membranes(
+def _input(x, of, t, step, mask, T: tl.constexpr, STEPS: tl.constexpr, SEGMENT: tl.constexpr, REPEAT: tl.constexpr):
+    """Step T of a segment of x that begins at step t, in its own dtype; what is not read is the step before."""
+    if T >= SEGMENT or (REPEAT and T > 0):
+        return x
+    else:
+        if STEPS % SEGMENT != 0:
+            mask = mask & (t + T < STEPS)
+        return tl.load(of + (t + T).to(tl.int64) * step, mask=mask, other=0.0)
+
+
+@triton.jit
+def _membrane(
+    h,
+    s,
     x,
-    x_step,
+    a,
+    b,
+    k,
+    threshold,
+    T: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    AFFINE: tl.constexpr,
+    RESET: tl.constexpr,
+    STRICT: tl.constexpr,
+    STATE: tl.constexpr,
+):
+    """Membrane and spikes after step T of a segment."""
+    if T >= SEGMENT:
+        return h, s
+    else:
+        v = x.to(STATE)
+        if AFFINE:
+            v = v * a + b
+        h, _u = charge(h, s, v, k, threshold, RESET)
+        return h, fires(h, threshold, STRICT)
+
+
+@triton.jit
+def _pick(T: tl.constexpr, v0, v1, v2, v3, v4, v5, v6, v7, v8):
+    """One of nine, by a number that the compiler knows: a tuple's work, and Triton has tuples since 3.3."""
+    if T == 0:  # noqa: SIM116
+        return v0
+    elif T == 1:
+        return v1
+    elif T == 2:
+        return v2
+    elif T == 3:
+        return v3
+    elif T == 4:
+        return v4
+    elif T == 5:
+        return v5
+    elif T == 6:
+        return v6
+    elif T == 7:
+        return v7
+    else:
+        return v8
+
+
+@triton.jit
+def _keep_membranes(
+    x,
+    step,
     mask,
     h,
     s,
@@ -127,39 +193,64 @@ def _membranes(
     k,
     threshold,
     to,
-    STEPS,
+    frame,
+    SEGMENTS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    AFFINE: tl.constexpr,
     RESET: tl.constexpr,
     STRICT: tl.constexpr,
-    AFFINE: tl.constexpr,
-    BLOCK: tl.constexpr,
     STATE: tl.constexpr,
 ):
-    """Writes the membranes of all steps."""
-    for t in range(STEPS):
-        v = tl.load(x, mask=mask, other=0.0).to(STATE)
-        if AFFINE:
-            v = v * a + b
-        h, _u = charge(h, s, v, k, threshold, RESET)
-        s = fires(h, threshold, STRICT)
-        tl.store(to + t * BLOCK, h)
-        x += x_step
+    """Writes the membrane before each segment but the first."""
+    for segment in range(SEGMENTS - 1):
+        for t in tl.range(SEGMENT, loop_unroll_factor=SEGMENT):
+            at = tl.cast(segment * SEGMENT + t, tl.int64)
+            v = tl.load(x + at * step, mask=mask, other=0.0)
+            h, s = _membrane(h, s, v, a, b, k, threshold, 0, SEGMENT, AFFINE, RESET, STRICT, STATE)
+        tl.store(to + tl.cast(segment, tl.int64) * frame, h, mask=mask)
 
 
 @triton.jit
-def _arriving(grad, masks, codes, mask, GRAD: tl.constexpr, MASK: tl.constexpr, BIT: tl.constexpr, STATE: tl.constexpr):
-    """The gradient of one step's spikes: given, given and masked, or the mask's values wherever a bit is set."""
+def _arriving(
+    grad,
+    masks,
+    codes,
+    t,
+    grad_step,
+    mask_step,
+    frame,
+    mask,
+    GRAD: tl.constexpr,
+    MASK: tl.constexpr,
+    BIT: tl.constexpr,
+    STATE: tl.constexpr,
+):
+    """The gradient of step t's spikes: given, given and masked, or the mask's values wherever a bit is set."""
     if not MASK:
-        return tl.load(grad, mask=mask, other=0.0).to(STATE)
+        return tl.load(grad + t * grad_step, mask=mask, other=0.0).to(STATE)
     else:
-        values = tl.load(masks, mask=mask, other=0.0)
+        values = tl.load(masks + t * mask_step, mask=mask, other=0.0)
         if GRAD:
-            return values * tl.load(grad, mask=mask, other=0.0).to(STATE)
+            return values * tl.load(grad + t * grad_step, mask=mask, other=0.0).to(STATE)
         else:
-            code = tl.load(codes, mask=mask, other=0)
+            code = tl.load(codes + t * frame, mask=mask, other=0)
             return tl.where((code >> BIT) & 1 != 0, values, 0.0)
 
 
 @triton.jit
+def _through_reset(of_h, previous, fired, k, threshold, RESET: tl.constexpr, DETACH: tl.constexpr):
+    """From the gradient of a membrane to those of the membrane and of the spikes one step before."""
+    of_u = of_h * (1 - k)
+    of_s = tl.zeros(of_h.shape, of_h.dtype)
+    if not DETACH:
+        if RESET == 0:
+            of_s = -of_u * previous
+        if RESET == 1:
+            of_s = -of_h * threshold
+    return (of_u * tl.where(fired, 0.0, 1.0) if RESET == 0 else of_u), of_s
+
+
+@triton.jit(do_not_specialize=[*SIZES, "inv_tau_number", "threshold_number", "alpha_number"])
 def backward(
     grad,
     masks,
@@ -174,24 +265,26 @@ def backward(
     grad_x,
     grad_before,
     sums,
-    scratch,
+    kept,
     size,
     chunk,
     chunk_stride,
     x_step,
     grad_step,
-    image,
+    mask_step,
+    positions,
     channels,
     inner,
-    blocks,
-    STEPS,
-    K: tl.constexpr,
-    THRESHOLD: tl.constexpr,
+    tokens,
+    inv_tau_number,
+    threshold_number,
+    alpha_number,
+    STEPS: tl.constexpr,
+    SEGMENT: tl.constexpr,
     RESET: tl.constexpr,
     STRICT: tl.constexpr,
     DETACH: tl.constexpr,
     KIND: tl.constexpr,
-    ALPHA: tl.constexpr,
     AFFINE: tl.constexpr,
     TAU: tl.constexpr,
     BEFORE: tl.constexpr,
@@ -200,101 +293,146 @@ def backward(
     BIT: tl.constexpr,
     LAST: tl.constexpr,
     REPEAT: tl.constexpr,
-    DENSE: tl.constexpr,
     STATE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    INNERMOST: tl.constexpr,
+    SINGLE: tl.constexpr,
+    DENSE: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    V: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
-    lane = tl.arange(0, BLOCK).to(tl.int64)
-    threshold = tl.full([BLOCK], THRESHOLD, STATE)
-    own = scratch + tl.program_id(0).to(tl.int64) * STEPS * BLOCK + lane
-    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        i = (lane * 0 + block) * BLOCK + lane
-        mask = i < size
-        last_step = (lane * 0 + STEPS - 1).to(tl.int64)
-        offset = i if DENSE else i // chunk * chunk_stride + i % chunk
-        c = i // inner % channels
-        a = channel_values(scale, c, mask, STATE) if AFFINE else 1.0
-        b = channel_values(shift, c, mask, STATE) if AFFINE else 0.0
-        middle = channel_values(center, c, mask, STATE) if AFFINE else 0.0
-        k = tl.full([BLOCK], K, STATE) if TAU == 0 else channel_values(inv_tau, c if TAU == 2 else c * 0, mask, STATE)
-        first = tl.load(before + i, mask=mask, other=0.0).to(STATE) if BEFORE else tl.zeros([BLOCK], STATE)
-        s = fires(first, threshold, STRICT) if BEFORE else first > 1
-        of = x + offset
-        _membranes(of, x_step, mask, first, s, a, b, k, threshold, own, STEPS, RESET, STRICT, AFFINE, BLOCK, STATE)
-        of += x_step * last_step
+    SEGMENTS: tl.constexpr = (STEPS + SEGMENT - 1) // SEGMENT
+    c, there, groups, mask, image = place(positions, channels, inner, tokens, INNERMOST, SINGLE, A, B, V, INDEX)
+    i = elements(groups, V)
+    of = x + elements(in_x(groups, chunk, chunk_stride, DENSE), V)
+    threshold = number(threshold_number, STATE)
+    alpha = number(alpha_number, STATE)
+    a = of_channel(scale, c, there, STATE) if AFFINE else 1.0
+    b = of_channel(shift, c, there, STATE) if AFFINE else 0.0
+    middle = of_channel(center, c, there, STATE) if AFFINE else 0.0
+    k = number(inv_tau_number, STATE) if TAU == 0 else of_channel(inv_tau, c if TAU == 2 else c * 0, there, STATE)
+    zeros = tl.zeros([A, B, V], STATE)
+    first = tl.load(before + i, mask=mask, other=0.0).to(STATE) if BEFORE else zeros
+    s0 = fires(first, threshold, STRICT) if BEFORE else first > 1
+    frame = size.to(tl.int64) * V
+    step = x_step.to(tl.int64) * V
+    step_of = grad_step.to(tl.int64) * V
+    if SEGMENTS > 1:
+        to = kept + i
+        _keep_membranes(
+            of, step, mask, first, s0, a, b, k, threshold, to, frame, SEGMENTS, SEGMENT, AFFINE, RESET, STRICT, STATE
+        )
         # Every thread reads what it wrote itself, unless the compiler lays loads and stores out differently.
         tl.debug_barrier()
-
-        of_h = tl.load(grad_last + i, mask=mask, other=0.0).to(STATE) if LAST else tl.zeros([BLOCK], STATE)
-        of_s = tl.zeros([BLOCK], STATE)
-        of_tau = tl.zeros([BLOCK], STATE)
-        of_shift = tl.zeros([BLOCK], STATE)
-        of_scale = tl.zeros([BLOCK], STATE)
-        given = grad + last_step * grad_step + i
-        fires_at = codes + last_step * size + i
-        masked = masks + last_step * (size // image * channels) + i // image * channels + c
-        to = grad_x + last_step * size + i
-        for back in range(STEPS):
-            t = STEPS - 1 - back
-            h = tl.load(own + t * BLOCK)
+    given, fired_at = grad + i, codes + i
+    masked = masks + (image * channels * V + c if INNERMOST else image * channels + c)
+    of_h = tl.load(grad_last + i, mask=mask, other=0.0).to(STATE) if LAST else zeros
+    of_s, of_tau, of_shift, of_scale = zeros, zeros, zeros, zeros
+    for back in range(SEGMENTS):
+        segment = SEGMENTS - 1 - back
+        t0 = tl.cast(segment * SEGMENT, tl.int32)
+        h0 = first
+        if SEGMENTS > 1:
+            h0 = tl.load(kept + tl.cast(segment - 1, tl.int64) * frame + i, mask=mask & (segment > 0), other=0.0)
+            h0 = tl.where(segment > 0, h0, first)
+            s0 = fires(h0, threshold, STRICT) if BEFORE else fires(h0, threshold, STRICT) & (segment > 0)
+        x0 = _input(first, of, t0, step, mask, 0, STEPS, SEGMENT, REPEAT)
+        x1 = _input(x0, of, t0, step, mask, 1, STEPS, SEGMENT, REPEAT)
+        x2 = _input(x1, of, t0, step, mask, 2, STEPS, SEGMENT, REPEAT)
+        x3 = _input(x2, of, t0, step, mask, 3, STEPS, SEGMENT, REPEAT)
+        x4 = _input(x3, of, t0, step, mask, 4, STEPS, SEGMENT, REPEAT)
+        x5 = _input(x4, of, t0, step, mask, 5, STEPS, SEGMENT, REPEAT)
+        x6 = _input(x5, of, t0, step, mask, 6, STEPS, SEGMENT, REPEAT)
+        x7 = _input(x6, of, t0, step, mask, 7, STEPS, SEGMENT, REPEAT)
+        h1, s1 = _membrane(h0, s0, x0, a, b, k, threshold, 0, SEGMENT, AFFINE, RESET, STRICT, STATE)
+        h2, s2 = _membrane(h1, s1, x1, a, b, k, threshold, 1, SEGMENT, AFFINE, RESET, STRICT, STATE)
+        h3, s3 = _membrane(h2, s2, x2, a, b, k, threshold, 2, SEGMENT, AFFINE, RESET, STRICT, STATE)
+        h4, s4 = _membrane(h3, s3, x3, a, b, k, threshold, 3, SEGMENT, AFFINE, RESET, STRICT, STATE)
+        h5, s5 = _membrane(h4, s4, x4, a, b, k, threshold, 4, SEGMENT, AFFINE, RESET, STRICT, STATE)
+        h6, s6 = _membrane(h5, s5, x5, a, b, k, threshold, 5, SEGMENT, AFFINE, RESET, STRICT, STATE)
+        h7, s7 = _membrane(h6, s6, x6, a, b, k, threshold, 6, SEGMENT, AFFINE, RESET, STRICT, STATE)
+        h8, _s = _membrane(h7, s7, x7, a, b, k, threshold, 7, SEGMENT, AFFINE, RESET, STRICT, STATE)
+        if GRAD or MASK:
+            t = (t0 + SEGMENT - 1).to(tl.int64)
+            there_is = mask & (t < STEPS)
+            coming = _arriving(given, masked, fired_at, t, step_of, mask_step, frame, there_is, GRAD, MASK, BIT, STATE)
+        for T in tl.static_range(SEGMENT - 1, -1, -1):
+            t = (t0 + T).to(tl.int64)
+            there_is = mask & (t < STEPS) if STEPS % SEGMENT != 0 else mask
             if GRAD or MASK:
-                of_s += _arriving(given, masked, fires_at, mask, GRAD, MASK, BIT, STATE)
-            of_h += of_s * _surrogate(h - threshold, KIND, ALPHA)
-            raw = tl.load(of, mask=mask, other=0.0).to(STATE)
-            previous = tl.load(own + (t - 1) * BLOCK, mask=t > 0, other=0.0)
-            previous = tl.where(t > 0, previous, first)
-            fired = fires(previous, threshold, STRICT)
-            if not BEFORE:
-                fired = fired & (t > 0)
-            of_v = of_h * k
+                of_s += tl.where(there_is, coming, 0.0) if STEPS % SEGMENT != 0 else coming
+                if T > 0:
+                    # Behind the store it would wait for it.
+                    coming = _arriving(
+                        given, masked, fired_at, t - 1, step_of, mask_step, frame, mask, GRAD, MASK, BIT, STATE
+                    )
+            h = _pick(T + 1, h0, h1, h2, h3, h4, h5, h6, h7, h8)
+            previous = _pick(T, h0, h1, h2, h3, h4, h5, h6, h7, h8)
+            fired = s0 if T == 0 else fires(previous, threshold, STRICT)
+            raw = _pick(T, x0, x1, x2, x3, x4, x5, x6, x7, x7).to(STATE)
+            now = of_h + of_s * _surrogate(h - threshold, alpha, KIND)
+            of_v = now * k
             if TAU != 0:
                 u = previous * tl.where(fired, 0.0, 1.0) if RESET == 0 else previous
-                of_tau += of_h * ((raw * a + b if AFFINE else raw) - u)
+                of_tau += tl.where(there_is, now * ((raw * a + b if AFFINE else raw) - u), 0.0)
+            if AFFINE or REPEAT:
+                of_shift += tl.where(there_is, of_v, 0.0)
             if AFFINE:
-                of_shift += of_v
-                of_scale += of_v * (raw - middle)
-            if REPEAT:
-                if not AFFINE:
-                    of_shift += of_v
-            else:
-                tl.store(to, of_v.to(grad_x.dtype.element_ty), mask=mask)
-            of_u = of_h * (1 - k)
-            of_s = tl.zeros([BLOCK], STATE)
-            if not DETACH:
-                if RESET == 0:
-                    of_s = -of_u * previous
-                if RESET == 1:
-                    of_s = -of_h * threshold
-            of_h = of_u * tl.where(fired, 0.0, 1.0) if RESET == 0 else of_u
-            of -= x_step
-            given -= grad_step
-            to -= size
-            fires_at -= size
-            masked -= size // image * channels
-        if REPEAT:
-            tl.store(grad_x + i, of_shift.to(grad_x.dtype.element_ty), mask=mask)
-        if BEFORE:
-            of_h += of_s * _surrogate(first - threshold, KIND, ALPHA)
-            tl.store(grad_before + i, of_h, mask=mask)
-        if TAU != 0:
-            tl.store(sums + i, of_tau, mask=mask)
-        if AFFINE:
-            tl.store(sums + size + i, of_shift, mask=mask)
-            tl.store(sums + 2 * size + i, of_scale, mask=mask)
-        tl.debug_barrier()
+                of_scale += tl.where(there_is, of_v * (raw - middle), 0.0)
+            if not REPEAT:
+                tl.store(grad_x + t * frame + i, of_v.to(grad_x.dtype.element_ty), mask=there_is)
+            earlier, of_spikes = _through_reset(now, previous, fired, k, threshold, RESET, DETACH)
+            # Beyond the last step nothing has come through yet.
+            of_h = tl.where(t < STEPS, earlier, of_h) if STEPS % SEGMENT != 0 else earlier
+            of_s = tl.where(t < STEPS, of_spikes, of_s) if STEPS % SEGMENT != 0 else of_spikes
+    if REPEAT:
+        tl.store(grad_x + i, of_shift.to(grad_x.dtype.element_ty), mask=mask)
+    if BEFORE:
+        of_h += of_s * _surrogate(first - threshold, alpha, KIND)
+        tl.store(grad_before + i, of_h, mask=mask)
+    _store_sums(sums, of_tau, of_shift, of_scale, c, there, mask, channels, AFFINE, TAU, INNERMOST, V)
 
 
 @triton.jit
-def combine(
-    grad, x, a, b, d, size, chunk, chunk_stride, x_step, channels, inner, STATE: tl.constexpr, BLOCK: tl.constexpr
+def _store_sums(
+    sums,
+    of_tau,
+    of_shift,
+    of_scale,
+    c,
+    there,
+    mask,
+    channels,
+    AFFINE: tl.constexpr,
+    TAU: tl.constexpr,
+    INNERMOST: tl.constexpr,
+    V: tl.constexpr,
 ):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    t = tl.program_id(1).to(tl.int64)
-    mask = i < size
-    c = i // inner % channels
-    grad += t * size + i
-    value = tl.load(grad, mask=mask, other=0.0).to(STATE)
-    raw = tl.load(x + t * x_step + i // chunk * chunk_stride + i % chunk, mask=mask, other=0.0).to(STATE)
-    value = value * channel_values(a, c, mask, STATE) + raw * channel_values(b, c, mask, STATE)
-    value += channel_values(d, c, mask, STATE)
-    tl.store(grad, value.to(grad.dtype.element_ty), mask=mask)
+    """A row of each of the sums `[3, runs, channels]` for each program."""
+    row = channels * V if INNERMOST else channels
+    run = second_axis() if INNERMOST else tl.program_id(0)
+    runs = tl.num_programs(1) * tl.num_programs(2) if INNERMOST else tl.num_programs(0)
+    sums += run.to(tl.int64) * row
+    rows = runs.to(tl.int64) * row
+    if TAU != 0:
+        tl.store(sums + c, by_channel(of_tau, mask, INNERMOST), mask=there)
+    if AFFINE:
+        store_by_channel(sums + rows, rows, c, there, of_shift, of_scale, mask, INNERMOST)
+
+
+@triton.jit(do_not_specialize=["runs", "channels", "per"])
+def total(sums, result, runs, channels, per, ROWS: tl.constexpr, RUNS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Sums `[3, runs, channels]` added up, `per` runs each, in float64; zeros for a row whose bit is not in ROWS."""
+    row = tl.program_id(1)
+    split = tl.program_id(2)
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    added = tl.zeros([RUNS, CHANNELS], tl.float64)
+    if (ROWS >> row) & 1 != 0:
+        for begin in range(0, per, RUNS):
+            run = split * per + begin + tl.arange(0, RUNS)
+            mask = (run < runs)[:, None] & (c < channels)[None, :]
+            at = (row.to(tl.int64) * runs + run[:, None]) * channels + c[None, :]
+            added += tl.load(sums + at, mask=mask, other=0.0).to(tl.float64)
+    to = result + (row * tl.num_programs(2) + split).to(tl.int64) * channels + c
+    tl.store(to, tl.sum(added, axis=0), mask=c < channels)

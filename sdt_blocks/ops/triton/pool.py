@@ -1,66 +1,264 @@
-"""Triton kernels of max pooling: for each input of b bytes they move 1.25 b and 0.25 bytes more, forth and back."""
+"""Triton kernels of max pooling: for each input of b bytes they move 1.25 b and 0.25 bytes more, forth and back.
+
+A program walks down a strip of windows, so that each row of the input is read, and reduced to its columns' maxima, once
+for the windows above and below it.
+"""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from .tiles import LINE, THREADS, WIDEST, grid_of, index, second_axis
+
+SIZES = ("strips", "per_plane", "height", "width", "rows", "columns", "channels")
+STRIP = 4
+"""Rows of windows of a strip."""
+
+
+class Cut(NamedTuple):
+    """How frames are cut into programs, as a kernel's arguments."""
+
+    grid: tuple[int, int, int]
+    arguments: dict[str, Any]
+
+
+def cut(x: Tensor, out: Tensor) -> Cut:
+    """The strips of windows of the frames x, contiguous or channels-last, whose maxima are `out`."""
+    images, channels, height, width = x.shape
+    rows, columns = out.shape[2:]
+    innermost = not x.is_contiguous()
+    widest = WIDEST // x.element_size()
+    strip = min(STRIP, triton.next_power_of_2(rows))
+    per_plane = triton.cdiv(rows, strip)
+    strips = (images if innermost else images * channels) * per_plane
+    if innermost:
+        group = unit = min(widest, channels & -channels)
+        channels //= group
+        even = max(channels & -channels, min(4, triton.next_power_of_2(channels)))
+        b = min(LINE // (group * x.element_size()), even)
+        a = THREADS * widest // group // b
+        grid = grid_of(triton.cdiv(channels, b), triton.cdiv(strips * columns, a))
+    else:
+        # As many windows at once as have two inputs each within what a thread reads.
+        group = min(max(widest // 2, 1), (width & -width) // 2) if width % 2 == 0 else 1
+        unit = 2 * group if width % 2 == 0 else 1
+        a, b = max(THREADS * widest // 2, 1) // group, 1
+        channels, width, columns = 1, width // unit, columns // group
+        grid = (triton.cdiv(strips * columns, a), 1, 1)
+    arguments = {
+        "strips": strips,
+        "per_plane": per_plane,
+        "height": height,
+        "width": width,
+        "rows": rows,
+        "columns": columns,
+        "channels": channels,
+        "INNERMOST": innermost,
+        "STRIP": strip,
+        "A": a,
+        "B": b,
+        "V": group,
+        "U": unit,
+        # What lies beyond the end is masked, but has an index.
+        "INDEX": index(x.numel() + 4 * (a + strip) * x[0].numel()),
+    }
+    return Cut(grid, arguments)
 
 
 @triton.jit
+def _place(strips, per_plane, columns, channels, INNERMOST: tl.constexpr, STRIP, A, B, V, INDEX):
+    """Plane, first row and group of columns of a program's windows; their columns and channels; which exist.
+
+    Channels-last a group is one column, of V channels: `[A, B, V]`; else it has V columns: `[A, V]`.
+    """
+    if INNERMOST:
+        n = (second_axis().to(INDEX) * A + tl.arange(0, A))[:, None, None]
+        g = (tl.program_id(0) * B + tl.arange(0, B))[None, :, None]
+        group = n % columns
+        column = group
+        k = g * V + tl.arange(0, V)[None, None, :]
+        there = (n // columns < strips) & (g < channels)
+    else:
+        n = (tl.program_id(0).to(INDEX) * A + tl.arange(0, A))[:, None]
+        group = n % columns
+        column = group * V + tl.arange(0, V)[None, :]
+        k = column * 0
+        there = n // columns < strips
+    strip = n // columns
+    return strip // per_plane, strip % per_plane * STRIP, group, column, k, there
+
+
+@triton.jit
+def _three(x, plane, y, group, column, k, there, height, width, channels, INNERMOST: tl.constexpr, A, V, U, STATE):
+    """The three columns of one row of windows, -inf beyond the edges."""
+    low = float("-inf")
+    inside = there & (y >= 0) & (y < height)
+    if INNERMOST:
+        middle = x + ((plane * height + y) * width + 2 * column) * (channels * V) + k
+        left = tl.load(middle - channels * V, mask=inside & (column > 0), other=low)
+        right = tl.load(middle + channels * V, mask=inside & (2 * column + 1 < width), other=low)
+        return left.to(STATE), tl.load(middle, mask=inside, other=low).to(STATE), right.to(STATE)
+    else:
+        row = x + (plane * height + y) * width * U + group * (2 * V)
+        lane = tl.arange(0, 2 * V)[None, :]
+        # Only an odd width, of groups of one, ends within a pair.
+        pairs = tl.load(row + lane, mask=inside & (group * (2 * V) + lane < width * U), other=low)
+        middle, right = tl.split(tl.reshape(pairs, [A, V, 2]))
+        left = tl.load(row + 2 * tl.arange(0, V)[None, :] - 1, mask=inside & (column > 0), other=low)
+        return left.to(STATE), middle.to(STATE), right.to(STATE)
+
+
+@triton.jit
+def _better(v, best):
+    """Of equal ones the first stays; NaN takes all, as in PyTorch."""
+    return (v > best) | (v != v)
+
+
+@triton.jit
+def _of_row(x, plane, y, group, column, k, there, height, width, channels, INNERMOST: tl.constexpr, A, V, U, STATE):
+    """Maximum and its column of one row of windows."""
+    best, middle, right = _three(
+        x, plane, y, group, column, k, there, height, width, channels, INNERMOST, A, V, U, STATE
+    )
+    place = tl.where(column > 0, 0, 1) + tl.zeros(best.shape, tl.int32)
+    better = _better(middle, best)
+    best = tl.where(better, middle, best)
+    place = tl.where(better, 1, place)
+    better = _better(right, best)
+    return tl.where(better, right, best), tl.where(better, 2, place)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def max_pool(
     x,
     out,
     places,
-    size,
+    strips,
+    per_plane,
     height,
     width,
     rows,
     columns,
-    inner,
+    channels,
     KEEP: tl.constexpr,
     STATE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    INNERMOST: tl.constexpr,
+    STRIP: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    V: tl.constexpr,
+    U: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
-    """Results in the order (plane, row, column, inner): inner is the channels where these are innermost, else 1."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    k = i % inner
-    column = i // inner % columns
-    row = i // inner // columns % rows
-    plane = i // inner // columns // rows
-    best = tl.full([BLOCK], float("-inf"), STATE)
-    place = tl.where(row > 0, 0, 3) + tl.where(column > 0, 0, 1)
-    for tap in tl.static_range(9):
-        y = 2 * row + (tap // 3 - 1)
-        z = 2 * column + (tap % 3 - 1)
-        mask = (i < size) & (y >= 0) & (y < height) & (z >= 0) & (z < width)
-        v = tl.load(x + ((plane * height + y) * width + z) * inner + k, mask=mask, other=0.0).to(STATE)
-        better = mask & ((v > best) | (v != v))
-        best = tl.where(better, v, best)
-        place = tl.where(better, tap, place)
-    tl.store(out + i, best.to(out.dtype.element_ty), mask=i < size)
-    if KEEP:
-        tl.store(places + i, place.to(tl.uint8), mask=i < size)
+    plane, first, group, column, k, there = _place(
+        strips, per_plane, columns, channels, INNERMOST, STRIP, A, B, V, INDEX
+    )
+    above, of_above = _of_row(
+        x, plane, 2 * first - 1, group, column, k, there, height, width, channels, INNERMOST, A, V, U, STATE
+    )
+    for step in tl.static_range(STRIP):
+        row = first + step
+        middle, of_middle = _of_row(
+            x, plane, 2 * row, group, column, k, there, height, width, channels, INNERMOST, A, V, U, STATE
+        )
+        below, of_below = _of_row(
+            x, plane, 2 * row + 1, group, column, k, there, height, width, channels, INNERMOST, A, V, U, STATE
+        )
+        better = _better(middle, above)
+        best = tl.where(better, middle, above)
+        place = tl.where(better, of_middle + 3, of_above + tl.where(row > 0, 0, 3))
+        better = _better(below, best)
+        best = tl.where(better, below, best)
+        place = tl.where(better, of_below + 6, place)
+        if INNERMOST:
+            at = ((plane * rows + row) * columns + column) * (channels * V) + k
+        else:
+            at = ((plane * rows + row) * columns + group) * V + tl.arange(0, V)[None, :]
+        tl.store(out + at, best.to(out.dtype.element_ty), mask=there & (row < rows))
+        if KEEP:
+            tl.store(places + at, place.to(tl.uint8), mask=there & (row < rows))
+        above, of_above = below, of_below
 
 
 @triton.jit
+def _windows(grad, places, at, mask, STATE: tl.constexpr):
+    """Gradient and place of the maxima of windows; no place where there is none."""
+    of = tl.load(grad + at, mask=mask, other=0.0).to(STATE)
+    return of, tl.load(places + at, mask=mask, other=255)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def max_pool_backward(
-    grad, places, grad_x, size, height, width, rows, columns, inner, STATE: tl.constexpr, BLOCK: tl.constexpr
+    grad,
+    places,
+    grad_x,
+    strips,
+    per_plane,
+    height,
+    width,
+    rows,
+    columns,
+    channels,
+    STATE: tl.constexpr,
+    INNERMOST: tl.constexpr,
+    STRIP: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    V: tl.constexpr,
+    U: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
-    """Every input gathers from the one, two or four windows that it lies in."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    k = i % inner
-    z = i // inner % width
-    y = i // inner // width % height
-    plane = i // inner // width // height
-    total = tl.zeros([BLOCK], STATE)
-    for window in tl.static_range(4):
-        row = y // 2 + window // 2
-        column = z // 2 + window % 2
-        # The second row of windows holds odd rows only, as their first.
-        mask = (i < size) & (row < rows) & (column < columns)
-        mask = mask & ((window // 2 == 0) | (y % 2 == 1)) & ((window % 2 == 0) | (z % 2 == 1))
-        at = ((plane * rows + row) * columns + column) * inner + k
-        place = (y - 2 * row + 1) * 3 + (z - 2 * column + 1)
-        here = tl.load(places + at, mask=mask, other=0).to(tl.int64) == place
-        total += tl.where(mask & here, tl.load(grad + at, mask=mask, other=0.0).to(STATE), 0.0)
-    tl.store(grad_x + i, total.to(grad_x.dtype.element_ty), mask=i < size)
+    """Two by two inputs gather from the four windows that hold one of them."""
+    plane, first, group, column, k, there = _place(
+        strips, per_plane, columns, channels, INNERMOST, STRIP, A, B, V, INDEX
+    )
+    across = channels * V if INNERMOST else 1
+    down = columns * (channels * V) if INNERMOST else columns * V
+    if INNERMOST:
+        at = ((plane * rows + first) * columns + column) * (channels * V) + k
+        right = there & (column + 1 < columns)
+    else:
+        at = ((plane * rows + first) * columns + group) * V + tl.arange(0, V)[None, :]
+        right = there & (column + 1 < columns * V)
+    here, of_here = _windows(grad, places, at, there & (first < rows), STATE)
+    beside, of_beside = _windows(grad, places, at + across, right & (first < rows), STATE)
+    for step in tl.static_range(STRIP):
+        row = first + step
+        at += down
+        below, of_below = _windows(grad, places, at, there & (row + 1 < rows), STATE)
+        diagonal, of_diagonal = _windows(grad, places, at + across, right & (row + 1 < rows), STATE)
+        even = tl.where(of_here == 4, here, 0.0)
+        odd = tl.where(of_here == 5, here, 0.0) + tl.where(of_beside == 3, beside, 0.0)
+        _store_pair(
+            grad_x, even, odd, plane, 2 * row, group, column, k, there, height, width, channels, INNERMOST, A, V, U
+        )
+        even = tl.where(of_here == 7, here, 0.0) + tl.where(of_below == 1, below, 0.0)
+        odd = tl.where(of_here == 8, here, 0.0) + tl.where(of_beside == 6, beside, 0.0)
+        odd = odd + tl.where(of_below == 2, below, 0.0) + tl.where(of_diagonal == 0, diagonal, 0.0)
+        _store_pair(
+            grad_x, even, odd, plane, 2 * row + 1, group, column, k, there, height, width, channels, INNERMOST, A, V, U
+        )
+        here, of_here = below, of_below
+        beside, of_beside = diagonal, of_diagonal
+
+
+@triton.jit
+def _store_pair(
+    grad_x, even, odd, plane, y, group, column, k, there, height, width, channels, INNERMOST: tl.constexpr, A, V, U
+):
+    """The gradient of the columns 2 c and 2 c + 1 of a row."""
+    inside = there & (y < height)
+    if INNERMOST:
+        to = grad_x + ((plane * height + y) * width + 2 * column) * (channels * V) + k
+        tl.store(to, even.to(grad_x.dtype.element_ty), mask=inside)
+        tl.store(to + channels * V, odd.to(grad_x.dtype.element_ty), mask=inside & (2 * column + 1 < width))
+    else:
+        lane = tl.arange(0, 2 * V)[None, :]
+        to = grad_x + (plane * height + y) * width * U + group * (2 * V) + lane
+        pairs = tl.reshape(tl.join(even, odd), [A, 2 * V])
+        inside = inside & (group * (2 * V) + lane < width * U)
+        tl.store(to, pairs.to(grad_x.dtype.element_ty), mask=inside)

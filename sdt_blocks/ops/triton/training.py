@@ -5,20 +5,26 @@ Under `TRITON_INTERPRET=1` they run on CPU tensors too.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from ..spec import MOST_TOKENS, RESETS, Affine, Arriving, Layout, NeuronSpec, state_dtype
+from ..spec import RESETS, Affine, Arriving, Layout, NeuronSpec, arrange, state_dtype
 from . import attention, lif, pool
 from . import bits as bit_kernels
+from . import norm as norms
+from .tiles import tile
 
 BLOCK = 1024
 _STATE = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
-# Programs of the backward pass for each multiprocessor: each owns a scratch of `steps * BLOCK` membranes.
-_PROGRAMS = 8
+# A program that adds up what others wrote for each channel has so many channels, and takes so many runs at once.
+FEW = 32
+# And so many runs in all; the more there are, the more such programs, whose sums are added up in their turn.
+RUNS = 128
 
 
 def lif_forward(
@@ -34,19 +40,20 @@ def lif_forward(
     spikes = layout.empty(x, layout.steps)
     last = layout.empty_frame(x, state_dtype(x)) if keep_membrane else None
     before = None if membrane is None else layout.frame(membrane)
+    cut = tile(x, layout)
     with _device_of(x):
-        lif.forward[(triton.cdiv(layout.size, BLOCK),)](
+        lif.forward[cut.grid](
             x,
             *_affine(norm, x)[:2],
             _or(inv_tau, x),
             _or(before, x),
             spikes,
             _or(last, x),
-            *_where(layout),
-            layout.channels,
-            layout.inner,
-            layout.steps,
+            **cut.where(layout),
+            **cut.arguments,
+            **_numbers(x, neuron),
             **_constants(x, layout, neuron, norm, inv_tau, before),
+            UNROLL=min(layout.steps, lif.MOST_STEPS),
             LAST=keep_membrane,
         )
     return spikes, last
@@ -68,14 +75,15 @@ def lif_backward(
     grad, mask, grad_last = arriving
     grad = None if grad is None else layout.frames(grad)
     grad_last = None if grad_last is None else layout.frame(grad_last)
-    blocks = triton.cdiv(layout.size, BLOCK)
-    programs = min(blocks, _programs(x.device))
-    scratch = x.new_empty(programs * layout.steps * BLOCK, dtype=dtype)
-    rows = 3 if norm is not None else 1 if inv_tau is not None else 0
-    of_neurons = x.new_zeros(rows, layout.size, dtype=dtype)
+    grad_step = 0 if grad is None else grad.stride(0)
+    cut = tile(x, layout, grad_step, images=1 if mask is None else mask.values.shape[1])
+    segment = _segment(layout.steps)
+    kept = x.new_empty(triton.cdiv(layout.steps, segment) - 1, layout.size, dtype=dtype)
+    rows = (1 if inv_tau is not None else 0) | (6 if norm is not None else 0)
+    sums = x.new_empty((3, cut.runs, layout.channels) if rows else 0, dtype=dtype)
     kind, alpha = neuron.gradient()
     with _device_of(x):
-        lif.backward[(programs,)](
+        lif.backward[cut.grid](
             _or(grad, x),
             x if mask is None else mask.values,
             x if mask is None else _or(mask.codes, x),
@@ -86,30 +94,39 @@ def lif_backward(
             _or(before, x),
             grad_x,
             _or(grad_before, x),
-            of_neurons,
-            scratch,
-            *_where(layout),
-            0 if grad is None else grad.stride(0),
-            layout.size if mask is None else layout.size // mask.values.shape[1],
-            layout.channels,
-            layout.inner,
-            blocks,
-            layout.steps,
+            sums,
+            kept,
+            **cut.where(layout),
+            grad_step=grad_step // cut.group,
+            mask_step=0 if mask is None else mask.values.stride(0),
+            **cut.arguments,
+            **_numbers(x, neuron),
+            alpha_number=_number(x, alpha),
             **_constants(x, layout, neuron, norm, inv_tau, before),
+            SEGMENT=segment,
             DETACH=neuron.detach_reset,
             KIND=kind,
-            ALPHA=alpha,
             GRAD=grad is not None,
             MASK=mask is not None,
             BIT=0 if mask is None else mask.bit,
             LAST=grad_last is not None,
             REPEAT=layout.repeat,
         )
-    sums = x.new_zeros(3, layout.channels, dtype=torch.float64)
-    if rows:
-        by_channel = of_neurons.view(rows, -1, layout.channels, layout.inner)
-        sums[:rows] = by_channel.sum((1, 3), dtype=torch.float64)
-    return grad_x, grad_before, sums
+    return grad_x, grad_before, _total(sums, rows, cut.runs, layout.channels)
+
+
+def _total(sums: Tensor, rows: int, runs: int, channels: int) -> Tensor:
+    """`sums.sum(1)` of `[3, runs, channels]` in float64; zeros for a row whose bit is not in `rows`."""
+    while True:
+        splits = triton.cdiv(max(runs, 1), RUNS)
+        result = sums.new_empty(3, splits, channels, dtype=torch.float64)
+        with _device_of(sums):
+            lif.total[(triton.cdiv(channels, FEW), 3, splits)](
+                sums, result, runs, channels, RUNS, ROWS=rows, RUNS=FEW, CHANNELS=FEW
+            )
+        if splits == 1:
+            return result[:, 0]
+        sums, runs = result, splits
 
 
 def attend(
@@ -124,9 +141,12 @@ def attend(
 ) -> None:
     q, k, v = x
     of_q, of_mask = neurons[0], neurons[3]
-    tile, where = _tokens(layout, q.shape[1])
+    cut = attention.cut(q, layout)
+    if not cut.fits:
+        _attend_by_parts(x, out, codes, sums, layout, neurons, norm, inv_tau)
+        return
     with _device_of(q):
-        attention.attend[(q.shape[1], triton.cdiv(layout.channels, tile["CHANNELS"]))](
+        attention.attend[cut.grid](
             q,
             k,
             v,
@@ -136,73 +156,98 @@ def attend(
             out,
             _or(codes, q),
             sums,
-            *where,
-            layout.steps,
-            K=of_q.inv_tau,
-            THRESHOLD=of_q.threshold,
+            **cut.arguments,
+            **_numbers(q, of_q),
+            **{f"mask_{name}": value for name, value in _numbers(q, of_mask).items()},
+            STEPS=layout.steps,
+            UNROLL=attention.unrolled(layout.steps),
             RESET=RESETS.index(of_q.reset),
             STRICT=of_q.strict,
-            MASK_K=of_mask.inv_tau,
-            MASK_THRESHOLD=of_mask.threshold,
             MASK_RESET=RESETS.index(of_mask.reset),
             MASK_STRICT=of_mask.strict,
             TAU=inv_tau is not None,
             KEEP=codes is not None,
             STATE=_STATE[state_dtype(q)],
-            **tile,
         )
 
 
+def _attend_by_parts(
+    x: Sequence[Tensor],
+    out: Tensor,
+    codes: Tensor | None,
+    sums: Tensor,
+    layout: Layout,
+    neurons: Sequence[NeuronSpec],
+    norm: Affine,
+    inv_tau: Tensor | None,
+) -> None:
+    """For more steps than a program has bits for."""
+    taus: Sequence[Tensor | None] = [None] * 4 if inv_tau is None else list(inv_tau.unbind())
+    fired = [
+        lif_forward(part, layout, neurons[i], norm.row(i), taus[i], None, keep_membrane=False)[0]
+        for i, part in enumerate(x)
+    ]
+    q, k, v = fired
+    torch.sum((k * v).flatten(3), 3, dtype=sums.dtype, out=sums)
+    of_sums, channels = arrange(sums, layout.steps, per_channel=True)
+    mask, _ = lif_forward(of_sums, channels, neurons[3], None, taus[3], None, keep_membrane=False)
+    torch.mul(q, mask.view(*mask.shape, *[1] * (q.ndim - 3)).to(q.dtype), out=out)
+    if codes is not None:
+        codes.copy_(q + 2 * k + 4 * v)
+
+
 def mask_gradient(grad: Tensor, codes: Tensor, result: Tensor, layout: Layout) -> None:
-    images = grad.shape[1]
-    tile, where = _tokens(layout, images)
+    cut = attention.cut(grad, layout, grad.stride(0))
     with _device_of(grad):
-        attention.mask_gradient[(layout.steps * images, triton.cdiv(layout.channels, tile["CHANNELS"]))](
-            grad, codes, result, *where, grad.stride(0), images, STATE=_STATE[state_dtype(grad)], **tile
+        attention.mask_gradient[cut.grid](
+            grad,
+            codes,
+            result,
+            **cut.arguments,
+            grad_step=grad.stride(0) // cut.group,
+            STEPS=layout.steps,
+            UNROLL=attention.unrolled(layout.steps),
+            STATE=_STATE[state_dtype(grad)],
         )
 
 
 def channel_statistics(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    axes = [axis for axis in range(x.ndim) if axis != 2]
-    variance, mean = torch.var_mean(x.to(state_dtype(x)), axes, correction=0)
-    return mean.double(), variance.double()
+    cut, channels = tile(x, layout), layout.channels
+    runs, step, positions = cut.runs, cut.step, cut.arguments["positions"]
+    weight = layout.steps * (1 if cut.arguments["INNERMOST"] else cut.group)
+    partial = x.new_empty(3, runs, channels, dtype=state_dtype(x))
+    with _device_of(x):
+        norms.moments[cut.grid](x, partial, **cut.where(layout), **cut.arguments, **_unrolled(x, layout))
+    while True:
+        splits = triton.cdiv(runs, RUNS)
+        merged = x.new_empty(3, splits, channels, dtype=torch.float64)
+        with _device_of(x):
+            norms.merge[(triton.cdiv(channels, FEW), splits)](
+                partial, merged, runs, channels, step, positions, weight, RUNS, RUNS=FEW, CHANNELS=FEW
+            )
+        if splits == 1:
+            return merged[0, 0].clone(), merged[2, 0] / (layout.size // channels * layout.steps)
+        partial, runs, step = merged, splits, step * RUNS
 
 
 def channel_combine(grad: Tensor, x: Tensor, layout: Layout, a: Tensor, b: Tensor, d: Tensor) -> None:
+    cut = tile(x, layout)
     with _device_of(x):
-        lif.combine[(triton.cdiv(layout.size, BLOCK), layout.steps)](
-            grad,
-            x,
-            a,
-            b,
-            d,
-            *_where(layout),
-            layout.channels,
-            layout.inner,
-            STATE=_STATE[state_dtype(x)],
-            BLOCK=BLOCK,
-        )
+        norms.combine[cut.grid](grad, x, a, b, d, **cut.where(layout), **cut.arguments, **_unrolled(x, layout))
 
 
 def max_pool(x: Tensor, out: Tensor, places: Tensor | None) -> None:
+    cut = pool.cut(x, out)
     with _device_of(x):
-        pool.max_pool[(triton.cdiv(out.numel(), BLOCK),)](
-            x,
-            out,
-            _or(places, x),
-            out.numel(),
-            *_planes(x),
-            KEEP=places is not None,
-            STATE=_STATE[state_dtype(x)],
-            BLOCK=BLOCK,
+        pool.max_pool[cut.grid](
+            x, out, _or(places, x), **cut.arguments, KEEP=places is not None, STATE=_STATE[state_dtype(x)]
         )
 
 
 def max_pool_backward(grad: Tensor, places: Tensor, grad_x: Tensor) -> None:
+    cut = pool.cut(grad_x, grad)
     with _device_of(grad):
-        pool.max_pool_backward[(triton.cdiv(grad_x.numel(), BLOCK),)](
-            grad, places, grad_x, grad_x.numel(), *_planes(grad_x), STATE=_STATE[state_dtype(grad)], BLOCK=BLOCK
-        )
+        pool.max_pool_backward[cut.grid](grad, places, grad_x, **cut.arguments, STATE=_STATE[state_dtype(grad)])
 
 
 def pack_bits(x: Tensor) -> Tensor | None:
@@ -217,41 +262,40 @@ def unpack_bits(bits: Tensor, x: Tensor) -> None:
         bit_kernels.unpack[(triton.cdiv(x.numel(), BLOCK),)](bits, x, x.numel(), BLOCK=BLOCK)
 
 
-def _where(layout: Layout) -> tuple[int, int, int, int]:
-    return layout.size, layout.chunk, layout.chunk_stride, layout.x_step
+def _segment(steps: int) -> int:
+    """Steps whose membranes are in registers at once: all, or the most that leave no rest, or the most."""
+    if steps <= lif.MOST_STEPS:
+        return steps
+    even = [n for n in range(lif.MOST_STEPS, lif.MOST_STEPS // 2, -1) if steps % n == 0]
+    return even[0] if even else lif.MOST_STEPS
+
+
+def _unrolled(x: Tensor, layout: Layout) -> dict[str, Any]:
+    return {"STEPS": layout.steps, "UNROLL": min(layout.steps, lif.MOST_STEPS), "STATE": _STATE[state_dtype(x)]}
+
+
+def _number(x: Tensor, value: float) -> float | int:
+    """A number that no build depends on; Triton would pass it as float32, so for float64 its bits go."""
+    return struct.unpack("<q", struct.pack("<d", value))[0] if x.dtype == torch.float64 else float(value)
+
+
+def _numbers(x: Tensor, neuron: NeuronSpec) -> dict[str, float | int]:
+    assert not isinstance(neuron.inv_tau, Tensor)
+    return {"inv_tau_number": _number(x, neuron.inv_tau), "threshold_number": _number(x, neuron.threshold)}
 
 
 def _constants(
     x: Tensor, layout: Layout, neuron: NeuronSpec, norm: Affine | None, inv_tau: Tensor | None, before: Tensor | None
-) -> dict[str, object]:
+) -> dict[str, Any]:
     return {
-        "K": neuron.inv_tau,
-        "THRESHOLD": neuron.threshold,
+        "STEPS": layout.steps,
         "RESET": RESETS.index(neuron.reset),
         "STRICT": neuron.strict,
         "AFFINE": norm is not None,
         "TAU": 0 if inv_tau is None else 2 if inv_tau.ndim else 1,
         "BEFORE": before is not None,
-        "DENSE": layout.chunk == layout.size or layout.chunk_stride == layout.chunk,
         "STATE": _STATE[state_dtype(x)],
-        "BLOCK": BLOCK,
     }
-
-
-def _tokens(layout: Layout, images: int) -> tuple[dict[str, int], tuple[int, ...]]:
-    """The tile of an attention program, with all tokens of an image, and how it lies in memory."""
-    tokens = layout.size // (images * layout.channels)
-    padded = triton.next_power_of_2(tokens)
-    # Eight channels fill the smallest piece of memory that is fetched; more elements would not fit the registers.
-    channels = max(1, min(8, triton.next_power_of_2(layout.channels), MOST_TOKENS // padded))
-    tile = {"CHANNELS": channels, "TOKENS": padded, "num_warps": min(16, max(4, channels * padded // 512))}
-    strides = (1, tokens) if layout.inner > 1 else (layout.channels, 1)
-    return tile, (layout.size, tokens, layout.channels, *strides)
-
-
-def _planes(x: Tensor) -> tuple[int, int, int, int, int]:
-    channels, height, width = x.shape[1:]
-    return height, width, (height + 1) // 2, (width + 1) // 2, 1 if x.is_contiguous() else channels
 
 
 def _affine(norm: Affine | None, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -265,9 +309,3 @@ def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
 
 def _device_of(x: Tensor) -> torch.cuda.device_of:
     return torch.cuda.device_of(x)
-
-
-def _programs(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _PROGRAMS
-    return _PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count

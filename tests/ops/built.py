@@ -1,0 +1,146 @@
+"""Builds the Triton kernels for a GPU that need not be there and prints what came of it, a line of JSON for each.
+
+`python built.py CAPABILITY DTYPE CASES`, in a process without Triton's interpreter. What it prints is read by
+test_triton_builds.py.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import offline
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sdt_blocks.ops.spec import Affine, Arriving, Mask, NeuronSpec, arrange, state_dtype
+from sdt_blocks.ops.triton import training
+from sdt_blocks.surrogate import KINDS, Surrogate
+
+PLAIN = NeuronSpec()
+
+
+class Layer:
+    """A layer's input `[T, B, C, H, W]` without data, and what its kernels are called with."""
+
+    def __init__(self, shape, dtype, channels_last=False, frames=None, gaps=False, per_channel=True):
+        steps, images, channels, *inner = shape
+        frames, wide = frames or steps, 2 * channels if gaps else channels
+        size = (frames, images, *inner, wide) if channels_last else (frames, images, wide, *inner)
+        x = torch.empty(size, dtype=dtype)
+        x = x.movedim(-1, 2) if channels_last else x
+        self.x, self.layout = arrange(x[:, :, :channels], steps, per_channel)
+        self.grad = self.layout.empty(self.x, steps)
+        self.of_channel = torch.empty(channels, dtype=state_dtype(x))
+        self.norm = Affine(*[self.of_channel] * 4, True)
+
+    def forward(self, neuron=PLAIN, norm=True, inv_tau=None, membrane=None, keep=False):
+        norm = self.norm if norm else None
+        training.lif_forward(self.x, self.layout, neuron, norm, inv_tau, membrane, keep_membrane=keep)
+
+    def backward(self, neuron=PLAIN, norm=True, inv_tau=None, membrane=None, mask=None, grad=True, last=None):
+        norm, arriving = self.norm if norm else None, Arriving(self.grad if grad else None, mask, last)
+        training.lif_backward(arriving, self.x, self.layout, neuron, norm, inv_tau, membrane)
+
+    def statistics(self):
+        training.channel_statistics(self.x, self.layout)
+        training.channel_combine(self.grad, self.x, self.layout, *[self.of_channel] * 3)
+
+    def attention(self, keep=True, inv_tau=None, neurons=(PLAIN,) * 4):
+        codes = self.layout.empty(self.x, self.layout.steps, torch.uint8) if keep else None
+        sums = torch.empty(self.x.shape[:3], dtype=state_dtype(self.x))
+        norm = Affine(*[torch.empty(3, len(self.of_channel), dtype=state_dtype(self.x))] * 4, True)
+        training.attend([self.x] * 3, self.grad, codes, sums, self.layout, neurons, norm, inv_tau)
+        if codes is not None:
+            training.mask_gradient(self.grad, codes, sums, self.layout)
+            self.backward(mask=Mask(sums))
+            self.backward(mask=Mask(sums, codes, bit=2), grad=False)
+
+    def pool(self, keep=True):
+        frames = self.x.flatten(0, 1)
+        channels_last = not frames.is_contiguous()
+        size = (*frames.shape[:2], *((n + 1) // 2 for n in frames.shape[2:]))
+        order = torch.channels_last if channels_last else torch.contiguous_format
+        out = torch.empty(size, dtype=frames.dtype, memory_format=order)
+        places = torch.empty(size, dtype=torch.uint8, memory_format=order) if keep else None
+        training.max_pool(frames, out, places)
+        if places is not None:
+            training.max_pool_backward(out, places, frames)
+
+
+def usual(dtype, batch=32, size=224, alpha=4.0, tau=0.5):
+    """The layers of sdt_8_384, both orders of memory."""
+    neuron = NeuronSpec(surrogate=Surrogate("sigmoid", alpha), inv_tau=tau)
+    for channels_last in (False, True):
+        small = size // 16
+        hidden = Layer((4, batch, 1536, small, small), dtype, channels_last)
+        hidden.forward(neuron)
+        hidden.backward(neuron)
+        hidden.statistics()
+        Layer((4, batch, 384, small, small), dtype, channels_last).attention()
+        Layer((4, batch, 96, size // 2, size // 2), dtype, channels_last).pool()
+    whole = Layer((4, batch, 384, small, small), dtype, per_channel=False)
+    whole.forward(neuron, norm=False)
+    whole.backward(neuron, norm=False)
+    bits = training.pack_bits(whole.x)
+    training.unpack_bits(bits, whole.x)
+
+
+def options(dtype):
+    """What neurons and tensors may be besides: every reset and surrogate, learnt time constants, membranes, gaps."""
+    for i, reset in enumerate(("zero", "subtract", "none")):
+        for kind in KINDS:
+            neuron = NeuronSpec(reset=reset, strict=i == 1, detach_reset=i == 0, surrogate=Surrogate(kind, 2.0))
+            layer = Layer((3, 2, 6, 5, 7), dtype, channels_last=i == 1, gaps=i == 2)
+            membrane = torch.empty(layer.x.shape[1:], dtype=state_dtype(layer.x))
+            inv_tau = layer.of_channel if i else torch.empty((), dtype=state_dtype(layer.x))
+            layer.forward(neuron, inv_tau=inv_tau, membrane=membrane, keep=True)
+            layer.backward(neuron, inv_tau=inv_tau, membrane=membrane, last=membrane)
+    for steps in (1, 8, 16, 11):
+        layer = Layer((steps, 2, 64, 14, 14), dtype, frames=1 if steps == 8 else None)
+        layer.forward()
+        layer.backward()
+        Layer((steps, 2, 64, 14, 14), dtype, channels_last=True).attention(inv_tau=torch.empty(4, 64))
+        Layer((steps, 2, 24, 7, 7), dtype).attention(keep=False)
+    Layer((1, 2, 3, 7, 9), dtype).pool()
+    Layer((1, 2, 24, 7, 9), dtype, channels_last=True).pool(keep=False)
+
+
+def facts(launch, capability):
+    binary = offline.build(launch, capability)
+    counts = offline.executed(binary, launch.arguments.get("rounds", 1))
+    return {
+        "kernel": launch.name,
+        "norm": launch.arguments.get("AFFINE", False),
+        "group": launch.arguments.get("V", 0) * next(iter(launch.tensors().values())).element_size(),
+        "registers": binary.registers,
+        "spilled": binary.spilled,
+        "divisions": len(re.findall(offline.DIVISION, binary.assembly)),
+        "barriers": sum(count for op, count in counts.items() if op.startswith("BAR")),
+        "accesses": dict(offline.accesses(counts)),
+    }
+
+
+def recorded(case, *arguments, **settings):
+    with FakeTensorMode(), offline.recorded() as launches:
+        case(*arguments, **settings)
+    return launches
+
+
+def main():
+    capability, dtype, cases = int(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3]
+    if cases == "keys":
+        for settings in ({}, {"batch": 33}, {"alpha": 2.5}, {"tau": 0.25}, {"size": 160}):
+            launches = recorded(usual, dtype, **settings)
+            print(json.dumps(sorted({str(offline.key(launch, capability)) for launch in launches})))
+        return
+    launches = recorded({"usual": usual, "options": options}[cases], dtype)
+    distinct = {offline.key(launch, capability): launch for launch in launches}
+    for launch in distinct.values():
+        print(json.dumps(facts(launch, capability)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
