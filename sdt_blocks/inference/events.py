@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import steps
 from ..neuron import IntegerNeuron
+from ..ops.dense import Neuron, go_on
 from ..ops.packed import (
     Epilogue,
     EventWeight,
@@ -577,9 +578,17 @@ def _streamed(neuron: Any) -> bool:
 
 def _gone_on(neuron: Any, membrane: Tensor) -> PackedSpikes:
     """What a neuron in a stream makes of a membrane `[T, B, H, W, C]`."""
-    if torch.as_tensor(neuron.inv_tau).ndim:  # a time constant for each channel of [T, B, C, H, W]
-        return PackedSpikes.pack(neuron(membrane.movedim(-1, 2)))
-    return PackedSpikes.pack(neuron(membrane).movedim(-1, 2))
+    leak, channels = torch.as_tensor(neuron.inv_tau, dtype=torch.float32).detach(), membrane.shape[-1]
+    layer = Neuron(leak, neuron.threshold, neuron.reset_mechanism, neuron.strict)
+    # The kernel that packs spikes starts at rest: given where a neuron stands, without a leak, it only compares.
+    stands = NeuronSpec(neuron.threshold, strict=neuron.strict, inv_tau=1.0)
+    compares, words = Epilogue(channels, neuron=stands), []
+    state = neuron.carrier.membrane(neuron, membrane)
+    for x in membrane.split(1):
+        _, state = go_on(x, layer, state)
+        words.append(spike_neuron(state[None], compares, 1)[1].words)
+    neuron.carrier.keep_state(neuron, state)
+    return PackedSpikes(torch.cat(words), channels)
 
 
 def _epilogue(
