@@ -97,8 +97,9 @@ def test_a_wheel_trains_and_answers_in_an_environment_of_its_own(tmp_path):
     """Beside this environment's packages, far from the sources."""
     copy = tmp_path / "source"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(copy)], check=True)
+    # Each call leaves arguments of its own in sys.argv.
     build = (
-        "import setuptools.build_meta as b, sys; print(b.build_wheel(sys.argv[1])); print(b.build_sdist(sys.argv[1]))"
+        "import setuptools.build_meta as b, sys; to = sys.argv[1]; print(b.build_wheel(to)); print(b.build_sdist(to))"
     )
     done = subprocess.run(
         [sys.executable, "-c", build, str(tmp_path)], cwd=copy, capture_output=True, text=True, check=True
@@ -135,9 +136,18 @@ def test_a_wheel_trains_and_answers_in_an_environment_of_its_own(tmp_path):
     python = [str(tmp_path / "venv/bin/python"), "-c", where]
     found = subprocess.run(python, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
     assert found.count(str(tmp_path / "venv")) == 2
-    small = ["train.epochs=1", "model.dim=16", "data.train_samples=64", "data.test_samples=32", "threads=1"]
-    assert "accuracy" in sdt("train", "digits", *small, "output_dir=run")
-    assert "accuracy" in sdt("evaluate", "checkpoint=run", "data.test_samples=32")
+    small = [
+        "train.epochs=4",
+        "train.batch_size=16",
+        "train.warmup_epochs=0",
+        "model.dim=16",
+        "data.train_samples=512",
+        "data.test_samples=32",
+        "threads=1",
+    ]
+    assert "test top-1" in sdt("train", "digits", *small, "output_dir=run")
+    sdt("evaluate", "checkpoint=run", "data.test_samples=32")
+    assert (tmp_path / "run" / "evaluation" / "evaluation.json").is_file()
     assert "digits" in sdt("configs")
     sdt("export", "checkpoint=run", "format=pt2")
     assert (tmp_path / "run" / "model.pt2").stat().st_size > 10_000
