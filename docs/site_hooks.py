@@ -75,6 +75,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """The page with links into the repository turned into links of the site; what is on no page keeps its text."""
     source = _source(page.file)
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]  # it would list that one page
 
     def link(found: re.Match[str]) -> str:
         path, anchor = found["path"], found["anchor"] or ""
@@ -126,13 +128,17 @@ def _outside_code(markdown: str, change: Any) -> str:
 
 
 class Doctests(griffe.Extension):
-    """Puts the examples of a docstring into a fence: Markdown would take `>>>` for a quotation."""
+    """Docstrings as Markdown, see `as_markdown`."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:
-            obj.docstring.value = fenced(obj.docstring.value)
+            obj.docstring.value = as_markdown(obj.docstring.value)
 
 
-def fenced(docstring: str) -> str:
-    """The docstring with a fence around every doctest, which ends at a blank line."""
-    return re.sub(r"^>>> .*?(?=\n\s*\n|\Z)", r"```python\n\g<0>\n```", docstring, flags=re.DOTALL | re.MULTILINE)
+def as_markdown(docstring: str) -> str:
+    """The docstring with a fence around every doctest, which ends at a blank line.
+
+    Markdown would take `>>>` for a quotation, and so a line that happens to start with `>=`.
+    """
+    escaped = re.sub(r"^>(?!>> )", r"\\>", docstring, flags=re.MULTILINE)
+    return re.sub(r"^>>> .*?(?=\n\s*\n|\Z)", r"```python\n\g<0>\n```", escaped, flags=re.DOTALL | re.MULTILINE)

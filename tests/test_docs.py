@@ -62,6 +62,22 @@ def test_examples_of_readme_and_docs(example, tmp_path, released_file):
     assert done.returncode == 0, done.stderr
 
 
+def test_links_lead_to_files():
+    links = [
+        (page, link)
+        for page in [*PAGES, ROOT / "CONTRIBUTING.md"]
+        for link in re.findall(r"\]\(([^)#\s]+)", re.sub(r"(?ms)^```.*?^```$", "", page.read_text(encoding="utf-8")))
+        if "://" not in link
+    ]
+    assert len(links) > 20 and [link for page, link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_page_is_on_the_site():
+    listed = re.findall(r": ([\w.]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} <= set(listed)
+    assert listed[0] == "index.md" and len(listed) == len(set(listed))
+
+
 def test_importing_the_kit_stays_light():
     code = (
         "import sys, sdt_blocks; "
