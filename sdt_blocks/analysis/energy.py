@@ -275,8 +275,8 @@ def energy_from_rates(
 ) -> EnergyReport:
     """The energy table for given rates, such as a paper's: without data, and on the meta device without weights.
 
-    `rates` is one number for all layers fed by spikes, or a mapping from layer names or patterns (`"blocks.*.mlp.*"`; the
-    first that fits counts) to a number or one number a step. MAC layers that it does not name are charged in full.
+    `rates` is one number for all layers fed by spikes, or a mapping from layer names or patterns (`"blocks.*.mlp.*"`;
+    the first that fits counts) to a number or one number a step. MAC layers that it does not name are charged in full.
     Neuron layers are named alike; one that nothing names fires at the mean rate of all inputs that are spikes. The
     bound of an attention follows from the rates of the neurons whose spikes it gets. `input_shape` is that of one
     sample, `[C, H, W]` or `[T, C, H, W]`.
