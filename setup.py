@@ -17,7 +17,7 @@ data = ["datasets>=4", "mlxtend>=0.23", "webdataset>=0.2.86"]
 everything = [*recipes, *events, *export, *data, "huggingface_hub>=0.24"]
 test = [*everything, "pytest>=8", "pytest-xdist", "hypothesis", "mypy", "ruff", "dv-processing", "h5py", "neurobench"]
 test += ["spikingjelly>=2.0", "types-PyYAML", "wheel"]
-docs = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings-python>=2.0,<3"]
+docs = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings-python>=2.0,<3", "ruff"]
 
 setup(
     name="sdt_blocks",
