@@ -168,7 +168,8 @@ inline float multiply_add(float a, float b, float c) {
 inline float exponential(float x) {
     x = x < -87.f ? -87.f : x;
     const float magic = 12582912.f;  // 1.5 * 2^23: what is added to it is rounded to a whole number
-    const float k = multiply_add(x, 1.44269504f, magic) - magic;
+    const float rounded = multiply_add(x, 1.44269504f, magic);
+    const float k = rounded - magic;
     const float r = multiply_add(k, 2.12194440e-4f, multiply_add(k, -0.693359375f, x));
     float p = 1.3981999e-3f;
     p = multiply_add(p, r, 8.3333333e-3f);
@@ -176,7 +177,10 @@ inline float exponential(float x) {
     p = multiply_add(p, r, 1.6666667e-1f);
     p = multiply_add(p, r, 0.5f);
     p = multiply_add(p, r * r, r + 1.f);
-    const int32_t bits = (int32_t(k) + 127) << 23;
+    // The last bits of what was rounded are k, which goes into an exponent; a NaN stays one through p.
+    uint32_t bits;
+    std::memcpy(&bits, &rounded, 4);
+    bits = (bits + 127u) << 23;
     float scale;
     std::memcpy(&scale, &bits, 4);
     return p * scale;

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -40,16 +41,17 @@ class BuildError(RuntimeError):
 def library(source: Path = SOURCE) -> ctypes.CDLL:
     """The built kernels of one C++ file.
 
-    The compiler is `$CXX`, or the first of c++, g++ and clang++ on the path. The result is kept in
-    `$SDT_BLOCKS_CACHE` (default: `sdt_blocks` in `$XDG_CACHE_HOME` or `~/.cache`) under a name made of the source, the
-    compiler and the processor, so that one folder can serve several machines.
+    The compiler is `$CXX`, or the first of c++, g++ and clang++ on the path, and `$CXXFLAGS` comes behind the kit's own
+    options. The result is kept in `$SDT_BLOCKS_CACHE` (default: `sdt_blocks` in `$XDG_CACHE_HOME` or `~/.cache`) under
+    a name made of the source, the compiler, its options and the processor, so that one folder can serve several
+    machines.
 
     Raises `BuildError` where there is no compiler or it fails.
     """
     compiler = _compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     texts = [file.read_text() for file in (source, *sorted(source.parent.glob("*.h")))]
-    identity = "\n".join([*texts, *FLAGS, *THREADING, compiler, version, processor()])
+    identity = "\n".join([*texts, *_flags(), *THREADING, compiler, version, processor()])
     name = f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     folder = cache_folder()
     if not (folder / name).is_file():
@@ -58,6 +60,10 @@ def library(source: Path = SOURCE) -> ctypes.CDLL:
         return ctypes.CDLL(str(folder / name))
     except OSError as error:
         raise BuildError(f"{folder / name} cannot be loaded ({error}); delete it to have it built again") from None
+
+
+def _flags() -> list[str]:
+    return [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
 
 
 def _compiler() -> str:
@@ -102,7 +108,7 @@ def _build(compiler: str, source: Path, target: Path) -> None:
     _log.info("building kernels once: %s, with %s", source.name, compiler)
     partial = target.with_name(f"{target.stem}-{os.getpid()}.part")
     for threading in THREADING:
-        command = [compiler, *FLAGS, threading, str(source), "-o", str(partial)]
+        command = [compiler, *_flags(), threading, str(source), "-o", str(partial)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode == 0:
             # Processes that build at the same time each put a whole file in place.
