@@ -10,12 +10,11 @@ The energy is that of `analyze.py` or `analyze=true`, where it has been computed
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.command_line import short_errors
+from common.command_line import command
 from common.config import ConfigError, RunError
 
 from sdt_blocks.analysis.tables import Column, as_files, write
@@ -108,8 +107,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-    else:
-        with short_errors():
-            main(sys.argv[1:])
+    command(main)

@@ -15,16 +15,15 @@ this one stand at the end of --help.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from common.command_line import short_errors
+from common.command_line import command
 from common.config import Config, ConfigError, changed, load_config, trajectory
 from common.cpu_processes import start_cpu_processes
-from common.options import own_help, read_options
+from common.options import read_options
 from common.schema import option
 from common.side_by_side import COLUMNS, Found, Options, compare, notes, read_model, summary_of, write_tables
 from common.trained import RUN_CONFIG
@@ -165,9 +164,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        print(own_help(Search))
-    else:
-        with short_errors():
-            main(sys.argv[1:])
+    command(main, options=Search)

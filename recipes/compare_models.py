@@ -17,14 +17,13 @@ additions. Latency is of one image, dense and event-driven, measured in turns, a
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from common.command_line import short_errors
+from common.command_line import command
 from common.cpu_processes import start_cpu_processes
-from common.options import own_help, read_options
+from common.options import read_options
 from common.side_by_side import Options, compare, notes, write_tables
 
 ONE_OF_EACH = ("sdt_8_384", "sdt_v2_15m", "spikformer_8_384", "qkformer_10_384", "sdt_v3_19m")
@@ -49,9 +48,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        print(own_help(Options))
-    else:
-        with short_errors():
-            main(sys.argv[1:])
+    command(main, options=Options)

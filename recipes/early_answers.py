@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from common.command_line import print_help, short_errors
+from common.command_line import command
 from common.config import ConfigError, RunError, load_config
 from common.cpu_processes import start_cpu_processes
-from common.options import own_help, read_options
+from common.options import read_options
 from common.schema import option
 from common.trained import class_names, default_folder, load, match_classes, with_run_config
 
@@ -198,8 +197,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if print_help(sys.argv[1:], "imagenet_8_384"):
-        print(own_help(Options))
-    else:
-        with short_errors():
-            main(sys.argv[1:])
+    command(main, default="imagenet_8_384", options=Options)

@@ -12,12 +12,11 @@ It prints the table and writes it as energy_table.md, .csv and .tex into output_
 from __future__ import annotations
 
 import csv
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.command_line import short_errors
+from common.command_line import command
 from common.config import ConfigError, RunError, load_config
 from common.cpu_processes import start_cpu_processes
 from common.trained import class_names, load, match_classes, with_run_config
@@ -240,8 +239,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-    else:
-        with short_errors():
-            main(sys.argv[1:])
+    command(main)

@@ -17,13 +17,12 @@ from __future__ import annotations
 import csv
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.command_line import print_help, short_errors
+from common.command_line import command
 from common.config import ConfigError, RunError, load_config
 from common.cpu_processes import start_cpu_processes
 from common.trained import class_names, default_folder, load, match_classes, with_run_config
@@ -182,6 +181,4 @@ def write(result: Evaluation, names: Sequence[str], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if not print_help(sys.argv[1:], "imagenet_8_384"):
-        with short_errors():
-            main(sys.argv[1:])
+    command(main, default="imagenet_8_384")

@@ -10,16 +10,15 @@ may be given at a time (batch=N: N alone); the number of time steps is fixed. Ke
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from common.command_line import print_help, short_errors
+from common.command_line import command
 from common.config import Config, ConfigError, RunError, load_config
-from common.options import own_help, read_options
+from common.options import read_options
 from common.schema import option
 from common.trained import load, with_run_config
 
@@ -164,8 +163,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if print_help(sys.argv[1:], "imagenet_8_384"):
-        print(own_help(Options))
-    else:
-        with short_errors():
-            main(sys.argv[1:])
+    command(main, default="imagenet_8_384", options=Options)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.command_line import print_help, short_errors
+from common.command_line import command
 from common.config import Config, ConfigError, RunError, load_config
 from common.trained import class_names, load, with_run_config
 
@@ -279,6 +279,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if not print_help(sys.argv[1:], "imagenet_8_384"):
-        with short_errors():
-            main(sys.argv[1:])
+    command(main, default="imagenet_8_384")

@@ -13,7 +13,6 @@ stand at the end of --help; all others are those of a training run.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -21,9 +20,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from common.command_line import print_help, short_errors
+from common.command_line import command
 from common.config import ConfigError, RunError, load_config
-from common.options import own_help, read_options
+from common.options import read_options
 from common.schema import option
 from common.trained import class_names, load, with_run_config
 from rich.console import Console, Group
@@ -240,8 +239,4 @@ def main(arguments: list[str], console: Console | None = None) -> None:
 
 
 if __name__ == "__main__":
-    if print_help(sys.argv[1:], "events_demo"):
-        print(own_help(Options))
-    else:
-        with short_errors():
-            main(sys.argv[1:])
+    command(main, default="events_demo", options=Options)

@@ -6,11 +6,12 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from .config import ConfigError, RunError, help_text, load_config, to_yaml
 from .cpu_processes import start_cpu_processes
+from .options import own_help
 
 
 def main(default: str) -> None:
@@ -20,6 +21,7 @@ def main(default: str) -> None:
     """
     arguments = sys.argv[1:]
     if print_help(arguments, default):
+        print("Beside the keys: seeds=0,1,2 trains once with each; --print-config prints the configuration and ends.")
         return
     with short_errors():
         shown = "--print-config" in arguments
@@ -55,12 +57,26 @@ def take_seeds(arguments: list[str]) -> tuple[list[tuple[str, ...]], list[str]]:
     return [(f"seed={text}",) for text in texts], rest
 
 
-def print_help(arguments: list[str], default: str) -> bool:
+def command(script: Callable[[list[str]], None], *, default: str | None = None, options: type | None = None) -> None:
+    """Any recipe but training: calls it with the arguments, or for `--help` prints what it says of itself.
+
+    `default` names the configuration whose keys it takes, `options` the dataclass of its own keys. Exit codes as above.
+    """
+    arguments = sys.argv[1:]
+    if not print_help(arguments, default, options):
+        with short_errors():
+            script(arguments)
+
+
+def print_help(arguments: list[str], default: str | None, options: type | None = None) -> bool:
     """Prints what the recipe says of itself and every key with its meaning, where `--help` is asked for."""
     wanted = bool({"-h", "--help"} & set(arguments))
     if wanted:
-        print(f"{sys.modules['__main__'].__doc__}\n{help_text(default)}")
-        print("Beside the keys: seeds=0,1,2 trains once with each; --print-config prints the configuration and ends.")
+        print(sys.modules["__main__"].__doc__)
+        if default is not None:
+            print(help_text(default))
+        if options is not None:
+            print(own_help(options))
     return wanted
 
 
