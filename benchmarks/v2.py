@@ -23,7 +23,7 @@ from training import last
 from sdt_blocks import MetaSpikeFormer, calibrate_norms, create_model, optimize_for_inference
 from sdt_blocks.blocks import LinearSpikeAttention
 from sdt_blocks.inference import Events
-from sdt_blocks.inference.events import DenseSums
+from sdt_blocks.inference.forms import DenseSums
 from sdt_blocks.ops.packed import PackedSpikes
 
 ALLOCATORS = ["default", "reused"]

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import sdt_blocks
-from sdt_blocks.inference import EventProduct, Events, choice, events, plan
+from sdt_blocks.inference import EventProduct, Events, choice, forms, plan
 from sdt_blocks.inference.choice import ProductCosts
 from sdt_blocks.inference.timings import Timings
 from sdt_blocks.neuron import LIF
@@ -61,7 +61,7 @@ def test_norms_are_rounded_as_in_the_model():
         tensor.normal_(generator=generator)
     norm.running_var.uniform_(0.01, 2, generator=generator)
     x = torch.randn(2, 1, 6, 6, 96, generator=generator)
-    found, _ = spike_neuron(x, events._epilogue(norm, None, channels=96), 2, membrane=True)
+    found, _ = spike_neuron(x, forms.epilogue_of(norm, None, channels=96), 2, membrane=True)
     assert torch.equal(found, norm(x.flatten(0, 1).movedim(-1, 1)).movedim(1, -1).view_as(x))
 
 

@@ -12,7 +12,8 @@ from torch import nn
 from .choice import choose
 from .dense import Dense
 from .early import Early, EarlyAnswers
-from .events import EventProduct, Events
+from .events import Events
+from .forms import EventProduct
 from .integers import FLOAT32, INT8, INT24, IntegerProduct
 from .plan import Plan
 from .product import PATHS, Product

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,29 +14,21 @@ from ..neuron import IntegerNeuron
 from ..ops.dense import Neuron, go_on
 from ..ops.packed import (
     Epilogue,
-    EventWeight,
     PackedSpikes,
-    Result,
     kernels_problem,
-    pad_to_words,
     real_pool,
     spike_neuron,
     spike_pool,
 )
 from ..ops.spec import NeuronSpec
 from . import passes
+from .forms import DenseSums, Forms, epilogue_of, pooled_membrane
 from .integers import (
     FLOAT32,
     INT8,
-    PIECES,
-    Finished,
-    IntegerProduct,
-    OrderedLinear,
     OrderedSums,
     SpikeProduct,
     ordered_mean,
-    shown,
-    windows_of,
 )
 from .passes import LEVELS, SPIKES, axes_of_mean, kinds, last_uses, over_places
 from .plan import (
@@ -52,26 +42,14 @@ from .plan import (
     POOL,
     PRESENT,
     PROJECT,
-    Mixing,
     Node,
     Plan,
-    chain,
-    convolution,
     evaluated,
     filled,
-    fold,
-    is_neuron,
     leaves,
     refuse_export,
 )
-from .product import Geometry, Product
 from .trace import Constant
-
-Known = tuple[nn.Conv2d, nn.BatchNorm2d | None]
-"""A convolution and its norm."""
-
-CHUNK_BYTES = 8 << 20
-"""Real values between a convolution and a pooling are kept this few, so that they stay in the cache."""
 
 
 class Events(nn.Module):
@@ -109,10 +87,11 @@ class Events(nn.Module):
         self.given = {node: node.inputs() for node in plan.nodes}
         self.epilogues = {} if self.in_place else passes.epilogues(plan)
         self.pooled = self._pooled_products()
+        forms = Forms(self.kinds, self.epilogues, weights, exact)
         self.leaves = nn.ModuleList()
         self.forms: dict[Node, Any] = {}
         for node in plan.nodes:
-            form = self._form(node)
+            form = forms.of(node)
             if form is not None:
                 self.forms[node] = form
             self.leaves.extend(leaves(node.target) if form is None else [form])
@@ -147,112 +126,6 @@ class Events(nn.Module):
             if after.total is node and after.fire is None and len(takers) == 1 and _halves(takers[0]):
                 found[node] = takers[0]
         return found
-
-    def _form(self, node: Node) -> Any:
-        if node.op == PROJECT and node in self.epilogues:
-            known = convolution(node.target)
-            if known is None:
-                return None
-            fire = self.epilogues[node].fire
-            neuron = None if fire is None else fire.target
-            if self.kinds[node.inputs()[0]] in (SPIKES, LEVELS) and self._on_spikes(node.target, known[0]):
-                return self._product([known], neuron, **self._planes(node))
-            neuron = neuron if self.epilogues[node].residual is None else None
-            return self._on_reals(node.target, known, neuron)
-        if node.op == FIRE and (is_neuron(node.target) or self.kinds[node] == LEVELS):
-            return node.target
-        if node.op == MIX and self.kinds[node.inputs()[0]] in (SPIKES, LEVELS):
-            planes = self._planes(node)
-            packed = self._packed_mixing(node.target) if hasattr(node.target.mixer, "packed") and not planes else None
-            return self._apart(node.target, planes) if packed is None else packed
-        if node.op == MIX and self.exact:
-            return self._apart(node.target, None)
-        if node.op == CALL and self.exact and steps.is_plain(node.target, nn.Linear):
-            return OrderedLinear(node.target)
-        return None
-
-    def _on_spikes(self, unit: Any, conv: nn.Conv2d) -> bool:
-        """Whether the kernels know a convolution of spikes: whole numbers also those that events cannot compute."""
-        own = unit if isinstance(unit, nn.Conv2d) else unit.conv
-        return _by_events(conv) or (self.weights != FLOAT32 and isinstance(own, nn.Conv2d) and conv.groups == 1)
-
-    def _product(
-        self, known: list[Known], neuron: Any, *, leak: Tensor | None = None, words: bool = False, **planes: Any
-    ) -> SpikeProduct:
-        """Convolutions of spikes side by side, each padded to whole `words` where asked, and a neuron on all."""
-        conv, pad = known[0][0], pad_to_words if words else lambda x: x
-        spec, of_neuron = (None, None) if neuron is None else _neuron(neuron, conv.out_channels)
-        leak = of_neuron if leak is None else leak
-        make: Any = EventProduct
-        if self.weights == FLOAT32:
-            epilogues = [_epilogue(norm, None, bias=one.bias, channels=one.out_channels) for one, norm in known]
-            weights: Sequence[Tensor] = [one.weight.detach() for one, _ in known]
-            rows = {name: [getattr(one, name) for one in epilogues] for name in ("bias", "scale", "shift")}
-        else:
-            weights, biases = zip(*(fold(*one) for one in known), strict=True)
-            rows = {"shift": list(biases)}
-            make = partial(IntegerProduct, pieces=PIECES[self.weights], windows=windows_of(Geometry.of(conv)))
-        joined = {name: torch.cat([pad(part) for part in parts]) for name, parts in rows.items()}
-        weight = torch.cat([pad(part) for part in weights])
-        epilogue = Epilogue(len(weight), neuron=spec, inv_tau=leak, **joined)
-        return make(weight, epilogue, conv.out_channels if words else 0, **planes)
-
-    def _on_reals(self, unit: Any, known: Known, neuron: Any) -> nn.Module | None:
-        """A convolution of real values: as PyTorch computes it, or in a fixed order."""
-        (conv, norm), channels = known, known[0].out_channels
-        if not self.exact:
-            layers = unit if isinstance(unit, nn.Conv2d) else unit.conv
-            return DenseSums(layers, _epilogue(norm, neuron, channels=channels))
-        convs = chain(unit) or [conv]
-        if any(one.groups > 1 and one.weight.shape[:2] != (one.in_channels, 1) for one in convs):
-            return None
-        weight, bias = fold(convs[-1], norm)
-        spec, leak = (None, None) if neuron is None else _neuron(neuron, channels)
-        parts = [*((one.weight.detach(), Geometry.of(one)) for one in convs[:-1]), (weight, Geometry.of(convs[-1]))]
-        return OrderedSums(parts, Epilogue(channels, shift=bias, neuron=spec, inv_tau=leak))
-
-    def _packed_mixing(self, mixing: Mixing) -> SpikeProduct | None:
-        """q, k and v as one product with each padded to whole words, as the mixer's packed form takes them."""
-        found = [convolution(unit) for unit in mixing.units]
-        known = [one for one in found if one is not None and _by_events(one[0])]
-        neurons = (*mixing.neurons, getattr(mixing.mixer, "neuron", None))
-        if len(known) != len(mixing.units) or steps.has_hooks(mixing.mixer) or not all(map(is_neuron, neurons)):
-            return None
-        specs, leaks = zip(*(_neuron(one, known[0][0].out_channels) for one in mixing.neurons), strict=True)
-        if len({(spec.threshold, spec.reset, spec.strict) for spec in specs}) > 1:
-            return None
-        if len({conv.weight.shape for conv, _ in known}) > 1:
-            return None
-        leak = torch.cat([pad_to_words(one) for one in leaks])
-        return self._product(known, mixing.neurons[0], leak=leak, words=True)
-
-    def _apart(self, mixing: Mixing, planes: dict[str, Any] | None) -> nn.ModuleList | None:
-        """q, k and v each as a product with its neuron, for a mixer without a packed form.
-
-        They take spikes or levels in so many `planes`, or real values where that is None.
-        """
-        known = [is_neuron(neuron) or steps.is_plain(neuron, IntegerNeuron) for neuron in mixing.neurons]
-        if not all(known):
-            return None
-        parts = []
-        for unit, neuron in zip(mixing.units, mixing.neurons, strict=True):
-            one, last = convolution(unit), neuron if is_neuron(neuron) else None
-            if one is None:
-                return None
-            part: Any
-            if planes is not None:
-                part = self._product([one], last, **planes) if _by_events(one[0]) else None
-            else:
-                part = self._on_reals(unit, one, last)
-            if part is None:
-                return None
-            parts.append(part)
-        return nn.ModuleList(parts)
-
-    def _planes(self, node: Node) -> dict[str, Any]:
-        """How the levels that a node takes are packed, as the options of its products."""
-        given = node.inputs()[0]
-        return {} if self.kinds[given] == SPIKES else {"planes": given.target.levels, "norm": given.target.norm}
 
     @torch.no_grad()
     def forward(self, *inputs: Tensor) -> Any:
@@ -310,7 +183,7 @@ class Events(nn.Module):
             raise TypeError(f"{node.name} expects floating-point [T, B, C, H, W] with nothing empty, got {given}")
         after = self.epilogues[node]
         if node in self.pooled:
-            values[self.pooled[node]] = Membrane(_pooled_membrane(form, source))
+            values[self.pooled[node]] = Membrane(pooled_membrane(form, source))
             return None
         residual: Tensor | None = None
         into: bool | Tensor = after.keep
@@ -359,7 +232,7 @@ class Events(nn.Module):
         real = membrane.real
         if _streamed(node.target):
             return _gone_on(node.target, real)
-        return spike_neuron(real, _epilogue(None, node.target, channels=real.shape[-1]), len(real))[1]
+        return spike_neuron(real, epilogue_of(None, node.target, channels=real.shape[-1]), len(real))[1]
 
     def _mix(self, node: Node, x: Any) -> Any:
         mixing, form = node.target, self.forms.get(node)
@@ -399,78 +272,6 @@ class Membrane:
 
     def __init__(self, real: Tensor, owned: bool = False) -> None:
         self.real, self.owned = real, owned
-
-
-class EventProduct(SpikeProduct):
-    """A convolution of stride 1 on spikes in float32, its norm, and what follows: a shortcut's sum, a neuron.
-
-    With more `planes` than one, the convolution of levels / `norm`; see `PackedSpikes`.
-    """
-
-    def __init__(
-        self, weight: Tensor, epilogue: Epilogue, channels: int = 0, *, planes: int = 1, norm: float = 1.0
-    ) -> None:
-        super().__init__(epilogue, channels, planes)
-        weight, self.norm = weight.detach().float(), norm
-        self.convolution = Product(weight, torch.zeros(len(weight)), spikes=planes == 1)
-
-    @property
-    def weight(self) -> EventWeight:  # type: ignore[override]
-        made: EventWeight = self.made("weight", lambda: EventWeight(self.convolution.weight / self.norm))
-        return made
-
-    def dense(self, spikes: PackedSpikes, *, residual: Tensor | None = None, membrane: bool | Tensor = False) -> Result:
-        """The sums from a dense convolution, by the fastest way of this machine, a few images at a time."""
-        steps_, images, height, width, _ = spikes.words.shape
-        channels = self.epilogue.channels
-        kept = torch.empty(steps_, images, height, width, channels) if membrane is True else membrane
-        words = []
-        size = _chunk(steps_ * height * width, channels)
-        for first in range(0, images, size):
-            some = slice(first, first + size)
-            part = spikes.of(spikes.words[:, some])
-            shape = torch.Size((part.words.shape[:2].numel(), height, width, spikes.channels))
-            frames = part.unpack(self.convolution.input_dtype(shape)).movedim(2, -1).flatten(0, 1)
-            _, fired = spike_neuron(
-                self.convolution(frames).unflatten(0, part.words.shape[:2]),
-                self.epilogue,
-                steps_,
-                residual=None if residual is None else residual[:, some],
-                membrane=kept[:, some] if isinstance(kept, Tensor) else False,
-            )
-            words += [] if fired is None else [fired.words]
-        packed = PackedSpikes(words[0] if len(words) == 1 else torch.cat(words, dim=1), channels) if words else None
-        return (kept if isinstance(kept, Tensor) else None), packed
-
-
-class DenseSums(Finished):
-    """A unit's layers on any frames, and what follows them, a few images at a time."""
-
-    def __init__(self, layers: nn.Module, epilogue: Epilogue) -> None:
-        super().__init__(epilogue)
-        self.layers = copy.deepcopy(layers).to(memory_format=torch.channels_last)
-
-    def forward(
-        self,
-        frames: Tensor | PackedSpikes,
-        *,
-        residual: Tensor | None = None,
-        membrane: bool | Tensor = False,
-    ) -> Result:
-        x, time_steps = shown(frames)
-        parts: list[Result] = []
-        size, images = _chunk(x[:, 0, ..., 0].numel(), self.epilogue.channels), x.shape[1]
-        for first in range(0, images, size):
-            some = slice(first, first + size)
-            sums = self.layers(x[:, some].flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            sums = sums.unflatten(0, (len(x), -1)).contiguous()
-            before = None if residual is None else residual[:, some].contiguous()
-            parts.append(spike_neuron(sums, self.epilogue, time_steps, residual=before, membrane=membrane is not False))
-        if len(parts) == 1:
-            return parts[0]
-        kept = None if parts[0][0] is None else torch.cat([part[0] for part in parts], dim=1)
-        words = None if parts[0][1] is None else torch.cat([part[1].words for part in parts], dim=1)
-        return kept, None if words is None else PackedSpikes(words, self.epilogue.channels)
 
 
 def _check(plan: Plan) -> None:
@@ -538,29 +339,8 @@ def _frames(x: Any) -> Tensor | None:
     return shown.movedim(2, -1).contiguous().expand(len(x), *(x.shape[i] for i in (1, 3, 4, 2)))
 
 
-def _pooled_membrane(form: Any, x: Any) -> Tensor:
-    """The maximum over windows of a product's membrane, a few frames at a time: no neuron joins its time steps."""
-    if not isinstance(form, SpikeProduct):
-        return real_pool(form(x, membrane=True)[0])
-    words = x.words.contiguous()
-    frames = x.of(words.flatten(0, 1).unsqueeze(0))
-    size = _chunk(words[0, 0, ..., 0].numel(), form.epilogue.channels)
-    parts = [
-        real_pool(form(frames.images(first, first + size), membrane=True)[0])
-        for first in range(0, frames.words.shape[1], size)
-    ]
-    return torch.cat(parts, dim=1).view(*words.shape[:2], *parts[0].shape[2:])
-
-
 def _halves(node: Node) -> bool:
     return node.op == POOL and steps.is_plain(node.target, nn.MaxPool2d) and steps.halves(node.target)
-
-
-def _by_events(conv: nn.Conv2d) -> bool:
-    """Whether the kernels know a convolution: 1x1 or 3x3 of stride 1 that keeps the frame's size."""
-    kernel = conv.kernel_size[0]
-    plain_windows = Geometry.of(conv) == Geometry(padding=(kernel // 2, kernel // 2))
-    return conv.kernel_size in ((1, 1), (3, 3)) and plain_windows and conv.in_channels * kernel**2 < 1 << 16
 
 
 def _fired(product: Any, neuron: Any, x: PackedSpikes | Tensor) -> Tensor:
@@ -591,34 +371,7 @@ def _gone_on(neuron: Any, membrane: Tensor) -> PackedSpikes:
     return PackedSpikes(torch.cat(words), channels)
 
 
-def _epilogue(
-    norm: nn.BatchNorm2d | None, neuron: nn.Module | None, *, bias: Tensor | None = None, channels: int
-) -> Epilogue:
-    scale, shift = (None, None) if norm is None else _affine(norm)
-    spec, leak = (None, None) if neuron is None else _neuron(neuron, channels)
-    return Epilogue(channels, bias=bias, scale=scale, shift=shift, neuron=spec, inv_tau=leak)
-
-
-def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Scale and shift of a norm in eval mode, rounded as PyTorch rounds them."""
-    assert norm.running_mean is not None and norm.running_var is not None
-    ones = torch.ones_like(norm.running_mean)
-    weight, bias = (ones, ones * 0) if norm.weight is None else (norm.weight.detach(), norm.bias.detach())
-    scale = weight * torch.rsqrt(norm.running_var + norm.eps)
-    return scale, (bias.double() - norm.running_mean.double() * scale.double()).float()
-
-
-def _neuron(neuron: Any, channels: int) -> tuple[NeuronSpec, Tensor]:
-    spec = NeuronSpec(threshold=neuron.threshold, reset=neuron.reset_mechanism, strict=neuron.strict)
-    return spec, torch.as_tensor(neuron.inv_tau, dtype=torch.float32).detach().expand(channels)
-
-
 def _repacked(leaf: Any, x: Any) -> Any:
     """What a leaf has emitted, packed where it emits spikes alone."""
     frames = isinstance(x, Tensor) and x.ndim == 5 and 0 not in x.shape
     return PackedSpikes.pack(x) if frames and passes.emits_spikes(leaf) else x
-
-
-def _chunk(pixels: int, channels: int) -> int:
-    """How many images of so many pixels are worked on at a time, for `channels` real values a pixel."""
-    return max(1, CHUNK_BYTES // (4 * channels * pixels))
