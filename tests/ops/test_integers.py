@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
+from convolutions import SHAPES, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdt_blocks.ops.cpu import bindings, build
 from sdt_blocks.ops.integers import (
     IntegerWeight,
     RealWeight,
@@ -26,21 +25,6 @@ from sdt_blocks.ops.integers import (
 )
 from sdt_blocks.ops.packed import Epilogue, PackedSpikes, spike_neuron, spike_product
 from sdt_blocks.ops.spec import NeuronSpec
-
-SHAPES = [
-    # steps, images, height, width, in, out, kernel
-    (4, 2, 7, 5, 48, 33, 3),
-    (1, 1, 1, 1, 1, 1, 1),
-    (1, 1, 1, 3, 7, 64, 3),
-    (3, 1, 9, 2, 65, 31, 3),
-    (64, 1, 3, 4, 130, 70, 1),
-    (300, 1, 2, 1, 5, 40, 1),
-    (2, 1, 3, 3, 500, 32, 3),
-]
-
-
-def draw(*shape: int, density: float, seed: int = 0) -> Tensor:
-    return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density).float()
 
 
 def draw_weight(*shape: int, pieces: int, seed: int = 1) -> IntegerWeight:
@@ -57,24 +41,6 @@ def true_sums(frames: Tensor, weight: Tensor, windows: Windows) -> Tensor:
     columns = F.unfold(frames.flatten(0, 1).double(), weight.shape[2:], **options)
     sums = columns.mT @ weight.flatten(1).double().T
     return sums.float().view(*frames.shape[:2], *windows.size(frames.shape[3:], weight), len(weight))
-
-
-@pytest.fixture(params=["native", "x86-64", "haswell"])
-def instructions(request, monkeypatch) -> Iterator[str]:
-    """The kernels as they are built for this machine, for any of its make, and with AVX2 at most."""
-    if request.param != "native":
-        if "-mprefer-vector-width=512" not in build.FLAGS:
-            pytest.skip("built for x86 alone")
-        flags = [f"-march={request.param}" if flag == "-march=native" else flag for flag in build.FLAGS]
-        monkeypatch.setattr(build, "FLAGS", tuple(flags))
-    for cached in (bindings.library, bindings._function):
-        cached.cache_clear()
-    if request.param == "haswell" and " avx2 " not in build.processor():
-        pytest.skip("the processor has no AVX2")
-    yield request.param
-    monkeypatch.undo()
-    for cached in (bindings.library, bindings._function):
-        cached.cache_clear()
 
 
 def test_sums_are_those_of_64_bit_integers_by_events_and_densely(instructions):

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from convolutions import SHAPES, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -28,23 +29,6 @@ from sdt_blocks.ops.packed import (
     spike_product_reference,
 )
 from sdt_blocks.ops.spec import NeuronSpec
-
-SHAPES = [
-    # steps, images, height, width, in, out, kernel
-    (4, 2, 14, 14, 64, 96, 1),
-    (4, 2, 7, 5, 48, 33, 3),
-    (1, 1, 1, 1, 1, 1, 1),
-    (1, 1, 1, 3, 7, 64, 3),
-    (3, 1, 9, 2, 65, 31, 3),
-    (16, 1, 4, 4, 130, 70, 1),
-    (300, 1, 2, 1, 5, 40, 1),
-    (2, 1, 3, 3, 500, 32, 3),  # 4500 inputs: entries of the lists in units of rows
-]
-
-
-def draw(shape: tuple[int, ...], density: float, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(shape, generator=generator) < density).float()
 
 
 def draw_layer(out: int, into: int, kernel: int, neuron: NeuronSpec | None) -> tuple[Tensor, Epilogue]:
@@ -75,7 +59,7 @@ def ordered_sums(spikes: Tensor, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.5, 1.0])
 def test_product_is_the_ordered_sum_of_weight_rows_bit_for_bit(shape, density):
     steps, images, height, width, into, out, kernel = shape
-    spikes = draw((steps, images, into, height, width), density)
+    spikes = draw(steps, images, into, height, width, density=density)
     weight, _ = draw_layer(out, into, kernel, None)
     membrane, fired = spike_product(PackedSpikes.pack(spikes), EventWeight(weight), Epilogue(out), membrane=True)
     assert fired is None
@@ -89,7 +73,7 @@ def test_product_with_its_epilogue_agrees_with_the_reference(shape, reset, stric
     steps, images, height, width, into, out, kernel = shape
     neuron = NeuronSpec(threshold=0.75, reset=reset, strict=strict)
     weight, epilogue = draw_layer(out, into, kernel, neuron)
-    spikes = PackedSpikes.pack(draw((steps, images, into, height, width), 0.2))
+    spikes = PackedSpikes.pack(draw(steps, images, into, height, width, density=0.2))
     residual = torch.randn(steps, images, height, width, out, generator=torch.Generator().manual_seed(2))
     arguments = (spikes, EventWeight(weight), epilogue)
     membrane, fired = spike_product(*arguments, residual=residual, membrane=True)
@@ -104,7 +88,7 @@ def test_product_with_its_epilogue_agrees_with_the_reference(shape, reset, stric
 def test_levels_in_planes_agree_with_the_reference_and_with_dense_products(shape, levels, norm):
     steps, images, height, width, into, out, kernel = shape
     weight, epilogue = draw_layer(out, into, kernel, NeuronSpec())
-    level = (draw((levels, steps, images, into, height, width), 0.3).cumsum(0)[-1]).float()
+    level = (draw(levels, steps, images, into, height, width, density=0.3).cumsum(0)[-1]).float()
     planes = (level > torch.arange(levels).view(-1, 1, 1, 1, 1, 1)).float()
     packed = PackedSpikes.pack_levels(planes, norm)
     assert torch.equal(packed.unpack(), level / norm) and torch.equal(packed.unpack_reference(), level / norm)
@@ -127,7 +111,7 @@ def test_levels_in_planes_agree_with_the_reference_and_with_dense_products(shape
 def test_the_neuron_sees_exactly_the_membrane_that_is_kept(reset):
     neuron = NeuronSpec(threshold=0.9, reset=reset)
     weight, epilogue = draw_layer(96, 48, 3, neuron)
-    spikes = PackedSpikes.pack(draw((4, 2, 48, 8, 8), 0.2))
+    spikes = PackedSpikes.pack(draw(4, 2, 48, 8, 8, density=0.2))
     membrane, fired = spike_product(spikes, EventWeight(weight), epilogue, membrane=True)
     _, again = spike_neuron_reference(membrane, Epilogue(96, neuron=neuron, inv_tau=epilogue.inv_tau), 4)
     assert torch.equal(fired.words, again.words)
@@ -136,7 +120,7 @@ def test_the_neuron_sees_exactly_the_membrane_that_is_kept(reset):
 
 def test_the_membrane_may_replace_the_residual():
     weight, epilogue = draw_layer(40, 64, 1, NeuronSpec())
-    spikes = PackedSpikes.pack(draw((4, 1, 64, 5, 5), 0.1))
+    spikes = PackedSpikes.pack(draw(4, 1, 64, 5, 5, density=0.1))
     residual = torch.randn(4, 1, 5, 5, 40)
     apart, fired = spike_product(spikes, EventWeight(weight), epilogue, residual=residual, membrane=True)
     written, fired_too = spike_product(spikes, EventWeight(weight), epilogue, residual=residual, membrane=residual)
@@ -149,7 +133,7 @@ def test_the_membrane_may_replace_the_residual():
 def test_threads_and_batch_do_not_change_a_bit(threads, images):
     weight, epilogue = draw_layer(70, 64, 3, NeuronSpec())
     tiled = EventWeight(weight)
-    spikes = PackedSpikes.pack(draw((4, 3, 64, 12, 11), 0.15))
+    spikes = PackedSpikes.pack(draw(4, 3, 64, 12, 11, density=0.15))
     whole = spike_product(spikes, tiled, epilogue)[1]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -164,7 +148,7 @@ def test_threads_and_batch_do_not_change_a_bit(threads, images):
 def test_a_membrane_too_large_for_the_caches_is_the_same(reset):
     weight, epilogue = draw_layer(256, 5, 1, NeuronSpec(reset=reset))
     tiled = EventWeight(weight)
-    spikes = PackedSpikes.pack(draw((4, 2, 5, 48, 48), 0.3))
+    spikes = PackedSpikes.pack(draw(4, 2, 5, 48, 48, density=0.3))
     whole, fired = spike_product(spikes, tiled, epilogue, membrane=True)
     assert 4 * whole.numel() > 16 << 20
     parts = [spike_product(spikes.images(i, i + 1), tiled, epilogue, membrane=True) for i in range(2)]
@@ -191,7 +175,7 @@ def test_neuron_on_real_input(frames, channels):
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 8), (14, 13)])
 def test_pooling(size):
-    spikes = PackedSpikes.pack(draw((3, 2, 70, *size), 0.1))
+    spikes = PackedSpikes.pack(draw(3, 2, 70, *size, density=0.1))
     assert torch.equal(spike_pool(spikes).words, spike_pool_reference(spikes).words)
     x = torch.randn(3, 2, *size, 37)
     assert torch.equal(real_pool(x), real_pool_reference(x))
@@ -203,7 +187,7 @@ def test_pooling(size):
     "neuron", [NeuronSpec(threshold=0.5), NeuronSpec(threshold=7.0, reset="subtract", strict=True)]
 )
 def test_attention(steps, size, density, neuron):
-    qkv = PackedSpikes.pack(draw((steps, 2, 3 * 128, *size), density))
+    qkv = PackedSpikes.pack(draw(steps, 2, 3 * 128, *size, density=density))
     leak = torch.rand(128, generator=torch.Generator().manual_seed(3)) * 0.8 + 0.1
     assert torch.equal(spike_attention(qkv, neuron).words, spike_attention_reference(qkv, neuron).words)
     found, expected = spike_attention(qkv, neuron, leak), spike_attention_reference(qkv, neuron, leak)
@@ -217,7 +201,7 @@ def test_attention(steps, size, density, neuron):
     seed=st.integers(0, 1000),
 )
 def test_packing_keeps_every_spike(shape, density, seed):
-    spikes = draw(shape, density, seed)
+    spikes = draw(*shape, density=density, seed=seed)
     packed = PackedSpikes.pack(spikes)
     assert torch.equal(packed.unpack(), spikes) and torch.equal(packed.unpack_reference(), spikes)
     assert torch.equal(packed.unpack(torch.uint8), spikes.byte())
