@@ -212,9 +212,6 @@ class ESpikeFormer(Backbone):
     torch.Size([2, 10])
     """
 
-    config: dict[str, Any]
-    card: DataCard | None
-
     @keeps_options
     def __init__(
         self,
@@ -333,9 +330,6 @@ class ESpikeFormerLarge(Backbone):
     >>> ESpikeFormerLarge(dims=(16, 32, 48), depths=(1, 1, 1, 1), num_classes=10)(torch.rand(2, 3, 64, 48)).shape
     torch.Size([2, 10])
     """
-
-    config: dict[str, Any]
-    card: DataCard | None
 
     @keeps_options
     def __init__(

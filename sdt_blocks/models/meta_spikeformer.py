@@ -63,9 +63,6 @@ class MetaSpikeFormer(Backbone):
     # Blocks stay whole when FSDP or device maps shard the model.
     _no_split_modules = ("ConvolutionBlock", "LinearAttentionBlock")
 
-    config: dict[str, Any]
-    card: DataCard | None
-
     @keeps_options
     def __init__(
         self,

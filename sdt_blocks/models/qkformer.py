@@ -137,9 +137,6 @@ class QKFormer(Backbone):
     # Blocks stay whole when FSDP or device maps shard the model.
     _no_split_modules = ("QKFormerBlock", "ShortcutEmbedding")
 
-    config: dict[str, Any]
-    card: DataCard | None
-
     @keeps_options
     def __init__(
         self,

@@ -83,9 +83,6 @@ class SpikeDrivenTransformer(Backbone):
     # Blocks stay whole when FSDP or device maps shard the model.
     _no_split_modules = ("SpikeDrivenBlock",)
 
-    config: dict[str, Any]
-    card: DataCard | None
-
     @keeps_options
     def __init__(
         self,

@@ -109,9 +109,6 @@ class Spikformer(Backbone):
     # Blocks stay whole when FSDP or device maps shard the model.
     _no_split_modules = ("SpikformerBlock",)
 
-    config: dict[str, Any]
-    card: DataCard | None
-
     @keeps_options
     def __init__(
         self,
