@@ -12,11 +12,11 @@ analysis = ["matplotlib>=3.7", "omegaconf>=2.3", "scipy"]
 recipes = [*analysis, "accelerate>=1.2", "pyyaml", "psutil", "pillow", "scikit-learn", "tensorboard"]
 recipes += ["timm>=1.0.12", "torchmetrics>=1.6", "torchvision"]
 events = ["tonic>=1.5", "aedat>=2.0"]
-export = ["onnx>=1.17", "onnxscript>=0.2", "onnxruntime>=1.20", "nir>=1.0", "nirtorch>=2.0"]
+export = ["onnx>=1.17", "onnxscript>=0.2", "onnxruntime>=1.20", "nir>=1.0"]
 data = ["datasets>=4", "mlxtend>=0.23", "webdataset>=0.2.86"]
 everything = [*recipes, *events, *export, *data, "huggingface_hub>=0.24"]
 test = [*everything, "pytest>=8", "pytest-xdist", "hypothesis", "mypy", "ruff", "dv-processing", "h5py", "neurobench"]
-test += ["spikingjelly>=2.0", "types-PyYAML", "wheel"]
+test += ["nirtorch>=2.0", "spikingjelly>=2.0", "types-PyYAML", "wheel"]
 docs = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings-python>=2.0,<3", "ruff"]
 
 setup(

@@ -5,7 +5,8 @@
 
 `onnx` is for ONNX Runtime and the like, `pt2` is torch.export's program, which torch.export.load reads and
 AOTInductor compiles, `nir` a graph for neuromorphic simulators and chips, which have no attention. Any number of images
-may be given at a time (batch=N: N alone); the number of time steps is fixed. Keys of its own: see the end.
+may be given at a time (batch=N: N alone); the number of time steps is fixed. A NIR graph takes one sample, frame by
+frame, as many as come; the mean of its outputs over time is the model's answer. Keys of its own: see the end.
 """
 
 from __future__ import annotations
@@ -98,19 +99,26 @@ def write_onnx(model: Any, x: Any, path: Path, *, any_batch: bool) -> Callable[[
     return lambda images: torch.from_numpy(session.run(None, {"x": images.numpy()})[0])
 
 
-def write_nir(model: Any, x: Any, path: Path) -> None:
-    """A NIR graph. Raises `ConfigError` for what NIR cannot hold."""
-    from sdt_blocks.neuron import export_to_nir
+def write_nir(model: Any, x: Any, path: Path) -> Callable[[Any], Any]:
+    """A NIR graph. Returns what answers by the file. Raises `ConfigError` for what NIR cannot hold."""
+    from sdt_blocks.inference import export_to_nir, simulate_nir
+    from sdt_blocks.steps import present
 
     try:
         import nir
 
         graph = export_to_nir(model, x)
     except ImportError as error:
-        raise ConfigError(f"format=nir needs nir and nirtorch ({error}): {EXTRA}") from None
+        raise ConfigError(f"format=nir needs nir ({error}): {EXTRA}") from None
     except (TypeError, ValueError) as error:
         raise ConfigError(f"format=nir: {error}") from error
     nir.write(str(path), graph)
+    written = nir.read(str(path))
+
+    def answers(images: Any) -> Any:
+        return simulate_nir(written, present(images, model.time_steps, model.in_channels))["output"].mean(0)
+
+    return answers
 
 
 def check(model: Any, answers: Callable[[Any], Any], x: Any) -> str:
@@ -150,8 +158,8 @@ def run(options: Options, rest: Sequence[str]) -> str:
     if silent:
         warn(f"the comparison says little of layers that did not fire at random images: {silent}")
     if options.format == "nir":
-        write_nir(model, x, path)
-        return f"{path} is written"
+        said, frame = check(model, write_nir(model, x, path), x), list(x.shape[-3:])
+        return f"{path} takes frames {frame} and answers, over {model.time_steps} steps, as the model does: {said}"
     write = {"onnx": write_onnx, "pt2": write_pt2}[options.format]
     said = check(model, write(model, x, path, any_batch=options.batch is None), x)
     shape = ["any" if options.batch is None else options.batch, *x.shape[1:]]

@@ -15,6 +15,7 @@ from .early import Early, EarlyAnswers
 from .events import Events
 from .forms import EventProduct
 from .integers import FLOAT32, INT8, INT24, IntegerProduct
+from .nir import export_to_nir, simulate_nir
 from .plan import Plan
 from .product import PATHS, Product
 from .trace import plan
@@ -29,8 +30,10 @@ __all__ = [
     "IntegerProduct",
     "Plan",
     "Product",
+    "export_to_nir",
     "optimize_for_inference",
     "plan",
+    "simulate_nir",
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int8)

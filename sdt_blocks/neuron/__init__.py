@@ -2,7 +2,6 @@
 
 from .integer import IntegerNeuron
 from .lif import LIF, NEURONS, NeuronFactory, NeuronLike, ParametricLIF, make_neuron, neuron_options, neuron_spec
-from .nir import export_to_nir
 from .replacing import InSteps, find_neurons, replace_neurons
 from .stepping import OverTime, clear_hidden, fires, over_time, remembers, spikes_of, states_of, takes_sequence
 from .stream import Stream, Streamed
@@ -19,7 +18,6 @@ __all__ = [
     "Stream",
     "Streamed",
     "clear_hidden",
-    "export_to_nir",
     "find_neurons",
     "fires",
     "make_neuron",

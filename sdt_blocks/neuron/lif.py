@@ -35,7 +35,7 @@ class LIF(snntorch.Leaky, Streamed):
 
     A call takes a sequence, not snnTorch's single step `spk, mem = lif(x, mem)`, for which there is `step`: the first
     axis is time, never the batch, and the result is the spikes alone. snnTorch's own NIR export knows nothing of the
-    scaled input and stops at a `LIF`; `sdt_blocks.neuron.export_to_nir` does it.
+    scaled input and stops at a `LIF`; `sdt_blocks.inference.export_to_nir` does it.
 
     Shapes: `[T, ...] -> [T, ...]`. The state is float32 under mixed precision.
 

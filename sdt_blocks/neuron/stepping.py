@@ -113,7 +113,7 @@ class OverTime(nn.Module, Streamed):
         U[t] = beta U[t-1] + x[t] - threshold S[t-1]     or, with reset "zero", beta (1 - S[t-1]) U[t-1] + x[t]
         S[t] = U[t] > threshold
         """
-        if self.carrier is not None or x.dtype != torch.float32 or len(x) == 0 or not _is_plain_leaky(self.neuron):
+        if self.carrier is not None or x.dtype != torch.float32 or len(x) == 0 or not is_plain_leaky(self.neuron):
             spikes: Tensor = self(x)
             return spikes
         neuron: Any = self.neuron
@@ -137,7 +137,7 @@ class OverTime(nn.Module, Streamed):
         return torch.stack([spikes_of(neuron(x_t)) for x_t in x.unbind(0)])
 
 
-def _is_plain_leaky(neuron: Any) -> bool:
+def is_plain_leaky(neuron: Any) -> bool:
     """Whether a neuron does what `evaluate` computes: a `Leaky` without options that change its spikes."""
     if type(neuron) is not snntorch.Leaky or neuron.state_quant or neuron.inhibition or not neuron.reset_delay:
         return False

@@ -8,7 +8,7 @@ import pytest
 import torch
 from common.config import ConfigError, RunError
 
-from sdt_blocks import example_images
+from sdt_blocks import calibrate_norms, create_model, example_images, save_model
 from sdt_blocks.example import FOLDER, example_model
 
 
@@ -43,9 +43,46 @@ def test_onnx(export, tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), expected(), atol=1e-4, rtol=0)
 
 
+@pytest.fixture
+def convolutional(tmp_path, monkeypatch):
+    """A saved model without attention and pooling, which fires, and the recipe for it."""
+    import export as recipe
+
+    torch.manual_seed(0)
+    model = create_model("sdt_2_256", depth=0, dim=32, in_channels=1, pooling="0000")
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.bias, 0.7, 0.3)
+    calibrate_norms(model, example_images()[0])
+    save_model(model, tmp_path / "model")
+    arguments = [f"checkpoint={tmp_path / 'model'}", "format=nir", "data.img_size=16"]
+    return lambda: recipe.run(*recipe.read_arguments(arguments))
+
+
+def test_a_graph_of_nir_is_read_back(convolutional, tmp_path, capsys):
+    nir = pytest.importorskip("nir")
+    said = convolutional()
+    assert "model.nir takes frames [1, 16, 16] and answers, over 4 steps, as the model does: 8 images get the" in said
+    graph = nir.read(str(tmp_path / "model" / "model.nir"))
+    assert graph.nodes["head"].weight.shape == (10, 32) and "did not fire" not in capsys.readouterr().err
+
+
+def test_a_graph_of_nir_that_answers_otherwise_is_refused(convolutional, monkeypatch):
+    nir = pytest.importorskip("nir")
+    write = nir.write
+
+    def damaged(path, graph):
+        graph.nodes["head"].weight[:] = graph.nodes["head"].weight[::-1]
+        write(path, graph)
+
+    monkeypatch.setattr(nir, "write", damaged)
+    with pytest.raises(RunError, match="what was written answers otherwise"):
+        convolutional()
+
+
 def test_what_cannot_be_written_is_refused(export, monkeypatch):
-    pytest.importorskip("nirtorch")
-    with pytest.raises(ConfigError, match="format=nir: NIR has no attention"):
+    pytest.importorskip("nir")
+    with pytest.raises(ConfigError, match=r"NIR has no attention.*\(blocks.0.attention.branch.mixer for one"):
         export("format=nir", "output=digits.nir")
     with pytest.raises(ConfigError, match="format: expected one of onnx, pt2, nir, got 'tflite'"):
         export("format=tflite")

@@ -1,0 +1,317 @@
+"""Plans of networks as graphs of NIR, for other simulators and chips (Pedersen et al., 2024)."""
+
+from __future__ import annotations
+
+import graphlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import snntorch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import steps
+from ..neuron import LIF, OverTime
+from ..neuron.stepping import is_plain_leaky
+from .passes import axes_of_mean, over_places
+from .plan import ADD, CALL, CHECK, FIRE, INPUT, MIX, OUTPUT, POOL, PRESENT, PROJECT, Node, convolution, filled, fold
+from .trace import trace
+
+DT = 1e-4
+"""Seconds of a time step, as snnTorch's own export has it."""
+
+LEADING = 2
+"""Axes of time and batch, which a graph does not have."""
+
+Sources = tuple[str, ...]
+"""The nodes of a graph whose sum a value is: NIR adds what several edges bring."""
+
+
+@torch.no_grad()
+def export_to_nir(model: nn.Module, x: Tensor) -> Any:
+    """The NIR graph (`nir.NIRGraph`, https://doi.org/10.1038/s41467-024-52259-9) of a spiking network in eval mode.
+
+    It holds convolutions with the norms behind them folded in, linear layers, flattening, average pooling, the mean
+    over places, shortcuts, and neurons: `LIF`, `ParametricLIF`, and snnTorch's `Leaky` within `over_time` (with beta 1
+    a `nir.IF`). Nodes have the names of the modules. Constants are in steps of 0.1 ms; the reset is to 0. NIR's neuron
+    fires above its threshold; of one that fires at it too (`strict=False`) the threshold is the float32 number below.
+
+    The graph takes one frame a step and gives one output a step: an image is to be shown at every step, and a mean over
+    time behind the last layer is the reader's. x is what the model takes, any one input; its values do not matter.
+
+    Raises `ValueError` for another reset than "zero", `TypeError` with the name of the module for what NIR does not
+    have, such as attention, and `ImportError` without the package nir.
+
+    >>> net = nn.Sequential(nn.Linear(8, 5), LIF(tau=2.0), nn.Linear(5, 3))  # doctest: +SKIP
+    >>> export_to_nir(net, torch.rand(4, 1, 8)).nodes["1"].r  # doctest: +SKIP
+    array([1., 1., 1., 1., 1.], dtype=float32)
+    """
+    nir = _package()
+    mixers = [
+        name for name, module in model.named_modules() if hasattr(module, "emits") and hasattr(module, "additions")
+    ]
+    if mixers:
+        raise TypeError(
+            f"NIR has no attention, nor any other product of spikes with spikes, and the network has {len(mixers)} "
+            f"({mixers[0]} for one); ONNX and torch.export hold it"
+        )
+    traced = trace(model)
+    if traced.opaque:
+        name, why = next(iter(traced.opaque.items()))
+        raise TypeError(f"{name or type(model).__name__} has no form in NIR, since its call cannot be traced: {why}")
+    writer = _Writer(nir)
+    for node in traced.plan.nodes:
+        writer.write(node, x, traced.plan.users()[node])
+    return nir.NIRGraph(nodes=writer.nodes, edges=writer.edges)
+
+
+@torch.no_grad()
+def simulate_nir(graph: Any, x: Tensor, dt: float = DT) -> dict[str, Tensor]:
+    """What every node of a NIR graph gives for the sequence x, by name, `[T, B, ...]` each.
+
+    `graph` is what `export_to_nir` makes or `nir.read` reads, and x `[T, B, ...]` goes to its one input. Neurons are
+    NIR's differential equations, `tau dv/dt = v_leak - v + r i` and `dv/dt = r i`, in Euler steps of `dt` seconds.
+
+    Raises `TypeError` for a kind of node that `export_to_nir` does not write, and `ValueError` for a graph with a
+    circle, or without one input.
+    """
+    nir = _package()
+    before: dict[str, list[str]] = {name: [] for name in graph.nodes}
+    for source, target in graph.edges:
+        before[target].append(source)
+    inputs = [name for name, node in graph.nodes.items() if isinstance(node, nir.Input)]
+    if len(inputs) != 1:
+        raise ValueError(f"a graph with one input is expected, got {len(inputs)}")
+    try:
+        order = list(graphlib.TopologicalSorter(before).static_order())
+    except graphlib.CycleError as error:
+        raise ValueError(f"the graph has a circle, which no layer after the other computes: {error.args[1]}") from None
+    values: dict[str, Tensor] = {inputs[0]: x}
+    for name in order:
+        if name not in values:
+            total = sum((values[one] for one in before[name][1:]), start=values[before[name][0]])
+            values[name] = _simulated(nir, name, graph.nodes[name], total, dt)
+    return values
+
+
+def _package() -> Any:
+    try:
+        import nir
+    except ImportError as error:
+        raise ImportError(f"NIR needs the package nir (pip install 'sdt_blocks[export]'): {error}") from None
+    return nir
+
+
+class _Writer:
+    """The nodes and edges of a graph, from the nodes of a plan and the shapes that an input gives them."""
+
+    def __init__(self, nir: Any) -> None:
+        self.nir = nir
+        self.nodes: dict[str, Any] = {}
+        self.edges: list[tuple[str, str]] = []
+        self.values: dict[Node, Any] = {}
+        self.sources: dict[Node, Sources] = {}
+
+    def write(self, node: Node, x: Tensor, users: list[Node]) -> None:
+        """Writes one node of a plan; those that it takes have been written. Raises `TypeError` or `ValueError`."""
+        before = self.sources.get(node.args[0]) if node.args and isinstance(node.args[0], Node) else None
+        if node.op == OUTPUT:
+            if before is None:
+                raise TypeError("a graph of NIR has one output, and the network gives another")
+            self._add("output", self.nir.Output(self._shape(node.args[0])), before)
+        elif node.op == MIX:
+            raise TypeError(f"NIR has no attention, and {node.name} is one; ONNX and torch.export hold it")
+        elif node.op == INPUT:
+            if any(one.op == INPUT for one in self.values):
+                raise TypeError("a graph of NIR has one input here, and the network takes two")
+            self.values[node] = x
+            if not any(user.op == PRESENT for user in users):
+                self.sources[node] = self._add("input", self.nir.Input(self._shape(node)), ())
+        elif node.op != CHECK:
+            self.values[node] = _value(node, self.values)
+            if node.op == PRESENT:
+                self.sources[node] = self._add("input", self.nir.Input(self._shape(node)), ())
+            else:
+                self.sources[node] = self._written(node, before, users)
+
+    def _written(self, node: Node, before: Sources | None, users: list[Node]) -> Sources:
+        if before is None:
+            raise self._refused(node)
+        target = node.target
+        if node.op == ADD:
+            terms = [self.sources[one] for one in node.args if isinstance(one, Node)]
+            if len(terms) < 2 or set(terms[0]) & set(terms[1]):
+                raise TypeError(f"{node.name}: NIR adds what several nodes give, each once, and nothing else")
+            return terms[0] + terms[1]
+        if node.op == FIRE or (node.op == CALL and isinstance(target, OverTime)):
+            return self._add(node.name, _neuron(self.nir, node.name, target, self._shape(node)), before)
+        if node.op == PROJECT:
+            return self._add(node.name, self._convolution(node), before)
+        if node.op == CALL and axes_of_mean(node) == [0] and all(user.op == OUTPUT for user in users):
+            # One output a step; the mean over them is the reader's.
+            self.values[node] = self.values[node.args[0]]
+            return before
+        if node.op == CALL and over_places(node) and target in ("mean", torch.mean):
+            size = np.array(self.values[node.args[0]].shape[-2:])
+            pooled = self._add(f"{node.name}.pool", self._average(size, size), before)
+            channels = np.array([self.values[node].shape[-1], 1, 1])
+            return self._add(node.name, self.nir.Flatten({"input": channels}, 0, -1), pooled)
+        return self._add(node.name, self._layer(node), before)
+
+    def _layer(self, node: Node) -> Any:
+        """Layers of torch, and the calls that do the same."""
+        layer, given = node.target, self.values[node.args[0]]
+        plain = isinstance(layer, nn.Module) and not steps.has_hooks(layer)
+        flat = _flattened(node)
+        if flat is not None and flat[0] >= LEADING:
+            start, end = flat[0] - LEADING, flat[1] % given.ndim - LEADING
+            return self.nir.Flatten({"input": np.array(given.shape[LEADING:])}, start, end)
+        if plain and type(layer) is nn.Linear and given.ndim == LEADING + 1:
+            weight = _numbers(layer.weight)
+            return self.nir.Linear(weight) if layer.bias is None else self.nir.Affine(weight, _numbers(layer.bias))
+        if plain and type(layer) is nn.AvgPool2d and given.ndim == LEADING + 3:
+            padded = np.any(np.array(layer.padding))
+            if padded or layer.ceil_mode or layer.divisor_override is not None:
+                raise TypeError(f"{node.name}: NIR's average pooling has no padding, ceil_mode or divisor: {layer}")
+            return self._average(layer.kernel_size, layer.stride)
+        raise self._refused(node)
+
+    def _convolution(self, node: Node) -> Any:
+        known = convolution(node.target)
+        if known is None:
+            raise self._refused(node)
+        conv, _ = known
+        weight, bias = fold(*known)
+        if conv.groups > 1:  # of which the package nir gets the channels wrong: zeros stand between the groups
+            weight = torch.stack(
+                [torch.block_diag(*part.chunk(conv.groups)) for part in weight.flatten(2).unbind(2)], 2
+            )
+        weight = weight.reshape(*weight.shape[:2], *conv.kernel_size)
+        size = tuple(self.values[node.args[0]].shape[-2:])
+        made = self.nir.Conv2d(size, _numbers(weight), conv.stride, conv.padding, conv.dilation, 1, _numbers(bias))
+        shape = self._shape(node)
+        if not np.array_equal(made.output_type["output"], shape):
+            raise TypeError(
+                f"{node.name}: the package nir takes a kernel of {conv.kernel_size} for a square one, and its result "
+                f"for {made.output_type['output'].tolist()} instead of {shape.tolist()}"
+            )
+        return made
+
+    def _average(self, size: Any, stride: Any) -> Any:
+        pair, step = (np.broadcast_to(np.array(value), (2,)) for value in (size, stride))
+        return self.nir.AvgPool2d(kernel_size=pair, stride=step, padding=np.zeros(2, int))
+
+    def _refused(self, node: Node) -> TypeError:
+        kind = type(node.target).__name__ if isinstance(node.target, nn.Module) else node.name
+        norm = isinstance(node.target, nn.modules.batchnorm._NormBase)
+        more = "; norms fold into the convolution before them, where no other layer takes it" if norm else ""
+        more = "; average pooling it has" if isinstance(node.target, nn.MaxPool2d) else more
+        return TypeError(f"NIR has no {kind} as the network calls it ({node.name}){more}")
+
+    def _shape(self, node: Node) -> np.ndarray:
+        """The shape of one sample at one step."""
+        return np.array(self.values[node].shape[LEADING:])
+
+    def _add(self, name: str, made: Any, before: Sources) -> Sources:
+        unique, again = name, 0
+        while unique in self.nodes or (unique in ("input", "output") and not _is_end(made)):
+            again += 1
+            unique = f"{name}_{again}"
+        self.nodes[unique] = made
+        self.edges += [(source, unique) for source in before]
+        return (unique,)
+
+
+def _is_end(node: Any) -> bool:
+    return type(node).__name__ in ("Input", "Output")
+
+
+def _value(node: Node, values: dict[Node, Any]) -> Any:
+    """What a node of a plan gives, by the leaf itself."""
+    args, kwargs = filled(node.args, values.__getitem__), filled(node.kwargs, values.__getitem__)
+    ways: dict[str, Callable[..., Any]] = {PROJECT: steps.project, FIRE: steps.fire, POOL: steps.pool}
+    if node.op in ways:
+        return ways[node.op](node.target, *args)
+    if isinstance(node.target, str):
+        return getattr(args[0], node.target)(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)
+
+
+def _flattened(node: Node) -> tuple[int, int] | None:
+    """The first and the last axis that a layer or a call flattens to one."""
+    if isinstance(node.target, nn.Flatten):
+        return node.target.start_dim, node.target.end_dim
+    if node.target not in ("flatten", torch.flatten):
+        return None
+    given = {"start_dim": 0, "end_dim": -1, **dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False))}
+    given |= node.kwargs
+    return given["start_dim"], given["end_dim"]
+
+
+def _neuron(nir: Any, name: str, layer: Any, shape: np.ndarray) -> Any:
+    neuron: Any = layer.neuron if isinstance(layer, OverTime) else layer
+    leaky = type(neuron) is snntorch.Leaky and isinstance(layer, OverTime) and is_plain_leaky(neuron)
+    if not leaky and not (isinstance(neuron, LIF) and steps.is_neuron(neuron)):
+        raise TypeError(f"{name}: {type(neuron).__name__} has no form here; LIF, ParametricLIF and snnTorch's Leaky do")
+    if neuron.reset_mechanism != "zero":
+        raise ValueError(f"{name}: a neuron of NIR is reset to zero, got one with reset={neuron.reset_mechanism!r}")
+    ones = np.ones(shape, dtype=np.float32)
+    threshold = np.float32(float(neuron.threshold))
+    if not leaky and not neuron.strict:
+        threshold = np.nextafter(threshold, np.float32(0))
+    voltages = {"v_threshold": threshold * ones, "v_reset": 0 * ones}
+    leak = torch.as_tensor(1 - neuron.beta.clamp(0, 1) if leaky else neuron.inv_tau).double()
+    if leaky and leak == 0:
+        return nir.IF(r=ones / np.float32(DT), **voltages)
+    per_channel = leak.view(-1, *(1,) * (len(shape) - 1)) if leak.ndim else leak
+    tau = (DT / per_channel).numpy() * ones.astype(np.float64)
+    resistance = 1 / leak.item() if leaky else 1.0
+    return nir.LIF(tau=tau.astype(np.float32), r=np.float32(resistance) * ones, v_leak=0 * ones, **voltages)
+
+
+def _numbers(value: Tensor) -> np.ndarray:
+    numbers: np.ndarray = value.detach().float().cpu().numpy()
+    return numbers
+
+
+def _simulated(nir: Any, name: str, node: Any, x: Tensor, dt: float) -> Tensor:
+    """What one node gives for the whole sequence."""
+
+    def tensor(values: Any) -> Tensor:
+        return torch.as_tensor(np.asarray(values)).to(x)
+
+    def framewise(function: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
+        return function(x.flatten(0, 1), *args, **options).unflatten(0, x.shape[:LEADING])
+
+    if isinstance(node, nir.Output):
+        return x
+    if isinstance(node, nir.Conv2d):
+        padding = node.padding if isinstance(node.padding, str) else _pair(node.padding)
+        options = {"padding": padding, "stride": _pair(node.stride), "dilation": _pair(node.dilation)}
+        return framewise(F.conv2d, tensor(node.weight), tensor(node.bias), groups=int(node.groups), **options)
+    if isinstance(node, nir.Linear | nir.Affine):
+        return F.linear(x, tensor(node.weight), tensor(node.bias) if isinstance(node, nir.Affine) else None)
+    if isinstance(node, nir.AvgPool2d):
+        return framewise(F.avg_pool2d, _pair(node.kernel_size), _pair(node.stride), _pair(node.padding))
+    if isinstance(node, nir.Flatten):
+        end = int(node.end_dim)
+        return x.flatten(int(node.start_dim) + LEADING, end + LEADING if end >= 0 else end)
+    if not isinstance(node, nir.LIF | nir.IF):
+        raise TypeError(f"{name}: a {type(node).__name__} is none of the nodes that export_to_nir writes")
+    threshold, reset, resistance = (tensor(values) for values in (node.v_threshold, node.v_reset, node.r))
+    share = dt / tensor(node.tau) if isinstance(node, nir.LIF) else torch.full_like(threshold, dt)
+    v, spikes = torch.zeros_like(x[0]), []
+    for x_t in x:
+        drive = resistance * x_t
+        v = v + share * (tensor(node.v_leak) - v + drive if isinstance(node, nir.LIF) else drive)
+        fired = v > threshold
+        v = torch.where(fired, reset, v)
+        spikes.append(fired.to(x))
+    return torch.stack(spikes)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    first, second = np.broadcast_to(np.asarray(value), (2,))
+    return int(first), int(second)
