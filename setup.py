@@ -16,7 +16,7 @@ export = ["onnx>=1.17", "onnxscript>=0.2", "onnxruntime>=1.20", "nir>=1.0"]
 data = ["datasets>=4", "mlxtend>=0.23", "webdataset>=0.2.86"]
 everything = [*recipes, *events, *export, *data, "huggingface_hub>=0.24"]
 test = [*everything, "pytest>=8", "pytest-xdist", "hypothesis", "mypy", "ruff", "dv-processing", "h5py", "neurobench"]
-test += ["nirtorch>=2.0", "spikingjelly>=2.0", "types-PyYAML", "wheel"]
+test += ["nirtorch>=2.0", "spikingjelly>=2.0", "transformers>=5", "types-PyYAML", "wheel"]
 docs = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings-python>=2.0,<3", "ruff"]
 
 setup(
