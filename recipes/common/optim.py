@@ -19,9 +19,6 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 # Keeps the draws of the batch mixing apart from those of the samples, which are keyed by seed, epoch and index.
 _MIXING = 1
 
-HEADS = ("head", "distillation")
-"""What the parameters of a model's heads, and of the neurons in front of them, begin with."""
-
 
 def build_optimizer(
     model: nn.Module,
@@ -39,69 +36,23 @@ def build_optimizer(
     Weight decay acts on weights of two dimensions and more: not on biases, norms, or `ParametricLIF`'s time constants.
     SGD is Nesterov's with the first of `betas` as its momentum. LAMB divides by the global gradient norm where that
     exceeds 1, as timm's does by default; with `trust_clip` no layer's trust ratio exceeds 1 either. With `layer_decay`
-    layer l of L learns at `layer_decay ** (L - l)` times the rate (see `layers_of`).
+    layer l of L learns at `layer_decay ** (L - l)` times the rate, the group's `lr_scale`; layers are those of the
+    model's `group_matcher`.
 
-    Raises `ValueError` where no parameter requires gradients, or layers cannot be told apart.
+    Raises `ValueError` where no parameter requires gradients, or the model does not tell layers apart.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model requires gradients: there is nothing to train")
-    learnt = model if layer_decay is None else layer_groups(model, layer_decay, weight_decay)
+    if layer_decay is not None and not hasattr(model, "group_matcher"):
+        raise ValueError(f"optim.layer_decay: {type(model).__name__} has no group_matcher (timm's): leave it out")
+    given: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "layer_decay": layer_decay}
     if name == "sgd":
-        return create_optimizer_v2(learnt, "sgd", lr=lr, weight_decay=weight_decay, momentum=betas[0] if betas else 0.9)
+        return create_optimizer_v2(model, "sgd", momentum=betas[0] if betas else 0.9, **given)
     options = {"eps": eps, "betas": tuple(betas) if betas else None}
-    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    given |= {key: value for key, value in options.items() if value is not None}
     if trust_clip:
         given["trust_clip"] = True
-    return create_optimizer_v2(learnt, name, lr=lr, weight_decay=weight_decay, **given)
-
-
-def layers_of(model: nn.Module) -> dict[str, int]:
-    """The layer of each parameter by name: 0 before the attention blocks, 1, 2, ... in them, the last is the heads'.
-
-    An attention block is a member of a `Sequential` that has a mixer. Raises `ValueError` where they do not stand in
-    one `Sequential`: what lies between could be of any layer.
-    """
-    chains = {name: chain for name, chain in model.named_modules() if isinstance(chain, nn.Sequential)}
-    mixing = {
-        name: [
-            f"{name}.{i}." for i, block in enumerate(chain) if any(hasattr(part, "emits") for part in block.modules())
-        ]
-        for name, chain in chains.items()
-    }
-    # A chain within a block is no chain of blocks.
-    found = {name: blocks for name, blocks in mixing.items() if blocks}
-    outer = [name for name in found if not any(name != other and name.startswith(f"{other}.") for other in found)]
-    if len(outer) != 1:
-        raise ValueError(
-            f"optim.layer_decay numbers the attention blocks of one stage; {type(model).__name__} has them in "
-            f"{len(outer)} ({', '.join(outer) or 'none'}): leave it out"
-        )
-    blocks = found[outer[0]]
-    numbers = {block: number for number, block in enumerate(blocks, start=1)}
-
-    def layer(name: str) -> int:
-        if name.startswith(HEADS):
-            return len(blocks) + 1
-        return next((number for block, number in numbers.items() if name.startswith(block)), 0)
-
-    return {name: layer(name) for name, _ in model.named_parameters()}
-
-
-def layer_groups(model: nn.Module, decay: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups of a layer each, with the factor of its learning rate as `lr_scale`; 1-D ones do not decay."""
-    layers = layers_of(model)
-    last = max(layers.values())
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        decays = parameter.ndim > 1
-        group = groups.setdefault(
-            (layers[name], decays),
-            {"params": [], "weight_decay": weight_decay * decays, "lr_scale": decay ** (last - layers[name])},
-        )
-        group["params"].append(parameter)
-    return list(groups.values())
+    return create_optimizer_v2(model, name, **given)
 
 
 def learning_rate(

@@ -137,7 +137,7 @@ class OptimConfig:
     trust_clip: bool = option(False, "lamb: no layer's trust ratio above 1")
     clip_grad: float | None = option(None, "largest norm of the gradient", above=0, most=1e9)
     layer_decay: float | None = option(
-        None, "factor of the learning rate from each attention block to the one before it", above=0, most=1
+        None, "factor of the learning rate from each block to the one before it", above=0, most=1
     )
 
 

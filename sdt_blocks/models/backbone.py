@@ -229,16 +229,18 @@ class Backbone(HubModel, nn.Module):
         return {f"{name}.{key}" for name, neuron in find_neurons(self).items() for key, _ in neuron.named_parameters()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns of names for the groups of timm's layer decay: stem, blocks in their order (or stages), head."""
-        last = (r"^(?:head|distillation)_neuron", (99999,))
+        """Patterns of names for the groups of layer decay, as timm has them: stem, blocks in their order (or stages).
+
+        The heads, which none of them matches, are the last group, the neurons in front of them among it.
+        """
+        blocks: list[tuple[str, tuple[int] | None]]
         if coarse:
-            blocks = [(r"^(?:blocks|stages|downsamplings|embeddings)\.(\d+)", None), last]
+            blocks = [(r"^(?:blocks|stages|downsamplings|embeddings)\.(\d+)", None)]
         else:
             blocks = [
                 (r"^(?:downsamplings|embeddings)\.(\d+)", (-1,)),
                 (r"^stages\.(\d+)\.(\d+)", None),
                 (r"^blocks\.(\d+)", None),
-                last,
             ]
         return {"stem": r"^(?:patch|downsamplings\.0|embeddings\.0)\.", "blocks": blocks}
 

@@ -383,6 +383,16 @@ class ESpikeFormerLarge(Backbone):
             membrane = self.run_blocks(blocks, downsampling(membrane))
             yield membrane
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns of names for layer decay as the released fine-tuning has it: the attention blocks, and the heads.
+
+        All that stands before the attention blocks is one group.
+        """
+        if coarse:
+            return super().group_matcher(coarse)
+        last = len(self.stages) - 1
+        return {"stem": rf"^(?:downsamplings|stages\.[^{last}])\.", "blocks": [(rf"^stages\.{last}\.(\d+)", None)]}
+
     @property
     def feature_info(self) -> list[dict[str, Any]]:
         dims = self.config["dims"]

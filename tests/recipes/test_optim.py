@@ -9,7 +9,6 @@ from common.optim import (
     build_loss,
     build_optimizer,
     check_even_batch,
-    layers_of,
     learning_rate,
     set_learning_rate,
 )
@@ -309,18 +308,25 @@ def test_layer_decay_is_that_of_the_released_large_family():
     assert all((found[id(weight)]["weight_decay"] == 0) == (weight.ndim == 1) for weight in names.values())
 
 
-def test_layers_are_numbered_where_attention_has_one_stage():
+@pytest.mark.parametrize("name", ["sdt_8_384", "sdt_v2_15m", "spikformer_4_384", "qkformer_4_384"])
+def test_layers_run_from_the_stem_to_the_heads(name):
     with torch.device("meta"):
-        layers = layers_of(create_model("sdt_8_384", neuron="plif"))
-        several = create_model("sdt_v2_15m")
-    assert {name: layers[name] for name in ("patch.position.conv.weight", "head_neuron.w", "head.bias")} == {
-        "patch.position.conv.weight": 0, "head_neuron.w": 9, "head.bias": 9,
-    }  # fmt: skip
-    assert layers["blocks.0.mlp.branch.fc1.conv.weight"] == 1 and layers["blocks.7.attention.branch.q.conv.weight"] == 8
-    with pytest.raises(ValueError, match=r"MetaSpikeFormer has them in 2 \(stages\.3, stages\.4\): leave it out"):
-        build_optimizer(several, name="adamw", lr=1.0, weight_decay=0.0, layer_decay=0.75)
-    with pytest.raises(ValueError, match=r"Linear has them in 0 \(none\)"):
-        layers_of(nn.Linear(2, 2))
+        model = create_model(name, neuron="plif")
+    optimizer = build_optimizer(model, name="adamw", lr=1.0, weight_decay=0.05, layer_decay=0.5)
+    scales = {id(weight): group["lr_scale"] for group in optimizer.param_groups for weight in group["params"]}
+    of_names = {name: scales[id(weight)] for name, weight in model.named_parameters()}
+    heads = {scale for name, scale in of_names.items() if name.startswith(("head", "head_neuron"))}
+    assert heads == {1.0} and next(iter(of_names.values())) == min(of_names.values())
+    assert sorted(set(of_names.values())) == [0.5**layer for layer in reversed(range(len(set(of_names.values()))))]
+    blocks = [name for name in of_names if name.startswith(("blocks.", "stages."))]
+    assert [of_names[name] for name in blocks] == sorted(of_names[name] for name in blocks) and of_names[
+        blocks[-1]
+    ] == 0.5
+
+
+def test_layers_that_a_model_does_not_tell_apart_are_refused():
+    with pytest.raises(ValueError, match=r"optim\.layer_decay: Linear has no group_matcher"):
+        build_optimizer(nn.Linear(2, 2), name="adamw", lr=1.0, weight_decay=0.0, layer_decay=0.75)
 
 
 def test_with_layer_decay_a_step_is_smaller_the_deeper_it_is():
@@ -332,10 +338,10 @@ def test_with_layer_decay_a_step_is_smaller_the_deeper_it_is():
     model(torch.rand(2, 3, 32, 32)).square().sum().backward()
     optimizer.step()
     # Adam's first step is the learning rate, whatever the gradient, unless that is rounding alone.
-    for name in ("patch.stages.0.conv.weight", "blocks.0.mlp.branch.fc1.conv.weight", "head.weight"):
+    layers = {"patch.stages.0.conv.weight": 0, "blocks.0.mlp.branch.fc1.conv.weight": 1, "head.weight": 3}
+    for name, layer in layers.items():
         change = (model.get_parameter(name) - before[name]).abs().max().item()
-        assert change == pytest.approx(1e-2 * 0.1 ** (3 - layers_of(model)[name]), rel=0.05), name
-    assert layers_of(model)["head.weight"] == 3
+        assert change == pytest.approx(1e-2 * 0.1 ** (3 - layer), rel=0.05), name
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
