@@ -2,21 +2,17 @@
 
 import copy
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
-from timm.data import create_dataset, create_loader, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV2
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import sdt_blocks.models.timm  # noqa: F401
-from sdt_blocks import create_model, example_images, list_models, load_model, save_model
-from sdt_blocks.analysis import firing_rates
+from sdt_blocks import create_model, list_models, load_model, save_model
 from sdt_blocks.models.registry import families
 
 
@@ -192,33 +188,3 @@ def test_checkpointed_blocks_have_the_same_gradients_and_count_a_batch_once(smal
         assert torch.equal(one, other), name
     again.set_grad_checkpointing(False)
     assert not again.grad_checkpointing
-
-
-def test_timms_pieces_train_a_model(tmp_path):
-    """train.py itself is not a part of timm's package: its data set, loader, optimiser, schedule and averaging are."""
-    torch.manual_seed(0)
-    images, labels = example_images()
-    for split in ("train", "validation"):
-        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            folder = tmp_path / split / str(label.item() % 2)
-            folder.mkdir(parents=True, exist_ok=True)
-            grey = ((image[0] - image.min()) / (image.max() - image.min()) * 255).numpy().astype(np.uint8)
-            Image.fromarray(grey).save(folder / f"{i}.png")
-    model = timm.create_model("sdt_2_256", dim=32, num_classes=2, time_steps=2, drop_path_rate=0.1)
-    data = {**resolve_model_data_config(model), "input_size": (3, 16, 16)}
-    dataset = create_dataset("", root=str(tmp_path), split="train")
-    options = {"batch_size": 8, "use_prefetcher": False, "num_workers": 0, "no_aug": True}
-    loader = create_loader(dataset, is_training=True, **options, **data)
-    optimizer = create_optimizer_v2(model, "adamw", lr=2e-2, weight_decay=0.05, layer_decay=0.9)
-    average, losses = ModelEmaV2(model, decay=0.5), []
-    for _ in range(8):
-        for x, y in loader:
-            loss = nn.functional.cross_entropy(model.train()(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            average.update(model)
-            losses.append(loss.item())
-    assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
-    assert not firing_rates(average.module.eval(), x).silence
-    assert average.module(x).shape == (len(x), 2)

@@ -1,6 +1,7 @@
 """The models of the kit in timm: importing this module makes their names known to `timm.create_model`.
 
-timm is optional (`pip install 'sdt_blocks[timm]'`); `import sdt_blocks` imports neither.
+timm is optional (`pip install 'sdt_blocks[timm]'`); `import sdt_blocks` imports neither. For timm's own scripts the
+names are known where they are started as `python -m sdt_blocks.models.timm train.py --model sdt_8_384 ...`.
 
 >>> import timm, sdt_blocks.models.timm
 >>> model = timm.create_model("sdt_2_256", num_classes=7, in_chans=1, drop_path_rate=0.1)
@@ -11,6 +12,8 @@ timm is optional (`pip install 'sdt_blocks[timm]'`); `import sdt_blocks` imports
 from __future__ import annotations
 
 import functools
+import runpy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -120,3 +123,9 @@ class _Built:
 
 
 register_models()
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("name the script to run: python -m sdt_blocks.models.timm train.py [its arguments]")
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
