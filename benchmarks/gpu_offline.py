@@ -41,7 +41,7 @@ COLUMNS = [
 TARGETS = [f"sm_{capability}" for capability in GPUS]
 BATCH = 32
 OPS = {
-    op._qualname: op
+    op.name: op
     for op in (
         *(lif_op, lif_backward_op, channel_statistics, max_pool_op, max_pool_backward_op),
         *(attend_op, attend_backward_op),
@@ -118,7 +118,7 @@ class _Bodies(TorchDispatchMode):
     """Runs the bodies of our ops, of which tensors without data are shown the shapes of the results alone."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        body = OPS[func._schema.name]._init_fn if func._schema.name in OPS else func
+        body = OPS[func._schema.name].compute if func._schema.name in OPS else func
         return body(*args, **(kwargs or {}))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import snntorch
 import torch
@@ -10,7 +11,8 @@ from harness import Bench, close, measure_memory, same_spikes
 from torch import Tensor
 
 from sdt_blocks import LIF
-from sdt_blocks.ops import NeuronSpec, lif_reference
+from sdt_blocks.ops import NeuronSpec, Norm, batch_norm_lif, lif_reference
+from sdt_blocks.ops.lif import lif_op
 
 ALLOCATORS = ["default", "reused"]
 TAU, ALPHA = 2.0, 4.0
@@ -25,6 +27,7 @@ def run(bench: Bench) -> None:
         x = torch.randn(shape, device=bench.device, dtype=dtype) * 0.8 + 0.4
         forward(bench, setting, x)
         forward_backward(bench, setting, x)
+    one_call(bench)
 
 
 GPU_SETTINGS = [((steps, 32, 96, 56, 56), dtype) for steps in (4, 16) for dtype in (torch.float32, torch.bfloat16)]
@@ -82,6 +85,35 @@ def forward_backward(bench: Bench, setting: str, x: Tensor) -> None:
             bench.record("kept for the backward", setting, name, kept / x.numel(), unit="B/elem")
 
 
+def one_call(bench: Bench) -> None:
+    """What a call costs when there is next to nothing to compute: one time step of few neurons."""
+    x = torch.randn(1, 2, 8, 4, 4, device=bench.device, requires_grad=True)
+    weights, rest = torch.ones_like(x), torch.zeros_like(x[0])
+    lif, norm = LIF(tau=TAU), torch.nn.BatchNorm2d(8, device=bench.device)
+    leaky = leaky_neuron()
+    known = Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, training=True)
+    code = lif.spec.encode()
+    calls: dict[str, Callable[[], Tensor]] = {
+        "snnTorch Leaky, a step": lambda: leaky(x[0] / TAU, rest)[0][None],
+        "sdt_blocks LIF": lambda: lif(x),
+        "sdt_blocks LIF, by PyTorch's registry": lambda: lif_op.overload(x, 1, code)[0],
+        "sdt_blocks norm + LIF": lambda: batch_norm_lif(x, known, lif.spec),
+        "sdt_blocks reference": lambda: lif_reference(x, lif.spec)[0],
+    }
+    expected = calls["sdt_blocks reference"]().detach()
+    parity = {
+        name: lambda call=call: same_spikes(call(), expected) for name, call in calls.items() if "norm" not in name
+    }
+    options: dict[str, Any] = {"baseline": "snnTorch Leaky, a step", "rounds": 1000, "warmup": 50}
+    setting = f"T=1, {x[0].numel()} neurons"
+    bench.race("one call, forward", setting, calls, parity=parity, **options)
+    both = {
+        name: lambda call=call: torch.autograd.grad(call(), x, weights, materialize_grads=True)
+        for name, call in calls.items()
+    }
+    bench.race("one call, forward + backward", setting, both, **options)
+
+
 def contestants(bench: Bench) -> dict[str, Callable[[Tensor], Tensor]]:
     """Neurons of the same equations: input scaled by 1 / tau, hard and detached reset, sigmoid surrogate of alpha 4."""
     found: dict[str, Callable[[Tensor], Tensor]] = {
@@ -105,11 +137,15 @@ def contestants(bench: Bench) -> dict[str, Callable[[Tensor], Tensor]]:
     return found
 
 
+def leaky_neuron() -> snntorch.Leaky:
+    """snnTorch's Leaky, reset "zero"; its own surrogate fires above the threshold, not at it."""
+    spike_grad = LIF(tau=TAU).spike_grad
+    return snntorch.Leaky(beta=1 - 1 / TAU, spike_grad=spike_grad, reset_mechanism="zero", init_hidden=False)
+
+
 def snntorch_loop() -> Callable[[Tensor], Tensor]:
-    """snnTorch's Leaky, reset "zero", stepped over time; its own surrogate fires above the threshold, not at it."""
-    leaky = snntorch.Leaky(
-        beta=1 - 1 / TAU, spike_grad=LIF(tau=TAU).spike_grad, reset_mechanism="zero", init_hidden=False
-    )
+    """snnTorch's Leaky stepped over time."""
+    leaky = leaky_neuron()
 
     def loop(x: Tensor) -> Tensor:
         membrane = torch.zeros_like(x[0])

@@ -12,6 +12,7 @@ from .bits import as_spikes
 from .dispatch import fused, kernels
 from .lif import constants, gradients_of_equations, lif, lif_gradients, lif_reference, normalized
 from .norm_lif import batch_norm_lif, batch_norm_lif_reference, statistics
+from .registered import registered
 from .spec import MOST_TOKENS, Affine, Arriving, Layout, Mask, NeuronSpec, Norm, arrange, state_dtype
 
 
@@ -79,7 +80,7 @@ def _spikes_of_reference(x: Tensor, neuron: NeuronSpec) -> Tensor:
 # The schemas of registered ops are flat, as in `lif`.
 
 
-@torch.library.custom_op("sdt_blocks::attend", mutates_args=())
+@registered("sdt_blocks::attend")
 def attend_op(
     q: Tensor,
     k: Tensor,
@@ -110,7 +111,7 @@ def _(q, k, v, neurons, inv_tau, mean, inv_std, weight, bias, of_batch, keep):
     return _results(q, layout, keep)
 
 
-@torch.library.custom_op("sdt_blocks::attend_backward", mutates_args=())
+@registered("sdt_blocks::attend_backward")
 def attend_backward_op(
     grad: Tensor,
     q: Tensor,
@@ -174,13 +175,13 @@ def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
             masked = _equations((q, k, v), _specs(ctx.neurons), inv_tau, norm, ctx.of_batch)
         of_q, of_k, of_v, of_inv_tau, of_weight, of_bias = gradients_of_equations((masked,), inputs, (grad,))
         return of_q, of_k, of_v, None, of_inv_tau, None, None, of_weight, of_bias, None, None
-    *of_x, of_inv_tau, of_weight, of_bias = torch.ops.sdt_blocks.attend_backward(
+    *of_x, of_inv_tau, of_weight, of_bias = attend_backward_op(
         grad, q, k, v, codes, sums, ctx.neurons, inv_tau, *norm, ctx.of_batch
     )
     return *of_x, None, None if inv_tau is None else of_inv_tau, None, None, of_weight, of_bias, None, None
 
 
-attend_op.register_autograd(_gradients, setup_context=_keep)
+attend_op.register_autograd(_gradients, keep=_keep)
 
 
 def _equations(

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..surrogate import KINDS, Surrogate, fire
 from .bits import as_spikes
 from .dispatch import fall_back, fused, kernels
+from .registered import registered
 from .spec import RESETS, Affine, Arriving, Layout, NeuronSpec, arrange, state_dtype
 
 
@@ -120,7 +121,7 @@ def constants(neuron: NeuronSpec) -> NeuronSpec | None:
 # arguments as many as the tuples' fields. Its body puts them together again.
 
 
-@torch.library.custom_op("sdt_blocks::lif", mutates_args=())
+@registered("sdt_blocks::lif")
 def lif_op(
     x: Tensor,
     steps: int,
@@ -155,7 +156,7 @@ def _(x, steps, neuron, inv_tau=None, membrane=None, keep_membrane=False, mean=N
     return layout.empty(x, steps), layout.empty_frame(x, dtype) if keep_membrane else x.new_empty(0, dtype=dtype)
 
 
-@torch.library.custom_op("sdt_blocks::lif_backward", mutates_args=())
+@registered("sdt_blocks::lif_backward")
 def lif_backward_op(
     grad: Tensor | None,
     grad_last: Tensor | None,
@@ -242,7 +243,7 @@ def _gradients(ctx: Any, grad: Tensor | None, grad_last: Tensor | None) -> tuple
         found = gradients_of_equations(outputs, (x, inv_tau, membrane, weight, bias), (grad, grad_last))
         of_x, of_inv_tau, of_membrane, of_weight, of_bias = found
         return of_x, None, None, of_inv_tau, of_membrane, None, None, None, of_weight, of_bias, None
-    of_x, of_inv_tau, of_membrane, of_weight, of_bias = torch.ops.sdt_blocks.lif_backward(
+    of_x, of_inv_tau, of_membrane, of_weight, of_bias = lif_backward_op(
         grad, grad_last, x, ctx.steps, ctx.neuron, inv_tau, membrane, mean, inv_std, weight, bias, ctx.of_batch
     )
     given = (
@@ -253,7 +254,7 @@ def _gradients(ctx: Any, grad: Tensor | None, grad_last: Tensor | None) -> tuple
     return of_x, None, None, of_inv_tau, of_membrane, None, None, None, of_weight, of_bias, None
 
 
-lif_op.register_autograd(_gradients, setup_context=_keep_inputs)
+lif_op.register_autograd(_gradients, keep=_keep_inputs)
 
 
 def normalized(

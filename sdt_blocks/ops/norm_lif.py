@@ -11,6 +11,7 @@ from torch import Tensor
 from .bits import as_spikes
 from .dispatch import fused, kernels
 from .lif import constants, lif_op, lif_reference
+from .registered import registered
 from .spec import NeuronSpec, Norm, arrange, state_dtype
 
 
@@ -64,14 +65,14 @@ def batch_norm_lif(
         x,
         steps,
         spec.encode(),
-        inv_tau=neuron.inv_tau.to(dtype) if isinstance(neuron.inv_tau, Tensor) else None,
-        membrane=None if membrane is None else membrane.to(dtype),
-        keep_membrane=return_membrane,
-        mean=mean.to(dtype),
-        inv_std=inv_std.to(dtype),
-        weight=None if norm.weight is None else norm.weight.to(dtype),
-        bias=None if norm.bias is None else norm.bias.to(dtype),
-        of_batch=norm.training,
+        neuron.inv_tau.to(dtype) if isinstance(neuron.inv_tau, Tensor) else None,
+        None if membrane is None else membrane.to(dtype),
+        return_membrane,
+        mean.to(dtype),
+        inv_std.to(dtype),
+        None if norm.weight is None else norm.weight.to(dtype),
+        None if norm.bias is None else norm.bias.to(dtype),
+        norm.training,
     )
     as_spikes(spikes)
     return (spikes, last) if return_membrane else spikes
@@ -94,7 +95,7 @@ def statistics(x: Tensor, norm: Norm, repeats: int = 1) -> tuple[Tensor, Tensor]
     return mean, (variance + eps).rsqrt()
 
 
-@torch.library.custom_op("sdt_blocks::channel_statistics", mutates_args=())
+@registered("sdt_blocks::channel_statistics")
 def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance `[C]` of every channel of x `[T, B, C, ...]`, in float32 or better."""
     x, layout = arrange(x, x.shape[0], per_channel=True)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import fused, kernels
+from .registered import registered
 
 
 def max_pool_reference(x: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ def max_pool(x: Tensor) -> Tensor:
     return result
 
 
-@torch.library.custom_op("sdt_blocks::max_pool", mutates_args=())
+@registered("sdt_blocks::max_pool")
 def max_pool_op(x: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """The maxima, and where `keep` is set their places within the windows, 0 to 8 row by row, else empty."""
     x = _dense(x)
@@ -46,7 +47,7 @@ def _(x, keep):
     return _results(_dense(x), keep)
 
 
-@torch.library.custom_op("sdt_blocks::max_pool_backward", mutates_args=())
+@registered("sdt_blocks::max_pool_backward")
 def max_pool_backward_op(grad: Tensor, places: Tensor, height: int, width: int) -> Tensor:
     """The gradient of the pooled frames `[N, C, height, width]`."""
     grad_x = _like_places(places, height, width, grad.dtype)
@@ -70,10 +71,10 @@ def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None]:
     (places,) = ctx.saved_tensors
     if torch.is_grad_enabled():
         return _scattered(grad, places, *ctx.size), None
-    return torch.ops.sdt_blocks.max_pool_backward(grad, places, *ctx.size), None
+    return max_pool_backward_op(grad, places, *ctx.size), None
 
 
-max_pool_op.register_autograd(_gradient, setup_context=_keep)
+max_pool_op.register_autograd(_gradient, keep=_keep)
 
 
 def _scattered(grad: Tensor, places: Tensor, height: int, width: int) -> Tensor:

@@ -185,7 +185,7 @@ def arrange(x: Tensor, steps: int, per_channel: bool) -> tuple[Tensor, Layout]:
     With `per_channel` the channels are the third axis of x.
     """
     # Under dynamic shapes sizes are symbols, which no cache can hold.
-    plain = all(type(size) is int for size in (*x.shape, *x.stride(), steps))
+    plain = {int}.issuperset(map(type, (*x.shape, *x.stride(), steps)))
     lay_out = _layout if plain else _layout.__wrapped__
     layout = lay_out(tuple(x.shape), x.stride(), steps, per_channel)
     if layout is None:

@@ -104,13 +104,13 @@ def samples():
 def test_opcheck(monkeypatch, name):
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
     torch.manual_seed(0)
-    results = torch.library.opcheck(lif_op, samples()[name])
+    results = torch.library.opcheck(lif_op.op, samples()[name])
     assert set(results.values()) == {"SUCCESS"}
 
 
 def test_opcheck_statistics(monkeypatch):
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
-    assert set(torch.library.opcheck(channel_statistics, (torch.randn(2, 2, 3, 4),)).values()) == {"SUCCESS"}
+    assert set(torch.library.opcheck(channel_statistics.op, (torch.randn(2, 2, 3, 4),)).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("training", [True, False])

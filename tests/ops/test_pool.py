@@ -68,8 +68,8 @@ def test_a_view_with_gaps(backend, device):
 def test_opcheck(backend, device):
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(2, 3, 5, 6, device=device).contiguous(memory_format=memory_format).requires_grad_()
-        torch.library.opcheck(pool_op.max_pool_op, (x, True))
-        torch.library.opcheck(pool_op.max_pool_op, (x.detach(), False))
+        torch.library.opcheck(pool_op.max_pool_op.op, (x, True))
+        torch.library.opcheck(pool_op.max_pool_op.op, (x.detach(), False))
 
 
 def test_kept_for_the_gradient(monkeypatch):

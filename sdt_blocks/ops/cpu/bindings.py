@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from ctypes import c_double, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,17 @@ def _function(source: str, name: str) -> Any:
 
 
 def _argument(value: Any) -> Any:
+    convert = _CONVERT.get(type(value))
+    if convert is not None:
+        return convert(value)
     if isinstance(value, Tensor):
         return c_void_p(value.data_ptr())
-    if value is None:
-        return c_void_p()
-    if isinstance(value, int):
-        return c_int64(value)
     return ctypes.byref(value) if isinstance(value, ctypes.Structure) else value
+
+
+_CONVERT: dict[type, Callable[[Any], Any]] = {
+    Tensor: lambda tensor: c_void_p(tensor.data_ptr()),
+    type(None): lambda _: c_void_p(),
+    int: c_int64,
+    bool: c_int64,
+}
