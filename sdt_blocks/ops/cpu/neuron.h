@@ -33,15 +33,17 @@ template <class S> struct Dynamics {
     // vectorize.
     S kept(bool fired) const { return 1 - to_zero * (fired ? S(1) : S(0)); }
     S lost(bool fired) const { return (fired ? S(1) : S(0)) * taken; }
+    S scaled(S h, bool fired) const { return h * kept(fired); }
+    S lowered(S h, bool fired) const { return h - lost(fired); }
 };
 
 // The membrane after one step with input y, from the one before, which may have `fired`. As in the equations, both are
 // before their reset. Constants is `Dynamics`, or the like of it for vectors.
 template <int RESET = ANY, class Constants, class V, class Fired>
 inline V step(const Constants& c, V y, V h, Fired fired, V inv_tau) {
-    const V u = RESET == ZERO || RESET == ANY ? h * c.kept(fired) : h;
+    const V u = RESET == ZERO || RESET == ANY ? c.scaled(h, fired) : h;
     const V next = u + (y - u) * inv_tau;
-    return RESET == SUBTRACT || RESET == ANY ? next - c.lost(fired) : next;
+    return RESET == SUBTRACT || RESET == ANY ? c.lowered(next, fired) : next;
 }
 
 }  // namespace

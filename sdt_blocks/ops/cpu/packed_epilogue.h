@@ -24,6 +24,7 @@ constexpr int WIDTH = 8, VECTORS = 2, ROWS = 4;
 constexpr int WIDTH = 4, VECTORS = 4, ROWS = 4;
 #endif
 constexpr int LANES = WIDTH * VECTORS;
+constexpr int SIDE_BY_SIDE = 2;  // pixels whose neurons are computed together
 constexpr int64_t STREAM_BYTES = 16 << 20;  // a larger membrane has left the caches before anybody reads it
 
 typedef float Vector __attribute__((vector_size(4 * WIDTH)));
@@ -146,8 +147,13 @@ struct VectorDynamics {
     explicit VectorDynamics(const Dynamics<float>& d)
         : fires_at(broadcast(d.fires_at)), left(broadcast(1 - d.to_zero)), taken(broadcast(d.taken)) {}
     Fired fires(Vector h) const { return at_least(h, fires_at); }
-    Vector kept(Fired fired) const { return choose(fired, left, broadcast(1)); }
-    Vector lost(Fired fired) const { return choose(fired, taken, Vector{}); }
+#if defined(__AVX512F__)
+    Vector scaled(Vector h, Fired fired) const { return _mm512_mask_mul_ps(h, fired, h, left); }
+    Vector lowered(Vector h, Fired fired) const { return _mm512_mask_sub_ps(h, fired, h, taken); }
+#else
+    Vector scaled(Vector h, Fired fired) const { return h * choose(fired, left, broadcast(1)); }
+    Vector lowered(Vector h, Fired fired) const { return h - choose(fired, taken, Vector{}); }
+#endif
 };
 
 using Mask = std::conditional_t<LANES == 32, uint32_t, uint16_t>;
@@ -159,41 +165,68 @@ struct Strided {
     int64_t pixel, step;
 };
 
+// Constants of a tile's channels.
+struct Constants {
+    Vector bias[VECTORS], scale[VECTORS], shift[VECTORS], inv_tau[VECTORS];
+
+    explicit Constants(const float* rows) {
+        for (int v = 0; v < VECTORS; v++, rows += WIDTH) {
+            bias[v] = load(rows);
+            scale[v] = load(rows + LANES);
+            shift[v] = load(rows + 2 * LANES);
+            inv_tau[v] = load(rows + 3 * LANES);
+        }
+    }
+};
+
+// The epilogue of PIXELS pixels in one tile; several at once, since a neuron's steps wait for one another.
+template <int PIXELS, int RESET, bool STREAM, class Sum>
+inline void finish_pixels(const VectorDynamics& c, const Constants& of, int64_t steps, Strided<const Sum> sums,
+                          Strided<const float> residual, Strided<float> membrane, Strided<char> spikes) {
+    Vector h[PIXELS][VECTORS] = {};
+    Fired fired[PIXELS][VECTORS] = {};
+    for (int64_t t = 0; t < steps; t++) {
+#pragma GCC unroll 4
+        for (int q = 0; q < PIXELS; q++) {
+            Mask mask = 0;
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) {
+                Vector x = multiply_add(load(sums.data + q * sums.pixel + v * WIDTH) + of.bias[v], of.scale[v], of.shift[v]);
+                if (residual.data) x = load(residual.data + q * residual.pixel + v * WIDTH) + x;
+                if (STREAM)
+                    stream(membrane.data + q * membrane.pixel + v * WIDTH, x);
+                else if (membrane.data)
+                    store(membrane.data + q * membrane.pixel + v * WIDTH, x);
+                h[q][v] = step<RESET>(c, x, h[q][v], fired[q][v], of.inv_tau[v]);
+                fired[q][v] = c.fires(h[q][v]);
+                mask |= Mask(bits(fired[q][v])) << (v * WIDTH);
+            }
+            if (spikes.data) std::memcpy(spikes.data + q * spikes.pixel, &mask, sizeof mask);
+        }
+        sums.data += sums.step;
+        if (residual.data) residual.data += residual.step;
+        if (membrane.data) membrane.data += membrane.step;
+        if (spikes.data) spikes.data += spikes.step;
+    }
+}
+
+template <class T> Strided<T> pixels_on(Strided<T> x, int64_t count) {
+    if (x.data) x.data += count * x.pixel;
+    return x;
+}
+
 // The epilogue of `count` pixels in one tile.
 template <int RESET, bool STREAM, class Sum>
 void finish_tile(const Epilogue& e, int64_t tile, int64_t steps, int64_t count, Strided<const Sum> sums,
                  Strided<const float> residual, Strided<float> membrane, Strided<char> spikes) {
     const VectorDynamics c{Dynamics<float>(e.neuron)};
-    Vector bias[VECTORS], scale[VECTORS], shift[VECTORS], inv_tau[VECTORS];
-    for (int v = 0; v < VECTORS; v++) {
-        const float* constants = e.constants + tile * 4 * LANES + v * WIDTH;
-        bias[v] = load(constants);
-        scale[v] = load(constants + LANES);
-        shift[v] = load(constants + 2 * LANES);
-        inv_tau[v] = load(constants + 3 * LANES);
-    }
-    for (int64_t q = 0; q < count; q++) {
-        Vector h[VECTORS] = {};
-        Fired fired[VECTORS] = {};
-        for (int64_t t = 0; t < steps; t++) {
-            const Sum* sum = sums.data + q * sums.pixel + t * sums.step;
-            const float* before = residual.data + q * residual.pixel + t * residual.step;
-            float* kept = membrane.data + q * membrane.pixel + t * membrane.step;
-            Mask mask = 0;
-            for (int v = 0; v < VECTORS; v++) {
-                Vector x = multiply_add(load(sum + v * WIDTH) + bias[v], scale[v], shift[v]);
-                if (residual.data) x = load(before + v * WIDTH) + x;
-                if (STREAM)
-                    stream(kept + v * WIDTH, x);
-                else if (membrane.data)
-                    store(kept + v * WIDTH, x);
-                h[v] = step<RESET>(c, x, h[v], fired[v], inv_tau[v]);
-                fired[v] = c.fires(h[v]);
-                mask |= Mask(bits(fired[v])) << (v * WIDTH);
-            }
-            if (spikes.data) std::memcpy(spikes.data + q * spikes.pixel + t * spikes.step, &mask, sizeof mask);
-        }
-    }
+    const Constants of(e.constants + tile * 4 * LANES);
+    const auto pixels = [&](auto finish, int64_t q) {
+        finish(c, of, steps, pixels_on(sums, q), pixels_on(residual, q), pixels_on(membrane, q), pixels_on(spikes, q));
+    };
+    int64_t q = 0;
+    for (; q + SIDE_BY_SIDE <= count; q += SIDE_BY_SIDE) pixels(finish_pixels<SIDE_BY_SIDE, RESET, STREAM, Sum>, q);
+    for (; q < count; q++) pixels(finish_pixels<1, RESET, STREAM, Sum>, q);
 }
 
 template <bool STREAM, class Sum>

@@ -1,9 +1,9 @@
 // Products by events: sums of the weight rows of active inputs.
 //
-// The outputs are cut into tiles of LANES channels whose weights fit the first-level cache. A task lists the active inputs
-// of its rows once, sorts rows of like length into groups of ROWS, and then, tile by tile, adds up a group at a time with
-// every sum in registers. The neuron follows while the sums are in the cache, so that real values reach memory only where
-// they are asked for.
+// The outputs are cut into tiles of LANES channels. A task lists the active inputs of its rows once, rows of like length
+// in groups of ROWS, and then, tile by tile, adds up a group at a time with every sum in registers. The neuron follows
+// while the sums are in the cache, so that real values reach memory only where they are asked for. The lists lie in the
+// order in which they are read, and the weights of the next tile are fetched while one is added up.
 //
 // Sums of float32 run over planes, taps, then channels, in ascending order, one rounding an addition. Those of whole
 // numbers are exact.
@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr int64_t BLOCK_ROWS = 256;      // rows whose sums of one tile stay in the cache between product and neuron
+constexpr int64_t BLOCK_ROWS = 512;      // rows whose sums of one tile stay in the cache between product and neuron
 constexpr int64_t LIST_BYTES = 8 << 20;  // room for the lists of a task
 constexpr int64_t TASK_ROWS = 4096;
 constexpr int LIST_SLACK = 32;           // entries that a list may be overwritten by, behind its end
@@ -40,24 +40,93 @@ inline uint16_t* list_bits(uint64_t bits, uint32_t base, uint16_t* to) {
 #endif
 }
 
-// The active inputs of one output pixel: entry tap * channels + channel, times UNIT.
-template <int UNIT>
-int64_t list_inputs(const Frames& in, int radius, int64_t step, int64_t pixel, uint16_t* list) {
-    const int64_t x = radius ? pixel % in.width : 0, y = radius ? pixel / in.width % in.height : 0;
-    const uint64_t* centre = in.words + step * in.step + pixel * in.stride();
-    uint16_t* to = list;
-    for (int64_t plane = 0; plane < in.planes; plane++, centre += in.plane()) {
-        uint32_t base = 0;
-        for (int64_t dy = -radius; dy <= radius; dy++)
-            for (int64_t dx = -radius; dx <= radius; dx++, base += UNIT * uint32_t(in.channels)) {
-                if (radius && (y + dy < 0 || y + dy >= in.height || x + dx < 0 || x + dx >= in.width)) continue;
-                const uint64_t* words = centre + (dy * in.width + dx) * in.stride();
-                for (int64_t word = 0; word < in.plane(); word++)
-                    to = list_bits<UNIT>(words[word], base + UNIT * uint32_t(64 * word), to);
-            }
+// A pixel of all images: its place in a row, that in the image, and that of the row in all images.
+struct Place {
+    int64_t pixel, x, y, row, width, height;
+
+    Place(const Frames& in, int64_t p)
+        : pixel(p), x(p % in.width), y(p / in.width % in.height), row(p / in.width), width(in.width), height(in.height) {}
+    void operator++() {
+        pixel++;
+        if (++x < width) return;
+        x = 0;
+        row++;
+        if (++y == height) y = 0;
     }
-    return to - list;
-}
+};
+
+typedef uint16_t Entries __attribute__((vector_size(2 * LIST_SLACK)));
+
+// The active inputs of the rows of frames that a task's windows reach, those of a row one after the other: so the three
+// pixels that a window has in a row lie together. An entry is (column * channels + channel) * UNIT, modulo 2^16.
+template <int UNIT>
+struct RowLists {
+    const Frames& in;
+    int64_t row, rows, column, columns;  // what is listed of every frame: all images' rows are counted through
+    const int64_t* starts;               // [steps, rows, planes, columns + 1]
+    const uint16_t* entries;
+
+    RowLists(const Frames& frames, int64_t first, int64_t last, Buffer<int64_t>& start_buffer, Buffer<uint16_t>& entry_buffer)
+        : in(frames) {
+        const int64_t end = (last - 1) / in.width;
+        row = std::max<int64_t>(first / in.width - 1, 0);
+        rows = std::min(end + 2, in.images * in.height) - row;
+        const bool within = first / in.width == end;  // the task is a part of one row
+        column = within ? std::max<int64_t>(first % in.width - 1, 0) : 0;
+        columns = (within ? std::min((last - 1) % in.width + 2, in.width) : in.width) - column;
+        int64_t* start = start_buffer.reserve(in.steps * rows * in.planes * (columns + 1));
+        uint16_t* entry = entry_buffer.reserve(in.steps * rows * in.planes * columns * in.channels + 2 * LIST_SLACK);
+        starts = start;
+        entries = entry;
+        for (int64_t t = 0; t < in.steps; t++)
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t plane = 0; plane < in.planes; plane++) {
+                    const uint64_t* words = in.words + t * in.step + ((row + r) * in.width + column) * in.stride() +
+                                            plane * in.plane();
+                    for (int64_t x = 0; x < columns; x++, words += in.stride()) {
+                        *start++ = entry - entries;
+                        uint32_t base = uint32_t((column + x) * in.channels) * UNIT;
+                        for (int64_t word = 0; word < in.plane(); word++, base += UNIT * 64)
+                            entry = list_bits<UNIT>(words[word], base, entry);
+                    }
+                    *start++ = entry - entries;
+                }
+    }
+    // Those of a pixel's window, in ascending order; may write up to LIST_SLACK entries behind the end that it returns.
+    uint16_t* list(int64_t step, const Place& at, uint16_t* to) const {
+        const int64_t left = std::max<int64_t>(at.x - 1, 0) - column, right = std::min(at.x + 2, in.width) - column;
+        for (int64_t plane = 0; plane < in.planes; plane++)
+            for (int64_t dy = -1; dy <= 1; dy++) {
+                if (at.y + dy < 0 || at.y + dy >= in.height) continue;
+                const int64_t* start = starts + ((step * rows + at.row + dy - row) * in.planes + plane) * (columns + 1);
+                const uint16_t* from = entries + start[left];
+                const uint16_t shift = uint16_t(uint32_t((3 * (dy + 1) - (at.x - 1)) * in.channels) * UNIT);
+                const int64_t count = start[right] - start[left];
+                for (int64_t i = 0; i < count; i += LIST_SLACK) {
+                    Entries some;
+                    std::memcpy(&some, from + i, sizeof some);
+                    some += shift;
+                    std::memcpy(to + i, &some, sizeof some);
+                }
+                to += count;
+            }
+        return to;
+    }
+};
+
+// The active inputs of single pixels: entry channel * UNIT.
+template <int UNIT>
+struct PixelLists {
+    const Frames& in;
+
+    PixelLists(const Frames& frames, int64_t, int64_t, Buffer<int64_t>&, Buffer<uint16_t>&) : in(frames) {}
+    uint16_t* list(int64_t step, const Place& at, uint16_t* to) const {
+        const uint64_t* words = in.words + step * in.step + at.pixel * in.stride();
+        for (int64_t plane = 0; plane < in.planes; plane++)
+            for (int64_t word = 0; word < in.plane(); word++) to = list_bits<UNIT>(*words++, uint32_t(64 * word) * UNIT, to);
+        return to;
+    }
+};
 
 // How weights of a type are summed: the vector that holds LANES sums together with its likes, the type that sums reach
 // memory in, and how many additions may come before they have to.
@@ -108,31 +177,29 @@ inline void keep(Sum* to, Partial sum, bool add) {
     std::memcpy(to, &wide, sizeof wide);
 }
 
-// sums[row] = the sum of the listed weight rows, for ROWS rows whose lists have `count` entries each, an even number.
+// sums[row] = the sum of the listed weight rows, for ROWS rows with `pairs` pairs of entries each: pair by pair, row by row.
 template <class Weight, int UNIT>
-inline void add_up(const Weight* weights, const uint16_t* lists, int64_t list_stride, const int32_t* rows, int64_t count,
+inline void add_up(const Weight* weights, const uint32_t* lists, int64_t pairs, const int32_t* rows,
                    typename Adding<Weight>::Sum* sums) {
     typedef typename Adding<Weight>::Partial Partial;
     typedef typename Adding<Weight>::Sum Sum;
     constexpr int LENGTH = sizeof(Partial) / sizeof(Partial{}[0]), COUNT = LANES / LENGTH;
-    const uint16_t* list[ROWS];
-    for (int r = 0; r < ROWS; r++) list[r] = lists + rows[r] * list_stride;
     const auto row = [=](uint32_t entry) {
         const char* from = reinterpret_cast<const char*>(weights) + size_t(entry) * (sizeof(Weight) * LANES / UNIT);
         return reinterpret_cast<const Weight*>(from);
     };
     // Where sums do not reach memory at once: rows may come twice, the last of a block as often as it takes to fill a group.
     alignas(64) Sum totals[ROWS][LANES];
-    const bool at_once = count <= Adding<Weight>::MOST;
+    constexpr int64_t MOST = Adding<Weight>::MOST / 2;
+    const bool at_once = pairs <= MOST;
     int64_t i = 0;
     do {
         Partial sum[ROWS][COUNT] = {};
-        const int64_t first = i, last = std::min(count, first + std::min(Adding<Weight>::MOST, count));
+        const int64_t first = i, last = std::min(pairs, first + std::min(MOST, pairs));
         // Two entries at a time: loads are what limits this loop.
-        for (; i < last; i += 2)
+        for (; i < last; i++, lists += ROWS)
             for (int r = 0; r < ROWS; r++) {
-                uint32_t two;
-                std::memcpy(&two, list[r] + i, 4);
+                const uint32_t two = lists[r];
                 const Weight *one = row(two & 0xffff), *other = row(two >> 16);
                 for (int v = 0; v < COUNT; v++) add_row(sum[r][v], one + v * LENGTH);
                 for (int v = 0; v < COUNT; v++) add_row(sum[r][v], other + v * LENGTH);
@@ -142,7 +209,7 @@ inline void add_up(const Weight* weights, const uint16_t* lists, int64_t list_st
 #pragma GCC unroll 4
             for (int v = 0; v < COUNT; v++)
                 keep((at_once ? sums + rows[r] * LANES : totals[r]) + v * LENGTH, sum[r][v], first > 0);
-    } while (i < count);
+    } while (i < pairs);
     for (int r = 0; r < ROWS && !at_once; r++) std::memcpy(sums + rows[r] * LANES, totals[r], sizeof totals[r]);
 }
 
@@ -154,59 +221,97 @@ void sort_rows(const int32_t* counts, int64_t n, int64_t most, int32_t* starts, 
     for (int64_t r = 0; r < n; r++) rows[starts[counts[r]]++] = int32_t(r);
 }
 
+// The lists of ROWS rows pair by pair; those of all rows are `stride` entries apart.
+inline uint32_t* interleave(const uint16_t* lists, int64_t stride, const int32_t* rows, int64_t pairs, uint32_t* to) {
+    const uint16_t* list[ROWS];
+    for (int r = 0; r < ROWS; r++) list[r] = lists + rows[r] * stride;
+    for (int64_t i = 0; i < 2 * pairs; i += 2)
+        for (int r = 0; r < ROWS; r++) std::memcpy(to++, list[r] + i, 4);
+    return to;
+}
+
+// Asks for memory a piece at a time.
+struct Ahead {
+    const char* next;
+    const char* end;
+    int64_t piece;
+
+    Ahead(const void* from, int64_t bytes, int64_t pieces)
+        : next(static_cast<const char*>(from)), end(next + bytes), piece(ceil_divide(bytes, pieces)) {}
+    void fetch() {
+        for (const char* until = std::min(end, next + piece); next < until; next += 64) __builtin_prefetch(next, 0, 2);
+    }
+};
+
 template <class Sum>
 struct Task {
-    Buffer<uint16_t> lists;
+    Buffer<int64_t> row_starts;
+    Buffer<uint16_t> row_entries, lists;
+    Buffer<uint32_t> pairs;
     Buffer<int32_t> counts, starts, rows, groups;
     Buffer<Sum> sums;
 };
 
-template <int UNIT, class Weight, class Sum>
+template <class Lists, int UNIT, class Weight, class Sum>
 void run_task(Task<Sum>& task, const Frames& in, int radius, const Weight* weights, const Epilogue& e, int64_t first,
               int64_t last, int64_t block) {
     const bool streams = e.streams(in.pixels() * in.steps);
     const int64_t inputs = in.channels * (2 * radius + 1) * (2 * radius + 1), steps = in.steps;
-    const int64_t stride = in.planes * inputs + LIST_SLACK, block_rows = block * steps;
+    const int64_t stride = in.planes * inputs + 2 * LIST_SLACK, block_rows = block * steps;
     const int64_t blocks = (last - first + block - 1) / block, groups_a_block = (block_rows + ROWS - 1) / ROWS;
-    uint16_t* lists = task.lists.reserve((last - first) * steps * stride);
+    const int64_t all_groups = blocks * groups_a_block;
+    const Lists found(in, first, last, task.row_starts, task.row_entries);
+    uint16_t* lists = task.lists.reserve(block_rows * stride);
+    uint32_t* pairs = task.pairs.reserve(all_groups * ROWS * (in.planes * inputs + 2) / 2);
     int32_t* counts = task.counts.reserve(block_rows);
     int32_t* starts = task.starts.reserve(in.planes * inputs + 2);
-    int32_t* rows = task.rows.reserve(blocks * groups_a_block * ROWS);
-    int32_t* groups = task.groups.reserve(blocks * groups_a_block);
+    int32_t* rows = task.rows.reserve(all_groups * ROWS);
+    int32_t* groups = task.groups.reserve(all_groups);
     Sum* sums = task.sums.reserve(block_rows * LANES);
 
+    const uint16_t zeros = uint16_t(inputs * UNIT);
+    uint32_t* to = pairs;
     for (int64_t b = 0; b < blocks; b++) {
         const int64_t start = first + b * block, pixels = std::min(block, last - start), n = pixels * steps;
-        uint16_t* list = lists + b * block_rows * stride;
         int32_t* order = rows + b * groups_a_block * ROWS;
         int64_t most = 0;
-        for (int64_t t = 0; t < steps; t++)
-            for (int64_t q = 0; q < pixels; q++) {
-                const int64_t row = t * pixels + q;
-                counts[row] = int32_t(list_inputs<UNIT>(in, radius, t, start + q, list + row * stride));
+        for (int64_t t = 0, row = 0; t < steps; t++) {
+            Place at(in, start);
+            for (int64_t q = 0; q < pixels; q++, row++, ++at) {
+                uint16_t* list = lists + row * stride;
+                counts[row] = int32_t(found.list(t, at, list) - list);
                 most = std::max<int64_t>(most, counts[row]);
             }
+        }
         sort_rows(counts, n, most, starts, order);
+        // The last row as often as it takes to fill a group.
+        std::fill(order + n, order + ceil_divide(n, ROWS) * ROWS, order[n - 1]);
         for (int64_t i = 0; i < n; i += ROWS) {
-            const int64_t end = std::min(i + ROWS, n), longest = (counts[order[end - 1]] + 1) / 2 * 2;
-            for (int64_t j = i; j < end; j++) {
-                uint16_t* mine = list + order[j] * stride;
-                // The weights have a row of zeros behind the last input.
-                std::fill(mine + counts[order[j]], mine + longest, uint16_t(inputs * UNIT));
+            const int64_t longest = (counts[order[i + ROWS - 1]] + 1) / 2;
+            // The weights have a row of zeros behind the last input.
+            for (int64_t r = i; r < i + ROWS; r++) {
+                uint16_t* list = lists + order[r] * stride;
+                std::fill(list + counts[order[r]], list + 2 * longest, zeros);
             }
-            std::fill(order + end, order + i + ROWS, order[end - 1]);
+            to = interleave(lists, stride, order + i, longest, to);
             groups[b * groups_a_block + i / ROWS] = int32_t(longest);
         }
     }
-    for (int64_t tile = 0; tile < e.tiles(); tile++)
+    const int64_t tile_size = (inputs + 1) * LANES;
+    for (int64_t tile = 0; tile < e.tiles(); tile++) {
+        const Weight* of_tile = weights + tile * tile_size;
+        const uint32_t* list = pairs;
+        Ahead ahead(of_tile + tile_size, tile + 1 < e.tiles() ? tile_size * sizeof(Weight) : 0, all_groups);
         for (int64_t b = 0; b < blocks; b++) {
             const int64_t start = first + b * block, pixels = std::min(block, last - start);
-            const uint16_t* list = lists + b * block_rows * stride;
-            for (int64_t g = 0; g < (pixels * steps + ROWS - 1) / ROWS; g++)
-                add_up<Weight, UNIT>(weights + tile * (inputs + 1) * LANES, list, stride, rows + (b * groups_a_block + g) * ROWS,
-                             groups[b * groups_a_block + g], sums);
+            for (int64_t g = b * groups_a_block; g < b * groups_a_block + ceil_divide(pixels * steps, ROWS); g++) {
+                ahead.fetch();
+                add_up<Weight, UNIT>(of_tile, list, groups[g], rows + g * ROWS, sums);
+                list += groups[g] * ROWS;
+            }
             finish<Sum>(e, tile, steps, start, pixels, {sums, LANES, pixels * LANES}, streams);
         }
+    }
     if (streams) finish_streams();
 }
 
@@ -226,12 +331,14 @@ void product_by_events(const Frames& in, int64_t radius, const Weight* weights, 
         static thread_local Task<typename Adding<Weight>::Sum> task;
         const int64_t first = i * share, last = std::min(first + share, pixels);
         if (first >= last) continue;
-        if ((inputs + 1) * UNIT <= 65536)
-            run_task<UNIT>(task, in, int(radius), weights, e, first, last, block);
+        const auto go = [&](auto run) { run(task, in, int(radius), weights, e, first, last, block); };
+        typedef typename Adding<Weight>::Sum Sum;
+        const bool small = (inputs + 1) * UNIT <= 65536;
+        if (radius)
+            go(small ? run_task<RowLists<UNIT>, UNIT, Weight, Sum> : run_task<RowLists<1>, 1, Weight, Sum>);
         else
-            run_task<1>(task, in, int(radius), weights, e, first, last, block);
+            go(small ? run_task<PixelLists<UNIT>, UNIT, Weight, Sum> : run_task<PixelLists<1>, 1, Weight, Sum>);
     }
 }
-
 
 }  // namespace
