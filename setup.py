@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 version = next(
     line.split('"')[1]
-    for line in Path(__file__).with_name("sdt_blocks").joinpath("__init__.py").read_text().splitlines()
+    for line in Path(__file__).with_name("sdt_blocks").joinpath("__init__.py").read_text(encoding="utf-8").splitlines()
     if line.startswith("__version__")
 )
 

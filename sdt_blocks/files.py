@@ -15,13 +15,27 @@ def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
     os.close(handle)
     try:
         write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        sync(Path(temporary))
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def sync(path: Path) -> None:
+    """Has the system write a file, or the names in a folder, to its disk before this returns."""
+    if path.is_dir():
+        if os.name == "nt":  # which opens no folders, and writes their names with the files
+            return
+        handle = os.open(path, os.O_RDONLY)
+    else:
+        # Windows refuses a handle that cannot write.
+        handle = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -72,6 +73,7 @@ def print_help(arguments: list[str], default: str | None, options: type | None =
     """Prints what the recipe says of itself and every key with its meaning, where `--help` is asked for."""
     wanted = bool({"-h", "--help"} & set(arguments))
     if wanted:
+        print_anything()
         print(sys.modules["__main__"].__doc__)
         if default is not None:
             print(help_text(default))
@@ -80,12 +82,19 @@ def print_help(arguments: list[str], default: str | None, options: type | None =
     return wanted
 
 
+def print_anything() -> None:
+    """Lets the output show what its encoding lacks as `\\u...`: a file's is not UTF-8 on Windows."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 @contextmanager
 def short_errors() -> Iterator[None]:
     """Ends the process with the message and the exit code of a `ConfigError` (2) or a `RunError` (1).
 
-    A reader of the output that has gone is no traceback either.
+    A reader of the output that has gone is no traceback either, nor is a character that the output cannot show.
     """
+    print_anything()
     tell = logging.StreamHandler(sys.stderr)  # what is printed may be JSON
     log = logging.getLogger("sdt_blocks")
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -101,7 +110,7 @@ def short_errors() -> Iterator[None]:
         # Whoever read the output has gone, as `| head` does; Python would write the rest of it once more at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print("stopped: nobody reads the output any more; the same command goes on", file=sys.stderr, flush=True)
-        sys.exit(128 + signal.SIGPIPE)
+        sys.exit(128 + getattr(signal, "SIGPIPE", 13))  # which Windows does not name
     except (ConfigError, RunError) as error:
         # All processes refuse a configuration alike; one of them says so. A run may fail on any.
         if isinstance(error, RunError) or os.environ.get("LOCAL_RANK", "0") == "0":

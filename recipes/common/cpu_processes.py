@@ -18,6 +18,8 @@ from typing import NoReturn
 
 import torch
 
+from .stop_request import has_ended
+
 _RANKED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _LAUNCHERS = ("launch", "accelerate.commands.launch", "accelerate-launch", "launch.py")
 
@@ -62,7 +64,7 @@ def exit_as_processes() -> Iterator[None]:
 
 
 def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
+    while not has_ended(parent):
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)  # passed on to the processes, which save and end
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from sdt_datasets.images import build_image_datasets
 
 from .config import Config, ConfigError, RunError
+from .stop_request import SIGNALS
 
 EVENT_DATA_SETS = ("dvs128_gesture", "cifar10_dvs", "cifar10_dvs_tet", "n_mnist", "event_folder")
 
@@ -254,5 +255,5 @@ def _collate(samples: list[Any]) -> Any:
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
     # Ctrl-C and a batch system's SIGTERM reach the whole process group; the main process needs its loaders to finish.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

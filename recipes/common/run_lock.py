@@ -158,7 +158,7 @@ def _machine() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
-        return f"{socket.gethostname()} {psutil.boot_time():.0f}"
+        return socket.gethostname()  # elsewhere a start's time is known to the second at best
 
 
 def _alive(owner: dict[str, Any]) -> bool:

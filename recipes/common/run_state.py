@@ -34,6 +34,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sdt_blocks import DataCard, load_model, save_model
+from sdt_blocks.files import sync
 from sdt_blocks.models.saved import CONFIG, WEIGHTS
 
 from .config import ConfigError, RunError
@@ -120,7 +121,7 @@ def save_checkpoint(
         if target.exists():
             os.replace(target, replaced)
         os.replace(temporary, target)
-        _sync(parent)
+        sync(parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as the last
         if temporary is not None:
@@ -135,22 +136,14 @@ def save_checkpoint(
 
 def _write_manifest(folder: Path, position: Position) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    manifest = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
+    manifest = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
+    }
     manifest[TRAINING] |= {"step": position.step, "run": position.run}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for path in [*files, folder / MANIFEST]:
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(path)
+    sync(folder)
 
 
 def sha256(path: Path) -> str:

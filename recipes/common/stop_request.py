@@ -6,9 +6,19 @@ import os
 import signal
 from types import FrameType
 
+import psutil
+
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name)]
+"""What asks a run to stop; the last is Ctrl-Break of Windows, where another process can send nothing else."""
+
+
+def has_ended(parent: int) -> bool:
+    """Whether the process that started this one is no more. On Windows its number stays that of the parent."""
+    return os.getppid() != parent or (os.name == "nt" and not psutil.pid_exists(parent))
+
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a request that the loop answers at its next step boundary.
+    """Turns `SIGNALS` into a request that the loop answers at its next step boundary.
 
     `request.signal` is the number received, or 0. A launcher that has ended counts as SIGTERM: it would not pass one
     on. A second signal ends the process at once. On exit the handlers are as they were.
@@ -21,12 +31,12 @@ class StopRequest:
 
     @property
     def signal(self) -> int:
-        if not self._received and self._launcher not in (None, os.getppid()):
+        if not self._received and self._launcher is not None and has_ended(self._launcher):
             self._received = signal.SIGTERM
         return self._received
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:

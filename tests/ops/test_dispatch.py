@@ -2,7 +2,11 @@
 
 import copy
 import os
+import platform
+import runpy
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,6 +58,46 @@ def test_no_compiler_is_one_warning_then_the_reference(fresh_dispatch, monkeypat
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
     with pytest.raises(RuntimeError, match="cannot run"):
         lif(x, NeuronSpec())
+
+
+def test_windows_is_one_warning_then_the_reference(fresh_dispatch, monkeypatch):
+    monkeypatch.setattr(build.platform, "system", lambda: "Windows")
+    x = torch.randn(3, 8)
+    with pytest.warns(UserWarning, match="Windows PyTorch's own operators compute the same"):
+        assert torch.equal(lif(x, NeuronSpec()), lif_reference(x, NeuronSpec())[0])
+    monkeypatch.setenv("CXX", "cl")
+    with pytest.raises(build.BuildError, match="neither MSVC nor MinGW builds them"):
+        build.library()
+
+
+def test_a_compiler_without_openmp_builds_for_one_thread(monkeypatch, tmp_path):
+    """As the clang of macOS, whose processor has another option too."""
+    compiler, source = tmp_path / "c++", tmp_path / "tiny.cpp"
+    refusing = '#!/bin/sh\nfor word; do [ "$word" = -fopenmp ] && exit 1; done\nexec c++ "$@"\n'
+    compiler.write_text(refusing)
+    compiler.chmod(0o755)
+    source.write_text(
+        "#ifdef _OPENMP\n#define PARALLEL 1\n#else\n#define PARALLEL 0\n#endif\n"
+        'extern "C" int parallel() { return PARALLEL; }\n'
+    )
+    monkeypatch.setenv("SDT_BLOCKS_CACHE", str(tmp_path))
+    assert build.library(source).parallel() == 1
+    build.library.cache_clear()
+    monkeypatch.setenv("CXX", str(compiler))
+    assert build.library(source).parallel() == 0
+    build.library.cache_clear()
+    monkeypatch.setattr(build.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(build.platform, "machine", lambda: "arm64")
+    flags = runpy.run_path(build.__file__)["FLAGS"]
+    assert "-mcpu=native" in flags and not {"-march=native", "-mprefer-vector-width=512"} & set(flags)
+
+
+def test_a_processor_without_flags_has_its_name(monkeypatch):
+    monkeypatch.setattr(build, "Path", lambda _: Path("nowhere"))
+    monkeypatch.setattr(build.platform, "system", lambda: "Darwin")
+    asked = []
+    monkeypatch.setattr(build, "_run", lambda words: asked.append(words) or SimpleNamespace(stdout="Apple M4\n"))
+    assert build.processor() == f"{platform.machine()} Apple M4" and asked[0][0] == "sysctl"
 
 
 def test_a_failing_compiler_is_quoted(fresh_dispatch, monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -20,7 +21,7 @@ SOURCE = Path(__file__).with_name("training.cpp")
 FLAGS = (
     "-std=c++17",
     "-O3",
-    "-march=native",
+    "-mcpu=native" if platform.system() == "Darwin" and platform.machine() == "arm64" else "-march=native",
     "-shared",
     "-fPIC",
     "-ffp-contract=off",
@@ -46,11 +47,11 @@ def library(source: Path = SOURCE) -> ctypes.CDLL:
     a name made of the source, the compiler, its options and the processor, so that one folder can serve several
     machines.
 
-    Raises `BuildError` where there is no compiler or it fails.
+    Raises `BuildError` where there is no compiler or it fails, and on Windows.
     """
     compiler = _compiler()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    texts = [file.read_text() for file in (source, *sorted(source.parent.glob("*.h")))]
+    version = _run([compiler, "--version"]).stdout
+    texts = [file.read_text(encoding="utf-8") for file in (source, *sorted(source.parent.glob("*.h")))]
     identity = "\n".join([*texts, *_flags(), *THREADING, compiler, version, processor()])
     name = f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     folder = cache_folder()
@@ -66,7 +67,16 @@ def _flags() -> list[str]:
     return [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
 
 
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+
+
 def _compiler() -> str:
+    if platform.system() == "Windows":
+        raise BuildError(
+            "the C++ kernels are written for g++ and clang++ on Linux and macOS, neither MSVC nor MinGW builds them: "
+            "on Windows PyTorch's own operators compute the same (WSL has the kernels)"
+        )
     asked = os.environ.get("CXX")
     for name in [asked] if asked else ["c++", "g++", "clang++"]:
         path = shutil.which(name)
@@ -79,10 +89,18 @@ def _compiler() -> str:
 def processor() -> str:
     """What tells processors apart whose kernels differ."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
-        return f"{platform.machine()} {platform.processor()}"
+        return f"{platform.machine()} {_model_name()}"
+
+
+def _model_name() -> str:
+    """Where the system shows no flags, the processor by its name, which macOS calls "arm" in Python."""
+    if platform.system() == "Darwin":
+        with contextlib.suppress(OSError):
+            return _run(["sysctl", "-n", "machdep.cpu.brand_string"]).stdout.strip()
+    return platform.processor()
 
 
 def cache_folder() -> Path:
@@ -109,7 +127,7 @@ def _build(compiler: str, source: Path, target: Path) -> None:
     partial = target.with_name(f"{target.stem}-{os.getpid()}.part")
     for threading in THREADING:
         command = [compiler, *_flags(), threading, str(source), "-o", str(partial)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = _run(command)
         if result.returncode == 0:
             # Processes that build at the same time each put a whole file in place.
             os.replace(partial, target)
