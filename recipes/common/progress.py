@@ -172,26 +172,43 @@ def restore_metrics(folder: Path, lines: list[dict[str, Any]], step: int) -> Non
         write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
 
-def choose_tracker(name: str) -> str | None:
-    """The tracker for Accelerate's `log_with`, or None. Raises `ConfigError` for one that cannot be imported."""
+def choose_tracker(name: str) -> str | list[str] | None:
+    """The trackers for Accelerate's `log_with`. Raises `ConfigError` for one that cannot be had, and for no `all`."""
+    from accelerate import tracking
+
     if name == "none":
         return None
-    wanted = "tensorboard" if name == "auto" else name
-    if name == "auto" and not find_spec(wanted):
-        return None
+    if name not in ("auto", "all"):
+        if name not in tracking.LOGGER_TYPE_TO_CLASS:
+            raise ConfigError(
+                f"tracker={name} needs a newer Accelerate: pip install -U accelerate, or take tracker=none"
+            )
+        _import_tracker(name, asked=name)
+        return name
+    installed = sorted(map(str, tracking.get_available_trackers()))
+    working = []
+    for one in installed if name == "all" else ["tensorboard"] if find_spec("tensorboard") else []:
+        try:
+            _import_tracker(one, asked=name)
+            working.append(one)
+        except ConfigError as error:
+            warn(f"{error}; the run goes on without it")
+    if name == "all" and not working:
+        raise ConfigError("tracker=all finds no tracker: pip install tensorboard, or tracker=none")
+    return working or None
+
+
+def _import_tracker(wanted: str, *, asked: str) -> None:
+    """Raises `ConfigError` where the package of a tracker is not there, or cannot be imported."""
+    remedy = f"pip install {wanted}, or tracker=none"
     try:
         # A folder of that name, as wandb leaves one, is found as well, but is no package.
         found = getattr(import_module(wanted), "__file__", None)
         if wanted == "tensorboard":
             import_module("torch.utils.tensorboard")
     except Exception as error:  # an import runs whatever the package does
-        if name == "auto":
-            warn(f"the tracker {wanted} is installed but cannot be imported ({one_paragraph(error)}); none is used")
-            return None
         raise ConfigError(
-            f"tracker={name} needs the package {wanted}, which cannot be imported ({error}): pip install {wanted}, or "
-            f"tracker=none"
+            f"tracker={asked} needs the package {wanted}, which cannot be imported ({one_paragraph(error)}): {remedy}"
         ) from error
     if not found:
-        raise ConfigError(f"tracker={name} needs the package {wanted}: pip install {wanted}, or tracker=none")
-    return wanted
+        raise ConfigError(f"tracker={asked} needs the package {wanted}: {remedy}")

@@ -196,6 +196,13 @@ class Derived:
     warmup_lr: float = 0.0
 
 
+TRACKERS = (
+    "auto", "none", "all", "tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab",
+    "trackio",
+)  # fmt: skip
+"""Beside the first three, those that Accelerate knows, which are called as their packages are."""
+
+
 @dataclass(frozen=True)
 class Config:
     data: DataConfig = field(default_factory=DataConfig)
@@ -209,6 +216,6 @@ class Config:
     resume: str = option(
         "auto", "auto: the newest good checkpoint of output_dir; none: start anew; or the path of a checkpoint"
     )
-    tracker: str = option("auto", "auto: TensorBoard if installed", choices=("auto", "tensorboard", "wandb", "none"))
+    tracker: str = option("auto", "auto: TensorBoard if installed; all: each that is", choices=TRACKERS)
     threads: int | None = option(None, "CPU threads of a process; null divides the cores", least=1, most=1024)
     analyze: bool = option(False, "firing rates and energy of the final model at the end")

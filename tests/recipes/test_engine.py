@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -324,7 +326,6 @@ def test_a_corrupt_image_names_its_file_or_is_counted(train, photographs, tmp_pa
         (("model.num_classes=7",), "model.num_classes=7, but the data has 10"),
         (("model.dim=20",), "dim"),
         (("train.sync_bn=true",), "runs on GPUs only"),
-        (("tracker=wandb",), "pip install wandb"),
         (("train.init_checkpoint=nowhere",), "train.init_checkpoint: nowhere: no such file"),
         (("resume=nowhere",), "resume=nowhere: not a good checkpoint"),
         (("data.train_samples=5000",), "5000 samples were asked for"),
@@ -404,6 +405,78 @@ def test_a_tracker_that_fails_is_blamed(set_up, monkeypatch, capsys, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match="tracker=wandb needs the package wandb"):
         set_up(*PLAIN, "output_dir=third", "tracker=wandb")
+
+
+TRACKED = """
+class Run:
+    def __init__(self, project):
+        self.project, self.config, self.lines, self.finished = project, {}, [], False
+
+    def log(self, values, step=None):
+        self.lines.append((step, values))
+
+    def finish(self):
+        self.finished = True
+
+
+def init(project, **options):
+    global run, config
+    run = Run(project)
+    config = run.config = Config()
+    return run
+
+
+class Config(dict):
+    def update(self, values, allow_val_change=False):
+        super().update(values)
+"""
+"""What Accelerate calls of wandb, which is not installed here."""
+
+
+def test_every_tracker_that_accelerate_knows_is_a_choice():
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    from common.progress import choose_tracker
+    from common.schema import TRACKERS
+
+    assert set(TRACKERS) == {"auto", "none", "all", *LOGGER_TYPE_TO_CLASS}
+    assert choose_tracker("none") is None and choose_tracker("auto") == ["tensorboard"]
+    missing = [name for name in LOGGER_TYPE_TO_CLASS if not find_spec(name)]
+    assert missing
+    for name in missing:
+        with pytest.raises(ConfigError, match=rf"tracker={name} needs the package {name}.*pip install {name}"):
+            choose_tracker(name)
+
+
+def test_all_trackers_are_those_that_are_installed(set_up, tmp_path, monkeypatch, capsys):
+    from accelerate import tracking
+    from accelerate.utils import LoggerType
+    from common.engine import train
+
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    (packages / "wandb.py").write_text(TRACKED)
+    (packages / "trackio.py").write_text("raise RuntimeError('half installed')")
+    monkeypatch.syspath_prepend(packages)
+    monkeypatch.setattr(
+        tracking, "_available_trackers", [LoggerType(name) for name in ("tensorboard", "trackio", "wandb")]
+    )
+    train(set_up(*PLAIN, "output_dir=run", "tracker=all", "train.max_steps=1"))
+    import wandb
+
+    (line,) = read_lines(tmp_path / "run")
+    ((step, values),) = wandb.run.lines
+    assert step == 1 and values == {key: value for key, value in line.items() if isinstance(value, int | float)}
+    assert wandb.run.finished and wandb.config["train.max_steps"] == "1" and wandb.config["derived.total_steps"] == "1"
+    assert list((tmp_path / "run").glob("tensorboard/sdt/events.out.tfevents.*"))
+    assert "package trackio, which cannot be imported (half installed)" in capsys.readouterr().err
+    monkeypatch.delitem(sys.modules, "wandb")
+    monkeypatch.setattr(tracking, "_available_trackers", [])
+    with pytest.raises(ConfigError, match="tracker=all finds no tracker"):
+        set_up(*PLAIN, "output_dir=other", "tracker=all")
+    monkeypatch.delitem(tracking.LOGGER_TYPE_TO_CLASS, "swanlab")
+    with pytest.raises(ConfigError, match="tracker=swanlab needs a newer Accelerate"):
+        set_up(*PLAIN, "output_dir=other", "tracker=swanlab")
 
 
 def test_a_line_appears_however_long_a_step_takes(monkeypatch, capsys):
