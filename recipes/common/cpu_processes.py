@@ -22,6 +22,7 @@ from .stop_request import has_ended
 
 _RANKED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _LAUNCHERS = ("launch", "accelerate.commands.launch", "accelerate-launch", "launch.py")
+_BY_SDT = (["sdt", "train"], ["sdt.py", "train"])
 
 
 def start_cpu_processes() -> None:
@@ -70,13 +71,14 @@ def _end_with(parent: int) -> None:
 
 
 def asked_processes() -> int:
-    """N of the `accelerate launch` that started this process, from its arguments or its configuration file."""
+    """N of the `accelerate launch`, or `sdt train`, that started this process, from its arguments or its file."""
     import psutil
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
     words = psutil.Process(os.getppid()).cmdline()
-    start = next((i for i, word in enumerate(words) if os.path.basename(word) in _LAUNCHERS), None)
+    names = [os.path.basename(word) for word in words]
+    start = next((i for i, name in enumerate(names) if name in _LAUNCHERS or names[i - 1 : i + 1] in _BY_SDT), None)
     if start is None:
         return 1
     arguments, _ = launch_command_parser().parse_known_args(words[start + 1 :])

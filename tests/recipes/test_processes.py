@@ -107,7 +107,9 @@ def test_batches_of_both_processes_are_those_of_one(two_processes):
         (("accelerate", "launch", "--cpu", "--num_processes", "3", "digits.py", "seed=1"), 3),
         (("python", "-m", "accelerate.commands.launch", "--num_processes=2", "--cpu", "digits.py"), 2),
         (("accelerate-launch", "--config_file", "FILE", "digits.py"), 4),
+        (("python", "/usr/bin/sdt", "train", "--num_processes", "2", "--cpu", "digits", "seed=1"), 2),
         (("bash", "-c", "python digits.py"), 1),
+        (("bash", "train", "--num_processes", "2"), 1),
     ],
 )
 def test_the_number_of_processes_is_read_from_the_launcher(words, expected, tmp_path, monkeypatch):
