@@ -16,13 +16,12 @@ ROOT = Path(__file__).parents[1]
 SHOWN = ("neuron", "inference", "training", "v2", "v2_training")
 """The suites of the tables in the docs; results/ has all of them."""
 HEADLINES = (
-    ("neuron", "LIF forward + backward", "", "reused", "sdt_blocks LIF", "SpikingJelly eager"),
     ("training", "training step", "", "default", "sdt_blocks", "SpikingJelly, eager"),
     ("training", "training step, peak memory", "", "default", "sdt_blocks", "SpikingJelly, eager"),
     ("inference", "evaluation, batch 8", "", "reused", "sdt_blocks, optimised", "SpikingJelly sdt_8_384, eager"),
     ("sparse", "evaluation, batch 8", "every layer at 10%", "reused", "event-driven, fp32", "optimised dense, fp32"),
 )
-"""The README's rows: suite, figure, how the setting ends, allocator, and whom of ours stands beside whom."""
+"""The README's four rows: suite, figure, how the setting ends, allocator, and whom of ours stands beside whom."""
 Row = dict[str, str]
 ORIGIN = ("machine", "torch", "snntorch", "spikingjelly", "threads", "date")
 
