@@ -10,6 +10,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidiactl"
 import copy
 import functools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +136,24 @@ def static_golden() -> Golden:
 def v2_golden() -> Golden:
     """The golden file of Meta-SpikeFormer: images, T = 2, every neuron alive."""
     return load_golden("sdtv2_grads_T2_64")
+
+
+@pytest.fixture
+def as_printed() -> Callable[[str, str], None]:
+    """Holds what a page shows to what was printed: line by line the same words, whatever numbers stand there.
+
+    A line `...` stands for any lines.
+    """
+
+    def masked(text: str) -> list[str]:
+        numbers = re.sub(r"(?<![\w.])[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?", "#", text.strip())
+        return [" ".join(line.split()) for line in numbers.splitlines()]
+
+    def check(shown: str, printed: str) -> None:
+        lines = [r"(.*\n)*?" if line == "..." else re.escape(line) + "\n" for line in masked(shown)]
+        assert re.fullmatch("".join(lines), "\n".join([*masked(printed), ""])), f"shown:\n{shown}\nprinted:\n{printed}"
+
+    return check
 
 
 @pytest.fixture

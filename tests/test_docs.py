@@ -16,12 +16,15 @@ import sdt_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = [m.name for m in pkgutil.walk_packages(sdt_blocks.__path__, "sdt_blocks.")]
-PAGES = [ROOT / "README.md", ROOT / "recipes/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "recipes/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ELSEWHERE = ("mixing.md", "tutorials")  # which test_mixing.py and test_tutorials.py run
 EXAMPLES = [
-    example
+    found
     for page in PAGES
-    if page.name != "mixing.md"  # whose programs test_mixing.py runs
-    for example in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    if not {page.name, page.parent.name} & set(ELSEWHERE)
+    for found in re.findall(
+        r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", page.read_text(encoding="utf-8"), re.DOTALL
+    )
 ]
 # Around an example: where neurons run, all must fire at some time, or it shows zeros.
 BEFORE = """
@@ -54,18 +57,20 @@ def test_docstring_examples():
     assert failed == 0 and attempted >= 8
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_examples_of_readme_and_docs(example, tmp_path, released_file):
+@pytest.mark.parametrize(("example", "shown"), EXAMPLES, ids=range(len(EXAMPLES)))
+def test_examples_of_readme_and_docs(example, shown, tmp_path, released_file, as_printed):
     (tmp_path / "8_384.pth.tar").write_bytes(released_file.read_bytes())
     if "neurobench" in example:
         pytest.importorskip("neurobench")
     code = BEFORE + example + AFTER
     if "optimize_for_inference" in example:
-        code += example  # a hook keeps a network from being rebuilt: without one, after it
+        code += "print('\\f', end='')\n" + example  # a hook keeps a network from being rebuilt: without one, after it
     if "exact=True" in example or "export_to_nir" in example:
         code = example  # which refuse a network with hooks
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    if shown:
+        as_printed(shown, done.stdout.rpartition("\f")[2])
 
 
 def test_links_lead_to_files():
@@ -79,8 +84,8 @@ def test_links_lead_to_files():
 
 
 def test_every_page_is_on_the_site():
-    listed = re.findall(r": ([\w.]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
-    assert {page.name for page in (ROOT / "docs").glob("*.md")} <= set(listed)
+    listed = re.findall(r": ([\w./]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")} <= set(listed)
     assert listed[0] == "index.md" and len(listed) == len(set(listed))
 
 

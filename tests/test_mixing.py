@@ -13,7 +13,11 @@ from sdt_blocks import optimize_for_inference
 from sdt_blocks.analysis import audit, energy, firing_rates
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "mixing.md").read_text(encoding="utf-8")
-PROGRAMS = dict(re.findall(r"^## ([^\n]*)\n(?:(?!^## ).)*?```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE))
+FOUND = re.findall(
+    r"^## ([^\n]*)\n(?:(?!^## ).)*?```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", PAGE, re.DOTALL | re.MULTILINE
+)
+PROGRAMS = {title: program for title, program, _ in FOUND}
+SHOWN = {title: shown for title, _, shown in FOUND}
 IN_STEPS = "Other neurons in a trained network"
 
 
@@ -46,7 +50,7 @@ def _one_thread():
 
 
 @pytest.mark.parametrize("title", PROGRAMS)
-def test_programs(title, tmp_path, monkeypatch):
+def test_programs(title, tmp_path, monkeypatch, capsys, as_printed):
     monkeypatch.chdir(tmp_path)
     if "SHD" in PROGRAMS[title]:
         digits = load_digits()
@@ -55,11 +59,13 @@ def test_programs(title, tmp_path, monkeypatch):
         write_shd(tmp_path / "SHD", digits.images[800:900], digits.target[800:900], "test")
     names: dict = {}
     exec(compile(PROGRAMS[title], title, "exec"), names)
-    model, some, options = names["model"].eval(), names["held_out"][:64], {"neurons": names.get("neurons", ())}
-    rates = firing_rates(model, some, **options)
+    if SHOWN[title]:
+        as_printed(SHOWN[title], capsys.readouterr().out)
+    model, some = names["model"].eval(), names["held_out"][:64]
+    rates = firing_rates(model, some)
     assert not rates.silence and all(0 < layer.mean < 1 for layer in rates.layers.values())
-    assert audit(model, some, **options).spike_driven
-    report = energy(model, some, **options)
+    assert audit(model, some).spike_driven
+    report = energy(model, some)
     assert 0 < report.total_mj < report.ann_mj
     expected = model(some)
     fast = {sparse: optimize_for_inference(model, sparse=sparse) for sparse in (False, True)}
