@@ -70,11 +70,15 @@ def test_onnx(example, tmp_path, dynamo):
 
 
 @pytest.mark.slow
-def test_every_family_exports_for_any_batch(small):
-    program = torch.export.export(small.model, (small.images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+@pytest.mark.parametrize("steps", [None, 1, 3], ids=["images", "1 frame", "3 frames"])
+def test_every_family_exports_for_any_batch_and_steps(small, steps):
+    x = small.images
+    if steps is not None:
+        x = torch.stack([x, *[x.flip(-1)] * (steps - 1)], dim=1)
+    program = torch.export.export(small.model, (x[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
     with torch.no_grad():
-        expected = small.model(small.images)
-    torch.testing.assert_close(program.module()(small.images), expected, atol=1e-5, rtol=1e-4)
+        expected = small.model(x)
+    torch.testing.assert_close(program.module()(x), expected, atol=1e-5, rtol=1e-4)
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not [target for target in targets if "sdt_blocks" in target]
 
