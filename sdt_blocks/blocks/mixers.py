@@ -100,7 +100,10 @@ class MaskMixer(nn.Module):
             return PackedSpikes.pack(self(q, k, v))
         spec = NeuronSpec(self.neuron.threshold, self.neuron.reset_mechanism, strict=self.neuron.strict)
         leak = torch.as_tensor(self.neuron.inv_tau, dtype=torch.float32).detach().expand(channels)
-        return PackedSpikes(spike_attention(qkv, spec, pad_to_words(leak)).words, channels)
+        leak, carrier, standing = pad_to_words(leak), self.neuron.carrier, None
+        if carrier is not None:
+            standing = carrier.standing(self.neuron, (qkv.words.shape[1], len(leak)))
+        return PackedSpikes(spike_attention(qkv, spec, leak, standing).words, channels)
 
     def _pooled(self, spikes: Tensor) -> Tensor:
         return max_pool_plane(spikes) if self.event_pooling else spikes

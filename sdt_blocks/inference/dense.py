@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,25 +51,23 @@ class Firing(nn.Module, Streamed):
         self.inv_tau: Tensor
         self.constants = (neuron.threshold, neuron.reset_mechanism, neuron.strict)
 
-    @property
-    def neuron(self) -> kernels.Neuron:
-        """As the ops take it."""
-        return kernels.Neuron(self.inv_tau, *self.constants)
-
-    def go_on(self, x: Tensor) -> Tensor:
-        """Spikes of x `[T, B, H, W, C]` from where the layer stood in the stream."""
-        assert self.carrier is not None
-        before = self.carrier.membrane(self, x)
-        spikes, last = kernels.go_on(x, self.neuron, before)
-        self.carrier.keep_state(self, last)
-        return spikes
+    def neuron(self, shape: Sequence[int]) -> kernels.Neuron:
+        """As the ops take it, for membranes of this shape; in a stream it goes on from where it stood."""
+        neuron = kernels.Neuron(self.inv_tau, *self.constants)
+        if self.carrier is None:
+            return neuron
+        before = self.carrier.stood(self, shape)
+        after = torch.empty(
+            shape, dtype=torch.promote_types(self.inv_tau.dtype, torch.float32), device=self.inv_tau.device
+        )
+        self.carrier.keep_state(self, after)
+        return neuron._replace(before=before, after=after)
 
 
 class Mixed(nn.Module):
     """q, k and v of an attention as one product of so many channels each, what fires on them, and the mixer.
 
     Where it is `fused`, the mixer's dense form does what is behind the product; its neuron is then the last that fires.
-    In a stream the neurons of q, k and v fire by themselves, and the mixer is called.
     """
 
     def __init__(
@@ -78,10 +76,6 @@ class Mixed(nn.Module):
         super().__init__()
         self.product, self.channels, self.fires, self.mixer = product, channels, nn.ModuleList(fires), mixer
         self.fused = fused
-
-    def apart(self) -> bool:
-        """Whether the neurons fire by themselves."""
-        return not self.fused or any(getattr(one, "carrier", None) is not None for one in self.fires)
 
 
 class Membrane:
@@ -306,20 +300,18 @@ class Dense(nn.Module):
         if firing is None or frames is None:
             return evaluated(node.target)(self._plain(given[0]))
         membrane = frames if isinstance(frames, Membrane) else Membrane(frames.real(self.real_dtype))
-        if firing.carrier is not None:
-            spikes = firing.go_on(membrane.real())
-            return Spiking(spikes.shape, spikes.to)
+        neuron = firing.neuron(membrane.shape[1:])
 
         def fired(dtype: torch.dtype) -> Tensor:
             options = {"compiled": firing.compiled}
             if len(membrane.terms) == 1:
-                return kernels.fire(membrane.terms[0], firing.neuron, dtype, **options)[1]
+                return kernels.fire(membrane.terms[0], neuron, dtype, **options)[1]
             u, change = membrane.terms
-            total, spikes = kernels.fire(change, firing.neuron, dtype, shortcut=u, **options)
+            total, spikes = kernels.fire(change, neuron, dtype, shortcut=u, **options)
             membrane.terms = (total,)
             return spikes
 
-        return Spiking(membrane.shape, fired, (membrane, firing))
+        return Spiking(membrane.shape, fired, (membrane, neuron, firing.compiled))
 
     def _pool(self, node: Node, given: list[Any], values: dict[Node, Any]) -> Any:
         layer, x = node.target, given[0]
@@ -335,8 +327,8 @@ class Dense(nn.Module):
         if isinstance(frames, Spiking):
             source = frames.source
             if source is not None and frames.made is None and len(source[0].terms) == 1:
-                (u,), firing = source[0].terms, source[1]
-                fired = lambda dtype: kernels.fire_and_pool(u, firing.neuron, dtype, compiled=firing.compiled)  # noqa: E731
+                (u,), (neuron, compiled) = source[0].terms, source[1:]
+                fired = lambda dtype: kernels.fire_and_pool(u, neuron, dtype, compiled=compiled)  # noqa: E731
                 return Spiking(shape, fired)
             return Spiking(shape, lambda dtype: kernels.pool(frames.real(self.real_dtype)).to(dtype))
         return Membrane(kernels.pool(frames.real()).to(self.real_dtype))
@@ -346,22 +338,20 @@ class Dense(nn.Module):
         if form is None:
             return steps.project_and_mix(mixing.units, mixing.neurons, mixing.mixer, self._plain(given[0]))
         qkv = self._multiplied(form.product, self._frames_of(node, given[0])).real()
-        if form.apart():
+        if not form.fused:
             fires = form.fires[: len(form.channels)]
             parts = zip(fires, qkv.split(form.channels, dim=-1), strict=True)
             return form.mixer(*(self._fired(one, membrane) for one, membrane in parts))
-        neurons = [firing.neuron for firing in form.fires]
         shape = torch.Size((*qkv.shape[:-1], form.channels[0]))
+        shapes = [*[shape[1:]] * len(form.channels), (shape[1], shape[-1])]
+        neurons = [firing.neuron(of) for firing, of in zip(form.fires, shapes, strict=True)]
         return Spiking(shape, lambda dtype: mixing.mixer.dense(qkv, neurons, dtype, compiled=self.compiled))
 
     def _fired(self, neuron: Any, membrane: Tensor) -> Tensor:
         """What a neuron of a mixer makes of its part of the product, as the mixer takes it."""
         if isinstance(neuron, Firing):
             x = membrane.contiguous()
-            if neuron.carrier is None:
-                spikes = kernels.fire(x, neuron.neuron, self.real_dtype, compiled=neuron.compiled)[1]
-            else:
-                spikes = neuron.go_on(x).to(self.real_dtype)
+            spikes = kernels.fire(x, neuron.neuron(x.shape[1:]), self.real_dtype, compiled=neuron.compiled)[1]
             return spikes.movedim(-1, 2).contiguous()
         x, own = membrane.movedim(-1, 2).contiguous(), evaluated(neuron)
         fired: Tensor = steps.fire(neuron, x) if own is neuron else own(x)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,16 +12,13 @@ from torch import Tensor, nn
 
 from .. import steps
 from ..neuron import IntegerNeuron
-from ..ops.dense import Neuron, go_on
 from ..ops.packed import (
-    Epilogue,
     PackedSpikes,
     kernels_problem,
     real_pool,
     spike_neuron,
     spike_pool,
 )
-from ..ops.spec import NeuronSpec
 from . import passes
 from .forms import DenseSums, Forms, epilogue_of, pooled_membrane
 from .integers import (
@@ -28,6 +26,7 @@ from .integers import (
     INT8,
     OrderedSums,
     SpikeProduct,
+    Stands,
     ordered_mean,
 )
 from .passes import LEVELS, SPIKES, axes_of_mean, kinds, last_uses, over_places
@@ -96,7 +95,7 @@ class Events(nn.Module):
                 self.forms[node] = form
             self.leaves.extend(leaves(node.target) if form is None else [form])
             if node.op == MIX and form is not None:
-                # For streams, whose neurons fire by themselves.
+                # For streams, which hand over where neurons stand.
                 parts = (*node.target.neurons, node.target.mixer)
                 self.leaves.extend(part for part in parts if isinstance(part, nn.Module))
             if node.op == PROJECT and form is not None:
@@ -200,11 +199,8 @@ class Events(nn.Module):
             # The shortcut's memory takes the sum where nothing reads it afterwards.
             if after.keep and before.owned and self.last[after.residual] is after.total:
                 into = residual
-        if after.fire is not None and _streamed(after.fire.target):
-            membrane = form.membrane(source, residual=residual, into=True if into is False else into)
-            fired = _gone_on(after.fire.target, membrane)
-        else:
-            membrane, fired = form(source, residual=residual, membrane=into)
+        stands = None if after.fire is None else _stands(after.fire.target)
+        membrane, fired = form(source, residual=residual, membrane=into, stands=stands)
         if after.fire is not None:
             values[after.fire] = fired
         total = None if membrane is None else Membrane(membrane, owned=True)
@@ -230,19 +226,18 @@ class Events(nn.Module):
         if membrane is None or isinstance(x, PackedSpikes):
             return node.target(plain(x))
         real = membrane.real
-        if _streamed(node.target):
-            return _gone_on(node.target, real)
-        return spike_neuron(real, epilogue_of(None, node.target, channels=real.shape[-1]), len(real))[1]
+        epilogue, stands = epilogue_of(None, node.target, channels=real.shape[-1]), _stands(node.target)
+        standing = None if stands is None else stands(real.shape[1:])
+        return spike_neuron(real, epilogue, len(real), standing=standing)[1]
 
     def _mix(self, node: Node, x: Any) -> Any:
         mixing, form = node.target, self.forms.get(node)
         if isinstance(form, SpikeProduct) and isinstance(x, PackedSpikes):
-            if any(map(_streamed, mixing.neurons)):
-                membranes = form.membrane(x).chunk(len(mixing.neurons), -1)
-                parts = (part[..., : form.channels].movedim(-1, 2) for part in membranes)
-                fired = [neuron(part) for neuron, part in zip(mixing.neurons, parts, strict=True)]
-                return _repacked(mixing.mixer, mixing.mixer(*fired))
-            _, qkv = form(x)
+            standing = _side_by_side(mixing.neurons, form.result_shape(x)[1:])
+            _, qkv = form(x, stands=None if standing is None else lambda _: standing)
+            if standing is not None:
+                for neuron, stands in zip(mixing.neurons, standing.chunk(len(mixing.neurons), -1), strict=True):
+                    neuron.carrier.keep_state(neuron, stands)
             return mixing.mixer.packed(qkv, form.channels)
         source = x if isinstance(x, PackedSpikes) or form is None else _frames(x)
         if form is not None and source is not None:
@@ -345,30 +340,23 @@ def _halves(node: Node) -> bool:
 
 def _fired(product: Any, neuron: Any, x: PackedSpikes | Tensor) -> Tensor:
     """What a neuron makes of a product, `[T, B, C, H, W]`."""
-    if product.epilogue.neuron is not None and not _streamed(neuron):
-        return plain(product(x)[1])
-    fired: Tensor = neuron(plain(Membrane(product.membrane(x))))
+    if product.epilogue.neuron is not None:
+        return plain(product(x, stands=_stands(neuron))[1])
+    fired: Tensor = neuron(plain(Membrane(product(x, membrane=True)[0])))
     return fired
 
 
-def _streamed(neuron: Any) -> bool:
-    """Whether a stream hands the neuron's state over, which kernels do not know."""
-    return getattr(neuron, "carrier", None) is not None
+def _stands(neuron: Any) -> Stands | None:
+    """In a stream, what tells kernels where the neuron stands; else it starts at rest."""
+    carrier = getattr(neuron, "carrier", None)
+    return None if carrier is None else partial(carrier.standing, neuron)
 
 
-def _gone_on(neuron: Any, membrane: Tensor) -> PackedSpikes:
-    """What a neuron in a stream makes of a membrane `[T, B, H, W, C]`."""
-    leak, channels = torch.as_tensor(neuron.inv_tau, dtype=torch.float32).detach(), membrane.shape[-1]
-    layer = Neuron(leak, neuron.threshold, neuron.reset_mechanism, neuron.strict)
-    # The kernel that packs spikes starts at rest: given where a neuron stands, without a leak, it only compares.
-    stands = NeuronSpec(neuron.threshold, strict=neuron.strict, inv_tau=1.0)
-    compares, words = Epilogue(channels, neuron=stands), []
-    state = neuron.carrier.membrane(neuron, membrane)
-    for x in membrane.split(1):
-        _, state = go_on(x, layer, state)
-        words.append(spike_neuron(state[None], compares, 1)[1].words)
-    neuron.carrier.keep_state(neuron, state)
-    return PackedSpikes(torch.cat(words), channels)
+def _side_by_side(neurons: Sequence[Any], shape: torch.Size) -> Tensor | None:
+    """Where neurons stand that have one product `[B, H, W, C]` with its channels in equal parts."""
+    each = (*shape[:-1], shape[-1] // len(neurons))
+    stands = [stands(each) for stands in map(_stands, neurons) if stands is not None]
+    return torch.cat(stands, dim=-1) if stands else None
 
 
 def _repacked(leaf: Any, x: Any) -> Any:

@@ -23,6 +23,7 @@ from .integers import (
     OrderedLinear,
     OrderedSums,
     SpikeProduct,
+    Stands,
     shown,
     windows_of,
 )
@@ -170,7 +171,14 @@ class EventProduct(SpikeProduct):
         made: EventWeight = self.made("weight", lambda: EventWeight(self.convolution.weight / self.norm))
         return made
 
-    def dense(self, spikes: PackedSpikes, *, residual: Tensor | None = None, membrane: bool | Tensor = False) -> Result:
+    def dense(  # type: ignore[override]
+        self,
+        spikes: PackedSpikes,
+        *,
+        residual: Tensor | None = None,
+        membrane: bool | Tensor = False,
+        standing: Tensor | None = None,
+    ) -> Result:
         """The sums from a dense convolution, by the fastest way of this machine, a few images at a time."""
         steps_, images, height, width, _ = spikes.words.shape
         channels = self.epilogue.channels
@@ -188,6 +196,7 @@ class EventProduct(SpikeProduct):
                 steps_,
                 residual=None if residual is None else residual[:, some],
                 membrane=kept[:, some] if isinstance(kept, Tensor) else False,
+                standing=None if standing is None else standing[some],
             )
             words += [] if fired is None else [fired.words]
         packed = PackedSpikes(words[0] if len(words) == 1 else torch.cat(words, dim=1), channels) if words else None
@@ -207,8 +216,10 @@ class DenseSums(Finished):
         *,
         residual: Tensor | None = None,
         membrane: bool | Tensor = False,
+        stands: Stands | None = None,
     ) -> Result:
         x, time_steps = shown(frames)
+        standing: Tensor | None = None
         parts: list[Result] = []
         size, images = _chunk(x[:, 0, ..., 0].numel(), self.epilogue.channels), x.shape[1]
         for first in range(0, images, size):
@@ -216,7 +227,10 @@ class DenseSums(Finished):
             sums = self.layers(x[:, some].flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             sums = sums.unflatten(0, (len(x), -1)).contiguous()
             before = None if residual is None else residual[:, some].contiguous()
-            parts.append(spike_neuron(sums, self.epilogue, time_steps, residual=before, membrane=membrane is not False))
+            if stands is not None and standing is None:
+                standing = stands((images, *sums.shape[2:]))
+            options = {"residual": before, "standing": None if standing is None else standing[some]}
+            parts.append(spike_neuron(sums, self.epilogue, time_steps, membrane=membrane is not False, **options))
         if len(parts) == 1:
             return parts[0]
         kept = None if parts[0][0] is None else torch.cat([part[0] for part in parts], dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,15 +25,15 @@ FLOAT32, INT8, INT24 = "float32", "int8", "int24"
 """What the weights of products on spikes are."""
 PIECES = {INT8: 1, INT24: 3}
 
+Stands = Callable[[Sequence[int]], Tensor]
+"""For a shape `[B, H, W, C]`, where the neurons of a stream stand; kernels leave there where they stand next."""
+
 
 class Finished(nn.Module):
     """A layer with what follows its sums, whose constants are part of its state.
 
-    What the kernels take is made of the buffers when it is first used, and anew after they were loaded. `fires` is off
-    while a stream has the neuron fire by itself.
+    What the kernels take is made of the buffers when it is first used, and anew after they were loaded.
     """
-
-    fires = True
 
     def __init__(self, epilogue: Epilogue) -> None:
         super().__init__()
@@ -44,20 +44,8 @@ class Finished(nn.Module):
 
     @property
     def epilogue(self) -> Epilogue:
-        if not self.fires:
-            bare: Epilogue = self.made("bare", lambda: Epilogue.of(self.constants, None))
-            return bare
-        whole: Epilogue = self.made("epilogue", lambda: Epilogue.of(self.constants, self.neuron))
-        return whole
-
-    def membrane(self, x: Any, *, residual: Tensor | None = None, into: bool | Tensor = True) -> Tensor:
-        """What the neuron would get: `forward` without it."""
-        self.fires = False
-        try:
-            real: Tensor = self(x, residual=residual, membrane=into)[0]
-        finally:
-            self.fires = True
-        return real
+        made: Epilogue = self.made("epilogue", lambda: Epilogue.of(self.constants, self.neuron))
+        return made
 
     def made(self, name: str, make: Any) -> Any:
         """What `make()` gives, kept until the state changes."""
@@ -78,8 +66,9 @@ class Finished(nn.Module):
 class SpikeProduct(Finished):
     """A convolution on spikes, what follows it, and two ways to the sums: by `events`, and `dense` with all inputs.
 
-    `forward(spikes, residual, membrane)` is `spike_product`. `break_even` is the share of active inputs above which the
-    sums are dense: 1 never does that, 0 always. Where events cannot compute the product (`counts`), it is always dense.
+    `forward(spikes, residual, membrane)` is `spike_product`; in a stream, `stands` gives its `standing` for a shape.
+    `break_even` is the share of active inputs above which the sums are dense: 1 never does that, 0 always. Where events
+    cannot compute the product (`counts`), it is always dense.
     """
 
     kind = FLOAT32
@@ -90,23 +79,21 @@ class SpikeProduct(Finished):
         super().__init__(epilogue)
         self.channels, self.planes, self.break_even = channels, planes, 1.0
 
-    def forward(
-        self, spikes: PackedSpikes, *, residual: Tensor | None = None, membrane: bool | Tensor = False
-    ) -> Result:
-        return (self.events if self._pays(spikes) else self.dense)(spikes, residual=residual, membrane=membrane)
+    def forward(self, spikes: PackedSpikes, *, stands: Stands | None = None, **options: Any) -> Result:
+        if stands is not None:
+            options["standing"] = stands(self.result_shape(spikes)[1:])
+        return (self.events if self._pays(spikes) else self.dense)(spikes, **options)
 
     def _pays(self, spikes: PackedSpikes) -> bool:
         if not self.counts or self.break_even <= 0:
             return False
         return self.break_even >= 1 or spikes.rate() <= self.break_even
 
-    def events(
-        self, spikes: PackedSpikes, *, residual: Tensor | None = None, membrane: bool | Tensor = False
-    ) -> Result:
+    def events(self, spikes: PackedSpikes, **options: Any) -> Result:
         """The sums from the weights of active inputs."""
-        return spike_product(spikes, self.weight, self.epilogue, residual=residual, membrane=membrane)
+        return spike_product(spikes, self.weight, self.epilogue, **options)
 
-    def dense(self, spikes: PackedSpikes, *, residual: Tensor | None = None, membrane: bool | Tensor = False) -> Result:
+    def dense(self, spikes: PackedSpikes, **options: Any) -> Result:
         """The sums from all inputs."""
         raise NotImplementedError
 
@@ -153,10 +140,8 @@ class IntegerProduct(SpikeProduct):
         made: IntegerWeight = self.made("weight", lambda: IntegerWeight(self.integers))
         return made
 
-    def dense(self, spikes: PackedSpikes, *, residual: Tensor | None = None, membrane: bool | Tensor = False) -> Result:
-        return spike_product_dense(
-            spikes, self.weight, self.epilogue, windows=self.windows, residual=residual, membrane=membrane
-        )
+    def dense(self, spikes: PackedSpikes, **options: Any) -> Result:
+        return spike_product_dense(spikes, self.weight, self.epilogue, windows=self.windows, **options)
 
     def result_shape(self, spikes: PackedSpikes) -> torch.Size:
         size = self.windows.size(spikes.words.shape[2:4], self.integers)
@@ -175,21 +160,22 @@ class OrderedSums(Finished):
         for place, (weight, _) in enumerate(layers):
             self.register_buffer(f"weight{place}", weight.float())
 
-    def forward(
-        self, frames: Tensor | PackedSpikes, *, residual: Tensor | None = None, membrane: bool | Tensor = False
-    ) -> Result:
+    def forward(self, frames: Tensor | PackedSpikes, *, stands: Stands | None = None, **options: Any) -> Result:
         x, time_steps = shown(frames)
-        options: dict[str, Any] = {"residual": residual, "membrane": membrane}
         for place, geometry in enumerate(self.geometries):
             last = place == len(self.geometries) - 1
             windows, weight = windows_of(geometry), getattr(self, f"weight{place}")
             if geometry.groups == 1:
                 made = self.made(f"weight{place}", lambda weight=weight: RealWeight(weight))
                 if last:
+                    if stands is not None:
+                        options["standing"] = stands((x.shape[1], *windows.size(x.shape[2:4], weight), len(weight)))
                     return real_product(x, made, self.epilogue, time_steps, windows=windows, **options)
                 x = real_product(x, made, Epilogue(len(weight)), len(x), windows=windows, membrane=True)[0]
             else:
                 x = depthwise_product(x.flatten(0, 1), weight, windows=windows).unflatten(0, x.shape[:2])
+        if stands is not None:
+            options["standing"] = stands(x.shape[1:])
         return spike_neuron(x, self.epilogue, time_steps, **options)
 
 

@@ -261,11 +261,22 @@ class Stream:
 
     def membrane(self, neuron: Streamed, x: Tensor) -> Tensor | None:
         """Where the neuron stood after the chunk before x `[T, ...]`; `None` at the start."""
+        return self.stood(neuron, x.shape[1:])
+
+    def standing(self, neuron: Streamed, shape: Sequence[int]) -> Tensor:
+        """Where the neuron stood, for a kernel that leaves there where it stands next; zeros at the start."""
+        stood = self.stood(neuron, shape)
+        stands = torch.zeros(shape) if stood is None else stood.clone()
+        self.keep_state(neuron, stands)
+        return stands
+
+    def stood(self, neuron: Streamed, shape: Sequence[int]) -> Tensor | None:
+        """Where the neuron stood, a membrane of this shape; `None` at the start."""
         membrane: Tensor | None = self._states.get(neuron)
-        if membrane is not None and membrane.shape != x.shape[1:]:
+        if membrane is not None and membrane.shape != tuple(shape):
             raise ValueError(
                 f"a stream's chunks must have one shape but for their length: a neuron had {list(membrane.shape)} and "
-                f"now gets {list(x.shape[1:])} a step; call reset() before another sequence"
+                f"now gets {list(shape)} a step; call reset() before another sequence"
             )
         return membrane
 

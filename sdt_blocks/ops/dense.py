@@ -32,6 +32,10 @@ class Neuron(NamedTuple):
     threshold: float
     reset: str
     strict: bool
+    before: Tensor | None = None
+    """Where the neurons stand before the first step, in the order of their input; `None` at rest."""
+    after: Tensor | None = None
+    """A tensor to be filled with where they stand after the last step."""
 
 
 def fire(
@@ -53,17 +57,6 @@ def fire(
     flat = functools.partial(torch.flatten, start_dim=1, end_dim=-2 if neuron.inv_tau.ndim else -1)
     total, spikes = run(flat(x), neuron, dtype, None if shortcut is None else flat(shortcut))
     return x if shortcut is None else total.view(x.shape), spikes.view(x.shape)
-
-
-def go_on(x: Tensor, neuron: Neuron, membrane: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`(spikes, last membrane)` of x `[T, B, H, W, C]` after a membrane `[B, H, W, C]`, `None` at the start."""
-    flat = x.flatten(1, -2) if neuron.inv_tau.ndim else x
-    spec = NeuronSpec(neuron.threshold, neuron.reset, strict=neuron.strict, inv_tau=neuron.inv_tau)
-    before = None if membrane is None else membrane.reshape(flat.shape[1:])
-    result = lif(flat, spec, before, return_membrane=True)
-    assert isinstance(result, tuple)
-    spikes, last = result
-    return spikes.view(x.shape), last.view(x.shape[1:])
 
 
 def fire_and_pool(x: Tensor, neuron: Neuron, dtype: torch.dtype, *, compiled: bool = False) -> Tensor:
@@ -110,10 +103,15 @@ def pool(x: Tensor) -> Tensor:
 
 def _spikes(x: Tensor, neuron: Neuron) -> Tensor:
     spec = NeuronSpec(neuron.threshold, neuron.reset, strict=neuron.strict, inv_tau=neuron.inv_tau)
+    before = None if neuron.before is None else neuron.before.reshape(x.shape[1:])
     if torch.compiler.is_compiling():
-        return lif_reference(x, spec)[0]
-    spikes = lif(x, spec)
-    assert isinstance(spikes, Tensor)
+        spikes, last = lif_reference(x, spec, before)
+    else:
+        result = lif(x, spec, before, return_membrane=True)
+        assert isinstance(result, tuple)
+        spikes, last = result
+    if neuron.after is not None:
+        neuron.after.copy_(last.view(neuron.after.shape))
     return spikes
 
 
@@ -208,7 +206,13 @@ _WORTH_SHARING = 1 << 14
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = (("neuron", bindings.Neuron), ("inv_tau", c_void_p), ("constants", c_int64))
+    _fields_ = (
+        ("neuron", bindings.Neuron),
+        ("inv_tau", c_void_p),
+        ("constants", c_int64),
+        ("before", c_void_p),
+        ("after", c_void_p),
+    )
 
 
 def _sizes(*sizes: int) -> Any:
@@ -216,9 +220,14 @@ def _sizes(*sizes: int) -> Any:
 
 
 def _layers(neurons: tuple[Neuron, ...]) -> Any:
-    return _structures(
-        tuple((n.inv_tau.data_ptr(), n.inv_tau.numel(), n.threshold, n.reset, n.strict) for n in neurons)
-    )
+    layers = tuple((n.inv_tau.data_ptr(), n.inv_tau.numel(), n.threshold, n.reset, n.strict) for n in neurons)
+    if all(neuron.after is None for neuron in neurons):
+        return _structures(layers)
+    structures = _structures.__wrapped__(layers)
+    for structure, neuron in zip(structures, neurons, strict=True):
+        structure.before = None if neuron.before is None else neuron.before.data_ptr()
+        structure.after = None if neuron.after is None else neuron.after.data_ptr()
+    return structures
 
 
 @functools.lru_cache(maxsize=1024)

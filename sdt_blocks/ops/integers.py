@@ -144,6 +144,7 @@ def spike_product_dense(
     windows: Windows | None = None,
     residual: Tensor | None = None,
     membrane: bool | Tensor = False,
+    standing: Tensor | None = None,
 ) -> Result:
     """`spike_product` with all inputs multiplied, active or not: the same sums, for any ungrouped convolution.
 
@@ -162,7 +163,7 @@ def spike_product_dense(
     steps, images, *frame = spikes.words.shape[:4]
     size = windows.size(frame, weight.weight)
     frames = frames_of(spikes)
-    kept, fired, arguments = outputs_of(epilogue, (steps, images, *size), residual, membrane)
+    kept, fired, arguments = outputs_of(epilogue, (steps, images, *size), residual, membrane, standing)
     shape = windows.structure(weight.weight, size)
     call("spike_product_dense", frames, shape, weight.pieces, weight.digits, arguments)
     return kept, fired
@@ -177,6 +178,7 @@ def real_product(
     windows: Windows | None = None,
     residual: Tensor | None = None,
     membrane: bool | Tensor = False,
+    standing: Tensor | None = None,
 ) -> Result:
     """The convolution of real values `[T or 1, B, H, W, in]` in float32, summed in a fixed order, and its epilogue.
 
@@ -192,7 +194,7 @@ def real_product(
     x = x.contiguous()
     frames, images, *frame, _ = x.shape
     size = windows.size(frame, weight.weight)
-    kept, fired, arguments = outputs_of(epilogue, (steps, images, *size), residual, membrane)
+    kept, fired, arguments = outputs_of(epilogue, (steps, images, *size), residual, membrane, standing)
     sizes = (ctypes.c_int64 * 4)(images, *frame, into)
     call("real_product", x, frames, sizes, windows.structure(weight.weight, size), weight.tiles, arguments, steps)
     return kept, fired
@@ -208,7 +210,7 @@ def byte_product(x: Tensor, weight: IntegerWeight, epilogue: Epilogue, *, window
         )
     windows, x = windows or Windows.same(weight.weight), x.contiguous()
     size = windows.size(x.shape[1:3], weight.weight)
-    kept, _, arguments = outputs_of(epilogue, (1, len(x), *size), None, True)
+    kept, _, arguments = outputs_of(epilogue, (1, len(x), *size), None, True, None)
     shape = windows.structure(weight.weight, size)
     call("byte_product", x, (ctypes.c_int64 * 4)(*x.shape), shape, weight.pieces, weight.digits, arguments)
     assert kept is not None

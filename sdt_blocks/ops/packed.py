@@ -156,7 +156,9 @@ class Epilogue:
         bias, scale, shift, inv_tau = constants
         return Epilogue(constants.shape[1], bias=bias, scale=scale, shift=shift, inv_tau=inv_tau, neuron=neuron)
 
-    def reference(self, sums: Tensor, residual: Tensor | None, steps: int, membrane: bool) -> Result:
+    def reference(
+        self, sums: Tensor, residual: Tensor | None, steps: int, membrane: bool, standing: Tensor | None
+    ) -> Result:
         """The equations on sums `[T or 1, B, H, W, channels]`."""
         u = torch.addcmul(self.shift.double(), sums + self.bias, self.scale.double()).float()
         u = u.expand(steps, *u.shape[1:])
@@ -164,7 +166,10 @@ class Epilogue:
             u = residual + u
         spikes = None
         if self.neuron is not None:
-            fired, _ = lif_reference(u.movedim(-1, 2), self.neuron._replace(inv_tau=self.inv_tau))
+            before = None if standing is None else standing.movedim(-1, 1)
+            fired, last = lif_reference(u.movedim(-1, 2), self.neuron._replace(inv_tau=self.inv_tau), before)
+            if standing is not None:
+                standing.copy_(last.movedim(1, -1))
             spikes = PackedSpikes.pack(fired)
         return (u if membrane else None), spikes
 
@@ -196,11 +201,14 @@ def spike_product(
     *,
     residual: Tensor | None = None,
     membrane: bool | Tensor = False,
+    standing: Tensor | None = None,
 ) -> Result:
     """The convolution of spikes with a weight, and its epilogue: additions of the weights of active inputs alone.
 
     Of levels in several planes it is the convolution of level * norm, their whole numbers: the weight holds 1 / norm.
     `residual` is `[T, B, H, W, out]`. `membrane` asks for u, and may be the tensor to write it to, even `residual`.
+    `standing`, `[B, H, W, out]`, is where the neurons stand: they go on from there, and leave there where they stop
+    (the membrane before its reset, as in `lif_reference`). Without it they start at rest.
 
     >>> weight, neuron = torch.rand(8, 16, 1, 1), NeuronSpec()
     >>> spikes = PackedSpikes.pack(torch.ones(4, 1, 16, 2, 2))
@@ -210,7 +218,7 @@ def spike_product(
     check_product(spikes, weight, epilogue)
     steps, images, height, width, _ = spikes.words.shape
     frames = frames_of(spikes)
-    kept, fired, arguments = outputs_of(epilogue, (steps, images, height, width), residual, membrane)
+    kept, fired, arguments = outputs_of(epilogue, (steps, images, height, width), residual, membrane, standing)
     call("spike_product", frames, weight.radius, weight.kind, weight.tiles, arguments)
     return kept, fired
 
@@ -222,6 +230,7 @@ def spike_product_reference(
     *,
     residual: Tensor | None = None,
     membrane: bool | Tensor = False,
+    standing: Tensor | None = None,
 ) -> Result:
     """`spike_product` as a dense convolution."""
     check_product(spikes, weight, epilogue)
@@ -232,28 +241,40 @@ def spike_product_reference(
         padding=weight.radius,
     )
     sums = sums.unflatten(0, frames.shape[:2]).movedim(2, -1)
-    return epilogue.reference(sums, residual, len(frames), membrane is not False)
+    return epilogue.reference(sums, residual, len(frames), membrane is not False, standing)
 
 
 def spike_neuron(
-    x: Tensor, epilogue: Epilogue, steps: int, *, residual: Tensor | None = None, membrane: bool | Tensor = False
+    x: Tensor,
+    epilogue: Epilogue,
+    steps: int,
+    *,
+    residual: Tensor | None = None,
+    membrane: bool | Tensor = False,
+    standing: Tensor | None = None,
 ) -> Result:
     """The epilogue alone, on x `[T or 1, B, H, W, C]`: a single frame is shown at each of the `steps`."""
     _check_neuron(x, epilogue, steps)
     x = _frames(x)
     frames, *places, _ = x.shape
-    kept, fired, arguments = outputs_of(epilogue, (steps, *places), residual, membrane)
+    kept, fired, arguments = outputs_of(epilogue, (steps, *places), residual, membrane, standing)
     step = 0 if frames == 1 else x.stride(0)
     call("spike_neuron", x, frames, step, steps, x[0, ..., 0].numel(), arguments)
     return kept, fired
 
 
 def spike_neuron_reference(
-    x: Tensor, epilogue: Epilogue, steps: int, *, residual: Tensor | None = None, membrane: bool | Tensor = False
+    x: Tensor,
+    epilogue: Epilogue,
+    steps: int,
+    *,
+    residual: Tensor | None = None,
+    membrane: bool | Tensor = False,
+    standing: Tensor | None = None,
 ) -> Result:
     """`spike_neuron` in PyTorch."""
     _check_neuron(x, epilogue, steps)
-    return epilogue.reference(x, residual, steps, membrane is not False)
+    return epilogue.reference(x, residual, steps, membrane is not False, standing)
 
 
 def spike_pool(spikes: PackedSpikes) -> PackedSpikes:
@@ -277,14 +298,19 @@ def real_pool_reference(x: Tensor) -> Tensor:
     return F.max_pool2d(x.flatten(0, 1).movedim(-1, 1), 3, 2, 1).movedim(1, -1).unflatten(0, x.shape[:2])
 
 
-def spike_attention(qkv: PackedSpikes, neuron: NeuronSpec, inv_tau: Tensor | None = None) -> PackedSpikes:
+def spike_attention(
+    qkv: PackedSpikes, neuron: NeuronSpec, inv_tau: Tensor | None = None, standing: Tensor | None = None
+) -> PackedSpikes:
     """Spike-driven self-attention: `q AND neuron(number of tokens with k AND v)`.
 
     qkv has `3 * channels` channels, q, k and v one after the other, with channels a multiple of 64 (`pad_to_words`
-    gives weights for that); inv_tau is a number or `[channels]`. The result has `channels` channels.
+    gives weights for that); inv_tau is a number or `[channels]`; `standing` `[B, channels]` as in `spike_product`. The
+    result has `channels` channels.
     """
     channels = _attention_channels(qkv)
     words = qkv.words.contiguous()
+    if standing is not None:
+        check_real("standing", standing, (words.shape[1], channels), standing)
     steps, images, height, width, _ = words.shape
     out = torch.empty(steps, images, height, width, channels // WORD, dtype=torch.int64)
     leak = torch.as_tensor(neuron.inv_tau if inv_tau is None else inv_tau).detach().float().expand(channels)
@@ -298,6 +324,7 @@ def spike_attention(qkv: PackedSpikes, neuron: NeuronSpec, inv_tau: Tensor | Non
         channels // WORD,
         leak.contiguous(),
         bindings.Neuron.of(neuron),
+        standing,
     )
     return PackedSpikes(out, channels)
 
@@ -352,6 +379,7 @@ class _Epilogue(ctypes.Structure):
         ("spikes", c_void_p),
         ("spikes_step", c_int64),
         ("neuron", bindings.Neuron),
+        ("standing", c_void_p),
     ]
 
 
@@ -366,18 +394,20 @@ def frames_of(spikes: PackedSpikes) -> ctypes.Structure:
 
 
 def outputs_of(
-    epilogue: Epilogue, places: tuple[int, ...], residual: Tensor | None, membrane: bool | Tensor
+    epilogue: Epilogue,
+    places: tuple[int, ...],
+    residual: Tensor | None,
+    membrane: bool | Tensor,
+    standing: Tensor | None,
 ) -> tuple[Tensor | None, PackedSpikes | None, ctypes.Structure]:
     """Where results go, and what tells the kernels of it and of the epilogue."""
     shape = (*places, epilogue.channels)
     kept = torch.empty(shape) if membrane is True else membrane if isinstance(membrane, Tensor) else None
     for name, real in (("residual", residual), ("membrane", kept)):
-        if real is None:
-            continue
-        if real.shape != shape or real.dtype != torch.float32 or not real[0].is_contiguous():
-            raise ValueError(
-                f"{name} must be float32 {list(shape)} with frames without gaps, got {real.dtype} {list(real.shape)}"
-            )
+        if real is not None:
+            check_real(name, real, shape, real[0])
+    if standing is not None:
+        check_real("standing", standing, shape[1:], standing)
     neuron = epilogue.neuron
     words = None
     if neuron is not None:
@@ -391,7 +421,15 @@ def outputs_of(
             setattr(arguments, f"{name}_step", tensor.stride(0))
     if neuron is not None:
         arguments.neuron = bindings.Neuron.of(neuron)
+        arguments.standing = None if standing is None else standing.data_ptr()
     return kept, None if words is None else PackedSpikes(words, epilogue.channels), arguments
+
+
+def check_real(name: str, real: Tensor, shape: tuple[int, ...], without_gaps: Tensor) -> None:
+    if real.shape != shape or real.dtype != torch.float32 or not without_gaps.is_contiguous():
+        raise ValueError(
+            f"{name} must be float32 {list(shape)} with frames without gaps, got {real.dtype} {list(real.shape)}"
+        )
 
 
 def _words(bits: Tensor) -> Tensor:

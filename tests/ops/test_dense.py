@@ -181,3 +181,36 @@ def test_what_torch_compile_makes_of_the_equations(monkeypatch: pytest.MonkeyPat
                 dense.attend(qkv, neurons, torch.float32, heads=heads),
             )
     assert not dense._uncompiled
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("neuron", NEURONS)
+@pytest.mark.parametrize("name", ["fire", "fire with a shortcut", "fire_and_pool", "attend"])
+def test_a_cut_sequence_goes_on_from_where_the_neurons_stood(neuron: str, name: str, threads: int) -> None:
+    layer, (steps, batch, height, width, channels) = dense.Neuron(*NEURONS[neuron]), (5, 3, 9, 6, 19)
+    x = membranes(steps, batch, height, width, channels * (3 if name == "attend" else 1))
+    place = (batch, height, width, channels)
+    shapes = [place, place, place, (batch, channels)] if name == "attend" else [place]
+
+    def run(x: Tensor, layers: list[dense.Neuron], compiled: bool = True) -> Tensor:
+        if name == "attend":
+            return dense.attend(x, layers, torch.float32, compiled=compiled)
+        if name == "fire_and_pool":
+            return dense.fire_and_pool(x, layers[0], torch.uint8, compiled=compiled)
+        shortcut = x.flip(-1) if "shortcut" in name else None
+        return dense.fire(x, layers[0], torch.float32, shortcut=shortcut, compiled=compiled)[1]
+
+    layers, stands = [layer] * len(shapes), [None] * len(shapes)
+    whole, parts = run(x, layers), []
+    count = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for part, compiled in zip(x.split([1, 3, 1]), (True, False, True), strict=True):
+            after = [torch.full(shape, torch.nan) for shape in shapes]
+            cells = [one._replace(before=b, after=a) for one, b, a in zip(layers, stands, after, strict=True)]
+            parts.append(run(part, cells, compiled))
+            stands = after
+    finally:
+        torch.set_num_threads(count)
+    assert torch.equal(torch.cat(parts), whole) and 0.02 < whole.float().mean() < 0.98
+    assert not torch.equal(run(x[4:], layers), whole[4:]), "the last step must not be that of neurons at rest"

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sdt_blocks.ops.integers import IntegerWeight, spike_product_dense
 from sdt_blocks.ops.packed import (
     Epilogue,
     EventWeight,
@@ -162,6 +163,50 @@ def test_a_membrane_too_large_for_the_caches_is_the_same(reset):
     assert torch.equal(whole, again) and torch.equal(fired.words, fired_again.words)
 
 
+@pytest.mark.parametrize("reset", ["zero", "subtract", "none"])
+@pytest.mark.parametrize("channels", [1, 33, 64, 70])
+def test_a_cut_sequence_goes_on_from_where_the_neurons_stood(reset, channels, instructions):
+    weight, epilogue = draw_layer(channels, 48, 3, NeuronSpec(threshold=0.75, reset=reset))
+    whole_numbers = IntegerWeight((weight * 20).char())
+    spikes = PackedSpikes.pack(draw(5, 2, 48, 6, 7, density=0.2))
+    residual = torch.randn(5, 2, 6, 7, channels, generator=torch.Generator().manual_seed(0))
+    real = residual * 2
+    calls = {
+        "product": lambda at, **o: spike_product(spikes.of(spikes.words[at]), EventWeight(weight), epilogue, **o),
+        "whole numbers": lambda at, **o: spike_product_dense(
+            spikes.of(spikes.words[at]), whole_numbers, epilogue, residual=residual[at], **o
+        ),
+        "neuron": lambda at, **o: spike_neuron(real[at], epilogue, len(real[at]), membrane=True, **o),
+    }
+    for name, call in calls.items():
+        _, whole = call(slice(None))
+        standing, parts = torch.zeros(2, 6, 7, channels), []
+        for first, last in ((0, 2), (2, 3), (3, 5)):
+            parts.append(call(slice(first, last), standing=standing)[1].words)
+        assert torch.equal(torch.cat(parts), whole.words), name
+        assert not torch.equal(call(slice(3, 5))[1].words, whole.words[3:]), name
+        expected = torch.zeros_like(standing)
+        u, _ = call(slice(None), standing=expected)
+        assert torch.equal(standing, expected)
+        if u is not None:
+            # What the reference leaves of the same input.
+            left = torch.zeros_like(standing)
+            bare = Epilogue(channels, neuron=epilogue.neuron, inv_tau=epilogue.inv_tau)
+            spike_neuron_reference(u, bare, len(u), standing=left)
+            assert torch.equal(standing, left)
+
+
+def test_a_cut_attention_goes_on_from_where_its_neurons_stood():
+    qkv = PackedSpikes.pack(draw(5, 2, 3 * 128, 4, 4, density=0.3))
+    neuron, leak = NeuronSpec(threshold=0.9, reset="subtract"), torch.linspace(0.1, 0.9, 128)
+    whole, standing = spike_attention(qkv, neuron, leak), torch.zeros(2, 128)
+    parts = [
+        spike_attention(qkv.of(qkv.words[at]), neuron, leak, standing) for at in (slice(0, 1), slice(1, 4), slice(4, 5))
+    ]
+    assert torch.equal(torch.cat([part.words for part in parts]), whole.words) and 0.05 < whole.rate() < 0.95
+    assert not torch.equal(spike_attention(qkv.of(qkv.words[4:]), neuron, leak).words, whole.words[4:])
+
+
 @pytest.mark.parametrize("frames", [1, 4])
 @pytest.mark.parametrize("channels", [1, 32, 48, 96])
 def test_neuron_on_real_input(frames, channels):
@@ -223,6 +268,7 @@ def test_padding_to_words():
         (lambda: EventWeight(torch.ones(1, 1 << 16, 1, 1)), "65536"),
         (lambda: _product(into=3), "3 and the epilogue"),
         (lambda: _product(residual=torch.ones(1, 1, 2, 2, 3)), "residual"),
+        (lambda: _product(standing=torch.ones(1, 2, 2, 3)), "standing"),
         (lambda: spike_neuron(torch.ones(2, 1, 1, 1, 4), Epilogue(4), 3), "3 or 1"),
         (lambda: spike_attention(PackedSpikes.pack(torch.ones(1, 1, 96, 1, 1)), NeuronSpec()), "multiple of 64"),
     ],
@@ -232,6 +278,6 @@ def test_bad_input_is_named(call, message):
         call()
 
 
-def _product(into: int = 2, residual: Tensor | None = None) -> None:
+def _product(into: int = 2, residual: Tensor | None = None, standing: Tensor | None = None) -> None:
     spikes = PackedSpikes.pack(torch.ones(1, 1, into, 2, 2))
-    spike_product(spikes, EventWeight(torch.ones(4, 2, 1, 1)), Epilogue(4), residual=residual)
+    spike_product(spikes, EventWeight(torch.ones(4, 2, 1, 1)), Epilogue(4), residual=residual, standing=standing)

@@ -29,6 +29,8 @@ struct Layer {
     Neuron neuron;
     const float* inv_tau;  // one for each channel, or one
     int64_t constants;     // how many
+    const float* before;   // where the neurons stand before the first step; null at rest
+    float* after;          // where they stand after the last, if somebody asks
 };
 
 namespace {
@@ -36,8 +38,19 @@ namespace {
 struct Cells : Dynamics<float> {
     const float* inv_tau;
     int64_t constants;
+    const float* before;
+    float* after;
 
-    explicit Cells(const Layer& l) : Dynamics<float>(l.neuron), inv_tau(l.inv_tau), constants(l.constants) {}
+    explicit Cells(const Layer& l)
+        : Dynamics<float>(l.neuron), inv_tau(l.inv_tau), constants(l.constants), before(l.before), after(l.after) {}
+    // The membranes of n neurons from `start` on, before the first step.
+    void begin(int64_t start, int64_t n, float* h) const {
+        if (before) std::copy_n(before + start, n, h);
+        else std::fill_n(h, n, 0.f);
+    }
+    void end(int64_t start, int64_t n, const float* h) const {
+        if (after) std::copy_n(h, n, after + start);
+    }
     // The time constants of `width` neurons in a row, the first of which belongs to channel `first`.
     std::vector<float> row(int64_t width, int64_t first = 0) const {
         std::vector<float> values(width);
@@ -70,7 +83,7 @@ void fire(int64_t steps, int64_t size, const X* x, int64_t x_step, const float* 
         float *h = state.data(), *spikes = h + width;
         for (int64_t id = count * thread / all; id < count * (thread + 1) / all; ++id) {
             const int64_t start = id * width, n = std::min(width, size - start);
-            std::fill_n(h, n, 0.f);
+            d.begin(start, n, h);
             for (int64_t t = 0; t < steps; ++t) {
                 const X* in = x + t * x_step + start;
                 Out* fired = out + t * size + start;
@@ -91,6 +104,7 @@ void fire(int64_t steps, int64_t size, const X* x, int64_t x_step, const float* 
                 // Apart from the arithmetic: compilers do not vectorize both at once for every type.
                 SIMD for (int64_t i = 0; i < n; ++i) store(spikes[i], fired[i]);
             }
+            d.end(start, n, h);
         }
     });
 }
@@ -99,18 +113,20 @@ void fire(int64_t steps, int64_t size, const X* x, int64_t x_step, const float* 
 
 struct Frames { int64_t steps, batch, height, width, channels; };
 
+// `row` is that of all frames, one below the other; `own` tells whether its membranes are this call's to keep.
 template <class X>
-void fire_row(const Frames& f, const X* x, int64_t x_step, const Cells& d, const float* inv_tau, uint8_t* bits) {
+void fire_row(const Frames& f, const X* x, int64_t x_step, const Cells& d, const float* inv_tau, int64_t row, bool own,
+              uint8_t* bits) {
     const int64_t size = f.width * f.channels;
     float h[BLOCK];
     int32_t byte[BLOCK];
     for (int64_t start = 0; start < size; start += BLOCK) {
         const int64_t n = std::min(BLOCK, size - start);
-        std::fill_n(h, n, 0.f);
+        d.begin(row * size + start, n, h);
         for (int64_t t = 0; t < f.steps; t += 8) {
             std::fill_n(byte, n, 0);
             for (int64_t i = t; i < std::min(t + 8, f.steps); ++i) {
-                const X* in = x + i * x_step + start;
+                const X* in = x + i * x_step + row * size + start;
                 const int32_t bit = 1 << (i - t);
                 SIMD for (int64_t j = 0; j < n; ++j) {
                     h[j] = advance(d, in[j], h[j], inv_tau[start + j]);
@@ -120,6 +136,7 @@ void fire_row(const Frames& f, const X* x, int64_t x_step, const Cells& d, const
             uint8_t* to = bits + t / 8 * size + start;
             SIMD for (int64_t j = 0; j < n; ++j) to[j] = uint8_t(byte[j]);
         }
+        if (own) d.end(row * size + start, n, h);
     }
 }
 
@@ -143,11 +160,14 @@ void fire_and_pool(const Frames& f, const X* x, int64_t x_step, const Layer& lay
         const std::vector<float> inv_tau = d.row(row_in);
         std::vector<uint8_t> bits(bytes * row_in), ring(3 * bytes * size_out);
         int64_t ready = -1;  // the last row of the batch's frames, one below the other, that lies in the ring
-        for (int64_t row = rows * thread / all; row < rows * (thread + 1) / all; ++row) {
+        const int64_t begin = rows * thread / all;
+        for (int64_t row = begin; row < rows * (thread + 1) / all; ++row) {
             const int64_t image = row / rows_out, y = row % rows_out * 2, top = image * f.height;
             const int64_t first = top + std::max<int64_t>(y - 1, 0), last = top + std::min(y + 1, f.height - 1);
             for (int64_t r = std::max(first, ready + 1); r <= last; ++r, ready = r - 1) {
-                fire_row(f, x + r * row_in, x_step, d, inv_tau.data(), bits.data());
+                // The thread before this one fires its last window's lowest row too, which is the first of this one.
+                const bool own = image * rows_out + (r - top) / 2 >= begin;
+                fire_row(f, x, x_step, d, inv_tau.data(), r, own, bits.data());
                 for (int64_t byte = 0; byte < bytes; ++byte)
                     pool_row(f.width, f.channels, bits.data() + byte * row_in,
                              ring.data() + (r % 3 * bytes + byte) * size_out);
@@ -185,8 +205,9 @@ void attend(const Tokens& f, const X* qkv, const Layer* layers, Out* out, int64_
             std::fill(counts.begin(), counts.end(), 0.f);
             float hk[WIDTH], hv[WIDTH];
             for (int64_t token = 0; token < f.tokens; ++token) {
-                std::fill_n(hk, n, 0.f);
-                std::fill_n(hv, n, 0.f);
+                const int64_t at = (image * f.tokens + token) * f.channels + first;
+                of_k.begin(at, n, hk);
+                of_v.begin(at, n, hv);
                 for (int64_t t = 0; t < f.steps; ++t) {
                     const X *k = in + t * step_in + token * stride + f.channels, *v = k + f.channels;
                     float* sum = counts.data() + t * WIDTH;
@@ -196,24 +217,29 @@ void attend(const Tokens& f, const X* qkv, const Layer* layers, Out* out, int64_
                         sum[c] += spike(of_k, hk[c]) * spike(of_v, hv[c]);
                     }
                 }
+                of_k.end(at, n, hk);
+                of_v.end(at, n, hv);
             }
-            std::fill_n(hk, n, 0.f);
+            of_a.begin(image * f.channels + first, n, hk);
             for (int64_t t = 0; t < f.steps; ++t)
                 for (int64_t c = 0; c < n; ++c) {
                     hk[c] = advance(of_a, counts[t * WIDTH + c], hk[c], a_tau[c]);
                     mask[t * WIDTH + c] = spike(of_a, hk[c]);
                 }
+            of_a.end(image * f.channels + first, n, hk);
             for (int64_t token = 0; token < f.tokens; ++token) {
-                std::fill_n(hk, n, 0.f);
+                const int64_t at = (image * f.tokens + token) * f.channels + first;
+                of_q.begin(at, n, hk);
                 for (int64_t t = 0; t < f.steps; ++t) {
                     const X* q = in + t * step_in + token * stride;
                     const float* open = mask.data() + t * WIDTH;
-                    Out* to = out + t * step_out + (image * f.tokens + token) * f.channels + first;
+                    Out* to = out + t * step_out + at;
                     SIMD for (int64_t c = 0; c < n; ++c) {
                         hk[c] = advance(of_q, q[c], hk[c], qt[c]);
                         store(spike(of_q, hk[c]) * open[c], to[c]);
                     }
                 }
+                of_q.end(at, n, hk);
             }
         }
     });

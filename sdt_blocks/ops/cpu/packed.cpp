@@ -133,14 +133,16 @@ void real_pool(const float* in, float* out, int64_t frames, int64_t height, int6
     pool(in, out, frames, height, width, channels, threads, [](float a, float b) { return a > b ? a : b; });
 }
 
-// q & neuron(sum over tokens of k & v), for rows [steps, images, tokens] of three times `words` words: q, k, v.
+// q & neuron(sum over tokens of k & v), for rows [steps, images, tokens] of three times `words` words: q, k, v. `standing`
+// is as in `Epilogue`, [images, 64 * words] or null.
 void spike_attention(const uint64_t* qkv, uint64_t* out, int64_t steps, int64_t images, int64_t tokens, int64_t words,
-                     const float* inv_tau, const Neuron* neuron, int64_t threads) {
+                     const float* inv_tau, const Neuron* neuron, float* standing, int64_t threads) {
     const Dynamics<float> dynamics(*neuron);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t column = 0; column < images * words; column++) {
         const int64_t image = column / words, word = column % words;
         float h[64] = {};
+        if (standing) std::copy_n(standing + column * 64, 64, h);
         for (int64_t t = 0; t < steps; t++) {
             const int64_t row = (t * images + image) * tokens;
             // Counters of 64 channels, bit by bit: plane i holds bit i of every count.
@@ -166,6 +168,7 @@ void spike_attention(const uint64_t* qkv, uint64_t* out, int64_t steps, int64_t 
             for (int64_t token = 0; token < tokens; token++)
                 out[(row + token) * words + word] = qkv[(row + token) * 3 * words + word] & fired;
         }
+        if (standing) std::copy_n(h, 64, standing + column * 64);
     }
 }
 

@@ -131,6 +131,7 @@ struct Epilogue {
     uint64_t* spikes;
     int64_t spikes_step;  // from one time step to the next, in elements, as above
     Neuron neuron;
+    float* standing;  // [pixels, channels]: where the neurons stand before the first step, and after the last
     int64_t stride() const { return (channels + 63) / 64; }
     int64_t tiles() const { return (channels + LANES - 1) / LANES; }
     // Whether the membrane of so many rows is best written past the caches, and lies as that needs it.
@@ -182,9 +183,15 @@ struct Constants {
 // The epilogue of PIXELS pixels in one tile; several at once, since a neuron's steps wait for one another.
 template <int PIXELS, int RESET, bool STREAM, class Sum>
 inline void finish_pixels(const VectorDynamics& c, const Constants& of, int64_t steps, Strided<const Sum> sums,
-                          Strided<const float> residual, Strided<float> membrane, Strided<char> spikes) {
+                          Strided<const float> residual, Strided<float> membrane, Strided<char> spikes,
+                          Strided<float> standing) {
     Vector h[PIXELS][VECTORS] = {};
     Fired fired[PIXELS][VECTORS] = {};
+    for (int q = 0; standing.data && q < PIXELS; q++)
+        for (int v = 0; v < VECTORS; v++) {
+            h[q][v] = load(standing.data + q * standing.pixel + v * WIDTH);
+            fired[q][v] = c.fires(h[q][v]);
+        }
     for (int64_t t = 0; t < steps; t++) {
 #pragma GCC unroll 4
         for (int q = 0; q < PIXELS; q++) {
@@ -208,6 +215,8 @@ inline void finish_pixels(const VectorDynamics& c, const Constants& of, int64_t 
         if (membrane.data) membrane.data += membrane.step;
         if (spikes.data) spikes.data += spikes.step;
     }
+    for (int q = 0; standing.data && q < PIXELS; q++)
+        for (int v = 0; v < VECTORS; v++) store(standing.data + q * standing.pixel + v * WIDTH, h[q][v]);
 }
 
 template <class T> Strided<T> pixels_on(Strided<T> x, int64_t count) {
@@ -218,11 +227,12 @@ template <class T> Strided<T> pixels_on(Strided<T> x, int64_t count) {
 // The epilogue of `count` pixels in one tile.
 template <int RESET, bool STREAM, class Sum>
 void finish_tile(const Epilogue& e, int64_t tile, int64_t steps, int64_t count, Strided<const Sum> sums,
-                 Strided<const float> residual, Strided<float> membrane, Strided<char> spikes) {
+                 Strided<const float> residual, Strided<float> membrane, Strided<char> spikes, Strided<float> standing) {
     const VectorDynamics c{Dynamics<float>(e.neuron)};
     const Constants of(e.constants + tile * 4 * LANES);
     const auto pixels = [&](auto finish, int64_t q) {
-        finish(c, of, steps, pixels_on(sums, q), pixels_on(residual, q), pixels_on(membrane, q), pixels_on(spikes, q));
+        finish(c, of, steps, pixels_on(sums, q), pixels_on(residual, q), pixels_on(membrane, q), pixels_on(spikes, q),
+               pixels_on(standing, q));
     };
     int64_t q = 0;
     for (; q + SIDE_BY_SIDE <= count; q += SIDE_BY_SIDE) pixels(finish_pixels<SIDE_BY_SIDE, RESET, STREAM, Sum>, q);
@@ -236,6 +246,15 @@ auto finish_tile_of(int64_t reset) {
                                : finish_tile<NONE, STREAM, Sum>;
 }
 
+// Real values of so many lanes of one tile, where there are both.
+template <class From>
+void copy_lanes(Strided<float> to, Strided<From> from, int64_t lanes, int64_t steps, int64_t count) {
+    for (int64_t t = 0; to.data && from.data && t < steps; t++)
+        for (int64_t q = 0; q < count; q++)
+            std::memcpy(to.data + q * to.pixel + t * to.step, from.data + q * from.pixel + t * from.step,
+                        lanes * sizeof(float));
+}
+
 // The epilogue of the pixels from `first` on, in one tile.
 template <class Sum>
 void finish(const Epilogue& e, int64_t tile, int64_t steps, int64_t first, int64_t count, Strided<const Sum> sums,
@@ -245,23 +264,22 @@ void finish(const Epilogue& e, int64_t tile, int64_t steps, int64_t first, int64
     const int64_t at = first * e.channels + tile * LANES, lanes = std::min(int64_t(LANES), e.channels - tile * LANES);
     Strided<const float> residual{e.residual ? e.residual + at : nullptr, e.channels, e.residual_step};
     Strided<float> membrane{e.membrane ? e.membrane + at : nullptr, e.channels, e.membrane_step};
+    const Strided<float> standing{e.standing ? e.standing + at : nullptr, e.channels, 0};
     Strided<char> spikes{nullptr, 8 * e.stride(), 8 * e.spikes_step};
     if (e.spikes) spikes.data = reinterpret_cast<char*>(e.spikes + first * e.stride()) + tile * sizeof(Mask);
-    if (lanes == LANES || (!e.residual && !e.membrane)) {
-        finish_tile(e, tile, steps, count, sums, residual, membrane, spikes);
+    if (lanes == LANES || (!e.residual && !e.membrane && !e.standing)) {
+        finish_tile(e, tile, steps, count, sums, residual, membrane, spikes, standing);
         return;
     }
     // The last tile is narrower than LANES: its real values go through copies.
-    const Strided<float> wide{copies.reserve(count * steps * LANES), LANES, count * LANES};
-    for (int64_t t = 0; residual.data && t < steps; t++)
-        for (int64_t q = 0; q < count; q++)
-            std::memcpy(wide.data + q * wide.pixel + t * wide.step, residual.data + q * residual.pixel + t * residual.step,
-                        lanes * sizeof(float));
-    finish_tile(e, tile, steps, count, sums, {residual.data ? wide.data : nullptr, wide.pixel, wide.step}, wide, spikes);
-    for (int64_t t = 0; membrane.data && t < steps; t++)
-        for (int64_t q = 0; q < count; q++)
-            std::memcpy(membrane.data + q * membrane.pixel + t * membrane.step, wide.data + q * wide.pixel + t * wide.step,
-                        lanes * sizeof(float));
+    const Strided<float> wide{copies.reserve(count * (steps + 1) * LANES), LANES, count * LANES};
+    const Strided<float> stands{standing.data ? wide.data + steps * wide.step : nullptr, LANES, 0};
+    if (stands.data) std::fill_n(stands.data, count * LANES, 0.f);  // no channel of a narrow tile's rest may fire
+    copy_lanes(wide, residual, lanes, steps, count);
+    copy_lanes(stands, standing, lanes, 1, count);
+    finish_tile(e, tile, steps, count, sums, {residual.data ? wide.data : nullptr, wide.pixel, wide.step}, wide, spikes, stands);
+    copy_lanes(membrane, wide, lanes, steps, count);
+    copy_lanes(standing, stands, lanes, 1, count);
 }
 
 }  // namespace
