@@ -53,6 +53,30 @@ def test_a_threshold_that_is_never_met_changes_nothing(form, on_a_grid):
         assert torch.equal(model(images), whole)
 
 
+@pytest.mark.parametrize("options", [{"sparse": True}, {"exact": True}, {"paths": "convolution"}])
+@pytest.mark.parametrize("file", ["sdt_lif_static_64", "sdtv2_grads_T2_64", "qkformer_imagenet_64"])
+def test_the_first_layer_is_computed_once(file, options, named_golden, on_a_grid, monkeypatch):
+    """The same answers as without what is kept, for samples that leave at different steps."""
+    model = optimize_for_inference(on_a_grid(named_golden(file).model()), **options)
+    size = named_golden(file).tensors["input"].shape[-3:]
+    images = torch.randint(0, 16, (6, *size), generator=torch.Generator().manual_seed(0)) / 8
+    seen = []
+    for form in (form for node, form in model.forms.items() if node in model.once and isinstance(form, nn.Module)):
+        form.register_forward_hook(lambda *_: seen.append(1))
+    assert any(node in model.once for node, form in model.forms.items() if form is not None)
+    early = EarlyAnswers(model, threshold=math.inf, time_steps=4)
+    thresholds = early.sure(torch.stack([early.stream.push(images) for _ in range(2)]))
+    early.stream.reset()
+    early.threshold = thresholds.median().item()
+    seen.clear()
+    kept, computed = early(images), len(seen)
+    monkeypatch.setattr(type(model), "once", property(lambda self: set(), lambda *_: None), raising=False)
+    again = early(images)
+    assert torch.equal(kept.logits, again.logits) and torch.equal(kept.steps, again.steps)
+    assert len(kept.steps.unique()) > 1 and kept.logits.std() > 0
+    assert 0 < computed < len(seen) - computed and model.still is None
+
+
 def test_measures():
     logits = torch.randn(7, 5) * 3
     p = logits.double().softmax(-1).numpy()

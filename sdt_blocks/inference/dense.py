@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import steps
 from ..neuron import LIF, Streamed
 from ..ops import dense as kernels
-from .passes import SPIKES, changes_in_place, kinds, last_uses, of_samples, over_places
+from .passes import SPIKES, changes_in_place, kinds, last_uses, of_samples, once, over_places
 from .plan import (
     ADD,
     CALL,
@@ -26,6 +26,7 @@ from .plan import (
     PROJECT,
     Mixing,
     Node,
+    OfStillImages,
     Plan,
     chain,
     convolution,
@@ -111,7 +112,7 @@ class Spiking:
 Frames = Membrane | Spiking
 
 
-class Dense(nn.Module):
+class Dense(nn.Module, OfStillImages):
     """What `optimize_for_inference` makes of any network: input and output are the network's in eval mode.
 
     There is no training mode; gradients do not flow.
@@ -125,6 +126,7 @@ class Dense(nn.Module):
         self.plan, self.dtype, self.compiled = plan, dtype, compile
         self.real_dtype = torch.promote_types(dtype, torch.float32)
         self.in_place = changes_in_place(plan)
+        self.once = set() if self.in_place else once(plan)
         self.leaves = nn.ModuleList()
         self.forms: dict[Node, Any] = {}
         self.kinds = kinds(plan)
@@ -284,7 +286,11 @@ class Dense(nn.Module):
         product = self.forms[node]
         if product is None:
             return steps.project(node.target, self._plain(given[0]))
-        return self._multiplied(product, self._frames_of(node, given[0]))
+        if self.still is None or node not in self.once:
+            return self._multiplied(product, self._frames_of(node, given[0]))
+        if node not in self.still:
+            self.still[node] = self._multiplied(product, self._frames_of(node, given[0])).real()
+        return Membrane(self.still[node])
 
     def _multiplied(self, product: Product, frames: Frames) -> Membrane:
         time_steps, *_ = frames.shape

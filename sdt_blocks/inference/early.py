@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..neuron import Stream
-from .plan import PRESENT
+from .plan import PRESENT, OfStillImages
 
 MEASURES = ("entropy", "margin")
 
@@ -48,7 +49,8 @@ class EarlyAnswers:
     unless given.
 
     With a threshold that is never met, such as infinity, the logits are those of the whole model, to the bit as far as
-    a `Stream` is. A first layer that a model computes once for all steps is computed at each of them here.
+    a `Stream` is. The first layer, which sees the same image at each step, is computed once in the forms of
+    `optimize_for_inference` and kept for the samples that stay; in a model as it was trained it is computed at each.
 
     Raises `TypeError` for a model that cannot be streamed and `ValueError` for an unknown measure, a threshold that is
     no number of at least 0, or a number of steps that is not given anywhere.
@@ -80,8 +82,7 @@ class EarlyAnswers:
         waiting = torch.arange(len(images), device=images.device)
         steps = torch.full((len(images),), self.time_steps)
         logits: Tensor | None = None
-        self.stream.reset()
-        try:
+        with self._again():
             for step in range(1, self.time_steps + 1):
                 answer = _one_head(self.stream.push(images[waiting] if logits is not None else images))
                 logits = torch.empty(len(images), *answer.shape[1:], dtype=answer.dtype) if logits is None else logits
@@ -93,12 +94,30 @@ class EarlyAnswers:
                 if bool(leaves.all()):
                     break
                 if bool(leaves.any()):
-                    self.stream.keep(~leaves)
+                    self._keep(~leaves)
                     waiting = waiting[~leaves]
-        finally:
-            self.stream.reset()
         assert logits is not None
         return Early(logits, steps)
+
+    @contextlib.contextmanager
+    def _again(self) -> Iterator[None]:
+        """A new sequence, in which the model gets the same images at every step."""
+        self.stream.reset()
+        if isinstance(self.model, OfStillImages):
+            self.model.still = {}
+        try:
+            yield
+        finally:
+            if isinstance(self.model, OfStillImages):
+                self.model.still = None
+            self.stream.reset()
+
+    def _keep(self, stay: Tensor) -> None:
+        """Goes on with some of the samples."""
+        self.stream.keep(stay)
+        if isinstance(self.model, OfStillImages) and self.model.still:
+            known = self.model.still.items()
+            self.model.still = {layer: membrane[:, stay.to(membrane.device)] for layer, membrane in known}
 
     def sure(self, logits: Tensor) -> Tensor:
         """How sure answers `[..., K]` are `[...]`, from 0 to 1."""
@@ -147,11 +166,10 @@ class EarlyAnswers:
         sure, right = [], []
         for batch in batches:
             images, targets = _pair(batch)
-            self.stream.reset()
-            answers = torch.stack([_one_head(self.stream.push(images)) for _ in range(self.time_steps)])
+            with self._again():
+                answers = torch.stack([_one_head(self.stream.push(images)) for _ in range(self.time_steps)])
             sure.append(self.sure(answers).cpu())
             right.append(answers.argmax(-1).cpu() == targets.cpu())
-        self.stream.reset()
         if not sure:
             raise ValueError("there was no batch to fit on; check that the validation set is not empty")
         return torch.cat(sure, 1), torch.cat(right, 1)

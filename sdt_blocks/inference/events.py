@@ -42,6 +42,7 @@ from .plan import (
     PRESENT,
     PROJECT,
     Node,
+    OfStillImages,
     Plan,
     evaluated,
     filled,
@@ -51,7 +52,7 @@ from .plan import (
 from .trace import Constant
 
 
-class Events(nn.Module):
+class Events(nn.Module, OfStillImages):
     """A network in eval mode on the CPU, whose products add the weights of active inputs and no others.
 
     Spikes are kept at one bit each; real values are written only for the membrane of the shortcuts. Norms follow the
@@ -86,6 +87,7 @@ class Events(nn.Module):
         self.given = {node: node.inputs() for node in plan.nodes}
         self.epilogues = {} if self.in_place else passes.epilogues(plan)
         self.pooled = self._pooled_products()
+        self.once = set() if self.in_place else passes.once(plan)
         forms = Forms(self.kinds, self.epilogues, weights, exact)
         self.leaves = nn.ModuleList()
         self.forms: dict[Node, Any] = {}
@@ -181,6 +183,8 @@ class Events(nn.Module):
             given = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{node.name} expects floating-point [T, B, C, H, W] with nothing empty, got {given}")
         after = self.epilogues[node]
+        if self.still is not None and node in self.once and after.residual is None:
+            return self._known(node, source, values)
         if node in self.pooled:
             values[self.pooled[node]] = Membrane(pooled_membrane(form, source))
             return None
@@ -206,6 +210,21 @@ class Events(nn.Module):
         total = None if membrane is None else Membrane(membrane, owned=True)
         values[after.total] = total
         return total if after.total is node else None
+
+    def _known(self, node: Node, source: Any, values: dict[Node, Any]) -> Any:
+        """The first layer on images that come again: its membrane is computed when they come first."""
+        assert self.still is not None
+        form, after, pooled = self.forms[node], self.epilogues[node], self.pooled.get(node)
+        if node not in self.still:
+            self.still[node] = pooled_membrane(form, source) if pooled else form(source, membrane=True)[0]
+        known = Membrane(self.still[node])
+        if pooled is not None:
+            values[pooled] = known
+            return None
+        if after.fire is not None:
+            values[after.fire] = self._fire(after.fire, known)
+        values[after.total] = known if after.keep else None
+        return values[after.total] if after.total is node else None
 
     def _source(self, node: Node, x: Any) -> Any:
         """Input of a product: packed spikes for events, else frames with channels last, one if it is shown at all."""

@@ -91,6 +91,16 @@ def last_uses(plan: Plan) -> dict[Node, Node]:
     return {given: node for node in plan.nodes for given in node.inputs()}
 
 
+def once(plan: Plan) -> set[Node]:
+    """The nodes that give the same at every step of a still image, however often it is shown."""
+    found: set[Node] = set()
+    for node in plan.nodes:
+        known = node.op == INPUT or node.op in (PRESENT, PROJECT, POOL, ADD)
+        if known and all(given in found for given in node.inputs()):
+            found.add(node)
+    return found
+
+
 def of_samples(plan: Plan) -> list[Node]:
     """The nodes that treat every sample `[:, b]` of `[T, B, ...]` by itself, whose batch may be cut into parts."""
     users = plan.users()

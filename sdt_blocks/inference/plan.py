@@ -61,6 +61,13 @@ class Mixing:
     mixer: Any
 
 
+class OfStillImages:
+    """A form of a plan that may be told that the same images come again and again, for one time step each time."""
+
+    still: dict[Node, Tensor] | None = None
+    """Then what its first layers make of them, `[1, B, H, W, C]`, filled in as they are computed."""
+
+
 @dataclass
 class Plan:
     """The nodes of a network in their order; their targets are leaves of a frozen copy of it."""
