@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import sdt_blocks
+from sdt_blocks.models import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = [m.name for m in pkgutil.walk_packages(sdt_blocks.__path__, "sdt_blocks.")]
@@ -87,6 +88,14 @@ def test_every_page_is_on_the_site():
     listed = re.findall(r": ([\w./]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")} <= set(listed)
     assert listed[0] == "index.md" and len(listed) == len(set(listed))
+
+
+def test_the_keywords_of_models_are_those_of_their_classes():
+    page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    shared, table = re.search(r"All have(.*?)\n\n(.*?)\n\n", page, re.DOTALL).groups()
+    for name, options in ((name, family.options) for name, family in registry.families().items()):
+        (row,) = [line for line in table.splitlines() if line.startswith(f"| `{name}` |")]
+        assert set(re.findall(r"`(\w+)`", shared + row)) == {name, *options}
 
 
 def test_importing_the_kit_stays_light():
