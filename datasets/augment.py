@@ -9,9 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.functional import affine, rotate
 
 from sdt_datasets.events import DropAtRandom, DropByArea, DropByTime, EventDrop
 
@@ -102,18 +101,11 @@ def transform_frames(frames: Tensor, operation: str, magnitude: float) -> Tensor
     """
     if operation == "identity":
         return frames
-    if operation.startswith("translate"):
-        return _translate(frames, int(magnitude), -1 if operation == "translate_x" else -2)
-    if operation == "shear_x":
-        source = torch.tensor([[1.0, math.tan(magnitude)], [0.0, 1.0]])
-    else:
-        cos, sin = math.cos(math.radians(magnitude)), math.sin(math.radians(magnitude))
-        source = torch.tensor([[cos, -sin], [sin, cos]])
-    height, width = frames.shape[-2:]
-    scale = torch.tensor([width, height], dtype=torch.float32)
-    theta = F.pad(source * scale / scale[:, None], (0, 1))
-    grid = F.affine_grid(theta.expand(len(frames), 2, 3), list(frames.shape), align_corners=False)
-    return F.grid_sample(frames, grid, mode="nearest", padding_mode="zeros", align_corners=False)
+    if operation == "rotate":
+        return rotate(frames, magnitude)
+    offset = {"translate_x": [int(magnitude), 0], "translate_y": [0, int(magnitude)]}.get(operation, [0, 0])
+    shear = [math.degrees(magnitude) if operation == "shear_x" else 0.0, 0.0]
+    return affine(frames, 0.0, offset, 1.0, shear)
 
 
 def _cut_out(frames: Tensor, area: float, rng: np.random.Generator) -> Tensor:
@@ -124,15 +116,6 @@ def _cut_out(frames: Tensor, area: float, rng: np.random.Generator) -> Tensor:
     frames = frames.clone()
     frames[..., top : top + side, left : left + side] = 0
     return frames
-
-
-def _translate(frames: Tensor, shift: int, dim: int) -> Tensor:
-    size = frames.shape[dim]
-    shift = max(-size, min(shift, size))
-    moved = torch.zeros_like(frames)
-    kept = frames.narrow(dim, max(-shift, 0), size - abs(shift))
-    moved.narrow(dim, max(shift, 0), size - abs(shift)).copy_(kept)
-    return moved
 
 
 EVENT_AUGMENTATIONS: dict[str, Callable[[tuple[int, int, int]], EventAugmentation]] = {

@@ -20,7 +20,7 @@ from typing import Any
 
 from common.command_line import command
 from common.config import ConfigError, RunError, load_config
-from common.cpu_processes import start_cpu_processes
+from common.cpu_processes import join_processes
 from common.options import read_options
 from common.schema import option
 from common.trained import class_names, default_folder, load, match_classes, with_run_config
@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> None:
     checkpoint = Path(options.checkpoint or "")
     own_models = read_own_models(options.energy_models)
     config = load_config(rest, default="imagenet_8_384")
-    start_cpu_processes()
+    join_processes()
     from common.loading import ReadableBatches, closing, evaluation_loader
     from common.progress import warn
     from common.set_up import build_accelerator, open_data

@@ -22,7 +22,7 @@ from typing import Any
 
 from common.command_line import command
 from common.config import Config, ConfigError, changed, load_config, trajectory
-from common.cpu_processes import start_cpu_processes
+from common.cpu_processes import join_processes
 from common.options import read_options
 from common.schema import option
 from common.side_by_side import COLUMNS, Found, Options, compare, notes, read_model, summary_of, write_tables
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str]) -> None:
     taken = [argument for argument in rest if argument.partition("=")[0] in ("optim.lr", "seed", "model.name")]
     if taken:
         raise ConfigError(f"{taken[0]} is this recipe's own; set rates, seeds or families")
-    start_cpu_processes()
+    join_processes()
     common = ["tracker=none", *rest]
     config = load_config(common, default=DEFAULT)
     found = {name: train_family(name, common, search) for name in names}

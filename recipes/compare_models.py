@@ -22,7 +22,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from common.command_line import command
-from common.cpu_processes import start_cpu_processes
+from common.cpu_processes import join_processes
 from common.options import read_options
 from common.side_by_side import Options, compare, notes, write_tables
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
     own = {item.name for item in fields(Options)}
     names = [argument for argument in arguments if argument.partition("=")[0] not in own]
     options = read_options(Options, [argument for argument in arguments if argument not in names])
-    start_cpu_processes()
+    join_processes()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     from sdt_blocks.analysis.measured import machine

@@ -22,7 +22,7 @@ from typing import Any
 
 from common.command_line import command
 from common.config import ConfigError, RunError, load_config
-from common.cpu_processes import start_cpu_processes
+from common.cpu_processes import join_processes
 from common.options import read_options
 from common.schema import option
 from common.trained import class_names, default_folder, load, match_classes, with_run_config
@@ -151,7 +151,7 @@ def main(arguments: list[str]) -> None:
     options, allowed, rest = read_arguments(arguments)
     checkpoint = Path(options.checkpoint or "")
     config = load_config(rest, default="imagenet_8_384")
-    start_cpu_processes()
+    join_processes()
     import torch
     from common.loading import build_datasets
     from common.pictures import draw_early

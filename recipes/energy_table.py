@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from common.command_line import command
 from common.config import ConfigError, RunError, load_config
-from common.cpu_processes import start_cpu_processes
+from common.cpu_processes import join_processes
 from common.trained import class_names, load, match_classes, with_run_config
 
 from sdt_blocks.analysis.energy import CONVENTION
@@ -220,7 +220,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str], Pat
 
 def main(arguments: Sequence[str]) -> None:
     checkpoints, rest, output = read_arguments(arguments)
-    start_cpu_processes()
+    join_processes()
     from sdt_blocks.analysis.probe import is_first_process
 
     rows, findings = paper_rows()

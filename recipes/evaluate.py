@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from common.command_line import command
 from common.config import ConfigError, RunError, load_config
-from common.cpu_processes import start_cpu_processes
+from common.cpu_processes import join_processes
 from common.trained import class_names, default_folder, load, match_classes, with_run_config
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> None:
     options, rest = read_arguments(arguments)
     checkpoint = options.checkpoint
     config = load_config(rest, default="imagenet_8_384")
-    start_cpu_processes()
+    join_processes()
     from common.evaluation import evaluate
     from common.loading import build_datasets, closing, evaluation_loader
     from common.progress import warn

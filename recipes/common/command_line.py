@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from .config import ConfigError, RunError, help_text, load_config, to_yaml
-from .cpu_processes import start_cpu_processes
+from .cpu_processes import join_processes
 from .options import own_help
 
 
@@ -31,7 +31,7 @@ def main(default: str) -> None:
         if shown:
             print(to_yaml(configs[0]), end="")
             return
-        start_cpu_processes()
+        join_processes()
         # Imported late: what is wrong with the arguments is said within a moment.
         from .engine import train
         from .set_up import set_up

@@ -1,49 +1,38 @@
-"""`accelerate launch --cpu --num_processes N` as it reads: N processes; and how processes share a machine's cores.
-
-Accelerate starts several processes on GPUs; on CPUs it leaves that to MPI, and without a host file it starts one
-process whatever N says (https://github.com/huggingface/accelerate/issues/2741). So the one process that it starts here
-becomes torch's launcher of N, as Accelerate uses it for GPUs.
-"""
+"""Several processes on a CPU, which Accelerate does not start; and how processes share a machine's cores."""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
 
 import torch
 
-from .stop_request import has_ended
+from .config import ConfigError
 
 _RANKED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-_LAUNCHERS = ("launch", "accelerate.commands.launch", "accelerate-launch", "launch.py")
-_BY_SDT = (["sdt", "train"], ["sdt.py", "train"])
 
 
-def start_cpu_processes() -> None:
-    """Returns where this process trains; does not where several CPU processes were asked for and it launched them."""
-    # Accelerate sets the port where it was asked for more than one process, and a rank where it started them itself.
-    if "MASTER_PORT" not in os.environ or any(name in os.environ for name in _RANKED):
+def join_processes() -> None:
+    """Has the CPU processes that torchrun has started know of each other: Accelerate asks for its own word for that.
+
+    Raises `ConfigError` where Accelerate was asked for several and has started this one alone: it leaves them to MPI
+    (https://github.com/huggingface/accelerate/issues/2741).
+    """
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true" and torch.accelerator.is_available():
         return
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.accelerator.is_available()
-    processes = asked_processes() if on_cpu else 1
-    if processes > 1:
-        launch(processes)
-
-
-def launch(processes: int) -> NoReturn:
-    """Starts this command in so many processes, waits, and ends with the exit code of the first that failed."""
-    from torch.distributed.run import main
-
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    with exit_as_processes():
-        main(["--standalone", f"--nproc-per-node={processes}", *sys.argv])
-    sys.exit(0)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    # Accelerate sets the port where it was asked for more than one process, and a rank where it started them itself.
+    launched = "MASTER_PORT" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and not any(name in os.environ for name in _RANKED):
+        script = sys.argv[0]
+        raise ConfigError(
+            f"accelerate launch starts one process on a CPU, whatever --num_processes says; for N of them: torchrun "
+            f"--nproc-per-node N {script} ..., or python {os.path.join(os.path.dirname(script), 'launch.py')} "
+            f"--num_processes N {script} ... (for one, leave MASTER_PORT out of the environment)"
+        )
 
 
 @contextmanager
@@ -62,34 +51,6 @@ def exit_as_processes() -> Iterator[None]:
         if failure.exitcode != 2:
             print(f"error: process {rank} ended with code {failure.exitcode}", file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
-
-
-def _end_with(parent: int) -> None:
-    while not has_ended(parent):
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)  # passed on to the processes, which save and end
-
-
-def asked_processes() -> int:
-    """N of the `accelerate launch`, or `sdt train`, that started this process, from its arguments or its file."""
-    import psutil
-    from accelerate.commands.config.config_args import load_config_from_file
-    from accelerate.commands.launch import launch_command_parser
-
-    words = psutil.Process(os.getppid()).cmdline()
-    names = [os.path.basename(word) for word in words]
-    start = next((i for i, name in enumerate(names) if name in _LAUNCHERS or names[i - 1 : i + 1] in _BY_SDT), None)
-    if start is None:
-        return 1
-    arguments, _ = launch_command_parser().parse_known_args(words[start + 1 :])
-    if arguments.num_machines not in (None, 1):
-        return 1
-    if arguments.num_processes is not None:
-        return int(arguments.num_processes)
-    try:
-        return int(load_config_from_file(arguments.config_file).num_processes)
-    except (OSError, ValueError, AttributeError):
-        return 1
 
 
 def use_cores(*, processes: int, on_cpu: bool, loaders: int, threads: int | None) -> int:

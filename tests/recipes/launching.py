@@ -18,6 +18,8 @@ import psutil
 RECIPES = Path(__file__).parents[2] / "recipes"
 TIMEOUT = 240
 
+TWO = ("--num_processes", "2", "--cpu")
+"""Options that ask for two processes."""
 QUIET = ("threads=1", "tracker=none")
 # Eight updates of 32 an epoch, with augmentation, mixup, stochastic depth and an average to lose by a wrong resume.
 TINY = (
@@ -36,10 +38,12 @@ class Launcher:
         self.started: list[psutil.Process] = []
 
     def command(self, recipe: str, *arguments: str, launch: tuple[str, ...] | None = None) -> list[str]:
-        """`python recipes/X.py ...`, or with `launch` options `accelerate launch OPTIONS recipes/X.py ...`."""
-        prefix = (
-            [sys.executable, "-m", "accelerate.commands.launch", *launch] if launch is not None else [sys.executable]
-        )
+        """`python recipes/X.py ...`, or with `launch` options `accelerate launch OPTIONS recipes/X.py ...`.
+
+        Several processes on a CPU are `recipes/launch.py`'s to start.
+        """
+        starter = ["-m", "accelerate.commands.launch"] if launch != TWO else [str(RECIPES / "launch.py")]
+        prefix = [sys.executable, *starter, *launch] if launch is not None else [sys.executable]
         return [*prefix, str(RECIPES / f"{recipe}.py"), *arguments]
 
     def start(

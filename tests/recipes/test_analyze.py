@@ -6,6 +6,7 @@ import json
 import pytest
 import snntorch
 import torch
+from launching import TWO
 from scipy import stats
 from torch import nn
 
@@ -149,9 +150,7 @@ def test_a_run(launcher, run_folder):
 
 @pytest.mark.slow
 def test_two_processes_write_the_figures_of_one(launcher, run_folder):
-    done = launcher.run(
-        "analyze", "checkpoint=run", "samples=37", "output_dir=two", launch=("--cpu", "--num_processes", "2")
-    )
+    done = launcher.run("analyze", "checkpoint=run", "samples=37", "output_dir=two", launch=TWO)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("The network is") == 1
     check_figures(launcher.folder / "two", *direct(run_folder, 37))

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import RECIPES, TINY, read_lines, read_summary, steps_saved, wait_for
+from launching import RECIPES, TINY, TWO, read_lines, read_summary, steps_saved, wait_for
 from omegaconf import OmegaConf
 
-TWO = ("--num_processes", "2", "--cpu")
 # The same samples an update as one process with batches of 32.
 SHARED = (*TINY, "train.batch_size=16", "train.checkpoint_steps=3", "optim.lr_batch=16")
 
@@ -102,27 +101,46 @@ def test_batches_of_both_processes_are_those_of_one(two_processes):
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("options", "expected"),
     [
-        (("accelerate", "launch", "--cpu", "--num_processes", "3", "digits.py", "seed=1"), 3),
-        (("python", "-m", "accelerate.commands.launch", "--num_processes=2", "--cpu", "digits.py"), 2),
-        (("accelerate-launch", "--config_file", "FILE", "digits.py"), 4),
-        (("python", "/usr/bin/sdt", "train", "--num_processes", "2", "--cpu", "digits", "seed=1"), 2),
-        (("bash", "-c", "python digits.py"), 1),
-        (("bash", "train", "--num_processes", "2"), 1),
+        (["--cpu", "--num_processes", "3"], 3),
+        (["--config_file", "FILE"], 4),
+        (["--config_file", "FILE", "--num_processes=2"], 2),
+        (["--config_file", "FILE", "--num_machines=2"], 1),
+        (["--cpu", "--multi_gpu", "--num_processes=2"], 1),
+        (["--num_processes=1"], 1),
     ],
 )
-def test_the_number_of_processes_is_read_from_the_launcher(words, expected, tmp_path, monkeypatch):
-    import psutil
-    from common.cpu_processes import asked_processes
+def test_the_number_of_processes_on_a_cpu(options, expected, tmp_path):
+    import launch as recipe
+    from accelerate.commands.launch import launch_command_parser
 
     file = tmp_path / "config.yaml"
     file.write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: 4\nuse_cpu: true\n"
     )
-    words = [str(file) if word == "FILE" else word for word in words]
-    monkeypatch.setattr(psutil.Process, "cmdline", lambda self: words)
-    assert asked_processes() == expected
+    words = [str(file) if word == "FILE" else word for word in options]
+    assert recipe.processes_on_cpu(launch_command_parser().parse_args([*words, "digits.py", "seed=1"])) == expected
+
+
+def test_one_process_of_several_is_refused_with_the_way_to_start_them(launcher):
+    command = [sys.executable, "-m", "accelerate.commands.launch", *TWO, str(RECIPES / "digits.py"), *SHARED]
+    done = subprocess.run(command, cwd=launcher.folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "error: accelerate launch starts one process on a CPU" in done.stderr
+    assert "torchrun --nproc-per-node N" in done.stderr and not (launcher.folder / "runs").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_several(tmp_path, two_processes):
+    """As its documentation says, without a word of Accelerate's."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(RECIPES / "digits.py"), *SHARED, "output_dir=run"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert read_summary(tmp_path / "run")["weights_sha256"] == read_summary(two_processes)["weights_sha256"]
 
 
 def test_a_divided_model_is_saved_whole_and_restored_divided(tmp_path):
