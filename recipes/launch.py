@@ -67,6 +67,7 @@ def torchrun(processes: int, options: argparse.Namespace) -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"
     if options.num_cpu_threads_per_process:
         os.environ["OMP_NUM_THREADS"] = str(options.num_cpu_threads_per_process)
+    logging.disable(logging.ERROR)  # torch's words on processes that end: the recipe has said why, or we do
     torch.distributed.run.main(
         ["--standalone", f"--nproc-per-node={processes}", options.training_script, *options.training_script_args]
     )
