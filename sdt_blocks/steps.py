@@ -18,7 +18,8 @@ from torch import Tensor, fx, nn
 from .neuron import LIF, remembers, spikes_of
 from .ops import Norm, attend, batch_norm_lif, max_pool
 from .ops.bits import SpikesAsBits, are_spikes, as_spikes
-from .ops.dispatch import fused
+from .ops.convolution import convolve_spikes
+from .ops.dispatch import fall_back, fused
 from .surrogate import Surrogate
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -113,6 +114,7 @@ def project(unit: Any, x: Tensor) -> Tensor:
     `unit` is a `Unit`, or any module for `[N, C, H, W]`. Spikes among x are kept for the gradient at one bit each.
     """
     if not is_unit(unit):
+        _tell_unfused(unit)
         # In training a module as a whole may tell frames apart that are the same.
         y = per_frame(unit, x if unit.training else _shown(x))
         return y.expand(len(x), *y.shape[1:])
@@ -159,6 +161,7 @@ def project_and_mix(units: Sequence[Any], neurons: Sequence[nn.Module], mixer: A
             for unit, neuron, part in zip(units, neurons, x, strict=True)
         )
     else:
+        _tell_unfused(mixer)
         fired = (project_and_fire(unit, neuron, spikes) for unit, neuron in zip(units, neurons, strict=True))
     result: Tensor = mixer(*fired) if mixed is None else mixed
     return result
@@ -199,10 +202,30 @@ def per_frame(module: nn.Module, x: Tensor) -> Tensor:
     """Applies a module for `[N, C, H, W]` to every frame of x `[T, B, C, H, W]`; spikes its gradient keeps as bits."""
     if not are_spikes(x):
         frames: Tensor = module(x.flatten(0, 1))
+    elif torch.compiler.is_compiling():
+        frames = _traced(module, x.flatten(0, 1))
     else:
         with SpikesAsBits(x, dtype=_autocast_dtype(module, x)) as (spikes,):
             frames = module(spikes.flatten(0, 1))
     return frames.unflatten(0, x.shape[:2])
+
+
+def _traced(module: nn.Module, spikes: Tensor) -> Tensor:
+    """`module(spikes)` for a graph, in which a convolution, or the first of a chain, is an op that keeps bits."""
+    frames: Tensor
+    if type(module).forward is nn.Sequential.forward and not has_hooks(module) and len(module):
+        frames = _traced(module[0], spikes)
+        for layer in list(module)[1:]:
+            frames = layer(frames)
+    elif is_plain(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        assert isinstance(module, nn.Conv2d)
+        dtype = _autocast_dtype(module, spikes) or spikes.dtype
+        weight, bias = (None if value is None else value.to(dtype) for value in (module.weight, module.bias))
+        geometry = (module.stride, module.padding, module.dilation, module.groups)
+        frames = convolve_spikes(spikes.to(dtype), weight, bias, *geometry)
+    else:
+        frames = module(spikes)
+    return frames
 
 
 def _autocast_dtype(module: nn.Module, x: Tensor) -> torch.dtype | None:
@@ -217,10 +240,12 @@ def _autocast_dtype(module: nn.Module, x: Tensor) -> torch.dtype | None:
 def normalize_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, time_steps: int | None = None) -> Tensor:
     """`neuron(norm(x))` for x `[T, B, C, H, W]`; with `time_steps`, x `[1, B, C, H, W]` is shown at every step.
 
-    One fused op does both where `norm` is an `nn.BatchNorm2d`, `neuron` one of the kit's and neither has a hook.
+    One fused op does both where `norm` is an `nn.BatchNorm2d`, or an `nn.SyncBatchNorm` with no other process to wait
+    for, `neuron` one of the kit's and neither has a hook. What keeps norms and neurons from it in training is told by
+    one warning.
     """
     if _fusible(norm, neuron, x):
-        assert isinstance(norm, nn.BatchNorm2d) and isinstance(neuron, LIF)
+        assert isinstance(neuron, LIF)
         settings = norm_settings(norm)
         if neuron.carrier is None:
             return batch_norm_lif(x, settings, neuron.spec, time_steps=time_steps)
@@ -260,7 +285,7 @@ def repeat_frame(norm: Any, x: Tensor, time_steps: int) -> Tensor:
         n = x.numel() // x.shape[2]
         total = n * time_steps
         with torch.no_grad():
-            momentum = norm.momentum if norm.momentum is not None else 1 / int(norm.num_batches_tracked)
+            momentum = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked
             new = norm.running_var - (1 - momentum) * before
             # `.data`: autograd has noted the buffer's version, though the backward of a training pass never reads it.
             running = norm.running_var if torch.compiler.is_compiling() else norm.running_var.data
@@ -336,20 +361,59 @@ def _fuses_its_forward(kind: type) -> bool:
 
 
 def _fusible(norm: nn.Module, neuron: nn.Module, x: Tensor) -> bool:
-    if not (is_plain(norm, nn.BatchNorm2d) and is_neuron(neuron) and fused(x, even_traced=norm.training)):
+    if not (is_plain(norm, nn.BatchNorm2d, nn.SyncBatchNorm) and is_neuron(neuron)) or _waits_for_others(norm):
+        _tell_unfused(norm, neuron)
         return False
-    assert isinstance(norm, nn.BatchNorm2d) and isinstance(neuron, LIF)
-    return isinstance(neuron.surrogate, Surrogate) and x.shape[2] == norm.num_features < x.numel()
+    assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) and isinstance(neuron, LIF)
+    known = isinstance(neuron.surrogate, Surrogate) and x.shape[2] == norm.num_features < x.numel()
+    return known and fused(x, even_traced=norm.training)
+
+
+def _waits_for_others(norm: nn.Module) -> bool:
+    """Whether a norm's statistics are those of several processes."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+        return False
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return False
+    return distributed.get_world_size(norm.process_group or distributed.group.WORLD) > 1
+
+
+def _tell_unfused(*modules: Any) -> None:
+    """One warning for each reason why a part of a network is trained unfused that its user can do something about."""
+    if not torch.is_grad_enabled():
+        return
+    for module in modules:
+        if not isinstance(module, nn.Module) or not module.training:
+            continue
+        name = type(module).__name__
+        if has_hooks(module):
+            fall_back(_of_hooks(name, any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)))
+        elif _waits_for_others(module):
+            fall_back(f"{name} takes its statistics over all processes; with nn.BatchNorm2d it is fused")
+
+
+def _of_hooks(name: str, sharded: bool) -> str:
+    if sharded:
+        return (
+            f"{name} is sharded by itself, and its parameters are whole only while it is called: let fully_shard take "
+            "the block around it instead"
+        )
+    return (
+        f"a hook, or a forward of its own, on a {name} has to see it called; it runs by itself in training until that "
+        "is removed (a hook on the whole block costs nothing)"
+    )
 
 
 def norm_settings(norm: Any) -> Norm:
-    """What the fused ops are told of an `nn.BatchNorm2d`, which counts the batch."""
-    momentum = norm.momentum or 0.0
+    """What the fused ops are told of an `nn.BatchNorm2d` or what is one, which counts the batch."""
+    momentum: Any = norm.momentum or 0.0
     tracked = norm.track_running_stats or not norm.training
     if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:
-            momentum = 1 / int(norm.num_batches_tracked)
+            # A tensor: to read the number back would wait for the device.
+            momentum = 1 / norm.num_batches_tracked
     return Norm(
         norm.running_mean if tracked else None,
         norm.running_var if tracked else None,

@@ -147,8 +147,8 @@ class LinearSpikeMixer(nn.Module):
         # Half precision could not hold the counts of many tokens.
         dtype, shape = state_dtype(q), v.shape
         spikes = [as_spikes(x.to(dtype), x) for x in (q, k, v)]
-        kept = [x for x in spikes if are_spikes(x)]
-        # Meta tensors have shapes alone, and no autocast; torch.compile, for which no spikes are kept, stops at hooks.
+        # torch.compile stops at hooks; meta tensors have shapes alone, and no autocast.
+        kept = [] if torch.compiler.is_compiling() else [x for x in spikes if are_spikes(x)]
         exact = nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False)
         with exact, SpikesAsBits(*kept) if kept else nullcontext():
             # [T, B, heads, dim / heads, tokens]: transposed, as they lie in memory.

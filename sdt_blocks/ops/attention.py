@@ -52,7 +52,7 @@ def attend(x: Sequence[Tensor], norms: Sequence[Norm], neurons: Sequence[NeuronS
     taus = [neuron.inv_tau for neuron in neurons]
     inv_tau = None
     if any(isinstance(tau, Tensor) for tau in taus):
-        inv_tau = torch.stack([torch.as_tensor(tau, dtype=dtype, device=q.device).expand_as(mean[0]) for tau in taus])
+        inv_tau = _stack_taus(taus, mean[0])
     numbers = [number for spec in specs if spec is not None for number in spec.encode()]
     differentiable = any(tensor is not None and tensor.requires_grad for tensor in (*x, weight, bias, inv_tau))
     keep = torch.is_grad_enabled() and differentiable
@@ -219,3 +219,9 @@ def _specs(neurons: Sequence[float]) -> list[NeuronSpec]:
 
 def _stack(values: Sequence[Tensor | None], otherwise: float, like: Tensor) -> Tensor:
     return torch.stack([like.new_full(like.shape[1:], otherwise) if v is None else v.to(like) for v in values])
+
+
+def _stack_taus(taus: Sequence[float | Tensor], like: Tensor) -> Tensor:
+    # A number is filled in on its device: a copy from the host would wait for it.
+    filled = (tau.to(like) if isinstance(tau, Tensor) else like.new_full((), tau) for tau in taus)
+    return torch.stack([tau.expand_as(like) for tau in filled])

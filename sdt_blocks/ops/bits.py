@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .dispatch import kernels
+from .dispatch import exporting, kernels
 
 
 @dataclass
@@ -29,19 +29,56 @@ def as_spikes(result: Tensor, *of: Tensor) -> Tensor:
     """Notes that `result` holds zeros and ones alone, if all that it was made `of` is known to.
 
     The caller must know it from how `result` is computed: values are not looked at, which would wait for the device.
-    While `torch.compile` traces, and without gradients, nothing is noted.
+    Without gradients, and in what is exported, nothing is noted.
     """
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and all(are_spikes(tensor) for tensor in of):
-        _known[result] = _Known(result._version)
+    if torch.is_grad_enabled() and not exporting() and all(are_spikes(tensor) for tensor in of):
+        if torch.compiler.is_compiling():
+            note_spikes_op(result)
+        else:
+            _known[result] = _Known(result._version)
     return result
 
 
 def are_spikes(tensor: Tensor) -> bool:
     """Whether it is known that a tensor holds zeros and ones alone; a change in place since makes it unknown."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or exporting():
         return False
+    if torch.compiler.is_compiling():
+        return are_spikes_op(tensor).shape[0] == 1
+    return _are_known(tensor)
+
+
+def _are_known(tensor: Tensor) -> bool:
     known = _known.get(tensor)
     return known is not None and known.version == tensor._version
+
+
+# While torch.compile traces, the tensors are stand-ins with versions of their own, which only an op's `register_fake`
+# is shown. What it knows of them is told by the size of an empty result, the one thing that tracing can branch on. Of
+# what comes into a graph nothing is known, and nothing of this is left in what is compiled.
+
+
+@torch.library.custom_op("sdt_blocks::note_spikes", mutates_args=())
+def note_spikes_op(tensor: Tensor) -> Tensor:
+    """`as_spikes` while a graph is traced; gives nothing."""
+    return tensor.new_empty(0)
+
+
+@note_spikes_op.register_fake
+def _(tensor):
+    _known[tensor] = _Known(tensor._version)
+    return tensor.new_empty(0)
+
+
+@torch.library.custom_op("sdt_blocks::are_spikes", mutates_args=())
+def are_spikes_op(tensor: Tensor) -> Tensor:
+    """`are_spikes` while a graph is traced: a result of the size 1 says yes, of the size 0 no."""
+    return tensor.new_empty(int(_are_known(tensor)))
+
+
+@are_spikes_op.register_fake
+def _(tensor):
+    return tensor.new_empty(int(_are_known(tensor)))
 
 
 class SpikesAsBits(saved_tensors_hooks):

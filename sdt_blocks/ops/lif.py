@@ -96,6 +96,8 @@ def lif(
         as_spikes(spikes)
     else:
         spikes, last = lif_reference(x, neuron, membrane)
+        if spec is not None and x.numel() and torch.compiler.is_compiling() and fused(x, even_traced=True):
+            as_spikes(spikes)
     return (spikes, last) if return_membrane else spikes
 
 

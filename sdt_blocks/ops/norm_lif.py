@@ -30,7 +30,7 @@ def batch_norm_lif_reference(
     """
     if time_steps is not None:
         x = x.expand(time_steps, *x.shape[1:])
-    frames = F.batch_norm(x.flatten(0, 1), *norm)
+    frames = F.batch_norm(x.flatten(0, 1), *norm._replace(momentum=float(norm.momentum)))
     result = lif_reference(frames.unflatten(0, x.shape[:2]), neuron, membrane)
     return result if return_membrane else result[0]
 
@@ -90,8 +90,10 @@ def statistics(x: Tensor, norm: Norm, repeats: int = 1) -> tuple[Tensor, Tensor]
     if running_mean is not None and running_var is not None:
         # A frame shown again and again changes the unbiased variance alone.
         n = x.numel() // x.shape[2] * repeats
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_((variance * (n / (n - 1))).to(running_var.dtype), momentum)
+        dtype = running_mean.dtype
+        share: Any = momentum.to(dtype) if isinstance(momentum, Tensor) else momentum
+        running_mean.lerp_(mean.to(dtype), share)
+        running_var.lerp_((variance * (n / (n - 1))).to(dtype), share)
     return mean, (variance + eps).rsqrt()
 
 

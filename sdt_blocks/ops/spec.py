@@ -77,7 +77,8 @@ def _decode(numbers: tuple[float, ...]) -> NeuronSpec:
 class Norm(NamedTuple):
     """A batch normalization: the arguments of `F.batch_norm`, in its order.
 
-    While `training`, running statistics that are given change in place.
+    While `training`, running statistics that are given change in place. `momentum` may be a 0-d tensor, which need not
+    be read back from its device.
     """
 
     running_mean: Tensor | None = None
@@ -85,7 +86,7 @@ class Norm(NamedTuple):
     weight: Tensor | None = None
     bias: Tensor | None = None
     training: bool = False
-    momentum: float = 0.1
+    momentum: float | Tensor = 0.1
     eps: float = 1e-5
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from sdt_blocks import LIF, SpikingMLP
 from sdt_blocks.ops import NeuronSpec, Norm, batch_norm_lif, dispatch, lif, lif_reference
@@ -188,7 +189,8 @@ def test_bare_neurons_leave_no_opaque_op_in_compiled_code(monkeypatch):
 
     torch._dynamo.reset()
     neuron = LIF()
-    torch.compile(lambda x: neuron(x + 1) * 2, fullgraph=True, backend=look)(torch.randn(4, 3))
+    backend = aot_autograd(fw_compiler=look)
+    torch.compile(lambda x: neuron(x + 1) * 2, fullgraph=True, backend=backend)(torch.randn(4, 3))
     assert seen and not any("sdt_blocks" in name for name in seen)
 
 
