@@ -210,7 +210,7 @@ def per_frame(module: nn.Module, x: Tensor) -> Tensor:
     return frames.unflatten(0, x.shape[:2])
 
 
-def _traced(module: nn.Module, spikes: Tensor) -> Tensor:
+def _traced(module: Any, spikes: Tensor) -> Tensor:
     """`module(spikes)` for a graph, in which a convolution, or the first of a chain, is an op that keeps bits."""
     frames: Tensor
     if type(module).forward is nn.Sequential.forward and not has_hooks(module) and len(module):
@@ -218,11 +218,10 @@ def _traced(module: nn.Module, spikes: Tensor) -> Tensor:
         for layer in list(module)[1:]:
             frames = layer(frames)
     elif is_plain(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-        assert isinstance(module, nn.Conv2d)
         dtype = _autocast_dtype(module, spikes) or spikes.dtype
-        weight, bias = (None if value is None else value.to(dtype) for value in (module.weight, module.bias))
+        bias = None if module.bias is None else module.bias.to(dtype)
         geometry = (module.stride, module.padding, module.dilation, module.groups)
-        frames = convolve_spikes(spikes.to(dtype), weight, bias, *geometry)
+        frames = convolve_spikes(spikes.to(dtype), module.weight.to(dtype), bias, *geometry)
     else:
         frames = module(spikes)
     return frames
@@ -232,7 +231,13 @@ def _autocast_dtype(module: nn.Module, x: Tensor) -> torch.dtype | None:
     """What autocast would cast x to within a convolution, or a chain of them; within another module nobody can know."""
     if isinstance(module, nn.Sequential) and not has_hooks(module) and len(module):
         return _autocast_dtype(module[0], x)
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64 or not is_plain(module, nn.Conv2d):
+    # Meta tensors have no autocast.
+    if (
+        x.is_meta
+        or not torch.is_autocast_enabled(x.device.type)
+        or x.dtype == torch.float64
+        or not is_plain(module, nn.Conv2d)
+    ):
         return None
     return torch.get_autocast_dtype(x.device.type)
 

@@ -230,6 +230,12 @@ def _small(name: str) -> Small:
     return Small(name, options, model, images)
 
 
+@pytest.fixture
+def make_small() -> Callable[[str], Small]:
+    """Gives the small model of a variant."""
+    return lambda name: copy.deepcopy(_small(name))
+
+
 @pytest.fixture(params=SMALL)
 def small(request: pytest.FixtureRequest) -> Small:
     """Each family in turn."""

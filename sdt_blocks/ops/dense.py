@@ -3,7 +3,9 @@
 Every function takes frames in channels-last order, `[T, B, H, W, C]`, in float32 or bfloat16, and returns spikes in a
 dtype of choice: that of the product they are for. Membranes are float32. `lif_reference` holds the neuron's equations.
 
-With `compiled` the C++ kernels of `cpu/dense.cpp` run on a CPU; elsewhere, what `torch.compile` makes of the equations.
+With `compiled` the C++ kernels of `cpu/dense.cpp` run on a CPU and the Triton kernels of `triton/dense.py` on a CUDA
+device, where streams and an attention with pooling take the equations with the neurons' own kernel; elsewhere, what
+`torch.compile` makes of the equations.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from .cpu import bindings
 from .cpu.build import BuildError
+from .dispatch import by_triton
 from .lif import lif, lif_reference
 from .spec import NeuronSpec
 
@@ -45,6 +48,8 @@ def fire(
 
     Shapes: x, shortcut and results `[T, B, H, W, C]`; x may be one frame expanded along T.
     """
+    if compiled and _by_triton(x, neuron):
+        return _triton().fire(_frames(x), _spec(neuron), neuron.inv_tau, dtype, shortcut)
     if compiled and _native(x):
         x = _frames(x)
         spikes = torch.empty(x.shape, dtype=dtype)
@@ -53,7 +58,7 @@ def fire(
         into = None if before is None else total
         _call("fire", x, spikes, len(x), x[0].numel(), x, x.stride(0), before, into, _layers((neuron,)))
         return total, spikes
-    run = _traced(_fire, dynamic=True) if compiled else _fire
+    run = _traced(_fire, dynamic=True) if compiled and not by_triton(x) else _fire
     flat = functools.partial(torch.flatten, start_dim=1, end_dim=-2 if neuron.inv_tau.ndim else -1)
     total, spikes = run(flat(x), neuron, dtype, None if shortcut is None else flat(shortcut))
     return x if shortcut is None else total.view(x.shape), spikes.view(x.shape)
@@ -61,13 +66,18 @@ def fire(
 
 def fire_and_pool(x: Tensor, neuron: Neuron, dtype: torch.dtype, *, compiled: bool = False) -> Tensor:
     """Spikes of x after a 3x3 maximum of stride 2, `[T, B, H, W, C] -> [T, B, ceil(H / 2), ceil(W / 2), C]`."""
+    if compiled and _by_triton(x, neuron):
+        if len(x) > _triton().BITS:
+            spikes: Tensor = pool(fire(x, neuron, dtype, compiled=True)[1])
+            return spikes
+        return _triton().fire_and_pool(_frames(x), _spec(neuron), neuron.inv_tau, dtype)
     if compiled and _native(x):
         x = _frames(x)
         steps, batch, height, width, channels = x.shape
         out = torch.empty(steps, batch, (height + 1) // 2, (width + 1) // 2, channels, dtype=dtype)
         _call("fire_and_pool", x, out, _sizes(*x.shape), x, x.stride(0), _layers((neuron,)))
         return out
-    run = _traced(_fire_and_pool) if compiled else _fire_and_pool
+    run = _traced(_fire_and_pool) if compiled and not by_triton(x) else _fire_and_pool
     pooled: Tensor = run(x, neuron, dtype)
     return pooled
 
@@ -80,14 +90,19 @@ def attend(
     `neurons` are those of q, k, v and of the sum. With `heads`, k and v, k * v, and the result are pooled as in
     `SpikeDrivenSelfAttention(event_pooling=True)`.
     """
-    if compiled and heads is None and _native(qkv):
+    if compiled and heads is None and _by_triton(qkv, *neurons):
+        found = _attend_by_triton(qkv, neurons, dtype)
+        if found is not None:
+            return found
+    elif compiled and heads is None and _native(qkv):
         qkv = qkv.contiguous()
         steps, batch, height, width, channels = qkv.shape
         out = torch.empty(steps, batch, height, width, channels // 3, dtype=dtype)
         shape = _sizes(steps, batch, height * width, channels // 3)
         _call("attend", qkv, out, shape, qkv, _layers(tuple(neurons)))
         return out
-    run = _traced(_attend) if compiled and not _native(qkv) else _attend
+    # The pooling of an attention, and very many steps and tokens, are left to the equations, with fused neurons.
+    run = _traced(_attend) if compiled and not by_triton(qkv) and not _native(qkv) else _attend
     masked: Tensor = run(qkv, neurons, dtype, heads)
     return masked
 
@@ -98,11 +113,39 @@ def pool(x: Tensor) -> Tensor:
     return pooled.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
 
 
+def _by_triton(x: Tensor, *neurons: Neuron) -> bool:
+    """Whether one of the Triton kernels does it, which start at rest; else the equations, with the neurons' own."""
+    return by_triton(x) and all(neuron.before is None and neuron.after is None for neuron in neurons)
+
+
+def _attend_by_triton(qkv: Tensor, neurons: Sequence[Neuron], dtype: torch.dtype) -> Tensor | None:
+    """`None` where q, k and v have unlike neurons, or the kernel has no room for so many steps and tokens."""
+    specs = [_spec(neuron) for neuron in neurons]
+    if not specs[0] == specs[1] == specs[2]:
+        return None
+    inv_taus = torch.stack([neuron.inv_tau.expand(qkv.shape[-1] // 3) for neuron in neurons])
+    masked: Tensor | None = _triton().attend(_frames(qkv), specs, inv_taus, dtype)
+    return masked
+
+
+@functools.cache
+def _triton() -> Any:
+    # Imported late: Triton may be missing, and reads TRITON_INTERPRET when it is imported.
+    from .triton import dense as of_triton
+
+    return of_triton
+
+
+def _spec(neuron: Neuron) -> NeuronSpec:
+    """What a kernel is told of a neuron beside its time constant."""
+    return NeuronSpec(neuron.threshold, neuron.reset, strict=neuron.strict)
+
+
 # The equations.
 
 
 def _spikes(x: Tensor, neuron: Neuron) -> Tensor:
-    spec = NeuronSpec(neuron.threshold, neuron.reset, strict=neuron.strict, inv_tau=neuron.inv_tau)
+    spec = _spec(neuron)._replace(inv_tau=neuron.inv_tau)
     before = None if neuron.before is None else neuron.before.reshape(x.shape[1:])
     if torch.compiler.is_compiling():
         spikes, last = lif_reference(x, spec, before)
@@ -189,7 +232,7 @@ def _native(x: Tensor) -> bool:
 
 def _frames(x: Tensor) -> Tensor:
     """x with every frame contiguous; one frame expanded along T stays one frame in memory."""
-    return x.contiguous() if x.stride(0) else x[:1].contiguous().expand(x.shape)
+    return x.contiguous() if x.stride(0) or len(x) == 1 else x[:1].contiguous().expand(x.shape)
 
 
 _uncompiled: list[str] = []

@@ -47,6 +47,12 @@ def kernels(x: Tensor) -> Kernels:
     return _module(_backend(x.device.type, x.dtype))
 
 
+def by_triton(x: Tensor) -> bool:
+    """Whether the Triton kernels run for x; a CPU's own need not be built to know it."""
+    asked = x.device.type == "cuda" or os.environ.get("SDT_BLOCKS_BACKEND") == "triton"
+    return asked and _backend(x.device.type, x.dtype) == "triton"
+
+
 def exporting() -> bool:
     """Whether torch.export, torch.onnx or torch.jit is looking on."""
     if torch.jit.is_tracing():

@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sdt_blocks.ops.spec import Affine, Arriving, Mask, NeuronSpec, arrange, state_dtype
-from sdt_blocks.ops.triton import training
+from sdt_blocks.ops.triton import dense, training
 from sdt_blocks.surrogate import KINDS, Surrogate
 
 PLAIN = NeuronSpec()
@@ -108,6 +108,23 @@ def options(dtype):
     Layer((1, 2, 24, 7, 9), dtype, channels_last=True).pool(keep=False)
 
 
+def evaluation(dtype, batch=32, size=224):
+    """What stands between the products of sdt_8_384 in evaluation; and one image, long sequences, odd channels."""
+    tau, taus = torch.empty(()), torch.empty(4, 384)
+    small = size // 16
+    for images in (batch, 1):
+        membrane = torch.empty(4, images, small, small, 384)
+        product = membrane.to(dtype)
+        dense.fire(product, PLAIN, tau, dtype, None)
+        dense.fire(product, PLAIN, torch.empty(384), dtype, membrane)
+        dense.fire_and_pool(torch.empty(4, images, size // 2, size // 2, 96, dtype=dtype), PLAIN, tau, dtype)
+        dense.attend(torch.empty(4, images, small, small, 3 * 384, dtype=dtype), (PLAIN,) * 4, taus, dtype)
+    for channels in (384, 50):
+        product = torch.empty(16, 2, 7, 7, channels, dtype=dtype)
+        dense.fire(product[:1].expand(16, 2, 7, 7, channels), PLAIN, tau, torch.uint8, None)
+        dense.fire_and_pool(product, PLAIN, tau, dtype)
+
+
 def facts(launch, capability):
     binary = offline.build(launch, capability)
     counts = offline.executed(binary, launch.arguments.get("rounds", 1))
@@ -134,9 +151,11 @@ def main():
     if cases == "keys":
         for settings in ({}, {"batch": 33}, {"alpha": 2.5}, {"tau": 0.25}, {"size": 160}):
             launches = recorded(usual, dtype, **settings)
+            sizes = {name: value for name, value in settings.items() if name in ("batch", "size")}
+            launches += recorded(evaluation, dtype, **sizes)
             print(json.dumps(sorted({str(offline.key(launch, capability)) for launch in launches})))
         return
-    launches = recorded({"usual": usual, "options": options}[cases], dtype)
+    launches = recorded({"usual": usual, "options": options, "evaluation": evaluation}[cases], dtype)
     distinct = {offline.key(launch, capability): launch for launch in launches}
     for launch in distinct.values():
         print(json.dumps(facts(launch, capability)), flush=True)

@@ -51,6 +51,19 @@ def test_nothing_builds_anew_for_other_sizes_and_constants(built):
     assert all(other == usual for other in others) and len(others) == 4
 
 
+def test_kernels_of_evaluation_are_fit_for_the_bandwidth(built):
+    assert_fit_to_evaluate(built(90, "bfloat16", "evaluation"))
+
+
+def assert_fit_to_evaluate(found):
+    assert {facts["kernel"] for facts in found} == {"fire_kernel", "fire_and_pool_kernel", "attend_kernel"}
+    for facts in found:
+        assert facts["spilled"] == 0 and facts["divisions"] == 0, facts
+        if facts["kernel"] != "attend_kernel":
+            assert facts["barriers"] == 0, facts
+            assert f"L{8 * facts['group']}" in facts["accesses"] or facts["group"] < 8, facts
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 100, 120])
@@ -58,6 +71,7 @@ def test_fit_on_every_gpu(built, capability, dtype):
     if capability == 75 and dtype == "bfloat16":
         pytest.skip("no bfloat16 there")
     assert_fit(built(capability, dtype, "usual"))
+    assert_fit_to_evaluate(built(capability, dtype, "evaluation"))
 
 
 @pytest.mark.slow
