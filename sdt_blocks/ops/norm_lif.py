@@ -30,8 +30,8 @@ def batch_norm_lif_reference(
     """
     if time_steps is not None:
         x = x.expand(time_steps, *x.shape[1:])
-    *settings, momentum, eps = norm
-    frames = F.batch_norm(x.flatten(0, 1), *settings, float(momentum), eps)
+    settings: list[Any] = [*norm._replace(momentum=float(norm.momentum))]
+    frames = F.batch_norm(x.flatten(0, 1), *settings)
     result = lif_reference(frames.unflatten(0, x.shape[:2]), neuron, membrane)
     return result if return_membrane else result[0]
 
