@@ -41,20 +41,23 @@ class Surrogate:
 
     def derivative(self, shift: Tensor) -> Tensor:
         """The surrogate's value at `shift`, same shape and dtype."""
-        a = self.alpha
-        if self.kind == "sigmoid":
-            p = torch.sigmoid(a * shift)
-            return a * p * (1 - p)
-        if self.kind == "atan":
-            return (a / 2) / (1 + (math.pi / 2 * a * shift) ** 2)
-        if self.kind == "fast_sigmoid":
-            return 1 / (a * shift.abs() + 1) ** 2
-        if self.kind == "triangular":
-            return a * (1 - a * shift.abs()).clamp(min=0)
-        return torch.ones_like(shift)
+        return _derivative(shift, self.kind, self.alpha)
 
     def __call__(self, shift: Tensor) -> Tensor:
         return fire(shift, self)
+
+
+def _derivative(shift: Tensor, kind: str, a: float) -> Tensor:
+    if kind == "sigmoid":
+        p = torch.sigmoid(a * shift)
+        return a * p * (1 - p)
+    if kind == "atan":
+        return (a / 2) / (1 + (math.pi / 2 * a * shift) ** 2)
+    if kind == "fast_sigmoid":
+        return 1 / (a * shift.abs() + 1) ** 2
+    if kind == "triangular":
+        return a * (1 - a * shift.abs()).clamp(min=0)
+    return torch.ones_like(shift)
 
 
 def transformed() -> bool:
@@ -68,18 +71,18 @@ class _Spike(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(shift: Tensor, surrogate: Surrogate, strict: bool) -> Tensor:  # type: ignore[override]
+    def forward(shift: Tensor, kind: str, alpha: float, strict: bool) -> Tensor:  # type: ignore[override]
         return heaviside(shift, strict)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        shift, ctx.surrogate, _ = inputs
+        shift, ctx.kind, ctx.alpha, _ = inputs
         ctx.save_for_backward(shift)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         (shift,) = ctx.saved_tensors
-        return grad * ctx.surrogate.derivative(shift), None, None
+        return grad * _derivative(shift, ctx.kind, ctx.alpha), None, None, None
 
 
 class _ForwardSpike(_Spike):
@@ -93,7 +96,7 @@ class _ForwardSpike(_Spike):
     @staticmethod
     def jvp(ctx, tangent: Tensor, *_: None) -> Tensor:  # type: ignore[override]
         (shift,) = ctx.saved_tensors
-        result: Tensor = tangent * ctx.surrogate.derivative(shift)
+        result: Tensor = tangent * _derivative(shift, ctx.kind, ctx.alpha)
         return result
 
 
@@ -108,7 +111,9 @@ def fire(shift: Tensor, surrogate: Surrogate | Callable[[Tensor], Tensor], stric
         forward = transformed()
         if not forward and not (torch.is_grad_enabled() and shift.requires_grad):
             return heaviside(shift, strict)  # a plain operation, which a traced model can be saved with
-        spikes: Tensor = (_ForwardSpike if forward else _Spike).apply(shift, surrogate, strict)
+        # Alpha as an argument of its own: torch.compile knows a number that changes as one of a graph's inputs alone.
+        of = _ForwardSpike if forward else _Spike
+        spikes: Tensor = of.apply(shift, surrogate.kind, surrogate.alpha, strict)
         return spikes
     soft = surrogate(shift)
     return soft + (heaviside(shift, strict) - soft).detach()

@@ -6,6 +6,7 @@ import torch
 from sdt_blocks import optimize_for_inference
 from sdt_blocks.ops import dense
 
+pytestmark = pytest.mark.cuda
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from sdt_blocks import LIF, ParametricLIF, SpikeDrivenSelfAttention, optimize_for_inference, steps
 from sdt_blocks.ops import bits, dense, dispatch
+from sdt_blocks.ops.registered import RegisteredOp
 
 triton = pytest.importorskip("triton")
 
@@ -26,10 +27,10 @@ READS = {
 }
 """What cannot be done before the values are there."""
 OPS = {
-    op._qualname: op
-    for name in ("attention", "bits", "convolution", "lif", "norm_lif", "pool")
+    op.name: op
+    for name in ("attention", "convolution", "lif", "norm_lif", "pool")
     for op in vars(importlib.import_module(f"sdt_blocks.ops.{name}")).values()
-    if isinstance(op, torch._library.custom_ops.CustomOpDef)
+    if isinstance(op, RegisteredOp)
 }
 
 
@@ -44,7 +45,7 @@ class NothingWaits(TorchDispatchMode):
             indices = [leaf for leaf in tree_leaves(args[1]) if isinstance(leaf, Tensor)]
             assert all(index.dtype not in (torch.bool, torch.uint8) for index in indices), f"{func} waits for a mask"
         if func._schema.name in OPS:
-            return OPS[func._schema.name]._init_fn(*args, **kwargs)
+            return OPS[func._schema.name].compute(*args, **kwargs)
         result = func(*args, **kwargs)
         given = {leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim}
         made = {leaf.device for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}

@@ -14,6 +14,7 @@ from .dense import Dense
 from .early import Early, EarlyAnswers
 from .events import Events
 from .forms import EventProduct
+from .graphs import Graphed
 from .integers import FLOAT32, INT8, INT24, IntegerProduct
 from .nir import export_to_nir, simulate_nir
 from .plan import Plan
@@ -27,6 +28,7 @@ __all__ = [
     "EarlyAnswers",
     "EventProduct",
     "Events",
+    "Graphed",
     "IntegerProduct",
     "Plan",
     "Product",
@@ -48,6 +50,7 @@ def optimize_for_inference(
     calibrate: Iterable[Any] = (),
     paths: str = "auto",
     exact: bool = False,
+    cuda_graph: bool = False,
 ) -> nn.Module:
     """A new module that answers as `model.eval()` does, faster; the model itself stays untouched.
 
@@ -56,7 +59,8 @@ def optimize_for_inference(
     one warning. Norms are folded into the convolutions, q, k and v are one, a still image's first layer is computed
     once, and every product takes the way that is fastest on this machine (see `Product`; measured when a shape comes
     first). With `compile`, neurons run fused with the pooling, mask or shortcut beside them: on a CPU in C++ kernels
-    that are built once, in a few seconds, elsewhere through `torch.compile`. Without a compiler one warning says so.
+    that are built once, in a few seconds, on a CUDA device in Triton kernels, elsewhere through `torch.compile`.
+    Without a compiler one warning says so.
 
     The membranes of neurons and shortcuts are float32 also for bfloat16, and so is the output. A spike can differ where
     a membrane lies within rounding of its threshold, as it can between two libraries' convolutions. `paths` pins the
@@ -77,6 +81,9 @@ def optimize_for_inference(
     sums that nothing changes: weights that spikes meet are whole numbers of 24 bits (8 with `torch.int8`), summed
     without rounding; layers on real values are summed term by term in one order. Other layers are refused.
 
+    With `cuda_graph`, on a CUDA device, all launches of a call are one (see `Graphed`): what helps where a GPU waits
+    for Python, at small batches.
+
     Raises `TypeError` for what is no module, and `ValueError` for a dtype that is not float32, bfloat16, float64 or
     int8, an unknown way, or where options do not fit each other or the model.
 
@@ -85,6 +92,8 @@ def optimize_for_inference(
     torch.Size([2, 10])
     """
     _check_options(dtype, sparse, paths, exact)
+    if cuda_graph:
+        _check_graph(model, dtype, sparse, exact)
     weights = INT8 if dtype == torch.int8 else INT24 if exact else FLOAT32
     make = partial(_events, model, weights, exact)
     if sparse is True:
@@ -95,6 +104,8 @@ def optimize_for_inference(
     else:
         with torch.no_grad():
             dense = Dense(plan(model), dtype, compile, paths)
+    if cuda_graph:
+        return Graphed(dense)
     return choose(make, dense, calibrate) if sparse else dense
 
 
@@ -118,3 +129,14 @@ def _check_options(dtype: torch.dtype, sparse: bool | str, paths: str, exact: bo
         raise ValueError(f"exact=True computes in whole numbers and float32; leave it or {dtype} out")
     if paths != "auto" and (exact or dtype == torch.int8):
         raise ValueError(f"paths={paths!r} pins how products of floating point are computed; leave it out here")
+
+
+def _check_graph(model: nn.Module, dtype: torch.dtype, sparse: bool | str, exact: bool) -> None:
+    if sparse or exact or dtype == torch.int8:
+        raise ValueError("cuda_graph=True is for dense products of floating point; leave sparse, exact and int8 out")
+    devices = {str(p.device) for p in model.parameters()} if isinstance(model, nn.Module) else {"cuda"}
+    if any(not device.startswith("cuda") for device in devices):
+        raise ValueError(
+            f"cuda_graph=True needs the model on a CUDA device, it is on {', '.join(sorted(devices))}; call "
+            'model.to("cuda"), or leave it out'
+        )

@@ -293,7 +293,9 @@ def _check(plan: Plan) -> None:
     others = {f"{p.dtype} on {p.device}" for p in held if p.device.type != "cpu" or p.dtype != torch.float32}
     if others:
         raise ValueError(
-            f"event-driven inference runs in float32 on the CPU; the model has {', '.join(sorted(others))}"
+            f"event-driven inference and whole numbers run in float32 on the CPU; the model has "
+            f"{', '.join(sorted(others))}. On a GPU dense products are faster at the rates of published models "
+            "(docs/performance.md): leave sparse, exact and int8 out there"
         )
     problem = kernels_problem()
     if problem is not None:

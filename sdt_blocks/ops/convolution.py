@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import kernels
+from .registered import registered
 
 
 def convolve_spikes(
@@ -35,7 +36,7 @@ def convolve_spikes(
     return result
 
 
-@torch.library.custom_op("sdt_blocks::pack", mutates_args=())
+@registered("sdt_blocks::pack")
 def pack_op(frames: Tensor, channels_last: bool) -> Tensor:
     """One bit for each of the frames' spikes, in this order of memory."""
     frames = frames.contiguous(memory_format=_order(channels_last))
@@ -50,7 +51,7 @@ def _(frames, channels_last):
     return frames.new_empty((frames.numel() + 7) // 8, dtype=torch.uint8)
 
 
-@torch.library.custom_op("sdt_blocks::convolve_spikes", mutates_args=())
+@registered("sdt_blocks::convolve_spikes")
 def convolve_op(
     frames: Tensor,
     bits: Tensor,
@@ -71,7 +72,7 @@ def _(frames, bits, weight, bias, stride, padding, dilation, groups, channels_la
     return torch.conv2d(frames, weight, bias, stride, padding, dilation, groups)
 
 
-@torch.library.custom_op("sdt_blocks::convolve_spikes_backward", mutates_args=())
+@registered("sdt_blocks::convolve_spikes_backward")
 def convolve_backward_op(
     grad: Tensor,
     bits: Tensor,
@@ -113,14 +114,12 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     bits, weight = ctx.saved_tensors
     needed = ctx.needs_input_grad
     wanted = [needed[0], needed[2], needed[3]]
-    found = torch.ops.sdt_blocks.convolve_spikes_backward(
-        grad, bits, weight, ctx.shape, ctx.biases, *ctx.geometry, wanted
-    )
+    found = convolve_backward_op(grad, bits, weight, ctx.shape, ctx.biases, *ctx.geometry, wanted)
     of_frames, of_weight, of_bias = (of if want else None for of, want in zip(found, wanted, strict=True))
     return of_frames, None, of_weight, of_bias, *[None] * 5
 
 
-convolve_op.register_autograd(_gradients, setup_context=_keep)
+convolve_op.register_autograd(_gradients, keep=_keep)
 
 
 def _order(channels_last: bool) -> torch.memory_format:

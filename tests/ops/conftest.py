@@ -17,7 +17,7 @@ def device(backend):
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(params=["compiled", "triton"])
+@pytest.fixture(params=["compiled", pytest.param("triton", marks=pytest.mark.cuda)])
 def backend(request, monkeypatch):
     """Each fused backend in turn, forced; Triton's kernels run in its interpreter where there is no GPU."""
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", request.param)

@@ -11,6 +11,7 @@ from sdt_blocks.ops.dense import Neuron
 from sdt_blocks.ops.lif import lif_reference
 from sdt_blocks.ops.spec import NeuronSpec
 
+pytestmark = pytest.mark.cuda
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
