@@ -118,3 +118,23 @@ def test_attend_where_the_kernel_has_no_room(heads: int | None) -> None:
     for cells in ([neuron()] * 4, [neuron(), neuron(threshold=0.5), neuron(), neuron()]):
         found = dense.attend(qkv, cells, torch.float32, heads=heads, compiled=True)
         assert torch.equal(found, dense.attend(qkv, cells, torch.float32, heads=heads)) and found.any()
+
+
+def test_a_stream_goes_on_where_it_stood() -> None:
+    x, qkv = frames(4, 1, 3, 2, 8), frames(4, 1, 3, 2, 24)
+    calls = {
+        "fire": lambda x, of: dense.fire(x, of, torch.float32, compiled=True)[1],
+        "pool": lambda x, of: dense.fire_and_pool(x, of, torch.float32, compiled=True),
+    }
+    for call in calls.values():
+        state, cells = torch.zeros(1, 3, 2, 8, device=DEVICE), neuron(8)
+        parts = [call(part, cells._replace(before=state.clone(), after=state)) for part in x.split(2)]
+        assert torch.equal(torch.cat(parts), call(x, cells)) and state.any()
+    cells = [neuron(8), neuron(8), neuron(8), neuron(8, threshold=0.6)]
+    states = [torch.zeros(1, 3, 2, 8, device=DEVICE) for _ in range(3)] + [torch.zeros(1, 8, device=DEVICE)]
+    parts = []
+    for part in qkv.split(2):
+        of = [cell._replace(before=at.clone(), after=at) for cell, at in zip(cells, states, strict=True)]
+        parts.append(dense.attend(part, of, torch.float32, compiled=True))
+    whole = dense.attend(qkv, cells, torch.float32, compiled=True)
+    assert torch.equal(torch.cat(parts), whole) and whole.any()
