@@ -155,6 +155,7 @@ def run_script(script, *arguments):
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_script_is_started_with_the_names_known(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import sys, timm; print(__name__, sys.argv[1:], timm.create_model('sdt_2_256').num_classes)")
@@ -167,7 +168,7 @@ def test_the_scripts_themselves(folder, tmp_path):
     scripts = Path(os.environ["TIMM_SCRIPTS"]).resolve()
     model = ["--model", "sdt_2_256", "--num-classes", 2, "--model-kwargs", "dim=32", "time_steps=2"]
     small = ["--input-size", 3, 32, 32, "--batch-size", 10, "--workers", 0, "--no-prefetcher"]
-    common = ["--data-dir", folder, *model, *small]
+    common = ["--data-dir", folder, "--device", "cpu", *model, *small]
     run = ["--epochs", 2, "--warmup-epochs", 0, "--opt", "adamw", "--lr", 1e-3, "--layer-decay", 0.9, "--model-ema"]
     more = ["--drop-path", 0.1, "--mixup", 0.2, "--grad-checkpointing", "--channels-last"]
     run_script(scripts / "train.py", *common, *run, *more, "--output", tmp_path, "--experiment", "run")
@@ -175,8 +176,6 @@ def test_the_scripts_themselves(folder, tmp_path):
     said = run_script(
         scripts / "validate.py",
         *common,
-        "--device",
-        "cpu",
         "--checkpoint",
         tmp_path / "run" / "last.pth.tar",
         "--use-ema",

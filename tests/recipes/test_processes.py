@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from launching import RECIPES, TINY, TWO, read_lines, read_summary, steps_saved, wait_for
 from omegaconf import OmegaConf
 
@@ -123,6 +124,28 @@ def test_the_number_of_processes_on_a_cpu(options, expected, tmp_path):
     assert recipe.processes_on_cpu(launch_command_parser().parse_args([*words, "digits.py", "seed=1"])) == expected
 
 
+def test_accelerate_joins_what_torchrun_starts_on_a_cpu(monkeypatch):
+    from common.config import ConfigError
+    from common.cpu_processes import join_processes
+
+    for name in ("WORLD_SIZE", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    join_processes()
+    assert "ACCELERATE_USE_CPU" not in os.environ
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    join_processes()
+    assert os.environ["ACCELERATE_USE_CPU"] == "true"
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    join_processes()  # of a batch system, say
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    with pytest.raises(ConfigError, match=r"starts one process on a CPU.*torchrun --nproc-per-node N"):
+        join_processes()
+
+
+@pytest.mark.slow
 def test_one_process_of_several_is_refused_with_the_way_to_start_them(launcher):
     command = [sys.executable, "-m", "accelerate.commands.launch", *TWO, str(RECIPES / "digits.py"), *SHARED]
     done = subprocess.run(command, cwd=launcher.folder, capture_output=True, text=True, timeout=120)
