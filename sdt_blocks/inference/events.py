@@ -86,7 +86,7 @@ class Events(nn.Module, OfStillImages):
         self.kinds, self.last = kinds(plan), last_uses(plan)
         self.given = {node: node.inputs() for node in plan.nodes}
         self.epilogues = {} if self.in_place else passes.epilogues(plan)
-        self.pooled = self._pooled_products()
+        self.pooled, self.pooled_spikes = self._pooled_products(), dict[Node, Node]()
         self.once = set() if self.in_place else passes.once(plan)
         forms = Forms(self.kinds, self.epilogues, weights, exact)
         self.leaves = nn.ModuleList()
@@ -96,6 +96,9 @@ class Events(nn.Module, OfStillImages):
             if form is not None:
                 self.forms[node] = form
             self.leaves.extend(leaves(node.target) if form is None else [form])
+            pool = self._pool_of_spikes(node) if isinstance(form, OrderedSums) and form.pools else None
+            if pool is not None:
+                self.pooled_spikes[node] = pool
             if node.op == MIX and form is not None:
                 # For streams, which hand over where neurons stand.
                 parts = (*node.target.neurons, node.target.mixer)
@@ -127,6 +130,14 @@ class Events(nn.Module, OfStillImages):
             if after.total is node and after.fire is None and len(takers) == 1 and _halves(takers[0]):
                 found[node] = takers[0]
         return found
+
+    def _pool_of_spikes(self, node: Node) -> Node | None:
+        """The 3x3 maximum of stride 2 that alone takes the spikes behind a product, which nothing else takes."""
+        after, users = self.epilogues[node], self.plan.users()
+        if after.fire is None or after.residual is not None or after.keep or len(users[after.fire]) != 1:
+            return None
+        (taker,) = users[after.fire]
+        return taker if _halves(taker) else None
 
     @torch.no_grad()
     def forward(self, *inputs: Tensor) -> Any:
@@ -188,6 +199,10 @@ class Events(nn.Module, OfStillImages):
         if node in self.pooled:
             values[self.pooled[node]] = Membrane(pooled_membrane(form, source))
             return None
+        stands = None if after.fire is None else _stands(after.fire.target)
+        if node in self.pooled_spikes and after.fire is not None and stands is None:
+            values[after.fire], values[self.pooled_spikes[node]] = None, form.pooled(source)
+            return None
         residual: Tensor | None = None
         into: bool | Tensor = after.keep
         if after.residual is not None:
@@ -203,7 +218,6 @@ class Events(nn.Module, OfStillImages):
             # The shortcut's memory takes the sum where nothing reads it afterwards.
             if after.keep and before.owned and self.last[after.residual] is after.total:
                 into = residual
-        stands = None if after.fire is None else _stands(after.fire.target)
         membrane, fired = form(source, residual=residual, membrane=into, stands=stands)
         if after.fire is not None:
             values[after.fire] = fired
@@ -230,7 +244,8 @@ class Events(nn.Module, OfStillImages):
         """Input of a product: packed spikes for events, else frames with channels last, one if it is shown at all."""
         if isinstance(x, PackedSpikes):
             return x
-        frames, form = _frames(x), self.forms.get(node)
+        form = self.forms.get(node)
+        frames = _frames(x, any_order=isinstance(form, OrderedSums))
         if frames is None or not isinstance(form, SpikeProduct):
             return frames
         return PackedSpikes.pack(frames.movedim(-1, 2))
@@ -345,14 +360,18 @@ def _membrane(x: Any) -> Membrane | None:
     return None if frames is None else Membrane(frames.contiguous())
 
 
-def _frames(x: Any) -> Tensor | None:
-    """x with the channels last, if it is `[T, B, C, H, W]`; what is shown at every step stays one frame in memory."""
+def _frames(x: Any, any_order: bool = False) -> Tensor | None:
+    """x with the channels last, if it is `[T, B, C, H, W]`; what is shown at every step stays one frame in memory.
+
+    In memory the channels are last too, unless `any_order` will do.
+    """
     if isinstance(x, Membrane):
         return x.real
     if not isinstance(x, Tensor) or x.ndim != 5 or 0 in x.shape or not x.is_floating_point():
         return None
     shown = x[:1] if len(x) > 1 and x.stride(0) == 0 else x
-    return shown.movedim(2, -1).contiguous().expand(len(x), *(x.shape[i] for i in (1, 3, 4, 2)))
+    shown = shown.movedim(2, -1)
+    return (shown if any_order else shown.contiguous()).expand(len(x), *shown.shape[1:])
 
 
 def _halves(node: Node) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import steps
 from ..neuron import IntegerNeuron
+from ..ops.integers import FEW_INPUTS, real_product_is_fast
 from ..ops.packed import Epilogue, EventWeight, PackedSpikes, Result, pad_to_words, real_pool, spike_neuron
 from ..ops.spec import NeuronSpec
 from . import passes
@@ -96,10 +97,14 @@ class Forms:
         return make(weight, epilogue, conv.out_channels if words else 0, **planes)
 
     def _on_reals(self, unit: Any, known: Known, neuron: Any) -> nn.Module | None:
-        """A convolution of real values: as PyTorch computes it, or in a fixed order."""
+        """A convolution of real values: as PyTorch computes it, or in a fixed order, asked for or faster."""
         (conv, norm), channels = known, known[0].out_channels
         if not self.exact:
             layers = unit if isinstance(unit, nn.Conv2d) else unit.conv
+            own = layers is conv and conv.groups == 1 and conv.weight[0].numel() <= FEW_INPUTS
+            if own and real_product_is_fast():
+                after = epilogue_of(norm, neuron, bias=conv.bias, channels=channels)
+                return OrderedSums([(conv.weight.detach(), Geometry.of(conv))], after)
             return DenseSums(layers, epilogue_of(norm, neuron, channels=channels))
         convs = chain(unit) or [conv]
         if any(one.groups > 1 and one.weight.shape[:2] != (one.in_channels, 1) for one in convs):

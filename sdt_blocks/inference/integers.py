@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.integers import (
+    FEW_INPUTS,
     IntegerWeight,
     RealWeight,
     Windows,
     depthwise_product,
+    pooled_product,
     quantize,
     real_product,
     spike_product_dense,
@@ -151,14 +153,18 @@ class IntegerProduct(SpikeProduct):
 class OrderedSums(Finished):
     """Convolutions of real values one after the other, each summed in a fixed order, and what follows the last.
 
-    `layers` are their weights with a geometry each, ungrouped or depthwise; the epilogue's shift is the folded bias.
+    `layers` are their weights with a geometry each, ungrouped or depthwise.
     """
+
+    weight0: Tensor
 
     def __init__(self, layers: Sequence[tuple[Tensor, Geometry]], epilogue: Epilogue) -> None:
         super().__init__(epilogue)
         self.geometries = [geometry for _, geometry in layers]
         for place, (weight, _) in enumerate(layers):
             self.register_buffer(f"weight{place}", weight.float())
+        self.pools = len(layers) == 1 and self.geometries[0].groups == 1 and layers[0][0][0].numel() <= FEW_INPUTS
+        """Whether `pooled` knows it."""
 
     def forward(self, frames: Tensor | PackedSpikes, *, stands: Stands | None = None, **options: Any) -> Result:
         x, time_steps = shown(frames)
@@ -177,6 +183,12 @@ class OrderedSums(Finished):
         if stands is not None:
             options["standing"] = stands(x.shape[1:])
         return spike_neuron(x, self.epilogue, time_steps, **options)
+
+    def pooled(self, frames: Tensor | PackedSpikes) -> PackedSpikes:
+        """The spikes behind a 3x3 maximum of stride 2, from neurons at rest."""
+        x, time_steps = shown(frames)
+        weight = self.made("weight0", lambda: RealWeight(self.weight0))
+        return pooled_product(x, weight, self.epilogue, time_steps, windows=windows_of(self.geometries[0]))
 
 
 class OrderedLinear(Finished):

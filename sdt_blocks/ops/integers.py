@@ -21,6 +21,8 @@ from .packed import Epilogue, PackedSpikes, Result, call, check_product, frames_
 
 PIECES = {torch.int8: 1, torch.int32: 3}
 """Digits of 8 bits that a whole number of a dtype is written in."""
+FEW_INPUTS = 256
+"""Real inputs of an output up to which a product is computed row by row of its result."""
 MOST_PLANES = 128
 """Levels up to which two products of one and an 8-bit weight stay within 16 bits."""
 _LARGEST_SUM = 2**31 - 1
@@ -111,6 +113,11 @@ class RealWeight:
         self.weight = weight.detach().float()
         self.tiles = tiled(self.weight.permute(2, 3, 1, 0).flatten(0, 2))
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether the inputs are few."""
+        return self.weight[0].numel() <= FEW_INPUTS
+
 
 class Windows(NamedTuple):
     """Stride, padding and dilation of a convolution, each for height and width."""
@@ -185,19 +192,37 @@ def real_product(
     Every output is summed over taps, then channels, in ascending order, one rounding a product added. So an output has
     the same bits for any batch, number of threads and processor. A single frame is shown at each of the `steps`.
     """
-    out, into = weight.weight.shape[:2]
-    if x.ndim != 5 or x.shape[0] not in (1, steps) or x.shape[-1] != into or x.dtype != torch.float32:
-        raise ValueError(f"expected float32 [{steps} or 1, B, H, W, {into}], got {x.dtype} {list(x.shape)}")
-    if epilogue.channels != out:
-        raise ValueError(f"the weight gives {out} channels, but the epilogue has {epilogue.channels}")
     windows = windows or Windows.same(weight.weight)
-    x = x.contiguous()
-    frames, images, *frame, _ = x.shape
-    size = windows.size(frame, weight.weight)
-    kept, fired, arguments = outputs_of(epilogue, (steps, images, *size), residual, membrane, standing)
-    sizes = (ctypes.c_int64 * 4)(images, *frame, into)
-    call("real_product", x, frames, sizes, windows.structure(weight.weight, size), weight.tiles, arguments, steps)
+    size = _size_of(x, weight, epilogue, steps, windows)
+    x = x if weight.by_rows else x.contiguous()
+    kept, fired, arguments = outputs_of(epilogue, (steps, x.shape[1], *size), residual, membrane, standing)
+    shape = windows.structure(weight.weight, size)
+    call("real_product", _Picture.of(x), shape, weight.tiles, arguments, steps, weight.by_rows, False)
     return kept, fired
+
+
+def pooled_product(
+    x: Tensor, weight: RealWeight, epilogue: Epilogue, steps: int, *, windows: Windows | None = None
+) -> PackedSpikes:
+    """`spike_pool` of the spikes of `real_product`, from rest, for few inputs: they never leave the cache."""
+    if epilogue.neuron is None or not weight.by_rows:
+        raise ValueError(
+            f"pooling needs a neuron and a weight of at most {FEW_INPUTS} inputs an output, got "
+            f"{weight.weight[0].numel()} and {epilogue.neuron}"
+        )
+    windows = windows or Windows.same(weight.weight)
+    size = _size_of(x, weight, epilogue, steps, windows)
+    places = (steps, x.shape[1], *((side + 1) // 2 for side in size))
+    _, fired, arguments = outputs_of(epilogue, places, None, False, None)
+    assert fired is not None
+    shape = windows.structure(weight.weight, size)
+    call("real_product", _Picture.of(x), shape, weight.tiles, arguments, steps, True, True)
+    return fired
+
+
+def real_product_is_fast() -> bool:
+    """Whether this processor adds a product with one rounding in one instruction."""
+    return bool(call("real_product_is_fast"))
 
 
 def byte_product(x: Tensor, weight: IntegerWeight, epilogue: Epilogue, *, windows: Windows | None = None) -> Tensor:
@@ -235,6 +260,28 @@ def depthwise_product(x: Tensor, weight: Tensor, *, windows: Windows | None = No
 def lanes() -> int:
     """Output channels of a tile."""
     return bindings.call("packed.cpp", "spike_lanes")
+
+
+class _Picture(ctypes.Structure):
+    _fields_ = [
+        ("values", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("frames", "images", "height", "width", "channels")),
+        *((f"to_{name}", ctypes.c_int64) for name in ("frame", "image", "row", "column", "channel")),
+    ]
+
+    @staticmethod
+    def of(x: Tensor) -> ctypes.Structure:
+        return _Picture(x.data_ptr(), *x.shape, *x.stride())
+
+
+def _size_of(x: Tensor, weight: RealWeight, epilogue: Epilogue, steps: int, windows: Windows) -> tuple[int, int]:
+    """Height and width of the product of real values; raises `ValueError` where they do not fit the weight."""
+    out, into = weight.weight.shape[:2]
+    if x.ndim != 5 or x.shape[0] not in (1, steps) or x.shape[-1] != into or x.dtype != torch.float32:
+        raise ValueError(f"expected float32 [{steps} or 1, B, H, W, {into}], got {x.dtype} {list(x.shape)}")
+    if epilogue.channels != out:
+        raise ValueError(f"the weight gives {out} channels, but the epilogue has {epilogue.channels}")
+    return windows.size(x.shape[2:4], weight.weight)
 
 
 class _Windows(ctypes.Structure):

@@ -19,11 +19,12 @@ from sdt_blocks.ops.integers import (
     byte_product,
     depthwise_product,
     largest,
+    pooled_product,
     quantize,
     real_product,
     spike_product_dense,
 )
-from sdt_blocks.ops.packed import Epilogue, PackedSpikes, spike_neuron, spike_product
+from sdt_blocks.ops.packed import Epilogue, PackedSpikes, spike_neuron, spike_pool_reference, spike_product
 from sdt_blocks.ops.spec import NeuronSpec
 
 
@@ -152,6 +153,21 @@ def test_real_products_are_the_ordered_sum_and_near_the_true_one(instructions):
     torch.testing.assert_close(found.flatten(0, 1).double(), true, rtol=0, atol=1e-5)
 
 
+def test_spikes_of_few_inputs_are_pooled_on_the_way(instructions):
+    generator = torch.Generator().manual_seed(0)
+    draws = [(1, 3, 1, 1), (2, 3, 7, 6), (1, 2, 40, 9), (3, 1, 5, 250)]
+    for (images, into, height, width), frames, out in itertools.product(draws, (1, 4), (16, 48, 70)):
+        weight = RealWeight(torch.randn(out, into, 3, 3, generator=generator))
+        # Images in PyTorch's order, as they are given.
+        x = torch.rand(frames, images, into, height, width, generator=generator).movedim(2, -1)
+        epilogue = Epilogue(out, scale=torch.full((out,), 0.7), shift=torch.rand(out) * 2, neuron=NeuronSpec())
+        _, fired = real_product(x, weight, epilogue, 4)
+        sums, _ = real_product(x.contiguous(), weight, Epilogue(out), 4, membrane=True)
+        assert torch.equal(fired.words, spike_neuron(sums, epilogue, 4)[1].words) and 0 < fired.rate() < 1
+        found = pooled_product(x, weight, epilogue, 4)
+        assert torch.equal(found.words, spike_pool_reference(fired).words)
+
+
 def test_real_products_are_the_same_for_every_machine_batch_and_number_of_threads(instructions, reference_bits):
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(4, 3, 9, 7, 19, generator=generator), torch.randn(37, 19, 3, 3, generator=generator)
@@ -223,6 +239,8 @@ def test_sums_of_24_bits_fit_32(planes):
         (lambda: IntegerWeight(torch.ones(2, 2, 5, 5, dtype=torch.int8)).tiles, r"\[2, 2, 5, 5\]"),
         (lambda: real_product(torch.ones(2, 1, 1, 1, 4), RealWeight(torch.ones(4, 4, 1, 1)), Epilogue(4), 3), "3 or 1"),
         (lambda: real_product(torch.ones(1, 1, 1, 1, 4), RealWeight(torch.ones(4, 4, 1, 1)), Epilogue(5), 1), "has 5"),
+        (lambda: _pooled(4, Epilogue(4)), "needs a neuron"),
+        (lambda: _pooled(300, Epilogue(4, neuron=NeuronSpec())), "at most 256 inputs an output, got 300"),
         (
             lambda: byte_product(torch.ones(1, 1, 1, 4), IntegerWeight(torch.ones(2, 4, 1, 1).char()), Epilogue(2)),
             "uint8",
@@ -239,3 +257,7 @@ def test_bad_input_is_named(call, message):
 def _too_many_levels() -> None:
     packed = PackedSpikes.pack_levels(torch.ones(129, 1, 1, 2, 1, 1), 1.0)
     spike_product_dense(packed, IntegerWeight(torch.ones(2, 2, 1, 1, dtype=torch.int8)), Epilogue(2))
+
+
+def _pooled(into: int, epilogue: Epilogue) -> None:
+    pooled_product(torch.ones(1, 1, 1, 1, into), RealWeight(torch.ones(4, into, 1, 1)), epilogue, 1)

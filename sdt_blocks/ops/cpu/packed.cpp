@@ -4,28 +4,10 @@
 
 #include "packed_dense.h"
 #include "packed_events.h"
+#include "packed_pool.h"
+#include "packed_rows.h"
 
 namespace {
-
-template <class T, class Larger>
-void pool(const T* in, T* out, int64_t frames, int64_t height, int64_t width, int64_t channels, int64_t threads, Larger larger) {
-    const int64_t rows = (height + 1) / 2, columns = (width + 1) / 2;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t row = 0; row < frames * rows; row++) {
-        const int64_t frame = row / rows, y = row % rows;
-        for (int64_t x = 0; x < columns; x++) {
-            T* to = out + (row * columns + x) * channels;
-            const T* centre = in + ((frame * height + 2 * y) * width + 2 * x) * channels;
-            std::copy(centre, centre + channels, to);
-            for (int64_t dy = -1; dy <= 1; dy++)
-                for (int64_t dx = -1; dx <= 1; dx++) {
-                    if (2 * y + dy < 0 || 2 * y + dy >= height || 2 * x + dx < 0 || 2 * x + dx >= width) continue;
-                    const T* from = centre + (dy * width + dx) * channels;
-                    for (int64_t c = 0; c < channels; c++) to[c] = larger(to[c], from[c]);
-                }
-        }
-    }
-}
 
 template <class T>
 void expand(const uint64_t* words, T* out, int64_t rows, int64_t channels, int64_t threads) {
@@ -69,12 +51,13 @@ void spike_product_dense(const Frames* spikes, const Windows* windows, int64_t p
         dense_product<3>(in, *windows, weights, *epilogue, threads);
 }
 
-// Real values [frames, images, height, width, channels] with frames = steps, or one that is shown at every step. Every
-// output is summed over taps, then channels, in ascending order, each product added with one rounding: the same bits
-// whatever the batch, the threads and the machine are.
-void real_product(const float* x, int64_t frames, const int64_t* sizes, const Windows* windows, const float* weights,
-                  const Epilogue* epilogue, int64_t steps, int64_t threads) {
-    const Reals in{{x, frames, sizes[0], sizes[1], sizes[2], sizes[3], steps}};
+// Every output is summed over taps, then channels, in ascending order, each product added with one rounding: the same bits
+// whatever the batch, the threads and the machine are. `by_rows` is for few inputs, and the other way for values without
+// gaps. `pool`, by rows alone: spikes alone, and those pooled.
+void real_product(const Picture* x, const Windows* windows, const float* weights, const Epilogue* epilogue, int64_t steps,
+                  int64_t by_rows, int64_t pool, int64_t threads) {
+    if (by_rows) return rows_product(*x, *windows, weights, *epilogue, steps, pool, threads);
+    const Reals in{{x->x, x->frames, x->images, x->height, x->width, x->channels, steps}};
     dense_product<1>(in, *windows, weights, *epilogue, threads);
 }
 
@@ -126,11 +109,20 @@ void spike_neuron(const float* x, int64_t frames, int64_t step, int64_t steps, i
 // Maximum over 3x3 windows, stride 2, padding 1, of `frames` frames: words of spikes by OR, or real values.
 void spike_pool(const uint64_t* in, uint64_t* out, int64_t frames, int64_t height, int64_t width, int64_t words,
                 int64_t threads) {
-    pool(in, out, frames, height, width, words, threads, [](uint64_t a, uint64_t b) { return a | b; });
+    pool_spikes(in, out, frames, height, width, words, threads);
 }
 
 void real_pool(const float* in, float* out, int64_t frames, int64_t height, int64_t width, int64_t channels, int64_t threads) {
-    pool(in, out, frames, height, width, channels, threads, [](float a, float b) { return a > b ? a : b; });
+    pool_reals(in, out, frames, height, width, channels, threads);
+}
+
+// Whether a product and a sum with one rounding are one instruction.
+int64_t real_product_is_fast() {
+#if defined(__AVX512F__) || defined(__FP_FAST_FMAF)
+    return 1;
+#else
+    return 0;
+#endif
 }
 
 // q & neuron(sum over tokens of k & v), for rows [steps, images, tokens] of three times `words` words: q, k, v. `standing`

@@ -166,12 +166,13 @@ struct Strided {
     int64_t pixel, step;
 };
 
-// Constants of a tile's channels.
+// Constants of a tile's channels, in its first COUNT vectors.
+template <int COUNT>
 struct Constants {
-    Vector bias[VECTORS], scale[VECTORS], shift[VECTORS], inv_tau[VECTORS];
+    Vector bias[COUNT], scale[COUNT], shift[COUNT], inv_tau[COUNT];
 
     explicit Constants(const float* rows) {
-        for (int v = 0; v < VECTORS; v++, rows += WIDTH) {
+        for (int v = 0; v < COUNT; v++, rows += WIDTH) {
             bias[v] = load(rows);
             scale[v] = load(rows + LANES);
             shift[v] = load(rows + 2 * LANES);
@@ -181,14 +182,14 @@ struct Constants {
 };
 
 // The epilogue of PIXELS pixels in one tile; several at once, since a neuron's steps wait for one another.
-template <int PIXELS, int RESET, bool STREAM, class Sum>
-inline void finish_pixels(const VectorDynamics& c, const Constants& of, int64_t steps, Strided<const Sum> sums,
+template <int PIXELS, int RESET, bool STREAM, int COUNT, class Sum>
+inline void finish_pixels(const VectorDynamics& c, const Constants<COUNT>& of, int64_t steps, Strided<const Sum> sums,
                           Strided<const float> residual, Strided<float> membrane, Strided<char> spikes,
                           Strided<float> standing) {
-    Vector h[PIXELS][VECTORS] = {};
-    Fired fired[PIXELS][VECTORS] = {};
+    Vector h[PIXELS][COUNT] = {};
+    Fired fired[PIXELS][COUNT] = {};
     for (int q = 0; standing.data && q < PIXELS; q++)
-        for (int v = 0; v < VECTORS; v++) {
+        for (int v = 0; v < COUNT; v++) {
             h[q][v] = load(standing.data + q * standing.pixel + v * WIDTH);
             fired[q][v] = c.fires(h[q][v]);
         }
@@ -197,7 +198,7 @@ inline void finish_pixels(const VectorDynamics& c, const Constants& of, int64_t 
         for (int q = 0; q < PIXELS; q++) {
             Mask mask = 0;
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) {
+            for (int v = 0; v < COUNT; v++) {
                 Vector x = multiply_add(load(sums.data + q * sums.pixel + v * WIDTH) + of.bias[v], of.scale[v], of.shift[v]);
                 if (residual.data) x = load(residual.data + q * residual.pixel + v * WIDTH) + x;
                 if (STREAM)
@@ -216,7 +217,7 @@ inline void finish_pixels(const VectorDynamics& c, const Constants& of, int64_t 
         if (spikes.data) spikes.data += spikes.step;
     }
     for (int q = 0; standing.data && q < PIXELS; q++)
-        for (int v = 0; v < VECTORS; v++) store(standing.data + q * standing.pixel + v * WIDTH, h[q][v]);
+        for (int v = 0; v < COUNT; v++) store(standing.data + q * standing.pixel + v * WIDTH, h[q][v]);
 }
 
 template <class T> Strided<T> pixels_on(Strided<T> x, int64_t count) {
@@ -224,26 +225,26 @@ template <class T> Strided<T> pixels_on(Strided<T> x, int64_t count) {
     return x;
 }
 
-// The epilogue of `count` pixels in one tile.
-template <int RESET, bool STREAM, class Sum>
+// The epilogue of `count` pixels in the first COUNT vectors of one tile.
+template <int RESET, bool STREAM, int COUNT, class Sum>
 void finish_tile(const Epilogue& e, int64_t tile, int64_t steps, int64_t count, Strided<const Sum> sums,
                  Strided<const float> residual, Strided<float> membrane, Strided<char> spikes, Strided<float> standing) {
     const VectorDynamics c{Dynamics<float>(e.neuron)};
-    const Constants of(e.constants + tile * 4 * LANES);
+    const Constants<COUNT> of(e.constants + tile * 4 * LANES);
     const auto pixels = [&](auto finish, int64_t q) {
         finish(c, of, steps, pixels_on(sums, q), pixels_on(residual, q), pixels_on(membrane, q), pixels_on(spikes, q),
                pixels_on(standing, q));
     };
     int64_t q = 0;
-    for (; q + SIDE_BY_SIDE <= count; q += SIDE_BY_SIDE) pixels(finish_pixels<SIDE_BY_SIDE, RESET, STREAM, Sum>, q);
-    for (; q < count; q++) pixels(finish_pixels<1, RESET, STREAM, Sum>, q);
+    for (; q + SIDE_BY_SIDE <= count; q += SIDE_BY_SIDE) pixels(finish_pixels<SIDE_BY_SIDE, RESET, STREAM, COUNT, Sum>, q);
+    for (; q < count; q++) pixels(finish_pixels<1, RESET, STREAM, COUNT, Sum>, q);
 }
 
-template <bool STREAM, class Sum>
+template <bool STREAM, int COUNT, class Sum>
 auto finish_tile_of(int64_t reset) {
-    return reset == ZERO       ? finish_tile<ZERO, STREAM, Sum>
-           : reset == SUBTRACT ? finish_tile<SUBTRACT, STREAM, Sum>
-                               : finish_tile<NONE, STREAM, Sum>;
+    return reset == ZERO       ? finish_tile<ZERO, STREAM, COUNT, Sum>
+           : reset == SUBTRACT ? finish_tile<SUBTRACT, STREAM, COUNT, Sum>
+                               : finish_tile<NONE, STREAM, COUNT, Sum>;
 }
 
 // Real values of so many lanes of one tile, where there are both.
@@ -260,8 +261,11 @@ template <class Sum>
 void finish(const Epilogue& e, int64_t tile, int64_t steps, int64_t first, int64_t count, Strided<const Sum> sums,
             bool streams) {
     static thread_local Buffer<float> copies;
-    const auto finish_tile = streams ? finish_tile_of<true, Sum>(e.neuron.reset) : finish_tile_of<false, Sum>(e.neuron.reset);
     const int64_t at = first * e.channels + tile * LANES, lanes = std::min(int64_t(LANES), e.channels - tile * LANES);
+    const int64_t reset = e.neuron.reset;
+    const auto finish_tile = streams             ? finish_tile_of<true, VECTORS, Sum>(reset)
+                             : lanes > LANES / 2 ? finish_tile_of<false, VECTORS, Sum>(reset)
+                                                 : finish_tile_of<false, VECTORS / 2, Sum>(reset);
     Strided<const float> residual{e.residual ? e.residual + at : nullptr, e.channels, e.residual_step};
     Strided<float> membrane{e.membrane ? e.membrane + at : nullptr, e.channels, e.membrane_step};
     const Strided<float> standing{e.standing ? e.standing + at : nullptr, e.channels, 0};
