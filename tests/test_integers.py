@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from sdt_blocks import LIF, create_model, example_model, optimize_for_inference
 from sdt_blocks.analysis import firing_rates
-from sdt_blocks.inference import Events, IntegerProduct, choice
+from sdt_blocks.inference import EventProduct, Events, IntegerProduct, choice
+from sdt_blocks.inference.forms import DenseSums
 from sdt_blocks.inference.integers import ordered_mean
 from sdt_blocks.inference.timings import Timings
 
@@ -64,6 +65,29 @@ def test_events_and_dense_products_give_the_same_bits(named_golden, name):
     assert any(product.counts and product.break_even == 1 for _, product in by_events.products())
     found = first(densely(x))
     assert torch.equal(found, first(by_events(x))) and found.std() > 0
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("name", ["spikformer_cifar_32", "qkformer_cifar_32", "qkformer_imagenet_64"])
+@torch.no_grad()
+def test_sums_of_spikes_meet_whole_numbers_too(named_golden, name, sparse):
+    """Shortcuts between spikes make counts: their products run in integers, and only the image meets real weights."""
+    golden = named_golden(name)
+    fast = optimize_for_inference(golden.model(), torch.int8, sparse=sparse)
+    largest, planes = {}, {}
+
+    def note(product, given):
+        largest[product] = max(largest.get(product, 0), int(given[0].unpack().max()))
+        planes[product] = given[0].planes
+
+    for _, product in fast.products():
+        product.register_forward_pre_hook(note)
+    fast(golden.tensors["input"])
+    assert max(largest.values()) >= 2 and max(planes.values()) > 2
+    assert all(planes[product] == product.planes for product in planes)
+    assert sum(isinstance(form, DenseSums) for form in fast.modules()) == 1
+    plain = {type(form) for form in optimize_for_inference(golden.model(), sparse=True).modules()}
+    assert plain >= {EventProduct, DenseSums}, "in float32 counts keep the roundings of the network's own product"
 
 
 @pytest.mark.parametrize("name", GOLDEN)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import steps
 from ..neuron import IntegerNeuron
+from ..ops.integers import MOST_PLANES
 from ..ops.packed import (
     PackedSpikes,
     kernels_problem,
@@ -29,7 +30,7 @@ from .integers import (
     Stands,
     ordered_mean,
 )
-from .passes import LEVELS, SPIKES, axes_of_mean, kinds, last_uses, over_places
+from .passes import COUNTS, LEVELS, REAL, SPIKES, axes_of_mean, kinds, last_uses, most_counted, over_places
 from .plan import (
     ADD,
     CALL,
@@ -65,7 +66,8 @@ class Events(nn.Module, OfStillImages):
     groups, kernels other than 1x1 and 3x3.
 
     With `weights` other than FLOAT32 they are whole numbers (see `IntegerProduct`): norms are folded into them, a dense
-    product gives the bits of the event-driven one, and any ungrouped convolution of spikes is such a product. What real
+    product gives the bits of the event-driven one, and any ungrouped convolution of spikes is such a product, or of the
+    counts that shortcuts between spikes make of them. What real
     values drive stays in float32; with `exact` it is summed in a fixed order, so that all answers are the same bits for
     every batch, number of threads and way of a product.
 
@@ -83,12 +85,17 @@ class Events(nn.Module, OfStillImages):
         _check(plan)
         self.in_place = passes.changes_in_place(plan)
         self.inputs = [node for node in plan.nodes if node.op == INPUT]
-        self.kinds, self.last = kinds(plan), last_uses(plan)
+        self.counted, self.last = most_counted(plan), last_uses(plan)
+        self.kinds = kinds(plan)
+        for node, most in self.counted.items():
+            # In float32 a product of counts takes the roundings of the network's own.
+            if weights == FLOAT32 or most > MOST_PLANES:
+                self.kinds[node] = REAL
         self.given = {node: node.inputs() for node in plan.nodes}
         self.epilogues = {} if self.in_place else passes.epilogues(plan)
         self.pooled, self.pooled_spikes = self._pooled_products(), dict[Node, Node]()
         self.once = set() if self.in_place else passes.once(plan)
-        forms = Forms(self.kinds, self.epilogues, weights, exact)
+        forms = Forms(self.kinds, self.counted, self.epilogues, weights, exact)
         self.leaves = nn.ModuleList()
         self.forms: dict[Node, Any] = {}
         for node in plan.nodes:
@@ -170,6 +177,8 @@ class Events(nn.Module, OfStillImages):
             return node.target(*filled(node.args, values.__getitem__)) if isinstance(given[0], Tensor) else None
         if node.op == ADD:
             a, b = filled(node.args, values.__getitem__)
+            if self.kinds[node] == COUNTS and isinstance(a, PackedSpikes) and a.fits(b):
+                return a.plus(b)
             if isinstance(a, Membrane) and isinstance(b, Membrane) and a.real.shape == b.real.shape:
                 return Membrane(a.real + b.real)
         if node.target == "mean" and isinstance(given[0], Membrane) and over_places(node):
@@ -248,7 +257,7 @@ class Events(nn.Module, OfStillImages):
         frames = _frames(x, any_order=isinstance(form, OrderedSums))
         if frames is None or not isinstance(form, SpikeProduct):
             return frames
-        return PackedSpikes.pack(frames.movedim(-1, 2))
+        return _packed(frames, form)
 
     def _fire(self, node: Node, x: Any) -> Any:
         membrane = _membrane(x)
@@ -275,13 +284,15 @@ class Events(nn.Module, OfStillImages):
             return mixing.mixer.packed(qkv, form.channels)
         source = x if isinstance(x, PackedSpikes) or form is None else _frames(x)
         if form is not None and source is not None:
+            if isinstance(source, Tensor) and isinstance(form[0], SpikeProduct):
+                source = _packed(source, form[0])
             fired = [_fired(*both, source) for both in zip(form, mixing.neurons, strict=True)]
             return _repacked(mixing.mixer, mixing.mixer(*fired))
         mixed = steps.project_and_mix(mixing.units, mixing.neurons, mixing.mixer, plain(x))
         return _repacked(mixing.mixer, mixed)
 
     def _pool(self, node: Node, x: Any) -> Any:
-        if not _halves(node):
+        if not _halves(node) or self.kinds[node.inputs()[0]] == COUNTS:
             pooled = steps.pool(node.target, plain(x))
             return PackedSpikes.pack(pooled) if self.kinds[node] == SPIKES and pooled.ndim == 5 else pooled
         if isinstance(x, PackedSpikes):
@@ -376,6 +387,21 @@ def _frames(x: Any, any_order: bool = False) -> Tensor | None:
 
 def _halves(node: Node) -> bool:
     return node.op == POOL and steps.is_plain(node.target, nn.MaxPool2d) and steps.halves(node.target)
+
+
+def _packed(frames: Tensor, product: SpikeProduct) -> PackedSpikes:
+    """Frames `[T, B, H, W, C]` of spikes or counts as a product takes them."""
+    x = frames.movedim(-1, 2)
+    if product.planes == 1:
+        return PackedSpikes.pack(x)
+    below = torch.arange(product.planes, dtype=x.dtype).view(-1, *[1] * x.ndim)
+    packed = PackedSpikes.pack_levels((x > below).to(x.dtype), 1.0)
+    if not torch.equal(packed.unpack(), x):
+        raise ValueError(
+            f"sums of spikes must be whole numbers from 0 to {product.planes}; something between the neurons and the "
+            f"product changes them"
+        )
+    return packed
 
 
 def _fired(product: Any, neuron: Any, x: PackedSpikes | Tensor) -> Tensor:

@@ -28,12 +28,15 @@ from .integers import (
     shown,
     windows_of,
 )
-from .passes import LEVELS, SPIKES
+from .passes import COUNTS, LEVELS, SPIKES
 from .plan import CALL, FIRE, MIX, PROJECT, Mixing, Node, chain, convolution, fold, is_neuron
 from .product import Geometry, Product
 
 Known = tuple[nn.Conv2d, nn.BatchNorm2d | None]
 """A convolution and its norm."""
+
+PACKED = (SPIKES, LEVELS, COUNTS)
+"""What products take at one bit a plane."""
 
 CHUNK_BYTES = 8 << 20
 """Real values between a convolution and a pooling are kept this few, so that they stay in the cache."""
@@ -43,9 +46,14 @@ class Forms:
     """What computes each node of an event-driven plan, by the kinds of its values and what follows its products."""
 
     def __init__(
-        self, kinds: dict[Node, str], epilogues: dict[Node, passes.Epilogue], weights: str, exact: bool
+        self,
+        kinds: dict[Node, str],
+        counted: dict[Node, int],
+        epilogues: dict[Node, passes.Epilogue],
+        weights: str,
+        exact: bool,
     ) -> None:
-        self.kinds, self.epilogues, self.weights, self.exact = kinds, epilogues, weights, exact
+        self.kinds, self.counted, self.epilogues, self.weights, self.exact = kinds, counted, epilogues, weights, exact
 
     def of(self, node: Node) -> Any:
         if node.op == PROJECT and node in self.epilogues:
@@ -54,13 +62,13 @@ class Forms:
                 return None
             fire = self.epilogues[node].fire
             neuron = None if fire is None else fire.target
-            if self.kinds[node.inputs()[0]] in (SPIKES, LEVELS) and self._on_spikes(node.target, known[0]):
+            if self.kinds[node.inputs()[0]] in PACKED and self._on_spikes(node.target, known[0]):
                 return self._product([known], neuron, **self._planes(node))
             neuron = neuron if self.epilogues[node].residual is None else None
             return self._on_reals(node.target, known, neuron)
         if node.op == FIRE and (is_neuron(node.target) or self.kinds[node] == LEVELS):
             return node.target
-        if node.op == MIX and self.kinds[node.inputs()[0]] in (SPIKES, LEVELS):
+        if node.op == MIX and self.kinds[node.inputs()[0]] in PACKED:
             planes = self._planes(node)
             packed = self._packed_mixing(node.target) if hasattr(node.target.mixer, "packed") and not planes else None
             return self._apart(node.target, planes) if packed is None else packed
@@ -153,8 +161,10 @@ class Forms:
         return nn.ModuleList(parts)
 
     def _planes(self, node: Node) -> dict[str, Any]:
-        """How the levels that a node takes are packed, as the options of its products."""
+        """How the levels or counts that a node takes are packed, as the options of its products."""
         given = node.inputs()[0]
+        if self.kinds[given] == COUNTS:
+            return {"planes": self.counted[given]}
         return {} if self.kinds[given] == SPIKES else {"planes": given.target.levels, "norm": given.target.norm}
 
 

@@ -12,7 +12,7 @@ from .. import steps
 from ..neuron import IntegerNeuron
 from .plan import ADD, CALL, CHECK, FIRE, INPUT, MIX, OUTPUT, POOL, PRESENT, PROJECT, Node, Plan, is_neuron
 
-SPIKES, LEVELS, REAL = "spikes", "levels", "real"
+SPIKES, LEVELS, COUNTS, REAL = "spikes", "levels", "counts", "real"
 
 # Calls that move values without changing them.
 _MOVES = """flatten unflatten reshape view permute transpose movedim contiguous clone squeeze unsqueeze expand getitem
@@ -23,7 +23,10 @@ _EACH = "add sub mul truediv div neg abs relu clamp float to size dim getattr"
 
 
 def kinds(plan: Plan) -> dict[Node, str]:
-    """For every node whether it holds spikes, zeros and ones alone, levels of integer neurons, or real values."""
+    """For every node whether it holds spikes, zeros and ones alone, levels of integer neurons, or real values.
+
+    Sums of spikes, as shortcuts make them, are counts; how large they are, `most_counted` says.
+    """
     found: dict[Node, str] = {}
     for node in plan.nodes:
         of = [found[given] for given in node.inputs()]
@@ -41,7 +44,17 @@ def kinds(plan: Plan) -> dict[Node, str]:
         else:
             spikes = False
         levels = node.op == FIRE and steps.is_plain(node.target, IntegerNeuron)
-        found[node] = SPIKES if spikes else LEVELS if levels else REAL
+        counts = node.op == ADD and len(of) == 2 and set(of) <= {SPIKES, COUNTS}
+        found[node] = SPIKES if spikes else LEVELS if levels else COUNTS if counts else REAL
+    return found
+
+
+def most_counted(plan: Plan) -> dict[Node, int]:
+    """For every node that holds counts the largest that there can be."""
+    found, of = dict[Node, int](), kinds(plan)
+    for node in plan.nodes:
+        if of[node] == COUNTS:
+            found[node] = sum(found.get(given, 1) for given in node.inputs())
     return found
 
 

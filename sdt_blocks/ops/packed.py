@@ -33,7 +33,8 @@ class PackedSpikes:
     """Spikes of `channels` channels at one bit each: words `[T, B, H, W, planes * ceil(channels / 64)]` of int64.
 
     Channel c is bit `c % 64` of word `c // 64` of a plane; the bits behind the last channel are zero. Several planes
-    stand for the values `(sum over planes) / norm`: the levels of an integer neuron as spikes of binary steps.
+    stand for the values `(sum over planes) / norm`: the levels of an integer neuron as spikes of binary steps, or the
+    counts that sums of spikes are.
     """
 
     words: Tensor
@@ -90,6 +91,27 @@ class PackedSpikes:
     def of(self, words: Tensor) -> PackedSpikes:
         """Spikes of other frames in the same arrangement."""
         return replace(self, words=words)
+
+    def fits(self, other: Any) -> bool:
+        """Whether `plus` takes the other."""
+        if not isinstance(other, PackedSpikes) or self.words.shape[:4] != other.words.shape[:4]:
+            return False
+        return (self.channels, self.norm) == (other.channels, other.norm)
+
+    def plus(self, other: PackedSpikes) -> PackedSpikes:
+        """The sum with spikes or counts of the same frames and norm: the planes of both.
+
+        >>> spikes = PackedSpikes.pack(torch.ones(1, 1, 3, 2, 2))
+        >>> spikes.plus(spikes).unpack().unique()
+        tensor([2.])
+        """
+        if not self.fits(other):
+            raise ValueError(
+                f"only frames of one size, channels and norm can be added, got {list(self.words.shape[:4])}, "
+                f"{self.channels}, {self.norm:g} and {list(other.words.shape[:4])}, {other.channels}, {other.norm:g}"
+            )
+        words = torch.cat([self.words, other.words], dim=-1)
+        return PackedSpikes(words, self.channels, self.planes + other.planes, self.norm)
 
     def count(self) -> int:
         """The number of spikes."""

@@ -108,6 +108,22 @@ def test_levels_in_planes_agree_with_the_reference_and_with_dense_products(shape
     torch.testing.assert_close(alone.flatten(0, 1).double(), sums, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("channels", [1, 64, 70])
+def test_sums_of_spikes_are_the_planes_of_both(channels, instructions):
+    parts = [draw(3, 2, channels, 5, 4, density=density, seed=seed) for seed, density in enumerate((0.2, 0.5, 0.9))]
+    packed = [PackedSpikes.pack(part) for part in parts]
+    counts, total = packed[0].plus(packed[1]).plus(packed[2]), sum(parts)
+    assert counts.planes == 3 and torch.equal(counts.unpack(), total) and total.unique().tolist() == [0, 1, 2, 3]
+    assert torch.equal(counts.unpack_reference(), total) and counts.count() == total.sum()
+    weight = IntegerWeight(torch.randint(-127, 128, (33, channels, 3, 3)).char())
+    expected = F.conv2d(total.flatten(0, 1).double(), weight.weight.double(), padding=1).movedim(1, -1)
+    for product in (spike_product, spike_product_dense):
+        found, _ = product(counts, weight, Epilogue(33), membrane=True)
+        assert torch.equal(found.flatten(0, 1).double(), expected)
+    with pytest.raises(ValueError, match="one size, channels and norm"):
+        counts.plus(packed[0].images(0, 1))
+
+
 @pytest.mark.parametrize("reset", ["zero", "subtract", "none"])
 def test_the_neuron_sees_exactly_the_membrane_that_is_kept(reset):
     neuron = NeuronSpec(threshold=0.9, reset=reset)
