@@ -7,6 +7,7 @@ network is printed. A form that is not faster than the plain network fails the s
 from __future__ import annotations
 
 import itertools
+import statistics
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from sdt_blocks import (
     over_time,
 )
 from sdt_blocks.analysis import firing_rates
+from sdt_blocks.ops.packed import PackedSpikes
 
 PLAIN, DENSE, EVENTS = "plain", "dense", "event-driven"
 STEPS, BATCH, SIDE = 4, 8, 32
@@ -130,6 +132,53 @@ def run(bench: Bench) -> None:
         setting = f"{name}, {STEPS} steps, {BATCH} x {SIDE} x {SIDE}"
         bench.record("firing rate, mean over the neurons", setting, PLAIN, rates.mean, unit="share")
         race(bench, setting, subject)
+    if bench.device.type == "cpu":
+        for name in ("spikformer_4_384", "qkformer_4_384"):
+            race_counts(bench, name)
+
+
+@torch.no_grad()
+def race_counts(bench: Bench, name: str) -> None:
+    """Times a network whose shortcuts sum spikes, with weights in float32 and in 8 bits."""
+    torch.manual_seed(0)
+    network, images = create_model(name).eval(), torch.rand(BATCH, 3, SIDE, SIDE)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias, -0.3, 0.3)
+    calibrate_norms(network, images)
+    setting = f"{name}, {STEPS} steps, {BATCH} x {SIDE} x {SIDE}"
+    forms = {
+        DENSE: optimize_for_inference(network),
+        EVENTS: optimize_for_inference(network, sparse=True),
+        f"{DENSE}, 8 bits": optimize_for_inference(network, torch.int8),
+        f"{EVENTS}, 8 bits": optimize_for_inference(network, torch.int8, sparse=True),
+    }
+    spikes, counts = inputs_of(forms[f"{EVENTS}, 8 bits"], images)
+    bench.record("spikes, mean over the inputs of products", setting, EVENTS, spikes, unit="share")
+    bench.record("counts, mean over the inputs of products", setting, EVENTS, counts, unit="")
+
+    def same_bits() -> str:
+        if not torch.equal(forms[f"{EVENTS}, 8 bits"](images), forms[f"{DENSE}, 8 bits"](images)):
+            raise ParityError("events and dense products of whole numbers differ")
+        return "equal to dense, 8 bits"
+
+    contestants = {form: partial(network, images) for form, network in forms.items()}
+    parity = {f"{EVENTS}, 8 bits": same_bits}
+    bench.race("evaluation, sums of spikes", setting, contestants, baseline=DENSE, parity=parity, rounds=9)
+
+
+def inputs_of(form: Any, images: Tensor) -> tuple[float, float]:
+    """Means of the inputs that are spikes and of those that are counts, over the products of a form."""
+    means: dict[bool, list[float]] = {True: [], False: []}
+
+    def note(product: Any, given: tuple[PackedSpikes, ...]) -> None:
+        means[product.planes == 1].append(given[0].rate() * product.planes)
+
+    hooks = [product.register_forward_pre_hook(note) for _, product in form.products()]
+    form(images)
+    for hook in hooks:
+        hook.remove()
+    return statistics.mean(means[True]), statistics.mean(means[False])
 
 
 def race(bench: Bench, setting: str, subject: Subject) -> None:
