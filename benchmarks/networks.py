@@ -39,7 +39,7 @@ STEPS, BATCH, SIDE = 4, 8, 32
 
 
 class MyNetwork(nn.Module):
-    """The network of README.md; its input is `[T, B, 1, H, W]`."""
+    """The network of README.md, with stochastic depth; its input is `[T, B, 1, H, W]`."""
 
     def __init__(self, dim: int = 256, part: nn.Module | None = None) -> None:
         super().__init__()
