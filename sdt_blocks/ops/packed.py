@@ -427,7 +427,7 @@ def outputs_of(
     kept = torch.empty(shape) if membrane is True else membrane if isinstance(membrane, Tensor) else None
     for name, real in (("residual", residual), ("membrane", kept)):
         if real is not None:
-            check_real(name, real, shape, real[0])
+            check_real(name, real, shape, real if real.is_contiguous() else real[0])
     if standing is not None:
         check_real("standing", standing, shape[1:], standing)
     neuron = epilogue.neuron
@@ -442,7 +442,7 @@ def outputs_of(
             setattr(arguments, name, tensor.data_ptr())
             setattr(arguments, f"{name}_step", tensor.stride(0))
     if neuron is not None:
-        arguments.neuron = bindings.Neuron.of(neuron)
+        arguments.neuron = bindings.neurons(neuron)[0]
         arguments.standing = None if standing is None else standing.data_ptr()
     return kept, None if words is None else PackedSpikes(words, epilogue.channels), arguments
 
@@ -462,7 +462,7 @@ def _words(bits: Tensor) -> Tensor:
 
 def _frames(x: Tensor) -> Tensor:
     """x itself where every frame `x[t]` lies without gaps, else a copy."""
-    return x if x[0].is_contiguous() else x.contiguous()
+    return x if x.is_contiguous() or x[0].is_contiguous() else x.contiguous()
 
 
 def _pool(kernel: str, x: Tensor) -> Tensor:

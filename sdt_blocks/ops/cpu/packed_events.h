@@ -221,10 +221,34 @@ void sort_rows(const int32_t* counts, int64_t n, int64_t most, int32_t* starts, 
     for (int64_t r = 0; r < n; r++) rows[starts[counts[r]]++] = int32_t(r);
 }
 
-// The lists of ROWS rows pair by pair; those of all rows are `stride` entries apart.
+// The lists of ROWS rows pair by pair; those of all rows are `stride` entries apart. It may go
+// on for seven pairs behind the end.
 inline uint32_t* interleave(const uint16_t* lists, int64_t stride, const int32_t* rows, int64_t pairs, uint32_t* to) {
     const uint16_t* list[ROWS];
     for (int r = 0; r < ROWS; r++) list[r] = lists + rows[r] * stride;
+#if defined(__AVX2__)
+    if constexpr (ROWS == 8) {
+        for (int64_t i = 0; i < pairs; i += 8) {
+            __m256i of[8], two[8], four[8];
+            for (int r = 0; r < 8; r++) of[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(list[r] + 2 * i));
+            for (int r = 0; r < 4; r++) {
+                two[2 * r] = _mm256_unpacklo_epi32(of[2 * r], of[2 * r + 1]);
+                two[2 * r + 1] = _mm256_unpackhi_epi32(of[2 * r], of[2 * r + 1]);
+            }
+            for (int r = 0; r < 2; r++)
+                for (int j = 0; j < 2; j++) {
+                    four[4 * r + 2 * j] = _mm256_unpacklo_epi64(two[4 * r + j], two[4 * r + 2 + j]);
+                    four[4 * r + 2 * j + 1] = _mm256_unpackhi_epi64(two[4 * r + j], two[4 * r + 2 + j]);
+                }
+            __m256i* at = reinterpret_cast<__m256i*>(to + 8 * i);
+            for (int j = 0; j < 4; j++) {
+                _mm256_storeu_si256(at + j, _mm256_permute2x128_si256(four[j], four[4 + j], 0x20));
+                _mm256_storeu_si256(at + 4 + j, _mm256_permute2x128_si256(four[j], four[4 + j], 0x31));
+            }
+        }
+        return to + 8 * pairs;
+    }
+#endif
     for (int64_t i = 0; i < 2 * pairs; i += 2)
         for (int r = 0; r < ROWS; r++) std::memcpy(to++, list[r] + i, 4);
     return to;
@@ -262,7 +286,7 @@ void run_task(Task<Sum>& task, const Frames& in, int radius, const Weight* weigh
     const int64_t all_groups = blocks * groups_a_block;
     const Lists found(in, first, last, task.row_starts, task.row_entries);
     uint16_t* lists = task.lists.reserve(block_rows * stride);
-    uint32_t* pairs = task.pairs.reserve(all_groups * ROWS * (in.planes * inputs + 2) / 2);
+    uint32_t* pairs = task.pairs.reserve(all_groups * ROWS * (in.planes * inputs + 2) / 2 + 7 * ROWS);
     int32_t* counts = task.counts.reserve(block_rows);
     int32_t* starts = task.starts.reserve(in.planes * inputs + 2);
     int32_t* rows = task.rows.reserve(all_groups * ROWS);
