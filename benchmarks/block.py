@@ -20,7 +20,7 @@ ALLOCATORS = ["default", "reused"]
 
 def run(bench: Bench) -> None:
     unit(bench)
-    dim, tokens, batch = (384, 14, 4) if bench.device.type == "cpu" else (512, 14, 32)
+    dim, tokens, batch = bench.pick(cpu=(384, 14, 4), cuda=(512, 14, 32), trial=(16, 4, 2))
     x = torch.randn(4, batch, dim, tokens, tokens, device=bench.device)
     setting = f"T=4, batch {batch}, {dim} channels, {tokens} x {tokens} tokens"
     attention(bench, x, setting)
@@ -36,7 +36,7 @@ def unit(bench: Bench) -> None:
     """
     if bench.allocator != "default":
         return
-    steps, batch, channels, size = (4, 8, 96, 112) if bench.device.type == "cpu" else (4, 32, 96, 112)
+    steps, batch, channels, size = bench.pick(cpu=(4, 8, 96, 112), cuda=(4, 32, 96, 112), trial=(2, 2, 16, 12))
     conv = nn.Conv2d(48, channels, 3, padding=1, bias=False).to(bench.device)
     norm, neuron = nn.BatchNorm2d(channels).to(bench.device), LIF()
     following = nn.Conv2d(channels, 1, 1).to(bench.device)

@@ -19,6 +19,7 @@ from sdt_datasets.events import EventsToFrames
 from sdt_datasets.recordings import read_events
 
 ALLOCATORS = ["default"]
+DEVICES = ["cpu"]
 RECORDINGS = 30
 """Recordings of each data set. They were just written, so the first epoch reads them from memory, not from a disk."""
 GESTURE_EVENTS, CIFAR10_DVS_EVENTS = 350_000, 200_000

@@ -1,7 +1,7 @@
 """The Triton kernels built for GPUs that need not be there, and a model's prediction: nothing is measured on a GPU.
 
-`--with sm_80` and `--with sm_120` add targets to sm_90. The launches are those of a training step and of an evaluation
-of sdt_8_384 and sdt_8_512, recorded on tensors without data. Rows go to results/gpu_offline/TARGET.csv.
+`--with sm_80` and `--with sm_120` add targets to sm_90. The launches are those of a training step, of an evaluation and
+of a folded one of sdt_8_384 and sdt_8_512, recorded on tensors without data. Rows go to results/gpu_offline/TARGET.csv.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdt_blocks import create_model
-from sdt_blocks.ops import bits, dispatch
+from sdt_blocks import create_model, optimize_for_inference
+from sdt_blocks.ops import bits, dense, dispatch
 from sdt_blocks.ops.attention import attend_backward_op, attend_op
 from sdt_blocks.ops.lif import lif_backward_op, lif_op
 from sdt_blocks.ops.norm_lif import channel_statistics
@@ -33,6 +33,7 @@ from sdt_blocks.ops.pool import max_pool_backward_op, max_pool_op
 from sdt_blocks.ops.triton import training
 
 ALLOCATORS = ["default"]
+DEVICES = ["cpu"]
 COLUMNS = [
     *("target", "gpu", "model", "batch", "run", "dtype", "order", "kernel", "shape", "launches", "registers"),
     *("spilled", "shared", "occupancy", "accesses", "instructions", "memory", "integer", "float", "special", "control"),
@@ -81,7 +82,19 @@ def of_model(name: str, capability: int) -> list[Row]:
                     "order": "channels-last" if channels_last else "channels-first",
                 }
                 rows += distinct(launches, capability, settings)
+    for dtype in (torch.float32, torch.bfloat16):
+        settings = {"model": name, "batch": BATCH, "run": "folded evaluation", "order": "channels-last"}
+        settings["dtype"] = str(dtype).removeprefix("torch.")
+        rows += distinct(record_folded(name, dtype), capability, settings)
     return rows
+
+
+def record_folded(name: str, dtype: torch.dtype) -> list[Launch]:
+    """The launches of one evaluation by what `optimize_for_inference` makes of a model."""
+    with ours_run() as launches, mock.patch.object(dense, "by_triton", lambda x: True), torch.device("meta"):
+        model = create_model(name).eval()
+        optimize_for_inference(model, dtype, paths="convolution")(torch.empty(BATCH, 3, 224, 224))
+    return launches
 
 
 def record(name: str, dtype: torch.dtype, channels_last: bool, training_step: bool) -> list[Launch]:
@@ -145,7 +158,9 @@ def work(launch: Launch) -> Work:
     tensors, arguments = launch.tensors(), launch.arguments
     scratch = tensors.pop("scratch", None)
     elements = max(tensor.numel() for tensor in tensors.values())
-    moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    # A frame that is shown at every step is one in memory.
+    held = (math.prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride) for t in tensors.values())
+    moved = sum(n * tensor.element_size() for n, tensor in zip(held, tensors.values(), strict=True))
     if launch.name == "combine":
         moved += arguments["grad"].numel() * arguments["grad"].element_size()
     steps = arguments.get("STEPS", 1)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,10 +72,16 @@ class Bench:
     allocator: str = "default"
     seconds: float = 8.0
     options: frozenset[str] = frozenset()
+    size: str = ""
+    """Whose sizes are measured, see `pick`: those of the device, if nothing is said."""
     rows: list[dict[str, str]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     elsewhere: float = 0.0
     """Cores that other processes kept busy during the latest timing."""
+
+    def pick(self, *, cpu: Any, cuda: Any, trial: Any) -> Any:
+        """The sizes for the device, or those with which every line of a suite runs in a minute or two."""
+        return {"cpu": cpu, "cuda": cuda, "trial": trial}[self.size or self.device.type]
 
     def race(
         self,

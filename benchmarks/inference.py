@@ -25,19 +25,27 @@ WHOLE_NUMBERS: dict[str, Build] = {
     "sdt_blocks, optimised, exact": lambda model: optimize_for_inference(model, exact=True),
 }
 """On a CPU alone."""
+GRAPHS: dict[str, Build] = {
+    "sdt_blocks, optimised, CUDA graph": lambda model: optimize_for_inference(model, cuda_graph=True),
+    "sdt_blocks, optimised, bf16, CUDA graph": lambda model: optimize_for_inference(
+        model, torch.bfloat16, cuda_graph=True
+    ),
+}
+"""On a GPU alone."""
 
 
 @torch.no_grad()
 def run(bench: Bench) -> None:
-    model = firing_model("sdt_8_384", torch.rand(2, 3, 224, 224, device=bench.device))
-    for batch in (1, 8):
-        evaluate(bench, model, batch)
-    if bench.allocator == "default":
+    name, side = bench.pick(cpu=("sdt_8_384", 224), cuda=("sdt_8_384", 224), trial=("sdt_2_256", 32))
+    model = firing_model(name, torch.rand(2, 3, side, side, device=bench.device))
+    setting = f"{name}, {side} x {side}, T=4"
+    for batch in bench.pick(cpu=(1, 8), cuda=(1, 32, 256), trial=(1, 3)):
+        evaluate(bench, model, torch.rand(batch, 3, side, side, device=bench.device), setting)
+    if bench.allocator == "default" and bench.size != "trial":
         cold_start(bench)
 
 
-def evaluate(bench: Bench, model: SpikeDrivenTransformer, batch: int) -> None:
-    images = torch.rand(batch, 3, 224, 224, device=bench.device)
+def evaluate(bench: Bench, model: SpikeDrivenTransformer, images: Tensor, setting: str) -> None:
     timed: dict[str, Callable[[], object]] = {
         FLOOR: ConvolutionFloor(model, images),
         "floor in bf16": ConvolutionFloor(model, images, torch.bfloat16),
@@ -48,8 +56,11 @@ def evaluate(bench: Bench, model: SpikeDrivenTransformer, batch: int) -> None:
         parity[name] = partial(agreement, build, bench.device)
     for name, call in peers(bench).items():
         timed[name] = partial(call, images)
-    setting = "sdt_8_384, 224 x 224, T=4"
-    bench.race(f"evaluation, batch {batch}", setting, timed, baseline=FLOOR, parity=parity, rounds=15, warmup=1)
+    figure = f"evaluation, batch {len(images)}"
+    samples = bench.race(figure, setting, timed, baseline=FLOOR, parity=parity, rounds=15, warmup=1)
+    if bench.device.type == "cuda" or bench.size == "trial":
+        for title, sample in samples.items():
+            bench.record(f"{figure}, images a second", setting, title, len(images) / sample.median, unit="images/s")
 
 
 def builds(bench: Bench) -> dict[str, Build]:
@@ -59,7 +70,7 @@ def builds(bench: Bench) -> dict[str, Build]:
         "sdt_blocks, optimised, not compiled": lambda model: optimize_for_inference(model, compile=False),
         "sdt_blocks, optimised": optimize_for_inference,
         "sdt_blocks, optimised, bf16": lambda model: optimize_for_inference(model, torch.bfloat16),
-        **({} if bench.device.type != "cpu" else WHOLE_NUMBERS),
+        **(WHOLE_NUMBERS if bench.device.type == "cpu" else GRAPHS),
     }
     if spikingjelly_installed():
         found["authors' arrangement"] = lambda model: AuthorsArrangement(model).eval()

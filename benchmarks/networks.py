@@ -36,6 +36,7 @@ from sdt_blocks.ops.packed import PackedSpikes
 
 PLAIN, DENSE, EVENTS = "plain", "dense", "event-driven"
 STEPS, BATCH, SIDE = 4, 8, 32
+DEVICES = ["cpu"]
 
 
 class MyNetwork(nn.Module):

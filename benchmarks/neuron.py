@@ -19,8 +19,8 @@ TAU, ALPHA = 2.0, 4.0
 
 
 def run(bench: Bench) -> None:
-    settings = [((4, 16, 96, 56, 56), torch.float32)] if bench.device.type == "cpu" else GPU_SETTINGS
-    for shape, dtype in settings:
+    small = [((2, 2, 8, 6, 6), dtype) for dtype in (torch.float32, torch.bfloat16)]
+    for shape, dtype in bench.pick(cpu=[((4, 16, 96, 56, 56), torch.float32)], cuda=GPU_SETTINGS, trial=small):
         setting = (
             f"T={shape[0]}, {torch.Size(shape[1:]).numel() / 1e6:.1f} M neurons, {str(dtype).removeprefix('torch.')}"
         )

@@ -20,6 +20,7 @@ PUBLISHED = Path(__file__).parents[1] / "recipes" / "data" / "published_rates.cs
 MEASURED, OPEN = "spikingformer_8_512", 0.7
 ENERGIES = {"sdt_8_384": 0.163, "sdt_8_512": 0.099}
 """The uniform rates that give the Power column of the paper, as `python recipes/energy_table.py` prints them."""
+DEVICES = ["cpu"]
 
 
 @torch.no_grad()

@@ -56,6 +56,7 @@ SUMS_INT8, FIRED_INT8, DENSE_INT8 = (
 )
 FALLBACK = "event-driven, dense layers by call"
 """What sparse=\"auto\" uses where it was calibrated on quieter images than these."""
+DEVICES = ["cpu"]
 
 
 @torch.no_grad()

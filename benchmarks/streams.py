@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sdt_blocks import Stream, create_model, optimize_for_inference
 
 ALLOCATORS = ["reused"]
+DEVICES = ["cpu"]
 FRAMES, RATE = 8, 0.09
 
 

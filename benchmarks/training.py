@@ -24,12 +24,11 @@ Step = Callable[[], object]
 
 
 def run(bench: Bench) -> None:
-    batch = 4 if bench.device.type == "cpu" else 32
-    name = "sdt_8_384" if bench.device.type == "cpu" else "sdt_8_512"
-    images = torch.rand(batch, 3, 224, 224, device=bench.device)
+    name, side, batch = bench.pick(cpu=("sdt_8_384", 224, 4), cuda=("sdt_8_512", 224, 32), trial=("sdt_2_256", 32, 2))
+    images = torch.rand(batch, 3, side, side, device=bench.device)
     labels = torch.arange(batch, device=bench.device)
     steps = {title: make(name, images, labels) for title, make in variants(bench).items()}
-    setting = f"{name}, 224 x 224, T=4, batch {batch}"
+    setting = f"{name}, {side} x {side}, T=4, batch {batch}"
     if bench.allocator == "default":
         # A step before takes the compiling and the optimiser's state out of the peak.
         for title, step in steps.items():
@@ -46,33 +45,68 @@ def variants(bench: Bench) -> dict[str, Callable[[str, Tensor, Tensor], Step]]:
     """Training steps by title; what compiles takes minutes and is asked for by `--with compiled`."""
     device = bench.device
 
-    def ours(compiled: bool, reduced: bool) -> Callable[[str, Tensor, Tensor], Step]:
+    def ours(compiled: bool, reduced: bool, mode: str | None = None) -> Callable[[str, Tensor, Tensor], Step]:
         def make(name: str, images: Tensor, labels: Tensor) -> Step:
             model = create_model(name).to(device, memory_format=torch.channels_last)
-            return training_step(torch.compile(model) if compiled else model, model, last(images), labels, reduced)
+            return training_step(
+                torch.compile(model, mode=mode) if compiled else model, model, last(images), labels, reduced
+            )
 
         return make
 
     found = {"sdt_blocks": ours(False, False), "sdt_blocks, bf16": ours(False, True)}
     if "compiled" in bench.options:
         found |= {"sdt_blocks, compiled": ours(True, False), "sdt_blocks, compiled, bf16": ours(True, True)}
-    if spikingjelly_installed():
+        if device.type == "cuda":
+            found["sdt_blocks, compiled to CUDA graphs, bf16"] = ours(True, True, "reduce-overhead")
+    return found | (peers(bench) if spikingjelly_installed() else {})
 
-        def peer(compiled: bool, channels_last: bool = False) -> Callable[[str, Tensor, Tensor], Step]:
-            def make(name: str, images: Tensor, labels: Tensor) -> Step:
-                call = spikingjelly_model(device=device, compiled=compiled, training=True, dim=int(name.split("_")[2]))
-                net: nn.Module = call.net  # type: ignore[attr-defined]
-                if channels_last:
-                    net.to(memory_format=torch.channels_last)
-                return training_step(call, net, last(images) if channels_last else images, labels, False)
 
-            return make
+def peers(bench: Bench) -> dict[str, Callable[[str, Tensor, Tensor], Step]]:
+    """SpikingJelly's model in both orders of memory; on a GPU in bfloat16 too, and with its savings of memory."""
 
-        found["SpikingJelly, eager"] = peer(False)
-        found["SpikingJelly, eager, channels-last"] = peer(False, channels_last=True)
+    def peer(
+        compiled: bool = False, channels_last: bool = False, reduced: bool = False, level: int = 0
+    ) -> Callable[[str, Tensor, Tensor], Step]:
+        def make(name: str, images: Tensor, labels: Tensor) -> Step:
+            dim = int(name.split("_")[2])
+            call = spikingjelly_model(device=bench.device, compiled=compiled, training=True, dim=dim)
+            net: nn.Module = call.net  # type: ignore[attr-defined]
+            if channels_last:
+                net.to(memory_format=torch.channels_last)
+            if level:
+                save_memory(call, net, images, level)
+            return training_step(call, net, last(images) if channels_last else images, labels, reduced)
+
+        return make
+
+    found = {"SpikingJelly, eager": peer(), "SpikingJelly, eager, channels-last": peer(channels_last=True)}
+    if "spikingjelly-compiled" in bench.options:
+        found["SpikingJelly, compiled"] = peer(compiled=True)
+    if bench.device.type == "cuda" or bench.size == "trial":
+        found["SpikingJelly, eager, bf16"] = peer(reduced=True)
+        # From the second on the levels search by the GPU's own count of its memory.
+        levels = (1, 2, 3, 4) if bench.device.type == "cuda" else (1,)
+        found |= {f"SpikingJelly, memopt {level}": peer(level=level) for level in levels}
         if "spikingjelly-compiled" in bench.options:
-            found["SpikingJelly, compiled"] = peer(True)
+            found["SpikingJelly, compiled, bf16"] = peer(compiled=True, reduced=True)
     return found
+
+
+def save_memory(call: Callable[[Tensor], Tensor], net: nn.Module, images: Tensor, level: int) -> None:
+    """SpikingJelly's optimize_memory, in place, with attentions, MLPs and patch stages to choose from."""
+    from spikingjelly.activation_based import memopt, neuron
+
+    blocks = [module for module in net.modules() if hasattr(module, "attn") and hasattr(module, "mlp")]
+    targets = (nn.Sequential, *{type(part) for block in blocks for part in (block.attn, block.mlp)})
+    memopt.optimize_memory(
+        net,
+        targets,
+        lambda current: call(images),
+        level=level,
+        split_fn=lambda module: list(module.children()),
+        can_chunk=lambda module: isinstance(module, neuron.BaseNode),
+    )
 
 
 def last(images: Tensor) -> Tensor:
