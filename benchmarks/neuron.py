@@ -45,15 +45,15 @@ def forward(bench: Bench, setting: str, x: Tensor) -> None:
 
         return call
 
-    def checked(neuron: Callable[[Tensor], Tensor]) -> Callable[[], str]:
-        return lambda: same_spikes(neuron(x), expected)
+    def checked(name: str, neuron: Callable[[Tensor], Tensor]) -> Callable[[], str]:
+        return lambda: same_spikes(neuron(x), expected, others(name, x, 1e-6))
 
     bench.race(
         "LIF forward",
         setting,
         {"floor: one read, one write": lambda: out.copy_(x), **{name: timed(n) for name, n in neurons.items()}},
         baseline="floor: one read, one write",
-        parity={name: checked(neuron) for name, neuron in neurons.items()},
+        parity={name: checked(name, neuron) for name, neuron in neurons.items()},
     )
 
 
@@ -76,13 +76,19 @@ def forward_backward(bench: Bench, setting: str, x: Tensor) -> None:
         | {name: lambda neuron=neuron: gradient(neuron) for name, neuron in neurons.items()},
         baseline="floor: one read, one write",
         parity={
-            name: lambda n=neuron: close(gradient(n), expected, tolerance, 4e-6) for name, neuron in neurons.items()
+            name: lambda name=name, n=neuron: close(gradient(n), expected, tolerance, others(name, x, 4e-6))
+            for name, neuron in neurons.items()
         },
     )
     if bench.allocator == "default":
         for name, neuron in neurons.items():
             kept = measure_memory(bench.device, lambda neuron=neuron: neuron(x.detach().requires_grad_()))[1]
             bench.record("kept for the backward", setting, name, kept / x.numel(), unit="B/elem")
+
+
+def others(name: str, x: Tensor, most: float) -> float:
+    """The share of spikes that may be others: of kits that keep membranes in bfloat16, many ties of its eight bits."""
+    return most if x.dtype == torch.float32 or name.startswith("sdt_blocks") else 0.05
 
 
 def one_call(bench: Bench) -> None:

@@ -12,11 +12,11 @@ from sdt_blocks.inference import Graphed, graphs
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """The functions that were recorded; a replay computes into the recorded result, as a graph does."""
-    functions = []
+    """The pools that were given for what was recorded; a replay computes into the recorded result, as a graph does."""
+    pools = []
 
-    def record(function, inputs):
-        functions.append(function)
+    def record(function, inputs, pool):
+        pools.append(pool)
         result = function()
 
         def replay():
@@ -24,11 +24,11 @@ def recorded(monkeypatch):
                 into.copy_(value)
 
         result = result if isinstance(result, tuple) else (result,)
-        return replay, inputs, result
+        return graphs.Recorded(replay, inputs, result, "a pool")
 
     monkeypatch.setattr(graphs, "record", record)
     monkeypatch.setattr(Graphed, "forward", lambda self, *inputs: self._replayed(inputs))
-    return functions
+    return pools
 
 
 class Net(nn.Module):
@@ -51,7 +51,7 @@ def test_a_shape_is_recorded_once_and_results_stay(recorded):
     assert len(recorded) == 1 and all(map(torch.equal, found, expected)) and expected[0].any()
     assert not torch.equal(found[0], found[1])
     graphed(images[0][:1])
-    assert len(recorded) == 2
+    assert recorded == [None, "a pool"]
 
 
 def test_few_shapes_are_kept(recorded):
@@ -103,3 +103,16 @@ def test_on_a_gpu(make_small):
     for batch in (4, 2, 4):
         torch.testing.assert_close(graphed(images[:batch]), plain(images[:batch]))
     assert len(graphed.recorded) == 2
+
+
+def test_events_and_whole_numbers_say_why_not_on_a_gpu(make_small):
+    """As on any device but the CPU; the folded dense form is made there."""
+    model = make_small("sdt_2_256").model.to("meta")
+    for options in ({"sparse": True}, {"exact": True}, {"dtype": torch.int8}):
+        with pytest.raises(
+            ValueError, match=r"float32 on meta.*On a GPU dense products are faster.*leave sparse, exact"
+        ):
+            optimize_for_inference(model, **options)
+    with pytest.warns(UserWarning, match="optimised densely: .*On a GPU dense products"):
+        fast = optimize_for_inference(model, sparse="auto", calibrate=[torch.empty(1, 3, 32, 32, device="meta")])
+    assert type(fast).__name__ == "Dense"

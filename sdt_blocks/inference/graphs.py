@@ -20,14 +20,17 @@ class Recorded(NamedTuple):
     replay: Callable[[], None]
     inputs: list[Tensor]
     result: Any
+    pool: Any
+    """Its memory, in which the graphs of other shapes work too: one at a time."""
 
 
 class Graphed(nn.Module):
     """Records the launches of an optimised network when a shape of input comes first, and replays them from then on.
 
-    Input and output are those of the network; results are copies, and stay what they are. Each shape takes the memory
-    of a pass, shared with the other shapes' where these are not running; beyond `most` shapes the first is dropped. In
-    a stream, whose states are handed over between calls, the network is called as it is.
+    Input and output are those of the network; results are copies, and stay what they are. All shapes work in the
+    memory of the largest, so calls have to come one after the other, from one stream of CUDA; beyond `most` shapes the
+    first is dropped. In a stream of frames, whose states are handed over between calls, the network is called as it
+    is.
 
     Raises `ValueError` for input that is not on a CUDA device.
     """
@@ -65,8 +68,9 @@ class Graphed(nn.Module):
             while len(self.recorded) >= self.most:
                 del self.recorded[next(iter(self.recorded))]
             held = [x.contiguous().clone() for x in inputs]
-            self.recorded[key] = Recorded(*record(lambda: self.network(*held), held))
-        replay, held, result = self.recorded[key]
+            pool = next((one.pool for one in self.recorded.values()), None)
+            self.recorded[key] = record(lambda: self.network(*held), held, pool)
+        replay, held, result, _ = self.recorded[key]
         for into, x in zip(held, inputs, strict=True):
             into.copy_(x)
         replay()
@@ -87,8 +91,8 @@ class Graphed(nn.Module):
         return {**self.__dict__, "recorded": {}}
 
 
-def record(function: Callable[[], Any], inputs: list[Tensor]) -> tuple[Callable[[], None], list[Tensor], Any]:
-    """What replays the launches of a function, the inputs that it reads, and its result.
+def record(function: Callable[[], Any], inputs: list[Tensor], pool: Any) -> Recorded:
+    """The launches of a function that reads `inputs`, in the memory of `pool`, or of one of its own.
 
     It runs a few times before, on a stream of its own as capturing asks for: kernels are built and ways of products
     compared then, which waits for the device.
@@ -101,6 +105,6 @@ def record(function: Callable[[], Any], inputs: list[Tensor]) -> tuple[Callable[
             function()
     current.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         result = function()
-    return graph.replay, inputs, result
+    return Recorded(graph.replay, inputs, result, graph.pool())
