@@ -176,7 +176,9 @@ def work(launch: Launch) -> Work:
 
 def row(launch: Launch, of: Work, capability: int, settings: Row, number: int) -> Row:
     gpu, binary = GPUS[capability], offline.build(launch, capability)
-    found = offline.predict(launch, of, binary, gpu)
+    counts = offline.executed(launch, binary, of.trips, 1 if of.persistent else None)
+    found = offline.predict(launch, of, binary, gpu, counts)
+    offline.check(launch, of, binary, found)
     kinds = offline.kinds(found.counts)
     shape = max((tensor.shape for tensor in launch.tensors().values()), key=math.prod)
     return {

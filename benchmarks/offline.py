@@ -1,8 +1,8 @@
 """What Triton kernels compile to for a GPU that need not be there, and how fast that can be at best: a model on paper.
 
 Launches are recorded instead of run, built for a target with Triton's own specialisation of their arguments, and one
-thread's way through the machine code is followed: loops are gone round as often as the launch says, branches to
-subroutines (64-bit division) are taken. `predict` holds what is found against a GPU's datasheet. Nothing is measured.
+thread's way through the machine code is followed (see `machine`). `predict` holds what is found against a GPU's
+datasheet. Nothing is measured.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import machine
 import torch
 import triton
 from torch import Tensor
@@ -62,6 +63,8 @@ GPUS = {
 BUSY = 0.75
 """The share of its busiest pipe's throughput that a kernel is taken to reach."""
 REGISTERS, WARP = 65536, 32
+PARAMETERS = {0: 0x160, 90: 0x210, 100: 0x380}
+"""Where a kernel's arguments begin in the bank of constants, by the compute capability from which on they do."""
 
 
 @dataclass
@@ -124,6 +127,7 @@ class Binary:
     """A kernel built for a target."""
 
     assembly: str
+    capability: int
     registers: int
     spilled: int
     shared: int
@@ -145,8 +149,30 @@ def build(launch: Launch, capability: int) -> Binary:
         target = GPUTarget("cuda", capability, WARP)
         source = ASTSource(launch.kernel, signature, constants, attributes)
         kernel = triton.compile(source, target=target, options=options.__dict__)
-        _built[of] = _disassembled(kernel)
+        _built[of] = _disassembled(kernel, capability)
     return _built[of]
+
+
+def executed(launch: Launch, binary: Binary, trips: int, outer: int | None = None) -> Counter[str]:
+    """What one thread of a launch executes, by opcode; see `machine.executed`."""
+    return machine.executed(binary.assembly, trips, outer, numbers(launch, binary.capability))
+
+
+def numbers(launch: Launch, capability: int) -> dict[int, int]:
+    """The integers of a launch, by their place in the bank of constants."""
+    signature = _specialized(launch, capability)[1][0]
+    at = max((number, place) for number, place in PARAMETERS.items() if number <= capability)[1]
+    found = {}
+    for name, kind in signature.items():
+        if kind == "constexpr":
+            continue
+        size = 8 if kind.startswith("*") or kind.endswith("64") else 4
+        at = (at + size - 1) // size * size
+        value = launch.arguments[name]
+        if kind.startswith(("i", "u")):
+            found |= {at + i: int(value) >> 8 * i & 0xFFFFFFFF for i in range(0, size, 4)}
+        at += size
+    return found
 
 
 def _specialized(launch: Launch, capability: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -174,7 +200,7 @@ def _specialized(launch: Launch, capability: int) -> tuple[tuple[Any, ...], tupl
     )
 
 
-def _disassembled(kernel: Any) -> Binary:
+def _disassembled(kernel: Any, capability: int) -> Binary:
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -184,68 +210,10 @@ def _disassembled(kernel: Any) -> Binary:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
     assert found is not None, usage.stderr
     registers, stack = map(int, found.groups())
-    return Binary(assembly.stdout, registers, stack, kernel.metadata.shared, kernel.metadata.num_warps)
+    return Binary(assembly.stdout, capability, registers, stack, kernel.metadata.shared, kernel.metadata.num_warps)
 
 
-INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;")
 DIVISION = r"CALL.*(?:div|rem)_[su]64"
-LABEL = re.compile(r"^\s*([.$\w]+):")
-
-
-def executed(binary: Binary, trips: int, outer: int | None = None) -> Counter[str]:
-    """What one thread executes, by opcode; a loop about other loops is gone round `outer` times, if that differs."""
-    code, labels = [], {}
-    for line in binary.assembly.splitlines():
-        if found := INSTRUCTION.match(line):
-            code.append((bool(found[1]), found[2], found[3]))
-        elif found := LABEL.match(line):
-            labels[found[1]] = len(code)
-
-    def target(operands: str) -> tuple[str, int]:
-        name = re.search(r"`\((.+?)\)", operands)
-        return (name[1], labels[name[1]]) if name else ("", len(code))
-
-    def slow(at: int, end: int) -> bool:
-        """Whether a branch from `at` to `end` goes round a call."""
-        return any(op.startswith("CALL") for _, op, _ in code[at + 1 : min(end, at + 12)])
-
-    back = {at: target(operands)[1] for at, (_, op, operands) in enumerate(code) if op.startswith("BRA")}
-    back = {at: to for at, to in back.items() if to < at}
-
-    def times(at: int) -> int:
-        """How often the loop that ends at `at` is gone round."""
-        about_others = any(to > back[at] and end < at for end, to in back.items())
-        return outer if outer is not None and about_others else trips
-
-    counts: Counter[str] = Counter()
-    rounds: dict[int, int] = {}
-    calls: list[int] = []
-    at = 0
-    while at < len(code):
-        predicated, op, operands = code[at]
-        name, to = target(operands)
-        counts[op] += 1
-        conditional = predicated or re.match(r"!?U?P\d", operands) is not None
-        at += 1
-        if op.startswith("EXIT") and not predicated:
-            break
-        if op.startswith("RET") and calls:
-            at = calls.pop()
-        elif op.startswith("CALL"):
-            calls.append(at)
-            at = to
-        elif op.startswith("BRA") and name:
-            if to < at:
-                if to == at - 1:
-                    break
-                rounds[at] = rounds.get(at, 0) + 1
-                if rounds[at] < times(at - 1):
-                    at = to
-                else:
-                    rounds[at] = 0
-            elif not conditional or slow(at - 1, to):
-                at = to
-    return counts
 
 
 KINDS = {
@@ -346,9 +314,11 @@ class Prediction:
     """Threads for each element and step: what a thread executes times this is what an element takes."""
 
 
-def predict(launch: Launch, work: Work, binary: Binary, gpu: Gpu) -> Prediction:
-    """The slowest of memory, cache and pipes, times the last wave's idle part where programs are persistent."""
-    counts = executed(binary, work.trips, 1 if work.persistent else None)
+def predict(launch: Launch, work: Work, binary: Binary, gpu: Gpu, counts: Counter[str]) -> Prediction:
+    """The slowest of memory, cache and pipes, times the last wave's idle part where programs are persistent.
+
+    `counts` is what a thread executes, see `executed`.
+    """
     programs = launch.arguments["blocks"] if work.persistent else launch.programs
     threads = programs * binary.warps * WARP
     clocks, pipe = cycles(counts, gpu)
@@ -364,3 +334,17 @@ def predict(launch: Launch, work: Work, binary: Binary, gpu: Gpu) -> Prediction:
         seconds *= math.ceil(waves) / waves
     divisions = len(re.findall(DIVISION, binary.assembly))
     return Prediction(seconds, bound, times["memory"] / seconds, counts, divisions, threads / work.elements)
+
+
+def check(launch: Launch, work: Work, binary: Binary, found: Prediction) -> None:
+    """Raises `RuntimeError` where the way that was followed through a kernel moves too little.
+
+    Masked accesses count as made, so that the threads' bytes are no fewer than the work's.
+    """
+    bits = sum(int(width[1:]) * count for width, count in accesses(found.counts).items())
+    moved = bits // 8 * launch.programs * binary.warps * WARP
+    if not work.persistent and not 0.9 * work.moved <= moved:
+        raise RuntimeError(
+            f"a launch moves {work.moved} bytes, and {moved} on the way found through its machine code: a loop is "
+            "not gone round as often as it is"
+        )

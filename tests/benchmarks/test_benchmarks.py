@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 def beside_the_suites(monkeypatch: pytest.MonkeyPatch):
     """Suites import each other by file name, as when run.py starts them."""
     names = ("harness", "report", "run", "peers", "rates", "curves", "bench_sparse", "offline", "gpu_offline")
-    names += ("sparse", "published")
+    names += ("machine", "sparse", "published")
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
     for name in names:
@@ -111,20 +111,62 @@ $__internal_0_$__cuda_sm20_div_s64:
 """
 
 
+UNROLLED = """
+        /*0000*/                   ULDC UR4, c[0x0][0x220] ;
+        /*0010*/                   IMAD.U32 R5, RZ, RZ, UR4 ;
+        /*0020*/                   IMAD.MOV.U32 R6, RZ, RZ, RZ ;
+        /*0030*/                   ISETP.GT.U32.AND P0, PT, R5, 0x3, PT ;
+        /*0040*/                   ISETP.GT.AND.EX P0, PT, R6, RZ, PT, P0 ;
+        /*0050*/              @!P0 BRA `(.L_x_1) ;
+.L_x_0:
+        /*0060*/              @!P3 LDG.E.128 R8, desc[UR4][R2.64] ;
+        /*0070*/                   IADD3 R5, P1, R5, -0x4, RZ ;
+        /*0080*/                   IADD3.X R6, R6, -0x1, RZ, P1, !PT ;
+        /*0090*/                   ISETP.GT.U32.AND P0, PT, R5, 0x3, PT ;
+        /*00a0*/                   ISETP.GT.AND.EX P0, PT, R6, RZ, PT, P0 ;
+        /*00b0*/               @P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*00c0*/                   ISETP.NE.AND P0, PT, R5, RZ, PT ;
+        /*00d0*/              @!P0 BRA `(.L_x_3) ;
+.L_x_2:
+        /*00e0*/                   LDG.E R8, desc[UR4][R2.64] ;
+        /*00f0*/                   VIADD R5, R5, 0xffffffff ;
+        /*0100*/                   UISETP.NE.AND UP0, UPT, UR9, URZ, UPT ;
+        /*0110*/                   ISETP.NE.AND P0, PT, R5, RZ, PT ;
+        /*0120*/               @P0 BRA `(.L_x_2) ;
+.L_x_3:
+        /*0130*/                   PLOP3.LUT P4, PT, PT, PT, UP0, 0x80, 0x0 ;
+        /*0140*/               @P4 BRA `(.L_x_3) ;
+        /*0150*/                   EXIT ;
+"""
+
+
 def test_a_thread_is_followed_through_loops_and_round_slow_ways() -> None:
     offline = pytest.importorskip("offline")
-    binary = offline.Binary(ASSEMBLY, registers=32, spilled=0, shared=0, warps=4)
-    counts = offline.executed(binary, trips=3)
+    binary = offline.Binary(ASSEMBLY, capability=90, registers=32, spilled=0, shared=0, warps=4)
+    counts = offline.machine.executed(ASSEMBLY, trips=3)
     assert counts["FADD"] == 3 and counts["STG.E.U8"] == 1 and "CALL.REL.NOINC" not in counts
     assert offline.accesses(counts) == {"L128": 1, "S8": 1}
     assert offline.kinds(counts)["float"] == 3
     h100 = offline.GPUS[90]
     assert offline.resident(binary, h100) == 16
     launch = offline.Launch(None, {}, (1000,))
-    slow = offline.predict(launch, offline.Work(elements=1000, moved=8), binary, h100)
-    fast = offline.predict(launch, offline.Work(elements=1000, moved=1 << 30), binary, h100)
+    slow = offline.predict(launch, offline.Work(elements=1000, moved=8), binary, h100, counts)
+    fast = offline.predict(launch, offline.Work(elements=1000, moved=1 << 30), binary, h100, counts)
     assert slow.share < 0.01 and fast.bound == "memory" and fast.share == 1
     assert slow.divisions == 1 and fast.seconds == pytest.approx((1 << 30) / h100.copy)
+    offline.check(launch, offline.Work(elements=1000, moved=1000 * 128 * 17), binary, slow)
+    with pytest.raises(RuntimeError, match="not gone round as often"):
+        offline.check(launch, offline.Work(elements=1000, moved=1 << 30), binary, fast)
+
+
+@pytest.mark.parametrize("number", [0, 3, 4, 27, 64])
+def test_rounds_of_unrolled_loops_are_computed(number: int) -> None:
+    """Four at a time and a rest, by counters of 64 bits; what nothing is known of is gone round as the caller says."""
+    machine = pytest.importorskip("machine")
+    counts = machine.executed(UNROLLED, trips=5, words={0x220: number, 0x224: 0})
+    assert (counts["LDG.E.128"], counts["LDG.E"]) == divmod(number, 4)
+    assert counts["PLOP3.LUT"] == 5
 
 
 def test_the_table_replaces_what_stands_between_the_markers(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def evaluation(dtype, batch=32, size=224):
 
 def facts(launch, capability):
     binary = offline.build(launch, capability)
-    counts = offline.executed(binary, launch.arguments.get("rounds", 1))
+    counts = offline.executed(launch, binary, launch.arguments.get("rounds", 1))
     return {
         "kernel": launch.name,
         "norm": launch.arguments.get("AFFINE", False),
