@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdt_blocks import create_model, optimize_for_inference
-from sdt_blocks.ops import bits, dense, dispatch
+from sdt_blocks.ops import bits, dense, dispatch, norm_lif
 from sdt_blocks.ops.attention import attend_backward_op, attend_op
 from sdt_blocks.ops.lif import lif_backward_op, lif_op
 from sdt_blocks.ops.norm_lif import channel_statistics
@@ -48,6 +48,12 @@ OPS = {
         *(attend_op, attend_backward_op),
     )
 }
+LAUNCH_NOTHING = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "unbind", "split"),
+    *("set_", "detach", "promote_types", "convolution", "convolution_backward"),
+}
+SEVERAL = {"aten::native_batch_norm": 3, "aten::native_batch_norm_backward": 2}
+"""Kernels of one call on CUDA: statistics, their update and the normalization; sums and the gradient."""
 Row = dict[str, Any]
 
 
@@ -65,6 +71,16 @@ def run(bench: Bench) -> None:
             writer.writerows(rows)
         for line in summary(rows):
             print(f"  {line}", flush=True)
+    path = RESULTS / "gpu_offline/launches.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["dtype", "order", "direction", "kernel", "launches"])
+        for dtype in (torch.float32, torch.bfloat16):
+            for order in ("channels-first", "channels-last"):
+                name = str(dtype).removeprefix("torch.")
+                for direction, found in launches_of_block(dtype, order == "channels-last").items():
+                    writer.writerows([name, order, direction, *item] for item in found.items())
+                    print(f"  a training block, {name}, {order}, {direction}: {sum(found.values())} launches")
 
 
 def of_model(name: str, capability: int) -> list[Row]:
@@ -91,7 +107,7 @@ def of_model(name: str, capability: int) -> list[Row]:
 
 def record_folded(name: str, dtype: torch.dtype) -> list[Launch]:
     """The launches of one evaluation by what `optimize_for_inference` makes of a model."""
-    with ours_run() as launches, mock.patch.object(dense, "by_triton", lambda x: True), torch.device("meta"):
+    with ours_run() as (launches, _), mock.patch.object(dense, "by_triton", lambda x: True), torch.device("meta"):
         model = create_model(name).eval()
         optimize_for_inference(model, dtype, paths="convolution")(torch.empty(BATCH, 3, 224, 224))
     return launches
@@ -99,7 +115,7 @@ def record_folded(name: str, dtype: torch.dtype) -> list[Launch]:
 
 def record(name: str, dtype: torch.dtype, channels_last: bool, training_step: bool) -> list[Launch]:
     """The launches of one step of a model, in their order."""
-    with FakeTensorMode(allow_non_fake_inputs=True), ours_run() as launches:
+    with FakeTensorMode(allow_non_fake_inputs=True), ours_run() as (launches, _):
         # How weights are drawn depends on values, which there are none of.
         with mock.patch.object(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor):
             model = create_model(name).train(training_step)
@@ -114,25 +130,61 @@ def record(name: str, dtype: torch.dtype, channels_last: bool, training_step: bo
 
 
 @contextlib.contextmanager
-def ours_run() -> Iterator[list[Launch]]:
-    """Within it the kernels' launchers are called for tensors without data, as if these were on an H100."""
+def ours_run() -> Iterator[tuple[list[Launch], Counter[str]]]:
+    """Within it the kernels' launchers are called for tensors without data, as if these were on an H100.
+
+    Gives their launches, and how many PyTorch's own ops make besides.
+    """
     of_h100 = mock.patch.object(training, "_programs", lambda device: training._PROGRAMS * GPUS[90].multiprocessors)
     with (
         mock.patch.object(dispatch, "_backend", lambda device, dtype: "triton"),
         mock.patch.object(bits, "_holds_all", _holds_all),
+        mock.patch.object(norm_lif, "watched", lambda: False),
         of_h100 if hasattr(training, "_programs") else contextlib.nullcontext(),
         offline.recorded() as launches,
-        _Bodies(),
+        _Bodies() as bodies,
     ):
-        yield launches
+        yield launches, bodies.launches
 
 
 class _Bodies(TorchDispatchMode):
-    """Runs the bodies of our ops, of which tensors without data are shown the shapes of the results alone."""
+    """Runs the bodies of our ops, of which tensors without data are shown the shapes of the results alone.
+
+    It counts what PyTorch's own ops launch besides, convolutions aside.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        body = OPS[func._schema.name].compute if func._schema.name in OPS else func
-        return body(*args, **(kwargs or {}))
+        name = func._schema.name
+        if name in OPS:
+            with self:
+                return OPS[name].compute(*args, **(kwargs or {}))
+        if not name.startswith("prim::") and name.removeprefix("aten::") not in LAUNCH_NOTHING and not func.is_view:
+            self.launches[name.removeprefix("aten::")] += SEVERAL.get(name, 1)
+        return func(*args, **(kwargs or {}))
+
+
+def launches_of_block(dtype: torch.dtype, channels_last: bool) -> dict[str, dict[str, int]]:
+    """How many kernels a block of sdt_8_384 in training launches forward and backward, by kernel or PyTorch's op."""
+    order = (0, 1, 3, 4, 2) if channels_last else (0, 1, 2, 3, 4)
+    shape = [(4, BATCH, 384, 14, 14)[axis] for axis in order]
+    with FakeTensorMode(allow_non_fake_inputs=True), ours_run() as (launches, besides):
+        with mock.patch.object(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor):
+            block = create_model("sdt_8_384").train().blocks[0]
+        x = torch.empty(shape, dtype=dtype, requires_grad=True)
+        found = []
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            launches.clear(), besides.clear()
+            result = block(x.permute([order.index(axis) for axis in range(5)]))
+            found.append(Counter(launch.name for launch in launches) + besides)
+            grad = torch.empty_like(result)
+            launches.clear(), besides.clear()
+            result.backward(grad)
+            found.append(Counter(launch.name for launch in launches) + besides)
+    return {"forward": dict(found[0]), "backward": dict(found[1])}
 
 
 def _holds_all(tensor: Tensor, spikes: Tensor) -> bool:

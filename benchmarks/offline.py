@@ -175,8 +175,18 @@ def numbers(launch: Launch, capability: int) -> dict[int, int]:
     return found
 
 
-def _specialized(launch: Launch, capability: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    backend = make_backend(GPUTarget("cuda", capability, WARP))
+def spilled_by_amd(launch: Launch, architecture: str) -> int:
+    """The registers that the launch's kernel spills on an AMD GPU, as `gfx942`."""
+    target = GPUTarget("hip", architecture, 64)
+    signature, constants, attributes, options = _specialized(launch, target)[1]
+    kernel = triton.compile(ASTSource(launch.kernel, signature, constants, attributes), target, options.__dict__)
+    return sum(map(int, re.findall(r"[sv]gpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])))
+
+
+def _specialized(launch: Launch, of: int | GPUTarget) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The key of a build for a target or NVIDIA's compute capability, and what Triton's compiler is told for it."""
+    target = GPUTarget("cuda", of, WARP) if isinstance(of, int) else of
+    backend = make_backend(target)
     given = {
         name: _Aligned(value.dtype) if isinstance(value, Tensor) else value for name, value in launch.arguments.items()
     }
@@ -192,7 +202,7 @@ def _specialized(launch: Launch, capability: int) -> tuple[tuple[Any, ...], tupl
         sorted(attributes.items()),
         sorted(options.__dict__.items(), key=str),
     )
-    return (launch.kernel.__module__, launch.name, capability, *map(str, parts)), (
+    return (launch.kernel.__module__, launch.name, target.arch, *map(str, parts)), (
         signature,
         constants,
         attributes,
@@ -226,7 +236,7 @@ KINDS = {
 _KIND = {op: kind for kind, ops in KINDS.items() for op in ops.split()}
 _INTEGER = """
     LOP3 IADD3 ISETP SEL SHF PLOP3 LEA VIADD FSETP FSEL FMNMX PRMT P2R R2P FSET IABS IMNMX VIMNMX LOP POPC BREV FLO I2FP
-    VIADDMNMX FCHK ISCADD SGXT BMSK F2FP HSETP2 HMNMX2
+    VIMNMX3 VIADDMNMX FCHK ISCADD SGXT BMSK F2FP HSETP2 HMNMX2
 """
 ALU = frozenset(_INTEGER.split())
 """What goes through the integer pipe, half as wide as the issue."""

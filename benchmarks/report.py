@@ -121,6 +121,19 @@ def predicted(rows: list[Row], model: str = "sdt_8_384", run: str = "training st
     return "\n".join(lines)
 
 
+def launched(rows: list[Row]) -> str:
+    """Markdown: how many kernels a block launches in training, by the suite gpu_offline."""
+    lines = ["Launches of a training block, convolutions aside:", "", "| | forward | backward |", "|---|---|---|"]
+    for column in dict.fromkeys((row["dtype"], row["order"]) for row in rows):
+        own = [row for row in rows if (row["dtype"], row["order"]) == column]
+        counts = [
+            sum(int(row["launches"]) for row in own if row["direction"] == direction)
+            for direction in ("forward", "backward")
+        ]
+        lines.append(f"| {', '.join(column)} | {counts[0]} | {counts[1]} |")
+    return "\n".join(lines)
+
+
 def _microseconds(rows: list[Row]) -> float:
     return sum(float(row["microseconds"]) * int(row["launches"]) for row in rows)
 
@@ -225,7 +238,8 @@ def main() -> int:
     try:
         rewrite(ROOT / "README.md", headlines(rows))
         rewrite(ROOT / "docs/performance.md", tables([row for row in rows if row["suite"] in SHOWN]))
-        rewrite(ROOT / "docs/performance.md", predicted(read_rows(RESULTS / "gpu_offline/sm_90.csv")), PREDICTED)
+        offline = [read_rows(RESULTS / "gpu_offline" / name) for name in ("sm_90.csv", "launches.csv")]
+        rewrite(ROOT / "docs/performance.md", f"{predicted(offline[0])}\n\n{launched(offline[1])}", PREDICTED)
     except (KeyError, OSError, ValueError) as error:
         parser.error(str(error))
     return 0

@@ -11,7 +11,7 @@ from torch import Tensor
 from .bits import as_spikes
 from .dispatch import fused, kernels
 from .lif import constants, gradients_of_equations, lif, lif_gradients, lif_reference, normalized
-from .norm_lif import batch_norm_lif, batch_norm_lif_reference, statistics
+from .norm_lif import batch_norm_lif, batch_norm_lif_reference, stacked_statistics
 from .registered import registered
 from .spec import MOST_TOKENS, Affine, Arriving, Layout, Mask, NeuronSpec, Norm, arrange, state_dtype
 
@@ -44,9 +44,7 @@ def attend(x: Sequence[Tensor], norms: Sequence[Norm], neurons: Sequence[NeuronS
     fits = alike and 0 < q.numel() <= MOST_TOKENS * q.shape[:3].numel()
     if None in specs or not fits or not fused(q, even_traced=training):
         return _compose(batch_norm_lif, lif, x, norms, neurons)
-    dtype = state_dtype(q)
-    found = [statistics(part, norm) for part, norm in zip(x, norms, strict=True)]
-    mean, inv_std = (torch.stack(values).to(dtype) for values in zip(*found, strict=True))
+    mean, inv_std = stacked_statistics(x, norms)
     weight = _stack([norm.weight for norm in norms], 1.0, mean)
     bias = _stack([norm.bias for norm in norms], 0.0, mean)
     taus = [neuron.inv_tau for neuron in neurons]
@@ -99,7 +97,7 @@ def attend_op(
     `neurons` are four encoded `NeuronSpec`; inv_tau `[4, C]`; mean, inv_std, weight and bias `[3, C]`.
     """
     (q, k, v), layout = _arranged(q, k, v)
-    norm = Affine.of(mean, inv_std, weight, bias, of_batch)
+    norm = Affine(mean, inv_std, weight, bias, of_batch)
     masked, codes, sums = _results(q, layout, keep)
     kernels(q).attend((q, k, v), masked, codes if keep else None, sums, layout, _specs(neurons), norm, inv_tau)
     return masked, codes, sums
@@ -143,12 +141,16 @@ def attend_backward_op(
         Arriving(None, Mask(of_sums, codes, bit=2)),
         Arriving(None, Mask(of_sums, codes, bit=1)),
     )
-    norm = Affine.of(mean, inv_std, weight, bias, of_batch)
-    found = [lif_gradients(arriving[i], x[i], layout, specs[i], norm.row(i), taus[i], None) for i in range(3)]
-    of_x, of_taus, _, of_weight, of_bias = zip(*found, strict=True)
+    norm = Affine(mean, inv_std, weight, bias, of_batch)
+    of_weight, of_bias = torch.empty_like(weight), torch.empty_like(bias)
+    found = [
+        lif_gradients(arriving[i], x[i], layout, specs[i], norm.row(i), taus[i], None, (of_weight[i], of_bias[i]))
+        for i in range(3)
+    ]
+    of_x, of_taus, *_ = zip(*found, strict=True)
     given = [of for of in (*of_taus, of_tau) if of is not None]
     of_inv_tau = torch.stack(given) if given else mean.new_empty(0)
-    return *of_x, of_inv_tau, torch.stack(of_weight), torch.stack(of_bias)
+    return *of_x, of_inv_tau, of_weight, of_bias
 
 
 @attend_backward_op.register_fake
@@ -165,6 +167,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(q, k, v, codes, sums, inv_tau, mean, inv_std, weight, bias)
     ctx.neurons, ctx.of_batch = neurons, of_batch
     ctx.mark_non_differentiable(codes, sums)
+    ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
-from .spec import Affine, Arriving, Layout, NeuronSpec
+from .spec import Affine, Arriving, Layout, NeuronSpec, Norm
 
 
 class Kernels(Protocol):
@@ -40,10 +40,10 @@ class Kernels(Protocol):
         inv_tau: Tensor | None,
         membrane: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Gradients of the neurons' input (like x), of the first membrane, and sums `[3, channels]` in float64.
+        """Gradients of the neurons' input (like x), of the first membrane, and sums `[3, n, channels]`.
 
-        The sums are over all neurons of a channel and all steps, of the gradient of the input times: what multiplies it
-        in the gradient of `inv_tau`; 1; and, where there is a norm, `x - mean`.
+        These are over all neurons of a channel and all steps, in n parts, of the gradient of the input times: what
+        multiplies it in the gradient of `inv_tau`, if one is given; and where there is a norm, 1 and `x - mean`.
         """
         ...
 
@@ -73,8 +73,31 @@ class Kernels(Protocol):
         """Mean and biased variance of every channel `[channels]`, in float64."""
         ...
 
-    def channel_combine(self, grad: Tensor, x: Tensor, layout: Layout, a: Tensor, b: Tensor, d: Tensor) -> None:
-        """`grad = a * grad + b * x + d` in place, with a, b and d `[channels]`."""
+    @property
+    def batch_statistics(self) -> Callable[[Tensor, Layout, Norm, int, Tensor, Tensor], None] | None:
+        """Fills mean and inv_std `[channels]` from x, layout, norm, repeats, and updates the running statistics.
+
+        That is what `norm_lif.statistics` does, for a momentum that is a number; `None` where launches cost nothing
+        that one kernel would save.
+        """
+        ...
+
+    def norm_gradients(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        layout: Layout,
+        norm: Affine,
+        sums: Tensor,
+        count: int | None,
+        of_weight: Tensor,
+        of_bias: Tensor,
+    ) -> None:
+        """From the gradient of the normalized x, in place, to that of x; fills those of weight and bias `[channels]`.
+
+        `sums` are those of `lif_backward`; `count` is the number of values of a channel where mean and deviation are
+        theirs, `None` where these do not depend on x.
+        """
         ...
 
     def max_pool(self, x: Tensor, out: Tensor, places: Tensor | None) -> None:

@@ -192,23 +192,22 @@ def lif_gradients(
     norm: Affine | None,
     inv_tau: Tensor | None,
     membrane: Tensor | None,
+    of_norm: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, inv_tau, membrane and the norm's weight and bias; `None` for what was not given."""
+    """Gradients of x, inv_tau, membrane and the norm's weight and bias; `None` for what was not given.
+
+    Those of the norm are written into `of_norm`, if given.
+    """
     module = kernels(x)
     grad_x, grad_membrane, sums = module.lif_backward(arriving, x, layout, neuron, norm, inv_tau, membrane)
-    dtype = state_dtype(x)
     grad_inv_tau = grad_weight = grad_bias = None
     if norm is not None:
-        of_shift, of_scale = sums[1:].to(dtype).unbind()
-        grad_weight = of_scale * norm.inv_std
-        count = layout.size // layout.channels * x.shape[0] if norm.of_batch else torch.inf
-        b = grad_weight * norm.scale * norm.inv_std / -count
+        grad_weight, grad_bias = of_norm or (torch.empty_like(norm.mean), torch.empty_like(norm.mean))
+        count = layout.size // layout.channels * x.shape[0] if norm.of_batch else None
         frames = dataclasses.replace(layout, steps=x.shape[0])
-        d = of_shift * norm.scale / -count - b * norm.mean
-        module.channel_combine(grad_x, x, frames, norm.scale, b, d)
-        grad_bias = of_shift.clone()
+        module.norm_gradients(grad_x, x, frames, norm, sums, count, grad_weight, grad_bias)
     if inv_tau is not None:
-        grad_inv_tau = (sums[0] if inv_tau.ndim else sums[0].sum()).to(dtype, copy=True)
+        grad_inv_tau = sums[0].sum(0 if inv_tau.ndim else None, dtype=torch.float64).to(state_dtype(x))
     return grad_x, grad_inv_tau, grad_membrane, grad_weight, grad_bias
 
 
@@ -307,4 +306,4 @@ def _arranged(x: Tensor, steps: int, inv_tau: Tensor | None, mean: Tensor | None
 def _affine(
     mean: Tensor | None, inv_std: Tensor | None, weight: Tensor | None, bias: Tensor | None, of_batch: bool
 ) -> Affine | None:
-    return None if mean is None or inv_std is None else Affine.of(mean, inv_std, weight, bias, of_batch)
+    return None if mean is None or inv_std is None else Affine(mean, inv_std, weight, bias, of_batch)

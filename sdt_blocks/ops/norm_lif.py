@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from .bits import as_spikes
 from .dispatch import fused, kernels
 from .lif import constants, lif_op, lif_reference
-from .registered import registered
+from .registered import registered, watched
 from .spec import NeuronSpec, Norm, arrange, state_dtype
 
 
@@ -82,6 +83,10 @@ def batch_norm_lif(
 @torch.no_grad()
 def statistics(x: Tensor, norm: Norm, repeats: int = 1) -> tuple[Tensor, Tensor]:
     """Mean and inverse deviation to normalize by; updates the running statistics when training."""
+    if fill := _at_once(x, norm):
+        mean, inv_std = (x.new_empty(x.shape[2], dtype=state_dtype(x)) for _ in range(2))
+        fill(*arrange(x, x.shape[0], per_channel=True), norm, repeats, mean, inv_std)
+        return mean, inv_std
     running_mean, running_var, momentum, eps = norm.running_mean, norm.running_var, norm.momentum, norm.eps
     if not norm.training:
         if running_mean is None or running_var is None:
@@ -96,6 +101,26 @@ def statistics(x: Tensor, norm: Norm, repeats: int = 1) -> tuple[Tensor, Tensor]
         running_mean.lerp_(mean.to(dtype), share)
         running_var.lerp_((variance * (n / (n - 1))).to(dtype), share)
     return mean, (variance + eps).rsqrt()
+
+
+@torch.no_grad()
+def stacked_statistics(x: Sequence[Tensor], norms: Sequence[Norm]) -> tuple[Tensor, Tensor]:
+    """`statistics` of several inputs `[n, C]`, in the state's dtype."""
+    dtype = state_dtype(x[0])
+    if fill := _at_once(x[0], *norms):
+        mean, inv_std = (x[0].new_empty(len(x), x[0].shape[2], dtype=dtype) for _ in range(2))
+        for i, (part, norm) in enumerate(zip(x, norms, strict=True)):
+            fill(*arrange(part, len(part), per_channel=True), norm, 1, mean[i], inv_std[i])
+        return mean, inv_std
+    found = [statistics(part, norm) for part, norm in zip(x, norms, strict=True)]
+    mean, inv_std = (torch.stack(values).to(dtype) for values in zip(*found, strict=True))
+    return mean, inv_std
+
+
+def _at_once(x: Tensor, *norms: Norm) -> Callable[..., None] | None:
+    """The kernels' `batch_statistics`, where nobody need see the steps."""
+    plain = all(norm.training and not isinstance(norm.momentum, Tensor) for norm in norms)
+    return kernels(x).batch_statistics if plain and not watched() else None
 
 
 @registered("sdt_blocks::channel_statistics")

@@ -90,29 +90,33 @@ class Norm(NamedTuple):
     eps: float = 1e-5
 
 
-class Affine(NamedTuple):
-    """A normalization as the kernels apply it, `x * scale + shift`, and what its gradient needs besides.
+@dataclass(frozen=True)
+class Affine:
+    """A normalization, `(x - mean) * inv_std * weight + bias`.
 
     All tensors are `[C]` in the state's dtype; for the attention `[3, C]`, one row each for q, k and v.
     """
 
-    scale: Tensor
-    shift: Tensor
     mean: Tensor
     inv_std: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
     of_batch: bool
     """Whether mean and inv_std are those of x, through which the gradient flows too."""
 
-    @staticmethod
-    def of(mean: Tensor, inv_std: Tensor, weight: Tensor | None, bias: Tensor | None, of_batch: bool) -> Affine:
-        """`(x - mean) * inv_std * weight + bias`."""
-        scale = inv_std if weight is None else inv_std * weight
-        shift = -mean * scale if bias is None else bias - mean * scale
-        return Affine(scale, shift, mean, inv_std, of_batch)
+    @functools.cached_property
+    def scale(self) -> Tensor:
+        """With `shift`: the same as `x * scale + shift`."""
+        return self.inv_std if self.weight is None else self.inv_std * self.weight
+
+    @functools.cached_property
+    def shift(self) -> Tensor:
+        return -self.mean * self.scale if self.bias is None else self.bias - self.mean * self.scale
 
     def row(self, i: int) -> Affine:
         """That of q, k or v."""
-        return Affine(self.scale[i], self.shift[i], self.mean[i], self.inv_std[i], self.of_batch)
+        weight, bias = (None if value is None else value[i] for value in (self.weight, self.bias))
+        return Affine(self.mean[i], self.inv_std[i], weight, bias, self.of_batch)
 
 
 class Mask(NamedTuple):

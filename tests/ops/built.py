@@ -11,11 +11,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import gpu_offline
 import offline
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sdt_blocks.ops.spec import Affine, Arriving, Mask, NeuronSpec, arrange, state_dtype
+from sdt_blocks.ops.spec import Affine, Arriving, Mask, NeuronSpec, Norm, arrange, state_dtype
 from sdt_blocks.ops.triton import dense, training
 from sdt_blocks.surrogate import KINDS, Surrogate
 
@@ -44,9 +45,12 @@ class Layer:
         norm, arriving = self.norm if norm else None, Arriving(self.grad if grad else None, mask, last)
         training.lif_backward(arriving, self.x, self.layout, neuron, norm, inv_tau, membrane)
 
-    def statistics(self):
-        training.channel_statistics(self.x, self.layout)
-        training.channel_combine(self.grad, self.x, self.layout, *[self.of_channel] * 3)
+    def statistics(self, parts=2048):
+        running = Norm(self.of_channel, self.of_channel, training=True)
+        training.batch_statistics(self.x, self.layout, running, 1, self.of_channel, self.of_channel.clone())
+        sums = torch.empty(3, parts, len(self.of_channel), dtype=self.of_channel.dtype)
+        into = torch.empty_like(self.of_channel), torch.empty_like(self.of_channel)
+        training.norm_gradients(self.grad, self.x, self.layout, self.norm, sums, 100, *into)
 
     def attention(self, keep=True, inv_tau=None, neurons=(PLAIN,) * 4):
         codes = self.layout.empty(self.x, self.layout.steps, torch.uint8) if keep else None
@@ -81,6 +85,8 @@ def usual(dtype, batch=32, size=224, alpha=4.0, tau=0.5):
         hidden.statistics()
         Layer((4, batch, 384, small, small), dtype, channels_last).attention()
         Layer((4, batch, 96, size // 2, size // 2), dtype, channels_last).pool()
+        large = Layer((4, batch, 96, size // 2, size // 2), dtype, channels_last)
+        training.batch_statistics(large.x, large.layout, Norm(), 1, large.of_channel, large.of_channel.clone())
     whole = Layer((4, batch, 384, small, small), dtype, per_channel=False)
     whole.forward(neuron, norm=False)
     whole.backward(neuron, norm=False)
@@ -126,6 +132,8 @@ def evaluation(dtype, batch=32, size=224):
 
 
 def facts(launch, capability):
+    if isinstance(capability, str):
+        return {"kernel": launch.name, "spilled": offline.spilled_by_amd(launch, capability)}
     binary = offline.build(launch, capability)
     counts = offline.executed(launch, binary, launch.arguments.get("rounds", 1))
     return {
@@ -147,7 +155,12 @@ def recorded(case, *arguments, **settings):
 
 
 def main():
-    capability, dtype, cases = int(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3]
+    target, dtype, cases = sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3]
+    capability = int(target) if target.isdigit() else target
+    if cases == "launches":
+        for channels_last in (False, True):
+            print(json.dumps(gpu_offline.launches_of_block(dtype, channels_last)), flush=True)
+        return
     if cases == "keys":
         for settings in ({}, {"batch": 33}, {"alpha": 2.5}, {"tau": 0.25}, {"size": 160}):
             launches = recorded(usual, dtype, **settings)

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton.backends.nvidia", reason="Triton with its NVIDIA backend builds them")
 ELEMENTWISE = {"forward", "backward", "combine", "max_pool", "max_pool_backward", "pack", "unpack"}
-KERNELS = ELEMENTWISE | {"attend", "mask_gradient", "moments", "merge", "total"}
+KERNELS = ELEMENTWISE | {"attend", "mask_gradient", "moments", "merge", "settle", "total", "gradients"}
 
 
 @pytest.fixture
@@ -64,6 +64,14 @@ def assert_fit_to_evaluate(found):
             assert f"L{8 * facts['group']}" in facts["accesses"] or facts["group"] < 8, facts
 
 
+def test_launches_of_a_training_block(built):
+    """Small launches cost more than what they compute: per-channel arithmetic stays within a layer's kernels."""
+    for found in built(90, "float32", "launches"):
+        forward, backward = found["forward"], found["backward"]
+        assert sum(forward.values()) <= 32 and sum(backward.values()) <= 33, found
+        assert not {"rsqrt", "lerp_", "div", "sub"} & (set(forward) | set(backward)), found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 100, 120])
@@ -72,6 +80,15 @@ def test_fit_on_every_gpu(built, capability, dtype):
         pytest.skip("no bfloat16 there")
     assert_fit(built(capability, dtype, "usual"))
     assert_fit_to_evaluate(built(capability, dtype, "evaluation"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_builds_for_amd(built, dtype):
+    pytest.importorskip("triton.backends.amd", reason="Triton with its AMD backend builds them")
+    found = built("gfx942", dtype, "usual")
+    assert {facts["kernel"] for facts in found} == KERNELS
+    assert all(facts["spilled"] == 0 for facts in found), found
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ def lif_forward(
     last = layout.empty_frame(x, state_dtype(x)) if keep_membrane else None
     constants = 0 if inv_tau is None else inv_tau.numel()
     before = None if membrane is None else layout.frame(membrane)
-    scale, shift = (None, None) if norm is None else norm[:2]
+    scale, shift = (None, None) if norm is None else (norm.scale, norm.shift)
     inputs = (x, scale, shift, inv_tau, constants, before)
     _call("lif_forward", x, layout, neuron_array(neuron), *inputs, spikes, last)
     return spikes, last
@@ -52,14 +52,14 @@ def lif_backward(
     grad_x = layout.empty(x, x.shape[0])
     before = None if membrane is None else layout.frame(membrane)
     grad_before = None if before is None else torch.empty_like(before)
-    sums = x.new_empty(3, layout.channels, dtype=torch.float64)
+    sums = x.new_empty(3, 1, layout.channels, dtype=torch.float64)
     constants = 0 if inv_tau is None else inv_tau.numel()
     grad, mask, grad_last = arriving
     grad = None if grad is None else layout.frames(grad)
     grad_step = 0 if grad is None else grad.stride(0)
     grad_last = None if grad_last is None else layout.frame(grad_last)
     masked = (None, None, 1, 0) if mask is None else (mask.values, mask.codes, mask.values.shape[1], mask.bit)
-    affine = (None, None, None) if norm is None else norm[:3]
+    affine = (None, None, None) if norm is None else (norm.scale, norm.shift, norm.mean)
     inputs = (grad, grad_step, *masked, grad_last, x, *affine, inv_tau, constants, before)
     _call("lif_backward", x, layout, neuron_array(neuron), *inputs, grad_x, grad_before, sums)
     return grad_x, grad_before, sums
@@ -90,8 +90,26 @@ def channel_statistics(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-def channel_combine(grad: Tensor, x: Tensor, layout: Layout, a: Tensor, b: Tensor, d: Tensor) -> None:
-    _call("channel_combine", x, layout, grad, x, a, b, d)
+batch_statistics = None
+
+
+def norm_gradients(
+    grad: Tensor,
+    x: Tensor,
+    layout: Layout,
+    norm: Affine,
+    sums: Tensor,
+    count: int | None,
+    of_weight: Tensor,
+    of_bias: Tensor,
+) -> None:
+    of_shift, of_scale = sums[1:, 0].to(of_bias.dtype).unbind()
+    torch.mul(of_scale, norm.inv_std, out=of_weight)
+    of_bias.copy_(of_shift)
+    divisor = -torch.inf if count is None else -count
+    b = of_weight * norm.scale * norm.inv_std / divisor
+    d = of_shift * norm.scale / divisor - b * norm.mean
+    _call("channel_combine", x, layout, grad, x, norm.scale, b, d)
 
 
 def max_pool(x: Tensor, out: Tensor, places: Tensor | None) -> None:

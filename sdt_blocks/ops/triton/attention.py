@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..spec import Layout
 from .lif import MOST_STEPS, charge, fires
-from .tiles import THREADS, WIDEST, elements, grid_of, index, number, of_channel, second_axis
+from .tiles import THREADS, WIDEST, elements, grid_of, index, normalization, number, of_channel, second_axis
 
 SIZES = ("size", "tokens", "channels", "rounds", "grad_step")
 NUMBERS = ("inv_tau_number", "threshold_number", "mask_inv_tau_number", "mask_threshold_number")
@@ -131,8 +131,10 @@ def attend(
     q,
     k,
     v,
-    scale,
-    shift,
+    mean,
+    inv_std,
+    weight,
+    bias,
     inv_tau,
     out,
     codes,
@@ -151,6 +153,7 @@ def attend(
     STRICT: tl.constexpr,
     MASK_RESET: tl.constexpr,
     MASK_STRICT: tl.constexpr,
+    AFFINE: tl.constexpr,
     TAU: tl.constexpr,
     KEEP: tl.constexpr,
     STATE: tl.constexpr,
@@ -164,18 +167,13 @@ def attend(
     image = tl.program_id(0).to(INDEX)
     c, there = _channels(channels, INNERMOST, A, B, V)
     row = channels * V if INNERMOST else channels
-    a_q = of_channel(scale, c, there, STATE)
-    a_k = of_channel(scale + row, c, there, STATE)
-    a_v = of_channel(scale + 2 * row, c, there, STATE)
-    b_q = of_channel(shift, c, there, STATE)
-    b_k = of_channel(shift + row, c, there, STATE)
-    b_v = of_channel(shift + 2 * row, c, there, STATE)
+    _mean, a_q, b_q = normalization(mean, inv_std, weight, bias, c, there, AFFINE, STATE)
+    _mean, a_k, b_k = normalization(mean, inv_std, weight, bias, c + row, there, AFFINE, STATE)
+    _mean, a_v, b_v = normalization(mean, inv_std, weight, bias, c + 2 * row, there, AFFINE, STATE)
     k_q = of_channel(inv_tau, c, there, STATE) if TAU else number(inv_tau_number, STATE)
     k_k = of_channel(inv_tau + row, c, there, STATE) if TAU else k_q
     k_v = of_channel(inv_tau + 2 * row, c, there, STATE) if TAU else k_q
-    k_mask = of_channel(inv_tau + 3 * row, c, there, STATE) if TAU else number(mask_inv_tau_number, STATE)
     threshold = number(threshold_number, STATE)
-    mask_threshold = number(mask_threshold_number, STATE)
     one = tl.full([1, 1, 1], 1, BITS)
     fired = tl.zeros([A, B, V], BITS)
     both = tl.zeros([A, B, V], BITS)
@@ -193,13 +191,15 @@ def attend(
             h_q, q_fires = _advance(q + at, mask, h_q, q_fires, a_q, b_q, k_q, threshold, RESET, STRICT, STATE)
             h_k, k_fires = _advance(k + at, mask, h_k, k_fires, a_k, b_k, k_k, threshold, RESET, STRICT, STATE)
             h_v, v_fires = _advance(v + at, mask, h_v, v_fires, a_v, b_v, k_v, threshold, RESET, STRICT, STATE)
+            if KEEP:
+                code = tl.where(q_fires, 1, 0) | tl.where(k_fires, 2, 0) | tl.where(v_fires, 4, 0)
+                tl.store(codes + at, code.to(tl.uint8), mask=mask)
             bit = one << tl.cast(chunk * STEPS + t, BITS)
             fired |= tl.where(q_fires, bit, 0)
             # The padding beyond the tokens may fire too.
             both |= tl.where(k_fires & v_fires & mask, bit, 0)
-            if KEEP:
-                code = tl.where(q_fires, 1, 0) | tl.where(k_fires, 2, 0) | tl.where(v_fires, 4, 0)
-                tl.store(codes + at, code.to(tl.uint8), mask=mask)
+    k_mask = of_channel(inv_tau + 3 * row, c, there, STATE) if TAU else number(mask_inv_tau_number, STATE)
+    mask_threshold = number(mask_threshold_number, STATE)
     allowed = tl.zeros(c.shape, BITS)
     h = tl.zeros(c.shape, STATE)
     s = h > 1

@@ -9,11 +9,10 @@ import triton.language as tl
 @triton.jit
 def pack(x, bits, size, BLOCK: tl.constexpr):
     byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    packed = tl.zeros([BLOCK], tl.int32)
-    for bit in range(8):
-        i = byte * 8 + bit
-        packed |= (tl.load(x + i, mask=i < size, other=0.0) != 0).to(tl.int32) << bit
-    tl.store(bits + byte, packed.to(tl.uint8), mask=byte * 8 < size)
+    lane = tl.arange(0, 8)[None, :]
+    i = byte[:, None] * 8 + lane
+    spikes = (tl.load(x + i, mask=i < size, other=0.0) != 0).to(tl.int32)
+    tl.store(bits + byte, tl.sum(spikes << lane, axis=1).to(tl.uint8), mask=byte * 8 < size)
 
 
 @triton.jit

@@ -11,9 +11,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import SIZES, by_channel, elements, in_x, number, of_channel, place, second_axis, store_by_channel
+from .tiles import (
+    SIZES,
+    by_channel,
+    elements,
+    in_x,
+    normalization,
+    number,
+    of_channel,
+    place,
+    second_axis,
+    store_by_channel,
+)
 
 HALF_PI = tl.constexpr(1.5707963267948966)
+LOG2_E = tl.constexpr(1.4426950408889634)
 MOST_STEPS = 8
 """Steps whose inputs and membranes are in registers at once."""
 
@@ -21,8 +33,11 @@ MOST_STEPS = 8
 @triton.jit
 def _surrogate(shift, a, KIND: tl.constexpr):
     if KIND == 0:
-        e = tl.exp(-tl.abs(a * shift))
-        return a * e / ((1 + e) * (1 + e))
+        e = tl.exp2(-tl.abs(a * LOG2_E * shift))
+        # A division, of which none is needed for numbers between 1 and 2, takes seven instructions.
+        root = tl.rsqrt(1 + e)
+        inverse = root * root
+        return a * e * (inverse * inverse)
     elif KIND == 1:
         y = tl.full([1, 1, 1], HALF_PI, shift.dtype) * a * shift
         return (a / 2) / (1 + y * y)
@@ -57,8 +72,10 @@ def charge(h, s, v, k, threshold, RESET: tl.constexpr):
 @triton.jit(do_not_specialize=[*SIZES, "inv_tau_number", "threshold_number"])
 def forward(
     x,
-    scale,
-    shift,
+    mean,
+    inv_std,
+    weight,
+    bias,
     inv_tau,
     before,
     spikes,
@@ -94,8 +111,9 @@ def forward(
     i = elements(groups, V)
     offset = elements(in_x(groups, chunk, chunk_stride, DENSE), V)
     threshold = number(threshold_number, STATE)
-    a = of_channel(scale, c, there, STATE) if AFFINE else 1.0
-    b = of_channel(shift, c, there, STATE) if AFFINE else 0.0
+    _middle, a, b = 0.0, 1.0, 0.0
+    if AFFINE:
+        _middle, a, b = normalization(mean, inv_std, weight, bias, c, there, AFFINE, STATE)
     k = number(inv_tau_number, STATE) if TAU == 0 else of_channel(inv_tau, c if TAU == 2 else c * 0, there, STATE)
     if BEFORE:
         h = tl.load(before + i, mask=mask, other=0.0).to(STATE)
@@ -211,6 +229,16 @@ def _keep_membranes(
 
 
 @triton.jit
+def _before(kept, segment, frame, mask, first, threshold, STRICT: tl.constexpr, BEFORE: tl.constexpr):
+    """Membrane and spikes before a segment."""
+    later = segment > 0
+    h = tl.load(kept + tl.cast(segment - 1, tl.int64) * frame, mask=mask & later, other=0.0)
+    h = tl.where(later, h, first)
+    fired = fires(h, threshold, STRICT)
+    return h, fired if BEFORE else fired & later
+
+
+@triton.jit
 def _arriving(
     grad,
     masks,
@@ -257,9 +285,10 @@ def backward(
     codes,
     grad_last,
     x,
-    scale,
-    shift,
-    center,
+    mean,
+    inv_std,
+    weight,
+    bias,
     inv_tau,
     before,
     grad_x,
@@ -308,9 +337,9 @@ def backward(
     of = x + elements(in_x(groups, chunk, chunk_stride, DENSE), V)
     threshold = number(threshold_number, STATE)
     alpha = number(alpha_number, STATE)
-    a = of_channel(scale, c, there, STATE) if AFFINE else 1.0
-    b = of_channel(shift, c, there, STATE) if AFFINE else 0.0
-    middle = of_channel(center, c, there, STATE) if AFFINE else 0.0
+    middle, a, b = 0.0, 1.0, 0.0
+    if AFFINE:
+        middle, a, b = normalization(mean, inv_std, weight, bias, c, there, AFFINE, STATE)
     k = number(inv_tau_number, STATE) if TAU == 0 else of_channel(inv_tau, c if TAU == 2 else c * 0, there, STATE)
     zeros = tl.zeros([A, B, V], STATE)
     first = tl.load(before + i, mask=mask, other=0.0).to(STATE) if BEFORE else zeros
@@ -334,9 +363,7 @@ def backward(
         t0 = tl.cast(segment * SEGMENT, tl.int32)
         h0 = first
         if SEGMENTS > 1:
-            h0 = tl.load(kept + tl.cast(segment - 1, tl.int64) * frame + i, mask=mask & (segment > 0), other=0.0)
-            h0 = tl.where(segment > 0, h0, first)
-            s0 = fires(h0, threshold, STRICT) if BEFORE else fires(h0, threshold, STRICT) & (segment > 0)
+            h0, s0 = _before(kept + i, segment, frame, mask, first, threshold, STRICT, BEFORE)
         x0 = _input(first, of, t0, step, mask, 0, STEPS, SEGMENT, REPEAT)
         x1 = _input(x0, of, t0, step, mask, 1, STEPS, SEGMENT, REPEAT)
         x2 = _input(x1, of, t0, step, mask, 2, STEPS, SEGMENT, REPEAT)
@@ -378,7 +405,7 @@ def backward(
                 of_tau += tl.where(there_is, now * ((raw * a + b if AFFINE else raw) - u), 0.0)
             if AFFINE or REPEAT:
                 of_shift += tl.where(there_is, of_v, 0.0)
-            if AFFINE:
+            if AFFINE and not REPEAT:
                 of_scale += tl.where(there_is, of_v * (raw - middle), 0.0)
             if not REPEAT:
                 tl.store(grad_x + t * frame + i, of_v.to(grad_x.dtype.element_ty), mask=there_is)
@@ -387,6 +414,8 @@ def backward(
             of_h = tl.where(t < STEPS, earlier, of_h) if STEPS % SEGMENT != 0 else earlier
             of_s = tl.where(t < STEPS, of_spikes, of_s) if STEPS % SEGMENT != 0 else of_spikes
     if REPEAT:
+        if AFFINE:
+            of_scale = of_shift * (tl.load(of, mask=mask, other=0.0).to(STATE) - middle)
         tl.store(grad_x + i, of_shift.to(grad_x.dtype.element_ty), mask=mask)
     if BEFORE:
         of_h += of_s * _surrogate(first - threshold, alpha, KIND)
@@ -422,17 +451,16 @@ def _store_sums(
 
 
 @triton.jit(do_not_specialize=["runs", "channels", "per"])
-def total(sums, result, runs, channels, per, ROWS: tl.constexpr, RUNS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Sums `[3, runs, channels]` added up, `per` runs each, in float64; zeros for a row whose bit is not in ROWS."""
+def total(sums, result, runs, channels, per, RUNS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Sums `[3, runs, channels]` added up, `per` runs each, in float64."""
     row = tl.program_id(1)
     split = tl.program_id(2)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     added = tl.zeros([RUNS, CHANNELS], tl.float64)
-    if (ROWS >> row) & 1 != 0:
-        for begin in range(0, per, RUNS):
-            run = split * per + begin + tl.arange(0, RUNS)
-            mask = (run < runs)[:, None] & (c < channels)[None, :]
-            at = (row.to(tl.int64) * runs + run[:, None]) * channels + c[None, :]
-            added += tl.load(sums + at, mask=mask, other=0.0).to(tl.float64)
+    for begin in range(0, per, RUNS):
+        run = split * per + begin + tl.arange(0, RUNS)
+        mask = (run < runs)[:, None] & (c < channels)[None, :]
+        at = (row.to(tl.int64) * runs + run[:, None]) * channels + c[None, :]
+        added += tl.load(sums + at, mask=mask, other=0.0).to(tl.float64)
     to = result + (row * tl.num_programs(2) + split).to(tl.int64) * channels + c
     tl.store(to, tl.sum(added, axis=0), mask=c < channels)

@@ -78,6 +78,29 @@ def _of_runs(partial, run, runs, last, channels, c, step, positions, weight):
     return count, start, of_x, of_squares
 
 
+@triton.jit
+def _merged(partial, runs, first, last, channels, c, step, positions, weight, RUNS: tl.constexpr):
+    """Mean, and sum of squares of the distances from it, of the `moments` of the runs from `first` to `last`."""
+    summed = tl.zeros([RUNS, c.shape[0]], tl.float64)
+    number = tl.zeros([RUNS, 1], tl.float64)
+    for begin in range(first, last, RUNS):
+        run = begin + tl.arange(0, RUNS)
+        count, start, of_x, _squares = _of_runs(partial, run, runs, last, channels, c, step, positions, weight)
+        summed += tl.where(count > 0, count * start + of_x, 0.0)
+        number += count
+    middle = tl.sum(summed, axis=0) / tl.maximum(tl.sum(number, axis=0), 1)
+    spread = tl.zeros([RUNS, c.shape[0]], tl.float64)
+    for begin in range(first, last, RUNS):
+        run = begin + tl.arange(0, RUNS)
+        count, start, of_x, of_squares = _of_runs(partial, run, runs, last, channels, c, step, positions, weight)
+        # About the middle m: sum (d - m)^2 = sum d^2 - m (2 sum d - n m), for distances d from the first value.
+        off = middle[None, :] - start
+        spread += tl.where(count > 0, of_squares - off * (2 * of_x - count * off), 0.0)
+    spread = tl.sum(spread, axis=0)
+    # A maximum would hide a NaN.
+    return middle, tl.where(spread < 0, 0.0, spread)
+
+
 @triton.jit(do_not_specialize=["runs", "channels", "step", "positions", "weight", "per"])
 def merge(partial, result, runs, channels, step, positions, weight, per, RUNS: tl.constexpr, CHANNELS: tl.constexpr):
     """The `moments` of each `per` runs together, about their mean, in float64.
@@ -87,37 +110,119 @@ def merge(partial, result, runs, channels, step, positions, weight, per, RUNS: t
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     split = tl.program_id(1)
     last = tl.minimum(runs, (split + 1) * per)
-    summed = tl.zeros([RUNS, CHANNELS], tl.float64)
-    number = tl.zeros([RUNS, 1], tl.float64)
-    for begin in range(0, per, RUNS):
-        run = split * per + begin + tl.arange(0, RUNS)
-        count, start, of_x, _squares = _of_runs(partial, run, runs, last, channels, c, step, positions, weight)
-        summed += tl.where(count > 0, count * start + of_x, 0.0)
-        number += count
-    middle = tl.sum(summed, axis=0) / tl.maximum(tl.sum(number, axis=0), 1)
-    spread = tl.zeros([RUNS, CHANNELS], tl.float64)
-    for begin in range(0, per, RUNS):
-        run = split * per + begin + tl.arange(0, RUNS)
-        count, start, of_x, of_squares = _of_runs(partial, run, runs, last, channels, c, step, positions, weight)
-        # About the middle m: sum (d - m)^2 = sum d^2 - m (2 sum d - n m), for distances d from the first value.
-        off = middle[None, :] - start
-        spread += tl.where(count > 0, of_squares - off * (2 * of_x - count * off), 0.0)
-    spread = tl.sum(spread, axis=0)
+    middle, spread = _merged(partial, runs, split * per, last, channels, c, step, positions, weight, RUNS)
     to = result + split.to(tl.int64) * channels + c
     rows = tl.num_programs(1).to(tl.int64) * channels
     tl.store(to, middle, mask=c < channels)
     tl.store(to + rows, tl.zeros([CHANNELS], tl.float64), mask=c < channels)
-    # A maximum would hide a NaN.
-    tl.store(to + 2 * rows, tl.where(spread < 0, 0.0, spread), mask=c < channels)
+    tl.store(to + 2 * rows, spread, mask=c < channels)
+
+
+@triton.jit
+def _double(bits):
+    """A float64 that a kernel is not built for, from its bits as an integer."""
+    return tl.full([1], bits.to(tl.int64), tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit(
+    do_not_specialize=["runs", "channels", "step", "positions", "weight", "count", "repeated", "momentum", "eps"]
+)
+def settle(
+    partial,
+    mean,
+    inv_std,
+    running_mean,
+    running_var,
+    runs,
+    channels,
+    step,
+    positions,
+    weight,
+    count,
+    repeated,
+    momentum,
+    eps,
+    INVERT: tl.constexpr,
+    RUNNING: tl.constexpr,
+    RUNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Mean and inverse deviation (or variance) from the `moments` of all runs; the running statistics change with them.
+
+    A channel has `count` values, that come `repeated` times in all.
+    """
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    there = c < channels
+    middle, spread = _merged(partial, runs, 0, runs, channels, c, step, positions, weight, RUNS)
+    variance = spread / count
+    tl.store(mean + c, middle.to(mean.dtype.element_ty), mask=there)
+    found = 1 / tl.sqrt(variance + _double(eps)) if INVERT else variance
+    tl.store(inv_std + c, found.to(inv_std.dtype.element_ty), mask=there)
+    if RUNNING:
+        # One value alone has no variance without bias: infinite, or not a number.
+        unbiased = variance * (repeated / (repeated - 1).to(tl.float64))
+        share = _double(momentum)
+        before = tl.load(running_mean + c, mask=there, other=0.0).to(tl.float64)
+        tl.store(running_mean + c, (before + share * (middle - before)).to(running_mean.dtype.element_ty), mask=there)
+        before = tl.load(running_var + c, mask=there, other=0.0).to(tl.float64)
+        tl.store(running_var + c, (before + share * (unbiased - before)).to(running_var.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _all_runs(sums, runs, channels, c, RUNS: tl.constexpr):
+    """The sum of `[runs, channels]` over the runs, in float64."""
+    added = tl.zeros([RUNS, c.shape[0]], tl.float64)
+    for begin in range(0, runs, RUNS):
+        run = begin + tl.arange(0, RUNS)
+        at = run.to(tl.int64)[:, None] * channels + c[None, :]
+        added += tl.load(sums + at, mask=(run < runs)[:, None] & (c < channels)[None, :], other=0.0).to(tl.float64)
+    return tl.sum(added, axis=0)
+
+
+@triton.jit(do_not_specialize=["runs", "channels", "count"])
+def gradients(
+    sums,
+    inv_std,
+    mean,
+    weight,
+    of_weight,
+    of_bias,
+    factors,
+    runs,
+    channels,
+    count,
+    WEIGHT: tl.constexpr,
+    STATE: tl.constexpr,
+    RUNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """From the sums `[3, runs, channels]` of a neuron's gradient to those of its norm, and `combine`'s factors.
+
+    `count` is the number of values of a channel, 0 where mean and deviation are not theirs.
+    """
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    there = c < channels
+    rows = runs.to(tl.int64) * channels
+    of_shift = _all_runs(sums + rows, runs, channels, c, RUNS).to(STATE)
+    of_scale = _all_runs(sums + 2 * rows, runs, channels, c, RUNS).to(STATE)
+    deviation = tl.load(inv_std + c, mask=there, other=0.0).to(STATE)
+    scale = deviation * tl.load(weight + c, mask=there, other=0.0).to(STATE) if WEIGHT else deviation
+    gain = of_scale * deviation
+    share = tl.where(count > 0, -1.0, 0.0) / tl.maximum(count, 1).to(STATE)
+    of_x = gain * scale * deviation * share
+    constant = of_shift * scale * share - of_x * tl.load(mean + c, mask=there, other=0.0).to(STATE)
+    tl.store(of_weight + c, gain, mask=there)
+    tl.store(of_bias + c, of_shift, mask=there)
+    tl.store(factors + c, scale, mask=there)
+    tl.store(factors + channels + c, of_x, mask=there)
+    tl.store(factors + 2 * channels + c, constant, mask=there)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def combine(
     grad,
     x,
-    a,
-    b,
-    d,
+    factors,
     size,
     chunk,
     chunk_stride,
@@ -137,13 +242,14 @@ def combine(
     V: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """`grad = a * grad + b * x + d` in place."""
+    """`grad = a * grad + b * x + d` in place, with a, b and d the rows of `factors`."""
     c, there, groups, mask, _image = place(positions, channels, inner, tokens, INNERMOST, SINGLE, A, B, V, INDEX)
     grad += elements(groups, V)
     x += elements(in_x(groups, chunk, chunk_stride, DENSE), V)
-    of_grad = of_channel(a, c, there, STATE)
-    of_x = of_channel(b, c, there, STATE)
-    constant = of_channel(d, c, there, STATE)
+    row = channels * V if INNERMOST else channels
+    of_grad = of_channel(factors, c, there, STATE)
+    of_x = of_channel(factors + row, c, there, STATE)
+    constant = of_channel(factors + 2 * row, c, there, STATE)
     for t in tl.range(STEPS, loop_unroll_factor=UNROLL):
         frame = tl.cast(t, tl.int64)
         to = grad + frame * size * V

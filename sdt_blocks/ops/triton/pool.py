@@ -15,8 +15,12 @@ from torch import Tensor
 from .tiles import LINE, THREADS, WIDEST, grid_of, index, second_axis
 
 SIZES = ("strips", "per_plane", "height", "width", "rows", "columns", "channels")
-STRIP = 4
-"""Rows of windows of a strip."""
+ORDER = tl.constexpr(0x7FFFE000)
+"""The bits of a float32, but its sign, that a half-precision value has."""
+KEPT = tl.constexpr(ORDER.value - 0x80000000)
+"""And with its sign, as an integer with one."""
+STRIPS = (8, 7, 4)
+"""Rows of windows of a strip: the first that leaves no rest, or the last."""
 
 
 class Cut(NamedTuple):
@@ -32,13 +36,13 @@ def cut(x: Tensor, out: Tensor) -> Cut:
     rows, columns = out.shape[2:]
     innermost = not x.is_contiguous()
     widest = WIDEST // x.element_size()
-    strip = min(STRIP, triton.next_power_of_2(rows))
+    strip = next((n for n in STRIPS if rows % n == 0), min(STRIPS[-1], triton.next_power_of_2(rows)))
     per_plane = triton.cdiv(rows, strip)
     strips = (images if innermost else images * channels) * per_plane
     if innermost:
         group = unit = min(widest, channels & -channels)
         channels //= group
-        even = max(channels & -channels, min(4, triton.next_power_of_2(channels)))
+        even = max(channels & -channels, min(2, triton.next_power_of_2(channels)))
         b = min(LINE // (group * x.element_size()), even)
         a = THREADS * widest // group // b
         grid = grid_of(triton.cdiv(channels, b), triton.cdiv(strips * columns, a))
@@ -94,7 +98,7 @@ def _place(strips, per_plane, columns, channels, INNERMOST: tl.constexpr, STRIP,
 
 @triton.jit
 def _three(x, plane, y, group, column, k, there, height, width, channels, INNERMOST: tl.constexpr, A, V, U, STATE):
-    """The three columns of one row of windows, -inf beyond the edges."""
+    """The columns of one row of windows, -inf beyond the edges; the left ones may be the first alone."""
     low = float("-inf")
     inside = there & (y >= 0) & (y < height)
     if INNERMOST:
@@ -108,8 +112,18 @@ def _three(x, plane, y, group, column, k, there, height, width, channels, INNERM
         # Only an odd width, of groups of one, ends within a pair.
         pairs = tl.load(row + lane, mask=inside & (group * (2 * V) + lane < width * U), other=low)
         middle, right = tl.split(tl.reshape(pairs, [A, V, 2]))
-        left = tl.load(row + 2 * tl.arange(0, V)[None, :] - 1, mask=inside & (column > 0), other=low)
-        return left.to(STATE), middle.to(STATE), right.to(STATE)
+        first = tl.load(row - 1, mask=inside & (group > 0), other=low)
+        return first.to(STATE), middle.to(STATE), right.to(STATE)
+
+
+@triton.jit
+def _to_the_right(first, x, A: tl.constexpr, V: tl.constexpr):
+    """x `[A, V]` moved by one column, behind `first` `[A, 1]`; within a thread that is no instruction."""
+    if V == 1:
+        return first
+    else:
+        even, odd = tl.split(tl.reshape(x, [A, V // 2, 2]))
+        return tl.reshape(tl.join(_to_the_right(first, odd, A, V // 2), even), [A, V])
 
 
 @triton.jit
@@ -119,17 +133,75 @@ def _better(v, best):
 
 
 @triton.jit
-def _of_row(x, plane, y, group, column, k, there, height, width, channels, INNERMOST: tl.constexpr, A, V, U, STATE):
-    """Maximum and its column of one row of windows."""
-    best, middle, right = _three(
+def _key(v, code, SIGNED_NAN: tl.constexpr):
+    """A half-precision value, by way of float32, as an integer of the same order, with a code in its idle bits."""
+    # -0 counts for 0, and NaN takes all; NVIDIA's sums make every NaN positive.
+    bits = (v + 0.0).to(tl.int32, bitcast=True)
+    if SIGNED_NAN:
+        bits = tl.where(v != v, 0x7FC00000, bits)
+    return ((bits ^ ((bits >> 31) & ORDER)) & KEPT) | code
+
+
+@triton.jit
+def _of_key(key):
+    """The value of a key, and the place in its window."""
+    bits = key & KEPT
+    return (bits ^ ((bits >> 31) & ORDER)).to(tl.float32, bitcast=True), 8 - (key & 15)
+
+
+@triton.jit
+def _of_row(
+    x,
+    plane,
+    y,
+    group,
+    column,
+    k,
+    there,
+    height,
+    width,
+    channels,
+    INNERMOST: tl.constexpr,
+    A,
+    V,
+    U,
+    STATE,
+    KEYED,
+    SIGNED_NAN,
+):
+    """Maximum and its column of one row of windows, or both as one key."""
+    left, middle, right = _three(
         x, plane, y, group, column, k, there, height, width, channels, INNERMOST, A, V, U, STATE
     )
-    place = tl.where(column > 0, 0, 1) + tl.zeros(best.shape, tl.int32)
-    better = _better(middle, best)
-    best = tl.where(better, middle, best)
-    place = tl.where(better, 1, place)
-    better = _better(right, best)
-    return tl.where(better, right, best), tl.where(better, 2, place)
+    if KEYED:
+        # Beyond the edge is -inf, which the middle comes before.
+        left = _key(left, tl.where((column if INNERMOST else group) > 0, 2, 0), SIGNED_NAN)
+        right = _key(right, 0, SIGNED_NAN)
+        left = left if INNERMOST else _to_the_right(left, right + 2, A, V)
+        best = tl.maximum(tl.maximum(left, _key(middle, 1, SIGNED_NAN)), right)
+        return best, best
+    else:
+        best = left if INNERMOST else _to_the_right(left, right, A, V)
+        place = tl.where(column > 0, 0, 1) + tl.zeros(best.shape, tl.int32)
+        better = _better(middle, best)
+        best = tl.where(better, middle, best)
+        place = tl.where(better, 1, place)
+        better = _better(right, best)
+        return tl.where(better, right, best), tl.where(better, 2, place)
+
+
+@triton.jit
+def _of_window(above, of_above, middle, of_middle, below, of_below, row, KEYED: tl.constexpr):
+    """Maximum and its place of windows, from those of their rows."""
+    if KEYED:
+        best = tl.maximum(above + tl.where(row > 0, 6, 0), middle + 3)
+        return _of_key(tl.maximum(best, below))
+    else:
+        better = _better(middle, above)
+        best = tl.where(better, middle, above)
+        place = tl.where(better, of_middle + 3, of_above + tl.where(row > 0, 0, 3))
+        better = _better(below, best)
+        return tl.where(better, below, best), tl.where(better, of_below + 6, place)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -145,6 +217,7 @@ def max_pool(
     columns,
     channels,
     KEEP: tl.constexpr,
+    SIGNED_NAN: tl.constexpr,
     STATE: tl.constexpr,
     INNERMOST: tl.constexpr,
     STRIP: tl.constexpr,
@@ -157,23 +230,67 @@ def max_pool(
     plane, first, group, column, k, there = _place(
         strips, per_plane, columns, channels, INNERMOST, STRIP, A, B, V, INDEX
     )
+    KEYED: tl.constexpr = x.dtype.element_ty.primitive_bitwidth == 16
     above, of_above = _of_row(
-        x, plane, 2 * first - 1, group, column, k, there, height, width, channels, INNERMOST, A, V, U, STATE
+        x,
+        plane,
+        2 * first - 1,
+        group,
+        column,
+        k,
+        there,
+        height,
+        width,
+        channels,
+        INNERMOST,
+        A,
+        V,
+        U,
+        STATE,
+        KEYED,
+        SIGNED_NAN,
     )
     for step in tl.static_range(STRIP):
         row = first + step
         middle, of_middle = _of_row(
-            x, plane, 2 * row, group, column, k, there, height, width, channels, INNERMOST, A, V, U, STATE
+            x,
+            plane,
+            2 * row,
+            group,
+            column,
+            k,
+            there,
+            height,
+            width,
+            channels,
+            INNERMOST,
+            A,
+            V,
+            U,
+            STATE,
+            KEYED,
+            SIGNED_NAN,
         )
         below, of_below = _of_row(
-            x, plane, 2 * row + 1, group, column, k, there, height, width, channels, INNERMOST, A, V, U, STATE
+            x,
+            plane,
+            2 * row + 1,
+            group,
+            column,
+            k,
+            there,
+            height,
+            width,
+            channels,
+            INNERMOST,
+            A,
+            V,
+            U,
+            STATE,
+            KEYED,
+            SIGNED_NAN,
         )
-        better = _better(middle, above)
-        best = tl.where(better, middle, above)
-        place = tl.where(better, of_middle + 3, of_above + tl.where(row > 0, 0, 3))
-        better = _better(below, best)
-        best = tl.where(better, below, best)
-        place = tl.where(better, of_below + 6, place)
+        best, place = _of_window(above, of_above, middle, of_middle, below, of_below, row, KEYED)
         if INNERMOST:
             at = ((plane * rows + row) * columns + column) * (channels * V) + k
         else:

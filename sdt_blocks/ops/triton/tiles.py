@@ -54,8 +54,12 @@ class Tile(NamedTuple):
         return dict(zip(("size", "chunk", "chunk_stride", "x_step"), (n // self.group for n in found), strict=True))
 
 
-def tile(x: Tensor, layout: Layout, *strides: int, images: int = 1) -> Tile:
-    """The tiles of a frame of x; `strides` are other distances between frames, which a group must divide as well."""
+def tile(x: Tensor, layout: Layout, *strides: int, images: int = 1, times: int = 1) -> Tile:
+    """The tiles of a frame of x; `strides` are other distances between frames, which a group must divide as well.
+
+    They are `times` as large as usual, a power of two: where little is done with an element, what a program does
+    besides counts.
+    """
     dense = is_dense(layout)
     innermost = layout.inner == 1 and layout.channels > 1
     single = layout.channels == 1
@@ -64,13 +68,13 @@ def tile(x: Tensor, layout: Layout, *strides: int, images: int = 1) -> Tile:
     divided = (run, layout.x_step, *strides, *(() if dense else (layout.chunk, layout.chunk_stride)))
     while any(number % group for number in divided):
         group //= 2
-    elements = THREADS * WIDEST // x.element_size()
+    elements = THREADS * WIDEST // x.element_size() * times
     positions = layout.size // layout.channels
     channels, inner = layout.channels, layout.inner // group
     if innermost:
         channels, inner = layout.channels // group, 1
         # No lane is idle where a power of two divides the channels.
-        even = max(channels & -channels, min(4, triton.next_power_of_2(channels)))
+        even = max(channels & -channels, min(2, triton.next_power_of_2(channels)))
         columns = min(LINE // (group * x.element_size()), even)
         rows = elements // group // columns
         runs = triton.cdiv(positions, rows)
@@ -168,6 +172,20 @@ def in_x(groups, chunk, chunk_stride, DENSE: tl.constexpr):
 @triton.jit
 def of_channel(pointer, c, there, DTYPE: tl.constexpr):
     return tl.load(pointer + c, mask=there, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def normalization(mean, inv_std, weight, bias, c, there, AFFINE: tl.constexpr, STATE: tl.constexpr):
+    """Of channels the mean, and what makes the normalized x: a factor and what is added to the product.
+
+    AFFINE has the bit 2 where there is a weight, and 4 where there is a bias.
+    """
+    middle = of_channel(mean, c, there, STATE)
+    a = of_channel(inv_std, c, there, STATE)
+    if AFFINE & 2:
+        a *= of_channel(weight, c, there, STATE)
+    b = of_channel(bias, c, there, STATE) - middle * a if AFFINE & 4 else -middle * a
+    return middle, a, b
 
 
 @triton.jit

@@ -5,6 +5,8 @@ Under `TRITON_INTERPRET=1` they run on CPU tensors too.
 
 from __future__ import annotations
 
+import logging
+import os
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -13,18 +15,26 @@ import torch
 import triton
 from torch import Tensor
 
-from ..spec import RESETS, Affine, Arriving, Layout, NeuronSpec, arrange, state_dtype
+from ..spec import RESETS, Affine, Arriving, Layout, NeuronSpec, Norm, arrange, state_dtype
 from . import attention, lif, pool
 from . import bits as bit_kernels
 from . import norm as norms
-from .tiles import tile
+from .tiles import THREADS, tile
 
+logging.getLogger(__name__).info(
+    "Triton builds each kernel when it is first called, and keeps it for the next time in TRITON_CACHE_DIR or ~/.triton"
+)
 BLOCK = 1024
+# Whether a sum with NaN may be a negative NaN: NVIDIA's are all positive.
+SIGNED_NAN = torch.version.hip is not None or os.environ.get("TRITON_INTERPRET") == "1"
 _STATE = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
 # A program that adds up what others wrote for each channel has so many channels, and takes so many runs at once.
-FEW = 32
-# And so many runs in all; the more there are, the more such programs, whose sums are added up in their turn.
+FEW = 8
 RUNS = 128
+# And so many runs in all; where there are more, several programs do, whose sums are added up in their turn.
+MOST_RUNS = 512
+# Steps that are enough for a program to have something to do.
+MANY = 8
 
 
 def lif_forward(
@@ -44,7 +54,7 @@ def lif_forward(
     with _device_of(x):
         lif.forward[cut.grid](
             x,
-            *_affine(norm, x)[:2],
+            *_affine(norm, x),
             _or(inv_tau, x),
             _or(before, x),
             spikes,
@@ -76,11 +86,12 @@ def lif_backward(
     grad = None if grad is None else layout.frames(grad)
     grad_last = None if grad_last is None else layout.frame(grad_last)
     grad_step = 0 if grad is None else grad.stride(0)
-    cut = tile(x, layout, grad_step, images=1 if mask is None else mask.values.shape[1])
+    images = 1 if mask is None else mask.values.shape[1]
+    cut = tile(x, layout, grad_step, images=images, times=2 if layout.repeat else 1)
     segment = _segment(layout.steps)
     kept = x.new_empty(triton.cdiv(layout.steps, segment) - 1, layout.size, dtype=dtype)
-    rows = (1 if inv_tau is not None else 0) | (6 if norm is not None else 0)
-    sums = x.new_empty((3, cut.runs, layout.channels) if rows else 0, dtype=dtype)
+    summed = inv_tau is not None or norm is not None
+    sums = x.new_empty((3, cut.runs, layout.channels) if summed else 0, dtype=dtype)
     kind, alpha = neuron.gradient()
     with _device_of(x):
         lif.backward[cut.grid](
@@ -112,21 +123,45 @@ def lif_backward(
             LAST=grad_last is not None,
             REPEAT=layout.repeat,
         )
-    return grad_x, grad_before, _total(sums, rows, cut.runs, layout.channels)
+    return grad_x, grad_before, sums
 
 
-def _total(sums: Tensor, rows: int, runs: int, channels: int) -> Tensor:
-    """`sums.sum(1)` of `[3, runs, channels]` in float64; zeros for a row whose bit is not in `rows`."""
-    while True:
-        splits = triton.cdiv(max(runs, 1), RUNS)
-        result = sums.new_empty(3, splits, channels, dtype=torch.float64)
-        with _device_of(sums):
-            lif.total[(triton.cdiv(channels, FEW), 3, splits)](
-                sums, result, runs, channels, RUNS, ROWS=rows, RUNS=FEW, CHANNELS=FEW
+def norm_gradients(
+    grad: Tensor,
+    x: Tensor,
+    layout: Layout,
+    norm: Affine,
+    sums: Tensor,
+    count: int | None,
+    of_weight: Tensor,
+    of_bias: Tensor,
+) -> None:
+    channels, cut = layout.channels, tile(x, layout)
+    factors = of_weight.new_empty(3, channels)
+    with _device_of(x):
+        while sums.shape[1] > MOST_RUNS:
+            parts = sums.new_empty(3, triton.cdiv(sums.shape[1], MOST_RUNS), channels, dtype=torch.float64)
+            lif.total[(triton.cdiv(channels, FEW), 3, parts.shape[1])](
+                sums, parts, sums.shape[1], channels, MOST_RUNS, RUNS=RUNS, CHANNELS=FEW
             )
-        if splits == 1:
-            return result[:, 0]
-        sums, runs = result, splits
+            sums = parts
+        norms.gradients[(triton.cdiv(channels, FEW),)](
+            sums,
+            norm.inv_std,
+            norm.mean,
+            _or(norm.weight, norm.mean),
+            of_weight,
+            of_bias,
+            factors,
+            sums.shape[1],
+            channels,
+            count or 0,
+            WEIGHT=norm.weight is not None,
+            STATE=_STATE[of_weight.dtype],
+            RUNS=RUNS,
+            CHANNELS=FEW,
+        )
+        norms.combine[cut.grid](grad, x, factors, **cut.where(layout), **cut.arguments, **_unrolled(x, layout))
 
 
 def attend(
@@ -150,8 +185,7 @@ def attend(
             q,
             k,
             v,
-            norm.scale,
-            norm.shift,
+            *_affine(norm, q),
             _or(inv_tau, q),
             out,
             _or(codes, q),
@@ -165,6 +199,7 @@ def attend(
             STRICT=of_q.strict,
             MASK_RESET=RESETS.index(of_mask.reset),
             MASK_STRICT=of_mask.strict,
+            AFFINE=_kind(norm),
             TAU=inv_tau is not None,
             KEEP=codes is not None,
             STATE=_STATE[state_dtype(q)],
@@ -212,35 +247,67 @@ def mask_gradient(grad: Tensor, codes: Tensor, result: Tensor, layout: Layout) -
 
 
 def channel_statistics(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    cut, channels = tile(x, layout), layout.channels
+    mean, variance = (x.new_empty(layout.channels, dtype=torch.float64) for _ in range(2))
+    _settle(x, layout, Norm(), 1, mean, variance, invert=False)
+    return mean, variance
+
+
+def batch_statistics(x: Tensor, layout: Layout, norm: Norm, repeats: int, mean: Tensor, inv_std: Tensor) -> None:
+    _settle(x, layout, norm, repeats, mean, inv_std, invert=True)
+
+
+def _settle(
+    x: Tensor, layout: Layout, norm: Norm, repeats: int, mean: Tensor, of_deviation: Tensor, *, invert: bool
+) -> None:
+    """Fills the mean and the inverse deviation, or without `invert` the variance, and updates the running ones."""
+    cut, channels = tile(x, layout, times=_times(layout)), layout.channels
     runs, step, positions = cut.runs, cut.step, cut.arguments["positions"]
     weight = layout.steps * (1 if cut.arguments["INNERMOST"] else cut.group)
+    count = layout.size // channels * layout.steps
+    assert not isinstance(norm.momentum, Tensor)
     partial = x.new_empty(3, runs, channels, dtype=state_dtype(x))
     with _device_of(x):
         norms.moments[cut.grid](x, partial, **cut.where(layout), **cut.arguments, **_unrolled(x, layout))
-    while True:
-        splits = triton.cdiv(runs, RUNS)
-        merged = x.new_empty(3, splits, channels, dtype=torch.float64)
-        with _device_of(x):
+        while runs > MOST_RUNS:
+            splits = triton.cdiv(runs, MOST_RUNS)
+            merged = x.new_empty(3, splits, channels, dtype=torch.float64)
             norms.merge[(triton.cdiv(channels, FEW), splits)](
-                partial, merged, runs, channels, step, positions, weight, RUNS, RUNS=FEW, CHANNELS=FEW
+                partial, merged, runs, channels, step, positions, weight, MOST_RUNS, RUNS=RUNS, CHANNELS=FEW
             )
-        if splits == 1:
-            return merged[0, 0].clone(), merged[2, 0] / (layout.size // channels * layout.steps)
-        partial, runs, step = merged, splits, step * RUNS
-
-
-def channel_combine(grad: Tensor, x: Tensor, layout: Layout, a: Tensor, b: Tensor, d: Tensor) -> None:
-    cut = tile(x, layout)
-    with _device_of(x):
-        norms.combine[cut.grid](grad, x, a, b, d, **cut.where(layout), **cut.arguments, **_unrolled(x, layout))
+            partial, runs, step = merged, splits, step * MOST_RUNS
+        norms.settle[(triton.cdiv(channels, FEW),)](
+            partial,
+            mean,
+            of_deviation,
+            _or(norm.running_mean, mean),
+            _or(norm.running_var, mean),
+            runs,
+            channels,
+            step,
+            positions,
+            weight,
+            count,
+            count * repeats,
+            _bits(norm.momentum),
+            _bits(norm.eps),
+            INVERT=invert,
+            RUNNING=norm.running_mean is not None,
+            RUNS=RUNS,
+            CHANNELS=FEW,
+        )
 
 
 def max_pool(x: Tensor, out: Tensor, places: Tensor | None) -> None:
     cut = pool.cut(x, out)
     with _device_of(x):
         pool.max_pool[cut.grid](
-            x, out, _or(places, x), **cut.arguments, KEEP=places is not None, STATE=_STATE[state_dtype(x)]
+            x,
+            out,
+            _or(places, x),
+            **cut.arguments,
+            KEEP=places is not None,
+            SIGNED_NAN=SIGNED_NAN,
+            STATE=_STATE[state_dtype(x)],
         )
 
 
@@ -253,7 +320,7 @@ def max_pool_backward(grad: Tensor, places: Tensor, grad_x: Tensor) -> None:
 def pack_bits(x: Tensor) -> Tensor | None:
     bits = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
     with _device_of(x):
-        bit_kernels.pack[(triton.cdiv(bits.numel(), BLOCK),)](x, bits, x.numel(), BLOCK=BLOCK)
+        bit_kernels.pack[(triton.cdiv(bits.numel(), THREADS),)](x, bits, x.numel(), BLOCK=THREADS)
     return bits
 
 
@@ -270,13 +337,23 @@ def _segment(steps: int) -> int:
     return even[0] if even else lif.MOST_STEPS
 
 
+def _times(layout: Layout) -> int:
+    """How many times larger a program's share of fewer steps is."""
+    return max(1, MANY // triton.next_power_of_2(layout.steps))
+
+
 def _unrolled(x: Tensor, layout: Layout) -> dict[str, Any]:
     return {"STEPS": layout.steps, "UNROLL": min(layout.steps, lif.MOST_STEPS), "STATE": _STATE[state_dtype(x)]}
 
 
 def _number(x: Tensor, value: float) -> float | int:
     """A number that no build depends on; Triton would pass it as float32, so for float64 its bits go."""
-    return struct.unpack("<q", struct.pack("<d", value))[0] if x.dtype == torch.float64 else float(value)
+    return _bits(value) if x.dtype == torch.float64 else float(value)
+
+
+def _bits(value: float) -> int:
+    found: int = struct.unpack("<q", struct.pack("<d", value))[0]
+    return found
 
 
 def _numbers(x: Tensor, neuron: NeuronSpec) -> dict[str, float | int]:
@@ -291,15 +368,20 @@ def _constants(
         "STEPS": layout.steps,
         "RESET": RESETS.index(neuron.reset),
         "STRICT": neuron.strict,
-        "AFFINE": norm is not None,
+        "AFFINE": _kind(norm),
         "TAU": 0 if inv_tau is None else 2 if inv_tau.ndim else 1,
         "BEFORE": before is not None,
         "STATE": _STATE[state_dtype(x)],
     }
 
 
-def _affine(norm: Affine | None, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return (x, x, x) if norm is None else (norm.scale, norm.shift, norm.mean)
+def _affine(norm: Affine | None, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (x, x, x, x) if norm is None else (norm.mean, norm.inv_std, _or(norm.weight, x), _or(norm.bias, x))
+
+
+def _kind(norm: Affine | None) -> int:
+    """Whether there is a norm, with weight and with bias, as one bit each."""
+    return 0 if norm is None else 1 + 2 * (norm.weight is not None) + 4 * (norm.bias is not None)
 
 
 def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
