@@ -14,11 +14,20 @@ from .dispatch import exporting, kernels
 
 
 @dataclass
+class _Packed:
+    """Spikes as bits, how many gradients still want them, and between two of these the spikes unpacked."""
+
+    bits: Tensor
+    wanted: int = 0
+    spikes: Tensor | None = None
+
+
+@dataclass
 class _Known:
     """What is known of a tensor of spikes: which version of it was seen, and its bits once they are made."""
 
     version: int
-    bits: Tensor | None = None
+    packed: _Packed | None = None
 
 
 # By the tensor itself: what a hook, a mixer or a layer makes of spikes is another tensor, of which nothing is known.
@@ -112,10 +121,11 @@ class SpikesAsBits(saved_tensors_hooks):
     def _pack(self, tensor: Tensor) -> _Bits | _Kept:
         for spikes, known, version in zip(self.spikes, self.known, self.versions, strict=True):
             if tensor._version == version and _holds_all(tensor, spikes):
-                if known.bits is None:
-                    known.bits = kernels(tensor).pack_bits(tensor)
-                if known.bits is not None:
-                    return _Bits(known.bits, tensor.shape, tensor.stride(), tensor.dtype)
+                if known.packed is None and (bits := kernels(tensor).pack_bits(tensor)) is not None:
+                    known.packed = _Packed(bits)
+                if known.packed is not None:
+                    known.packed.wanted += 1
+                    return _Bits(known.packed, tensor.shape, tensor.stride(), tensor.dtype)
         return _Kept(tensor, tensor._version)
 
 
@@ -126,10 +136,14 @@ def _holds_all(tensor: Tensor, spikes: Tensor) -> bool:
 
 
 class _Bits(NamedTuple):
-    bits: Tensor
+    packed: _Packed
     shape: torch.Size
     strides: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def bits(self) -> Tensor:
+        return self.packed.bits
 
 
 class _Kept(NamedTuple):
@@ -139,8 +153,14 @@ class _Kept(NamedTuple):
 
 def _unpack(kept: _Bits | _Kept) -> Tensor:
     if isinstance(kept, _Bits):
-        spikes = kept.bits.new_empty_strided(kept.shape, kept.strides, dtype=kept.dtype)
-        kernels(spikes).unpack_bits(kept.bits, spikes)
+        packed = kept.packed
+        packed.wanted -= 1
+        spikes = packed.spikes
+        if spikes is None or (spikes.shape, spikes.stride(), spikes.dtype) != kept[1:]:
+            spikes = packed.bits.new_empty_strided(kept.shape, kept.strides, dtype=kept.dtype)
+            kernels(spikes).unpack_bits(packed.bits, spikes)
+        # Of q, k and v one gradient comes after the other.
+        packed.spikes = spikes if packed.wanted > 0 else None
         return spikes
     # With hooks autograd leaves this check to them.
     if kept.tensor._version != kept.version:

@@ -263,3 +263,23 @@ def test_mixing_bits_gives_the_gradients_of_the_equation(packed, monkeypatch):
     assert len(packed()) == 3 and all(gradient.any() for gradient in gradients[0])
     for bits, floats in zip(*gradients, strict=True):
         assert torch.equal(bits, floats)
+
+
+def test_the_gradients_of_several_products_share_what_is_unpacked(monkeypatch):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    module, unpacked = kernels(torch.ones(1)), []
+    original = module.unpack_bits
+    monkeypatch.setattr(module, "unpack_bits", lambda bits, x: unpacked.append(x) or original(bits, x))
+    torch.manual_seed(0)
+    spikes = (torch.rand(6, 16) < 0.3).float()
+    weights = [torch.randn(16, 4, requires_grad=True) for _ in range(3)]
+    with SpikesAsBits(as_spikes(spikes)) as (kept,):
+        result = sum((kept @ weight).square().sum() for weight in weights)
+    expected = [2 * spikes.T @ (spikes @ weight) for weight in weights]
+    assert all(of.norm() > 0 for of in expected)
+    for times in (1, 4):
+        found = torch.autograd.grad(result, weights, retain_graph=True)
+        # A second time nobody knows who still comes.
+        assert len(unpacked) == times
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
