@@ -40,7 +40,7 @@ def accuracy(recipe: str, device: str, epochs: int) -> float:
     """Top-1 in percent of a recipe that is run in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(RECIPES / f"{recipe}.py"), f"output_dir={folder}/run", f"train.epochs={epochs}"]
-        command.append("tracker=none")
+        command += [f"train.warmup_epochs={int(epochs > 1)}", "tracker=none"]
         environment = {**os.environ, "ACCELERATE_USE_CPU": str(device == "cpu").lower()}
         done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
         if done.returncode:
