@@ -21,7 +21,7 @@ POINTS = 2.0
 
 
 def run(bench: Bench) -> None:
-    epochs = bench.pick(cpu=5, cuda=5, trial=1)
+    epochs = bench.pick(cpu=15, cuda=15, trial=1)
     for recipe, setting in RUNS.items():
         accuracies = {}
         for device in dict.fromkeys(("cpu", bench.device.type)):
