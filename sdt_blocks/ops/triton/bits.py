@@ -7,12 +7,16 @@ import triton.language as tl
 
 
 @triton.jit
-def pack(x, bits, size, BLOCK: tl.constexpr):
+def pack(x, bits, size, LANES: tl.constexpr, BLOCK: tl.constexpr):
     byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    lane = tl.arange(0, 8)[None, :]
-    i = byte[:, None] * 8 + lane
-    spikes = (tl.load(x + i, mask=i < size, other=0.0) != 0).to(tl.int32)
-    tl.store(bits + byte, tl.sum(spikes << lane, axis=1).to(tl.uint8), mask=byte * 8 < size)
+    # One thread reads a byte's spikes, as many at once as it can.
+    lane = tl.arange(0, LANES)[None, :]
+    packed = tl.zeros([BLOCK], tl.int32)
+    for part in tl.static_range(8 // LANES):
+        i = byte[:, None] * 8 + part * LANES + lane
+        spikes = (tl.load(x + i, mask=i < size, other=0.0) != 0).to(tl.int32)
+        packed |= tl.sum(spikes << (lane + part * LANES), axis=1)
+    tl.store(bits + byte, packed.to(tl.uint8), mask=byte * 8 < size)
 
 
 @triton.jit

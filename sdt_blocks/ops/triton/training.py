@@ -19,7 +19,7 @@ from ..spec import RESETS, Affine, Arriving, Layout, NeuronSpec, Norm, arrange, 
 from . import attention, lif, pool
 from . import bits as bit_kernels
 from . import norm as norms
-from .tiles import THREADS, tile
+from .tiles import THREADS, WIDEST, tile
 
 logging.getLogger(__name__).info(
     "Triton builds each kernel when it is first called, and keeps it for the next time in TRITON_CACHE_DIR or ~/.triton"
@@ -320,7 +320,8 @@ def max_pool_backward(grad: Tensor, places: Tensor, grad_x: Tensor) -> None:
 def pack_bits(x: Tensor) -> Tensor | None:
     bits = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
     with _device_of(x):
-        bit_kernels.pack[(triton.cdiv(bits.numel(), THREADS),)](x, bits, x.numel(), BLOCK=THREADS)
+        lanes = WIDEST // x.element_size()
+        bit_kernels.pack[(triton.cdiv(bits.numel(), THREADS),)](x, bits, x.numel(), LANES=lanes, BLOCK=THREADS)
     return bits
 
 
