@@ -137,7 +137,7 @@ class Binary:
 _built: dict[tuple[Any, ...], Binary] = {}
 
 
-def key(launch: Launch, capability: int) -> tuple[Any, ...]:
+def key(launch: Launch, capability: int | str) -> tuple[Any, ...]:
     """What decides which build a launch takes: arguments by their types, alignments and constants."""
     return _specialized(launch, capability)[0]
 
@@ -177,15 +177,20 @@ def numbers(launch: Launch, capability: int) -> dict[int, int]:
 
 def spilled_by_amd(launch: Launch, architecture: str) -> int:
     """The registers that the launch's kernel spills on an AMD GPU, as `gfx942`."""
-    target = GPUTarget("hip", architecture, 64)
-    signature, constants, attributes, options = _specialized(launch, target)[1]
-    kernel = triton.compile(ASTSource(launch.kernel, signature, constants, attributes), target, options.__dict__)
+    signature, constants, attributes, options = _specialized(launch, architecture)[1]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    kernel = triton.compile(source, target=_target(architecture), options=options.__dict__)
     return sum(map(int, re.findall(r"[sv]gpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])))
 
 
-def _specialized(launch: Launch, of: int | GPUTarget) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The key of a build for a target or NVIDIA's compute capability, and what Triton's compiler is told for it."""
-    target = GPUTarget("cuda", of, WARP) if isinstance(of, int) else of
+def _target(of: int | str) -> GPUTarget:
+    """NVIDIA's compute capability, or an architecture of AMD."""
+    return GPUTarget("cuda", of, WARP) if isinstance(of, int) else GPUTarget("hip", of, 64)
+
+
+def _specialized(launch: Launch, of: int | str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The key of a build for a target, and what Triton's compiler is told for it."""
+    target = _target(of)
     backend = make_backend(target)
     given = {
         name: _Aligned(value.dtype) if isinstance(value, Tensor) else value for name, value in launch.arguments.items()
