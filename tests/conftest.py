@@ -25,6 +25,13 @@ from torch import Tensor, nn
 import sdt_blocks
 import sdt_blocks.analysis
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """The same random numbers for a test and its fixtures, whatever ran before it in the same process."""
+    torch.manual_seed(0)
+
+
 GOLDEN = Path(__file__).with_name("golden")
 GOLDEN_NAMES = ("sdt_lif_static_64", "sdt_plif_static_32", "sdt_lif_dvs_64", "sdt_lif_dvsmode_tet_32")
 
