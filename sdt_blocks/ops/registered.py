@@ -54,7 +54,7 @@ class RegisteredOp:
         if watched() or not _PLAIN.issuperset(map(type, arguments)):
             return self.overload(*arguments)
         arguments += self.defaults[len(arguments) :]
-        if self.function is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        if self.function is not None and torch.is_grad_enabled() and any(map(_has_gradient, arguments)):
             return self.function.apply(*arguments)
         return self.compute(*arguments)
 
@@ -62,6 +62,10 @@ class RegisteredOp:
 def registered(name: str) -> Callable[[Callable[..., Any]], RegisteredOp]:
     """Makes a function of tensors, numbers and lists of numbers a `RegisteredOp`."""
     return lambda compute: RegisteredOp(name, compute)
+
+
+def _has_gradient(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.requires_grad
 
 
 def watched() -> bool:
