@@ -369,7 +369,7 @@ def _fusible(norm: nn.Module, neuron: nn.Module, x: Tensor) -> bool:
     if not (is_plain(norm, nn.BatchNorm2d, nn.SyncBatchNorm) and is_neuron(neuron)) or _waits_for_others(norm):
         _tell_unfused(norm, neuron)
         return False
-    assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) and isinstance(neuron, LIF)
+    assert isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) and isinstance(neuron, LIF)
     known = isinstance(neuron.surrogate, Surrogate) and x.shape[2] == norm.num_features < x.numel()
     return known and fused(x, even_traced=norm.training)
 

@@ -112,7 +112,7 @@ def test_without_a_gradient_there_is_no_graph():
 
 
 def test_a_compiler_sees_the_op():
-    norm, seen = Norm(training=True), []
+    norm, neuron, seen = Norm(training=True), NeuronSpec(), []
 
     def look(graph, inputs):
         seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
@@ -120,7 +120,7 @@ def test_a_compiler_sees_the_op():
 
     torch._dynamo.reset()
     x = torch.randn(2, 2, 4, 3, 3, requires_grad=True)
-    torch.compile(lambda x: batch_norm_lif(x, norm, NeuronSpec()), fullgraph=True, backend=look)(x)
+    torch.compile(lambda x: batch_norm_lif(x, norm, neuron), fullgraph=True, backend=look)(x)
     assert {"sdt_blocks.lif.default", "sdt_blocks.channel_statistics.default"} <= set(seen)
 
 
