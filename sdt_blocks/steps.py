@@ -411,14 +411,16 @@ def _of_hooks(name: str, sharded: bool) -> str:
 
 
 def norm_settings(norm: Any) -> Norm:
-    """What the fused ops are told of an `nn.BatchNorm2d` or what is one, which counts the batch."""
+    """What the fused ops are told of an `nn.BatchNorm2d` or what is one; they count the batch.
+
+    One that averages over all batches has counted it already.
+    """
     momentum: Any = norm.momentum or 0.0
     tracked = norm.track_running_stats or not norm.training
-    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:
-            # A tensor: to read the number back would wait for the device.
-            momentum = 1 / norm.num_batches_tracked
+    batches = norm.num_batches_tracked if norm.training and norm.track_running_stats else None
+    if norm.momentum is None and batches is not None:
+        # A tensor: to read the number back would wait for the device.
+        momentum, batches = 1 / batches.add_(1), None
     return Norm(
         norm.running_mean if tracked else None,
         norm.running_var if tracked else None,
@@ -427,6 +429,7 @@ def norm_settings(norm: Any) -> Norm:
         norm.training or norm.running_mean is None,
         momentum,
         norm.eps,
+        batches,
     )
 
 

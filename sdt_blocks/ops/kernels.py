@@ -75,7 +75,7 @@ class Kernels(Protocol):
 
     @property
     def batch_statistics(self) -> Callable[[Tensor, Layout, Norm, int, Tensor, Tensor], None] | None:
-        """Fills mean and inv_std `[channels]` from x, layout, norm, repeats, and updates the running statistics.
+        """Fills mean and inv_std `[channels]` from x, layout, norm, repeats, updates running statistics and counts.
 
         That is what `norm_lif.statistics` does, for a momentum that is a number; `None` where launches cost nothing
         that one kernel would save.

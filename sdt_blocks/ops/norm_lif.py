@@ -25,14 +25,15 @@ def batch_norm_lif_reference(
     time_steps: int | None = None,
     return_membrane: bool = False,
 ) -> Any:
-    """`lif(F.batch_norm(x, *norm), neuron)` over the frames x `[T, B, C, ...]`; running statistics change in place.
+    """`lif(F.batch_norm(x, ...), neuron)` over the frames x `[T, B, C, ...]`, for what `norm` says of it.
 
     With `time_steps`, x `[1, B, C, ...]` is shown at every step.
     """
     if time_steps is not None:
         x = x.expand(time_steps, *x.shape[1:])
+    norm.count_batch()
     settings: list[Any] = [*norm._replace(momentum=float(norm.momentum))]
-    frames = F.batch_norm(x.flatten(0, 1), *settings)
+    frames = F.batch_norm(x.flatten(0, 1), *settings[:-1])
     result = lif_reference(frames.unflatten(0, x.shape[:2]), neuron, membrane)
     return result if return_membrane else result[0]
 
@@ -82,7 +83,7 @@ def batch_norm_lif(
 
 @torch.no_grad()
 def statistics(x: Tensor, norm: Norm, repeats: int = 1) -> tuple[Tensor, Tensor]:
-    """Mean and inverse deviation to normalize by; updates the running statistics when training."""
+    """Mean and inverse deviation to normalize by; when training updates the running statistics and counts the batch."""
     if fill := _at_once(x, norm):
         mean, inv_std = (x.new_empty(x.shape[2], dtype=state_dtype(x)) for _ in range(2))
         fill(*arrange(x, x.shape[0], per_channel=True), norm, repeats, mean, inv_std)
@@ -92,6 +93,7 @@ def statistics(x: Tensor, norm: Norm, repeats: int = 1) -> tuple[Tensor, Tensor]
         if running_mean is None or running_var is None:
             raise ValueError("evaluation needs running_mean and running_var; give both, or training=True")
         return running_mean, (running_var + eps).rsqrt()
+    norm.count_batch()
     mean, variance = channel_statistics(x)
     if running_mean is not None and running_var is not None:
         # A frame shown again and again changes the unbiased variance alone.

@@ -75,10 +75,10 @@ def _decode(numbers: tuple[float, ...]) -> NeuronSpec:
 
 
 class Norm(NamedTuple):
-    """A batch normalization: the arguments of `F.batch_norm`, in its order.
+    """A batch normalization: the arguments of `F.batch_norm`, in its order, and how many batches it has seen.
 
-    While `training`, running statistics that are given change in place. `momentum` may be a 0-d tensor, which need not
-    be read back from its device.
+    While `training`, running statistics that are given change in place, and `batches`, a 0-d tensor of integers, counts
+    one more. `momentum` may be a 0-d tensor, which need not be read back from its device.
     """
 
     running_mean: Tensor | None = None
@@ -88,6 +88,12 @@ class Norm(NamedTuple):
     training: bool = False
     momentum: float | Tensor = 0.1
     eps: float = 1e-5
+    batches: Tensor | None = None
+
+    def count_batch(self) -> None:
+        """Counts a batch."""
+        if self.training and self.batches is not None:
+            self.batches.add_(1)
 
 
 @dataclass(frozen=True)

@@ -115,12 +115,24 @@ def test_evaluation(backend, device):
     assert worst(run(attend, x, norms, neurons, leaves), expected) <= TAKEN[torch.float64]
 
 
-def test_running_statistics(backend, device):
+@pytest.mark.parametrize("alike", [True, False])
+def test_running_statistics(backend, device, alike):
     x, norms, neurons, _ = make((4, 2, 12, 4, 4), torch.float64, device, learnt=False)
+    x = [(i + 1) * part + i for i, part in enumerate(x)]
+    neurons = neurons if alike else [neurons[0]._replace(threshold=0.7), *neurons[1:]]
 
     def after(op):
-        own = [n._replace(running_mean=torch.ones(12).to(x[0]), running_var=torch.ones(12).to(x[0])) for n in norms]
+        own = [
+            norm._replace(
+                running_mean=torch.ones(12).to(x[0]),
+                running_var=torch.ones(12).to(x[0]),
+                momentum=0.1 + 0.2 * i,
+                batches=torch.tensor(i, device=device),
+            )
+            for i, norm in enumerate(norms)
+        ]
         op(x, own, neurons)
+        assert [int(norm.batches) for norm in own] == [1, 2, 3]
         return torch.stack([torch.stack([norm.running_mean, norm.running_var]) for norm in own])
 
     torch.testing.assert_close(after(attend), after(attend_reference))

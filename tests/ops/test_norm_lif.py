@@ -128,3 +128,21 @@ def test_what_is_not_finite_is_seen(backend, device, value, kind):
     pairs += [(ours.grad, theirs.grad) for ours, theirs in zip(norm.parameters(), other.parameters(), strict=True)]
     for ours, theirs in pairs:
         assert torch.equal(ours.isfinite(), theirs.isfinite())
+
+
+def unknown(shift):
+    """A surrogate that no kernel knows."""
+    return (shift >= 0).to(shift) + shift - shift.detach()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_batch_is_counted_once(backend, device, known):
+    """Whether a kernel counts it or the equations do, and however many programs take their channels."""
+    neuron = NeuronSpec() if known else NeuronSpec(surrogate=unknown)
+    counted = [torch.tensor(number, device=device) for number in (0, 7, 40)]
+    for batches in counted:
+        batch_norm_lif(torch.randn(2, 2, 20, 3, 3, device=device), Norm(training=True, batches=batches), neuron)
+    assert [int(batches) for batches in counted] == [1, 8, 41]
+    evaluated = Norm(torch.zeros(20, device=device), torch.ones(20, device=device), batches=counted[0])
+    batch_norm_lif(torch.randn(2, 2, 20, 3, 3, device=device), evaluated, neuron)
+    assert int(counted[0]) == 1

@@ -133,6 +133,7 @@ def settle(
     inv_std,
     running_mean,
     running_var,
+    batches,
     runs,
     channels,
     step,
@@ -144,13 +145,16 @@ def settle(
     eps,
     INVERT: tl.constexpr,
     RUNNING: tl.constexpr,
+    COUNT: tl.constexpr,
     RUNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     """Mean and inverse deviation (or variance) from the `moments` of all runs; the running statistics change with them.
 
-    A channel has `count` values, that come `repeated` times in all.
+    A channel has `count` values, that come `repeated` times in all. `batches` counts one more.
     """
+    if COUNT:
+        tl.store(batches, tl.load(batches, mask=tl.program_id(0) == 0, other=0) + 1, mask=tl.program_id(0) == 0)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     there = c < channels
     middle, spread = _merged(partial, runs, 0, runs, channels, c, step, positions, weight, RUNS)

@@ -259,7 +259,7 @@ def batch_statistics(x: Tensor, layout: Layout, norm: Norm, repeats: int, mean: 
 def _settle(
     x: Tensor, layout: Layout, norm: Norm, repeats: int, mean: Tensor, of_deviation: Tensor, *, invert: bool
 ) -> None:
-    """Fills the mean and the inverse deviation, or without `invert` the variance, and updates the running ones."""
+    """Fills the mean and the inverse deviation, or without `invert` the variance; updates what the norm keeps."""
     cut, channels = tile(x, layout, times=_times(layout)), layout.channels
     runs, step, positions = cut.runs, cut.step, cut.arguments["positions"]
     weight = layout.steps * (1 if cut.arguments["INNERMOST"] else cut.group)
@@ -281,6 +281,7 @@ def _settle(
             of_deviation,
             _or(norm.running_mean, mean),
             _or(norm.running_var, mean),
+            _or(norm.batches, mean),
             runs,
             channels,
             step,
@@ -292,6 +293,7 @@ def _settle(
             _bits(norm.eps),
             INVERT=invert,
             RUNNING=norm.running_mean is not None,
+            COUNT=norm.batches is not None,
             RUNS=RUNS,
             CHANNELS=FEW,
         )
