@@ -81,6 +81,31 @@ def test_a_large_mean_costs_no_precision(backend, device):
     assert (spikes.double() != exact).float().mean() < 2e-3
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("most", [65535, 5, 1])
+def test_more_positions_than_programs_beside_each_other(monkeypatch, most):
+    """An axis of CUDA's grid has at most 65535 programs: the rest stand on the next one, some behind the last."""
+    tiles = pytest.importorskip("sdt_blocks.ops.triton.tiles")
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "triton")
+    monkeypatch.setattr(tiles, "MOST_PROGRAMS", most)
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    norm, neuron = trained(nn.BatchNorm2d(40)).to(device).double(), ParametricLIF(channels=40).to(device).double()
+    other, twin = copy.deepcopy(norm), copy.deepcopy(neuron)
+    x = channels_last(torch.randn(2, 3, 40, 9, 9, device=device, dtype=torch.float64) * 2 + 1)
+    fused, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+    spikes = normalize_and_fire(norm, neuron, fused)
+    expected = twin(other(plain.flatten(0, 1)).unflatten(0, (2, 3)))
+    weight = torch.randn_like(spikes)
+    (spikes * weight).sum().backward()
+    (expected * weight).sum().backward()
+    assert torch.equal(spikes, expected) and 0.1 < spikes.mean() < 0.9
+    pairs = [(fused.grad, plain.grad), (norm.running_var, other.running_var), (neuron.w.grad, twin.w.grad)]
+    pairs += [(ours.grad, theirs.grad) for ours, theirs in zip(norm.parameters(), other.parameters(), strict=True)]
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("hooked", ["norm", "neuron", "subclass", "forward"])
 def test_what_watches_is_not_skipped(hooked, monkeypatch):
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")

@@ -38,10 +38,10 @@ def moments(
     c, there, groups, mask, _image = place(positions, channels, inner, tokens, INNERMOST, SINGLE, A, B, V, INDEX)
     at = elements(in_x(groups, chunk, chunk_stride, DENSE), V)
     if INNERMOST:
-        run = second_axis()
+        run = second_axis().to(INDEX)
         runs = tl.num_programs(1) * tl.num_programs(2)
         row = channels * V
-        first = (run.to(INDEX) * A) * channels + c // V
+        first = run * A * channels + c // V
         exists = there & (run * A < positions)
         start = tl.load(x + in_x(first, chunk, chunk_stride, DENSE) * V + c % V, mask=exists, other=0.0).to(STATE)
     else:

@@ -42,7 +42,7 @@ class Tile(NamedTuple):
 
     grid: tuple[int, int, int]
     runs: int
-    """Programs of each channel."""
+    """Programs of each channel, those beyond the last position counted in."""
     step: int
     """Positions of one of them, in groups where the channels are not innermost."""
     group: int
@@ -77,8 +77,8 @@ def tile(x: Tensor, layout: Layout, *strides: int, images: int = 1, times: int =
         even = max(channels & -channels, min(2, triton.next_power_of_2(channels)))
         columns = min(LINE // (group * x.element_size()), even)
         rows = elements // group // columns
-        runs = triton.cdiv(positions, rows)
-        grid = grid_of(triton.cdiv(channels, columns), runs)
+        grid = grid_of(triton.cdiv(channels, columns), triton.cdiv(positions, rows))
+        runs = grid[1] * grid[2]
     else:
         positions //= group
         inner = positions // images if single else inner
@@ -115,8 +115,9 @@ def index(size: int) -> Any:
 
 
 def grid_of(first: int, second: int) -> tuple[int, int, int]:
-    """A grid whose second axis is longer than may be: its number is `second_axis()`."""
-    return first, min(second, MOST_PROGRAMS), triton.cdiv(second, MOST_PROGRAMS)
+    """A grid whose second axis is longer than may be: its number is `second_axis()`, or beyond the last `second`."""
+    third = triton.cdiv(second, MOST_PROGRAMS)
+    return first, triton.cdiv(second, third), third
 
 
 @triton.jit
