@@ -145,6 +145,7 @@ def facts(launch, capability):
         "divisions": len(re.findall(offline.DIVISION, binary.assembly)),
         "barriers": sum(count for op, count in counts.items() if op.startswith("BAR")),
         "accesses": dict(offline.accesses(counts)),
+        "fused": sum(count for op, count in counts.items() if op.startswith(("FFMA", "DFMA"))),
     }
 
 

@@ -20,6 +20,7 @@ from ..spec import RESETS, NeuronSpec, arrange, state_dtype
 from .lif import MOST_STEPS, charge, fires
 from .tiles import (
     LINE,
+    ROUNDED,
     SIZES,
     THREADS,
     WIDEST,
@@ -179,6 +180,7 @@ def _neuron(
         "RESET": RESETS.index(neuron.reset),
         "STRICT": neuron.strict,
         "STATE": _STATE[state_dtype(x)],
+        **ROUNDED,
     }
     return found if inv_tau is None else {**found, "OF_CHANNEL": inv_tau.ndim > 0}
 

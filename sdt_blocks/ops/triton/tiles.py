@@ -21,6 +21,11 @@ WIDEST = 16
 LINE = 128
 # The second and third axis of a grid.
 MOST_PROGRAMS = 65535
+ROUNDED = {"enable_fp_fusion": False}
+"""Launches of neurons: products are rounded before they are added to, as in the equations.
+
+Otherwise membranes would differ from theirs in the last bit, spikes with them where one is at its threshold.
+"""
 
 SIZES = (
     "positions",

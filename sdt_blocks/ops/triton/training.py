@@ -19,7 +19,7 @@ from ..spec import RESETS, Affine, Arriving, Layout, NeuronSpec, Norm, arrange, 
 from . import attention, lif, pool
 from . import bits as bit_kernels
 from . import norm as norms
-from .tiles import THREADS, WIDEST, tile
+from .tiles import ROUNDED, THREADS, WIDEST, tile
 
 logging.getLogger(__name__).info(
     "Triton builds each kernel when it is first called, and keeps it for the next time in TRITON_CACHE_DIR or ~/.triton"
@@ -203,6 +203,7 @@ def attend(
             TAU=inv_tau is not None,
             KEEP=codes is not None,
             STATE=_STATE[state_dtype(q)],
+            **ROUNDED,
         )
 
 
@@ -375,6 +376,7 @@ def _constants(
         "TAU": 0 if inv_tau is None else 2 if inv_tau.ndim else 1,
         "BEFORE": before is not None,
         "STATE": _STATE[state_dtype(x)],
+        **ROUNDED,
     }
 
 
