@@ -11,6 +11,8 @@ frame, as many as come; the mean of its outputs over time is the model's answer.
 
 from __future__ import annotations
 
+import os
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -35,9 +37,9 @@ EXTRA = "pip install 'sdt_blocks[export]'"
 class Options:
     """This recipe's own arguments."""
 
-    checkpoint: str | None = option(None, "a run folder, a saved model, or a released .pth.tar")
-    format: str = option("onnx", "onnx, pt2 or nir")
-    output: str | None = option(None, "the file to write; null makes model.FORMAT beside the checkpoint")
+    checkpoint: str | None = option(None, "a run folder, a saved model, or a released .pth.tar", path=True)
+    format: str = option("onnx", "for ONNX Runtime, for torch.export, or for neuromorphic tools", choices=FORMATS)
+    output: str | None = option(None, "the file to write; null makes model.FORMAT beside the checkpoint", path=True)
     batch: int | None = option(None, "images at a time; null: any number", least=1)
     ema: bool = option(False, "the averaged weights of a run")
 
@@ -49,21 +51,34 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     options = read_options(Options, own)
     if options.checkpoint is None:
         raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar")
-    if options.format not in FORMATS:
-        raise ConfigError(f"format: expected one of {', '.join(FORMATS)}, got {options.format!r}")
     return options, with_run_config(Path(options.checkpoint), [one for one in arguments if one not in own])
 
 
-def example_inputs(model: Any, config: Config, count: int) -> Any:
+def frame_shape(model: Any, config: Config, arguments: Sequence[str]) -> tuple[int, int, int]:
+    """Number, height and width of the frames that a model of events takes: as asked for, else as in its training."""
+    from sdt_datasets.event_data import RELEASED_SIZE
+
+    events = config.events
+    steps = events.time_steps if "events.time_steps" in {one.partition("=")[0] for one in arguments} else None
+    side = events.size
+    if side is None and model.card is not None and model.card.input_size is not None:
+        height, width = model.card.input_size
+        return steps or model.time_steps, height, width
+    side = side or RELEASED_SIZE.get(config.data.name)
+    if side is None and events.sensor_size is None:
+        raise ConfigError("nothing says the size of the frames; give events.size=N, or events.sensor_size=[W,H]")
+    width, height = (side, side) if side else events.sensor_size  # type: ignore[misc]
+    return steps or model.time_steps, height, width
+
+
+def example_inputs(model: Any, config: Config, count: int, arguments: Sequence[str]) -> Any:
     """Images or, for a model of events, frames of the configured size, at random: `[count, ...]`."""
     import torch
 
-    data, events = config.data, config.events
-    generator = torch.Generator().manual_seed(0)
+    data, generator = config.data, torch.Generator().manual_seed(0)
     if model.in_channels == 2:
-        size = events.size or 128
-        counts = torch.rand(count, events.time_steps, 2, size, size, generator=generator)
-        return (3 * counts).floor()
+        steps, height, width = frame_shape(model, config, arguments)
+        return (3 * torch.rand(count, steps, 2, height, width, generator=generator)).floor()
     images = torch.rand(count, model.in_channels, data.img_size, data.img_size, generator=generator)
     # Blurred, as photographs are: noise alone would silence the deeper layers.
     images = torch.nn.functional.avg_pool2d(images, 5, stride=1, padding=2)
@@ -99,8 +114,11 @@ def write_onnx(model: Any, x: Any, path: Path, *, any_batch: bool) -> Callable[[
     return lambda images: torch.from_numpy(session.run(None, {"x": images.numpy()})[0])
 
 
-def write_nir(model: Any, x: Any, path: Path) -> Callable[[Any], Any]:
-    """A NIR graph. Returns what answers by the file. Raises `ConfigError` for what NIR cannot hold."""
+def write_nir(model: Any, x: Any, path: Path, *, any_batch: bool) -> Callable[[Any], Any]:
+    """A NIR graph, which takes one sample at a time (`any_batch` says nothing). Returns what answers by the file.
+
+    Raises `ConfigError` for what NIR cannot hold.
+    """
     from sdt_blocks.inference import export_to_nir, simulate_nir
     from sdt_blocks.steps import present
 
@@ -153,15 +171,24 @@ def run(options: Options, rest: Sequence[str]) -> str:
     path = Path(options.output) if options.output else beside / f"model.{options.format}"
     if not path.parent.is_dir():
         raise ConfigError(f"output={path}: there is no folder {path.parent}")
-    x = example_inputs(model, config, options.batch or CHECKED)
-    silent = firing_rates(model, x).silence
+    x = example_inputs(model, config, options.batch or CHECKED, rest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is said below
+        silent = firing_rates(model, x).silence
     if silent:
         warn(f"the comparison says little of layers that did not fire at random images: {silent}")
+    write = {"onnx": write_onnx, "pt2": write_pt2, "nir": write_nir}[options.format]
+    try:
+        # Only what answers as the model does gets its name: what stood there before stays where this does not.
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export_") as scratch:
+            draft = Path(scratch) / path.name
+            said = check(model, write(model, x, draft, any_batch=options.batch is None), x)
+            os.replace(draft, path)
+    except OSError as error:
+        raise RunError(f"output={path} cannot be written ({error})") from error
     if options.format == "nir":
-        said, frame = check(model, write_nir(model, x, path), x), list(x.shape[-3:])
-        return f"{path} takes frames {frame} and answers, over {model.time_steps} steps, as the model does: {said}"
-    write = {"onnx": write_onnx, "pt2": write_pt2}[options.format]
-    said = check(model, write(model, x, path, any_batch=options.batch is None), x)
+        frame, steps = list(x.shape[-3:]), model.time_steps
+        return f"{path} takes frames {frame} and answers, over {steps} steps, as the model does: {said}"
     shape = ["any" if options.batch is None else options.batch, *x.shape[1:]]
     return f"{path} takes {shape} and answers as the model does: {said}"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from common.config import ConfigError, RunError
 
-from sdt_blocks import calibrate_norms, create_model, example_images, save_model
+from sdt_blocks import DataCard, calibrate_norms, create_model, example_images, save_model
 from sdt_blocks.example import FOLDER, example_model
 
 
@@ -67,7 +67,7 @@ def test_a_graph_of_nir_is_read_back(convolutional, tmp_path, capsys):
     assert graph.nodes["head"].weight.shape == (10, 32) and "did not fire" not in capsys.readouterr().err
 
 
-def test_a_graph_of_nir_that_answers_otherwise_is_refused(convolutional, monkeypatch):
+def test_a_graph_of_nir_that_answers_otherwise_is_refused(convolutional, tmp_path, monkeypatch):
     nir = pytest.importorskip("nir")
     write = nir.write
 
@@ -75,22 +75,47 @@ def test_a_graph_of_nir_that_answers_otherwise_is_refused(convolutional, monkeyp
         graph.nodes["head"].weight[:] = graph.nodes["head"].weight[::-1]
         write(path, graph)
 
+    (tmp_path / "model" / "model.nir").write_bytes(b"an earlier one")
     monkeypatch.setattr(nir, "write", damaged)
     with pytest.raises(RunError, match="what was written answers otherwise"):
         convolutional()
+    assert (tmp_path / "model" / "model.nir").read_bytes() == b"an earlier one"
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"model.nir", "model.safetensors", "config.json"}
 
 
 def test_what_cannot_be_written_is_refused(export, monkeypatch):
     pytest.importorskip("nir")
     with pytest.raises(ConfigError, match=r"NIR has no attention.*\(blocks.0.attention.branch.mixer for one"):
         export("format=nir", "output=digits.nir")
-    with pytest.raises(ConfigError, match="format: expected one of onnx, pt2, nir, got 'tflite'"):
+    with pytest.raises(ConfigError, match="format: 'tflite' is unknown; choose one of onnx, pt2, nir"):
         export("format=tflite")
     with pytest.raises(ConfigError, match="there is no folder nowhere"):
         export("format=pt2", "output=nowhere/model.pt2")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ConfigError, match=r"pip install 'sdt_blocks\[export\]'"):
         export("output=digits.onnx")
+
+
+@pytest.mark.parametrize(
+    ("card", "arguments", "shape"),
+    [
+        ((24, 32), (), [3, 2, 24, 32]),  # as in training
+        ((24, 32), ("events.size=16", "events.time_steps=2"), [2, 2, 16, 16]),  # as asked for
+        (None, ("events.sensor_size=[20,12]",), [3, 2, 12, 20]),
+        (None, ("data.name=cifar10_dvs",), [3, 2, 64, 64]),
+    ],
+)
+def test_a_model_of_events_is_written_for_the_frames_of_its_training(card, arguments, shape):
+    import export as recipe
+    from common.config import load_config
+
+    model = create_model("sdt_2_256", depth=1, dim=32, in_channels=2, time_steps=3, pooling="0001")
+    model.card = card and DataCard(input_size=card)
+    config = load_config(arguments, default="imagenet_8_384")
+    assert list(recipe.example_inputs(model, config, 5, arguments).shape) == [5, *shape]
+    if card is None:
+        with pytest.raises(ConfigError, match="nothing says the size of the frames; give events"):
+            recipe.example_inputs(model, load_config([], default="imagenet_8_384"), 5, [])
 
 
 def test_what_answers_otherwise_is_no_export():
