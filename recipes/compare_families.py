@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common.command_line import command
-from common.config import Config, ConfigError, changed, load_config, trajectory
+from common.config import Config, ConfigError, changed, flatten, load_config, trajectory
 from common.cpu_processes import join_processes
 from common.options import read_options
 from common.schema import option
@@ -51,7 +51,7 @@ SEARCHED = (Column("lr", "learning rate", "g"), Column("validation_top1", "valid
 class Search(Options):
     """What this recipe can be told."""
 
-    output_dir: str = option("runs/families", "the folder to write, with a folder for each family")
+    output_dir: str = option("runs/families", "the folder to write, with a folder for each family", path=True)
     families: str = option(",".join(SMALL), "which are compared, separated by commas")
     rates: str = option("2e-3,5e-3,1.25e-2,3e-2", "learning rates that each family is tried with")
     seeds: str = option("1,2,3", "seeds that the best learning rate trains with")
@@ -71,13 +71,25 @@ def listed(text: str, kind: type, name: str) -> list[Any]:
     return values
 
 
+JUDGED = ("train.batch_size", "train.accumulate", "train.max_steps", "train.init_checkpoint", "data.test_samples")
+"""What a run may be resumed with otherwise, but its figures depend on all the same."""
+
+
 def ready(folder: Path, config: Config) -> bool:
-    """Whether the folder holds the finished run of this configuration."""
+    """Whether the folder holds the finished run of this configuration. Raises `ConfigError` for one that is alike."""
     if not (folder / "summary.json").is_file():
         return False
-    asked, done = trajectory(config), trajectory(load_config([f"config={folder / RUN_CONFIG}"], default=""))
+    done = load_config([f"config={folder / RUN_CONFIG}"], default="")
+    asked, before = flatten(config), flatten(done)
     # What the data decides, such as the number of classes, is not asked for.
-    return all(value in (None, done[key]) for key, value in asked.items())
+    if any(value not in (None, before[key]) for key, value in asked.items() if key in trajectory(config)):
+        return False
+    if other := [f"{key} is {asked[key]} and was {before[key]}" for key in JUDGED if asked[key] != before[key]]:
+        raise ConfigError(
+            f"{folder} holds a finished run with other settings: {'; '.join(other)}. Use the same settings, or take "
+            f"another output_dir"
+        )
+    return True
 
 
 def train_once(config: Config) -> dict[str, Any]:

@@ -6,8 +6,8 @@
 
 A model is a published variant by its name, a run folder, a folder of runs with several seeds, a saved model, or a
 released checkpoint; without any, one of each family. A variant has random weights and norms settled on images, so that
-it fires: its rate says nothing of a trained one. A run is judged on images of its own data, beside its accuracy, and
-several seeds by mean and standard deviation.
+it fires: its rate says nothing of a trained one. A run is judged by its last model, on images of its own data, beside
+its accuracy, and several seeds by mean and standard deviation.
 
 It prints the table in Markdown and writes it as models.md, .csv and .tex, and as bars in models.png. Energy is by the
 papers' formula: 4.6 pJ where real values are multiplied, 0.9 pJ an addition; a level or a count of spikes is as many

@@ -93,10 +93,20 @@ def latency_row(forms: Sequence[Form]) -> dict[str, Any]:
 
 
 def mean_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One row of several seeds: means of what are numbers with a point, with `_std` beside, else the first's."""
+    """One row of several seeds: means of what are numbers with a point, with `_std` beside; None where a seed has none.
+
+    The reasons are those of all seeds, the verdict is the worst one; what else differs is left out.
+    """
     merged = dict(rows[0])
-    for key in rows[0] if len(rows) > 1 else ():
+    for key in dict.fromkeys(key for row in rows for key in row) if len(rows) > 1 else ():
         values = [row.get(key) for row in rows]
         if all(isinstance(value, float) for value in values):
-            merged[key], merged[f"{key}_std"] = statistics.fmean(values), statistics.stdev(values)
+            merged[key], merged[f"{key}_std"] = statistics.fmean(values), statistics.stdev(values)  # type: ignore
+        elif any(value != values[0] for value in values):
+            merged[key] = None
+    verdicts = [row["spike_driven"] for row in rows]
+    merged["spike_driven"] = next(verdict for verdict in ("no", "silent", "yes") if verdict in verdicts)
+    merged["why"] = list(dict.fromkeys(reason for row in rows for reason in row["why"]))
+    if 0 < (silent := verdicts.count("silent")) < len(rows):
+        merged["why"].insert(0, f"{silent} of {len(rows)} seeds are silent")
     return merged

@@ -41,7 +41,7 @@ ALSO = tuple(Column(key, key) for key in ("family", "data", "multiplications", "
 class Options:
     """How models are looked at."""
 
-    output_dir: str = option("model_comparison", "the folder to write")
+    output_dir: str = option("model_comparison", "the folder to write", path=True)
     img_size: int = option(224, "side of the images of variants, in pixels", least=16)
     samples: int = option(8, "inputs of each model that are looked at", least=2)
     latency: bool = option(True, "measure how long an inference takes, dense and event-driven")
@@ -72,7 +72,9 @@ def read_model(name: str, options: Options) -> Found:
     for folder in seeds or [path]:
         arguments = with_run_config(folder, ["tracker=none", f"data.test_samples={options.samples}"])
         config = load_config(arguments, default="imagenet_8_384")
-        model, config = load(folder, config, arguments, averaged=False)
+        # A run's accuracy is that of its last model, which no choice by test images has touched.
+        last = folder / "last"
+        model, config = load(last if last.is_dir() else folder, config, arguments, averaged=False)
         of_a_run = arguments[0].startswith("config=")
         size = model.card.input_size[0] if model.card is not None and model.card.input_size else options.img_size
         inputs = data_of(config) if of_a_run else sample_inputs(model, options.samples, size)

@@ -58,6 +58,13 @@ def test_the_best_learning_rate_trains_with_every_seed(families, tmp_path):
     assert float(again["V3"]["top1"]) == summary(folder / "V3" / "seed_2")["test_top1"]
     with pytest.raises(ConfigError, match=r"other settings: .*optim\.weight_decay is 0\.5"):
         families("rates=1e-5,1e-2", "optim.weight_decay=0.5")
+    # Figures of other runs than those asked for are no answer either.
+    for setting, words in (
+        ("train.batch_size=8", r"train\.batch_size is 8 and was 16"),
+        ("data.test_samples=9", r"data\.test_samples is 9 and was None"),
+    ):
+        with pytest.raises(ConfigError, match=f"holds a finished run with other settings: {words}"):
+            families("rates=1e-5,1e-2", setting)
 
 
 def summary(folder):

@@ -88,6 +88,38 @@ def test_several_seeds_are_one_row(compare, tmp_path):
     assert "dense_ms" not in rows["runs"] and "92.00 ± 2.83" in out
 
 
+def test_a_seed_without_a_figure_leaves_none_and_the_worst_verdict_stands():
+    from common.judging import mean_row
+
+    row = {"family": "V1", "params": 7, "energy_mj": 1.0, "spike_driven": "yes", "why": ["as it is"], "top1": 90.0}
+    other = {"family": "V1", "params": 7, "energy_mj": 3.0, "spike_driven": "silent", "why": ["no neuron fired"]}
+    for rows in ([row, other], [other, row]):
+        found = mean_row(rows)
+        assert (found["energy_mj"], found["params"], found["spike_driven"]) == (2.0, 7, "silent")
+        assert found["top1"] is None and "top1_std" not in found
+        assert found["why"][0] == "1 of 2 seeds are silent" and set(found["why"][1:]) == {"as it is", "no neuron fired"}
+    assert mean_row([row, row | {"spike_driven": "no", "data": "digits"}])["spike_driven"] == "no"
+    assert mean_row([row]) == row
+
+
+def test_a_run_is_judged_by_the_model_that_its_accuracy_is_of(compare, tmp_path):
+    from common.config import changed, load_config, to_yaml
+    from common.judging import sample_inputs
+
+    torch.manual_seed(0)
+    config = load_config(["data.test_samples=20", "data.img_size=16"], default="digits")
+    for name, dim in (("best", 32), ("last", 64)):
+        model = create_model("sdt_2_256", depth=1, dim=dim, in_channels=1)
+        calibrate_norms(model, sample_inputs(model, 4, 16))
+        save_model(model.eval(), tmp_path / "run" / name)
+        sizes = sum(parameter.numel() for parameter in model.parameters())
+    config = changed(config, {"model.in_channels": 1, "model.num_classes": 10})
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
+    (tmp_path / "run" / "summary.json").write_text(json.dumps({"data": "digits", "test_top1": 50.0}))
+    rows, _ = compare("run", "latency=false")
+    assert (float(rows["run"]["top1"]), int(rows["run"]["params"])) == (50.0, sizes)
+
+
 def test_what_cannot_be_compared_is_refused(compare, tmp_path):
     (tmp_path / "empty").mkdir()
     for arguments, words in (
