@@ -47,7 +47,7 @@ WHOLE, ALL_STEPS = "the whole model", "never: all steps"
 class Options:
     """What this recipe adds to the keys of a training run."""
 
-    checkpoint: str | None = option(None, "a run folder or a saved model of still images")
+    checkpoint: str | None = option(None, "a run folder or a saved model of still images", path=True)
     measure: str = option(
         "entropy", "how sure an answer is: by its entropy or its margin", choices=("entropy", "margin")
     )
@@ -57,24 +57,26 @@ class Options:
     fit_samples: int | None = option(None, "samples that choose the thresholds; null takes half of them", least=1)
     batch_size: int = option(64, "images of a batch", least=1)
     rounds: int = option(3, "measurements of each row's time, in turns", least=1)
-    output_dir: str | None = option(None, "the folder to write; null makes `early_answers` beside the checkpoint")
+    output_dir: str | None = option(
+        None, "the folder to write; null makes `early_answers` beside the checkpoint", path=True
+    )
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[float], list[str]]:
     """This recipe's options, the tolerances, and the arguments that `load_config` takes. Raises `ConfigError`."""
     names = {item.name for item in fields(Options)}
     own = [argument for argument in arguments if argument.partition("=")[0] in names]
-    tolerances = [argument.partition("=")[2] for argument in own if argument.startswith("tolerances=")]
-    options = read_options(Options, [argument for argument in own if not argument.startswith("tolerances=")])
+    options = read_options(Options, own)
     if options.checkpoint is None:
         raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar")
-    listed = (tolerances or [options.tolerances])[-1]
     try:
-        allowed = [float(one) for one in listed.strip("[]").split(",")]
+        allowed = [float(one) for one in options.tolerances.strip("[]").split(",")]
     except ValueError:
         allowed = [-1.0]
     if not all(0 <= one < 1 for one in allowed):
-        raise ConfigError(f"tolerances={listed}: expected shares of the samples from 0 to 1, such as 0,0.01")
+        raise ConfigError(
+            f"tolerances={options.tolerances}: expected shares of the samples from 0 to 1, such as 0,0.01"
+        )
     rest = [argument for argument in arguments if argument not in own]
     settings = ["train.mixed_precision=no", "tracker=none", *rest]
     return options, allowed, with_run_config(Path(options.checkpoint), settings)

@@ -9,7 +9,7 @@ matched by name, in whatever order the data has them; `match=position` goes by t
 
 For a run folder the data is the run's own unless said otherwise, else that of config=imagenet_8_384. `img_size=288`
 resizes to 320 and crops 288, as published; `ema=true` takes the averaged weights; `model.time_steps=6` and the like
-override what the checkpoint says.
+override what the checkpoint says. Keys of its own: see the end.
 """
 
 from __future__ import annotations
@@ -18,20 +18,24 @@ import csv
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.command_line import command
 from common.config import ConfigError, RunError, load_config
 from common.cpu_processes import join_processes
+from common.options import read_options
+from common.schema import option
 from common.trained import class_names, default_folder, load, match_classes, with_run_config
 
 if TYPE_CHECKING:
     from common.evaluation import Evaluation
 
-PUBLISHED_CROP = {"288": "0.9"}
+PUBLISHED_CROP = {288: 0.9}
 """Evaluation sizes with their own share of the resized image: 288 of 320."""
+
+MATCHES = ("name", "position")
 
 MOST_CLASSES = 20
 """Classes up to which the accuracy of each is printed; of more, the worst ones are."""
@@ -39,46 +43,37 @@ MOST_CLASSES = 20
 
 @dataclass
 class Options:
-    """This recipe's own arguments."""
+    """What this recipe adds to the keys of a training run."""
 
-    checkpoint: Path
-    averaged: bool
-    match: str
-    output_dir: Path
+    checkpoint: str | None = option(None, "a run folder, a saved model, or a released .pth.tar", path=True)
+    ema: bool = option(False, "the averaged weights")
+    img_size: int | None = option(None, "data.img_size; 288 also sets data.crop_pct=0.9, as published", least=1)
+    match: str = option("name", "the data's classes with the model's: by name, or by position", choices=MATCHES)
+    output_dir: str | None = option(
+        None, "the folder to write; null makes `evaluation` beside the checkpoint", path=True
+    )
 
 
 def read_arguments(arguments: list[str]) -> tuple[Options, list[str]]:
     """This recipe's options, and the arguments that `load_config` takes. Raises `ConfigError`."""
-    own = {"checkpoint": "", "ema": "false", "img_size": "", "match": "name", "output_dir": ""}
-    rest = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if equals and key in own:
-            own[key] = value
-        else:
-            rest.append(argument)
-    if not own["checkpoint"]:
-        raise ConfigError("name the model: checkpoint=FILE.pth.tar or checkpoint=FOLDER")
-    for key, choices in (("ema", ("true", "false")), ("match", ("name", "position"))):
-        if own[key] not in choices:
-            raise ConfigError(f"{key}: expected {' or '.join(choices)}, got {own[key]!r}")
-    if own["img_size"]:
-        crop = PUBLISHED_CROP.get(own["img_size"])
-        rest = [f"data.img_size={own['img_size']}", *([f"data.crop_pct={crop}"] if crop else []), *rest]
-    checkpoint = Path(own["checkpoint"])
-    options = Options(
-        checkpoint=checkpoint,
-        averaged=own["ema"] == "true",
-        match=own["match"],
-        output_dir=Path(own["output_dir"] or default_folder(checkpoint, "evaluation")),
-    )
+    names = {item.name for item in fields(Options)}
+    own = [argument for argument in arguments if argument.partition("=")[0] in names]
+    rest = [argument for argument in arguments if argument not in own]
+    options = read_options(Options, own)
+    if options.checkpoint is None:
+        raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar")
+    if options.img_size is not None:
+        crop = PUBLISHED_CROP.get(options.img_size)
+        rest = [f"data.img_size={options.img_size}", *([f"data.crop_pct={crop}"] if crop else []), *rest]
     # Training may have been in half precision; the published figures are in full, unless asked otherwise.
-    return options, with_run_config(checkpoint, ["train.mixed_precision=no", "tracker=none", *rest])
+    settings = ["train.mixed_precision=no", "tracker=none", *rest]
+    return options, with_run_config(Path(options.checkpoint), settings)
 
 
 def main(arguments: list[str]) -> None:
     options, rest = read_arguments(arguments)
-    checkpoint = options.checkpoint
+    checkpoint = Path(options.checkpoint or "")
+    folder = Path(options.output_dir or default_folder(checkpoint, "evaluation"))
     config = load_config(rest, default="imagenet_8_384")
     join_processes()
     from common.evaluation import evaluate
@@ -86,7 +81,7 @@ def main(arguments: list[str]) -> None:
     from common.progress import warn
     from common.set_up import at_the_door, build_accelerator
 
-    model, config = load(checkpoint, config, rest, averaged=options.averaged)
+    model, config = load(checkpoint, config, rest, averaged=options.ema)
     accelerator, config = build_accelerator(config)
     _, test_set = at_the_door(build_datasets, config, evaluation_only=True)
     names = class_names(checkpoint, model)
@@ -94,7 +89,7 @@ def main(arguments: list[str]) -> None:
     if names is None:
         warn(matched)
     if accelerator.is_main_process:
-        make_folder(options.output_dir)
+        make_folder(folder)
     loader = evaluation_loader(test_set, config, accelerator)
     with closing(loader):
         result = at_the_door(evaluate, model.to(accelerator.device), loader, accelerator)
@@ -104,7 +99,7 @@ def main(arguments: list[str]) -> None:
         print(describe(result, test_set.kind))
         print(matched)
         print("\n".join(describe_classes(result, test_set.classes)))
-        write(result, test_set.classes, options.output_dir)
+        write(result, test_set.classes, folder)
     accelerator.end_training()
 
 
@@ -181,4 +176,4 @@ def write(result: Evaluation, names: Sequence[str], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    command(main, default="imagenet_8_384")
+    command(main, default="imagenet_8_384", options=Options)

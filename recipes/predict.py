@@ -8,7 +8,7 @@ It takes a run folder, a saved model or a released checkpoint, and files as well
 images (or, where the model takes event frames, for recordings). Each is prepared as in the evaluation of the run. A
 saved model says how its images are prepared, and a released file of 1000 classes takes ImageNet's; for any other, and
 for recordings, config=NAME says it. With `--json` or `json=true` nothing but JSON goes to standard output;
-`data.on_error=skip` leaves out what cannot be read. Keys of its own: checkpoint, top, json, ema.
+`data.on_error=skip` leaves out what cannot be read. Keys of its own: see the end.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.command_line import command
 from common.config import Config, ConfigError, RunError, load_config
+from common.options import read_options
+from common.schema import option
 from common.trained import class_names, load, with_run_config
 
 if TYPE_CHECKING:
@@ -35,45 +37,38 @@ EVENT_CHANNELS = 2
 
 @dataclass
 class Options:
-    """This recipe's own arguments."""
+    """What this recipe adds to the keys of a training run."""
 
-    checkpoint: Path
-    inputs: list[str]
-    """Files and folders."""
-    top: int
-    json: bool
-    averaged: bool
+    checkpoint: str | None = option(None, "a run folder, a saved model, or a released .pth.tar", path=True)
+    top: int = option(5, "how many classes are named, the most probable first", least=1)
+    json: bool = option(False, "print JSON alone; --json says the same")
+    ema: bool = option(False, "the averaged weights")
 
 
-def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
-    """This recipe's options, and the arguments that `load_config` takes. Raises `ConfigError`.
+def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str], list[str]]:
+    """This recipe's options, the files and folders, and the arguments that `load_config` takes. Raises `ConfigError`.
 
     What reads `key=value` and names no file is a setting, all else is an input.
     """
-    own = {"checkpoint": "", "top": "5", "json": "false", "ema": "false"}
-    inputs, rest = [], []
+    names = {item.name for item in fields(Options)}
+    own, inputs, rest = [], [], []
     for argument in arguments:
-        key, equals, value = argument.partition("=")
+        key, equals, _ = argument.partition("=")
         if argument == "--json":
-            own["json"] = "true"
-        elif equals and key in own:
-            own[key] = value
+            own.append("json=true")
+        elif equals and key in names:
+            own.append(argument)
         elif not equals or os.path.lexists(argument):
             inputs.append(argument)
         else:
             rest.append(argument)
-    for key in ("json", "ema"):
-        if own[key] not in ("true", "false"):
-            raise ConfigError(f"{key}: expected true or false, got {own[key]!r}")
-    if not own["checkpoint"]:
+    options = read_options(Options, own)
+    if options.checkpoint is None:
         raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar")
-    if not own["top"].isdecimal() or int(own["top"]) < 1:
-        raise ConfigError(f"top: expected a number of classes of at least 1, got {own['top']!r}")
     if not inputs:
         raise ConfigError("name the images or recordings to classify, or folders of them")
-    checkpoint = Path(own["checkpoint"])
-    options = Options(checkpoint, inputs, int(own["top"]), own["json"] == "true", own["ema"] == "true")
-    return options, with_run_config(checkpoint, ["train.mixed_precision=no", "tracker=none", *rest])
+    settings = ["train.mixed_precision=no", "tracker=none", *rest]
+    return options, inputs, with_run_config(Path(options.checkpoint), settings)
 
 
 class Listed:
@@ -172,7 +167,7 @@ def load_for(options: Options, rest: Sequence[str], config: Config) -> tuple[Any
 
     Raises `ConfigError` where nothing says how the data were prepared.
     """
-    model, config = load(options.checkpoint, config, rest, averaged=options.averaged)
+    model, config = load(Path(options.checkpoint or ""), config, rest, averaged=options.ema)
     said = any(argument.startswith("config=") for argument in rest)
     if not said and (model.card is None or not model.card.preparation):
         raise ConfigError(
@@ -229,7 +224,7 @@ def as_table(found: Sequence[dict[str, Any]]) -> str:
     return "\n".join("   ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
 
 
-def run(options: Options, rest: Sequence[str]) -> list[dict[str, Any]]:
+def run(options: Options, inputs: Sequence[str], rest: Sequence[str]) -> list[dict[str, Any]]:
     """File and predictions of each input that could be read. Raises `ConfigError` or `RunError`."""
     config = load_config(rest, default="imagenet_8_384")
     from common.progress import warn
@@ -238,13 +233,13 @@ def run(options: Options, rest: Sequence[str]) -> list[dict[str, Any]]:
     from sdt_blocks.analysis.silence import silence
 
     model, config = load_for(options, rest, config)
-    names = class_names(options.checkpoint, model)
+    names = class_names(Path(options.checkpoint or ""), model)
     if names is None:
         warn(f"{options.checkpoint} does not name its classes; they are given by number")
     accelerator, config = build_accelerator(config)
     if accelerator.num_processes > 1:
         raise ConfigError("one process makes the predictions: start it as python recipes/predict.py ...")
-    files = find_files(options.inputs, events=model.in_channels == EVENT_CHANNELS)
+    files = find_files(inputs, events=model.in_channels == EVENT_CHANNELS)
     dataset = at_the_door(build_dataset, files, model, config)
     spikes = Spikes(model)
     answers = predict(model.to(accelerator.device), dataset, config, accelerator.device)
@@ -272,11 +267,11 @@ class Spikes:
 
 
 def main(arguments: list[str]) -> None:
-    options, rest = read_arguments(arguments)
+    options, inputs, rest = read_arguments(arguments)
     with contextlib.redirect_stdout(sys.stderr):
-        found = run(options, rest)
+        found = run(options, inputs, rest)
     print(json.dumps(found, indent=2) if options.json else as_table(found))
 
 
 if __name__ == "__main__":
-    command(main, default="imagenet_8_384")
+    command(main, default="imagenet_8_384", options=Options)

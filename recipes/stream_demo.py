@@ -42,8 +42,10 @@ REMEMBERED, LISTED = 60, 8
 class Options:
     """What this recipe adds to the keys of a training run."""
 
-    checkpoint: str | None = option(None, "a run folder or a saved model that takes event frames")
-    recording: str | None = option(None, "an event recording; null takes the crop of a DAVIS346 camera in recipes/data")
+    checkpoint: str | None = option(None, "a run folder or a saved model that takes event frames", path=True)
+    recording: str | None = option(
+        None, "an event recording; null takes the crop of a DAVIS346 camera in recipes/data", path=True
+    )
     frame_events: int | None = option(None, "events of a frame; null divides the recording as in training", least=1)
     frame_ms: float | None = option(None, "milliseconds of a frame, instead of a number of events", above=0)
     chunk_ms: float = option(5.0, "events come in pieces of so many milliseconds", above=0)

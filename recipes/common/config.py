@@ -20,7 +20,7 @@ from sdt_blocks.models.registry import model_options
 from sdt_blocks.neuron import neuron_spec
 
 from .schema import Config, Derived
-from .values import convert, read_yaml, shown
+from .values import convert, expand_home, read_yaml, shown
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -58,6 +58,8 @@ def load_config(arguments: Sequence[str], *, default: str) -> Config:
     content = read_file(_find(source))
     content.pop("derived", None)
     config = changed(Config(), {key: _converted(key, value) for key, value in [*_leaves(content), *overrides]})
+    paths = [key for key, _, item in _walk(Config) if item.metadata.get("path")]
+    config = changed(config, {key: expand_home(_get(config, key)) for key in paths})
     validate(config)
     return config
 
@@ -74,7 +76,7 @@ def changed(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def _find(source: str) -> Path:
-    path = Path(source)
+    path = Path(expand_home(source))
     named = CONFIGS / f"{source.removesuffix('.yaml')}.yaml"
     try:
         if path.is_file():

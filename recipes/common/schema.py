@@ -16,7 +16,10 @@ from sdt_blocks.surrogate import KINDS as SURROGATES
 
 
 def option(default: Any, help: str, **bounds: Any) -> Any:
-    """A field with its help text and bounds: `choices`, `least`, `most`, `above`, `below`, `length`."""
+    """A field with its help text and bounds: `choices`, `least`, `most`, `above`, `below`, `length`.
+
+    `path=True` has a `~` that no shell has expanded, as in a file, stand for the home folder.
+    """
     metadata = {"help": help, **bounds}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -26,7 +29,7 @@ def option(default: Any, help: str, **bounds: Any) -> Any:
 @dataclass(frozen=True)
 class DataConfig:
     name: str = option("folder", "digits, folder, cifar10, ..., hfds/NAME, wds/NAME, dvs128_gesture, event_folder, ...")
-    root: str | None = option(None, "the folder that holds the data")
+    root: str | None = option(None, "the folder that holds the data", path=True)
     img_size: int = option(224, "side of the square image in pixels", least=1, most=4096)
     mean: list[float] = option([0.485, 0.456, 0.406], "mean of each channel, or one for all")
     std: list[float] = option(
@@ -76,7 +79,9 @@ class EventsConfig:
         "of the training samples, separated by commas: hflip, roll, cutout, random_op, random_op_wide, drop_by_time, "
         "drop_by_area, drop_at_random, event_drop",
     )
-    cache: str | None = option("auto", "folder that keeps the frames; auto: data.root/.frames_cache; null: none does")
+    cache: str | None = option(
+        "auto", "folder that keeps the frames; auto: data.root/.frames_cache; null: none does", path=True
+    )
     sensor_size: list[int] | None = option(
         None, "width and height of the sensor of an event_folder; null: as the files say", length=2, least=1, most=4096
     )
@@ -158,7 +163,7 @@ class TrainConfig:
     teacher: str | None = option(
         None, "timm model that a second head learns from: caformer_b36.sail_in22k_ft_in1k, ..."
     )
-    teacher_weights: str | None = option(None, "file with the teacher's weights; null: timm fetches them")
+    teacher_weights: str | None = option(None, "file with the teacher's weights; null: timm fetches them", path=True)
     distillation: str = option("hard", "learn the teacher's class, or its probabilities", choices=("hard", "soft"))
     ema_decay: float | None = option(
         None, "decay of the averaged weights, evaluated beside the model's", above=0, below=1
@@ -169,7 +174,7 @@ class TrainConfig:
     sync_bn: bool = option(False, "batch statistics over all GPUs")
     linear_probe: bool = option(False, "train the head only")
     init_checkpoint: str | None = option(
-        None, "start from these weights: a run folder, a saved model, a released .pth.tar"
+        None, "start from these weights: a run folder, a saved model, a released .pth.tar", path=True
     )
     skip_nonfinite: int = option(
         0, "updates with a non-finite loss that are left out before the run stops", least=0, most=10**9
@@ -212,9 +217,11 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: int = option(42, "every random draw follows from it", least=0, most=2**31 - 1)
-    output_dir: str = option("runs/run", "the run folder")
+    output_dir: str = option("runs/run", "the run folder", path=True)
     resume: str = option(
-        "auto", "auto: the newest good checkpoint of output_dir; none: start anew; or the path of a checkpoint"
+        "auto",
+        "auto: the newest good checkpoint of output_dir; none: start anew; or the path of a checkpoint",
+        path=True,
     )
     tracker: str = option("auto", "auto: TensorBoard if installed; all: each that is", choices=TRACKERS)
     threads: int | None = option(None, "CPU threads of a process; null divides the cores", least=1, most=1024)

@@ -9,6 +9,7 @@ Text is read as the key's type says, never as it looks: a reader that guesses ta
 from __future__ import annotations
 
 import math
+import os
 import re
 import reprlib
 import types
@@ -28,7 +29,7 @@ def convert(value: Any, kind: Any) -> Any:
     """`value` as `kind`: bool, int, float, str, a list of these, or a union with None.
 
     Text is read; anything else must be of the type already, but for a whole number where a number is expected. Raises
-    `ValueError` that says what was expected and what was given.
+    `ValueError` that says what was expected and what was given; Python's None is no text where null can be meant.
     """
     kinds = alternatives(kind)
     if value is None or (isinstance(value, str) and value in _NULL):
@@ -40,6 +41,8 @@ def convert(value: Any, kind: Any) -> Any:
     if typing.get_origin(wanted) is list:
         return _convert_list(value, wanted, kind)
     if isinstance(value, str):
+        if value == "None" and wanted is str and type(None) in kinds:
+            raise ValueError("expected text or null, got 'None'; write null where nothing is meant")
         return _read(value, wanted, kind)
     if wanted is float and type(value) is int:
         value = float(value) if abs(value) < 1e300 else math.inf
@@ -81,6 +84,11 @@ def _convert_list(value: Any, wanted: Any, kind: Any) -> list[Any]:
         return [convert(one, typing.get_args(wanted)[0]) for one in value]
     except ValueError as error:
         raise ValueError(f"expected {describe(kind)}, got {shown(given)}: {error}") from None
+
+
+def expand_home(value: Any) -> Any:
+    """A path without `~` for the home folder: no shell expands it in a file, and not every one in `key=~/folder`."""
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 class _Reader(yaml.BaseLoader):

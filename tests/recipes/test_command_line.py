@@ -89,7 +89,7 @@ def test_a_released_checkpoint_is_evaluated_at_its_size_and_at_288(
         (("checkpoint=nowhere",), "nowhere: no such file"),
         (("checkpoint={released}", "data.root={photographs}"), "tells 10 classes apart, the data has 2"),
         (("checkpoint={released}",), "needs data.root=DIR"),
-        (("checkpoint={released}", "img_size=big"), "data.img_size: expected a whole number, got 'big'"),
+        (("checkpoint={released}", "img_size=big"), "img_size: expected a whole number or null, got 'big'"),
         (("checkpoint={released}", "ema=true", "data.root={photographs}"), "has no 'state_dict_ema'"),
         (("checkpoint={damaged}", "data.root={photographs}"), "truncated or not a torch file"),
     ],

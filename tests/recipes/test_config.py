@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import string
 
 import pytest
 from common.config import CONFIGS, Config, ConfigError, all_keys, changed, flatten, help_text, load_config, to_yaml
+from common.options import read_options
 from common.schema import Derived
 from common.values import convert
 from hypothesis import HealthCheck, given, settings
@@ -102,6 +104,41 @@ def test_names_are_text_whatever_they_look_like(tmp_path, text):
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config), encoding="utf-8")
     assert load_config([f"config={file}"], default="digits") == config
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("data: {root: ~/images}\ntrain: {init_checkpoint: ~/run}\n")
+    config = load_config(["config=~/mine.yaml", "output_dir=~/runs/a", "events.cache=a~b"], default="digits")
+    found = config.data.root, config.train.init_checkpoint, config.output_dir
+    assert found == tuple(str(tmp_path / name) for name in ("images", "run", "runs/a"))
+    assert config.events.cache == "a~b"
+
+
+@pytest.mark.parametrize("key", ["data.root", "events.cache", "train.init_checkpoint", "data.auto_augment"])
+def test_pythons_none_is_no_text(key):
+    with pytest.raises(ConfigError, match=f"{key}: expected text or null, got 'None'; write null"):
+        load_config([f"{key}=None"], default="digits")
+
+
+def test_a_recipes_own_keys_are_read_as_their_types_say(monkeypatch):
+    from analyze import Options
+
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("USERPROFILE", "/home/somebody")
+    for text in ("010", "1e3", "true", "[a, b]", "${x}", "2024-01-01", "a: b"):
+        assert read_options(Options, [f"checkpoint={text}"]).checkpoint == text
+    options = read_options(Options, ["checkpoint=~/run", "layer=~/x", "samples=1", "samples=8", "seconds=1e-3"])
+    assert options.checkpoint == os.path.join("/home/somebody", "run") and options.layer == "~/x"
+    assert (options.samples, options.seconds) == (8, 1e-3)
+    for argument, words in (
+        ("samples=010", "samples: expected a whole number, got '010'"),
+        ("measure=yes", "measure: expected true or false, got 'yes'"),
+        ("samples", "cannot read the argument 'samples'; write samples=VALUE"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            read_options(Options, [argument])
 
 
 def test_flags_of_a_file_need_no_quotes(tmp_path):
