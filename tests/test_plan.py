@@ -238,6 +238,36 @@ def test_every_form_answers_as_the_network(name: str) -> None:
     assert (len(list(forms["events"].products())) > 0) == (name not in ("snnTorch", "entangled"))
 
 
+class Scaled(nn.Module):
+    """Spikes of another height than 1: a factor of the network's own between its neurons and its weights."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.first, self.second, self.third = ConvNorm(2, 16, 3), ConvNorm(16, 16), ConvNorm(16, 16, 3)
+        self.fire1, self.fire2, self.factor = LIF(tau=1.3), LIF(tau=1.3), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        spikes = project_and_fire(self.first, self.fire1, x)
+        masked = spikes * project_and_fire(self.second, self.fire2, torch.mul(spikes, self.factor))
+        return project(self.third, self.factor * masked).mean((0, -2, -1))
+
+
+@pytest.mark.parametrize("paths", ["linear", "integers", "digits"])
+@torch.no_grad()
+def test_scaled_spikes_are_no_spikes(paths: str) -> None:
+    """Products that take whole numbers would round them to nothing."""
+    torch.manual_seed(0)
+    model, x = Scaled(0.4), torch.rand(3, 4, 2, 6, 6)
+    calibrate_norms(model, [x])
+    expected = model.eval()(x)
+    assert (expected[0] - expected[1]).abs().max() > 1e-3
+    forms = {"pinned": {"paths": paths}, "events": {"sparse": True}, "exact": {"exact": True}}
+    for form, options in forms.items():
+        torch.testing.assert_close(
+            optimize_for_inference(model, **options)(x), expected, atol=1e-5, rtol=1e-5, msg=form
+        )
+
+
 @pytest.mark.filterwarnings("ignore:kept as it is")
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "snnTorch"])  # its neurons know no float64
 @torch.no_grad()

@@ -40,7 +40,9 @@ def kinds(plan: Plan) -> dict[Node, str]:
         elif node.op == CALL and isinstance(node.target, nn.Module):
             spikes = emits_spikes(node.target)
         elif node.op == CALL:
-            spikes = all_spikes and (_name(node) in _MOVES.split() or node.target in (operator.mul, torch.mul))
+            # Spikes times a constant are spikes of another height.
+            masks = node.target in (operator.mul, torch.mul) and all(isinstance(one, Node) for one in node.args)
+            spikes = all_spikes and (_name(node) in _MOVES.split() or masks)
         else:
             spikes = False
         levels = node.op == FIRE and steps.is_plain(node.target, IntegerNeuron)
