@@ -69,15 +69,15 @@ class Unit(nn.Module):
         return normalized
 
     def kernel(self) -> nn.Conv2d | None:
-        """`conv` as one convolution, `None` where it is none."""
+        """`conv` as one convolution, `None` where it is none, or has other layers than the unit was built with."""
         return self.conv if isinstance(self.conv, nn.Conv2d) else None
 
     def chain(self) -> list[nn.Conv2d] | None:
         """`conv` as convolutions one after the other in eval mode, `None` where it is one, or no such chain."""
         if type(self.conv) is not nn.Sequential:
             return None
-        layers = [layer for layer in self.conv if isinstance(layer, nn.Conv2d)]
-        return layers if len(layers) == len(self.conv) else None
+        layers: Any = list(self.conv)
+        return layers if all(type(layer) is nn.Conv2d for layer in layers) else None
 
 
 # ---- the steps
@@ -322,6 +322,21 @@ def halves(layer: Any) -> bool:
 def is_plain(module: nn.Module, *types: type[nn.Module]) -> bool:
     """Whether a module does what one of `types` does and nothing more: no subclass, no hook, no replaced forward."""
     return type(module) in types and not has_hooks(module)
+
+
+def is_bare(layer: nn.Module, size: int, *, padding: int = 0, groups: int = 1) -> bool:
+    """Whether a layer is an `nn.Conv2d` of this square kernel and nothing more: stride 1, no bias, zeros around."""
+    if type(layer) is not nn.Conv2d or layer.bias is not None or layer.padding_mode != "zeros":
+        return False
+    settings = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return settings == ((size, size), (1, 1), (padding, padding), (1, 1), groups)
+
+
+def is_affine(norm: nn.Module) -> bool:
+    """Whether a module is a batch normalization that is scale and shift in eval mode, by what it has learnt."""
+    if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) or type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        return False
+    return norm.weight is not None and norm.bias is not None and norm.running_var is not None
 
 
 def is_unit(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..steps import Unit, has_hooks, is_plain
+from ..steps import Unit, has_hooks, is_affine, is_bare, is_plain
 from ..surrogate import transformed
 
 
@@ -64,10 +65,15 @@ class SeparableConvNorm(Unit):
         self.norm = nn.BatchNorm2d(out_channels)
 
     @torch.no_grad()
-    def kernel(self) -> nn.Conv2d:
-        chain: Any = self.conv
-        weight = chain.pointwise.weight.double() * chain.depthwise.weight.double()[:, 0]
-        return _convolution(weight, None, like=chain.pointwise)
+    def kernel(self) -> nn.Conv2d | None:
+        layers = layers_of(self, ("depthwise", "pointwise"))
+        if layers is None:
+            return None
+        depthwise, pointwise = layers
+        if not (is_depthwise(depthwise) and is_bare(pointwise, 1)):
+            return None
+        weight = pointwise.weight.double() * depthwise.weight.double()[:, 0]
+        return _convolution(weight, None, like=pointwise)
 
 
 class RepConv(Unit):
@@ -99,19 +105,31 @@ class RepConv(Unit):
         self.norm = nn.BatchNorm2d(out_channels)
 
     @torch.no_grad()
-    def kernel(self) -> nn.Conv2d:
+    def kernel(self) -> nn.Conv2d | None:
+        if not self._is_as_built():
+            return None
         before, depthwise, after, bias, like = self._merged()
         return _convolution(torch.einsum("om,mhw,mi->oihw", after, depthwise, before), bias, like=like)
 
     @torch.no_grad()
-    def chain(self) -> list[nn.Conv2d]:
+    def chain(self) -> list[nn.Conv2d] | None:
         """1x1, depthwise 3x3 padded with zeros, and 1x1, the only one with a bias: the norms are folded in."""
+        if not self._is_as_built():
+            return None
         before, depthwise, after, bias, like = self._merged()
         return [
             _convolution(before[..., None, None], None, like=like),
             _convolution(depthwise[:, None], None, like=like, groups=len(depthwise)),
             _convolution(after[..., None, None], bias, like=like),
         ]
+
+    def _is_as_built(self) -> bool:
+        layers = layers_of(self, ("pointwise1", "border", "depthwise", "pointwise2", "norm"))
+        if layers is None:
+            return False
+        first, border, depthwise, last, norm = layers
+        norms = type(border) is PaddedNorm and is_affine(border.norm) and is_affine(norm)
+        return norms and is_bare(first, 1) and is_bare(last, 1) and is_depthwise(depthwise, 3)
 
     def _merged(self) -> tuple[Tensor, Tensor, Tensor, Tensor, nn.Conv2d]:
         """Weights of the three convolutions and the bias behind them, in float64, and the last of the layers.
@@ -124,6 +142,21 @@ class RepConv(Unit):
         depthwise = conv.depthwise.weight.double()[:, 0]
         after = gain2[:, None] * conv.pointwise2.weight.double()[..., 0, 0]
         return before, depthwise, after, after @ (depthwise.sum((1, 2)) * offset1) + offset2, conv.pointwise2
+
+
+def layers_of(unit: Unit, names: Sequence[str]) -> list[Any] | None:
+    """The layers of a unit's chain, `None` where it has others than these."""
+    layers = dict(unit.conv.named_children())
+    own = type(unit.conv) in (nn.Sequential, Recomputed) and list(layers) == list(names)
+    return list(layers.values()) if own else None
+
+
+def is_depthwise(layer: Any, size: int | None = None) -> bool:
+    """Whether a layer is a depthwise `nn.Conv2d` of this size without padding, or of any one that keeps the frame's."""
+    if type(layer) is not nn.Conv2d or layer.in_channels != layer.out_channels:
+        return False
+    side, padding = (layer.kernel_size[0], layer.kernel_size[0] // 2) if size is None else (size, 0)
+    return is_bare(layer, side, padding=padding, groups=layer.in_channels)
 
 
 class PaddedNorm(nn.Module):
@@ -144,9 +177,13 @@ class PaddedNorm(nn.Module):
 
     @torch.no_grad()
     def of_zero(self) -> Tensor:
-        """What the norm makes of zero by its running statistics, `[channels]`."""
+        """What the norm makes of zero by its running statistics, `[channels]`. Raises `ValueError` without these."""
         norm = self.norm
-        assert norm.running_mean is not None and norm.running_var is not None
+        if norm.running_mean is None or norm.running_var is None or norm.weight is None or norm.bias is None:
+            raise ValueError(
+                "the border of a RepConv is what its norm makes of zero: leave that norm its running statistics, "
+                "weight and bias"
+            )
         weight, bias = norm.weight.detach(), norm.bias.detach()  # forward-mode gradients pass no_grad
         return bias - norm.running_mean * weight / (norm.running_var + norm.eps).sqrt()
 

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 
 from ..blocks import Downsampling, LinearSpikeMixer, MembraneShortcut, SpikingMLP
 from ..blocks.mixers import check_heads
-from ..blocks.units import ConvNorm
+from ..blocks.units import ConvNorm, layers_of
 from ..neuron import IntegerNeuron, NeuronFactory
 from ..steps import (
     Unit,
     check_multiple,
     check_sequence,
     fire,
+    is_affine,
+    is_bare,
     present,
     project,
     project_and_fire,
@@ -116,11 +118,15 @@ class LinearChain(Unit):
         self.norm = nn.BatchNorm2d(dim)
 
     @torch.no_grad()
-    def kernel(self) -> nn.Conv2d:
+    def kernel(self) -> nn.Conv2d | None:
         chain: Any = self.conv
-        first, second = chain.pointwise1.weight, chain.pointwise2.weight
+        names = ("pointwise1", "norm1", "pointwise2", "norm2")
+        layers = layers_of(self, names[: 4 if "norm2" in dict(chain.named_children()) else 3])
+        if layers is None or not all(map(is_bare, layers[::2], (1, 1))) or not all(map(is_affine, layers[1::2])):
+            return None
+        first, second = layers[0].weight, layers[2].weight
         weight, bias = torch.eye(first.shape[1]).to(first).double(), torch.zeros(first.shape[1]).to(first).double()
-        for layer in chain:
+        for layer in layers:
             if isinstance(layer, nn.Conv2d):
                 matrix = layer.weight.double()[..., 0, 0]
                 weight, bias = matrix @ weight, matrix @ bias

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from sdt_blocks import optimize_for_inference
 from sdt_blocks.blocks import ConvNorm, RepConv, SeparableConvNorm
 from sdt_blocks.blocks.units import PaddedNorm
+from sdt_blocks.inference.folded import folded
+from sdt_blocks.models.e_spikeformer import LinearChain
 from sdt_blocks.steps import project
 
 
@@ -44,6 +47,73 @@ def test_a_unit_is_one_convolution_borders_included(make, size):
     if chain is not None:
         assert all(type(layer) is nn.Conv2d for layer in chain)
         torch.testing.assert_close(unit.norm(nn.Sequential(*chain)(x)), unit(x), rtol=0, atol=1e-10)
+
+
+class Adapted(nn.Module):
+    """A layer with a low-rank one beside it, which shows the weight of the first as its own, as adapters do."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.down = base, nn.Conv2d(base.in_channels, 2, 1, bias=False)
+        self.up = nn.Conv2d(2, base.out_channels, 1, bias=False)
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    def forward(self, frames):
+        return self.base(frames) + self.up(self.down(frames))
+
+
+def biased(layer):
+    return nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, 1, layer.padding, groups=layer.groups)
+
+
+def in_pairs(layer):
+    return nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, 1, layer.padding, groups=2, bias=False)
+
+
+@pytest.mark.parametrize("make", [lambda: RepConv(6, 6), lambda: SeparableConvNorm(6, 6, 3), lambda: LinearChain(6, 8)])
+@pytest.mark.parametrize(
+    ("layer", "other"),
+    [
+        (-1, Adapted),
+        (-1, biased),
+        (0, biased),
+        ("depthwise", biased),
+        ("depthwise", in_pairs),
+        (0, nn.utils.parametrizations.weight_norm),
+        ("end", lambda _: nn.Hardtanh()),
+    ],
+)
+@torch.no_grad()
+def test_a_chain_with_other_layers_is_run_as_it_is(make, layer, other):
+    """What its owner has put in the place of a layer is part of every answer."""
+    unit = make()
+    names = [name for name, part in unit.conv.named_children() if isinstance(part, nn.Conv2d)]
+    if layer == "depthwise" and layer not in names:
+        pytest.skip("has no such layer")
+    name = names[layer] if isinstance(layer, int) else layer
+    setattr(unit.conv, name, other(getattr(unit.conv, name, None)))
+    unit, x = with_statistics(unit), (torch.rand(2, 3, 6, 5, 4) < 0.4).float()
+    network = Projecting(unit).eval()
+    before = [*map(id, unit.modules())]
+    expected = network(x)
+    assert unit.kernel() is None
+    for options in ({}, {"sparse": True}, {"dtype": torch.int8}):
+        fast = optimize_for_inference(network, compile=False, **options)
+        torch.testing.assert_close(fast(x), expected, atol=1e-5, rtol=1e-5)
+    with pytest.warns(UserWarning, match="cannot be folded: unit"), folded(network):
+        assert [*map(id, unit.modules())] == before
+
+
+class Projecting(nn.Module):
+    def __init__(self, unit):
+        super().__init__()
+        self.unit = unit
+
+    def forward(self, x):
+        return project(self.unit, x)
 
 
 @torch.no_grad()
