@@ -86,11 +86,11 @@ def split(test_set: Any, options: Options) -> tuple[list[Any], list[Any]]:
     """Batches of (images, classes) to fit on, and those to judge by. Raises `ConfigError`."""
     import torch
 
-    count = len(test_set) // 2 if options.fit_samples is None else options.fit_samples
-    if not 0 < count < len(test_set):
-        raise ConfigError(f"fit_samples={count} of {len(test_set)} samples leave none to fit on, or none to judge by")
     order = torch.randperm(len(test_set), generator=torch.Generator().manual_seed(0))  # folders are sorted by class
-    samples = [test_set[index] for index in order.tolist()]
+    samples = [sample for sample in map(test_set.__getitem__, order.tolist()) if sample[1] >= 0]  # the readable ones
+    count = len(samples) // 2 if options.fit_samples is None else options.fit_samples
+    if not 0 < count < len(samples):
+        raise ConfigError(f"fit_samples={count} of {len(samples)} samples leave none to fit on, or none to judge by")
     images, targets = torch.stack([image for image, _ in samples]), torch.tensor([target for _, target in samples])
     parts = []
     for part in (slice(0, count), slice(count, None)):
@@ -169,7 +169,7 @@ def main(arguments: list[str]) -> None:
     matched = match_classes(test_set, class_names(checkpoint, model), model, checkpoint=checkpoint, by="name")
     if "does not name" in matched:
         warn(matched)
-    fitting, judged = split(test_set, options)
+    fitting, judged = at_the_door(split, test_set, options)
     try:
         rows = rows_of(model, fitting, judged, allowed, options)
     except (ValueError, TypeError) as error:

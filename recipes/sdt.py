@@ -51,14 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def train(arguments: Sequence[str]) -> None:
     """The recipe that the first name among the arguments says; what stands before it is accelerate's."""
     place = next((i for i, word in enumerate(arguments) if word in TRAINING), None)
-    if place is None:
-        named = next((word for word in arguments if not word.startswith("-")), "")
-        if {"-h", "--help"} & set(arguments):
-            print(__doc__)
-            return
-        fail(
-            f"name what to train: {', '.join(TRAINING)}" + (f"; {named!r} is none{near(named, TRAINING)}" * bool(named))
-        )
+    first = arguments[0] if arguments else ""
+    if place is None and {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return
+    if first and not first.startswith("-") and first not in TRAINING:
+        fail(f"name what to train: {', '.join(TRAINING)}; {first!r} is none{near(first, TRAINING)}")
+    if place is None:  # a word behind an option may be the option's
+        words = [word for word in arguments if difflib.get_close_matches(word, TRAINING, n=1, cutoff=0.5)]
+        fail(f"name what to train: {', '.join(TRAINING)}" + "".join(f"; {word!r} is none" for word in words))
     name, options, rest = arguments[place], arguments[:place], arguments[place + 1 :]
     if options:
         run("launch", [*options, str(FOLDER / f"{name}.py"), *rest])

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from .config import ConfigError, RunError, help_text, load_config, to_yaml
+from .config import ConfigError, RunError, check_meant, help_text, load_config, to_yaml
 from .cpu_processes import join_processes
 from .options import own_help
 
@@ -28,6 +28,7 @@ def main(default: str) -> None:
         shown = "--print-config" in arguments
         seeds, arguments = take_seeds([argument for argument in arguments if argument != "--print-config"])
         configs = [load_config([*arguments, *seed], default=default) for seed in seeds]
+        check_meant(configs[0], arguments)
         if shown:
             print(to_yaml(configs[0]), end="")
             return

@@ -16,10 +16,11 @@ from typing import Any
 
 import yaml
 
+from sdt_blocks import list_models
 from sdt_blocks.models.registry import model_options
 from sdt_blocks.neuron import neuron_spec
 
-from .schema import Config, Derived
+from .schema import EVENT_DATA_SETS, Config, Derived
 from .values import convert, expand_home, read_yaml, shown
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -205,11 +206,36 @@ def validate(config: Config) -> None:
         raise ConfigError("train.teacher_weights and model.distillation need a teacher; name it in train.teacher")
     if train.teacher is not None and train.linear_probe:
         raise ConfigError("train.linear_probe trains the head alone; leave train.teacher out")
+    for key, wanted, option in (("train.teacher", train.teacher, "distillation"), ("train.tet", train.tet, "per_step")):
+        if wanted and option not in model_options(config.model.name):
+            able = ", ".join(name for name in list_models() if option in model_options(name))
+            raise ConfigError(
+                f"{key} needs a model with the option {option}, which {config.model.name} lacks; these have it: {able}"
+            )
     if optim.trust_clip and optim.name != "lamb":
         raise ConfigError(f"optim.trust_clip is lamb's; leave it out with optim.name={optim.name}")
     model_keywords(config)
     if train.linear_probe and train.init_checkpoint is None:
         raise ConfigError("train.linear_probe trains the head of a finished model; name it in train.init_checkpoint")
+
+
+# What the events.* keys are for recordings; the other data.* keys serve both.
+_OF_IMAGES = {
+    "data.img_size", "data.mean", "data.std", "data.crop_pct", "data.interpolation", "data.scale", "data.ratio",
+    "data.hflip", "data.color_jitter", "data.auto_augment", "data.random_erasing", "data.erasing_mode", "data.download",
+}  # fmt: skip
+
+
+def check_meant(config: Config, arguments: Sequence[str]) -> None:
+    """Raises `ConfigError` for an argument that the data of the configuration has no use for.
+
+    A file may hold such keys: that of a run has all there are.
+    """
+    for key in (argument.partition("=")[0] for argument in arguments):
+        if config.data.name in EVENT_DATA_SETS and key in _OF_IMAGES:
+            raise ConfigError(f"{key} is for images, and data.name={config.data.name} holds recordings: see events.*")
+        if config.data.name not in EVENT_DATA_SETS and key.startswith("events."):
+            raise ConfigError(f"{key} is for recordings of events, and data.name={config.data.name} holds images")
 
 
 def model_keywords(config: Config) -> dict[str, Any]:

@@ -296,8 +296,9 @@ def close_epoch(run: Run, clock: Clock) -> None:
         "step": position.step,
         "lr": learning_rate_at(run, position.step - 1),
         "train_loss": position.loss_sum / position.loss_count if position.loss_count else None,
-        "images_per_second": round(clock.updates * run.derived.total_batch / clock.total, 1),
-        "data_wait": round(clock.waited / clock.total, 4),
+        # A run that was stopped in an evaluation goes on with it: nothing was trained that could be timed.
+        "images_per_second": round(clock.updates * run.derived.total_batch / clock.total, 1) if clock.updates else None,
+        "data_wait": round(clock.waited / clock.total, 4) if clock.updates else None,
         "peak_memory_mib": peak_memory(accelerator.device),
     }
     partly = ""
@@ -372,7 +373,9 @@ def describe(line: dict[str, Any], epochs: int) -> str:
         elif f"{prefix}test_top1" in line:
             accuracies = {key: line.get(f"{prefix}test_{key}") for key in ("top1", "top5")}
             parts.append(f"{name} {describe_accuracies(accuracies)}")
-    return " | ".join([*parts, f"{line['images_per_second']:.0f} images/s"])
+    if line["images_per_second"] is not None:
+        parts.append(f"{line['images_per_second']:.0f} images/s")
+    return " | ".join(parts)
 
 
 def conclusion(summary: dict[str, Any]) -> str:

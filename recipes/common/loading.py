@@ -17,9 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from sdt_datasets.images import build_image_datasets
 
 from .config import Config, ConfigError, RunError
+from .schema import EVENT_DATA_SETS
 from .stop_request import SIGNALS
-
-EVENT_DATA_SETS = ("dvs128_gesture", "cifar10_dvs", "cifar10_dvs_tet", "n_mnist", "event_folder")
 
 
 def build_datasets(config: Config, *, evaluation_only: bool = False) -> tuple[Any, Any]:

@@ -26,6 +26,10 @@ def option(default: Any, help: str, **bounds: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+EVENT_DATA_SETS = ("dvs128_gesture", "cifar10_dvs", "cifar10_dvs_tet", "n_mnist", "event_folder")
+"""The names of data that are recordings of events; all others are images."""
+
+
 @dataclass(frozen=True)
 class DataConfig:
     name: str = option("folder", "digits, folder, cifar10, ..., hfds/NAME, wds/NAME, dvs128_gesture, event_folder, ...")

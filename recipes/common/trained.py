@@ -76,7 +76,7 @@ def card_of(config: Config, names: Sequence[str] | None, input_size: Sequence[in
     from sdt_blocks import DataCard
     from sdt_datasets.image_transforms import evaluation_interpolation
 
-    from .loading import EVENT_DATA_SETS
+    from .schema import EVENT_DATA_SETS
 
     data = config.data
     if data.name in EVENT_DATA_SETS:

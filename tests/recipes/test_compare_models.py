@@ -120,6 +120,24 @@ def test_a_run_is_judged_by_the_model_that_its_accuracy_is_of(compare, tmp_path)
     assert (float(rows["run"]["top1"]), int(rows["run"]["params"])) == (50.0, sizes)
 
 
+@pytest.mark.filterwarnings("ignore:.*it is left out")
+def test_a_run_is_judged_on_what_can_be_read(tmp_path, photographs):
+    import shutil
+
+    from common.config import load_config
+    from common.side_by_side import data_of
+
+    shutil.copytree(photographs, tmp_path / "data")
+    images = sorted((tmp_path / "data" / "val").rglob("*.jpg"))
+    for image in images[1:]:
+        image.write_bytes(b"")
+    asked = [f"data.root={tmp_path / 'data'}", "data.img_size=16", "data.on_error=skip"]
+    assert data_of(load_config(asked, default="finetune")).shape == (1, 3, 16, 16)
+    images[0].write_bytes(b"")
+    with pytest.raises(ConfigError, match="not one of the 14 samples"):
+        data_of(load_config(asked, default="finetune"))
+
+
 def test_what_cannot_be_compared_is_refused(compare, tmp_path):
     (tmp_path / "empty").mkdir()
     for arguments, words in (

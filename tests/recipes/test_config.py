@@ -8,7 +8,18 @@ import os
 import string
 
 import pytest
-from common.config import CONFIGS, Config, ConfigError, all_keys, changed, flatten, help_text, load_config, to_yaml
+from common.config import (
+    CONFIGS,
+    Config,
+    ConfigError,
+    all_keys,
+    changed,
+    check_meant,
+    flatten,
+    help_text,
+    load_config,
+    to_yaml,
+)
 from common.options import read_options
 from common.schema import Derived
 from common.values import convert
@@ -120,6 +131,30 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
 def test_pythons_none_is_no_text(key):
     with pytest.raises(ConfigError, match=f"{key}: expected text or null, got 'None'; write null"):
         load_config([f"{key}=None"], default="digits")
+
+
+def test_what_a_model_lacks_is_said_with_those_that_have_it():
+    for setting, option in (("train.teacher=resnet18", "distillation"), ("train.tet=true", "per_step")):
+        with pytest.raises(
+            ConfigError, match=rf"needs a model with the option {option}, which sdt_v3_3m lacks.*sdt_v2_15m"
+        ):
+            load_config(["model.name=sdt_v3_3m", setting], default="digits")
+
+
+@pytest.mark.parametrize(
+    ("default", "argument", "words"),
+    [
+        ("gesture_t16", "data.img_size=64", "data.img_size is for images, and data.name=dvs128_gesture holds record"),
+        ("digits", "events.augment=roll", "events.augment is for recordings of events, and data.name=digits holds"),
+    ],
+)
+def test_a_setting_of_the_other_kind_of_data_is_refused_and_may_stand_in_a_file(tmp_path, default, argument, words):
+    with pytest.raises(ConfigError, match=words):
+        check_meant(load_config([argument], default=default), [argument])
+    config = load_config([], default=default)
+    (tmp_path / "whole.yaml").write_text(to_yaml(config))
+    arguments = [f"config={tmp_path / 'whole.yaml'}", "data.workers=0", "seed=3"]
+    check_meant(load_config(arguments, default=default), arguments)
 
 
 def test_a_recipes_own_keys_are_read_as_their_types_say(monkeypatch):

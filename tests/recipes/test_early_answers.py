@@ -54,6 +54,20 @@ def test_the_samples_are_those_of_the_set(monkeypatch):
     assert row["samples"] == 50 and not math.isinf(row["threshold"])
 
 
+def test_unreadable_samples_are_in_no_part():
+    import early_answers as recipe
+    from common.config import ConfigError
+
+    samples = [(torch.full((1, 2, 2), float(i)), -1 if i % 3 else i) for i in range(12)]
+    fitting, judged = recipe.split(samples, recipe.Options(batch_size=1))
+    assert len(fitting) == len(judged) == 2
+    assert {(int(images.max()), int(target)) for images, target in (*fitting, *judged)} == {
+        (i, i) for i in (0, 3, 6, 9)
+    }
+    with pytest.raises(ConfigError, match="fit_samples=4 of 4 samples"):
+        recipe.split(samples, recipe.Options(fit_samples=4))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

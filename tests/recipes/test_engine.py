@@ -73,6 +73,21 @@ def test_the_reported_accuracy_is_that_of_the_saved_weights(train, tmp_path):
     assert summary["loss"] == pytest.approx(F.cross_entropy(logits.double(), targets).item(), rel=1e-5)
 
 
+def test_an_epoch_that_only_its_evaluation_is_left_of_has_no_rate(set_up, tmp_path, capsys):
+    from common.engine import save, train, train_epoch
+
+    settings = (*PLAIN, "output_dir=run", "train.epochs=1")
+    run = set_up(*settings)
+    train_epoch(run)
+    save(run)
+    run.lock.release()
+    capsys.readouterr()
+    train(set_up(*settings))
+    (line,) = read_lines(tmp_path / "run")
+    assert line["images_per_second"] is line["data_wait"] is None
+    assert line["step"] == 8 and line["train_loss"] > 1 and "images/s" not in capsys.readouterr().out
+
+
 def test_the_average_follows_its_recurrence(set_up):
     run = set_up(*PLAIN, "output_dir=run", "train.ema_decay=0.7")
     expected = {key: value.double() for key, value in state(run.plain).items()}

@@ -56,6 +56,9 @@ def test_configurations_are_listed_and_shown(sdt):
         (["evalate"], "unknown command 'evalate'; did you mean evaluate"),
         (["train"], "name what to train: digits, imagenet"),
         (["train", "digit"], "'digit' is none; did you mean digits?"),
+        (["train", "foo", "digits"], "'foo' is none; known: digits, imagenet"),
+        (["train", "--cpu", "digitz"], "events_demo; 'digitz' is none"),
+        (["train", "--num_processes", "2"], "cifar10_dvs, events_demo\n"),
         (["configs", "imagenet_8_38"], "no configuration is called 'imagenet_8_38'; did you mean imagenet_8_38"),
     ],
 )
