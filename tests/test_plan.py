@@ -280,6 +280,51 @@ def test_float64_is_exact(name: str) -> None:
     assert (fast(x) - expected).abs().max() <= 1e-12
 
 
+@pytest.mark.filterwarnings("ignore:kept as it is")
+@pytest.mark.parametrize("own", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["v1, foreign attention", "opaque part", "rearranged"])
+@torch.no_grad()
+def test_a_form_has_a_precision_of_its_own(name: str, own: torch.dtype) -> None:
+    """Layers that run as they are take what folded ones make, whatever the model was kept in, and under autocast."""
+    model, x = lively(name)
+    model = model.to(own)
+    exact = copy.deepcopy(model).double()(x.double())
+    assert (exact[0] - exact[1]).abs().max() > 1e-3
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+        fast = optimize_for_inference(model, dtype, compile=False)
+        for given in (x, x.to(dtype)):
+            found = fast(given)
+            assert found.dtype == dtype
+            torch.testing.assert_close(found.double(), exact, atol=tolerance, rtol=tolerance)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(fast(given), found)
+
+
+@torch.no_grad()
+def test_autocast_around_every_form_changes_nothing() -> None:
+    model, x = lively("v1")
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(x)
+    assert (rounded - model(x)).abs().max() > 1e-3
+    for options in ({}, {"dtype": torch.bfloat16}, {"sparse": True}, {"dtype": torch.int8}, {"exact": True}):
+        fast = optimize_for_inference(model, **options)
+        expected = fast(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(fast(x), expected), options
+
+
+@pytest.mark.parametrize("options", [{}, {"sparse": True}, {"exact": True}])
+def test_a_form_is_not_cast(options: dict[str, bool]) -> None:
+    """Weights are folded, packed or whole numbers by then: a cast would round what is said to be exact."""
+    model, x = lively("v1")
+    fast = optimize_for_inference(model, compile=False, **options)
+    expected = fast(x)
+    for cast in (fast.half, fast.double, lambda: fast.to(torch.bfloat16)):
+        with pytest.raises(TypeError, match=r"keeps its torch\.float32.* build it anew"):
+            cast()
+    assert torch.equal(fast.to("cpu").float()(x), expected)
+
+
 def test_plain_layers_are_steps() -> None:
     model, _ = lively("plain layers")
     found = [node.op for node in plan(model).nodes]

@@ -62,7 +62,8 @@ def optimize_for_inference(
     that are built once, in a few seconds, on a CUDA device in Triton kernels, elsewhere through `torch.compile`.
     Without a compiler one warning says so.
 
-    The membranes of neurons and shortcuts are float32 also for bfloat16, and so is the output. A spike can differ where
+    Products are computed in `dtype`, whatever that of the model is. The membranes of neurons and shortcuts are float32
+    also for bfloat16, and so is the output; autocast around a call changes nothing. A spike can differ where
     a membrane lies within rounding of its threshold, as it can between two libraries' convolutions. `paths` pins the
     way of all products that know it ("convolution", "linear", "integers", "digits"; others are convolutions), so that
     two processes round alike.

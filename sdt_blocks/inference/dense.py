@@ -24,9 +24,9 @@ from .plan import (
     POOL,
     PRESENT,
     PROJECT,
+    Form,
     Mixing,
     Node,
-    OfStillImages,
     Plan,
     chain,
     convolution,
@@ -35,7 +35,6 @@ from .plan import (
     fold,
     is_neuron,
     leaves,
-    refuse_export,
 )
 from .product import Geometry, Product
 
@@ -112,24 +111,22 @@ class Spiking:
 Frames = Membrane | Spiking
 
 
-class Dense(nn.Module, OfStillImages):
-    """What `optimize_for_inference` makes of any network: input and output are the network's in eval mode.
-
-    There is no training mode; gradients do not flow.
-    """
-
-    rebuilt = True
-    """Layers are computed together: there is nothing for a hook to see."""
+class Dense(Form):
+    """What `optimize_for_inference` makes of any network, unless it is asked for events or whole numbers."""
 
     def __init__(self, plan: Plan, dtype: torch.dtype = torch.float32, compile: bool = True, paths: str = "auto"):
-        super().__init__()
-        self.plan, self.dtype, self.compiled = plan, dtype, compile
-        self.real_dtype = torch.promote_types(dtype, torch.float32)
+        super().__init__(plan, torch.promote_types(dtype, torch.float32))
+        self.dtype, self.compiled = dtype, compile
         self.in_place = changes_in_place(plan)
         self.once = set() if self.in_place else once(plan)
         self.leaves = nn.ModuleList()
         self.forms: dict[Node, Any] = {}
         self.kinds = kinds(plan)
+        parts = [leaf for node in plan.nodes for leaf in leaves(node.target)]
+        if any(p.is_floating_point() and p.dtype != self.real_dtype for leaf in parts for p in leaf.parameters()):
+            # Layers that run as they are take what the others make.
+            for leaf in parts:
+                leaf.to(self.real_dtype)
         for node in plan.nodes:
             self.forms[node] = self._form(node, paths)
         self.together = [] if self.in_place else of_samples(plan)
@@ -137,9 +134,8 @@ class Dense(nn.Module, OfStillImages):
         crossing = {given for node in self.apart for given in node.inputs()}
         self.crossing = {node: None for node in self.together if node in crossing}
         self.last, self.given = last_uses(plan), {node: node.inputs() for node in plan.nodes}
-        self.inputs = [node for node in plan.nodes if node.op == INPUT]
         self.streamed = [module for module in self.modules() if isinstance(module, Streamed)]
-        super().train(False)
+        self.train(False)
 
     def _form(self, node: Node, paths: str) -> Any:
         form: nn.Module | None = None
@@ -215,13 +211,9 @@ class Dense(nn.Module, OfStillImages):
             products.append(Product(weight, bias, geometry, dtype=self.real_dtype, spikes=spikes and not place))
         return products
 
-    def forward(self, *inputs: Tensor) -> Any:
-        refuse_export()
-        if len(inputs) != len(self.inputs):
-            raise TypeError(f"expected {len(self.inputs)} input(s), got {len(inputs)}; options keep their defaults")
+    def compute(self, values: dict[Node, Any]) -> Any:
         # Tensors are ordinary ones even inside inference_mode: nothing compiles twice, and the result can go anywhere.
         with torch.inference_mode(False), torch.no_grad():
-            values: dict[Node, Any] = dict(zip(self.inputs, inputs, strict=True))
             if self.together:
                 self._together(values)
             for node in self.apart:
@@ -399,12 +391,6 @@ class Dense(nn.Module, OfStillImages):
         shown = x[:1] if _shown_once(x) else x
         frames = shown.movedim(2, -1).contiguous().to(self.real_dtype)
         return Membrane(frames.expand(len(x), *frames.shape[1:]))
-
-    def train(self, mode: bool = True) -> Dense:
-        """Raises `RuntimeError` for training mode: norms are folded and gradients do not flow."""
-        if mode:
-            raise RuntimeError("an optimised model only evaluates; train the model it was made from")
-        return self
 
 
 _RULES: dict[str, Callable[[Any, Node, list[Any], dict[Node, Any]], Any]] = {

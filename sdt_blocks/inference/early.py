@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..neuron import Stream
-from .plan import PRESENT, OfStillImages
+from .plan import PRESENT, Form
 
 MEASURES = ("entropy", "margin")
 
@@ -103,19 +103,19 @@ class EarlyAnswers:
     def _again(self) -> Iterator[None]:
         """A new sequence, in which the model gets the same images at every step."""
         self.stream.reset()
-        if isinstance(self.model, OfStillImages):
+        if isinstance(self.model, Form):
             self.model.still = {}
         try:
             yield
         finally:
-            if isinstance(self.model, OfStillImages):
+            if isinstance(self.model, Form):
                 self.model.still = None
             self.stream.reset()
 
     def _keep(self, stay: Tensor) -> None:
         """Goes on with some of the samples."""
         self.stream.keep(stay)
-        if isinstance(self.model, OfStillImages) and self.model.still:
+        if isinstance(self.model, Form) and self.model.still:
             known = self.model.still.items()
             self.model.still = {layer: membrane[:, stay.to(membrane.device)] for layer, membrane in known}
 

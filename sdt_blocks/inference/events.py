@@ -42,18 +42,17 @@ from .plan import (
     POOL,
     PRESENT,
     PROJECT,
+    Form,
     Node,
-    OfStillImages,
     Plan,
     evaluated,
     filled,
     leaves,
-    refuse_export,
 )
 from .trace import Constant
 
 
-class Events(nn.Module, OfStillImages):
+class Events(Form):
     """A network in eval mode on the CPU, whose products add the weights of active inputs and no others.
 
     Spikes are kept at one bit each; real values are written only for the membrane of the shortcuts. Norms follow the
@@ -75,16 +74,12 @@ class Events(nn.Module, OfStillImages):
     and `RuntimeError` where the kernels cannot be built.
     """
 
-    rebuilt = True
-    """Layers are computed together: there is nothing for a hook to see."""
-
     def __init__(self, plan: Plan, weights: str = FLOAT32, exact: bool = False) -> None:
-        super().__init__()
-        self.plan, self.weights, self.exact = plan, weights, exact
+        super().__init__(plan, torch.float32)
+        self.weights, self.exact = weights, exact
         self.dtype = torch.int8 if weights == INT8 else torch.float32
         _check(plan)
         self.in_place = passes.changes_in_place(plan)
-        self.inputs = [node for node in plan.nodes if node.op == INPUT]
         self.counted, self.last = most_counted(plan), last_uses(plan)
         self.kinds = kinds(plan)
         for node, most in self.counted.items():
@@ -114,7 +109,7 @@ class Events(nn.Module, OfStillImages):
                 node.target = None
         if exact:
             _refuse_unordered(plan, self.forms)
-        super().train(False)
+        self.train(False)
 
     def mean_of_steps(self, x: Tensor) -> Tensor:
         """The mean over the first axis as the network takes it, for a `Stream` of its logits."""
@@ -147,12 +142,7 @@ class Events(nn.Module, OfStillImages):
         return taker if _halves(taker) else None
 
     @torch.no_grad()
-    def forward(self, *inputs: Tensor) -> Any:
-        refuse_export()
-        if len(inputs) != len(self.inputs):
-            raise TypeError(f"expected {len(self.inputs)} input(s), got {len(inputs)}; options keep their defaults")
-        given = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
-        values: dict[Node, Any] = dict(zip(self.inputs, given, strict=True))
+    def compute(self, values: dict[Node, Any]) -> Any:
         for node in self.plan.nodes:
             if node.op == OUTPUT:
                 return filled(node.args[0], lambda one: plain(values[one]))
@@ -300,12 +290,6 @@ class Events(nn.Module, OfStillImages):
         membrane = _membrane(x)
         return steps.pool(node.target, x) if membrane is None else Membrane(real_pool(membrane.real), owned=True)
 
-    def train(self, mode: bool = True) -> Events:
-        """Raises `RuntimeError` for training mode: gradients do not flow."""
-        if mode:
-            raise RuntimeError("an event-driven model only evaluates; train the model it was made from")
-        return self
-
 
 class Membrane:
     """Real values `[T, B, H, W, C]`; `owned` where no one but the plan holds the tensor."""
@@ -320,8 +304,8 @@ def _check(plan: Plan) -> None:
     if others:
         raise ValueError(
             f"event-driven inference and whole numbers run in float32 on the CPU; the model has "
-            f"{', '.join(sorted(others))}. On a GPU dense products are faster at the rates of published models "
-            "(docs/performance.md): leave sparse, exact and int8 out there"
+            f"{', '.join(sorted(others))}: call model.float().cpu(). On a GPU dense products are faster at the rates "
+            "of published models (docs/performance.md): leave sparse, exact and int8 out there"
         )
     problem = kernels_problem()
     if problem is not None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,13 +62,6 @@ class Mixing:
     mixer: Any
 
 
-class OfStillImages:
-    """A form of a plan that may be told that the same images come again and again, for one time step each time."""
-
-    still: dict[Node, Tensor] | None = None
-    """Then what its first layers make of them, `[1, B, H, W, C]`, filled in as they are computed."""
-
-
 @dataclass
 class Plan:
     """The nodes of a network in their order; their targets are leaves of a frozen copy of it."""
@@ -84,6 +78,61 @@ class Plan:
 
     def __str__(self) -> str:
         return "\n".join(map(repr, self.nodes))
+
+
+class Form(nn.Module):
+    """A network as its plan is computed: input and output are those of the network in eval mode.
+
+    There is no training mode, and gradients do not flow. Real values are of `real_dtype`, which was chosen when the
+    form was made: autocast around a call changes nothing, and a cast to another dtype is refused.
+    """
+
+    rebuilt = True
+    """Layers are computed together: there is nothing for a hook to see."""
+
+    still: dict[Node, Tensor] | None = None
+    """Where the same images come again and again, for one time step each time: what the first layers make of them,
+    `[1, B, H, W, C]`, filled in as they are computed."""
+
+    def __init__(self, plan: Plan, real_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.plan, self.real_dtype = plan, real_dtype
+        self.inputs = [node for node in plan.nodes if node.op == INPUT]
+
+    def forward(self, *inputs: Any) -> Any:
+        refuse_export()
+        if len(inputs) != len(self.inputs):
+            raise TypeError(f"expected {len(self.inputs)} input(s), got {len(inputs)}; options keep their defaults")
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        casts = {x.device.type for x in tensors if not x.is_meta and torch.is_autocast_enabled(x.device.type)}
+        with ExitStack() as as_made:
+            for device in casts:
+                as_made.enter_context(torch.autocast(device, enabled=False))
+            return self.compute(dict(zip(self.inputs, map(self._cast, inputs), strict=True)))
+
+    def compute(self, values: dict[Node, Any]) -> Any:
+        """The output for the values of the inputs."""
+        raise NotImplementedError
+
+    def _cast(self, x: Any) -> Any:
+        return x.to(self.real_dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    def train(self, mode: bool = True) -> Form:
+        """Raises `RuntimeError` for training mode."""
+        if mode:
+            raise RuntimeError("an optimised model only evaluates; train the model that it was made from")
+        super().train(False)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Form:
+        cast = fn(torch.zeros(1, dtype=self.real_dtype)).dtype
+        if cast != self.real_dtype:
+            raise TypeError(
+                f"an optimised model keeps its {self.real_dtype}, it cannot be cast to {cast}: build it anew from the "
+                "model, with dtype= of optimize_for_inference"
+            )
+        super()._apply(fn, recurse)
+        return self
 
 
 def refuse_export() -> None:
