@@ -229,8 +229,8 @@ def build_event_datasets(
         seed=seed,
     )
     return (
-        dataset(_first(train, train_samples), augment=names, training=True),
-        dataset(_first(validation, test_samples)),
+        dataset(_first(train, train_samples, "train_samples"), augment=names, training=True),
+        dataset(_first(validation, test_samples, "test_samples")),
     )
 
 
@@ -264,12 +264,12 @@ def _sensor_size(source: Source, rows: Sequence[int], time_steps: int) -> tuple[
     raise UnreadableError(f"none of the {len(rows)} recordings can be read, {source.data[rows[0]]} for one")
 
 
-def _first(part: Part, samples: int | None) -> Part:
-    """The first so many recordings, taking the classes in turn."""
+def _first(part: Part, samples: int | None, key: str) -> Part:
+    """The first so many recordings, as `key` asks, taking the classes in turn."""
     if samples is None:
         return part
     if not 1 <= samples <= len(part.rows):
-        raise DataError(f"{samples} samples were asked for, but there are {len(part.rows)} recordings")
+        raise DataError(f"data.{key}: {samples} samples were asked for, but there are {len(part.rows)} recordings")
     turns: dict[int, int] = {}
     ranked = []
     for row in part.rows:

@@ -115,7 +115,8 @@ def build_image_datasets(
     if validation_samples is not None:
         test, test_rows = train, _held_out(train, validation_samples)
         rows = np.setdiff1d(rows, test_rows)
-    rows, test_rows = _first(train, rows, train_samples), _first(test, test_rows, test_samples)
+    rows = _first(train, rows, train_samples, "train_samples")
+    test_rows = _first(test, test_rows, test_samples, "test_samples")
     return (
         ImageDataset(train, augment, training=True, seed=seed, on_error=on_error, rows=rows),
         ImageDataset(test, resize, training=False, on_error=on_error, rows=test_rows),
@@ -165,12 +166,12 @@ def _check_classes(train: Source, test: Source) -> None:
         )
 
 
-def _first(source: Source, rows: np.ndarray, samples: int | None) -> np.ndarray:
-    """The first `samples` of the rows; of each class in turn where the data lies class by class."""
+def _first(source: Source, rows: np.ndarray, samples: int | None, key: str) -> np.ndarray:
+    """The first `samples` of the rows, as `key` asks; of each class in turn where the data lies class by class."""
     if samples is None:
         return rows
     if not 1 <= samples <= len(rows):
-        raise DataError(f"{samples} samples were asked for, but there are {len(rows)} images")
+        raise DataError(f"data.{key}: {samples} samples were asked for, but there are {len(rows)} images")
     return np.sort(rows[_in_turns(source.targets[rows])[:samples]]) if source.by_class else rows[:samples]
 
 

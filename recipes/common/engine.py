@@ -26,7 +26,7 @@ from sdt_blocks.models.saved import WEIGHTS
 
 from .config import Config, RunError
 from .distillation import Teacher
-from .evaluation import describe_accuracies, evaluate
+from .evaluation import Evaluation, describe_accuracies, evaluate
 from .loading import EpochBatches, UnreadableSample, fetch, stop_loaders
 from .models import optimizer_state, whole_model
 from .optim import BatchMixer, learning_rate, set_learning_rate
@@ -309,7 +309,7 @@ def close_epoch(run: Run, clock: Clock) -> None:
             broadcast_buffers(accelerator, run.ema.module)
             models["ema_"] = run.ema.module
         for prefix, model in models.items():
-            result = evaluate(model, run.test_loader, accelerator, stop=run.stop)
+            result = evaluate_or_save(run, model)
             if result is None:
                 run.stopping = True
                 return
@@ -339,6 +339,16 @@ def close_epoch(run: Run, clock: Clock) -> None:
         run.display.say(partly)
     if at_end or number % config.train.checkpoint_every == 0:
         save(run)
+
+
+def evaluate_or_save(run: Run, model: Any) -> Evaluation | None:
+    """`evaluate`; where samples cannot be read, what has been trained is saved first, if one process trains alone."""
+    try:
+        return evaluate(model, run.test_loader, run.accelerator, stop=run.stop)
+    except (UnreadableSample, ValueError) as error:
+        if run.accelerator.num_processes == 1:
+            save(run)
+        raise UnreadableSample(str(error)) from error
 
 
 def log(run: Run, line: dict[str, Any]) -> None:

@@ -330,6 +330,27 @@ def test_a_corrupt_image_names_its_file_or_is_counted(train, photographs, tmp_pa
     assert line["test_samples"] == 13
 
 
+@pytest.mark.filterwarnings("ignore:.*it is left out")
+def test_what_was_trained_outlasts_an_evaluation_that_fails(train, photographs, tmp_path):
+    root = shutil.copytree(photographs, tmp_path / "photographs")
+    images = sorted((root / "val").rglob("*.jpg"))
+    contents = {image: image.read_bytes() for image in images}
+    options = (*PLAIN, "data.name=folder", f"data.root={root}", "data.train_samples=null", "data.test_samples=null",
+               "train.batch_size=8", "train.epochs=1", "output_dir=run")  # fmt: skip
+    for image in images:
+        image.write_bytes(b"")
+    saved = "the last good checkpoint is run/checkpoints/step_00000003"
+    with pytest.raises(RunError, match=rf"val/china/.*\.jpg cannot be read .*{saved}"):
+        train(*options)
+    with pytest.raises(RunError, match=f"not one sample of the evaluation set could be read.*{saved}"):
+        train(*options, "data.on_error=skip")
+    for image, content in contents.items():
+        image.write_bytes(content)
+    train(*options)
+    (line,) = read_lines(tmp_path / "run")
+    assert line["test_samples"] == 14 and line["images_per_second"] is None and line["train_loss"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -343,7 +364,7 @@ def test_a_corrupt_image_names_its_file_or_is_counted(train, photographs, tmp_pa
         (("train.sync_bn=true",), "runs on GPUs only"),
         (("train.init_checkpoint=nowhere",), "train.init_checkpoint: nowhere: no such file"),
         (("resume=nowhere",), "resume=nowhere: not a good checkpoint"),
-        (("data.train_samples=5000",), "5000 samples were asked for"),
+        (("data.train_samples=5000",), "data.train_samples: 5000 samples were asked for"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(set_up, tmp_path, arguments, message):
