@@ -239,8 +239,8 @@ class Probe:
                     x = x.to(where.device, where.dtype if x.is_floating_point() else x.dtype)
                 self.clock = Clock()
                 clear_hidden(self.model)
-                # Compiled code would run past hooks that came after its compilation.
-                with torch.no_grad(), torch.compiler.set_stance("force_eager"), _in_parts(), ExitStack() as watching:
+                with _watchable(), ExitStack() as watching:
+                    x = x.clone() if x.is_inference() else x
                     for mode in self.modes:
                         mode.start(x)
                         watching.enter_context(mode)
@@ -290,12 +290,17 @@ def input_of(batch: Any) -> Tensor:
 
 
 @contextmanager
-def _in_parts() -> Iterator[None]:
-    """PyTorch's attention computed from its products instead of by one operation that shows none of them."""
+def _watchable() -> Iterator[None]:
+    """A pass without gradients in which every operation is seen.
+
+    PyTorch's attention is computed from its products, not by one operation that shows none of them. Compiled code
+    would run past hooks that came after its compilation, and inference mode past the dispatcher.
+    """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
 

@@ -186,6 +186,17 @@ def test_half_precision(small):
     assert [layer.kind for layer in report.layers] == ["MAC"] + ["AC"] * (len(report.layers) - 1)
 
 
+def test_inference_mode_hides_nothing(small):
+    """Within it PyTorch runs past who looks at its operations."""
+    model, x = small(), torch.rand(2, 3, 16, 16)
+    report, given, judged = energy(model, x), energy_from_rates(model, 0.1, (3, 16, 16)), str(audit(model, x))
+    with torch.inference_mode():
+        assert energy(model, x.clone()).to_json() == report.to_json()
+        assert energy_from_rates(model, 0.1, (3, 16, 16)).to_json() == given.to_json()
+        assert str(audit(model, x.clone())) == judged
+    assert len(report.layers) > 5 and report.total_mj > 0
+
+
 class Loop(nn.Module):
     def __init__(self):
         super().__init__()
