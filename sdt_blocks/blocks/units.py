@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -162,7 +164,9 @@ def is_depthwise(layer: Any, size: int | None = None) -> bool:
 class PaddedNorm(nn.Module):
     """Batch normalization, and around it a border of one pixel that holds what it makes of zero.
 
-    The border is that of the running statistics, in training as they are after the step, and carries no gradient.
+    The border is that of the running statistics, in training as they are after the step, and carries no gradient. What
+    `torch.utils.checkpoint` computes anew has the border that the last pass has left, which was the first one of this
+    batch unless another came in between, and this norm counts the batch once.
 
     Shapes: `[N, channels, H, W] -> [N, channels, H + 2, W + 2]`.
     """
@@ -172,8 +176,13 @@ class PaddedNorm(nn.Module):
         self.norm = nn.BatchNorm2d(channels)
 
     def forward(self, frames: Tensor) -> Tensor:
-        normalized = self.norm(frames)
+        normalized = self.normalized(frames)
         return self.pad(normalized, self.of_zero())
+
+    def normalized(self, frames: Tensor) -> Tensor:
+        """The frames themselves, without a border."""
+        result: Tensor = _repeated(self.norm, frames) if _is_repeated(self.norm) else self.norm(frames)
+        return result
 
     @torch.no_grad()
     def of_zero(self) -> Tensor:
@@ -217,7 +226,7 @@ class Recomputed(nn.Sequential):
             nonlocal again
             for layer in rest:
                 if isinstance(layer, PaddedNorm):
-                    x = _repeated(layer.norm, x) if again else layer.norm(x)
+                    x = _repeated(layer.norm, x) if again else layer.normalized(x)
                     # The running statistics of the first time.
                     x = layer.pad(x, of_zero[layer] if again else of_zero.setdefault(layer, layer.of_zero()))
                 elif isinstance(layer, nn.BatchNorm2d):
@@ -229,6 +238,31 @@ class Recomputed(nn.Sequential):
 
         made: Tensor = checkpoint(compute, first(frames), use_reentrant=False, preserve_rng_state=False)
         return made
+
+
+@contextmanager
+def statistics_aside(norms: Sequence[nn.Module], before: Sequence[dict[str, Tensor | None]]) -> Iterator[None]:
+    """Within it norms have the running statistics `before`, which borders are made of; their own stay as they are."""
+    kept = [dict(norm._buffers) for norm in norms]
+    for norm, buffers in zip(norms, before, strict=True):
+        norm._buffers.update(buffers)
+    _aside.update(norms)
+    try:
+        yield
+    finally:
+        _aside.difference_update(norms)
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)
+
+
+_aside: WeakSet[nn.Module] = WeakSet()
+
+
+def _is_repeated(norm: nn.Module) -> bool:
+    """Whether a norm in training sees a batch for the second time: within a backward pass, for its gradient."""
+    if not norm.training or torch.compiler.is_compiling() or norm in _aside:
+        return False
+    return torch._C._current_graph_task_id() != -1
 
 
 def _repeated(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:

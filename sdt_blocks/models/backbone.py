@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..blocks.units import statistics_aside
 from ..neuron import find_neurons
 from ..steps import fire
 from .card import DataCard
@@ -257,7 +258,7 @@ def _checkpointed(block: nn.Module, membrane: Tensor) -> Tensor:
     norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _statistics_aside(norms, [_copied(norm) for norm in norms])
+        return nullcontext(), statistics_aside(norms, [_copied(norm) for norm in norms])
 
     result: Tensor = checkpoint(block, membrane, use_reentrant=False, context_fn=contexts)
     return result
@@ -265,19 +266,6 @@ def _checkpointed(block: nn.Module, membrane: Tensor) -> Tensor:
 
 def _copied(norm: nn.Module) -> dict[str, Tensor | None]:
     return {name: None if value is None else value.clone() for name, value in norm._buffers.items()}
-
-
-@contextmanager
-def _statistics_aside(norms: Sequence[nn.Module], before: Sequence[dict[str, Tensor | None]]) -> Iterator[None]:
-    """Within it norms have the running statistics `before`, which borders are made of; their own stay as they are."""
-    kept = [dict(norm._buffers) for norm in norms]
-    for norm, buffers in zip(norms, before, strict=True):
-        norm._buffers.update(buffers)
-    try:
-        yield
-    finally:
-        for norm, buffers in zip(norms, kept, strict=True):
-            norm._buffers.update(buffers)
 
 
 def stage_info(channels: Sequence[int], halved: Sequence[bool], modules: Sequence[str]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from sdt_blocks import optimize_for_inference
 from sdt_blocks.blocks import ConvNorm, RepConv, SeparableConvNorm
@@ -47,6 +48,21 @@ def test_a_unit_is_one_convolution_borders_included(make, size):
     if chain is not None:
         assert all(type(layer) is nn.Conv2d for layer in chain)
         torch.testing.assert_close(unit.norm(nn.Sequential(*chain)(x)), unit(x), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_have_the_border_and_the_gradients_of_the_first_pass(reentrant):
+    x = torch.rand(2, 3, 4, 5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    results = []
+    for again in (False, True):
+        network, inputs = Projecting(with_statistics(RepConv(4, 7).double())).train(), x.clone().requires_grad_()
+        y = checkpoint(network, inputs, use_reentrant=reentrant) if again else network(inputs)
+        y.sin().sum().backward()
+        gradients = [p.grad for p in network.parameters()]
+        assert all(gradient.any() for gradient in gradients)
+        results.append([y, inputs.grad, *gradients, *network.unit.conv.border.buffers()])
+    for plain, anew in zip(*results, strict=True):
+        torch.testing.assert_close(anew, plain, rtol=1e-9, atol=1e-9)
 
 
 class Adapted(nn.Module):
