@@ -15,6 +15,7 @@ from sparse import EVENTS, EVENTS_INT8, FLOOR
 
 from sdt_blocks import optimize_for_inference
 
+DEVICES = ["cpu"]
 RATES = (0.0, 0.05, 0.1)
 
 

@@ -10,8 +10,10 @@ import gc
 import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -74,6 +76,10 @@ class Bench:
     options: frozenset[str] = frozenset()
     size: str = ""
     """Whose sizes are measured, see `pick`: those of the device, if nothing is said."""
+    path: Path | None = None
+    """The file of the rows; while they are fewer than all, they stand in `NAME.part.csv` beside it."""
+    doubt: str = ""
+    """Why no row is to be trusted; stands before what a parity check has found."""
     rows: list[dict[str, str]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     elsewhere: float = 0.0
@@ -97,24 +103,44 @@ class Bench:
         """Times the contestants in turn, round by round, so that a slow moment of the machine strikes all of them.
 
         `ratio` is the median over the rounds of time / `baseline`'s time in that round. `parity` maps a contestant to a
-        check that returns what it found ("equal") or raises `ParityError`; who fails is not timed.
+        check that returns what it found ("equal") or raises `ParityError`; who fails, in whatever way, is not timed.
         """
-        checked = {}
-        for name in list(contestants):
-            check = (parity or {}).get(name)
-            try:
-                checked[name] = check() if check else "not checked"
-            except ParityError as error:
-                self._fail(figure, setting, name, str(error))
-                contestants = {other: f for other, f in contestants.items() if other != name}
         if baseline not in contestants:
             raise ValueError(f"the baseline {baseline!r} is not among the contestants {', '.join(contestants)}")
-        samples = self.time(contestants, rounds=rounds, warmup=warmup)
+        checked, sound = {}, {}
+        for name, function in contestants.items():
+            check = (parity or {}).get(name)
+            with self.spared(figure, setting, name):
+                with full_precision():
+                    found = check() if check else "not checked"
+                function()
+                self.synchronize()
+                checked[name], sound[name] = found, function
+        samples = self.time(sound, rounds=rounds, warmup=warmup - 1) if sound else {}
         for name, sample in samples.items():
-            pairs = zip(sample.values, samples[baseline].values, strict=True)
-            ratio = statistics.median(own / other for own, other in pairs)
+            ratio = None
+            if baseline in samples:
+                pairs = zip(sample.values, samples[baseline].values, strict=True)
+                ratio = statistics.median(own / other for own, other in pairs)
             self.record(figure, setting, name, sample, baseline=baseline, ratio=ratio, parity=checked[name])
         return samples
+
+    @contextlib.contextmanager
+    def spared(self, figure: str, setting: str, contestant: str) -> Iterator[None]:
+        """What goes wrong within it fails the suite, with its traceback, but does not stop what comes behind it."""
+        try:
+            yield
+        except ParityError as error:
+            self._fail(figure, setting, contestant, str(error))
+        except Exception as error:
+            traceback.print_exc(file=sys.stdout)
+            self._fail(figure, setting, contestant, f"{type(error).__name__}: {str(error).split(chr(10))[0][:200]}")
+            # What it held must not be in the memory of those that come.
+            traceback.clear_frames(error.__traceback__)
+            del error
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def time(
         self, contestants: dict[str, Callable[[], object]], *, rounds: int = 30, warmup: int = 2
@@ -164,7 +190,7 @@ class Bench:
             "runs": str(len(sample.values)),
             "baseline": baseline,
             "ratio": "" if ratio is None else f"{ratio:.4g}",
-            "parity": parity,
+            "parity": f"{self.doubt}{parity}",
             "elsewhere": f"{self.elsewhere:.2f}" if unit == "s" else "",
         }
         self._add(row)
@@ -179,14 +205,42 @@ class Bench:
     def _fail(self, figure: str, setting: str, contestant: str, found: str) -> None:
         self.failures.append(f"{self.suite}: {figure}, {setting}: {contestant}: {found}")
         self._add({"figure": figure, "setting": setting, "contestant": contestant, "parity": f"FAILED: {found}"})
-        print(f"  {figure:34} {contestant:38} NOT TIMED, wrong answer: {found}", flush=True)
+        print(f"  {figure:34} {contestant:38} NOT TIMED: {found}", flush=True)
 
     def _add(self, row: dict[str, str]) -> None:
         self.rows.append({"suite": self.suite, **row, **facts(self.device, self.allocator)})
+        if self.path is not None:
+            write_rows(self.rows, self.part)
+
+    @property
+    def part(self) -> Path:
+        """Where the rows stand until all are there: a run that is cut keeps those."""
+        assert self.path is not None
+        return self.path.with_suffix(".part.csv")
+
+    def finish(self) -> None:
+        """Puts the rows in their place."""
+        if self.path is not None and self.rows:
+            self.part.replace(self.path)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Convolutions on a GPU multiply float32 as it is.
+
+    By PyTorch's default, which is what is timed, they round it to the 10 bits of TF32: then two orders of the same
+    sums differ by more than any neuron's distance from its threshold.
+    """
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def busy_elsewhere() -> float:

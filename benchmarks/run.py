@@ -4,24 +4,78 @@ A suite is a file beside this one with a function `run(bench)` (see harness.Benc
 allocator settings it is run under, a `DEVICES` list the devices it has something to say about. Rows go to
 results/SUITE-DEVICE-ALLOCATOR.csv; `benchmarks/report.py` plots them.
 
-On a GPU the tests of the ops come first: while one fails, no figure is taken. `--trial` runs every line at small sizes
-and keeps no row: for a GPU that is lent for minutes, first on a CPU and then there. `--wheels FOLDER` installs what is
-missing from files that were brought along (`pip download -d FOLDER ...`); no network is asked.
+On a GPU the tests of the ops come first: while one fails, no figure is taken, or with `--despite` each says so. For one
+that is lent for minutes (see CONTRIBUTING.md): `--trial` runs every line at small sizes and keeps no row; `--wheels
+FOLDER` installs what is missing from files that were brought along, no network is asked; with `--minutes` a suite gets
+at most half of the time that is left, and what it has found by then is kept; all that is printed, tracebacks too,
+stands in `--results FOLDER` beside the rows.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import TextIO
 
 HERE = Path(__file__).parent
+FIRST = ["neuron", "training", "inference", "block", "two_processes", "short_trainings"]
+"""What is asked of a GPU before all else."""
+GATES = "the tests of the ops"
+LEAST = 10.0
+"""Seconds below which no suite is begun."""
+WORKERS = 12
+"""Processes of the tests on a GPU, of which most of the time goes into building some thousand kernels."""
+
+
+class Log:
+    """What is printed, by this process and those it starts, and a file that gets all of it."""
+
+    def __init__(self, file: TextIO | None) -> None:
+        self.file = file
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        if self.file is not None:
+            print(text, file=self.file, flush=True)
+
+    def call(
+        self, command: Sequence[str], seconds: float, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> int:
+        """The exit code of a command; negative where it took longer, and was ended with all that it had started."""
+        ended = []
+
+        def end() -> None:
+            ended.append(True)
+            os.killpg(process.pid, signal.SIGKILL)
+
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "preexec_fn": os.setpgrp}
+        with subprocess.Popen(command, env=env, cwd=cwd, bufsize=1, errors="replace", **pipes) as process:
+            timer = threading.Timer(seconds, end)
+            timer.daemon = True
+            if seconds < threading.TIMEOUT_MAX:
+                timer.start()
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    self.say(line.rstrip("\n"))
+            except KeyboardInterrupt:
+                end()
+                raise
+        timer.cancel()
+        if ended:
+            self.say(f"  ended after {seconds:.0f} s: there is no more time for it")
+        return process.returncode
 
 
 def find_suites() -> dict[str, str]:
@@ -46,38 +100,47 @@ def load_suite(name: str) -> ModuleType:
 def run_suite(arguments: argparse.Namespace, name: str) -> int:
     """Runs one suite in this process; returns the number of contestants whose answers were wrong."""
     import torch
-    from harness import RESULTS, Bench, write_rows
+    from harness import RESULTS, Bench
 
     device = torch.device(arguments.device)
     torch.manual_seed(0)
-    size = "trial" if arguments.trial else ""
-    bench = Bench(name, device, arguments.allocator, arguments.seconds, frozenset(arguments.with_), size)
+    path = Path(arguments.results or RESULTS) / f"{name}-{device.type}-{arguments.allocator}.csv"
+    bench = Bench(
+        name,
+        device,
+        arguments.allocator,
+        arguments.seconds,
+        frozenset(arguments.with_),
+        size="trial" if arguments.trial else "",
+        path=None if arguments.trial else path,
+        doubt=f"{GATES} FAILED; " if arguments.doubt else "",
+    )
     load_suite(name).run(bench)
-    if bench.rows and not arguments.trial:
-        write_rows(bench.rows, RESULTS / f"{name}-{device.type}-{arguments.allocator}.csv")
+    bench.finish()
     for failure in bench.failures:
-        print(f"WRONG ANSWER {failure}", file=sys.stderr)
+        print(f"FAILED {failure}", file=sys.stderr)
     return len(bench.failures)
 
 
-def gates() -> int:
+def gates(log: Log, seconds: float) -> int:
     """The exit code of the tests that a GPU runs: parity of every kernel before any of its times."""
-    folder = HERE.parent
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "cuda and not slow", str(folder / "tests")]
-    return subprocess.call(command, cwd=folder)
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-m", "cuda and not slow"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
+    return log.call([*command, str(HERE.parent / "tests")], seconds, cwd=HERE.parent)
 
 
 def install(folder: Path) -> None:
     """Installs the kit and from files what it and its recipes, tests and peers miss here; what is there stays."""
     if not folder.is_dir():
         raise SystemExit(f"--wheels {folder}: no such folder; `pip download -d {folder} PACKAGES` makes one elsewhere")
-    wanted = ["-e", f"{HERE.parent}[recipes]", "pytest", "hypothesis", "spikingjelly"]
+    wanted = ["-e", f"{HERE.parent}[recipes]", "pytest", "pytest-xdist", "hypothesis", "spikingjelly"]
     offline = ["--no-index", "--no-build-isolation", "--find-links", str(folder)]
     subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", *offline, *wanted])
 
 
 def main() -> int:
-    suites = find_suites()
+    start, suites = time.perf_counter(), find_suites()
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="suites: " + "; ".join(f"{name} ({title})" for name, title in suites.items()),
@@ -92,12 +155,19 @@ def main() -> int:
         action="append",
         default=[],
         metavar="PEER",
-        help="what is left out by default: spikingjelly-compiled, minutes of compiling; a target of gpu-offline, sm_80",
+        help="what takes minutes and is left out by default: compiled, spikingjelly-compiled, memopt (SpikingJelly's "
+        "levels from the second on); a target of gpu-offline, as sm_80",
     )
     parser.add_argument("--trial", action="store_true", help="small sizes, no row kept: whether everything runs")
     parser.add_argument("--no-gates", action="store_true", help="on a GPU: without the tests of the ops before")
     parser.add_argument("--wheels", metavar="FOLDER", help="install what is missing from these files")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="for all of it; what comes late is left out"
+    )
+    parser.add_argument("--results", metavar="FOLDER", help="where rows and run.log go (default: results, and no log)")
+    parser.add_argument("--despite", action="store_true", help="measure where tests of the ops fail, too")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--doubt", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.wheels and not arguments.here:
         install(Path(arguments.wheels))
@@ -117,31 +187,63 @@ def main() -> int:
 
     if arguments.allocator is not None and arguments.allocator not in ALLOCATORS:
         parser.error(f"unknown allocator setting {arguments.allocator}; choose from {', '.join(ALLOCATORS)}")
-    if arguments.device == "cuda" and not arguments.no_gates and gates():
-        print("the ops' tests fail on this GPU: no figure is taken", file=sys.stderr)
-        return 1
+    with contextlib.ExitStack() as stack:
+        file = None
+        if arguments.results:
+            folder = Path(arguments.results)
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / "run.log").open("a", encoding="utf-8"))
+        return run_all(arguments, suites, Log(file), start)
+
+
+def run_all(arguments: argparse.Namespace, suites: dict[str, str], log: Log, start: float) -> int:
+    """The gates, then suite after suite, in the minutes since `start`; 1 where something failed."""
+    from harness import ALLOCATORS
+
     failed = []
-    for name in arguments.suite or suites:
+
+    def left() -> float:
+        return 60 * arguments.minutes - (time.perf_counter() - start)
+
+    if arguments.device == "cuda" and not arguments.no_gates:
+        log.say(f"{GATES} [{told(left() / 2)}]")
+        if gates(log, left() / 2):
+            failed.append(GATES)
+            if not arguments.despite:
+                log.say(f"{GATES} fail on this GPU: no figure is taken")
+                return 1
+            log.say(f"{GATES} fail on this GPU: what follows is not to be trusted")
+        log.say(f"  {time.perf_counter() - start:.0f} s")
+    for name in arguments.suite or [*FIRST, *(name for name in suites if name not in FIRST)]:
         suite = load_suite(name)
         wanted = getattr(suite, "ALLOCATORS", ["reused"])
         if arguments.device not in getattr(suite, "DEVICES", ["cpu", "cuda"]):
-            print(f"{name}: not for {arguments.device}", flush=True)
+            log.say(f"{name}: not for {arguments.device}")
             continue
         if arguments.device == "cuda" or arguments.trial:
             wanted = ["default"]
         for allocator in [arguments.allocator] if arguments.allocator else wanted:
-            print(f"{name}: {suites[name]} [{arguments.device}, allocator: {allocator}]", flush=True)
-            start = time.perf_counter()
-            command = [sys.executable, __file__, name, "--here", "--device", arguments.device, "--allocator", allocator]
-            command += ["--seconds", str(0.0 if arguments.trial else arguments.seconds)]
-            command += [*(f"--with={peer}" for peer in arguments.with_), *(["--trial"] if arguments.trial else [])]
-            code = subprocess.call(command, env={**os.environ, **ALLOCATORS[allocator]})
-            print(f"  {time.perf_counter() - start:.0f} s", flush=True)
-            if code:
+            seconds, began = left() / 2, time.perf_counter()
+            if seconds < LEAST:
+                log.say(f"{name}: no time is left for it")
                 failed.append(f"{name} ({allocator})")
+                continue
+            log.say(f"{name}: {suites[name]} [{arguments.device}, allocator: {allocator}, {told(seconds)}]")
+            command = [sys.executable, "-u", __file__, name, "--here", "--device", arguments.device]
+            command += ["--allocator", allocator, "--seconds", str(0.0 if arguments.trial else arguments.seconds)]
+            command += [*(f"--with={peer}" for peer in arguments.with_), *(["--trial"] if arguments.trial else [])]
+            command += [f"--results={arguments.results}"] if arguments.results else []
+            command += ["--doubt"] if GATES in failed else []
+            if log.call(command, seconds, {**os.environ, **ALLOCATORS[allocator]}):
+                failed.append(f"{name} ({allocator})")
+            log.say(f"  {time.perf_counter() - began:.0f} s")
     if failed:
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+        log.say(f"failed: {', '.join(failed)}")
     return 1 if failed else 0
+
+
+def told(seconds: float) -> str:
+    return f"at most {seconds:.0f} s" if seconds < float("inf") else "as long as it takes"
 
 
 if __name__ == "__main__":

@@ -27,15 +27,16 @@ def run(bench: Bench) -> None:
     name, side, batch = bench.pick(cpu=("sdt_8_384", 224, 4), cuda=("sdt_8_512", 224, 32), trial=("sdt_2_256", 32, 2))
     images = torch.rand(batch, 3, side, side, device=bench.device)
     labels = torch.arange(batch, device=bench.device)
-    steps = {title: make(name, images, labels) for title, make in variants(bench).items()}
-    setting = f"{name}, {side} x {side}, T=4, batch {batch}"
-    if bench.allocator == "default":
-        # A step before takes the compiling and the optimiser's state out of the peak.
-        for title, step in steps.items():
+    setting, figure = f"{name}, {side} x {side}, T=4, batch {batch}", "training step, peak memory"
+    steps = {}
+    for title, make in variants(bench).items():
+        with bench.spared(figure, setting, title):
+            step = make(name, images, labels)
+            # A step before takes the compiling and the optimiser's state out of the peak.
             step()
-            bench.record(
-                "training step, peak memory", setting, title, measure_memory(bench.device, step)[0] / 1e9, unit="GB"
-            )
+            if bench.allocator == "default":
+                bench.record(figure, setting, title, measure_memory(bench.device, step)[0] / 1e9, unit="GB")
+            steps[title] = step
     baseline = "SpikingJelly, eager" if "SpikingJelly, eager" in steps else "sdt_blocks"
     parity = {"sdt_blocks": lambda: same_gradients(name, images[:1], labels[:1])}
     bench.race("training step", setting, steps, baseline=baseline, parity=parity, rounds=7, warmup=1)
@@ -55,15 +56,20 @@ def variants(bench: Bench) -> dict[str, Callable[[str, Tensor, Tensor], Step]]:
         return make
 
     found = {"sdt_blocks": ours(False, False), "sdt_blocks, bf16": ours(False, True)}
+    if spikingjelly_installed():
+        found |= peers(bench)
     if "compiled" in bench.options:
         found |= {"sdt_blocks, compiled": ours(True, False), "sdt_blocks, compiled, bf16": ours(True, True)}
         if device.type == "cuda":
             found["sdt_blocks, compiled to CUDA graphs, bf16"] = ours(True, True, "reduce-overhead")
-    return found | (peers(bench) if spikingjelly_installed() else {})
+    return found
 
 
 def peers(bench: Bench) -> dict[str, Callable[[str, Tensor, Tensor], Step]]:
-    """SpikingJelly's model in both orders of memory; on a GPU in bfloat16 too, and with its savings of memory."""
+    """SpikingJelly's model in both orders of memory; on a GPU in bfloat16 too, and with its savings of memory.
+
+    `--with memopt` has the levels from the second on, which search by the GPU's own count of its memory for minutes.
+    """
 
     def peer(
         compiled: bool = False, channels_last: bool = False, reduced: bool = False, level: int = 0
@@ -85,8 +91,7 @@ def peers(bench: Bench) -> dict[str, Callable[[str, Tensor, Tensor], Step]]:
         found["SpikingJelly, compiled"] = peer(compiled=True)
     if bench.device.type == "cuda" or bench.size == "trial":
         found["SpikingJelly, eager, bf16"] = peer(reduced=True)
-        # From the second on the levels search by the GPU's own count of its memory.
-        levels = (1, 2, 3, 4) if bench.device.type == "cuda" else (1,)
+        levels = (1, 2, 3, 4) if "memopt" in bench.options else (1,)
         found |= {f"SpikingJelly, memopt {level}": peer(level=level) for level in levels}
         if "spikingjelly-compiled" in bench.options:
             found["SpikingJelly, compiled, bf16"] = peer(compiled=True, reduced=True)

@@ -35,19 +35,20 @@ PEER, PEER_LAST = "SpikingJelly's neurons, eager", "SpikingJelly's neurons, eage
 
 @torch.no_grad()
 def run(bench: Bench) -> None:
-    batch = 8
-    images = torch.rand(batch, 3, 224, 224, device=bench.device)
-    v1 = firing_model("sdt_8_384", images[:1])
+    large = (8, 224, {}, "sdt_8_384")
+    batch, side, options, name = bench.pick(cpu=large, cuda=(32, *large[1:]), trial=(2, 64, SMALL, "sdt_2_256"))
+    images = torch.rand(batch, 3, side, side, device=bench.device)
+    v1 = firing_model(name, images[:1])
     for rate in RATES:
-        model = at_rate("sdt_v2_15m", images[:1], rate)
-        setting = f"sdt_v2_15m, 224 x 224, T=4, layers at {rate:.0%}"
+        model = at_rate("sdt_v2_15m", images[:1], rate, **options)
+        setting = f"sdt_v2_15m, {side} x {side}, T=4, layers at {rate:.0%}"
         timed: dict[str, Callable[[], object]] = {PLAIN: partial(model, images)}
         parity: dict[str, Callable[[], str]] = {}
-        for name, build in builds(bench).items():
-            timed[name] = partial(build(model), images)
-            parity[name] = partial(agreement, build, bench.device, small=small_model)
-        timed["V1: sdt_8_384, the model as trained"] = partial(v1, images)
-        timed["V1: sdt_8_384, optimised"] = partial(optimize_for_inference(v1), images)
+        for title, build in builds(bench).items():
+            timed[title] = partial(build(model), images)
+            parity[title] = partial(agreement, build, bench.device, small=small_model)
+        timed[f"V1: {name}, the model as trained"] = partial(v1, images)
+        timed[f"V1: {name}, optimised"] = partial(optimize_for_inference(v1), images)
         bench.race(f"evaluation, batch {batch}", setting, timed, baseline=PLAIN, parity=parity, rounds=3, warmup=1)
         if bench.device.type == "cpu":
             by_layer(bench, optimize_for_inference(model, sparse=True), images, setting)

@@ -23,20 +23,21 @@ OURS = "sdt_blocks"
 
 
 def run(bench: Bench) -> None:
-    batch = 2 if bench.device.type == "cpu" else 16
-    images = torch.rand(batch, 3, 224, 224, device=bench.device)
+    batch, side = bench.pick(cpu=(2, 224), cuda=(16, 224), trial=(2, 32))
+    images = torch.rand(batch, 3, side, side, device=bench.device)
     labels = torch.arange(batch, device=bench.device)
-    steps = {title: make(images, labels) for title, make in variants(bench).items()}
-    setting = f"sdt_v2_15m, 224 x 224, T=4, batch {batch}"
+    setting, figure = f"sdt_v2_15m, {side} x {side}, T=4, batch {batch}", "training step, peak memory"
+    steps, peaks = {}, {}
+    for title, make in variants(bench).items():
+        with bench.spared(figure, setting, title):
+            step = make(images, labels)
+            # A step before takes the compiling and the optimiser's state out of the peak.
+            step()
+            peaks[title], steps[title] = measure_memory(bench.device, step)[0] / 1e9, step
     baseline = PEER if PEER in steps else OURS
-    peaks = {}
-    # A step before takes the compiling and the optimiser's state out of the peak.
-    for title, step in steps.items():
-        step()
-        peaks[title] = measure_memory(bench.device, step)[0] / 1e9
     for title, peak in peaks.items():
         ratio = peak / peaks[baseline]
-        bench.record("training step, peak memory", setting, title, peak, unit="GB", baseline=baseline, ratio=ratio)
+        bench.record(figure, setting, title, peak, unit="GB", baseline=baseline, ratio=ratio)
     parity = {OURS: partial(same_gradients, "sdt_v2_15m", images, labels, lambda: small_model(images[..., :64, :64]))}
     bench.race("training step", setting, steps, baseline=baseline, parity=parity, rounds=5, warmup=1)
 

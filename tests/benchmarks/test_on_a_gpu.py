@@ -18,8 +18,8 @@ def run(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     commands, codes = [], {}
-    start = lambda command, **_: commands.append(command) or next((c for w, c in codes.items() if w in command), 0)  # noqa: E731
-    monkeypatch.setattr(run.subprocess, "call", start)
+    start = lambda command: commands.append(command) or next((c for w, c in codes.items() if w in command), 0)  # noqa: E731
+    monkeypatch.setattr(run.Log, "call", lambda self, command, seconds, env=None, cwd=None: start(command))
     monkeypatch.setattr(run.subprocess, "check_call", start)
     run.commands, run.codes = commands, codes
     yield run
@@ -41,8 +41,62 @@ def test_the_ops_are_tested_before_a_figure_is_taken(run, monkeypatch, capsys):
     run.commands.clear()
     run.codes["pytest"] = 1
     assert started(run, monkeypatch, "--device", "cuda", "neuron") == 1
-    assert len(run.commands) == 1 and "no figure is taken" in capsys.readouterr().err
+    assert len(run.commands) == 1 and "no figure is taken" in capsys.readouterr().out
     assert started(run, monkeypatch, "--device", "cuda", "--no-gates", "neuron") == 0
+    assert started(run, monkeypatch, "--device", "cuda", "--despite", "neuron") == 1
+    assert "--doubt" in run.commands[-1] and "--doubt" not in run.commands[-3]
+
+
+def test_what_weighs_most_comes_first_and_what_fails_stops_no_other(run, monkeypatch, capsys):
+    run.codes["training"] = 1
+    assert started(run, monkeypatch, "--device", "cuda", "--no-gates") == 1
+    asked = [command[3] for command in run.commands]
+    assert asked[: len(run.FIRST)] == run.FIRST and len(asked) > len(run.FIRST)
+    assert "failed: training (default)" in capsys.readouterr().out
+
+
+def test_time_is_shared_out(run, monkeypatch, capsys, tmp_path):
+    options = ("--results", str(tmp_path), "--minutes", "1", "neuron", "block")
+    assert started(run, monkeypatch, "--device", "cuda", "--no-gates", *options) == 0
+    printed = capsys.readouterr().out
+    assert "allocator: default, at most 30 s" in printed and (tmp_path / "run.log").read_text() == printed
+    assert all(f"--results={tmp_path}" in command for command in run.commands)
+    assert started(run, monkeypatch, "--minutes", "0.1", "neuron") == 1
+    assert len(run.commands) == 2 and "neuron: no time is left for it" in capsys.readouterr().out
+
+
+def test_a_command_is_ended_with_all_that_it_started(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import run
+
+    with (tmp_path / "log").open("w") as file:
+        log = run.Log(file)
+        assert log.call([sys.executable, "-c", "print(1 / 0)"], 60.0) == 1
+        assert log.call(["sh", "-c", "echo begun; sleep 50 & sleep 50"], 0.5) < 0
+    printed = capsys.readouterr().out
+    assert "ZeroDivisionError" in printed and "begun" in printed and "ended after" in printed
+    assert (tmp_path / "log").read_text() == printed
+    sys.modules.pop("run")
+
+
+def test_what_a_cut_suite_has_found_is_kept(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from harness import Bench, read_rows
+
+    def broken():
+        raise RuntimeError("no kernel image")
+
+    bench = Bench("s", path=tmp_path / "s.csv", seconds=0.0, doubt="no gate; ")
+    calls = {"theirs": broken, "ours": lambda: None, "wrong": lambda: None}
+    bench.race("f", "x", calls, baseline="theirs", parity={"wrong": broken}, rounds=3)
+    rows = {row["contestant"]: row for row in read_rows(tmp_path / "s.part.csv")}
+    assert rows["ours"]["median"] and not rows["ours"]["ratio"] and rows["ours"]["parity"] == "no gate; not checked"
+    assert "no kernel image" in rows["theirs"]["parity"] and not rows["wrong"]["median"]
+    assert len(bench.failures) == 2 and "Traceback" in capsys.readouterr().out
+    bench.finish()
+    assert len(read_rows(tmp_path / "s.csv")) == 3 and not (tmp_path / "s.part.csv").exists()
+    with pytest.raises(ValueError, match="is not among the contestants"):
+        bench.race("f", "x", calls, baseline="other")
 
 
 def test_what_is_missing_comes_from_files(run, monkeypatch, tmp_path):
