@@ -47,7 +47,37 @@ class Surrogate:
         return fire(shift, self)
 
 
-def _derivative(shift: Tensor, kind: str, a: float) -> Tensor:
+class Scheduled(Surrogate):
+    """A surrogate whose `alpha` changes from step to step, and the time constant of its neurons, which may as well.
+
+    They are `numbers`, `[alpha, 1 / tau]`, a float64 tensor on the CPU: what torch.compile has built takes it for an
+    input, and holds for all values.
+    """
+
+    def __init__(self, surrogate: Surrogate, tau: float) -> None:
+        self.__dict__["numbers"] = torch.tensor([surrogate.alpha, 1 / tau], dtype=torch.float64, device="cpu")
+        self.__dict__["fixed"] = Surrogate(surrogate.kind)
+        self.__dict__["kind"] = surrogate.kind
+
+    numbers: Tensor
+    fixed: Surrogate
+    """One of its kind, of whatever `alpha`."""
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
+    @property
+    def alpha(self) -> Tensor:  # type: ignore[override]
+        return self.numbers[0]
+
+    @property
+    def inv_tau(self) -> Tensor:
+        return self.numbers[1]
+
+    def change(self, surrogate: Surrogate, tau: float) -> None:
+        """Takes other numbers."""
+        self.numbers.copy_(torch.tensor([surrogate.alpha, 1 / tau], dtype=torch.float64))
+
+
+def _derivative(shift: Tensor, kind: str, a: float | Tensor) -> Tensor:
     if kind == "sigmoid":
         p = torch.sigmoid(a * shift)
         return a * p * (1 - p)
@@ -71,18 +101,22 @@ class _Spike(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(shift: Tensor, kind: str, alpha: float, strict: bool) -> Tensor:  # type: ignore[override]
+    def forward(shift: Tensor, kind: str, alpha: float | Tensor, strict: bool) -> Tensor:  # type: ignore[override]
         return heaviside(shift, strict)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        shift, ctx.kind, ctx.alpha, _ = inputs
-        ctx.save_for_backward(shift)
+        shift, ctx.kind, alpha, _ = inputs
+        if isinstance(alpha, Tensor):
+            ctx.save_for_backward(shift, alpha)
+        else:
+            ctx.save_for_backward(shift)
+            ctx.alpha = alpha
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        (shift,) = ctx.saved_tensors
-        return grad * _derivative(shift, ctx.kind, ctx.alpha), None, None, None
+        shift, *alpha = ctx.saved_tensors
+        return grad * _derivative(shift, ctx.kind, alpha[0] if alpha else ctx.alpha), None, None, None
 
 
 class _ForwardSpike(_Spike):

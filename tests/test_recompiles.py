@@ -1,6 +1,7 @@
 """What torch.compile builds anew: nothing for another batch or image once sizes have changed, or for a learnt tau."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -59,12 +60,29 @@ def test_a_learnt_time_constant(compiled):
     assert counter.frame_count == 1
 
 
-def test_a_scheduled_sharpness_is_followed(compiled):
-    """A number of a neuron is a constant of the graph: a new one is compiled anew, and has its own gradients."""
-    block, run, counter = compiled()
-    x, gradients = torch.rand(2, 3, 8, 4, 4) * 4, []
-    for alpha in (4.0, 2.0, 3.0):
-        block.neuron1.surrogate = block.neuron2.surrogate = Surrogate("sigmoid", alpha)
+SCHEDULES = {
+    "alpha": ("alpha",),
+    "tau": ("tau",),
+    "both": ("alpha", "tau"),
+    "alpha of a learnt tau": ("alpha", "learnt"),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("changed", SCHEDULES.values(), ids=SCHEDULES)
+def test_scheduled_numbers_build_nothing_anew(compiled, changed, training):
+    """Constants of the graph until the first change, and its inputs from then on."""
+    block, run, counter = compiled(ParametricLIF if "learnt" in changed else LIF)
+    block.train(training)
+    x, gradients, graphs = torch.rand(2, 3, 8, 4, 4) * 4, [], []
+    for alpha, tau in (None, None), (2.0, 1.7), (3.0, 1.5), (2.5, 1.2), (1.5, 1.1):
+        for neuron in (block.neuron1, block.neuron2):
+            if alpha and "alpha" in changed:
+                neuron.surrogate = Surrogate("sigmoid", alpha)
+            if tau and "tau" in changed:
+                neuron.tau = tau
         assert_as_eager(block, run, x)
         gradients.append(block.fc1.conv.weight.grad.clone())
-    assert not torch.allclose(gradients[0], gradients[1]) and 1 < counter.frame_count <= 4
+        graphs.append(counter.frame_count)
+    assert not any(torch.allclose(one, next) for one, next in itertools.pairwise(gradients))
+    assert graphs == [1, 2, 2, 2, 2]

@@ -15,7 +15,7 @@ from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
 from ..ops import NeuronSpec, lif
-from ..surrogate import Surrogate, SurrogateLike, fire, resolve, surrogate_spec
+from ..surrogate import Scheduled, Surrogate, SurrogateLike, fire, resolve, surrogate_spec
 from .stepping import OverTime, remembers
 from .stream import Streamed
 
@@ -49,6 +49,8 @@ class LIF(snntorch.Leaky, Streamed):
     step_mode = "m"
     states = 1
     """Numbers kept from one time step to the next."""
+    _scheduled: Scheduled | None = None
+    """Surrogate and time constant as torch.compile is told of them, once one has been set anew."""
 
     def __init__(
         self,
@@ -107,9 +109,24 @@ class LIF(snntorch.Leaky, Streamed):
     @property
     def spec(self) -> NeuronSpec:
         """What the ops are told of this layer."""
+        if self._scheduled is not None and torch.compiler.is_compiling():
+            inv_tau = 0.0 if type(self).inv_tau is LIF.inv_tau else self.inv_tau
+            return NeuronSpec(
+                self.threshold, self.reset_mechanism, self._scheduled, self.detach_reset, self.strict, inv_tau
+            )
         return NeuronSpec(
             self.threshold, self.reset_mechanism, self.surrogate, self.detach_reset, self.strict, self.inv_tau
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        known = self.__dict__.get(name)
+        super().__setattr__(name, value)
+        if name in ("tau", "surrogate") and known is not None and isinstance(self.surrogate, Surrogate):
+            # Graphs hold what has never changed as constants; the first change is the only one that builds them anew.
+            if self._scheduled is None or self._scheduled.kind != self.surrogate.kind:
+                self._scheduled = Scheduled(self.surrogate, self.tau)
+            else:
+                self._scheduled.change(self.surrogate, self.tau)
 
     @property
     def beta(self) -> Tensor:

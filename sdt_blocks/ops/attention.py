@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..surrogate import Scheduled
 from .bits import as_spikes
 from .dispatch import fused, kernels
 from .lif import constants, gradients_of_equations, lif, lif_gradients, lif_reference, normalized
@@ -29,8 +30,9 @@ def attend(x: Sequence[Tensor], norms: Sequence[Norm], neurons: Sequence[NeuronS
     """What `attend_reference` computes, in one pass over x.
 
     For the backward pass x is kept, and what fired at one byte for q, k and v together. In training it stays one op
-    under `torch.compile` too; in evaluation it is traced as its equations. Where q, k and v have unlike neurons, norms
-    of unlike modes or more than `MOST_TOKENS` tokens, their norms and neurons are fused, each for itself.
+    under `torch.compile` too; in evaluation it is traced as its equations. Where q, k and v have unlike neurons (in a
+    graph: neurons that a schedule changes), norms of unlike modes or more than `MOST_TOKENS` tokens, their norms and
+    neurons are fused, each for itself.
 
     >>> x = [torch.randn(4, 2, 8, 5, 5) for _ in range(3)]
     >>> neurons = [NeuronSpec(threshold) for threshold in (1.0, 1.0, 1.0, 0.5)]
@@ -41,6 +43,7 @@ def attend(x: Sequence[Tensor], norms: Sequence[Norm], neurons: Sequence[NeuronS
     q, training = x[0], norms[0].training
     alike = specs[0] == specs[1] == specs[2] and all(part.shape == q.shape and part.dtype == q.dtype for part in x)
     alike = alike and all(norm.training == training for norm in norms)
+    alike = alike and not any(isinstance(neuron.surrogate, Scheduled) for neuron in neurons)
     fits = alike and 0 < q.numel() <= MOST_TOKENS * q.shape[:3].numel()
     if None in specs or not fits or not fused(q, even_traced=training):
         return _compose(batch_norm_lif, lif, x, norms, neurons)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..surrogate import KINDS, Surrogate, fire
+from ..surrogate import KINDS, Scheduled, Surrogate, fire
 from .bits import as_spikes
 from .dispatch import fall_back, fused, kernels
 from .registered import registered
@@ -36,6 +36,8 @@ def lif_reference(x: Tensor, neuron: NeuronSpec, membrane: Tensor | None = None)
     """
     threshold, reset, surrogate, detach_reset, strict, inv_tau = neuron
     dtype = state_dtype(x)
+    if isinstance(surrogate, Scheduled) and not isinstance(inv_tau, Tensor):
+        inv_tau = surrogate.inv_tau
     if isinstance(inv_tau, Tensor):
         inv_tau = inv_tau.to(dtype)
         if inv_tau.ndim == 1:
@@ -92,6 +94,7 @@ def lif(
             inv_tau.to(dtype) if isinstance(inv_tau, Tensor) else None,
             None if membrane is None else membrane.to(dtype),
             return_membrane,
+            *([None] * 4 + [False, neuron.surrogate.numbers] if isinstance(neuron.surrogate, Scheduled) else []),
         )
         as_spikes(spikes)
     else:
@@ -109,6 +112,8 @@ def constants(neuron: NeuronSpec) -> NeuronSpec | None:
     threshold, reset, surrogate, detach_reset, strict, inv_tau = neuron
     if isinstance(threshold, Tensor):
         raise TypeError(f"threshold must be a number, got a {type(threshold).__name__}: it is not learnt")
+    if isinstance(surrogate, Scheduled):
+        surrogate = surrogate.fixed
     if not isinstance(surrogate, Surrogate):
         name = getattr(surrogate, "__qualname__", type(surrogate).__qualname__)
         fall_back(
@@ -136,18 +141,18 @@ def lif_op(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     of_batch: bool = False,
+    scheduled: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Spikes `[steps, ...]` and the last membrane (empty unless `keep_membrane`) of x `[steps or 1, ...]`.
 
     `neuron` is an encoded `NeuronSpec`; `inv_tau`, `membrane` and the normalization's values are of the state's dtype.
     With `mean` the input of the neurons is `(x - mean) * inv_std * weight + bias`, per channel; `of_batch` says that
-    mean and inv_std are those of x, through which the gradient flows too.
+    mean and inv_std are those of x, through which the gradient flows too. What is `scheduled` (see `Scheduled`) stands
+    in the place of the neuron's own numbers.
     """
     x, layout = _arranged(x, steps, inv_tau, mean)
-    norm = _affine(mean, inv_std, weight, bias, of_batch)
-    spikes, last = kernels(x).lif_forward(
-        x, layout, NeuronSpec.decode(neuron), norm, inv_tau, membrane, keep_membrane=keep_membrane
-    )
+    norm, spec = _affine(mean, inv_std, weight, bias, of_batch), _spec(neuron, scheduled)
+    spikes, last = kernels(x).lif_forward(x, layout, spec, norm, inv_tau, membrane, keep_membrane=keep_membrane)
     return spikes, x.new_empty(0, dtype=state_dtype(x)) if last is None else last
 
 
@@ -172,11 +177,12 @@ def lif_backward_op(
     weight: Tensor | None,
     bias: Tensor | None,
     of_batch: bool,
+    scheduled: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, inv_tau, membrane, weight and bias; those of what was not given are empty."""
     x, layout = _arranged(x, steps, inv_tau, mean)
     arriving, norm = Arriving(grad, last=grad_last), _affine(mean, inv_std, weight, bias, of_batch)
-    gradients = lif_gradients(arriving, x, layout, NeuronSpec.decode(neuron), norm, inv_tau, membrane)
+    gradients = lif_gradients(arriving, x, layout, _spec(neuron, scheduled), norm, inv_tau, membrane)
     # A registered op returns tensors only, none of them twice.
     of_x, of_inv_tau, of_membrane, of_weight, of_bias = (
         x.new_empty(0, dtype=state_dtype(x)) if gradient is None else gradient for gradient in gradients
@@ -212,7 +218,7 @@ def lif_gradients(
 
 
 @lif_backward_op.register_fake
-def _(grad, grad_last, x, steps, neuron, inv_tau, membrane, mean, inv_std, weight, bias, of_batch):
+def _(grad, grad_last, x, steps, neuron, inv_tau, membrane, mean, inv_std, weight, bias, of_batch, scheduled):
     x, layout = _arranged(x, steps, inv_tau, mean)
     empty = [x.new_empty(0, dtype=state_dtype(x)) for _ in range(4)]
     return (
@@ -225,34 +231,35 @@ def _(grad, grad_last, x, steps, neuron, inv_tau, membrane, mean, inv_std, weigh
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, steps, neuron, inv_tau, membrane, keep_membrane, mean, inv_std, weight, bias, of_batch = inputs
-    ctx.save_for_backward(x, inv_tau, membrane, mean, inv_std, weight, bias)
+    x, steps, neuron, inv_tau, membrane, keep_membrane, mean, inv_std, weight, bias, of_batch, scheduled = inputs
+    ctx.save_for_backward(x, inv_tau, membrane, mean, inv_std, weight, bias, scheduled)
     ctx.steps, ctx.neuron, ctx.keep_membrane, ctx.of_batch = steps, neuron, keep_membrane, of_batch
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, grad: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, inv_tau, membrane, mean, inv_std, weight, bias = ctx.saved_tensors
+    x, inv_tau, membrane, mean, inv_std, weight, bias, scheduled = ctx.saved_tensors
     if not ctx.keep_membrane:
         grad_last = None
     if torch.is_grad_enabled():
         with torch.enable_grad():
             frames = normalized(x, mean, inv_std, weight, bias, ctx.of_batch)
-            spec = NeuronSpec.decode(ctx.neuron)
+            spec = _spec(ctx.neuron, scheduled)
             spec = spec if inv_tau is None else spec._replace(inv_tau=inv_tau)
             outputs = lif_reference(frames.expand(ctx.steps, *x.shape[1:]), spec, membrane)
         found = gradients_of_equations(outputs, (x, inv_tau, membrane, weight, bias), (grad, grad_last))
         of_x, of_inv_tau, of_membrane, of_weight, of_bias = found
-        return of_x, None, None, of_inv_tau, of_membrane, None, None, None, of_weight, of_bias, None
+        return of_x, None, None, of_inv_tau, of_membrane, None, None, None, of_weight, of_bias, None, None
     of_x, of_inv_tau, of_membrane, of_weight, of_bias = lif_backward_op(
-        grad, grad_last, x, ctx.steps, ctx.neuron, inv_tau, membrane, mean, inv_std, weight, bias, ctx.of_batch
+        *(grad, grad_last, x, ctx.steps, ctx.neuron, inv_tau, membrane, mean, inv_std, weight, bias, ctx.of_batch),
+        scheduled,
     )
     given = (
         None if of is None else gradient
         for of, gradient in ((inv_tau, of_inv_tau), (membrane, of_membrane), (weight, of_weight), (bias, of_bias))
     )
     of_inv_tau, of_membrane, of_weight, of_bias = given
-    return of_x, None, None, of_inv_tau, of_membrane, None, None, None, of_weight, of_bias, None
+    return of_x, None, None, of_inv_tau, of_membrane, None, None, None, of_weight, of_bias, None, None
 
 
 lif_op.register_autograd(_gradients, keep=_keep_inputs)
@@ -301,6 +308,15 @@ def gradients_of_equations(
 
 def _arranged(x: Tensor, steps: int, inv_tau: Tensor | None, mean: Tensor | None) -> tuple[Tensor, Layout]:
     return arrange(x, steps, per_channel=mean is not None or (inv_tau is not None and inv_tau.ndim == 1))
+
+
+def _spec(neuron: Sequence[float], scheduled: Tensor | None) -> NeuronSpec:
+    spec = NeuronSpec.decode(neuron)
+    if scheduled is None:
+        return spec
+    assert isinstance(spec.surrogate, Surrogate)
+    alpha, inv_tau = scheduled.tolist()
+    return spec._replace(surrogate=Surrogate(spec.surrogate.kind, alpha), inv_tau=inv_tau)
 
 
 def _affine(
