@@ -190,7 +190,7 @@ def launches_of_block(dtype: torch.dtype, channels_last: bool) -> dict[str, dict
 def _holds_all(tensor: Tensor, spikes: Tensor) -> bool:
     """`bits._holds_all` by the storage: tensors without data have no address."""
     same = tensor.untyped_storage()._cdata == spikes.untyped_storage()._cdata and tensor.dtype == spikes.dtype
-    return same and tensor.numel() == spikes.numel() and bits._dense(tensor)
+    return same and tensor.numel() == spikes.numel() and bits.gapless(tensor)
 
 
 def distinct(launches: list[Launch], capability: int, settings: Row) -> list[Row]:

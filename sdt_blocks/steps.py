@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from .neuron import LIF, remembers, spikes_of
-from .ops import Norm, attend, batch_norm_lif, max_pool
+from .neuron import LIF, IntegerNeuron, remembers, spikes_of
+from .ops import Norm, attend, batch_norm_levels, batch_norm_lif, max_pool
 from .ops.bits import SpikesAsBits, are_spikes, as_spikes
 from .ops.convolution import convolve_spikes
 from .ops.dispatch import fall_back, fused
@@ -250,8 +250,10 @@ def normalize_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, time_steps
     one warning.
     """
     if _fusible(norm, neuron, x):
-        assert isinstance(neuron, LIF)
         settings = norm_settings(norm)
+        if isinstance(neuron, IntegerNeuron):
+            return batch_norm_levels(x, settings, neuron.spec, time_steps=time_steps)
+        assert isinstance(neuron, LIF)
         if neuron.carrier is None:
             return batch_norm_lif(x, settings, neuron.spec, time_steps=time_steps)
         before = neuron.carrier.membrane(neuron, x)
@@ -269,7 +271,7 @@ def fused_attention(
 
     It takes what `normalize_and_fire` takes, in one mode, with nothing to see or do in the modules `between`.
     """
-    idle = all(is_plain(module, nn.Identity) for module in between) and is_neuron(neurons[3])
+    idle = all(is_plain(module, nn.Identity) for module in between) and all(map(is_neuron, neurons))
     fusible = all(_fusible(norm, neuron, part) for norm, neuron, part in zip(norms, neurons[:3], x, strict=True))
     streamed = any(getattr(neuron, "carrier", None) is not None for neuron in neurons)
     if not (idle and fusible) or streamed:
@@ -381,12 +383,14 @@ def _fuses_its_forward(kind: type) -> bool:
 
 
 def _fusible(norm: nn.Module, neuron: nn.Module, x: Tensor) -> bool:
-    if not (is_plain(norm, nn.BatchNorm2d, nn.SyncBatchNorm) and is_neuron(neuron)) or _waits_for_others(norm):
+    of_levels = is_plain(neuron, IntegerNeuron)
+    known = is_plain(norm, nn.BatchNorm2d, nn.SyncBatchNorm) and (of_levels or is_neuron(neuron))
+    if not known or _waits_for_others(norm):
         _tell_unfused(norm, neuron)
         return False
-    assert isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) and isinstance(neuron, LIF)
-    known = isinstance(neuron.surrogate, Surrogate) and x.shape[2] == norm.num_features < x.numel()
-    return known and fused(x, even_traced=norm.training)
+    assert isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
+    known = of_levels or isinstance(neuron.surrogate, Surrogate)
+    return known and x.shape[2] == norm.num_features < x.numel() and fused(x, even_traced=norm.training)
 
 
 def _waits_for_others(norm: nn.Module) -> bool:

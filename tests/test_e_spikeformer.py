@@ -25,7 +25,7 @@ from sdt_blocks.inference.choice import ProductCosts
 from sdt_blocks.inference.dense import Mixed
 from sdt_blocks.models import e_spikeformer
 from sdt_blocks.models.e_spikeformer import LinearChain
-from sdt_blocks.neuron import IntegerNeuron
+from sdt_blocks.neuron import IntegerNeuron, integer
 from sdt_blocks.steps import Unit
 
 NAMES = ("sdtv3_base_64", "sdtv3_large_kd_64")
@@ -98,7 +98,7 @@ def test_every_neuron_has_the_level(released):
     assert sum(levels.max() == 4 for levels in expected.values()) > len(expected) / 2
 
 
-@pytest.mark.parametrize("path", ["reference", "compiled", "triton"])
+@pytest.mark.parametrize("path", ["reference", "compiled", pytest.param("triton", marks=pytest.mark.slow)])
 def test_training_step(released, path, monkeypatch):
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", path)
     model = released.model().train()
@@ -123,6 +123,33 @@ def test_training_step(released, path, monkeypatch):
     for name, value in convert_released_state_dict({**released.group("state"), **released.group("after_step")}).items():
         if "running" in name:
             torch.testing.assert_close(state[name], value, atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.cuda
+def test_a_block_by_triton(released, monkeypatch):
+    """The last block's kernels, in float64, on what comes to it from the golden images."""
+    from sdt_blocks.ops.triton import levels as kernels
+
+    launched, found = set(), []
+    for name in ("levels", "levels_backward", "norm_levels", "norm_levels_backward"):
+        of = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *given, of=of, name=name: (launched.add(name), of(*given))[1])
+    model, given = released.model().double(), []
+    model.stages[-1][-1].register_forward_pre_hook(lambda block, inputs: given.extend(inputs))
+    model(released.tensors["input"][:2].double())
+    for path in ("reference", "triton"):
+        monkeypatch.setenv("SDT_BLOCKS_BACKEND", path)
+        block = released.model().double().stages[-1][-1].train()
+        leaf = given[0].detach().requires_grad_()
+        out = block(leaf)
+        (out * leaf.detach().cos()).sum().backward()
+        found.append([out, leaf.grad, *(parameter.grad for parameter in block.parameters()), *block.buffers()])
+    assert len(launched) == 4
+    # What stands in front of a norm has no gradient but for rounding.
+    least = 1e-9 * max(value.abs().max().item() for value in found[0])
+    for ours, theirs in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=least, rtol=1e-9)
+    assert sum(value.abs().max() > least for value in found[0]) > len(found[0]) / 2
 
 
 @torch.no_grad()
@@ -153,12 +180,22 @@ def test_levels_run_by_events_or_densely(released, way, monkeypatch):
     monkeypatch.setattr(ProductCosts, "of", lambda places, product: costs)
     monkeypatch.setattr(choice, "_in_turn", lambda ways, *rounds: [run() for run in ways] and seconds)
     how = {"sparse": True} if way == "asked for" else {"sparse": "auto", "calibrate": [x]}
-    fast, seen, level = optimize_for_inference(model, compile=False, **how), [], IntegerNeuron.level
-    monkeypatch.setattr(IntegerNeuron, "level", lambda self, x: seen.append(level(self, x)) or seen[-1])
+    fast, seen, expected = optimize_for_inference(model, compile=False, **how), [], []
+    neurons = [m for m in model.modules() if isinstance(m, IntegerNeuron)]
+    hooks = [n.register_forward_hook(lambda n, given, values: expected.append(values * n.norm)) for n in neurons]
     model(x)
-    expected, seen[:] = list(seen), []
+    for hook in hooks:
+        hook.remove()
+    fired = integer.levels
+
+    def levels(x, spec):
+        values = fired(x, spec)
+        seen.append(values * spec.norm)
+        return values
+
+    monkeypatch.setattr(integer, "levels", levels)
     torch.testing.assert_close(fast(x), released.tensors["logits_eval"], atol=1e-5, rtol=0)
-    assert len(seen) == len(expected) == sum(isinstance(m, IntegerNeuron) for m in model.modules())
+    assert len(seen) == len(expected) == len(neurons)
     assert all(torch.equal(*both) for both in zip(seen, expected, strict=True))
     assert sum(levels.max() > 1 for levels in seen) > len(seen) / 2
     if way == "dense is faster":

@@ -2,54 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from ..surrogate import transformed
-
-ROUNDINGS = ("even", "up")
-"""Of a level and a half: to the even neighbour, as `torch.round`, or up."""
-
-
-class _Levels(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, levels: int, rounding: str) -> Tensor:  # type: ignore[override]
-        clamped = x.clamp(0, levels)
-        return clamped.round() if rounding == "even" else (clamped + 0.5).floor()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(_inside(*inputs))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (inside,) = ctx.saved_tensors
-        return grad * inside, None, None
-
-
-class _ForwardLevels(_Levels):
-    """With the rule of forward-mode gradients, which torch.compile takes no function with."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        inside = _inside(*inputs)
-        ctx.save_for_backward(inside)
-        ctx.save_for_forward(inside)
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:  # type: ignore[override]
-        (inside,) = ctx.saved_tensors
-        result: Tensor = tangent * inside
-        return result
-
-
-def _inside(x: Tensor, levels: int, rounding: str) -> Tensor:
-    """Where the gradient passes: an open window has none at its ends, where silent neurons lie."""
-    return (x >= 0) & (x <= levels) if rounding == "even" else (x > 0) & (x < levels)
+from ..ops import LevelSpec, levels
+from ..ops.spec import ROUNDINGS
 
 
 class IntegerNeuron(nn.Module):
@@ -84,15 +41,17 @@ class IntegerNeuron(nn.Module):
             raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
         self.levels, self.norm, self.rounding, self.threshold = levels, norm, rounding, threshold
 
+    @property
+    def spec(self) -> LevelSpec:
+        """What the ops are told."""
+        return LevelSpec(self.levels, self.norm, self.rounding, self.threshold)
+
     def level(self, x: Tensor) -> Tensor:
         """The whole numbers, in the dtype of x."""
-        x = x if self.threshold == 1 else x / self.threshold
-        function = _ForwardLevels if transformed() else _Levels
-        levels: Tensor = function.apply(x, self.levels, self.rounding)
-        return levels
+        return levels(x, self.spec._replace(norm=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.level(x) / self.norm
+        return levels(x, self.spec)
 
     def unfold(self, x: Tensor) -> Tensor:
         """The level as spikes: step i of `[levels, ...]` is 1 where the level is above i, and their sum the level."""

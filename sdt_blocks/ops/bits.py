@@ -132,7 +132,7 @@ class SpikesAsBits(saved_tensors_hooks):
 def _holds_all(tensor: Tensor, spikes: Tensor) -> bool:
     """Whether a tensor is a view of all the spikes."""
     same = tensor.data_ptr() == spikes.data_ptr() and tensor.dtype == spikes.dtype
-    return same and tensor.numel() == spikes.numel() and _dense(tensor)
+    return same and tensor.numel() == spikes.numel() and gapless(tensor)
 
 
 class _Bits(NamedTuple):
@@ -171,7 +171,7 @@ def _unpack(kept: _Bits | _Kept) -> Tensor:
     return kept.tensor
 
 
-def _dense(tensor: Tensor) -> bool:
+def gapless(tensor: Tensor) -> bool:
     """Whether the elements fill a stretch of memory, each once."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..surrogate import transformed
-from .kernels import Kernels
+from .kernels import Kernels, LevelKernels
 
 BACKENDS = ("reference", "compiled", "triton")
 """The equations in PyTorch; the C++ kernels for CPU tensors; the Triton kernels for CUDA tensors."""
@@ -44,7 +46,14 @@ def fused(x: Tensor, *, even_traced: bool = False) -> bool:
 
 def kernels(x: Tensor) -> Kernels:
     """The kernels for x, where `fused(x)`."""
-    return _module(_backend(x.device.type, x.dtype))
+    found: Kernels = _module(_backend(x.device.type, x.dtype), "training")
+    return found
+
+
+def level_kernels(x: Tensor) -> LevelKernels:
+    """The kernels of integer neurons for x, where `fused(x)`."""
+    found: LevelKernels = _module(_backend(x.device.type, x.dtype), "levels")
+    return found
 
 
 def by_triton(x: Tensor) -> bool:
@@ -112,12 +121,7 @@ def _problem(backend: str) -> str | None:
 
 
 @functools.cache
-def _module(backend: str) -> Kernels:
+def _module(backend: str, name: str) -> Any:
     # Imported late: Triton may be missing, and reads TRITON_INTERPRET when it is imported.
-    if backend == "triton":
-        from .triton import training as of_triton
-
-        return of_triton
-    from .cpu import training as of_cpu
-
-    return of_cpu
+    folder = "triton" if backend == "triton" else "cpu"
+    return importlib.import_module(f".{folder}.{name}", __package__)

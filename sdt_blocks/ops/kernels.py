@@ -1,4 +1,4 @@
-"""What the training ops ask of a runtime: one module of kernels each, `cpu/training.py` and `triton/training.py`."""
+"""What the training ops ask of a runtime: modules of kernels, `training.py` and `levels.py`, in `cpu` and `triton`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .spec import Affine, Arriving, Layout, NeuronSpec, Norm
+from .spec import Affine, Arriving, Layout, LevelSpec, NeuronSpec, Norm
 
 
 class Kernels(Protocol):
@@ -120,4 +120,29 @@ class Kernels(Protocol):
 
     def unpack_bits(self, bits: Tensor, x: Tensor) -> None:
         """Fills x with the elements that `pack_bits` packed."""
+        ...
+
+
+class LevelKernels(Protocol):
+    """The kernels of integer neurons for the tensors of one device; a module's functions."""
+
+    def levels(self, x: Tensor, neuron: LevelSpec, values: Tensor, inside: Tensor | None) -> None:
+        """Fills values from x, and inside with where the gradient passes, one bit an element, `[ceil(n / 8)]`.
+
+        x and values lie alike, without gaps.
+        """
+        ...
+
+    def levels_backward(self, grad: Tensor, inside: Tensor, neuron: LevelSpec, grad_x: Tensor) -> None:
+        """Fills grad_x from the gradient of the values; both lie as x did."""
+        ...
+
+    def norm_levels(self, x: Tensor, layout: Layout, neuron: LevelSpec, norm: Affine, values: Tensor) -> None:
+        """Fills the values of the normalized x."""
+        ...
+
+    def norm_levels_backward(
+        self, grad: Tensor, x: Tensor, layout: Layout, neuron: LevelSpec, norm: Affine, grad_x: Tensor
+    ) -> Tensor:
+        """Fills the gradient of the normalized x, and gives the sums that `norm_gradients` takes."""
         ...

@@ -204,17 +204,32 @@ def lif_gradients(
 
     Those of the norm are written into `of_norm`, if given.
     """
-    module = kernels(x)
-    grad_x, grad_membrane, sums = module.lif_backward(arriving, x, layout, neuron, norm, inv_tau, membrane)
+    grad_x, grad_membrane, sums = kernels(x).lif_backward(arriving, x, layout, neuron, norm, inv_tau, membrane)
     grad_inv_tau = grad_weight = grad_bias = None
     if norm is not None:
-        grad_weight, grad_bias = of_norm or (torch.empty_like(norm.mean), torch.empty_like(norm.mean))
-        count = layout.size // layout.channels * x.shape[0] if norm.of_batch else None
-        frames = dataclasses.replace(layout, steps=x.shape[0])
-        module.norm_gradients(grad_x, x, frames, norm, sums, count, grad_weight, grad_bias)
+        grad_weight, grad_bias = gradients_of_norm(grad_x, x, layout, norm, sums, of_norm)
     if inv_tau is not None:
         grad_inv_tau = sums[0].sum(0 if inv_tau.ndim else None, dtype=torch.float64).to(state_dtype(x))
     return grad_x, grad_inv_tau, grad_membrane, grad_weight, grad_bias
+
+
+def gradients_of_norm(
+    grad: Tensor,
+    x: Tensor,
+    layout: Layout,
+    norm: Affine,
+    sums: Tensor,
+    of_norm: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """From the gradient of the normalized x, in place, to that of x; gives those of weight and bias.
+
+    They are written into `of_norm`, if given. `sums` are those of `lif_backward`.
+    """
+    of_weight, of_bias = of_norm or (torch.empty_like(norm.mean), torch.empty_like(norm.mean))
+    count = layout.size // layout.channels * x.shape[0] if norm.of_batch else None
+    frames = dataclasses.replace(layout, steps=x.shape[0])
+    kernels(x).norm_gradients(grad, x, frames, norm, sums, count, of_weight, of_bias)
+    return of_weight, of_bias
 
 
 @lif_backward_op.register_fake

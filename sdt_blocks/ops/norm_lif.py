@@ -30,13 +30,17 @@ def batch_norm_lif_reference(
 
     With `time_steps`, x `[1, B, C, ...]` is shown at every step.
     """
+    result = lif_reference(batch_norm_reference(x, norm, time_steps), neuron, membrane)
+    return result if return_membrane else result[0]
+
+
+def batch_norm_reference(x: Tensor, norm: Norm, time_steps: int | None = None) -> Tensor:
+    """`F.batch_norm` of the frames x `[T, B, C, ...]`, or x `[1, B, C, ...]` shown at every step."""
     if time_steps is not None:
         x = x.expand(time_steps, *x.shape[1:])
     norm.count_batch()
     settings: list[Any] = [*norm._replace(momentum=float(norm.momentum))]
-    frames = F.batch_norm(x.flatten(0, 1), *settings[:-1])
-    result = lif_reference(frames.unflatten(0, x.shape[:2]), neuron, membrane)
-    return result if return_membrane else result[0]
+    return F.batch_norm(x.flatten(0, 1), *settings[:-1]).unflatten(0, x.shape[:2])
 
 
 def batch_norm_lif(

@@ -13,6 +13,8 @@ from torch import Tensor
 from ..surrogate import KINDS, Surrogate, sigmoid
 
 RESETS = ("zero", "subtract", "none")
+ROUNDINGS = ("even", "up")
+"""Of a level and a half: to the even neighbour, as `torch.round`, or up."""
 SIGMOID = sigmoid()
 
 # Shorter runs of consecutive elements are copied into place instead of read where they are.
@@ -72,6 +74,25 @@ def _decode(numbers: tuple[float, ...]) -> NeuronSpec:
     threshold, reset, kind, alpha, detach_reset, strict, inv_tau = numbers
     surrogate = Surrogate(KINDS[int(kind)], alpha)
     return NeuronSpec(threshold, RESETS[int(reset)], surrogate, bool(detach_reset), bool(strict), inv_tau)
+
+
+class LevelSpec(NamedTuple):
+    """A layer of integer neurons: the constants of `levels_reference`."""
+
+    levels: int = 4
+    norm: float = 4.0
+    rounding: str = "even"
+    threshold: float = 1.0
+
+    def encode(self) -> list[float]:
+        """As numbers, which is what a registered op can take."""
+        return [self.levels, self.norm, ROUNDINGS.index(self.rounding), self.threshold]
+
+    @staticmethod
+    def decode(numbers: Sequence[float]) -> LevelSpec:
+        """The inverse of `encode`."""
+        levels, norm, rounding, threshold = numbers
+        return LevelSpec(int(levels), norm, ROUNDINGS[int(rounding)], threshold)
 
 
 class Norm(NamedTuple):

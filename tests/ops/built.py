@@ -16,8 +16,8 @@ import offline
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sdt_blocks.ops.spec import Affine, Arriving, Mask, NeuronSpec, Norm, arrange, state_dtype
-from sdt_blocks.ops.triton import dense, training
+from sdt_blocks.ops.spec import Affine, Arriving, LevelSpec, Mask, NeuronSpec, Norm, arrange, state_dtype
+from sdt_blocks.ops.triton import dense, levels, training
 from sdt_blocks.surrogate import KINDS, Surrogate
 
 PLAIN = NeuronSpec()
@@ -44,6 +44,16 @@ class Layer:
     def backward(self, neuron=PLAIN, norm=True, inv_tau=None, membrane=None, mask=None, grad=True, last=None):
         norm, arriving = self.norm if norm else None, Arriving(self.grad if grad else None, mask, last)
         training.lif_backward(arriving, self.x, self.layout, neuron, norm, inv_tau, membrane)
+
+    def levels(self, neuron):
+        levels.norm_levels(self.x, self.layout, neuron, self.norm, self.grad)
+        levels.norm_levels_backward(self.grad, self.x, self.layout, neuron, self.norm, torch.empty_like(self.grad))
+
+    def levels_alone(self, neuron):
+        inside = torch.empty((self.x.numel() + 7) // 8, dtype=torch.uint8)
+        levels.levels(self.x, neuron, self.grad, inside)
+        levels.levels(self.x, neuron, self.grad, None)
+        levels.levels_backward(self.grad, inside, neuron, torch.empty_like(self.grad))
 
     def statistics(self, parts=2048):
         running = Norm(self.of_channel, self.of_channel, training=True)
@@ -75,7 +85,7 @@ class Layer:
 
 
 def usual(dtype, batch=32, size=224, alpha=4.0, tau=0.5):
-    """The layers of sdt_8_384, both orders of memory."""
+    """The layers of sdt_8_384 and of sdt_v3_19m, both orders of memory."""
     neuron = NeuronSpec(surrogate=Surrogate("sigmoid", alpha), inv_tau=tau)
     for channels_last in (False, True):
         small = size // 16
@@ -90,6 +100,10 @@ def usual(dtype, batch=32, size=224, alpha=4.0, tau=0.5):
     whole = Layer((4, batch, 384, small, small), dtype, per_channel=False)
     whole.forward(neuron, norm=False)
     whole.backward(neuron, norm=False)
+    for rounding in ("even", "up"):
+        whole.levels_alone(LevelSpec(rounding=rounding))
+        for channels_last in (False, True):
+            Layer((1, batch, 1440, small, small), dtype, channels_last).levels(LevelSpec(rounding=rounding))
     bits = training.pack_bits(whole.x)
     training.unpack_bits(bits, whole.x)
 
@@ -104,6 +118,10 @@ def options(dtype):
             inv_tau = layer.of_channel if i else torch.empty((), dtype=state_dtype(layer.x))
             layer.forward(neuron, inv_tau=inv_tau, membrane=membrane, keep=True)
             layer.backward(neuron, inv_tau=inv_tau, membrane=membrane, last=membrane)
+    for neuron in (LevelSpec(8, 3.0, "up", 0.7), LevelSpec(8, 3.0, "even", 0.7)):
+        layer = Layer((3, 2, 6, 5, 7), dtype, gaps=neuron.rounding == "up")
+        layer.levels(neuron)
+        Layer((3, 2, 6, 5, 7), dtype, per_channel=False).levels_alone(neuron)
     for steps in (1, 8, 16, 11):
         layer = Layer((steps, 2, 64, 14, 14), dtype, frames=1 if steps == 8 else None)
         layer.forward()

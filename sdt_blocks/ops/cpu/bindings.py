@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import RESETS, NeuronSpec
+from ..spec import RESETS, ROUNDINGS, LevelSpec, NeuronSpec
 from .build import library
 
 
@@ -29,6 +29,17 @@ class Neuron(ctypes.Structure):
         kind, alpha = spec.gradient()
         reset = RESETS.index(spec.reset)
         return Neuron(spec.inv_tau, spec.threshold, alpha, reset, spec.detach_reset, spec.strict, kind)
+
+
+class Levels(ctypes.Structure):
+    """`Levels` of levels.h: the same fields in the same order."""
+
+    _fields_ = (*((name, c_double) for name in ("levels", "norm", "threshold")), ("up", c_int64))
+
+
+@functools.lru_cache(maxsize=256)
+def levels(spec: LevelSpec) -> Levels:
+    return Levels(spec.levels, spec.norm, spec.threshold, ROUNDINGS.index(spec.rounding))
 
 
 @functools.lru_cache(maxsize=256)

@@ -138,9 +138,11 @@ template <class S> struct PerChannel {
         : blocks(b), block_sum(b.width, S(0)), sums(std::max(b.width, b.l.channels), 0.0) {}
     void flush(const Block& block) {
         double* to = sums.data() + block.channel;
-        if (blocks.meeting == SHARED)
-            for (int64_t i = 0; i < block.length; ++i) *to += block_sum[i];
-        else
+        if (blocks.meeting == SHARED) {
+            double sum = 0;
+            SUM(sum) for (int64_t i = 0; i < block.length; ++i) sum += block_sum[i];
+            *to += sum;
+        } else
             SIMD for (int64_t i = 0; i < block.length; ++i) to[i] += block_sum[i];
         std::fill(block_sum.begin(), block_sum.end(), S(0));
     }
@@ -159,6 +161,14 @@ template <int Write, class X> inline void prefetch(const X* p, int64_t n) {
 inline float multiply_add(float a, float b, float c) {
 #ifdef __FP_FAST_FMAF
     return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+inline double multiply_add(double a, double b, double c) {
+#ifdef __FP_FAST_FMA
+    return __builtin_fma(a, b, c);
 #else
     return a * b + c;
 #endif
@@ -254,6 +264,39 @@ template <class F> void with_flags(F f) { f(); }
 template <class F, class... Flags> void with_flags(F f, bool flag, Flags... flags) {
     if (flag) with_flags([&](auto... known) { f(std::true_type(), known...); }, flags...);
     else with_flags([&](auto... known) { f(std::false_type(), known...); }, flags...);
+}
+
+// ---- bits, eight of which stand for the bytes 0 and 1
+
+constexpr int64_t BYTES = 512;
+
+// Calls body with the start and length of each part of `count` elements, and as many bytes as it may have at most.
+template <class F> void in_bytes(int64_t count, int64_t threads, F body) {
+    const int64_t blocks = (count + BYTES - 1) / BYTES;
+    parallel(threads, [&](int thread, int team) {
+        uint8_t bytes[BYTES] = {};
+        for (int64_t block = blocks * thread / team; block < blocks * (thread + 1) / team; ++block)
+            body(block * BYTES, std::min(BYTES, count - block * BYTES), bytes);
+    });
+}
+
+// Bytes behind the last are overwritten.
+inline void to_bits(uint8_t* bytes, int64_t n, uint8_t* bits) {
+    std::memset(bytes + n, 0, -n & 7);
+    for (int64_t i = 0; i < (n + 7) / 8; ++i) {
+        uint64_t eight;
+        std::memcpy(&eight, bytes + 8 * i, 8);
+        bits[i] = uint8_t(eight * 0x0102040810204080u >> 56);
+    }
+}
+
+inline void from_bits(const uint8_t* bits, int64_t n, uint8_t* bytes) {
+    for (int64_t i = 0; i < (n + 7) / 8; ++i) {
+        // Bit k of the byte to bit 0 of byte k.
+        uint64_t eight = bits[i] * 0x0101010101010101u & 0x8040201008040201u;
+        eight = (eight + 0x00406070787c7e7fu) >> 7 & 0x0101010101010101u;
+        std::memcpy(bytes + 8 * i, &eight, 8);
+    }
 }
 
 }  // namespace

@@ -10,6 +10,9 @@
 
 // Each pass of such a loop is on its own, though arrays may be the same.
 #define SIMD _Pragma("omp simd")
+#define PRAGMA(text) _Pragma(#text)
+// In such a loop `sum` is added up in any order.
+#define SUM(sum) PRAGMA(omp simd reduction(+ : sum))
 
 namespace {
 

@@ -5,8 +5,11 @@
 // input). Contraction into fused multiply-adds is switched off when building, so that the membrane takes the same roundings as
 // the reference's and the spikes are the same bit for bit.
 
+#include <atomic>
+
 #include "attention.h"
 #include "blocks.h"
+#include "levels.h"
 #include "pool.h"
 
 namespace {
@@ -174,47 +177,26 @@ void combine(const Layout& l, X* gradient, const X* x, const S* a, const S* b, c
 
 // One bit for each of `count` values; false where a value is neither 0 nor 1.
 template <class X> bool pack(const X* x, int64_t count, int64_t threads, uint8_t* bits) {
-    const int64_t width = 512, blocks = (count + width - 1) / width;
-    std::vector<uint8_t> graded(std::max<int64_t>(1, threads), 0);
-    parallel(threads, [&](int thread, int team) {
-        uint8_t fired[512], other = 0;
-        for (int64_t block = blocks * thread / team; block < blocks * (thread + 1) / team; ++block) {
-            const X* in = x + block * width;
-            const int64_t n = std::min(width, count - block * width);
-            std::memset(fired, 0, sizeof fired);
-            uint8_t others[512] = {};
-            SIMD for (int64_t i = 0; i < n; ++i) {
-                auto v = load(in[i]);
-                fired[i] = v != 0;
-                others[i] = v != 0 && v != 1;
-            }
-            for (int64_t i = 0; i < width; ++i) other |= others[i];
-            for (int64_t i = 0; i < (n + 7) / 8; ++i) {
-                uint64_t eight;
-                std::memcpy(&eight, fired + 8 * i, 8);
-                bits[block * (width / 8) + i] = uint8_t(eight * 0x0102040810204080u >> 56);
-            }
+    std::atomic<bool> binary(true);
+    in_bytes(count, threads, [&](int64_t start, int64_t n, uint8_t* fired) {
+        const X* in = x + start;
+        uint8_t others[BYTES] = {}, other = 0;
+        SIMD for (int64_t i = 0; i < n; ++i) {
+            auto v = load(in[i]);
+            fired[i] = v != 0;
+            others[i] = v != 0 && v != 1;
         }
-        graded[thread] = other;
+        for (int64_t i = 0; i < BYTES; ++i) other |= others[i];
+        if (other) binary = false;
+        to_bits(fired, n, bits + start / 8);
     });
-    return std::none_of(graded.begin(), graded.end(), [](uint8_t g) { return g; });
+    return binary;
 }
 
 template <class X> void unpack(const uint8_t* bits, int64_t count, int64_t threads, X* x) {
-    const int64_t width = 512, blocks = (count + width - 1) / width;
-    parallel(threads, [&](int thread, int team) {
-        uint8_t fired[512];
-        for (int64_t block = blocks * thread / team; block < blocks * (thread + 1) / team; ++block) {
-            X* out = x + block * width;
-            const int64_t n = std::min(width, count - block * width);
-            for (int64_t i = 0; i < (n + 7) / 8; ++i) {
-                // Bit k of the byte to bit 0 of byte k.
-                uint64_t eight = bits[block * (width / 8) + i] * 0x0101010101010101u & 0x8040201008040201u;
-                eight = (eight + 0x00406070787c7e7fu) >> 7 & 0x0101010101010101u;
-                std::memcpy(fired + 8 * i, &eight, 8);
-            }
-            SIMD for (int64_t i = 0; i < n; ++i) store(typename State<X>::type(fired[i]), out[i]);
-        }
+    in_bytes(count, threads, [&](int64_t start, int64_t n, uint8_t* fired) {
+        from_bits(bits + start / 8, n, fired);
+        SIMD for (int64_t i = 0; i < n; ++i) store(typename State<X>::type(fired[i]), x[start + i]);
     });
 }
 
@@ -251,6 +233,35 @@ int64_t lif_backward(int64_t dtype, const Layout* l, const Neuron* n, const void
     FOR_DTYPE(dtype, (backward(*l, *n, Upstream<X, S>{(const X*)grad, grad_step, (const S*)mask, codes, images, bit},
                                (const S*)grad_last, (const X*)x, (const S*)scale, (const S*)shift, (const S*)center,
                                (const S*)inv_tau, time_constants, (const S*)membrane, (X*)grad_x, (S*)grad_membrane, sums)))
+}
+
+int64_t levels(int64_t dtype, const Levels* neuron, const void* x, int64_t count, int64_t threads, void* values,
+               uint8_t* inside) {
+    FOR_DTYPE(dtype, with_rounding(*neuron, [&](auto up, auto exact) {
+        levels<up, exact, X, S>(*neuron, (const X*)x, count, threads, (X*)values, inside);
+    }))
+}
+
+int64_t levels_backward(int64_t dtype, const Levels* neuron, const void* grad, const uint8_t* inside, int64_t count,
+                        int64_t threads, void* grad_x) {
+    FOR_DTYPE(dtype, with_rounding(*neuron, [&](auto up, auto exact) {
+        levels_backward<up, exact, X, S>(*neuron, (const X*)grad, inside, count, threads, (X*)grad_x);
+    }))
+}
+
+int64_t norm_levels(int64_t dtype, const Layout* l, const Levels* neuron, const void* x, const void* scale, const void* mean,
+                    const void* bias, void* values) {
+    FOR_DTYPE(dtype, with_rounding(*neuron, [&](auto up, auto exact) {
+        norm_levels<up, exact, X, S>(*l, *neuron, (const X*)x, (const S*)scale, (const S*)mean, (const S*)bias, (X*)values);
+    }))
+}
+
+int64_t norm_levels_backward(int64_t dtype, const Layout* l, const Levels* neuron, const void* grad, int64_t grad_step,
+                             const void* x, const void* scale, const void* mean, const void* bias, void* grad_x, double* sums) {
+    FOR_DTYPE(dtype, with_rounding(*neuron, [&](auto up, auto exact) {
+        norm_levels_backward<up, exact, X, S>(*l, *neuron, (const X*)grad, grad_step, (const X*)x, (const S*)scale,
+                                              (const S*)mean, (const S*)bias, (X*)grad_x, sums);
+    }))
 }
 
 int64_t attend(int64_t dtype, const Layout* l, int64_t images, const Neuron* n, const void* q, const void* k, const void* v,

@@ -420,11 +420,11 @@ def backward(
     if BEFORE:
         of_h += of_s * _surrogate(first - threshold, alpha, KIND)
         tl.store(grad_before + i, of_h, mask=mask)
-    _store_sums(sums, of_tau, of_shift, of_scale, c, there, mask, channels, AFFINE, TAU, INNERMOST, V)
+    store_sums(sums, of_tau, of_shift, of_scale, c, there, mask, channels, AFFINE, TAU, INNERMOST, V)
 
 
 @triton.jit
-def _store_sums(
+def store_sums(
     sums,
     of_tau,
     of_shift,

@@ -1,0 +1,311 @@
+"""Triton kernels of integer neurons, alone and with a normalization in front of them.
+
+Traffic in bytes per element of b bytes: alone 2 b + 1 / 8 forward (the bits where the gradient passes are made in the
+same pass) and 2 b + 1 / 8 backward; behind a norm 2 b forward and 3 b backward, of which x alone was kept.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..spec import Affine, Layout, LevelSpec, state_dtype
+from .lif import store_sums
+from .tiles import SIZES, THREADS, WIDEST, Tile, elements, in_x, normalization, number, place, tile
+from .training import _STATE, _affine, _device_of, _kind, _number, _unrolled
+
+NUMBERS = ("limit_number", "norm_number", "threshold_number")
+"""Of the neuron, in the state's dtype; no build depends on them."""
+MANY = 4
+"""Groups of elements, in steps or beside each other, that are enough for a thread to have something to do."""
+
+
+def levels(x: Tensor, neuron: LevelSpec, values: Tensor, inside: Tensor | None) -> None:
+    with _device_of(x):
+        levels_kernel[_programs(x)](
+            x,
+            values,
+            x if inside is None else inside,
+            x.numel(),
+            **_neuron(x, neuron, x.dtype),
+            KEEP=inside is not None,
+            **_lanes(x),
+        )
+
+
+def levels_backward(grad: Tensor, inside: Tensor, neuron: LevelSpec, grad_x: Tensor) -> None:
+    with _device_of(grad):
+        levels_gradient_kernel[_programs(grad)](
+            grad, inside, grad_x, grad.numel(), **_neuron(grad, neuron, grad.dtype), **_lanes(grad)
+        )
+
+
+def norm_levels(x: Tensor, layout: Layout, neuron: LevelSpec, norm: Affine, values: Tensor) -> None:
+    cut = tile(x, layout, times=_times(layout))
+    with _device_of(x):
+        norm_levels_kernel[cut.grid](x, *_affine(norm, x), values, **_cut(x, cut, layout, neuron, norm))
+
+
+def norm_levels_backward(
+    grad: Tensor, x: Tensor, layout: Layout, neuron: LevelSpec, norm: Affine, grad_x: Tensor
+) -> Tensor:
+    cut = tile(x, layout, grad.stride(0), times=_times(layout))
+    sums = x.new_empty(3, cut.runs, layout.channels, dtype=state_dtype(x))
+    with _device_of(x):
+        norm_levels_gradient_kernel[cut.grid](
+            grad,
+            x,
+            *_affine(norm, x),
+            grad_x,
+            sums,
+            grad_step=grad.stride(0) // cut.group,
+            **_cut(x, cut, layout, neuron, norm),
+        )
+    return sums
+
+
+def _programs(x: Tensor) -> tuple[int]:
+    return (triton.cdiv(x.numel(), 8 * THREADS),)
+
+
+def _lanes(x: Tensor) -> dict[str, int]:
+    return {"LANES": min(8, WIDEST // x.element_size()), "BLOCK": THREADS}
+
+
+def _times(layout: Layout) -> int:
+    return max(1, MANY // triton.next_power_of_2(layout.steps))
+
+
+def _cut(x: Tensor, cut: Tile, layout: Layout, neuron: LevelSpec, norm: Affine) -> dict[str, Any]:
+    told = {**cut.where(layout), **cut.arguments, **_neuron(x, neuron, state_dtype(x))}
+    return {**told, **_unrolled(x, layout), "AFFINE": _kind(norm)}
+
+
+def _neuron(x: Tensor, neuron: LevelSpec, dtype: torch.dtype) -> dict[str, Any]:
+    """What a kernel is told of the neuron, whose equations are in `dtype`.
+
+    A power of two is divided by as its inverse is multiplied by: to the bit the same, at a tenth of the instructions.
+    """
+    limit = torch.tensor(float(neuron.levels), dtype=dtype).item()
+    divisors = (neuron.norm, neuron.threshold)
+    exact = all(_has_inverse(number) for number in divisors)
+    numbers = (limit, *(1 / number if exact else number for number in divisors))
+    return {
+        **{name: _number(x, value) for name, value in zip(NUMBERS, numbers, strict=True)},
+        "UP": neuron.rounding == "up",
+        "EXACT": exact,
+        "STATE": _STATE[state_dtype(x)],
+    }
+
+
+def _has_inverse(number: float) -> bool:
+    mantissa, exponent = math.frexp(number)
+    return mantissa == 0.5 and abs(exponent) < 120
+
+
+@triton.jit
+def _divided(v, by, EXACT: tl.constexpr):
+    """A quotient as PyTorch rounds it on a CPU; with EXACT `by` is the divisor's inverse."""
+    if EXACT:
+        return v * by
+    elif v.dtype == tl.float64:
+        return v / by
+    else:
+        return tl.div_rn(v, by)
+
+
+@triton.jit
+def _nearest(v, STATE: tl.constexpr):
+    """To the nearest whole number, halves to even; v >= 0. From `big` on all are whole."""
+    big = tl.full([1, 1, 1], 8388608.0 if STATE == tl.float32 else 4503599627370496.0, STATE)  # noqa: SIM300
+    return tl.where(v < big, (v + big) - big, v)
+
+
+@triton.jit
+def _inside(v, limit, UP: tl.constexpr):
+    if UP:
+        return (v > 0) & (v < limit)
+    else:
+        return (v >= 0) & (v <= limit)
+
+
+@triton.jit
+def _value(v, limit, norm, UP: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr):
+    """The level of v over the norm; DTYPE is what each of the equations rounds to. NaN goes through."""
+    clamped = tl.where(v < 0, 0.0, tl.where(v > limit, limit, v))
+    whole = tl.floor((clamped + 0.5).to(DTYPE).to(STATE)) if UP else _nearest(clamped, STATE)
+    return _divided(whole, norm, EXACT)
+
+
+@triton.jit
+def _gradient(grad, passes, norm, threshold, EXACT: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr):
+    """As a product, through which a gradient that is not finite shows."""
+    grad = _divided(grad, norm, EXACT).to(DTYPE).to(STATE) * tl.where(passes, 1.0, 0.0)
+    return _divided(grad, threshold, EXACT)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def levels_kernel(
+    x,
+    values,
+    inside,
+    size,
+    limit_number,
+    norm_number,
+    threshold_number,
+    UP: tl.constexpr,
+    EXACT: tl.constexpr,
+    KEEP: tl.constexpr,
+    STATE: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    limit, norm, threshold = number(limit_number, STATE), number(norm_number, STATE), number(threshold_number, STATE)
+    dtype: tl.constexpr = x.dtype.element_ty
+    byte = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[:, None, None]
+    # One thread reads a byte's elements, as many at once as it can.
+    lane = tl.arange(0, LANES)[None, None, :]
+    packed = tl.zeros([BLOCK, 1], tl.int32)
+    for part in tl.static_range(8 // LANES):
+        i = byte * 8 + part * LANES + lane
+        v = tl.load(x + i, mask=i < size, other=0.0).to(STATE)
+        v = _divided(v, threshold, EXACT).to(dtype).to(STATE)
+        tl.store(values + i, _value(v, limit, norm, UP, EXACT, dtype, STATE).to(dtype), mask=i < size)
+        if KEEP:
+            packed |= tl.sum(_inside(v, limit, UP).to(tl.int32) << (lane + part * LANES), axis=2)
+    if KEEP:
+        to = inside + byte
+        tl.store(to, packed.to(tl.uint8)[:, :, None], mask=byte * 8 < size)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def levels_gradient_kernel(
+    grad,
+    inside,
+    grad_x,
+    size,
+    limit_number,
+    norm_number,
+    threshold_number,
+    UP: tl.constexpr,
+    EXACT: tl.constexpr,
+    STATE: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    norm, threshold = number(norm_number, STATE), number(threshold_number, STATE)
+    dtype: tl.constexpr = grad.dtype.element_ty
+    byte = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[:, None, None]
+    lane = tl.arange(0, LANES)[None, None, :]
+    packed = tl.load(inside + byte, mask=byte * 8 < size, other=0).to(tl.int32)
+    for part in tl.static_range(8 // LANES):
+        i = byte * 8 + part * LANES + lane
+        of = tl.load(grad + i, mask=i < size, other=0.0).to(STATE)
+        passes = (packed >> (lane + part * LANES)) & 1 != 0
+        tl.store(grad_x + i, _gradient(of, passes, norm, threshold, EXACT, dtype, STATE).to(dtype), mask=i < size)
+
+
+@triton.jit(do_not_specialize=[*SIZES, *NUMBERS])
+def norm_levels_kernel(
+    x,
+    mean,
+    inv_std,
+    weight,
+    bias,
+    values,
+    size,
+    chunk,
+    chunk_stride,
+    x_step,
+    positions,
+    channels,
+    inner,
+    tokens,
+    limit_number,
+    norm_number,
+    threshold_number,
+    UP: tl.constexpr,
+    EXACT: tl.constexpr,
+    AFFINE: tl.constexpr,
+    STEPS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    STATE: tl.constexpr,
+    INNERMOST: tl.constexpr,
+    SINGLE: tl.constexpr,
+    DENSE: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    V: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    c, there, groups, mask, _image = place(positions, channels, inner, tokens, INNERMOST, SINGLE, A, B, V, INDEX)
+    limit, norm, threshold = number(limit_number, STATE), number(norm_number, STATE), number(threshold_number, STATE)
+    _middle, a, b = normalization(mean, inv_std, weight, bias, c, there, AFFINE, STATE)
+    x += elements(in_x(groups, chunk, chunk_stride, DENSE), V)
+    values += elements(groups, V)
+    for t in tl.range(STEPS, loop_unroll_factor=UNROLL):
+        frame = tl.cast(t, tl.int64)
+        v = tl.load(x + frame * x_step * V, mask=mask, other=0.0).to(STATE) * a + b
+        value = _value(_divided(v, threshold, EXACT), limit, norm, UP, EXACT, STATE, STATE)
+        tl.store(values + frame * size * V, value.to(values.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=[*SIZES, *NUMBERS])
+def norm_levels_gradient_kernel(
+    grad,
+    x,
+    mean,
+    inv_std,
+    weight,
+    bias,
+    grad_x,
+    sums,
+    size,
+    chunk,
+    chunk_stride,
+    x_step,
+    grad_step,
+    positions,
+    channels,
+    inner,
+    tokens,
+    limit_number,
+    norm_number,
+    threshold_number,
+    UP: tl.constexpr,
+    EXACT: tl.constexpr,
+    AFFINE: tl.constexpr,
+    STEPS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    STATE: tl.constexpr,
+    INNERMOST: tl.constexpr,
+    SINGLE: tl.constexpr,
+    DENSE: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    V: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """With the sums of the gradient of the normalized x, and of it times `x - mean`: the last of `[3, n, channels]`."""
+    c, there, groups, mask, _image = place(positions, channels, inner, tokens, INNERMOST, SINGLE, A, B, V, INDEX)
+    limit, norm, threshold = number(limit_number, STATE), number(norm_number, STATE), number(threshold_number, STATE)
+    middle, a, b = normalization(mean, inv_std, weight, bias, c, there, AFFINE, STATE)
+    x += elements(in_x(groups, chunk, chunk_stride, DENSE), V)
+    i = elements(groups, V)
+    of_shift = tl.zeros([A, B, V], STATE)
+    of_scale = tl.zeros([A, B, V], STATE)
+    for t in tl.range(STEPS, loop_unroll_factor=UNROLL):
+        frame = tl.cast(t, tl.int64)
+        raw = tl.load(x + frame * x_step * V, mask=mask, other=0.0).to(STATE)
+        of = tl.load(grad + frame * grad_step * V + i, mask=mask, other=0.0).to(STATE)
+        passes = _inside(_divided(raw * a + b, threshold, EXACT), limit, UP)
+        of = _gradient(of, passes, norm, threshold, EXACT, STATE, STATE)
+        of_shift += of
+        of_scale += of * (raw - middle)
+        tl.store(grad_x + frame * size * V + i, of.to(grad_x.dtype.element_ty), mask=mask)
+    store_sums(sums, of_shift, of_shift, of_scale, c, there, mask, channels, AFFINE, 0, INNERMOST, V)
