@@ -1,7 +1,8 @@
 """What stands between two products in evaluation: neurons fused with addition, pooling and the attention's mask.
 
-Every function takes frames in channels-last order, `[T, B, H, W, C]`, in float32 or bfloat16, and returns spikes in a
-dtype of choice: that of the product they are for. Membranes are float32. `lif_reference` holds the neuron's equations.
+Every function takes frames in channels-last order, `[T, B, H, W, C]`, in float32 or bfloat16, or spikes in int8 (see
+`as_it_is`), and returns spikes in a dtype of choice: that of the product they are for. Membranes are float32.
+`lif_reference` holds the neuron's equations.
 
 With `compiled` the C++ kernels of `cpu/dense.cpp` run on a CPU and the Triton kernels of `triton/dense.py` on a CUDA
 device, where streams and an attention with pooling take the equations with the neurons' own kernel; elsewhere, what
@@ -58,7 +59,7 @@ def fire(
         into = None if before is None else total
         _call("fire", x, spikes, len(x), x[0].numel(), x, x.stride(0), before, into, _layers((neuron,)))
         return total, spikes
-    run = _traced(_fire, dynamic=True) if compiled and not by_triton(x) else _fire
+    run = _traced(_fire, dynamic=True) if compiled and not _on_triton(x) else _fire
     flat = functools.partial(torch.flatten, start_dim=1, end_dim=-2 if neuron.inv_tau.ndim else -1)
     total, spikes = run(flat(x), neuron, dtype, None if shortcut is None else flat(shortcut))
     return x if shortcut is None else total.view(x.shape), spikes.view(x.shape)
@@ -77,7 +78,7 @@ def fire_and_pool(x: Tensor, neuron: Neuron, dtype: torch.dtype, *, compiled: bo
         out = torch.empty(steps, batch, (height + 1) // 2, (width + 1) // 2, channels, dtype=dtype)
         _call("fire_and_pool", x, out, _sizes(*x.shape), x, x.stride(0), _layers((neuron,)))
         return out
-    run = _traced(_fire_and_pool) if compiled and not by_triton(x) else _fire_and_pool
+    run = _traced(_fire_and_pool) if compiled and not _on_triton(x) else _fire_and_pool
     pooled: Tensor = run(x, neuron, dtype)
     return pooled
 
@@ -102,9 +103,14 @@ def attend(
         _call("attend", qkv, out, shape, qkv, _layers(tuple(neurons)))
         return out
     # The pooling of an attention, and very many steps and tokens, are left to the equations, with fused neurons.
-    run = _traced(_attend) if compiled and not by_triton(qkv) and not _native(qkv) else _attend
+    run = _traced(_attend) if compiled and not _on_triton(qkv) and not _native(qkv) else _attend
     masked: Tensor = run(qkv, neurons, dtype, heads)
     return masked
+
+
+def as_it_is(device: torch.device | str) -> Neuron:
+    """A neuron that gives the spikes it is given: with it, `fire_and_pool` and `attend` take spikes of a byte each."""
+    return Neuron(torch.ones((), device=device), 0.5, "none", False)
 
 
 def pool(x: Tensor) -> Tensor:
@@ -113,9 +119,14 @@ def pool(x: Tensor) -> Tensor:
     return pooled.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
 
 
+def _on_triton(x: Tensor) -> bool:
+    """`by_triton`, also for spikes of a byte each."""
+    return by_triton(x if x.is_floating_point() else x.new_empty(0, dtype=torch.float32))
+
+
 def _by_triton(x: Tensor, *neurons: Neuron) -> bool:
     """Whether one of the Triton kernels does it, which start at rest; else the equations, with the neurons' own."""
-    return by_triton(x) and all(neuron.before is None and neuron.after is None for neuron in neurons)
+    return _on_triton(x) and all(neuron.before is None and neuron.after is None for neuron in neurons)
 
 
 def _attend_by_triton(qkv: Tensor, neurons: Sequence[Neuron], dtype: torch.dtype) -> Tensor | None:
@@ -145,6 +156,7 @@ def _spec(neuron: Neuron) -> NeuronSpec:
 
 
 def _spikes(x: Tensor, neuron: Neuron) -> Tensor:
+    x = x if x.is_floating_point() else x.float()
     spec = _spec(neuron)._replace(inv_tau=neuron.inv_tau)
     before = None if neuron.before is None else neuron.before.reshape(x.shape[1:])
     if torch.compiler.is_compiling():

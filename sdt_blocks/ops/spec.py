@@ -146,6 +146,18 @@ class Affine:
         return Affine(self.mean[i], self.inv_std[i], weight, bias, self.of_batch)
 
 
+class ByteLayer(NamedTuple):
+    """A convolution of 8 bits: `weight` int8 `[out, height, width, in]`, scale and shift of a sum float32 `[out]`.
+
+    `windows` are stride, padding and dilation, each for height and width.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+    windows: Sequence[Sequence[int]] = ((1, 1), (0, 0), (1, 1))
+
+
 class Mask(NamedTuple):
     """What multiplies the gradient of spikes `[T, B, C, ...]` on its way to their neurons.
 

@@ -161,8 +161,8 @@ def attend(qkv: Tensor, neurons: Sequence[NeuronSpec], inv_taus: Tensor, dtype: 
 
 
 def _group(x: Tensor, channels: int) -> int:
-    """Channels that are read at once."""
-    return min(WIDEST // x.element_size(), channels & -channels)
+    """Channels that are read at once; of bytes 8, since a neuron each stands in registers."""
+    return min(WIDEST // max(2, x.element_size()), channels & -channels)
 
 
 def _word(bits: int) -> Any:

@@ -1,0 +1,106 @@
+"""Layers on spikes of a byte each with weights of 8 bits, in evaluation on a GPU: exact sums, and the neurons on them.
+
+The numbers are those of `ops.integers`: a weight is `integers * scale`, one scale an output channel, and sums of whole
+numbers have no rounding. So the sums are the CPU's to the bit, and what follows them differs by the rounding of an
+epilogue at most.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dense import Neuron
+from .dispatch import by_triton
+from .integers import Windows
+from .lif import lif
+from .spec import ByteLayer, NeuronSpec
+
+LARGEST = 127
+"""The largest count or level in a byte."""
+Result = tuple[Tensor | None, Tensor | None]
+
+
+def spike_layer(
+    x: Tensor,
+    layer: ByteLayer,
+    *,
+    residual: Tensor | None = None,
+    membrane: torch.dtype | None = None,
+    neuron: Neuron | None = None,
+) -> Result:
+    """`(u, spikes of u)` with `u = residual + sum * scale + shift`, each `None` where it is not asked for.
+
+    `sum` is the convolution of spikes, counts or levels x, int8 `[T, B, H, W, in]`. u `[T, B, H', W', out]` is float32,
+    as is `residual`, and is kept in the dtype `membrane`. Spikes are int8. Neurons start at rest.
+
+    Where Triton's kernels run, the sums are those of tensor cores; elsewhere float64's.
+
+    Raises `ValueError` for another dtype or shape.
+
+    >>> ones = torch.ones(4, 1, 2, 2, 16, dtype=torch.int8)
+    >>> u, _ = spike_layer(ones, ByteLayer(ones[:, :1, :1, 0], *torch.ones(2, 4)), membrane=torch.float32)
+    >>> u.shape, u.unique()
+    (torch.Size([4, 1, 2, 2, 4]), tensor([17.]))
+    """
+    size = check(x, layer, residual, neuron)
+    if not by_triton(layer.scale):
+        return _equations(x, layer, residual, membrane, neuron)
+    held = None if residual is None else residual.contiguous()
+    found: Result = _triton().spike_layer(x.contiguous(), layer, size, held, membrane, neuron and _spec(neuron))
+    return found
+
+
+def check(x: Tensor, layer: ByteLayer, residual: Tensor | None, neuron: Neuron | None) -> tuple[int, int]:
+    """Height and width of the result; raises `ValueError` for what does not fit."""
+    weight, scale, shift, windows = layer
+    if x.dtype != torch.int8 or weight.dtype != torch.int8 or x.ndim != 5 or weight.ndim != 4 or 0 in x.shape:
+        raise ValueError(
+            f"expected int8 [T, B, H, W, in] with nothing empty and an int8 weight [out, height, width, in], got "
+            f"{x.dtype} {list(x.shape)} and {weight.dtype} {list(weight.shape)}"
+        )
+    if x.shape[-1] != weight.shape[-1] or scale.shape != (len(weight),) or shift.shape != scale.shape:
+        raise ValueError(
+            f"a weight {list(weight.shape)} needs {weight.shape[-1]} inputs and {len(weight)} scales and shifts, got "
+            f"{x.shape[-1]}, {list(scale.shape)} and {list(shift.shape)}"
+        )
+    if neuron is not None and (neuron.before is not None or neuron.after is not None):
+        raise ValueError("neurons of a layer of bytes start at rest; keep the membrane, and fire on it by `dense.fire`")
+    size = Windows(*windows).size(x.shape[2:4], weight.movedim(-1, 1))
+    if residual is not None and residual.shape != (*x.shape[:2], *size, len(weight)):
+        raise ValueError(
+            f"the shortcut must be {[*x.shape[:2], *size, len(weight)]} as the result is, got {list(residual.shape)}"
+        )
+    return size
+
+
+def _equations(
+    x: Tensor, layer: ByteLayer, residual: Tensor | None, membrane: torch.dtype | None, neuron: Neuron | None
+) -> Result:
+    images, weight = x.flatten(0, 1).permute(0, 3, 1, 2).double(), layer.weight.permute(0, 3, 1, 2).double()
+    stride, padding, dilation = map(tuple, layer.windows)
+    sums = F.conv2d(images, weight, None, stride, padding, dilation).permute(0, 2, 3, 1)
+    u = torch.addcmul(layer.shift.double(), sums, layer.scale.double()).float().unflatten(0, x.shape[:2])
+    u = u if residual is None else residual.float() + u
+    spikes = None
+    if neuron is not None:
+        fired = lif(u.flatten(1, 3), _spec(neuron))
+        assert isinstance(fired, Tensor)
+        spikes = fired.view(u.shape).to(torch.int8)
+    return (None if membrane is None else u.to(membrane)), spikes
+
+
+def _spec(neuron: Neuron) -> NeuronSpec:
+    return NeuronSpec(neuron.threshold, neuron.reset, strict=neuron.strict, inv_tau=neuron.inv_tau)
+
+
+@functools.cache
+def _triton() -> Any:
+    # Imported late: Triton may be missing, and reads TRITON_INTERPRET when it is imported.
+    from .triton import bytes as of_triton
+
+    return of_triton
