@@ -55,7 +55,7 @@ class NothingWaits(TorchDispatchMode):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Names of the kernels that are launched; none runs."""
+    """Names of the kernels that are launched; none runs, and what they are given is on the device."""
     names = []
 
     class Launcher:
@@ -63,6 +63,8 @@ def launched(monkeypatch):
             self.function = function
 
         def __call__(self, *args, **kwargs):
+            given = {leaf.device.type for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)}
+            assert given == {"meta"}, f"{self.function.__name__} is given tensors on {given}"
             names.append(self.function.__name__)
 
     from sdt_blocks.ops.triton import training

@@ -44,10 +44,10 @@ _PASS_BYTES = 48 << 20
 class Firing(nn.Module, Streamed):
     """A layer of neurons; `compile` says whether its steps are compiled (see `ops.dense`)."""
 
-    def __init__(self, neuron: LIF, dtype: torch.dtype, compile: bool) -> None:
+    def __init__(self, neuron: LIF, dtype: torch.dtype, device: torch.device | None, compile: bool) -> None:
         super().__init__()
         self.compiled = compile
-        self.register_buffer("inv_tau", torch.as_tensor(neuron.inv_tau, dtype=dtype).detach().clone())
+        self.register_buffer("inv_tau", torch.as_tensor(neuron.inv_tau, dtype=dtype, device=device).detach().clone())
         self.inv_tau: Tensor
         self.constants = (neuron.threshold, neuron.reset_mechanism, neuron.strict)
 
@@ -123,6 +123,8 @@ class Dense(Form):
         self.forms: dict[Node, Any] = {}
         self.kinds = kinds(plan)
         parts = [leaf for node in plan.nodes for leaf in leaves(node.target)]
+        # That of the weights: a neuron's constants are numbers, which are nowhere.
+        self.made_on = next((p.device for leaf in parts for p in leaf.parameters()), None)
         if any(p.is_floating_point() and p.dtype != self.real_dtype for leaf in parts for p in leaf.parameters()):
             # Layers that run as they are take what the others make.
             for leaf in parts:
@@ -143,7 +145,7 @@ class Dense(Form):
             made = self._product([node.target], node, paths)
             form = None if made is None else made[0]
         elif node.op == FIRE and is_neuron(node.target):
-            form = Firing(node.target, self.real_dtype, self.compiled)
+            form = Firing(node.target, self.real_dtype, self.made_on, self.compiled)
         elif node.op == MIX:
             # q, k and v are one product; what is behind it one op, where the mixer has a dense form.
             made = self._product(node.target.units, node, paths)
@@ -164,7 +166,8 @@ class Dense(Form):
     def _mixed(self, mixing: Mixing, product: Product, channels: list[int]) -> Mixed:
         fused = _fuses(mixing)
         neurons = (*mixing.neurons, *([mixing.mixer.neuron] if fused else []))
-        fires = [Firing(one, self.real_dtype, self.compiled) if is_neuron(one) else one for one in neurons]
+        made = (self.real_dtype, self.made_on, self.compiled)
+        fires = [Firing(one, *made) if is_neuron(one) else one for one in neurons]
         return Mixed(product, channels, fires, mixing.mixer, fused=fused)
 
     def _product(self, units: Any, node: Node, paths: str) -> tuple[Product, list[int]] | None:
