@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
@@ -362,6 +363,85 @@ def test_only_what_cannot_be_traced_is_kept_and_named_once() -> None:
     assert len(caught) == 1 and "blocks.1 (symbolically traced" in str(caught[0].message)
     assert next(node.name for node in found.nodes if node.op == "call") == "blocks.1"
     assert sum(node.op in ("project", "mix") for node in found.nodes) == 9
+
+
+class Asking(nn.Module):
+    """Code that goes another way for what is no tensor, as a traced value is not yet."""
+
+    def __init__(self, ask: Callable[[object], bool]) -> None:
+        super().__init__()
+        self.ask = ask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if self.ask(x) else x - 1
+
+
+def matches(x: object) -> bool:
+    match x:
+        case Tensor():
+            return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        torch.is_tensor,
+        lambda x: isinstance(x, Tensor),
+        lambda x: not isinstance(x, Sequence),
+        matches,
+        lambda x: x.__class__ is Tensor,
+    ],
+)
+@torch.no_grad()
+def test_what_asks_for_a_type_is_kept_as_it_is(ask: Callable[[object], bool]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(ConvNorm(2, 4), Asking(ask), nn.Conv2d(4, 3, 1)).eval(), torch.rand(2, 2, 3, 3)
+    with pytest.warns(UserWarning, match=r"1 \(it asks for the type of a value"):
+        fast = optimize_for_inference(model, compile=False)
+    torch.testing.assert_close(fast(x), model(x))
+
+
+@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), nn.DataParallel])
+@torch.no_grad()
+def test_wrappers_are_looked_through(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """Around the whole network and around a part of it."""
+    model, x = lively("time first")
+    expected, products = model(x), len(list(Events(plan(model)).products()))
+    inner = copy.deepcopy(model)
+    inner.blocks[0] = wrap(inner.blocks[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        forms = [optimize_for_inference(network, sparse=True) for network in (wrap(model).eval(), inner)]
+    for fast in forms:
+        assert len(list(fast.products())) == products > 0
+        torch.testing.assert_close(fast(x), expected, atol=1e-5, rtol=1e-5)
+
+
+class Summing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.unit, self.neuron = ConvNorm(2, 8, 3), LIF(tau=1.3)
+
+    def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        return fire(self.neuron, project(self.unit, x) + project(self.unit, y) - project(self.unit, z))
+
+
+class Greedy(Summing):
+    def forward(self, x: Tensor, y: Tensor, z: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        return super().forward(x, y, z) + u + v
+
+
+@torch.no_grad()
+def test_several_inputs() -> None:
+    torch.manual_seed(0)
+    model, given = Summing().eval(), [torch.rand(3, 4, 2, 6, 6) * scale for scale in (6, 5, 4)]
+    expected = model(*given)
+    assert 0.01 < expected.mean() < 0.99
+    for sparse in (False, True):
+        torch.testing.assert_close(optimize_for_inference(model, sparse=sparse)(*given), expected)
+    with pytest.raises(ValueError, match=r"at most four inputs.*Greedy\.forward requires 5"):
+        optimize_for_inference(Greedy())
 
 
 class Stateful(nn.Module):

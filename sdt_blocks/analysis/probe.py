@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..inference.folded import folded
+from ..inference.trace import unwrap
 from ..neuron import clear_hidden, find_neurons, spikes_of, takes_sequence
 
 Forward = Callable[[nn.Module, Tensor], Any]
@@ -25,19 +26,6 @@ Batches = Tensor | Iterable[Any]
 """A tensor (one batch), or an iterable of tensors or of tuples whose first entry is the input."""
 
 T_ = TypeVar("T_")
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile` and data-parallel wrappers, where hooks see every layer."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
 
 
 def check_weights(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from .. import steps
 from .frames import ConvAndNorm
 from .plan import MIX, PROJECT, Plan, convolution, fold
-from .trace import Traced, trace
+from .trace import Traced, trace, unwrap
 
 
 class FoldedConv2d(nn.Conv2d):
@@ -52,8 +52,7 @@ def folded(model: nn.Module) -> Iterator[None]:
 
 def _foldable(model: nn.Module) -> list[tuple[Any, FoldedConv2d, FoldedNorm]]:
     """The units of the model, and what takes the places of their layers."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    model = unwrap(model)
     if not _holds_units(model):
         return []
     try:

@@ -8,8 +8,10 @@ Python) becomes one opaque node, and one warning names it; all else keeps its fo
 from __future__ import annotations
 
 import copy
+import dis
 import inspect
 import operator
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -62,10 +64,9 @@ class Traced(NamedTuple):
 def trace(model: nn.Module) -> Traced:
     """The plan of a model and what it was made from; tells nobody what is opaque.
 
-    Raises `TypeError` for what is no module.
+    Raises `TypeError` for what is no module, and `ValueError` for one that requires more than four inputs.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    model = unwrap(model)
     opaque: dict[str, str] = {}
     while True:
         root = _Root(_frozen(model))
@@ -90,6 +91,22 @@ def trace(model: nn.Module) -> Traced:
     return Traced(Plan(on_sequences(list(_Lowering(root).nodes_of(graph)))), root.network, told)
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile` and data-parallel wrappers. Raises `TypeError` for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, _PARALLEL):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+
 def _frozen(model: nn.Module) -> nn.Module:
     """A copy in eval mode without gradients, also of what a backward pass has left in a neuron's state."""
     values = (value for module in model.modules() for value in (*vars(module).values(), *module._buffers.values()))
@@ -111,7 +128,13 @@ class _Root(nn.Module):
         required = [
             p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
         ]
-        self.__class__ = _Two if len(required) == 2 else _Root
+        if len(required) > 4:
+            raise ValueError(
+                f"a network of at most four inputs can be optimised, {type(network).__name__}.forward requires "
+                f"{len(required)}: give the others defaults, or put them into one tensor"
+            )
+        # The tracer reads the inputs from the signature.
+        self.__class__ = (_Root, _Root, _Two, _Three, _Four)[len(required)]
 
     def forward(self, x: Any) -> Any:
         return self.network(x)
@@ -120,6 +143,16 @@ class _Root(nn.Module):
 class _Two(_Root):
     def forward(self, x: Any, y: Any) -> Any:  # type: ignore[override]
         return self.network(x, y)
+
+
+class _Three(_Root):
+    def forward(self, x: Any, y: Any, z: Any) -> Any:  # type: ignore[override]
+        return self.network(x, y, z)
+
+
+class _Four(_Root):
+    def forward(self, x: Any, y: Any, z: Any, u: Any) -> Any:  # type: ignore[override]
+        return self.network(x, y, z, u)
 
 
 def _holds_proxies(module: nn.Module) -> bool:
@@ -132,6 +165,33 @@ def _short(name: str) -> str:
     return name.removeprefix(_NETWORK).removeprefix(".")
 
 
+class _Value(fx.Proxy):
+    """A traced value, which is no tensor yet: code of the network's that asks what it is would take another way."""
+
+    @property
+    def __class__(self) -> type:
+        if _asks(sys._getframe(1)):
+            raise TypeError("it asks for the type of a value, which a trace does not know")
+        return _Value
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:
+        raise TypeError("a traced value stays one")
+
+
+def _asks(frame: Any) -> bool:
+    """Whether it is code that is not PyTorch's or the kit's, and none that is called there, which asks for a type."""
+    while frame.f_globals.get("__name__") in ("abc", "typing"):
+        frame = frame.f_back
+    code, package = frame.f_code, str(frame.f_globals.get("__name__")).partition(".")[0]
+    if package in ("torch", __name__.partition(".")[0]):
+        return bool(code.co_name == "is_tensor")
+    # PyTorch's own functions ask too, from where they are called.
+    here = [range(start, end) for start, end, line in code.co_lines() if line == frame.f_lineno]
+    line = [one for one in dis.get_instructions(code) if any(one.offset in places for places in here)]
+    return any(one.argval in ("isinstance", "__class__") or one.opname == "MATCH_CLASS" for one in line)
+
+
 class _Tracer(fx.Tracer):
     takes_modules = True
 
@@ -142,6 +202,9 @@ class _Tracer(fx.Tracer):
         self.autocast = _autocast()
         self.watched: dict[str, str] = {}
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         leaf = module_qualified_name in self.opaque or is_leaf(m)
         if any(map(steps.has_hooks, m.modules() if leaf else (m,))):
@@ -151,6 +214,9 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
+            inner = getattr(m, "_orig_mod", None)
+            if isinstance(inner, nn.Module) and not m._forward_hooks and not m._forward_pre_hooks:
+                return inner(*args, **kwargs)
             return super().call_module(m, forward, args, kwargs)
         except Exception:
             path = self.path_of_module(m)
@@ -179,7 +245,7 @@ def _autocast() -> list[tuple[bool, torch.dtype]]:
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module is kept whole by what it is: torch's own layers, units, neurons, mixers."""
-    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict, *_PARALLEL)
     of_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(module, containers)
     return of_torch or isinstance(module, steps.Unit | Streamed) or hasattr(module, "emits")
 
