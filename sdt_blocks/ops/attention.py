@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..surrogate import Scheduled
-from .bits import as_spikes
+from .bits import as_spikes, wants_bits
 from .dispatch import fused, kernels
 from .lif import constants, gradients_of_equations, lif, lif_gradients, lif_reference, normalized
 from .norm_lif import batch_norm_lif, batch_norm_lif_reference, stacked_statistics
 from .registered import registered
-from .spec import MOST_TOKENS, Affine, Arriving, Layout, Mask, NeuronSpec, Norm, arrange, state_dtype
+from .spec import MOST_TOKENS, Affine, Arriving, Layout, Mask, NeuronSpec, Norm, Spikes, arrange, state_dtype
 
 
 def attend_reference(x: Sequence[Tensor], norms: Sequence[Norm], neurons: Sequence[NeuronSpec]) -> Tensor:
@@ -57,8 +57,9 @@ def attend(x: Sequence[Tensor], norms: Sequence[Norm], neurons: Sequence[NeuronS
     numbers = [number for spec in specs if spec is not None for number in spec.encode()]
     differentiable = any(tensor is not None and tensor.requires_grad for tensor in (*x, weight, bias, inv_tau))
     keep = torch.is_grad_enabled() and differentiable
-    masked, _, _ = attend_op(*x, numbers, inv_tau, mean, inv_std, weight, bias, training, keep)
-    return as_spikes(masked)
+    keep_bits = wants_bits(*x, weight, bias, inv_tau)
+    masked, _, _, bits = attend_op(*x, numbers, inv_tau, mean, inv_std, weight, bias, training, keep, keep_bits)
+    return as_spikes(masked, bits=bits)
 
 
 def _compose(
@@ -94,22 +95,26 @@ def attend_op(
     bias: Tensor,
     of_batch: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The masked spikes; the codes of what fired, empty unless the gradient will need them; and the sums.
+    keep_bits: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The masked spikes; the codes of what fired, empty unless the gradient will need them; the sums; and the bits.
+
+    Those are of the masked spikes, see `Layout.empty_bits`; they are empty unless `keep_bits`.
 
     `neurons` are four encoded `NeuronSpec`; inv_tau `[4, C]`; mean, inv_std, weight and bias `[3, C]`.
     """
     (q, k, v), layout = _arranged(q, k, v)
     norm = Affine(mean, inv_std, weight, bias, of_batch)
-    masked, codes, sums = _results(q, layout, keep)
-    kernels(q).attend((q, k, v), masked, codes if keep else None, sums, layout, _specs(neurons), norm, inv_tau)
-    return masked, codes, sums
+    masked, codes, sums, bits = _results(q, layout, keep, keep_bits)
+    out = Spikes(masked, bits if bits.numel() else None)
+    kernels(q).attend((q, k, v), out, codes if keep else None, sums, layout, _specs(neurons), norm, inv_tau)
+    return masked, codes, sums, bits
 
 
 @attend_op.register_fake
-def _(q, k, v, neurons, inv_tau, mean, inv_std, weight, bias, of_batch, keep):
+def _(q, k, v, neurons, inv_tau, mean, inv_std, weight, bias, of_batch, keep, keep_bits=False):
     (q, _, _), layout = _arranged(q, k, v)
-    return _results(q, layout, keep)
+    return _results(q, layout, keep, keep_bits)
 
 
 @registered("sdt_blocks::attend_backward")
@@ -165,11 +170,11 @@ def _(grad, q, k, v, codes, sums, neurons, inv_tau, mean, inv_std, weight, bias,
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, v, neurons, inv_tau, mean, inv_std, weight, bias, of_batch, _ = inputs
-    _, codes, sums = output
+    q, k, v, neurons, inv_tau, mean, inv_std, weight, bias, of_batch, *_ = inputs
+    _, codes, sums, bits = output
     ctx.save_for_backward(q, k, v, codes, sums, inv_tau, mean, inv_std, weight, bias)
     ctx.neurons, ctx.of_batch = neurons, of_batch
-    ctx.mark_non_differentiable(codes, sums)
+    ctx.mark_non_differentiable(codes, sums, bits)
     ctx.set_materialize_grads(False)
 
 
@@ -180,11 +185,11 @@ def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():
             masked = _equations((q, k, v), _specs(ctx.neurons), inv_tau, norm, ctx.of_batch)
         of_q, of_k, of_v, of_inv_tau, of_weight, of_bias = gradients_of_equations((masked,), inputs, (grad,))
-        return of_q, of_k, of_v, None, of_inv_tau, None, None, of_weight, of_bias, None, None
+        return of_q, of_k, of_v, None, of_inv_tau, None, None, of_weight, of_bias, None, None, None
     *of_x, of_inv_tau, of_weight, of_bias = attend_backward_op(
         grad, q, k, v, codes, sums, ctx.neurons, inv_tau, *norm, ctx.of_batch
     )
-    return *of_x, None, None if inv_tau is None else of_inv_tau, None, None, of_weight, of_bias, None, None
+    return *of_x, None, None if inv_tau is None else of_inv_tau, None, None, of_weight, of_bias, None, None, None
 
 
 attend_op.register_autograd(_gradients, keep=_keep)
@@ -213,9 +218,10 @@ def _arranged(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor, Te
     return (q, k, v), layout
 
 
-def _results(q: Tensor, layout: Layout, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _results(q: Tensor, layout: Layout, keep: bool, keep_bits: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     codes = layout.empty(q, layout.steps, torch.uint8) if keep else q.new_empty(0, dtype=torch.uint8)
-    return layout.empty(q, layout.steps), codes, q.new_empty(q.shape[:3], dtype=state_dtype(q))
+    sums = q.new_empty(q.shape[:3], dtype=state_dtype(q))
+    return layout.empty(q, layout.steps), codes, sums, layout.empty_bits(q, keep_bits)
 
 
 def _specs(neurons: Sequence[float]) -> list[NeuronSpec]:

@@ -34,8 +34,20 @@ class _Known:
 _known = WeakIdKeyDictionary()
 
 
-def as_spikes(result: Tensor, *of: Tensor) -> Tensor:
-    """Notes that `result` holds zeros and ones alone, if all that it was made `of` is known to.
+def wants_bits(*inputs: Tensor | Any) -> bool:
+    """Whether a kernel that makes spikes of the `inputs` shall write their bits too: it alone decides that.
+
+    It shall where gradients will run through the spikes: then the next convolution keeps them as bits, which a kernel
+    of its own would else read all spikes for. Of spikes that nobody convolves they take 1/8 byte each while these are
+    there. What torch.compile traces knows of no bits but those that a convolution asks for (see `convolution`).
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+
+
+def as_spikes(result: Tensor, *of: Tensor, bits: Tensor | None = None) -> Tensor:
+    """Notes that `result` holds zeros and ones alone, if all that it was made `of` is known to; and its `bits`, if any.
 
     The caller must know it from how `result` is computed: values are not looked at, which would wait for the device.
     Without gradients, and in what is exported, nothing is noted.
@@ -44,7 +56,8 @@ def as_spikes(result: Tensor, *of: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             note_spikes_op(result)
         else:
-            _known[result] = _Known(result._version)
+            packed = _packed(result) if bits is None else _Packed(bits) if bits.numel() else None
+            _known[result] = _Known(result._version, packed)
     return result
 
 
@@ -60,6 +73,10 @@ def are_spikes(tensor: Tensor) -> bool:
 def _are_known(tensor: Tensor) -> bool:
     known = _known.get(tensor)
     return known is not None and known.version == tensor._version
+
+
+def _packed(tensor: Tensor) -> _Packed | None:
+    return _known[tensor].packed if _are_known(tensor) else None
 
 
 # While torch.compile traces, the tensors are stand-ins with versions of their own, which only an op's `register_fake`

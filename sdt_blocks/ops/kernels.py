@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .spec import Affine, Arriving, Layout, LevelSpec, NeuronSpec, Norm
+from .spec import Affine, Arriving, Layout, LevelSpec, NeuronSpec, Norm, Spikes
 
 
 class Kernels(Protocol):
@@ -25,9 +25,13 @@ class Kernels(Protocol):
         inv_tau: Tensor | None,
         membrane: Tensor | None,
         *,
-        keep_membrane: bool,
+        keep_membrane: bool = False,
+        bits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Spikes `[steps, ...]` for the input x, normalized, and the last membrane."""
+        """Spikes `[steps, ...]` for the input x, normalized, and the last membrane.
+
+        Fills bits (see `Layout.empty_bits`), if given, with what `pack_bits` makes of the spikes.
+        """
         ...
 
     def lif_backward(
@@ -50,7 +54,7 @@ class Kernels(Protocol):
     def attend(
         self,
         x: Sequence[Tensor],
-        out: Tensor,
+        out: Spikes,
         codes: Tensor | None,
         sums: Tensor,
         layout: Layout,

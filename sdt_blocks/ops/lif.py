@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..surrogate import KINDS, Scheduled, Surrogate, fire
-from .bits import as_spikes
+from .bits import as_spikes, wants_bits
 from .dispatch import fall_back, fused, kernels
 from .registered import registered
 from .spec import RESETS, Affine, Arriving, Layout, NeuronSpec, arrange, state_dtype
@@ -87,16 +87,17 @@ def lif(
     spec = constants(neuron)
     if spec is not None and x.numel() and fused(x):
         dtype = state_dtype(x)
-        spikes, last = lif_op(
+        spikes, last, bits = lif_op(
             x,
             x.shape[0],
             spec.encode(),
             inv_tau.to(dtype) if isinstance(inv_tau, Tensor) else None,
             None if membrane is None else membrane.to(dtype),
             return_membrane,
+            wants_bits(x, inv_tau, membrane),
             *([None] * 4 + [False, neuron.surrogate.numbers] if isinstance(neuron.surrogate, Scheduled) else []),
         )
-        as_spikes(spikes)
+        as_spikes(spikes, bits=bits)
     else:
         spikes, last = lif_reference(x, neuron, membrane)
         if spec is not None and x.numel() and torch.compiler.is_compiling() and fused(x, even_traced=True):
@@ -136,14 +137,17 @@ def lif_op(
     inv_tau: Tensor | None = None,
     membrane: Tensor | None = None,
     keep_membrane: bool = False,
+    keep_bits: bool = False,
     mean: Tensor | None = None,
     inv_std: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     of_batch: bool = False,
     scheduled: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Spikes `[steps, ...]` and the last membrane (empty unless `keep_membrane`) of x `[steps or 1, ...]`.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Spikes `[steps, ...]` of x `[steps or 1, ...]`; the last membrane, empty unless `keep_membrane`; the bits.
+
+    Those are the ones of `Layout.empty_bits`, empty unless `keep_bits`.
 
     `neuron` is an encoded `NeuronSpec`; `inv_tau`, `membrane` and the normalization's values are of the state's dtype.
     With `mean` the input of the neurons is `(x - mean) * inv_std * weight + bias`, per channel; `of_batch` says that
@@ -152,15 +156,20 @@ def lif_op(
     """
     x, layout = _arranged(x, steps, inv_tau, mean)
     norm, spec = _affine(mean, inv_std, weight, bias, of_batch), _spec(neuron, scheduled)
-    spikes, last = kernels(x).lif_forward(x, layout, spec, norm, inv_tau, membrane, keep_membrane=keep_membrane)
-    return spikes, x.new_empty(0, dtype=state_dtype(x)) if last is None else last
+    bits = layout.empty_bits(x, keep_bits)
+    into = bits if bits.numel() else None
+    spikes, last = kernels(x).lif_forward(
+        x, layout, spec, norm, inv_tau, membrane, keep_membrane=keep_membrane, bits=into
+    )
+    return spikes, x.new_empty(0, dtype=state_dtype(x)) if last is None else last, bits
 
 
 @lif_op.register_fake
-def _(x, steps, neuron, inv_tau=None, membrane=None, keep_membrane=False, mean=None, *_normalization):
+def _(x, steps, neuron, inv_tau=None, membrane=None, keep_membrane=False, keep_bits=False, mean=None, *_norm):
     x, layout = _arranged(x, steps, inv_tau, mean)
     dtype = state_dtype(x)
-    return layout.empty(x, steps), layout.empty_frame(x, dtype) if keep_membrane else x.new_empty(0, dtype=dtype)
+    last = layout.empty_frame(x, dtype) if keep_membrane else x.new_empty(0, dtype=dtype)
+    return layout.empty(x, steps), last, layout.empty_bits(x, keep_bits)
 
 
 @registered("sdt_blocks::lif_backward")
@@ -246,13 +255,14 @@ def _(grad, grad_last, x, steps, neuron, inv_tau, membrane, mean, inv_std, weigh
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, steps, neuron, inv_tau, membrane, keep_membrane, mean, inv_std, weight, bias, of_batch, scheduled = inputs
+    x, steps, neuron, inv_tau, membrane, keep_membrane, _, mean, inv_std, weight, bias, of_batch, scheduled = inputs
+    ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(x, inv_tau, membrane, mean, inv_std, weight, bias, scheduled)
     ctx.steps, ctx.neuron, ctx.keep_membrane, ctx.of_batch = steps, neuron, keep_membrane, of_batch
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, grad: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor | None, grad_last: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     x, inv_tau, membrane, mean, inv_std, weight, bias, scheduled = ctx.saved_tensors
     if not ctx.keep_membrane:
         grad_last = None
@@ -264,7 +274,7 @@ def _gradients(ctx: Any, grad: Tensor | None, grad_last: Tensor | None) -> tuple
             outputs = lif_reference(frames.expand(ctx.steps, *x.shape[1:]), spec, membrane)
         found = gradients_of_equations(outputs, (x, inv_tau, membrane, weight, bias), (grad, grad_last))
         of_x, of_inv_tau, of_membrane, of_weight, of_bias = found
-        return of_x, None, None, of_inv_tau, of_membrane, None, None, None, of_weight, of_bias, None, None
+        return of_x, None, None, of_inv_tau, of_membrane, *[None] * 4, of_weight, of_bias, None, None
     of_x, of_inv_tau, of_membrane, of_weight, of_bias = lif_backward_op(
         *(grad, grad_last, x, ctx.steps, ctx.neuron, inv_tau, membrane, mean, inv_std, weight, bias, ctx.of_batch),
         scheduled,
@@ -274,7 +284,7 @@ def _gradients(ctx: Any, grad: Tensor | None, grad_last: Tensor | None) -> tuple
         for of, gradient in ((inv_tau, of_inv_tau), (membrane, of_membrane), (weight, of_weight), (bias, of_bias))
     )
     of_inv_tau, of_membrane, of_weight, of_bias = given
-    return of_x, None, None, of_inv_tau, of_membrane, None, None, None, of_weight, of_bias, None, None
+    return of_x, None, None, of_inv_tau, of_membrane, *[None] * 4, of_weight, of_bias, None, None
 
 
 lif_op.register_autograd(_gradients, keep=_keep_inputs)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..surrogate import Scheduled
-from .bits import as_spikes
+from .bits import as_spikes, wants_bits
 from .dispatch import fused, kernels
 from .lif import constants, lif_op, lif_reference
 from .registered import registered, watched
@@ -69,13 +69,14 @@ def batch_norm_lif(
     steps = time_steps or x.shape[0]
     dtype = state_dtype(x)
     mean, inv_std = statistics(x, norm, steps // x.shape[0])
-    spikes, last = lif_op(
+    spikes, last, bits = lif_op(
         x,
         steps,
         spec.encode(),
         neuron.inv_tau.to(dtype) if isinstance(neuron.inv_tau, Tensor) else None,
         None if membrane is None else membrane.to(dtype),
         return_membrane,
+        wants_bits(x, neuron.inv_tau, membrane, norm.weight, norm.bias),
         mean.to(dtype),
         inv_std.to(dtype),
         None if norm.weight is None else norm.weight.to(dtype),
@@ -83,7 +84,7 @@ def batch_norm_lif(
         norm.training,
         neuron.surrogate.numbers if isinstance(neuron.surrogate, Scheduled) else None,
     )
-    as_spikes(spikes)
+    as_spikes(spikes, bits=bits)
     return (spikes, last) if return_membrane else spikes
 
 

@@ -171,6 +171,14 @@ class Mask(NamedTuple):
     bit: int = 0
 
 
+class Spikes(NamedTuple):
+    """Where a kernel puts spikes and, if there is room for them, their bits."""
+
+    values: Tensor
+    bits: Tensor | None = None
+    """See `Layout.empty_bits`; what `Kernels.pack_bits` makes of the values."""
+
+
 class Arriving(NamedTuple):
     """The gradients that a backward pass starts from."""
 
@@ -201,6 +209,28 @@ class Layout:
     channels: int
     inner: int
     frame_strides: tuple[int, ...]
+
+    @property
+    def dense(self) -> bool:
+        """Whether the neurons of a frame of x lie side by side."""
+        return self.chunk == self.size or self.chunk_stride == self.chunk
+
+    def has_groups(self, of: int, images: int = 1) -> bool:
+        """Whether so many neurons at a time lie side by side in x, within one channel, or are a position's channels.
+
+        Where all channels are one, a group is within one of `images` parts of a frame.
+        """
+        innermost = self.inner == 1 and self.channels > 1
+        run = self.channels if innermost else self.inner if self.channels > 1 else self.size // images
+        gaps = () if self.dense else (self.chunk, self.chunk_stride)
+        return all(number % of == 0 for number in (run, self.x_step, *gaps))
+
+    def empty_bits(self, x: Tensor, wanted: bool) -> Tensor:
+        """Uninitialized, one bit for each element of `empty(x, steps)`; empty where a byte would not be of one group.
+
+        And where it is not `wanted`.
+        """
+        return x.new_empty(self.steps * self.size // 8 if wanted and self.has_groups(8) else 0, dtype=torch.uint8)
 
     def empty(self, x: Tensor, frames: int, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialized result `[frames, ...]`."""

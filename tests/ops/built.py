@@ -16,7 +16,7 @@ import offline
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sdt_blocks.ops.spec import Affine, Arriving, LevelSpec, Mask, NeuronSpec, Norm, arrange, state_dtype
+from sdt_blocks.ops.spec import Affine, Arriving, LevelSpec, Mask, NeuronSpec, Norm, Spikes, arrange, state_dtype
 from sdt_blocks.ops.triton import dense, levels, training
 from sdt_blocks.surrogate import KINDS, Surrogate
 
@@ -39,7 +39,13 @@ class Layer:
 
     def forward(self, neuron=PLAIN, norm=True, inv_tau=None, membrane=None, keep=False):
         norm = self.norm if norm else None
-        training.lif_forward(self.x, self.layout, neuron, norm, inv_tau, membrane, keep_membrane=keep)
+        for bits in self.bits():
+            training.lif_forward(self.x, self.layout, neuron, norm, inv_tau, membrane, keep_membrane=keep, bits=bits)
+
+    def bits(self):
+        """Where bits are to go: nowhere, and if there are any in this layout into a tensor."""
+        bits = self.layout.empty_bits(self.x, wanted=True)
+        return (None, bits) if bits.numel() else (None,)
 
     def backward(self, neuron=PLAIN, norm=True, inv_tau=None, membrane=None, mask=None, grad=True, last=None):
         norm, arriving = self.norm if norm else None, Arriving(self.grad if grad else None, mask, last)
@@ -66,7 +72,9 @@ class Layer:
         codes = self.layout.empty(self.x, self.layout.steps, torch.uint8) if keep else None
         sums = torch.empty(self.x.shape[:3], dtype=state_dtype(self.x))
         norm = Affine(*[torch.empty(3, len(self.of_channel), dtype=state_dtype(self.x))] * 4, True)
-        training.attend([self.x] * 3, self.grad, codes, sums, self.layout, neurons, norm, inv_tau)
+        for bits in self.bits():
+            out = Spikes(self.grad, bits)
+            training.attend([self.x] * 3, out, codes, sums, self.layout, neurons, norm, inv_tau)
         if codes is not None:
             training.mask_gradient(self.grad, codes, sums, self.layout)
             self.backward(mask=Mask(sums))
@@ -157,6 +165,7 @@ def facts(launch, capability):
     return {
         "kernel": launch.name,
         "norm": launch.arguments.get("AFFINE", False),
+        "bits": bool(launch.arguments.get("PACK", False)),
         "group": launch.arguments.get("V", 0) * next(iter(launch.tensors().values())).element_size(),
         "registers": binary.registers,
         "spilled": binary.spilled,

@@ -156,7 +156,7 @@ def test_more_tokens_than_a_program_holds(backend, device, monkeypatch):
 
 
 def test_opcheck(backend, device):
-    x, norms, neurons, _ = make((2, 2, 6, 3, 3), torch.float32, device, learnt=True)
+    x, norms, neurons, _ = make((2, 2, 6, 4, 2), torch.float32, device, learnt=True)
     arguments = []
     original = attention_op.attend_op
     attention_op.attend_op = lambda *given: arguments.append(given) or original(*given)
@@ -168,8 +168,9 @@ def test_opcheck(backend, device):
         a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in arguments[0]
     )
     torch.library.opcheck(original.op, tuple(given))
-    masked, codes, sums = original(*given)
-    assert codes.dtype == torch.uint8 and not sums.requires_grad and masked.requires_grad
+    masked, codes, sums, bits = original(*given)
+    assert codes.dtype == bits.dtype == torch.uint8 and bits.numel() * 8 == masked.numel()
+    assert codes.numel() and not sums.requires_grad and masked.requires_grad
 
 
 def top(x):

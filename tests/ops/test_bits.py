@@ -1,5 +1,7 @@
 """Spikes kept at one bit each, and what a layer keeps in all."""
 
+import sys
+
 import pytest
 import torch
 from snntorch import surrogate as snntorch_surrogate
@@ -7,8 +9,9 @@ from torch import nn
 
 from sdt_blocks import LIF, SpikeDrivenSelfAttention, SpikeDrivenTransformer, SpikingMLP, SpikingPatchSplitting
 from sdt_blocks.blocks import LinearSpikeAttention, LinearSpikeMixer
-from sdt_blocks.ops.bits import SpikesAsBits, are_spikes, as_spikes
+from sdt_blocks.ops.bits import SpikesAsBits, are_spikes, as_spikes, wants_bits
 from sdt_blocks.ops.dispatch import kernels
+from sdt_blocks.ops.spec import Affine, NeuronSpec, Spikes, arrange, state_dtype
 from sdt_blocks.steps import normalize_and_fire, per_frame
 
 
@@ -34,6 +37,47 @@ def test_graded_spikes_are_kept_whole(monkeypatch, value):
     with SpikesAsBits(as_spikes(spikes)):
         y = spikes * weight
     torch.testing.assert_close(torch.autograd.grad(y.sum(), weight)[0], spikes, equal_nan=True)
+
+
+FIRST, LAST = (0, 1, 2, 3, 4), (0, 1, 3, 4, 2)
+
+
+def inputs(shape, order, dtype, device):
+    """x `[T, B, C, H, W]` with its axes in another order of memory."""
+    x = torch.randn([shape[axis] for axis in order], device=device).mul(2).to(dtype)
+    return x.permute([order.index(axis) for axis in range(5)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("shape", "order", "bytes_are_whole"),
+    [
+        ((4, 2, 3, 2, 4), FIRST, True),
+        ((5, 3, 16, 3, 1), LAST, True),
+        ((11, 1, 8, 3, 3), LAST, True),
+        ((2, 1, 3, 20, 20), FIRST, True),
+        ((3, 2, 4, 3, 3), FIRST, False),
+        ((3, 2, 12, 3, 3), LAST, False),
+    ],
+)
+def test_kernels_that_fire_write_the_bits(backend, device, shape, order, bytes_are_whole, dtype):
+    """Those of the neurons, normalized, and of the attention's masked spikes: what packing these gives."""
+    torch.manual_seed(0)
+    x, layout = arrange(inputs(shape, order, dtype, device), shape[0], per_channel=True)
+    module, values = kernels(x), torch.rand(3, shape[2], dtype=state_dtype(x), device=device)
+    norm, neuron = Affine(values, values + 0.5, values, values, True), NeuronSpec(0.3)
+    bits, of_masked = (layout.empty_bits(x, wanted=True) for _ in range(2))
+    assert not layout.empty_bits(x, wanted=False).numel()
+    assert bits.numel() * 8 == (x.numel() if bytes_are_whole else 0)
+    if not bytes_are_whole:
+        return
+    expected, last = module.lif_forward(x, layout, neuron, norm.row(0), None, None, keep_membrane=True)
+    spikes, of_state = module.lif_forward(x, layout, neuron, norm.row(0), None, None, keep_membrane=True, bits=bits)
+    assert torch.equal(spikes, expected) and torch.equal(of_state, last) and 0.05 < spikes.float().mean() < 0.9
+    assert torch.equal(bits, module.pack_bits(spikes))
+    masked, sums = torch.empty_like(spikes), values.new_empty(x.shape[:3])
+    module.attend([x, x, x], Spikes(masked, of_masked), None, sums, layout, [neuron] * 4, norm, None)
+    assert masked.any() and torch.equal(of_masked, module.pack_bits(masked))
 
 
 @pytest.fixture
@@ -222,6 +266,35 @@ def test_a_change_in_place_is_noticed(monkeypatch):
         conv.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified in place"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize(("order", "packs"), [(FIRST, 2), (LAST, 0)])
+def test_spikes_are_not_read_again_for_their_bits(monkeypatch, order, packs):
+    """Of a block's four convolutions, where bytes are of one channel: 14 x 14 tokens are not a multiple of 8."""
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    torch.manual_seed(0)
+    block = SpikeDrivenTransformer(depth=1, dim=16, num_heads=2).blocks[0]
+    x, calls, gradients = inputs((4, 1, 16, 14, 14), order, torch.float32, "cpu"), [], []
+    module = kernels(x)
+    original = module.pack_bits
+    monkeypatch.setattr(module, "pack_bits", lambda spikes: calls.append(spikes) or original(spikes))
+    for wanted, expected in ((wants_bits, packs), (lambda *inputs: False, 4)):
+        for part in ("lif", "norm_lif", "attention"):
+            monkeypatch.setattr(sys.modules[f"sdt_blocks.ops.{part}"], "wants_bits", wanted)
+        calls.clear()
+        result = block(x.detach().requires_grad_())
+        assert len(calls) == expected
+        gradients.append(torch.autograd.grad(result.square().sum(), list(block.parameters())))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.equal(ours, theirs) and ours.isfinite().all()
+    assert gradients[0][0].any()
+
+
+def test_bits_are_written_only_where_gradients_run():
+    x, weight = torch.ones(2, 8), torch.ones(8, requires_grad=True)
+    assert wants_bits(x, None, 0.5, weight) and not wants_bits(x, None, 0.5)
+    with torch.no_grad():
+        assert not wants_bits(weight)
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 5.0), (torch.bfloat16, 2.2)])

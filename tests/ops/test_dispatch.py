@@ -139,9 +139,11 @@ def samples():
         "bare": (x, 3, code),
         "tau": (x, 3, code, torch.tensor(0.4, requires_grad=True), membrane, True),
         "channels": (x, 3, code, torch.rand(5, requires_grad=True)),
-        "norm": (x, 3, code, None, None, False, *statistics, *affine, True),
-        "repeated": (one, 4, code, None, None, False, *statistics, *affine, False),
+        "norm": (x, 3, code, None, None, False, False, *statistics, *affine, True),
+        "repeated": (one, 4, code, None, None, False, False, *statistics, *affine, False),
         "no_gradient": (x.detach(), 3, code, None, None, True),
+        "bits": (x, 3, code, None, None, False, True),
+        "bits of no whole bytes": (x, 3, code, torch.rand(5), None, False, True),
     }
 
 

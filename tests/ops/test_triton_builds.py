@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("triton.backends.nvidia", reason="Triton with its NVIDIA backend builds them")
 ELEMENTWISE = {"forward", "backward", "combine", "max_pool", "max_pool_backward", "pack", "unpack"}
+WIDEST = 16
 KERNELS = ELEMENTWISE | {"attend", "mask_gradient", "moments", "merge", "settle", "total", "gradients"}
 EVALUATION = {"fire_kernel", "fire_and_pool_kernel", "attend_kernel"}
 NEURONS = {"forward", "backward", "attend"} | EVALUATION
@@ -31,16 +32,17 @@ def built(tmp_path):
 
 def assert_fit(found):
     assert {facts["kernel"] for facts in found} == KERNELS
+    assert {facts["kernel"] for facts in found if facts["bits"]} == {"forward", "attend"}
     for facts in found:
         assert facts["spilled"] == 0, facts
         assert facts["divisions"] == 0, facts
         assert_rounded_as_the_equations(facts)
-        # Only what adds up over channels makes threads wait for each other, once, at its end.
+        # Only what adds up over channels, or bits of more than a thread reads, makes threads wait for each other, once.
         if facts["kernel"] in ELEMENTWISE and not (facts["kernel"] == "backward" and facts["norm"]):
-            assert facts["barriers"] == 0, facts
+            assert facts["barriers"] <= (facts["bits"] and facts["group"] > WIDEST), facts
         if facts["kernel"] in ("forward", "backward", "combine"):
             wide = {width for width in facts["accesses"] if width in ("S64", "S128")}
-            assert wide == {f"S{8 * facts['group']}"}, facts
+            assert wide == {f"S{8 * min(facts['group'], WIDEST)}"}, facts
 
 
 def assert_rounded_as_the_equations(facts):
@@ -79,7 +81,8 @@ def test_launches_of_a_training_block(built):
         for found in built(90, dtype, "launches"):
             forward, backward = found["forward"], found["backward"]
             assert forward.get("_to_copy", 0) == backward.get("_to_copy", 0) == casts, found
-            assert sum(forward.values()) - casts <= 28 and sum(backward.values()) - casts <= 31, found
+            assert sum(forward.values()) - casts <= 26 and sum(backward.values()) - casts <= 31, found
+            assert forward.get("pack", 0) <= 2, found
             assert not {"rsqrt", "lerp_", "div", "sub"} & (set(forward) | set(backward)), found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import Affine, Arriving, Layout, NeuronSpec, state_dtype
+from ..spec import Affine, Arriving, Layout, NeuronSpec, Spikes, state_dtype
 from .bindings import call, threads
 from .bindings import neurons as neuron_array
 
@@ -28,7 +28,8 @@ def lif_forward(
     inv_tau: Tensor | None,
     membrane: Tensor | None,
     *,
-    keep_membrane: bool,
+    keep_membrane: bool = False,
+    bits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     spikes = layout.empty(x, layout.steps)
     last = layout.empty_frame(x, state_dtype(x)) if keep_membrane else None
@@ -36,7 +37,7 @@ def lif_forward(
     before = None if membrane is None else layout.frame(membrane)
     scale, shift = (None, None) if norm is None else (norm.scale, norm.shift)
     inputs = (x, scale, shift, inv_tau, constants, before)
-    _call("lif_forward", x, layout, neuron_array(neuron), *inputs, spikes, last)
+    _call("lif_forward", x, layout, neuron_array(neuron), *inputs, spikes, bits, last)
     return spikes, last
 
 
@@ -67,7 +68,7 @@ def lif_backward(
 
 def attend(
     x: Sequence[Tensor],
-    out: Tensor,
+    out: Spikes,
     codes: Tensor | None,
     sums: Tensor,
     layout: Layout,
@@ -77,7 +78,7 @@ def attend(
 ) -> None:
     q, k, v = x
     inputs = (q, k, v, norm.scale, norm.shift, inv_tau)
-    _call("attend", q, layout, q.shape[1], neuron_array(*neurons), *inputs, out, codes, sums)
+    _call("attend", q, layout, q.shape[1], neuron_array(*neurons), *inputs, *out, codes, sums)
 
 
 def mask_gradient(grad: Tensor, codes: Tensor, result: Tensor, layout: Layout) -> None:

@@ -18,7 +18,18 @@ from torch import Tensor
 
 from ..spec import Layout
 from .lif import MOST_STEPS, charge, fires
-from .tiles import THREADS, WIDEST, elements, grid_of, index, normalization, number, of_channel, second_axis
+from .tiles import (
+    THREADS,
+    WIDEST,
+    elements,
+    grid_of,
+    index,
+    normalization,
+    number,
+    of_channel,
+    second_axis,
+    store_bits,
+)
 
 SIZES = ("size", "tokens", "channels", "rounds", "grad_step")
 NUMBERS = ("inv_tau_number", "threshold_number", "mask_inv_tau_number", "mask_threshold_number")
@@ -126,6 +137,36 @@ def _advance(x, mask, h, s, a, b, k, threshold, RESET: tl.constexpr, STRICT: tl.
     return h, fires(h, threshold, STRICT)
 
 
+@triton.jit
+def _pack(
+    bits,
+    left,
+    chunk,
+    image,
+    size,
+    tokens,
+    channels,
+    STEPS: tl.constexpr,
+    COUNT: tl.constexpr,
+    INNERMOST: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    V: tl.constexpr,
+):
+    """Stores what is `left` of a chunk, a bit a step, a byte for some neighbouring groups; so many steps at once."""
+    JOINED: tl.constexpr = 8 // V
+    tokens = tokens if INNERMOST else tokens // JOINED
+    channels = channels // JOINED if INNERMOST else channels
+    groups, mask = _chunk(chunk, image, tokens, channels, INNERMOST, A, B // JOINED)
+    for first in tl.static_range(0, STEPS, COUNT):
+        fired = tl.zeros([A, B, V], tl.int32)
+        for t in tl.static_range(COUNT):
+            fired |= ((left >> (first + t)) & 1).to(tl.int32) << (8 * t)
+        fired = tl.reshape(fired, [A, B // JOINED, 8])
+        at = tl.full([], first, tl.int64)
+        store_bits(bits, fired, groups, mask, at, size // JOINED, COUNT, STEPS)
+
+
 @triton.jit(do_not_specialize=[*SIZES, *NUMBERS])
 def attend(
     q,
@@ -137,6 +178,7 @@ def attend(
     bias,
     inv_tau,
     out,
+    bits,
     codes,
     sums,
     size,
@@ -156,6 +198,7 @@ def attend(
     AFFINE: tl.constexpr,
     TAU: tl.constexpr,
     KEEP: tl.constexpr,
+    PACK: tl.constexpr,
     STATE: tl.constexpr,
     INNERMOST: tl.constexpr,
     A: tl.constexpr,
@@ -220,6 +263,8 @@ def attend(
         for t in tl.range(STEPS, loop_unroll_factor=UNROLL):
             masked = tl.where((left >> tl.cast(t, BITS)) & 1 != 0, 1.0, 0.0)
             tl.store(out + tl.cast(t, tl.int64) * size * V + i, masked.to(out.dtype.element_ty), mask=mask)
+        if PACK:
+            _pack(bits, left, chunk, image, size, tokens, channels, STEPS, PACK, INNERMOST, A, B, V)
 
 
 @triton.jit(do_not_specialize=SIZES)

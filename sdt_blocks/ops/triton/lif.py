@@ -21,6 +21,7 @@ from .tiles import (
     of_channel,
     place,
     second_axis,
+    store_bits,
     store_by_channel,
 )
 
@@ -79,6 +80,7 @@ def forward(
     inv_tau,
     before,
     spikes,
+    bits,
     last,
     size,
     chunk,
@@ -98,6 +100,7 @@ def forward(
     TAU: tl.constexpr,
     BEFORE: tl.constexpr,
     LAST: tl.constexpr,
+    PACK: tl.constexpr,
     STATE: tl.constexpr,
     INNERMOST: tl.constexpr,
     SINGLE: tl.constexpr,
@@ -124,16 +127,25 @@ def forward(
     # An offset into the whole sequence may not fit 32 bits.
     x += offset
     coming = tl.load(x, mask=mask, other=0.0)
-    for t in tl.range(STEPS, loop_unroll_factor=UNROLL):
-        frame = tl.cast(t, tl.int64)
-        v = coming.to(STATE)
-        # Behind the store it would wait for it.
-        coming = tl.load(x + (frame + 1) * x_step * V, mask=mask & (frame + 1 < STEPS), other=0.0)
-        if AFFINE:
-            v = v * a + b
-        h, _u = charge(h, s, v, k, threshold, RESET)
-        s = fires(h, threshold, STRICT)
-        tl.store(spikes + frame * size * V + i, tl.where(s, 1.0, 0.0).to(spikes.dtype.element_ty), mask=mask)
+    for part in range((STEPS + UNROLL - 1) // UNROLL):
+        first = tl.cast(part * UNROLL, tl.int64)
+        fired = tl.zeros([A, B, V], tl.int32)
+        for t in tl.static_range(UNROLL):
+            frame = first + t
+            there_is = mask & (frame < STEPS) if STEPS % UNROLL != 0 else mask
+            v = coming.to(STATE)
+            # Behind the store it would wait for it.
+            coming = tl.load(x + (frame + 1) * x_step * V, mask=mask & (frame + 1 < STEPS), other=0.0)
+            if AFFINE:
+                v = v * a + b
+            charged, _u = charge(h, s, v, k, threshold, RESET)
+            h = tl.where(frame < STEPS, charged, h) if STEPS % UNROLL != 0 else charged
+            s = fires(h, threshold, STRICT)
+            tl.store(spikes + frame * size * V + i, tl.where(s, 1.0, 0.0).to(spikes.dtype.element_ty), mask=there_is)
+            if PACK:
+                fired |= tl.where(s, 1 << (8 * t), 0)
+        if PACK:
+            store_bits(bits, fired, groups, mask, first, size, UNROLL, STEPS)
     if LAST:
         tl.store(last + i, h, mask=mask)
 

@@ -21,6 +21,8 @@ WIDEST = 16
 LINE = 128
 # The second and third axis of a grid.
 MOST_PROGRAMS = 65535
+PACKED_STEPS = 4
+"""Steps whose bits have room in the 32 of a register, a byte each."""
 ROUNDED = {"enable_fp_fusion": False}
 """Launches of neurons: products are rounded before they are added to, as in the equations.
 
@@ -59,19 +61,19 @@ class Tile(NamedTuple):
         return dict(zip(("size", "chunk", "chunk_stride", "x_step"), (n // self.group for n in found), strict=True))
 
 
-def tile(x: Tensor, layout: Layout, *strides: int, images: int = 1, times: int = 1) -> Tile:
+def tile(x: Tensor, layout: Layout, *strides: int, images: int = 1, times: int = 1, least: int = 1) -> Tile:
     """The tiles of a frame of x; `strides` are other distances between frames, which a group must divide as well.
+
+    It has `least` elements or more, which the caller knows the layout to allow; what is wider than a thread's share is
+    then read by several.
 
     They are `times` as large as usual, a power of two: where little is done with an element, what a program does
     besides counts.
     """
-    dense = is_dense(layout)
     innermost = layout.inner == 1 and layout.channels > 1
     single = layout.channels == 1
-    run = layout.size // images if single else layout.channels if innermost else layout.inner
-    group = WIDEST // x.element_size()
-    divided = (run, layout.x_step, *strides, *(() if dense else (layout.chunk, layout.chunk_stride)))
-    while any(number % group for number in divided):
+    group = max(WIDEST // x.element_size(), least)
+    while not layout.has_groups(group, images) or any(stride % group for stride in strides):
         group //= 2
     elements = THREADS * WIDEST // x.element_size() * times
     positions = layout.size // layout.channels
@@ -92,7 +94,7 @@ def tile(x: Tensor, layout: Layout, *strides: int, images: int = 1, times: int =
         rows = min(elements // group // columns, triton.next_power_of_2(channels))
         runs = triton.cdiv(positions, columns)
         grid = grid_of(runs, triton.cdiv(channels, rows))
-    span = layout.size if dense else max(layout.size, layout.size // layout.chunk * layout.chunk_stride)
+    span = layout.size if layout.dense else max(layout.size, layout.size // layout.chunk * layout.chunk_stride)
     arguments = {
         "positions": positions,
         "channels": channels,
@@ -100,7 +102,7 @@ def tile(x: Tensor, layout: Layout, *strides: int, images: int = 1, times: int =
         "tokens": positions // images,
         "INNERMOST": innermost,
         "SINGLE": single,
-        "DENSE": dense,
+        "DENSE": layout.dense,
         "A": rows,
         "B": columns,
         "V": group,
@@ -108,10 +110,6 @@ def tile(x: Tensor, layout: Layout, *strides: int, images: int = 1, times: int =
         "INDEX": index(span + 2 * elements * layout.channels + layout.channels * layout.inner),
     }
     return Tile(grid, runs, rows if innermost else columns, group, arguments)
-
-
-def is_dense(layout: Layout) -> bool:
-    return layout.chunk == layout.size or layout.chunk_stride == layout.chunk
 
 
 def index(size: int) -> Any:
@@ -167,6 +165,18 @@ def place(
 def elements(groups, V: tl.constexpr):
     """The elements `[A, B, V]` of groups."""
     return groups * V + tl.arange(0, V)[None, None, :]
+
+
+@triton.jit
+def store_bits(bits, fired, groups, mask, first, size, COUNT: tl.constexpr, STEPS: tl.constexpr):
+    """Stores `fired` `[A, B, 8]`, whose bit 8 t says what fired at step `first + t`, a byte for a group and step.
+
+    All of up to four steps at once: where several threads read a group, they wait for each other.
+    """
+    byte = tl.sum(fired << tl.arange(0, 8)[None, None, :], axis=2)[:, :, None]
+    for t in tl.static_range(COUNT):
+        there_is = mask & (first + t < STEPS) if STEPS % COUNT != 0 else mask
+        tl.store(bits + (first + t) * size + groups, (byte >> (8 * t)).to(tl.uint8), mask=there_is)
 
 
 @triton.jit

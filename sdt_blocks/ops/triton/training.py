@@ -15,11 +15,11 @@ import torch
 import triton
 from torch import Tensor
 
-from ..spec import RESETS, Affine, Arriving, Layout, NeuronSpec, Norm, arrange, state_dtype
+from ..spec import RESETS, Affine, Arriving, Layout, NeuronSpec, Norm, Spikes, arrange, state_dtype
 from . import attention, lif, pool
 from . import bits as bit_kernels
 from . import norm as norms
-from .tiles import ROUNDED, THREADS, WIDEST, tile
+from .tiles import PACKED_STEPS, ROUNDED, THREADS, WIDEST, tile
 
 logging.getLogger(__name__).info(
     "Triton builds each kernel when it is first called, and keeps it for the next time in TRITON_CACHE_DIR or ~/.triton"
@@ -45,12 +45,13 @@ def lif_forward(
     inv_tau: Tensor | None,
     membrane: Tensor | None,
     *,
-    keep_membrane: bool,
+    keep_membrane: bool = False,
+    bits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     spikes = layout.empty(x, layout.steps)
     last = layout.empty_frame(x, state_dtype(x)) if keep_membrane else None
     before = None if membrane is None else layout.frame(membrane)
-    cut = tile(x, layout)
+    cut = tile(x, layout, least=1 if bits is None else 8)
     with _device_of(x):
         lif.forward[cut.grid](
             x,
@@ -58,13 +59,15 @@ def lif_forward(
             _or(inv_tau, x),
             _or(before, x),
             spikes,
+            _or(bits, x),
             _or(last, x),
             **cut.where(layout),
             **cut.arguments,
             **_numbers(x, neuron),
             **_constants(x, layout, neuron, norm, inv_tau, before),
-            UNROLL=min(layout.steps, lif.MOST_STEPS),
+            UNROLL=_segment(layout.steps, lif.MOST_STEPS if bits is None else PACKED_STEPS),
             LAST=keep_membrane,
+            PACK=bits is not None,
         )
     return spikes, last
 
@@ -166,7 +169,7 @@ def norm_gradients(
 
 def attend(
     x: Sequence[Tensor],
-    out: Tensor,
+    out: Spikes,
     codes: Tensor | None,
     sums: Tensor,
     layout: Layout,
@@ -174,12 +177,15 @@ def attend(
     norm: Affine,
     inv_tau: Tensor | None,
 ) -> None:
-    q, k, v = x
+    (q, k, v), (values, bits) = x, out
     of_q, of_mask = neurons[0], neurons[3]
     cut = attention.cut(q, layout)
     if not cut.fits:
-        _attend_by_parts(x, out, codes, sums, layout, neurons, norm, inv_tau)
+        _attend_by_parts(x, values, codes, sums, layout, neurons, norm, inv_tau)
+        _pack(values, bits)
         return
+    # A byte may be more than what a program has of a token.
+    pack = bits is not None and cut.arguments["B"] * cut.group % 8 == 0
     with _device_of(q):
         attention.attend[cut.grid](
             q,
@@ -187,7 +193,8 @@ def attend(
             v,
             *_affine(norm, q),
             _or(inv_tau, q),
-            out,
+            values,
+            _or(bits, q),
             _or(codes, q),
             sums,
             **cut.arguments,
@@ -202,9 +209,12 @@ def attend(
             AFFINE=_kind(norm),
             TAU=inv_tau is not None,
             KEEP=codes is not None,
+            PACK=min(layout.steps, PACKED_STEPS) if pack else 0,
             STATE=_STATE[state_dtype(q)],
             **ROUNDED,
         )
+    if not pack:
+        _pack(values, bits)
 
 
 def _attend_by_parts(
@@ -219,14 +229,11 @@ def _attend_by_parts(
 ) -> None:
     """For more steps than a program has bits for."""
     taus: Sequence[Tensor | None] = [None] * 4 if inv_tau is None else list(inv_tau.unbind())
-    fired = [
-        lif_forward(part, layout, neurons[i], norm.row(i), taus[i], None, keep_membrane=False)[0]
-        for i, part in enumerate(x)
-    ]
+    fired = [lif_forward(part, layout, neurons[i], norm.row(i), taus[i], None)[0] for i, part in enumerate(x)]
     q, k, v = fired
     torch.sum((k * v).flatten(3), 3, dtype=sums.dtype, out=sums)
     of_sums, channels = arrange(sums, layout.steps, per_channel=True)
-    mask, _ = lif_forward(of_sums, channels, neurons[3], None, taus[3], None, keep_membrane=False)
+    mask, _ = lif_forward(of_sums, channels, neurons[3], None, taus[3], None)
     torch.mul(q, mask.view(*mask.shape, *[1] * (q.ndim - 3)).to(q.dtype), out=out)
     if codes is not None:
         codes.copy_(q + 2 * k + 4 * v)
@@ -322,10 +329,15 @@ def max_pool_backward(grad: Tensor, places: Tensor, grad_x: Tensor) -> None:
 
 def pack_bits(x: Tensor) -> Tensor | None:
     bits = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
-    with _device_of(x):
-        lanes = WIDEST // x.element_size()
-        bit_kernels.pack[(triton.cdiv(bits.numel(), THREADS),)](x, bits, x.numel(), LANES=lanes, BLOCK=THREADS)
+    _pack(x, bits)
     return bits
+
+
+def _pack(x: Tensor, bits: Tensor | None) -> None:
+    if bits is not None:
+        with _device_of(x):
+            lanes = WIDEST // x.element_size()
+            bit_kernels.pack[(triton.cdiv(bits.numel(), THREADS),)](x, bits, x.numel(), LANES=lanes, BLOCK=THREADS)
 
 
 def unpack_bits(bits: Tensor, x: Tensor) -> None:
@@ -333,12 +345,12 @@ def unpack_bits(bits: Tensor, x: Tensor) -> None:
         bit_kernels.unpack[(triton.cdiv(x.numel(), BLOCK),)](bits, x, x.numel(), BLOCK=BLOCK)
 
 
-def _segment(steps: int) -> int:
-    """Steps whose membranes are in registers at once: all, or the most that leave no rest, or the most."""
-    if steps <= lif.MOST_STEPS:
+def _segment(steps: int, most: int = lif.MOST_STEPS) -> int:
+    """Steps that stand in the code one after the other: all, or the most that leave no rest, or the most."""
+    if steps <= most:
         return steps
-    even = [n for n in range(lif.MOST_STEPS, lif.MOST_STEPS // 2, -1) if steps % n == 0]
-    return even[0] if even else lif.MOST_STEPS
+    even = [n for n in range(most, most // 2, -1) if steps % n == 0]
+    return even[0] if even else most
 
 
 def _times(layout: Layout) -> int:
