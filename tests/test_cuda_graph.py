@@ -1,5 +1,6 @@
 """A graph a shape: recorded once, replayed with new input, dropped when weights move; capturing is a stand-in here."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -91,6 +92,40 @@ def test_a_stream_calls_the_network_itself():
     net.neuron.carrier = None
     with pytest.raises(ValueError, match="CUDA"):
         graphed(x)
+
+
+class Stand:
+    """For a stream, or what is used as a context; notes on which device it is."""
+
+    device = 0
+
+    def __init__(self, *given, **named):
+        self.given = given
+
+    def __enter__(self):
+        self.before, Stand.device = Stand.device, self.given[0].index if self.given else Stand.device
+        return self
+
+    def __exit__(self, *exception):
+        Stand.device = self.before
+
+    def wait_stream(self, stream):
+        pass
+
+
+def test_a_graph_is_recorded_on_the_device_of_its_input(monkeypatch):
+    """Whichever is the current one: streams and capturing are those of the current device."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "device", Stand)
+    for name in ("current_stream", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: (seen.append(Stand.device), Stand())[1])
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: (seen.append(pool), contextlib.nullcontext())[1])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: 1, pool=lambda: "pool"))
+    calls = []
+    x = SimpleNamespace(device=torch.device("cuda", 1))
+    made = graphs.record(lambda: calls.append(Stand.device), [x], "before")
+    assert calls == [1] * 4 and seen == [1, 1, "before"] and made.pool == "pool" and Stand.device == 0
 
 
 @pytest.mark.cuda

@@ -134,13 +134,14 @@ def test_a_block_by_triton(released, monkeypatch):
     for name in ("levels", "levels_backward", "norm_levels", "norm_levels_backward"):
         of = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *given, of=of, name=name: (launched.add(name), of(*given))[1])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     model, given = released.model().double(), []
     model.stages[-1][-1].register_forward_pre_hook(lambda block, inputs: given.extend(inputs))
     model(released.tensors["input"][:2].double())
     for path in ("reference", "triton"):
         monkeypatch.setenv("SDT_BLOCKS_BACKEND", path)
-        block = released.model().double().stages[-1][-1].train()
-        leaf = given[0].detach().requires_grad_()
+        block = released.model().double().stages[-1][-1].train().to(device)
+        leaf = given[0].detach().to(device).requires_grad_()
         out = block(leaf)
         (out * leaf.detach().cos()).sum().backward()
         found.append([out, leaf.grad, *(parameter.grad for parameter in block.parameters()), *block.buffers()])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 from accelerate import Accelerator
@@ -47,7 +48,7 @@ def set_up(config: Config) -> Run:
     config = fit_to_data(config, in_channels=sample.shape[-3], num_classes=num_classes)
     plain = build_model(config)
     plain.card = card_of(config, train_set.classes, sample.shape[-2:])
-    at_the_door(dry_run, plain, sample)
+    at_the_door(dry_run, plain, sample, accelerator.device)
     if config.train.compile and accelerator.is_main_process:
         print("compiling the model once, at the first step: this may take minutes", flush=True)
     teacher = build_teacher(config, accelerator, sample, num_classes)
@@ -223,9 +224,14 @@ def build_mixer(config: Config, accelerator: Accelerator, sample: Tensor, num_cl
     )
 
 
-def dry_run(model: nn.Module, sample: Tensor) -> None:
-    """One sample through the model: what does not fit together is said before training starts."""
-    with torch.no_grad():
+def dry_run(model: nn.Module, sample: Tensor, device: torch.device) -> None:
+    """One sample through the model on the CPU: what does not fit together is said before training starts.
+
+    Where training is on another device it is by the equations: no kernel is built for the CPU, or missed there, and one
+    that is forced for the device is no matter.
+    """
+    forced = {} if device.type == "cpu" else {"SDT_BLOCKS_BACKEND": "reference"}
+    with mock.patch.dict(os.environ, forced), torch.no_grad():
         model.eval()(sample[None])
 
 

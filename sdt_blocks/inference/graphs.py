@@ -68,7 +68,8 @@ class Graphed(nn.Module):
             while len(self.recorded) >= self.most:
                 del self.recorded[next(iter(self.recorded))]
             held = [x.contiguous().clone() for x in inputs]
-            pool = next((one.pool for one in self.recorded.values()), None)
+            pools = (one.pool for one in self.recorded.values() if one.inputs[0].device == held[0].device)
+            pool = next(pools, None)
             self.recorded[key] = record(lambda: self.network(*held), held, pool)
         replay, held, result, _ = self.recorded[key]
         for into, x in zip(held, inputs, strict=True):
@@ -97,14 +98,14 @@ def record(function: Callable[[], Any], inputs: list[Tensor], pool: Any) -> Reco
     It runs a few times before, on a stream of its own as capturing asks for: kernels are built and ways of products
     compared then, which waits for the device.
     """
-    current = torch.cuda.current_stream()
-    aside = torch.cuda.Stream()
-    aside.wait_stream(current)
-    with torch.cuda.stream(aside):
-        for _ in range(_WARM_UP):
-            function()
-    current.wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        result = function()
+    with torch.cuda.device(inputs[0].device):
+        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            for _ in range(_WARM_UP):
+                function()
+        current.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            result = function()
     return Recorded(graph.replay, inputs, result, graph.pool())

@@ -18,6 +18,7 @@ from common.command_line import short_errors
 from common.config import load_config
 from common.loading import EpochBatches, build_datasets, build_loader, fetch, stop_loaders
 from common.run_state import MANIFEST, Position, damage, save_checkpoint
+from common.set_up import dry_run
 
 from sdt_blocks import create_model, files
 
@@ -99,3 +100,18 @@ def test_loaders_that_are_spawned_give_the_samples_of_forked_ones():
     assert len(first) == 4 and not torch.equal(first[0], second[0])
     for one, other in zip(found["fork"], found["spawn"], strict=True):
         assert all(map(torch.equal, one, other))
+
+
+def test_for_a_gpu_the_first_sample_is_tried_by_the_equations(monkeypatch):
+    """On the CPU, of which no kernel may be there; one that is forced is for the GPU."""
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "triton")
+    seen = []
+
+    class Net(torch.nn.Module):
+        def forward(self, x):
+            seen.append(os.environ["SDT_BLOCKS_BACKEND"])
+            return x
+
+    dry_run(Net(), torch.rand(3), torch.device("cuda"))
+    dry_run(Net(), torch.rand(3), torch.device("cpu"))
+    assert seen == ["reference", "triton"] and os.environ["SDT_BLOCKS_BACKEND"] == "triton"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..spec import Affine, Layout, LevelSpec, state_dtype
 from .lif import store_sums
-from .tiles import SIZES, THREADS, WIDEST, Tile, elements, in_x, normalization, number, place, tile
+from .tiles import ROUNDED, SIZES, THREADS, WIDEST, Tile, elements, in_x, normalization, number, place, tile
 from .training import _STATE, _affine, _device_of, _kind, _number, _unrolled
 
 NUMBERS = ("limit_number", "norm_number", "threshold_number")
@@ -100,6 +100,7 @@ def _neuron(x: Tensor, neuron: LevelSpec, dtype: torch.dtype) -> dict[str, Any]:
         "UP": neuron.rounding == "up",
         "EXACT": exact,
         "STATE": _STATE[state_dtype(x)],
+        **ROUNDED,
     }
 
 
