@@ -233,7 +233,7 @@ def check_pixels(what: str, width: int, height: int) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The decoded image in RGB: grey repeated, transparency dropped, 16 bits reduced to 8.
+    """The decoded image in RGB: grey repeated, transparency dropped, 16 bits reduced to 8, and not turned as EXIF says.
 
     Raises `OSError` where the file is damaged, `ValueError` for pixels without a fixed range, and `TypeError` for what
     is no image.

@@ -46,7 +46,7 @@ class Display:
             disable=not self.live,
         )
         self.task = self.bar.add_task("starting", total=total, completed=done)
-        self.text, self.step = "the first step is under way", done
+        self.text, self.step, self.advanced = "the first step is under way", done, self.started
         self.ended = threading.Event()
 
     def __enter__(self) -> Display:
@@ -64,17 +64,15 @@ class Display:
         while not self.ended.wait(max(0.0, self.last_line + SECONDS_BETWEEN_LINES - time.monotonic())):
             self.last_line = time.monotonic()
             done = self.step - self.first
-            left = (
-                f" | {_duration((self.last_line - self.started) / done * (self.total - self.step))} left"
-                if done
-                else ""
-            )
+            # Of the steps alone: an evaluation makes those that are left no longer.
+            seconds = (self.advanced - self.started) / max(done, 1) * (self.total - self.step)
+            left = f" | {_duration(seconds)} left" if done else ""
             self.say(f"{self.text} | step {self.step}/{self.total}{left}")
 
     def advance(self, step: int, *, epoch: int, loss: float, rate: float) -> None:
         """One update done: `rate` is in images a second."""
         text = f"epoch {epoch + 1} | loss {loss:.4f} | {rate:.0f} images/s"
-        self.text, self.step = text, step
+        self.text, self.step, self.advanced = text, step, time.monotonic()
         if self.live:
             self.bar.update(self.task, completed=step, description=text)
 
