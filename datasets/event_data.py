@@ -19,7 +19,7 @@ from sdt_datasets.event_sources import Source
 from sdt_datasets.events import EventsToFrames
 from sdt_datasets.files import LARGEST_CONTENT
 from sdt_datasets.layouts import Part, open_layout
-from sdt_datasets.samples import SampleDataset
+from sdt_datasets.samples import SampleDataset, first
 
 _log = logging.getLogger(__name__)
 RELEASED_SIZE = {"cifar10_dvs": 64, "cifar10_dvs_tet": 64}
@@ -270,11 +270,5 @@ def _first(part: Part, samples: int | None, key: str) -> Part:
         return part
     if not 1 <= samples <= len(part.rows):
         raise DataError(f"data.{key}: {samples} samples were asked for, but there are {len(part.rows)} recordings")
-    turns: dict[int, int] = {}
-    ranked = []
-    for row in part.rows:
-        label = part.source.targets[row]
-        turns[label] = turns.get(label, 0) + 1
-        ranked.append((turns[label], label, row))
-    chosen = {row for _, _, row in sorted(ranked)[:samples]}
-    return Part(part.source, [row for row in part.rows if row in chosen])
+    chosen = first(np.array(part.source.targets)[part.rows], samples, by_class=True)
+    return Part(part.source, [part.rows[position] for position in chosen])

@@ -21,7 +21,7 @@ from sdt_datasets.image_sources import (
     load_mnist_5k,
 )
 from sdt_datasets.image_transforms import Transform, build_transforms, seeded
-from sdt_datasets.samples import SampleDataset
+from sdt_datasets.samples import SampleDataset, first
 from sdt_datasets.timm_sources import load_hub, load_shards
 
 NAMES = ("digits", "folder", "cifar10", "cifar100", "mnist", "fashion_mnist", "mnist_5k", "hfds/NAME", "wds/NAME")
@@ -61,7 +61,7 @@ class ImageDataset(SampleDataset):
             seed=seed,
             on_error=on_error,
         )
-        self.source, self.transform = source, transform
+        self.source, self.transform, self.by_class = source, transform, source.by_class
 
     def _read(self, row: int) -> Image.Image:
         return self.source.load(row)
@@ -172,7 +172,7 @@ def _first(source: Source, rows: np.ndarray, samples: int | None, key: str) -> n
         return rows
     if not 1 <= samples <= len(rows):
         raise DataError(f"data.{key}: {samples} samples were asked for, but there are {len(rows)} images")
-    return np.sort(rows[_in_turns(source.targets[rows])[:samples]]) if source.by_class else rows[:samples]
+    return rows[first(source.targets[rows], samples, by_class=source.by_class)]
 
 
 def _held_out(source: Source, samples: int) -> np.ndarray:
@@ -189,12 +189,3 @@ def _held_out(source: Source, samples: int) -> np.ndarray:
         rows = np.flatnonzero(source.targets[order] == label)
         place[rows] = (np.arange(len(rows)) + 0.5) / len(rows)  # evenly through the whole, whatever the class's size
     return np.sort(order[np.argsort(place, kind="stable")[:samples]])
-
-
-def _in_turns(targets: np.ndarray) -> np.ndarray:
-    """The order that takes each class in turn."""
-    turns = np.zeros(len(targets), dtype=np.int64)
-    for label in np.unique(targets):
-        rows = np.flatnonzero(targets == label)
-        turns[rows] = np.arange(len(rows))
-    return np.lexsort((targets, turns))

@@ -14,6 +14,17 @@ from torch.utils.data import Dataset
 from sdt_datasets.errors import IGNORED, UnreadableError
 
 
+def first(targets: np.ndarray, samples: int, *, by_class: bool) -> np.ndarray:
+    """The positions of the first so many samples, in order; with `by_class` those of each class in turn."""
+    if not by_class:
+        return np.arange(min(samples, len(targets)))
+    turns = np.zeros(len(targets), dtype=np.int64)
+    for label in np.unique(targets):
+        positions = np.flatnonzero(targets == label)
+        turns[positions] = np.arange(len(positions))
+    return np.sort(np.lexsort((targets, turns))[:samples])
+
+
 class SampleDataset(Dataset[tuple[Tensor, int]]):
     """`dataset[i]` is (float32 tensor, class index); `.classes` are the names, `.targets` all indices, int64 `[N]`.
 
@@ -28,6 +39,8 @@ class SampleDataset(Dataset[tuple[Tensor, int]]):
     """
 
     kind = "samples"
+    by_class = True
+    """The order goes class by class, so that the first samples do not stand for the whole."""
 
     def __init__(
         self,
@@ -65,6 +78,12 @@ class SampleDataset(Dataset[tuple[Tensor, int]]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def keep_first(self, samples: int) -> None:
+        """Keeps the first so many samples, or all where there are no more; call it before any is read."""
+        chosen = first(self.targets, samples, by_class=self.by_class)
+        self._rows, self.targets = self._rows[chosen], self.targets[chosen]
+        self._unreadable = torch.zeros(len(chosen), dtype=torch.bool).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the augmentation of the samples drawn from now on."""

@@ -37,7 +37,7 @@ class Options:
     """What this recipe adds to the keys of a training run."""
 
     checkpoint: str | None = option(None, "a run folder, a saved model, or a released .pth.tar", path=True)
-    samples: int = option(256, "how many samples of the evaluation set are looked at", least=1)
+    samples: int = option(256, "how many samples of the evaluation set are looked at, at most", least=1)
     batch_size: int = option(32, "samples of a process in one forward pass", least=1)
     images: int = option(4, "how many images get attention overlays", least=0)
     layer: str | None = option(None, "the neuron layer whose membranes are drawn; null takes the last")
@@ -60,7 +60,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     options = read_options(Options, own)
     if options.checkpoint is None:
         raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar")
-    settings = ["train.mixed_precision=no", "tracker=none", f"data.test_samples={options.samples}", *rest]
+    settings = ["train.mixed_precision=no", "tracker=none", *rest]
     return options, with_run_config(Path(options.checkpoint), settings)
 
 
@@ -93,17 +93,18 @@ def main(arguments: list[str]) -> None:
     own_models = read_own_models(options.energy_models)
     config = load_config(rest, default="imagenet_8_384")
     join_processes()
-    from common.loading import ReadableBatches, closing, evaluation_loader
+    from common.loading import ReadableBatches, build_datasets, closing, evaluation_loader
     from common.progress import warn
-    from common.set_up import build_accelerator, open_data
+    from common.set_up import at_the_door, build_accelerator
 
     model, config = load(checkpoint, config, rest, averaged=False)
     neurons = find_neurons(model)
     if options.layer is not None and options.layer not in neurons:
         raise ConfigError(f"layer={options.layer}: no such neuron layer; the model has {', '.join(neurons)}")
     accelerator, config = build_accelerator(config)
-    _, test_set = open_data(config, accelerator)
-    loader = evaluation_loader(test_set, config, accelerator, batch_size=options.batch_size, samples=options.samples)
+    _, test_set = at_the_door(build_datasets, config, evaluation_only=True)
+    test_set.keep_first(options.samples)
+    loader = evaluation_loader(test_set, config, accelerator, batch_size=options.batch_size)
     names = class_names(checkpoint, model)
     try:
         matched = match_classes(test_set, names, model, checkpoint=checkpoint, by="name")

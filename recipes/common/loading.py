@@ -171,11 +171,11 @@ def build_loader(dataset: Any, batches: EpochBatches | ShardBatches, *, workers:
 
 
 def evaluation_loader(
-    dataset: Any, config: Config, accelerator: Any, *, batch_size: int | None = None, samples: int | None = None
+    dataset: Any, config: Config, accelerator: Any, *, batch_size: int | None = None
 ) -> DataLoader[Any]:
-    """This process's share of a data set, or of its first samples: over all processes each of them exactly once."""
+    """This process's share of a data set: over all processes each sample exactly once."""
     shares = ShardBatches(
-        len(dataset) if samples is None else min(len(dataset), samples),
+        len(dataset),
         batch_size=batch_size or config.train.batch_size,
         rank=accelerator.process_index,
         processes=accelerator.num_processes,

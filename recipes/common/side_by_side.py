@@ -43,7 +43,7 @@ class Options:
 
     output_dir: str = option("model_comparison", "the folder to write", path=True)
     img_size: int = option(224, "side of the images of variants, in pixels", least=16)
-    samples: int = option(8, "inputs of each model that are looked at", least=2)
+    samples: int = option(8, "inputs of each model that are looked at, at most", least=2)
     latency: bool = option(True, "measure how long an inference takes, dense and event-driven")
     rounds: int = option(11, "measurements of each form, in turns", least=1)
     threads: int | None = option(None, "CPU threads; null takes what PyTorch takes", least=1)
@@ -70,20 +70,20 @@ def read_model(name: str, options: Options) -> Found:
     seeds = sorted(path.glob("seed_*"), key=lambda folder: (len(folder.name), folder.name)) if path.is_dir() else []
     found = []
     for folder in seeds or [path]:
-        arguments = with_run_config(folder, ["tracker=none", f"data.test_samples={options.samples}"])
+        arguments = with_run_config(folder, ["tracker=none"])
         config = load_config(arguments, default="imagenet_8_384")
         # A run's accuracy is that of its last model, which no choice by test images has touched.
         last = folder / "last"
         model, config = load(last if last.is_dir() else folder, config, arguments, averaged=False)
         of_a_run = arguments[0].startswith("config=")
         size = model.card.input_size[0] if model.card is not None and model.card.input_size else options.img_size
-        inputs = data_of(config) if of_a_run else sample_inputs(model, options.samples, size)
+        inputs = data_of(config, options.samples) if of_a_run else sample_inputs(model, options.samples, size)
         found.append((model, inputs, summary_of(folder)))
     return found
 
 
-def data_of(config: Any) -> Any:
-    """The first inputs of a run's evaluation set, as one tensor. Raises `ConfigError`."""
+def data_of(config: Any, samples: int) -> Any:
+    """The first inputs of a run's evaluation set, so many at most, as one tensor. Raises `ConfigError`."""
     import torch
 
     from .loading import build_datasets
@@ -91,6 +91,7 @@ def data_of(config: Any) -> Any:
 
     def read() -> Any:
         _, test = build_datasets(config, evaluation_only=True)
+        test.keep_first(samples)
         readable = [inputs for inputs, target in map(test.__getitem__, range(len(test))) if target >= 0]
         if not readable:
             raise ConfigError(f"not one of the {len(test)} samples that the model is judged on could be read")

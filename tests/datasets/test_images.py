@@ -189,6 +189,20 @@ def test_a_limit_takes_the_first_where_the_order_is_mixed():
         build_image_datasets("digits", train_samples=2000, **PLAIN)
 
 
+def test_the_first_are_kept_or_all_where_there_are_no_more(tree):
+    for name, root in (("folder", tree), ("digits", None)):
+        for samples in (1, 4, 5):
+            _, asked = build_image_datasets(name, root, test_samples=samples, **PLAIN)
+            _, kept = build_image_datasets(name, root, **PLAIN)
+            kept.keep_first(samples)
+            assert len(kept) == samples and kept.targets.tolist() == asked.targets.tolist()
+            for (image, label), (other, expected) in zip(kept, asked, strict=True):
+                assert torch.equal(image, other) and label == expected
+    whole = kept.targets.tolist()
+    kept.keep_first(10**6)
+    assert kept.targets.tolist() == whole and kept.unreadable == []
+
+
 @pytest.mark.parametrize("samples", [10, 287, 1000])
 def test_validation_images_are_training_images_in_the_classes_shares(samples):
     train, test = build_image_datasets("digits", **PLAIN)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import snntorch
@@ -10,7 +11,7 @@ from launching import TWO
 from scipy import stats
 from torch import nn
 
-from sdt_blocks import SpikeDrivenTransformer, save_model
+from sdt_blocks import DataCard, SpikeDrivenTransformer, calibrate_norms, create_model, save_model
 from sdt_blocks.analysis import analyze_model, energy, firing_rates
 from sdt_datasets.images import build_image_datasets
 
@@ -190,6 +191,20 @@ def test_refusals(run_folder, monkeypatch, arguments, words):
         analyze.main(arguments)
     assert all(word in str(refused.value) for word in words) and "\n" not in str(refused.value)
     assert not (run_folder / "analysis").exists()
+
+
+def test_an_evaluation_set_may_have_fewer_samples_than_are_looked_at(set_up, photographs, tmp_path, capsys):
+    import analyze
+
+    shutil.rmtree(shutil.copytree(photographs, tmp_path / "photographs") / "train")  # what trains is not looked at
+    torch.manual_seed(0)
+    model = create_model("sdt_2_256", depth=1, dim=16, num_classes=2, pooling="0001")
+    calibrate_norms(model, torch.rand(8, 3, 16, 16))
+    model.card = DataCard(["china", "flower"])
+    save_model(model.eval(), tmp_path / "model")
+    settings = ["config=finetune", "data.root=photographs", "data.img_size=16", "data.workers=0", "threads=1"]
+    analyze.main(["checkpoint=model", *settings, "seconds=0", "images=1"])
+    assert "on 14 samples" in capsys.readouterr().out
 
 
 def test_help(launcher):

@@ -132,10 +132,10 @@ def test_a_run_is_judged_on_what_can_be_read(tmp_path, photographs):
     for image in images[1:]:
         image.write_bytes(b"")
     asked = [f"data.root={tmp_path / 'data'}", "data.img_size=16", "data.on_error=skip"]
-    assert data_of(load_config(asked, default="finetune")).shape == (1, 3, 16, 16)
+    assert data_of(load_config(asked, default="finetune"), 99).shape == (1, 3, 16, 16)
     images[0].write_bytes(b"")
     with pytest.raises(ConfigError, match="not one of the 14 samples"):
-        data_of(load_config(asked, default="finetune"))
+        data_of(load_config(asked, default="finetune"), 99)
 
 
 def test_what_cannot_be_compared_is_refused(compare, tmp_path):
