@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +121,10 @@ def build_metrics(num_classes: int, device: torch.device) -> dict[str, Metric]:
 
 
 class Firing:
-    """Which neuron layers of a model fire within `with` blocks; those that have are not looked at again."""
+    """Which neuron layers of a model fire within `with` blocks; those that have are not looked at again.
+
+    A block that looks at any runs without `torch.compile`, which does not see hooks that come and go.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.neurons = find_neurons(model)
@@ -133,6 +137,8 @@ class Firing:
         self.counts: dict[str, list[tuple[Tensor, int]]] = {}
         looked_at = {name: neuron for name, neuron in self.neurons.items() if not self.fired.get(name)}
         self.hooks = [neuron.register_forward_hook(self._counter(name)) for name, neuron in looked_at.items()]
+        self.eager = torch.compiler.set_stance("force_eager") if self.hooks else nullcontext()
+        self.eager.__enter__()
 
     def _counter(self, name: str) -> Callable[..., None]:
         def count(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -141,7 +147,8 @@ class Firing:
 
         return count
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
+        self.eager.__exit__(*error)
         for hook in self.hooks:
             hook.remove()
         sums = {name: float(sum(spikes for spikes, _ in calls)) for name, calls in self.counts.items()}

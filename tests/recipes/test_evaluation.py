@@ -20,6 +20,7 @@ from common.trained import card_of, class_names, match_classes, run_config
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from sdt_blocks import LIF, DataCard, load_model, save_model
 from sdt_blocks.steps import Unit
@@ -288,6 +289,28 @@ def test_a_layer_that_fires_in_a_later_batch_has_fired():
         net(torch.zeros(4, 2, 3))
     assert firing.fired == firing.everywhere(Accelerator(cpu=True)) == {"1": True, "2": True}
     assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_a_compiled_model_fires_in_every_evaluation():
+    from accelerate import Accelerator
+    from common.evaluation import evaluate
+
+    class Small(nn.Sequential):
+        num_classes = 4
+
+    images, targets = torch.rand(6, 3, 4), torch.arange(6) % 4
+    model = Small(LIF(threshold=0.5), nn.Linear(4, 4), LIF(threshold=0.1))
+    loader = DataLoader(TensorDataset(images, targets), batch_size=3)
+    expected = evaluate(model, loader, Accelerator(cpu=True))
+    assert expected.firing_rate > 0.05 and not expected.silence
+    torch._dynamo.reset()
+    model.compile(backend="eager")
+    with torch.no_grad():
+        model.train()(images[:3])
+        model.eval()(images[:3])
+    for _ in range(2):
+        found = evaluate(model, loader, Accelerator(cpu=True))
+        assert (found.firing_rate, found.silence) == (expected.firing_rate, "")
 
 
 def test_event_folders_are_matched_by_name_and_keep_the_sensor_of_training(evaluate_here, train, tmp_path):
