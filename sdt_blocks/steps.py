@@ -369,17 +369,23 @@ def has_hooks(module: nn.Module) -> bool:
 
 def _has_fused(mixer: Any) -> bool:
     """Whether a mixer has an op that does what its forward does, and nobody looks at the mixer."""
-    if not hasattr(mixer, "fused") or (isinstance(mixer, nn.Module) and has_hooks(mixer)):
-        return False
-    return _fuses_its_forward(type(mixer))
+    return tells(mixer, "fused") and not (isinstance(mixer, nn.Module) and has_hooks(mixer))
+
+
+def tells(leaf: Any, name: str) -> bool:
+    """Whether a leaf has an attribute that holds of its forward: other forms of it, or what is known of its result.
+
+    A class with a forward of its own inherits none of what was said of the one before.
+    """
+    return hasattr(leaf, name) and (name in getattr(leaf, "__dict__", {}) or _tells_of_its_forward(type(leaf), name))
 
 
 @torch.compiler.assume_constant_result
-def _fuses_its_forward(kind: type) -> bool:
-    """Whether no class behind the one that brought `fused` has a forward of its own."""
+def _tells_of_its_forward(kind: type, name: str) -> bool:
+    """Whether no class behind the one that brought an attribute has a forward of its own."""
     lineage = kind.__mro__
-    forward = next(one for one in lineage if {"forward", "__call__"} & vars(one).keys())
-    return any("fused" in vars(one) for one in lineage[: lineage.index(forward) + 1])
+    forward = next((one for one in lineage if {"forward", "__call__"} & vars(one).keys()), lineage[-1])
+    return any(name in vars(one) for one in lineage[: lineage.index(forward) + 1])
 
 
 def _fusible(norm: nn.Module, neuron: nn.Module, x: Tensor) -> bool:

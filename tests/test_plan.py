@@ -24,10 +24,10 @@ from sdt_blocks import (
     optimize_for_inference,
     over_time,
 )
-from sdt_blocks.blocks import ConvNorm, ConvolutionBlock, Downsampling, LinearSpikeAttention
-from sdt_blocks.inference import Dense, Events, plan
+from sdt_blocks.blocks import ConvNorm, ConvolutionBlock, Downsampling, LinearSpikeAttention, MaskMixer
+from sdt_blocks.inference import Dense, Events, dense, plan
 from sdt_blocks.neuron import IntegerNeuron
-from sdt_blocks.steps import fire, pool, present, project, project_and_fire, shortcut
+from sdt_blocks.steps import fire, pool, present, project, project_and_fire, project_and_mix, shortcut
 
 
 class TimeFirst(nn.Module):
@@ -540,8 +540,6 @@ def test_options_keep_their_defaults_and_more_inputs_are_refused() -> None:
 
 
 def test_a_batch_in_parts_is_answered_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sdt_blocks.inference import dense
-
     model, x = lively("time first")
     fast = optimize_for_inference(model, compile=False)
     whole = fast(x)
@@ -594,3 +592,58 @@ def test_units_in_groups_and_of_other_widths_beside_each_other() -> None:
         for sparse in (False, True):
             fast = optimize_for_inference(attention, compile=False, sparse=sparse)
             torch.testing.assert_close(fast(x), expected, atol=1e-5, rtol=1e-5)
+
+
+class Transposed(MaskMixer):
+    """A subclass, whose own forward none of the inherited forms computes."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return 0.5 * super().forward(k, q, v)
+
+
+class Neighbours(nn.Module):
+    """Spikes of one image that meet those of another."""
+
+    emits = "spikes"
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return q * k.flip(1)
+
+
+class Attention(nn.Module):
+    def __init__(self, mixer: nn.Module, neuron: Callable[[], nn.Module] = LIF) -> None:
+        super().__init__()
+        self.fire, self.mixer, self.proj = LIF(), mixer, ConvNorm(16, 16)
+        self.units = nn.ModuleList(ConvNorm(16, 16) for _ in range(3))
+        self.neurons = nn.ModuleList(neuron() for _ in range(3))
+
+    def forward(self, membrane: Tensor) -> Tensor:
+        mixed = project_and_mix(list(self.units), list(self.neurons), self.mixer, fire(self.fire, membrane))
+        return project(self.proj, mixed)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "neuron"),
+    [
+        (lambda: Transposed(16, num_heads=4), LIF),
+        (lambda: MaskMixer(16, num_heads=4), partial(IntegerNeuron, levels=2)),
+        (Neighbours, LIF),
+    ],
+)
+@torch.no_grad()
+def test_what_was_said_of_another_forward_is_not_taken_for_its_own(mixer, neuron, monkeypatch) -> None:
+    """Of the forward of the class above, or of spikes where levels come; images that meet stay in one batch."""
+    torch.manual_seed(0)
+    attention, x = Attention(mixer(), neuron), 2 * torch.randn(3, 4, 16, 5, 4)
+    for norm in (module for module in attention.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.normal_(norm.bias, 0.8, 0.3)
+    calibrate_norms(attention, [x])
+    expected = attention.eval()(x)
+    assert expected.std() > 0.1
+    monkeypatch.setattr(dense, "_PASS_BYTES", 1)
+    for options in ({}, {"paths": "digits"}, {"sparse": True}):
+        fast = optimize_for_inference(attention, **options)
+        torch.testing.assert_close(fast(x), expected, atol=1e-5, rtol=1e-5)
+    if type(attention.mixer) is not MaskMixer:
+        with pytest.raises(ValueError, match="needs sums in a fixed order"):
+            optimize_for_inference(attention, exact=True)

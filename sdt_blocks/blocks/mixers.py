@@ -4,7 +4,9 @@ A mixer is any module that takes them and says what it `emits`, "spikes" or "cou
 row of its own in the analysis, and a map: `additions(q, k, v)` gives how many its products of spikes need, in any shape
 `[T, B, ...]`. Optional are `bound`, an estimate of them from the firing rates, in the same form, and `seen`, the names
 of submodules that its products of spikes pass through. `exact = True` says that its sums are whole numbers below 2^24,
-the same in any order.
+the same in any order, and `apart = True` that the samples of a batch do not meet, so that large ones may be cut.
+
+All that holds of the forward of the class that says it: a subclass with a forward of its own says it anew.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ class MaskMixer(nn.Module):
     """
 
     emits = "spikes"
-    exact = True
+    exact = apart = True
 
     @property
     def seen(self) -> tuple[str, ...]:
@@ -134,7 +136,7 @@ class LinearSpikeMixer(nn.Module):
     """
 
     emits = "counts"
-    exact = True
+    exact = apart = True
 
     def __init__(self, dim: int, *, num_heads: int = 8, scale: float = 0.125) -> None:
         super().__init__()
@@ -186,7 +188,7 @@ class QKMixer(nn.Module):
     """
 
     emits = "spikes"
-    exact = True
+    exact = apart = True
 
     def __init__(self, dim: int, *, num_heads: int = 8, over: str = "channels", neuron: NeuronLike = LIF) -> None:
         super().__init__()

@@ -414,6 +414,6 @@ def _shown_once(x: Tensor) -> bool:
 
 def _fuses(mixing: Mixing) -> bool:
     """Whether the mixer's dense form takes the whole: it has one, knows all neurons, and nobody looks on."""
-    if not hasattr(mixing.mixer, "dense") or any(map(steps.has_hooks, mixing.mixer.modules())):
+    if not steps.tells(mixing.mixer, "dense") or any(map(steps.has_hooks, mixing.mixer.modules())):
         return False
     return all(map(is_neuron, (*mixing.neurons, mixing.mixer.neuron)))

@@ -180,7 +180,7 @@ class Events(Form):
         if node in self.forms:
             return self.forms[node](*args)
         if node.op == FIRE:
-            return _repacked(node.target, evaluated(node.target)(*args))
+            return self._repacked(node, evaluated(node.target)(*args))
         if isinstance(node.target, str):
             return getattr(args[0], node.target)(*args[1:], **kwargs)
         return evaluated(node.target)(*args, **kwargs)
@@ -277,9 +277,14 @@ class Events(Form):
             if isinstance(source, Tensor) and isinstance(form[0], SpikeProduct):
                 source = _packed(source, form[0])
             fired = [_fired(*both, source) for both in zip(form, mixing.neurons, strict=True)]
-            return _repacked(mixing.mixer, mixing.mixer(*fired))
+            return self._repacked(node, mixing.mixer(*fired))
         mixed = steps.project_and_mix(mixing.units, mixing.neurons, mixing.mixer, plain(x))
-        return _repacked(mixing.mixer, mixed)
+        return self._repacked(node, mixed)
+
+    def _repacked(self, node: Node, x: Any) -> Any:
+        """What a node's leaf has emitted, packed where it emits spikes alone."""
+        frames = isinstance(x, Tensor) and x.ndim == 5 and 0 not in x.shape
+        return PackedSpikes.pack(x) if frames and self.kinds[node] == SPIKES else x
 
     def _pool(self, node: Node, x: Any) -> Any:
         if not _halves(node) or self.kinds[node.inputs()[0]] == COUNTS:
@@ -320,7 +325,7 @@ def _refuse_unordered(plan: Plan, forms: dict[Node, Any]) -> None:
         if node.op == POOL:
             known = steps.is_plain(node.target, nn.MaxPool2d)
         elif node.op == MIX:
-            known = known and getattr(node.target.mixer, "exact", False)
+            known = known and steps.tells(node.target.mixer, "exact") and node.target.mixer.exact
             # Levels over a power of two are exact in float32, and so are the sums of their products.
             norms = [one.norm for one in node.target.neurons if isinstance(one, IntegerNeuron)]
             known = known and all(math.frexp(norm)[0] == 0.5 for norm in norms)
@@ -407,9 +412,3 @@ def _side_by_side(neurons: Sequence[Any], shape: torch.Size) -> Tensor | None:
     each = (*shape[:-1], shape[-1] // len(neurons))
     stands = [stands(each) for stands in map(_stands, neurons) if stands is not None]
     return torch.cat(stands, dim=-1) if stands else None
-
-
-def _repacked(leaf: Any, x: Any) -> Any:
-    """What a leaf has emitted, packed where it emits spikes alone."""
-    frames = isinstance(x, Tensor) and x.ndim == 5 and 0 not in x.shape
-    return PackedSpikes.pack(x) if frames and passes.emits_spikes(leaf) else x

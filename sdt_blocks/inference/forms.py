@@ -70,7 +70,7 @@ class Forms:
             return node.target
         if node.op == MIX and self.kinds[node.inputs()[0]] in PACKED:
             planes = self._planes(node)
-            packed = self._packed_mixing(node.target) if hasattr(node.target.mixer, "packed") and not planes else None
+            packed = None if planes else self._packed_mixing(node.target)
             return self._apart(node.target, planes) if packed is None else packed
         if node.op == MIX and self.exact:
             return self._apart(node.target, None)
@@ -124,6 +124,8 @@ class Forms:
 
     def _packed_mixing(self, mixing: Mixing) -> SpikeProduct | None:
         """q, k and v as one product with each padded to whole words, as the mixer's packed form takes them."""
+        if not steps.tells(mixing.mixer, "packed"):
+            return None
         found = [convolution(unit) for unit in mixing.units]
         known = [one for one in found if one is not None and _by_events(one[0])]
         neurons = (*mixing.neurons, getattr(mixing.mixer, "neuron", None))

@@ -32,9 +32,10 @@ def kinds(plan: Plan) -> dict[Node, str]:
         of = [found[given] for given in node.inputs()]
         all_spikes = bool(of) and set(of) == {SPIKES}
         if node.op == FIRE:
-            spikes = is_neuron(node.target) or emits_spikes(node.target)
+            spikes = _fires_spikes(node.target)
         elif node.op == MIX:
-            spikes = emits_spikes(node.target.mixer)
+            # A mixer says what it makes of spikes.
+            spikes = emits_spikes(node.target.mixer) and all(map(_fires_spikes, node.target.neurons))
         elif node.op == POOL or (node.op == CALL and isinstance(node.target, nn.MaxPool2d)):
             spikes = all_spikes and isinstance(node.target, nn.MaxPool2d) and not steps.has_hooks(node.target)
         elif node.op == CALL and isinstance(node.target, nn.Module):
@@ -62,7 +63,12 @@ def most_counted(plan: Plan) -> dict[Node, int]:
 
 def emits_spikes(leaf: Any) -> bool:
     """Whether a leaf says that it emits zeros and ones, and nobody changes what it emits."""
-    return getattr(leaf, "emits", None) == "spikes" and not steps.has_hooks(leaf)
+    return steps.tells(leaf, "emits") and leaf.emits == "spikes" and not steps.has_hooks(leaf)
+
+
+def _fires_spikes(neuron: Any) -> bool:
+    """Whether a neuron is one of the kit's, or says that it emits zeros and ones."""
+    return is_neuron(neuron) or emits_spikes(neuron)
 
 
 class Epilogue(NamedTuple):
@@ -148,7 +154,8 @@ def of_samples(plan: Plan) -> list[Node]:
 def _independent(leaf: nn.Module) -> bool:
     """Whether a leaf of the kit or of torch treats each frame by itself in eval mode."""
     known = isinstance(leaf, steps.Unit | nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) or is_neuron(leaf)
-    return (known or emits_spikes(leaf)) and not steps.has_hooks(leaf)
+    apart = steps.tells(leaf, "apart") and bool(leaf.apart)
+    return (known or apart) and not steps.has_hooks(leaf)
 
 
 def over_places(node: Node) -> bool:

@@ -154,7 +154,9 @@ def is_neuron(module: Any) -> bool:
 
 def evaluated(leaf: Any) -> Any:
     """What computes a leaf's value in evaluation: its `evaluate` where it has one and nobody looks on, else itself."""
-    own = isinstance(leaf, nn.Module) and hasattr(leaf, "evaluate") and not any(map(steps.has_hooks, leaf.modules()))
+    own = (
+        isinstance(leaf, nn.Module) and steps.tells(leaf, "evaluate") and not any(map(steps.has_hooks, leaf.modules()))
+    )
     return leaf.evaluate if own else leaf
 
 

@@ -63,6 +63,11 @@ class OverTime(nn.Module, Streamed):
         graded = torch.as_tensor(getattr(self.neuron, "graded_spikes_factor", 2.0))
         return "spikes" if isinstance(self.neuron, SpikingNeuron) and bool((graded == 1).all()) else "real"
 
+    @property
+    def apart(self) -> bool:
+        """Whether the samples of a batch are known to stay apart."""
+        return self.emits == "spikes"
+
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim == 0 or x.shape[0] == 0:
             raise ValueError(
