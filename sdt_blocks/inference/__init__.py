@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ops.dispatch import by_triton
+from .bytes import ByteProduct, Bytes
 from .choice import choose
 from .dense import Dense
 from .early import Early, EarlyAnswers
@@ -23,6 +25,8 @@ from .trace import plan
 
 __all__ = [
     "PATHS",
+    "ByteProduct",
+    "Bytes",
     "Dense",
     "Early",
     "EarlyAnswers",
@@ -73,10 +77,12 @@ def optimize_for_inference(
     what a data loader gives), which should be of the size that is evaluated later; its `calibration` lists each layer's
     firing rate and choice.
 
-    `torch.int8`, on a CPU, keeps the weights that spikes and levels meet in 8 bits, symmetric, with one scale an output
+    `torch.int8` keeps the weights that spikes and levels meet in 8 bits, symmetric, with one scale an output
     channel: a quarter of the size, also of `state_dict()`. Spikes are whole numbers, so nothing else is rounded: sums
     are exact, and the same for every value of `sparse`. What real values drive stays in float32 (the first convolution,
-    depthwise ones, the head).
+    depthwise ones, the head). On a CUDA device with Triton (see `Bytes`; not measured on a GPU yet) spikes are a byte
+    each, products multiply bytes on the tensor cores and fire by themselves: weights and sums are the CPU's to the bit,
+    and answers theirs up to the rounding of what follows. `sparse` is left out there.
 
     `exact=True`, on a CPU, gives the same bits for every batch, number of threads and value of `sparse`, by an order of
     sums that nothing changes: weights that spikes meet are whole numbers of 24 bits (8 with `torch.int8`), summed
@@ -99,15 +105,24 @@ def optimize_for_inference(
     make = partial(_events, model, weights, exact)
     if sparse is True:
         return make()
-    if weights != FLOAT32:
+    if dtype == torch.int8 and not exact and _on_triton(model):
+        with torch.no_grad():
+            dense: nn.Module = Bytes(plan(model))
+    elif weights != FLOAT32:
         # Event-driven throughout, but for how a product comes to its sums.
-        dense: nn.Module = make(events=False)
+        dense = make(events=False)
     else:
         with torch.no_grad():
             dense = Dense(plan(model), dtype, compile, paths)
     if cuda_graph:
         return Graphed(dense)
     return choose(make, dense, calibrate) if sparse else dense
+
+
+def _on_triton(model: nn.Module) -> bool:
+    """Whether whole numbers are for Triton's kernels: the model is on a CUDA device that has them."""
+    held = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return held is not None and by_triton(torch.empty(0, device=held.device))
 
 
 def _events(model: nn.Module, weights: str, exact: bool, events: bool = True) -> Events:
@@ -133,8 +148,8 @@ def _check_options(dtype: torch.dtype, sparse: bool | str, paths: str, exact: bo
 
 
 def _check_graph(model: nn.Module, dtype: torch.dtype, sparse: bool | str, exact: bool) -> None:
-    if sparse or exact or dtype == torch.int8:
-        raise ValueError("cuda_graph=True is for dense products of floating point; leave sparse, exact and int8 out")
+    if sparse or exact:
+        raise ValueError("cuda_graph=True is for dense products; leave sparse and exact out")
     devices = {str(p.device) for p in model.parameters()} if isinstance(model, nn.Module) else {"cuda"}
     if any(not device.startswith("cuda") for device in devices):
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,10 @@ from ..neuron import LIF, Streamed
 from ..ops import dense as kernels
 from .passes import SPIKES, changes_in_place, kinds, last_uses, of_samples, once, over_places
 from .plan import (
-    ADD,
-    CALL,
-    CHECK,
     FIRE,
     INPUT,
     MIX,
     OUTPUT,
-    POOL,
     PRESENT,
     PROJECT,
     Form,
@@ -62,6 +58,28 @@ class Firing(nn.Module, Streamed):
         )
         self.carrier.keep_state(self, after)
         return neuron._replace(before=before, after=after)
+
+
+class Joined(NamedTuple):
+    """The convolutions of units on the same frames as one, with their norms folded in, in float64."""
+
+    weight: Tensor
+    bias: Tensor
+    geometry: Geometry
+    norms: list[nn.BatchNorm2d | None]
+    channels: list[int]
+
+
+def side_by_side(units: Any) -> Joined | None:
+    """`None` where a unit has to run as it is, or their windows or groups do not fit each other."""
+    found = [convolution(unit) for unit in units]
+    known = [one for one in found if one is not None]
+    geometries = {(Geometry.of(conv), conv.weight.shape[1:]) for conv, _ in known}
+    if len(known) != len(found) or len(geometries) > 1 or (len(known) > 1 and known[0][0].groups > 1):
+        return None
+    weights, biases = zip(*(fold(conv, norm) for conv, norm in known), strict=True)
+    geometry, norms = Geometry.of(known[0][0]), [norm for _, norm in known]
+    return Joined(torch.cat(weights), torch.cat(biases), geometry, norms, [conv.out_channels for conv, _ in known])
 
 
 class Mixed(nn.Module):
@@ -121,7 +139,7 @@ class Dense(Form):
         self.once = set() if self.in_place else once(plan)
         self.leaves = nn.ModuleList()
         self.forms: dict[Node, Any] = {}
-        self.kinds = kinds(plan)
+        self.kinds = self._kinds(plan)
         parts = [leaf for node in plan.nodes for leaf in leaves(node.target)]
         # That of the weights: a neuron's constants are numbers, which are nowhere.
         self.made_on = next((p.device for leaf in parts for p in leaf.parameters()), None)
@@ -138,6 +156,9 @@ class Dense(Form):
         self.last, self.given = last_uses(plan), {node: node.inputs() for node in plan.nodes}
         self.streamed = [module for module in self.modules() if isinstance(module, Streamed)]
         self.train(False)
+
+    def _kinds(self, plan: Plan) -> dict[Node, str]:
+        return kinds(plan)
 
     def _form(self, node: Node, paths: str) -> Any:
         form: nn.Module | None = None
@@ -172,25 +193,21 @@ class Dense(Form):
 
     def _product(self, units: Any, node: Node, paths: str) -> tuple[Product, list[int]] | None:
         """The units' convolutions as one product, and the channels of each; `None` where they are no such product."""
-        found = [convolution(unit) for unit in units]
-        known = [one for one in found if one is not None]
-        geometries = {(Geometry.of(conv), conv.weight.shape[1:]) for conv, _ in known}
-        if len(known) != len(found) or len(geometries) > 1 or (len(known) > 1 and known[0][0].groups > 1):
+        joined = side_by_side(units)
+        if joined is None:
             return None
-        weights, biases = zip(*(fold(conv, norm) for conv, norm in known), strict=True)
-        bias = torch.cat(biases).to(self.real_dtype)
         spikes = self.kinds[node.inputs()[0]] == SPIKES
         product = Product(
-            torch.cat(weights).to(self.real_dtype),
-            bias,
-            Geometry.of(known[0][0]),
+            joined.weight.to(self.real_dtype),
+            joined.bias.to(self.real_dtype),
+            joined.geometry,
             dtype=self.dtype,
             spikes=spikes,
-            chain=self._chain(units, [norm for _, norm in known], spikes),
+            chain=self._chain(units, joined.norms, spikes),
         )
         if paths != "auto":
             product.paths = [paths if paths in product.paths else "convolution"]
-        return product, [conv.out_channels for conv, _ in known]
+        return product, joined.channels
 
     def _chain(self, units: Any, norms: list[nn.BatchNorm2d | None], spikes: bool) -> list[Product]:
         """The layers of units that see the same frames, side by side, as products; none where they are no such chains.
@@ -262,8 +279,9 @@ class Dense(Form):
 
     def _run(self, node: Node, values: dict[Node, Any]) -> None:
         given = [values[one] for one in self.given[node]]
-        result = _RULES[node.op](self, node, given, values)
-        values[node] = self._plain(result) if self.in_place else result
+        if node not in values:  # else it was made with what stands in front of it
+            result = getattr(self, f"_{node.op}")(node, given, values)
+            values[node] = self._plain(result) if self.in_place else result
         for one in self.given[node]:
             if self.last.get(one) is node and one in values and one not in self.crossing:
                 del values[one]
@@ -331,21 +349,29 @@ class Dense(Form):
                 (u,), (neuron, compiled) = source[0].terms, source[1:]
                 fired = lambda dtype: kernels.fire_and_pool(u, neuron, dtype, compiled=compiled)  # noqa: E731
                 return Spiking(shape, fired)
-            return Spiking(shape, lambda dtype: kernels.pool(frames.real(self.real_dtype)).to(dtype))
+            return Spiking(shape, self._pooled(frames))
         return Membrane(kernels.pool(frames.real()).to(self.real_dtype))
+
+    def _pooled(self, frames: Spiking) -> Callable[[torch.dtype], Tensor]:
+        """The 3x3 maximum of stride 2 of spikes, by the dtype that is asked for."""
+        return lambda dtype: kernels.pool(frames.real(self.real_dtype)).to(dtype)
 
     def _mix(self, node: Node, given: list[Any], values: dict[Node, Any]) -> Any:
         mixing, form = node.target, self.forms[node]
         if form is None:
             return steps.project_and_mix(mixing.units, mixing.neurons, mixing.mixer, self._plain(given[0]))
         qkv = self._multiplied(form.product, self._frames_of(node, given[0])).real()
+        return self._mixed_of(node, qkv, list(form.fires))
+
+    def _mixed_of(self, node: Node, qkv: Tensor, fires: list[Any]) -> Any:
+        """What a mixer makes of the product `[T, B, H, W, C]` of q, k and v, with these neurons on it."""
+        mixing, form = node.target, self.forms[node]
         if not form.fused:
-            fires = form.fires[: len(form.channels)]
-            parts = zip(fires, qkv.split(form.channels, dim=-1), strict=True)
+            parts = zip(fires[: len(form.channels)], qkv.split(form.channels, dim=-1), strict=True)
             return form.mixer(*(self._fired(one, membrane) for one, membrane in parts))
         shape = torch.Size((*qkv.shape[:-1], form.channels[0]))
         shapes = [*[shape[1:]] * len(form.channels), (shape[1], shape[-1])]
-        neurons = [firing.neuron(of) for firing, of in zip(form.fires, shapes, strict=True)]
+        neurons = [firing.neuron(of) for firing, of in zip(fires, shapes, strict=True)]
         return Spiking(shape, lambda dtype: mixing.mixer.dense(qkv, neurons, dtype, compiled=self.compiled))
 
     def _fired(self, neuron: Any, membrane: Tensor) -> Tensor:
@@ -394,18 +420,6 @@ class Dense(Form):
         shown = x[:1] if _shown_once(x) else x
         frames = shown.movedim(2, -1).contiguous().to(self.real_dtype)
         return Membrane(frames.expand(len(x), *frames.shape[1:]))
-
-
-_RULES: dict[str, Callable[[Any, Node, list[Any], dict[Node, Any]], Any]] = {
-    PRESENT: Dense._present,
-    CHECK: Dense._check,
-    PROJECT: Dense._project,
-    FIRE: Dense._fire,
-    MIX: Dense._mix,
-    POOL: Dense._pool,
-    ADD: Dense._add,
-    CALL: Dense._call,
-}
 
 
 def _shown_once(x: Tensor) -> bool:

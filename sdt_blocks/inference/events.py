@@ -308,9 +308,9 @@ def _check(plan: Plan) -> None:
     others = {f"{p.dtype} on {p.device}" for p in held if p.device.type != "cpu" or p.dtype != torch.float32}
     if others:
         raise ValueError(
-            f"event-driven inference and whole numbers run in float32 on the CPU; the model has "
-            f"{', '.join(sorted(others))}: call model.float().cpu(). On a GPU dense products are faster at the rates "
-            "of published models (docs/performance.md): leave sparse, exact and int8 out there"
+            "event-driven inference and exact sums run in float32 on the CPU, 8 bits there or by Triton on a CUDA "
+            f"device; the model has {', '.join(sorted(others))}: call model.float().cpu(). On a GPU dense products are "
+            "faster at the rates of published models (docs/performance.md): leave sparse and exact out there"
         )
     problem = kernels_problem()
     if problem is not None:

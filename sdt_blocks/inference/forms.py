@@ -80,8 +80,7 @@ class Forms:
 
     def _on_spikes(self, unit: Any, conv: nn.Conv2d) -> bool:
         """Whether the kernels know a convolution of spikes: whole numbers also those that events cannot compute."""
-        own = unit if isinstance(unit, nn.Conv2d) else unit.conv
-        return _by_events(conv) or (self.weights != FLOAT32 and isinstance(own, nn.Conv2d) and conv.groups == 1)
+        return on_bytes(unit, conv) if self.weights != FLOAT32 else _by_events(conv)
 
     def _product(
         self, known: list[Known], neuron: Any, *, leak: Tensor | None = None, words: bool = False, **planes: Any
@@ -267,6 +266,24 @@ def pooled_membrane(form: Any, x: Any) -> Tensor:
         for first in range(0, frames.words.shape[1], size)
     ]
     return torch.cat(parts, dim=1).view(*words.shape[:2], *parts[0].shape[2:])
+
+
+def whole(node: Node, kinds: dict[Node, str]) -> bool:
+    """Whether a node's weights meet spikes, levels or counts, so that whole numbers can take their place."""
+    if node.op not in (PROJECT, MIX) or kinds[node.inputs()[0]] not in PACKED:
+        return False
+    if node.op == PROJECT:
+        known = convolution(node.target)
+        return known is not None and on_bytes(node.target, known[0])
+    units, neurons = [convolution(unit) for unit in node.target.units], node.target.neurons
+    fires = all(is_neuron(neuron) or steps.is_plain(neuron, IntegerNeuron) for neuron in neurons)
+    return fires and all(one is not None and _by_events(one[0]) for one in units)
+
+
+def on_bytes(unit: Any, conv: nn.Conv2d) -> bool:
+    """Whether whole numbers take the place of the weights of a unit, `conv` as one convolution."""
+    own = unit if isinstance(unit, nn.Conv2d) else unit.conv
+    return _by_events(conv) or (isinstance(own, nn.Conv2d) and conv.groups == 1)
 
 
 def _by_events(conv: nn.Conv2d) -> bool:

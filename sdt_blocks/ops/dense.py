@@ -232,7 +232,7 @@ def _traced(function: Callable[..., Any], dynamic: bool | None = None) -> Callab
 
 def _native(x: Tensor) -> bool:
     """Whether the C++ kernels can run for x."""
-    if x.device.type != "cpu" or x.dtype not in _DTYPES or _uncompiled:
+    if x.device.type != "cpu" or x.dtype not in _DTYPES or not x.is_floating_point() or _uncompiled:
         return False
     try:
         bindings.built("dense.cpp")
@@ -255,7 +255,7 @@ def _warn_uncompiled(error: Exception) -> None:
     warnings.warn(f"nothing can be compiled, evaluation runs slower than it could: {_uncompiled[0]}", stacklevel=3)
 
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.int8: 2}
 # Elements from which a second thread pays.
 _WORTH_SHARING = 1 << 14
 
