@@ -1,4 +1,4 @@
-"""The training loop of every recipe: set up, update by update, evaluate at each epoch's end, save, sum up."""
+"""The training loop of every recipe: update by update, evaluate at each epoch's end, save, sum up."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -29,13 +29,14 @@ from .distillation import Teacher
 from .evaluation import Evaluation, describe_accuracies, evaluate
 from .loading import EpochBatches, UnreadableSample, fetch, stop_loaders
 from .models import optimizer_state, whole_model
-from .optim import BatchMixer, learning_rate, set_learning_rate
+from .optim import BatchMixer
 from .pictures import draw_curves
 from .progress import METRICS, Display, append_metrics, peak_memory, read_metrics, warn
 from .run_lock import RunLock
-from .run_state import Position, last_good, nonfinite, save_checkpoint, seed_step, sha256, state_digest
+from .run_state import Position, last_good, save_checkpoint, sha256, state_digest
 from .schema import Derived
 from .stop_request import StopRequest
+from .update import Clock, learning_rate_at, update
 
 ANALYZED = 256
 """Samples of each process that `analyze=true` looks at."""
@@ -81,25 +82,6 @@ class Run:
     @property
     def seconds(self) -> float:
         return self.position.seconds + time.monotonic() - self.started
-
-
-class Clock:
-    """Where the time of an epoch goes."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.waited, self.updates = 0.0, 0
-
-    def next(self, batches: Iterator[Any]) -> Any:
-        """The next batch; the time it takes counts as waiting for data."""
-        before = time.perf_counter()
-        batch = next(batches)
-        self.waited += time.perf_counter() - before
-        return batch
-
-    @property
-    def total(self) -> float:
-        return time.perf_counter() - self.started
 
 
 def train(run: Run) -> None:
@@ -165,125 +147,6 @@ def train_epoch(run: Run) -> Clock:
         if every and position.step % every == 0 and position.step < last and not run.stopping:
             save(run)
     return clock
-
-
-def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]], clock: Clock, epoch: int) -> float | None:
-    """One step of the optimiser; the mean loss over its samples on all processes.
-
-    None where a process that trains alone is asked to stop amid its passes: the step has then not been taken.
-    """
-    config, accelerator, step = run.config, run.accelerator, run.position.step
-    set_learning_rate(run.optimizer, learning_rate_at(run, step))
-    # In linear probing the frozen part keeps its batch statistics as well.
-    run.model.train(not config.train.linear_probe)
-    keep = config.train.skip_nonfinite or config.train.accumulate > 1
-    before = [buffer.clone() for buffer in run.plain.buffers()] if keep else []
-    total = torch.zeros((), device=accelerator.device)
-    for part in range(config.train.accumulate):
-        inputs, targets = clock.next(batches)
-        draw = step * config.train.accumulate + part
-        inputs = inputs.to(accelerator.device, non_blocking=True)
-        targets = targets.to(accelerator.device, non_blocking=True)
-        if run.mixer is not None:
-            inputs, targets = run.mixer(inputs, targets, step=draw, epoch=epoch)
-        if config.train.channels_last and inputs.ndim == 4:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        seed_step(config.seed, draw, accelerator.process_index)
-        with accelerator.accumulate(run.model):
-            wanted = targets if run.teacher is None else (targets, run.teacher(inputs))
-            loss = run.loss(run.model(inputs), wanted)
-            accelerator.backward(loss)
-        total += loss.detach() / config.train.accumulate
-        if run.stop.signal and accelerator.num_processes == 1 and part < config.train.accumulate - 1:
-            run.stopping = True
-            restore(run, before)
-            return None
-    # Without a bound the norm is taken all the same: a spike hides a NaN from the loss, but not from the gradient.
-    bound = math.inf if config.optim.clip_grad is None else config.optim.clip_grad
-    norm = accelerator.clip_grad_norm_(run.model.parameters(), bound)
-    largest = largest_buffer(run.plain)
-    mean, norm, largest, stops = exchange(accelerator, total, norm, largest, float(run.stop.signal > 0))
-    run.stopping = stops > 0
-    # With a gradient scaler an infinite gradient is no fault: the scaler leaves the update out and lowers its scale.
-    judged = (mean, largest) if accelerator.scaler else (mean, largest, norm)
-    if not all(map(math.isfinite, judged)):
-        skip_update(run, before, fault(run, mean, norm, largest))
-        return math.nan
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    if run.ema is not None:
-        run.ema.update(run.plain, step=step + 1)
-    return mean
-
-
-def exchange(accelerator: Accelerator, loss: Tensor, norm: Any, largest: Tensor, stop: float) -> list[float]:
-    """Loss, norm of the gradient and largest buffer (means), number of stop requests: the same on every process."""
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    means = torch.stack([loss, norm.to(loss), largest.to(loss)]) / accelerator.num_processes
-    values: Tensor = accelerator.reduce(torch.cat([means, loss.new_tensor([stop])]), "sum")  # type: ignore[assignment]
-    return values.tolist()  # type: ignore[no-any-return]
-
-
-def largest_buffer(model: Any) -> Tensor:
-    """The largest magnitude in the model's buffers, NaN where one of them is, without waiting for the device.
-
-    Running statistics that overflow show nowhere else: a NaN gives no spike, so loss and weights stay finite.
-    """
-    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point() and buffer.numel()]
-    return torch.nn.utils.get_total_norm(buffers, math.inf) if buffers else torch.zeros(())
-
-
-def learning_rate_at(run: Run, step: int) -> float:
-    """The learning rate of an update, scaled to the total batch."""
-    train, derived = run.config.train, run.derived
-    return learning_rate(
-        step,
-        steps_per_epoch=derived.steps_per_epoch,
-        epochs=train.epochs,
-        warmup_epochs=train.warmup_epochs,
-        lr=derived.lr,
-        min_lr=derived.min_lr,
-        warmup_lr=derived.warmup_lr,
-        warmup_prefix=train.warmup_prefix,
-    )
-
-
-def fault(run: Run, loss: float, norm: float, largest: float) -> str:
-    """What an update shows that is not finite, and what helps."""
-    if not math.isfinite(loss):
-        return f"the loss is {loss}"
-    if math.isfinite(largest):
-        return f"the gradient is {norm} (the loss is {loss:.4g})"
-    name = next(nonfinite(run.plain.named_buffers()), "a batch statistic on another process")
-    return (
-        f"{name} is no longer finite (the loss is {loss:.4g}): inputs or weights beyond the range of "
-        f"train.mixed_precision={run.config.train.mixed_precision}"
-    )
-
-
-def skip_update(run: Run, buffers: list[Tensor], fault: str) -> None:
-    """Leaves a non-finite update out, or raises `RunError` where no more are allowed."""
-    position = run.position
-    position.nonfinite += 1
-    allowed = run.config.train.skip_nonfinite
-    if position.nonfinite > allowed:
-        lr = learning_rate_at(run, position.step)
-        raise RunError(
-            f"{fault} at step {position.step} (epoch {run.epoch + 1}, learning rate {lr:.3g}); "
-            f"{last_good(run.folder)}. Lower optim.lr, set optim.clip_grad, or leave up to K such steps out: "
-            f"train.skip_nonfinite=K"
-        )
-    if run.accelerator.scaler is not None:
-        run.accelerator.scaler.update()  # lower where the gradient overflowed; the update is left out either way
-    restore(run, buffers)
-    run.display.say(f"step {position.step} left out: {fault} ({position.nonfinite} of at most {allowed})")
-
-
-def restore(run: Run, buffers: list[Tensor]) -> None:
-    """Takes back what the passes of an update have left: gradients, and their batch statistics."""
-    run.optimizer.zero_grad()
-    for buffer, value in zip(run.plain.buffers(), buffers, strict=True):
-        buffer.copy_(value)
 
 
 def close_epoch(run: Run, clock: Clock) -> None:

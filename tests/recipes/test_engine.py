@@ -22,8 +22,8 @@ PLAIN = (*TINY, "data.mixup=0", "data.cutmix=0", "data.auto_augment=null", "mode
 
 
 def one_update(run):
-    from common.engine import Clock, update
     from common.loading import fetch
+    from common.update import Clock, update
 
     run.train_loader.dataset.set_epoch(0)
     run.batches.seek(0, run.position.step)
