@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common.command_line import command
-from common.config import ConfigError, RunError, load_config
+from common.config import ConfigError, RunError, check_meant, load_config
 from common.cpu_processes import join_processes
 from common.options import read_options
 from common.schema import option
@@ -92,6 +92,7 @@ def main(arguments: list[str]) -> None:
     checkpoint = Path(options.checkpoint or "")
     own_models = read_own_models(options.energy_models)
     config = load_config(rest, default="imagenet_8_384")
+    check_meant(config, rest)
     join_processes()
     from common.loading import ReadableBatches, build_datasets, closing, evaluation_loader
     from common.progress import warn

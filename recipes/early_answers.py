@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common.command_line import command
-from common.config import ConfigError, RunError, load_config
+from common.config import ConfigError, RunError, check_meant, load_config
 from common.cpu_processes import join_processes
 from common.options import read_options
 from common.schema import option
@@ -153,6 +153,7 @@ def main(arguments: list[str]) -> None:
     options, allowed, rest = read_arguments(arguments)
     checkpoint = Path(options.checkpoint or "")
     config = load_config(rest, default="imagenet_8_384")
+    check_meant(config, rest)
     join_processes()
     import torch
     from common.loading import build_datasets

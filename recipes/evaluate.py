@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.command_line import command
-from common.config import ConfigError, RunError, load_config
+from common.config import ConfigError, RunError, check_meant, load_config
 from common.cpu_processes import join_processes
 from common.options import read_options
 from common.schema import option
@@ -75,7 +75,9 @@ def main(arguments: list[str]) -> None:
     checkpoint = Path(options.checkpoint or "")
     folder = Path(options.output_dir or default_folder(checkpoint, "evaluation"))
     config = load_config(rest, default="imagenet_8_384")
+    check_meant(config, rest)
     join_processes()
+    import torch
     from common.evaluation import evaluate
     from common.loading import build_datasets, closing, evaluation_loader
     from common.progress import warn
@@ -93,13 +95,17 @@ def main(arguments: list[str]) -> None:
     loader = evaluation_loader(test_set, config, accelerator)
     with closing(loader):
         result = at_the_door(evaluate, model.to(accelerator.device), loader, accelerator)
+    met = torch.tensor(len(test_set.unreadable), device=accelerator.device)
+    unreadable = int(accelerator.reduce(met, "sum"))  # type: ignore[call-overload]
     if accelerator.is_main_process and result is not None:
         if result.silence:
             print(result.silence)
         print(describe(result, test_set.kind))
+        if unreadable:
+            print(f"{unreadable} of the {test_set.kind} could not be read and count nowhere")
         print(matched)
         print("\n".join(describe_classes(result, test_set.classes)))
-        write(result, test_set.classes, folder)
+        write(result, test_set.classes, folder, unreadable)
     accelerator.end_training()
 
 
@@ -143,7 +149,7 @@ def describe_classes(result: Evaluation, names: Sequence[str]) -> list[str]:
     return lines
 
 
-def write(result: Evaluation, names: Sequence[str], folder: Path) -> None:
+def write(result: Evaluation, names: Sequence[str], folder: Path, unreadable: int = 0) -> None:
     """evaluation.json, classes.csv, confusion.csv and confusion.png. Raises `RunError`."""
     from common.pictures import draw_confusion
 
@@ -154,6 +160,7 @@ def write(result: Evaluation, names: Sequence[str], folder: Path) -> None:
         **result.accuracies,
         "loss": None if math.isnan(result.loss) else result.loss,
         "samples": result.samples,
+        "unreadable": unreadable,
         "firing_rate": result.firing_rate,
         "silence": result.silence,
         "input_size": list(result.input_size),

@@ -243,7 +243,18 @@ def test_the_recipe_writes_classes_and_confusion_for_data_in_another_order(evalu
     with (folder / "classes.csv").open(encoding="utf-8") as file:
         assert [int(row["recognised"]) for row in csv.DictReader(file)] == expected.diagonal().tolist()
     assert json.loads((folder / "evaluation.json").read_text())["samples"] == 15
+    assert json.loads((folder / "evaluation.json").read_text())["unreadable"] == 0 and "could not be read" not in out
     assert (folder / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(
+        ConfigError, match=r"events\.size is for recordings of events, and data\.name=folder holds images"
+    ):
+        evaluate_here("checkpoint=run", "data.root=data", "events.size=3")
+    (tmp_path / "data" / "val" / "a" / "3.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"a/3\.png cannot be read"):
+        out = evaluate_here("checkpoint=run", "data.root=data", "data.on_error=skip")
+    assert "14 images at 16 x 16" in out and "1 of the images could not be read and count nowhere" in out
+    figures = json.loads((folder / "evaluation.json").read_text())
+    assert (figures["samples"], figures["unreadable"]) == (14, 1)
 
 
 def silenced(model, *units):
