@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 import signal
@@ -88,6 +89,15 @@ def find_suites() -> dict[str, str]:
     return suites
 
 
+def declared(name: str, what: str, default: list[str]) -> list[str]:
+    """A list that stands in a suite's file, which is read only: what it imports may be missing here."""
+    for node in ast.parse((HERE / f"{name}.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and any(isinstance(to, ast.Name) and to.id == what for to in node.targets):
+            found: list[str] = ast.literal_eval(node.value)
+            return found
+    return default
+
+
 def load_suite(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"bench_{name}", HERE / f"{name}.py")
     assert spec is not None and spec.loader is not None
@@ -131,12 +141,23 @@ def gates(log: Log, seconds: float) -> int:
 
 
 def install(folder: Path) -> None:
-    """Installs the kit and from files what it and its recipes, tests and peers miss here; what is there stays."""
+    """Installs the packages of a folder that are missing here, and the kit."""
     if not folder.is_dir():
         raise SystemExit(f"--wheels {folder}: no such folder; `pip download -d {folder} PACKAGES` makes one elsewhere")
-    wanted = ["-e", f"{HERE.parent}[recipes]", "pytest", "pytest-xdist", "hypothesis", "spikingjelly"]
-    offline = ["--no-index", "--no-build-isolation", "--find-links", str(folder)]
-    subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", *offline, *wanted])
+    # Nothing is resolved: what another package asks for must not change what is there, torch above all.
+    missing = [str(path) for path in sorted(folder.glob("*.whl")) if not is_installed(path.name.split("-")[0])]
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
+    if missing:
+        subprocess.check_call([*pip, *missing])
+    subprocess.check_call([*pip, "--no-build-isolation", "-e", str(HERE.parent)])
+
+
+def is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def main() -> int:
@@ -215,9 +236,8 @@ def run_all(arguments: argparse.Namespace, suites: dict[str, str], log: Log, sta
             log.say(f"{GATES} fail on this GPU: what follows is not to be trusted")
         log.say(f"  {time.perf_counter() - start:.0f} s")
     for name in arguments.suite or [*FIRST, *(name for name in suites if name not in FIRST)]:
-        suite = load_suite(name)
-        wanted = getattr(suite, "ALLOCATORS", ["reused"])
-        if arguments.device not in getattr(suite, "DEVICES", ["cpu", "cuda"]):
+        wanted = declared(name, "ALLOCATORS", ["reused"])
+        if arguments.device not in declared(name, "DEVICES", ["cpu", "cuda"]):
             log.say(f"{name}: not for {arguments.device}")
             continue
         if arguments.device == "cuda" or arguments.trial:

@@ -55,6 +55,13 @@ def test_what_weighs_most_comes_first_and_what_fails_stops_no_other(run, monkeyp
     assert "failed: training (default)" in capsys.readouterr().out
 
 
+def test_what_a_suite_imports_may_be_missing(run, monkeypatch):
+    monkeypatch.setattr(run, "load_suite", None)
+    assert run.declared("events", "DEVICES", []) == ["cpu"] and run.declared("v2", "DEVICES", ["x"]) == ["x"]
+    assert started(run, monkeypatch, "--device", "cuda", "--no-gates", "events", "block") == 0
+    assert len(run.commands) == 1
+
+
 def test_time_is_shared_out(run, monkeypatch, capsys, tmp_path):
     options = ("--results", str(tmp_path), "--minutes", "1", "neuron", "block")
     assert started(run, monkeypatch, "--device", "cuda", "--no-gates", *options) == 0
@@ -100,9 +107,13 @@ def test_what_a_cut_suite_has_found_is_kept(monkeypatch, tmp_path, capsys):
 
 
 def test_what_is_missing_comes_from_files(run, monkeypatch, tmp_path):
+    for name in ("pytest-8.0-py3-none-any.whl", "of_another_machine-1.0-py3-none-any.whl"):
+        (tmp_path / name).touch()
     assert started(run, monkeypatch, "--wheels", str(tmp_path), "--trial", "neuron") == 0
-    install, suite = run.commands
-    assert "--no-index" in install and str(tmp_path) in install and "--trial" in suite
+    files, kit, suite = run.commands
+    assert "--no-index" in files and files[-1].endswith("of_another_machine-1.0-py3-none-any.whl")
+    assert not any("pytest-8" in part for part in files) and kit[-2:] == ["-e", str(FOLDER.parent)]
+    assert "--trial" in suite
     with pytest.raises(SystemExit, match="no such folder"):
         started(run, monkeypatch, "--wheels", str(tmp_path / "none"), "neuron")
 

@@ -10,10 +10,12 @@ import pytest
 
 pytest.importorskip("triton.backends.nvidia", reason="Triton with its NVIDIA backend builds them")
 ELEMENTWISE = {"forward", "backward", "combine", "max_pool", "max_pool_backward", "pack", "unpack"}
+ELEMENTWISE |= {"levels_kernel", "levels_gradient_kernel", "norm_levels_kernel"}
 WIDEST = 16
 KERNELS = ELEMENTWISE | {"attend", "mask_gradient", "moments", "merge", "settle", "total", "gradients"}
+KERNELS |= {"norm_levels_gradient_kernel"}
 EVALUATION = {"fire_kernel", "fire_and_pool_kernel", "attend_kernel"}
-NEURONS = {"forward", "backward", "attend"} | EVALUATION
+NEURONS = {"forward", "backward", "attend", "norm_levels_kernel", "norm_levels_gradient_kernel"} | EVALUATION
 
 
 @pytest.fixture

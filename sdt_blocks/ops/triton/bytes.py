@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..spec import RESETS, ByteLayer, NeuronSpec
 from .lif import charge, fires
-from .tiles import grid_of, index, second_axis
+from .tiles import ROUNDED, grid_of, index, second_axis
 from .training import _device_of
 
 AT_ONCE = 4
@@ -95,6 +95,7 @@ def spike_layer(
             INDEX=index(max(images * (height + 2 * padding[0] + a) * width * channels, (positions + a) * out)),
             num_warps=WARPS,
             num_stages=STAGES,
+            **ROUNDED,
         )
     return kept, spikes
 
