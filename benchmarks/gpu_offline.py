@@ -1,7 +1,8 @@
 """The Triton kernels built for GPUs that need not be there, and a model's prediction: nothing is measured on a GPU.
 
 `--with sm_80` and `--with sm_120` add targets to sm_90. The launches are those of a training step, of an evaluation and
-of a folded one of sdt_8_384 and sdt_8_512, recorded on tensors without data. Rows go to results/gpu_offline/TARGET.csv.
+of a folded one of sdt_8_384, sdt_8_512 and sdt_v3_19m, recorded on tensors without data. Rows go to
+results/gpu_offline/TARGET.csv.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sdt_blocks import create_model, optimize_for_inference
 from sdt_blocks.ops import bits, dense, dispatch, norm_lif
 from sdt_blocks.ops.attention import attend_backward_op, attend_op
+from sdt_blocks.ops.levels import levels_backward_op, levels_op, norm_levels_backward_op, norm_levels_op
 from sdt_blocks.ops.lif import lif_backward_op, lif_op
 from sdt_blocks.ops.norm_lif import channel_statistics
 from sdt_blocks.ops.pool import max_pool_backward_op, max_pool_op
@@ -40,12 +42,14 @@ COLUMNS = [
     *("divisions", "barriers", "bytes", "cached", "bound", "share", "microseconds"),
 ]
 TARGETS = [f"sm_{capability}" for capability in GPUS]
+MODELS = ("sdt_8_384", "sdt_8_512", "sdt_v3_19m")
 BATCH = 32
 OPS = {
     op.name: op
     for op in (
         *(lif_op, lif_backward_op, channel_statistics, max_pool_op, max_pool_backward_op),
         *(attend_op, attend_backward_op),
+        *(levels_op, levels_backward_op, norm_levels_op, norm_levels_backward_op),
     )
 }
 LAUNCH_NOTHING = {
@@ -61,7 +65,7 @@ def run(bench: Bench) -> None:
     """Builds, predicts and writes; `bench` says which targets besides sm_90."""
     for target in ["sm_90", *(name for name in TARGETS if name in bench.options and name != "sm_90")]:
         capability = int(target.removeprefix("sm_"))
-        rows = [row for name in ("sdt_8_384", "sdt_8_512") for row in of_model(name, capability)]
+        rows = [row for name in MODELS for row in of_model(name, capability)]
         rows += of_spikingjelly(capability)
         path = RESULTS / "gpu_offline" / f"{target}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """E-SpikeFormer against the authors' code: both families, their neuron, variants and released files."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from sdt_blocks.inference.dense import Mixed
 from sdt_blocks.models import e_spikeformer
 from sdt_blocks.models.e_spikeformer import LinearChain
 from sdt_blocks.neuron import IntegerNeuron, integer
+from sdt_blocks.ops import dense
 from sdt_blocks.steps import Unit
 
 NAMES = ("sdtv3_base_64", "sdtv3_large_kd_64")
@@ -189,12 +191,13 @@ def test_levels_run_by_events_or_densely(released, way, monkeypatch):
         hook.remove()
     fired = integer.levels
 
-    def levels(x, spec):
+    def noted(x, spec, channel=2):
         values = fired(x, spec)
-        seen.append(values * spec.norm)
+        seen.append((values * spec.norm).movedim(channel, 2) if x.ndim == 5 else values * spec.norm)
         return values
 
-    monkeypatch.setattr(integer, "levels", levels)
+    monkeypatch.setattr(integer, "levels", noted)
+    monkeypatch.setattr(dense, "levels", partial(noted, channel=-1))
     torch.testing.assert_close(fast(x), released.tensors["logits_eval"], atol=1e-5, rtol=0)
     assert len(seen) == len(expected) == len(neurons)
     assert all(torch.equal(*both) for both in zip(seen, expected, strict=True))

@@ -28,7 +28,7 @@ READS = {
 """What cannot be done before the values are there."""
 OPS = {
     op.name: op
-    for name in ("attention", "convolution", "lif", "norm_lif", "pool")
+    for name in ("attention", "convolution", "levels", "lif", "norm_lif", "pool")
     for op in vars(importlib.import_module(f"sdt_blocks.ops.{name}")).values()
     if isinstance(op, RegisteredOp)
 }
@@ -100,8 +100,8 @@ def test_a_training_step(small, launched, autocast):
         logits = model.bfloat16()(images.bfloat16()) if autocast else model(images)
         nn.functional.cross_entropy(logits.float(), target).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-    if not small.name.startswith("sdt_v3"):  # integer neurons have no kernel
-        assert len(launched) > 20 and {"forward", "backward"} <= set(launched)
+    kernels = {"norm_levels_kernel", "levels_gradient_kernel"} if "v3" in small.name else {"forward", "backward"}
+    assert len(launched) > 20 and kernels <= set(launched)
 
 
 def test_a_norm_that_averages_and_mixed_neurons(launched):
@@ -129,4 +129,4 @@ def test_an_evaluation(small, launched, dtype):
         with NothingWaits():
             logits = fast(images)
     assert logits.shape == (4, 5)
-    assert "fire_kernel" in launched or small.name.startswith("sdt_v3")
+    assert ("levels_kernel" if "v3" in small.name else "fire_kernel") in launched

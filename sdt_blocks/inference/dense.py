@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import steps
-from ..neuron import LIF, Streamed
+from ..neuron import LIF, IntegerNeuron, Streamed
+from ..ops import LevelSpec
 from ..ops import dense as kernels
 from .passes import SPIKES, changes_in_place, kinds, last_uses, of_samples, once, over_places
 from .plan import (
@@ -40,6 +41,8 @@ _PASS_BYTES = 48 << 20
 class Firing(nn.Module, Streamed):
     """A layer of neurons; `compile` says whether its steps are compiled (see `ops.dense`)."""
 
+    op = staticmethod(kernels.fire)
+
     def __init__(self, neuron: LIF, dtype: torch.dtype, device: torch.device | None, compile: bool) -> None:
         super().__init__()
         self.compiled = compile
@@ -58,6 +61,19 @@ class Firing(nn.Module, Streamed):
         )
         self.carrier.keep_state(self, after)
         return neuron._replace(before=before, after=after)
+
+
+class LevelFiring(nn.Module):
+    """A layer of integer neurons, as `Firing`."""
+
+    op = staticmethod(kernels.fire_levels)
+
+    def __init__(self, neuron: IntegerNeuron, compile: bool) -> None:
+        super().__init__()
+        self.compiled, self.spec = compile, neuron.spec
+
+    def neuron(self, shape: Sequence[int]) -> LevelSpec:
+        return self.spec
 
 
 class Joined(NamedTuple):
@@ -167,6 +183,8 @@ class Dense(Form):
             form = None if made is None else made[0]
         elif node.op == FIRE and is_neuron(node.target):
             form = Firing(node.target, self.real_dtype, self.made_on, self.compiled)
+        elif node.op == FIRE and steps.is_plain(node.target, IntegerNeuron):
+            form = LevelFiring(node.target, self.compiled)
         elif node.op == MIX:
             # q, k and v are one product; what is behind it one op, where the mixer has a dense form.
             made = self._product(node.target.units, node, paths)
@@ -324,13 +342,14 @@ class Dense(Form):
         def fired(dtype: torch.dtype) -> Tensor:
             options = {"compiled": firing.compiled}
             if len(membrane.terms) == 1:
-                return kernels.fire(membrane.terms[0], neuron, dtype, **options)[1]
+                return firing.op(membrane.terms[0], neuron, dtype, **options)[1]
             u, change = membrane.terms
-            total, spikes = kernels.fire(change, neuron, dtype, shortcut=u, **options)
+            total, spikes = firing.op(change, neuron, dtype, shortcut=u, **options)
             membrane.terms = (total,)
             return spikes
 
-        return Spiking(membrane.shape, fired, (membrane, neuron, firing.compiled))
+        source = (membrane, neuron, firing.compiled) if isinstance(firing, Firing) else None
+        return Spiking(membrane.shape, fired, source)
 
     def _pool(self, node: Node, given: list[Any], values: dict[Node, Any]) -> Any:
         layer, x = node.target, given[0]

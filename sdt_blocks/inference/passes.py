@@ -134,7 +134,7 @@ def of_samples(plan: Plan) -> list[Node]:
         elif node.op == PRESENT:
             own = all(one.op == INPUT for one in given)  # not where the number of steps is computed
         elif node.op == FIRE:
-            own = is_neuron(node.target) and given[0] in found
+            own = (is_neuron(node.target) or steps.is_plain(node.target, IntegerNeuron)) and given[0] in found
         elif node.op in (PROJECT, POOL, ADD, CHECK):
             plain = not isinstance(node.target, nn.Module) or _independent(node.target)
             own = plain and bool(given) and all(one in found for one in given)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from ctypes import c_int64, c_void_p
@@ -25,8 +26,9 @@ from torch import Tensor
 from .cpu import bindings
 from .cpu.build import BuildError
 from .dispatch import by_triton
+from .levels import levels
 from .lif import lif, lif_reference
-from .spec import NeuronSpec
+from .spec import LevelSpec, NeuronSpec, state_dtype
 
 
 class Neuron(NamedTuple):
@@ -50,7 +52,7 @@ def fire(
     Shapes: x, shortcut and results `[T, B, H, W, C]`; x may be one frame expanded along T.
     """
     if compiled and _by_triton(x, neuron):
-        return _triton().fire(_frames(x), _spec(neuron), neuron.inv_tau, dtype, shortcut)
+        return _triton("dense").fire(_frames(x), _spec(neuron), neuron.inv_tau, dtype, shortcut)
     if compiled and _native(x):
         x = _frames(x)
         spikes = torch.empty(x.shape, dtype=dtype)
@@ -65,13 +67,24 @@ def fire(
     return x if shortcut is None else total.view(x.shape), spikes.view(x.shape)
 
 
+def fire_levels(
+    x: Tensor, neuron: LevelSpec, dtype: torch.dtype, *, shortcut: Tensor | None = None, compiled: bool = False
+) -> tuple[Tensor, Tensor]:
+    """As `fire`, for integer neurons: `(u, l / norm of u)`, by their own kernel also where nothing is `compiled`."""
+    if compiled and by_triton(x):
+        total, values = _triton("levels").fire_levels(x.contiguous(), neuron, dtype, shortcut)
+        return x if shortcut is None else total, values
+    total = x if shortcut is None else shortcut + x
+    return total, levels(total.to(state_dtype(total)), neuron).to(dtype)
+
+
 def fire_and_pool(x: Tensor, neuron: Neuron, dtype: torch.dtype, *, compiled: bool = False) -> Tensor:
     """Spikes of x after a 3x3 maximum of stride 2, `[T, B, H, W, C] -> [T, B, ceil(H / 2), ceil(W / 2), C]`."""
     if compiled and _by_triton(x, neuron):
-        if len(x) > _triton().BITS:
+        if len(x) > _triton("dense").BITS:
             spikes: Tensor = pool(fire(x, neuron, dtype, compiled=True)[1])
             return spikes
-        return _triton().fire_and_pool(_frames(x), _spec(neuron), neuron.inv_tau, dtype)
+        return _triton("dense").fire_and_pool(_frames(x), _spec(neuron), neuron.inv_tau, dtype)
     if compiled and _native(x):
         x = _frames(x)
         steps, batch, height, width, channels = x.shape
@@ -135,16 +148,14 @@ def _attend_by_triton(qkv: Tensor, neurons: Sequence[Neuron], dtype: torch.dtype
     if not specs[0] == specs[1] == specs[2]:
         return None
     inv_taus = torch.stack([neuron.inv_tau.expand(qkv.shape[-1] // 3) for neuron in neurons])
-    masked: Tensor | None = _triton().attend(_frames(qkv), specs, inv_taus, dtype)
+    masked: Tensor | None = _triton("dense").attend(_frames(qkv), specs, inv_taus, dtype)
     return masked
 
 
 @functools.cache
-def _triton() -> Any:
+def _triton(name: str) -> Any:
     # Imported late: Triton may be missing, and reads TRITON_INTERPRET when it is imported.
-    from .triton import dense as of_triton
-
-    return of_triton
+    return importlib.import_module(f".triton.{name}", __package__)
 
 
 def _spec(neuron: Neuron) -> NeuronSpec:

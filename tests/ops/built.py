@@ -108,10 +108,9 @@ def usual(dtype, batch=32, size=224, alpha=4.0, tau=0.5):
     whole = Layer((4, batch, 384, small, small), dtype, per_channel=False)
     whole.forward(neuron, norm=False)
     whole.backward(neuron, norm=False)
-    for rounding in ("even", "up"):
-        whole.levels_alone(LevelSpec(rounding=rounding))
-        for channels_last in (False, True):
-            Layer((1, batch, 1440, small, small), dtype, channels_last).levels(LevelSpec(rounding=rounding))
+    whole.levels_alone(LevelSpec(rounding="up"))
+    for channels_last in (False, True):
+        Layer((1, batch, 1440, small, small), dtype, channels_last).levels(LevelSpec())
     bits = training.pack_bits(whole.x)
     training.unpack_bits(bits, whole.x)
 
@@ -149,6 +148,7 @@ def evaluation(dtype, batch=32, size=224):
         product = membrane.to(dtype)
         dense.fire(product, PLAIN, tau, dtype, None)
         dense.fire(product, PLAIN, torch.empty(384), dtype, membrane)
+        levels.fire_levels(product, LevelSpec(), dtype, membrane)
         dense.fire_and_pool(torch.empty(4, images, size // 2, size // 2, 96, dtype=dtype), PLAIN, tau, dtype)
         dense.attend(torch.empty(4, images, small, small, 3 * 384, dtype=dtype), (PLAIN,) * 4, taus, dtype)
     for channels in (384, 50):
@@ -162,11 +162,12 @@ def facts(launch, capability):
         return {"kernel": launch.name, "spilled": offline.spilled_by_amd(launch, capability)}
     binary = offline.build(launch, capability)
     counts = offline.executed(launch, binary, launch.arguments.get("rounds", 1))
+    vector = launch.arguments.get("V", launch.arguments.get("LANES", 0))
     return {
         "kernel": launch.name,
         "norm": launch.arguments.get("AFFINE", False),
         "bits": bool(launch.arguments.get("PACK", False)),
-        "group": launch.arguments.get("V", 0) * next(iter(launch.tensors().values())).element_size(),
+        "group": vector * next(iter(launch.tensors().values())).element_size(),
         "registers": binary.registers,
         "spilled": binary.spilled,
         "divisions": len(re.findall(offline.DIVISION, binary.assembly)),

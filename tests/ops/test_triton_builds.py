@@ -10,11 +10,12 @@ import pytest
 
 pytest.importorskip("triton.backends.nvidia", reason="Triton with its NVIDIA backend builds them")
 ELEMENTWISE = {"forward", "backward", "combine", "max_pool", "max_pool_backward", "pack", "unpack"}
-ELEMENTWISE |= {"levels_kernel", "levels_gradient_kernel", "norm_levels_kernel"}
+ELEMENTWISE |= {"levels_kernel", "levels_gradient_kernel", "norm_levels_kernel", "norm_levels_gradient_kernel"}
 WIDEST = 16
+ADD_UP = {"backward", "norm_levels_gradient_kernel"}
+"""Behind a norm these add up over channels."""
 KERNELS = ELEMENTWISE | {"attend", "mask_gradient", "moments", "merge", "settle", "total", "gradients"}
-KERNELS |= {"norm_levels_gradient_kernel"}
-EVALUATION = {"fire_kernel", "fire_and_pool_kernel", "attend_kernel"}
+EVALUATION = {"fire_kernel", "fire_and_pool_kernel", "attend_kernel", "levels_kernel"}
 NEURONS = {"forward", "backward", "attend", "norm_levels_kernel", "norm_levels_gradient_kernel"} | EVALUATION
 
 
@@ -40,8 +41,10 @@ def assert_fit(found):
         assert facts["divisions"] == 0, facts
         assert_rounded_as_the_equations(facts)
         # Only what adds up over channels, or bits of more than a thread reads, makes threads wait for each other, once.
-        if facts["kernel"] in ELEMENTWISE and not (facts["kernel"] == "backward" and facts["norm"]):
+        if facts["kernel"] in ELEMENTWISE and not (facts["kernel"] in ADD_UP and facts["norm"]):
             assert facts["barriers"] <= (facts["bits"] and facts["group"] > WIDEST), facts
+        if "levels" in facts["kernel"]:
+            assert {f"L{8 * facts['group']}", f"S{8 * facts['group']}"} <= set(facts["accesses"]), facts
         if facts["kernel"] in ("forward", "backward", "combine"):
             wide = {width for width in facts["accesses"] if width in ("S64", "S128")}
             assert wide == {f"S{8 * min(facts['group'], WIDEST)}"}, facts

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from sdt_blocks.ops import dense
 from sdt_blocks.ops.dense import Neuron
+from sdt_blocks.ops.levels import levels_reference
 from sdt_blocks.ops.lif import lif_reference
-from sdt_blocks.ops.spec import NeuronSpec
+from sdt_blocks.ops.spec import LevelSpec, NeuronSpec
 
 pytestmark = pytest.mark.cuda
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,6 +66,22 @@ def test_fire_on_a_shortcut(given: torch.dtype, wanted: torch.dtype, options: di
     total, spikes = dense.fire(x, cells, wanted, shortcut=shortcut, compiled=True)
     assert total.dtype == shortcut.dtype and torch.equal(total, shortcut + x)
     assert torch.equal(spikes.double(), spikes_of(shortcut + x, cells).double()) and spikes.any()
+
+
+@pytest.mark.parametrize("shown", [False, True])
+@pytest.mark.parametrize(("given", "wanted", "options"), CASES, ids=IDS)
+def test_fire_levels(given: torch.dtype, wanted: torch.dtype, options: dict, shown: bool) -> None:
+    """With a shortcut and without; in float32 or better inside, whatever comes in and goes out."""
+    x = frames(1 if shown else 3, 2, 3, 5, 11, dtype=given) * 2
+    x = x.expand(3, 2, 3, 5, 11)
+    of, norm = torch.promote_types(given, torch.float32), 1.0 if wanted == torch.uint8 else 4.0
+    spec = LevelSpec(norm=norm, rounding="up" if options.get("strict") else "even")
+    shortcut = frames(*x.shape, dtype=of)
+    u, values = dense.fire_levels(x, spec, wanted, compiled=True)
+    assert u is x and torch.equal(values, levels_reference(x.to(of), spec).to(wanted)) and values.dtype == wanted
+    u, values = dense.fire_levels(x, spec, wanted, shortcut=shortcut, compiled=True)
+    assert torch.equal(u, shortcut + x) and torch.equal(values, levels_reference(u, spec).to(wanted))
+    assert values.unique().numel() == 5
 
 
 def test_one_frame_shown_at_every_step_stays_one_in_memory() -> None:

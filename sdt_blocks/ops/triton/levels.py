@@ -1,7 +1,8 @@
 """Triton kernels of integer neurons, alone and with a normalization in front of them.
 
 Traffic in bytes per element of b bytes: alone 2 b + 1 / 8 forward (the bits where the gradient passes are made in the
-same pass) and 2 b + 1 / 8 backward; behind a norm 2 b forward and 3 b backward, of which x alone was kept.
+same pass) and 2 b + 1 / 8 backward; behind a norm 2 b forward and 3 b backward, of which x alone was kept. In
+evaluation a shortcut in front takes 8 more, read and written in float32.
 """
 
 from __future__ import annotations
@@ -17,31 +18,64 @@ from torch import Tensor
 from ..spec import Affine, Layout, LevelSpec, state_dtype
 from .lif import store_sums
 from .tiles import ROUNDED, SIZES, THREADS, WIDEST, Tile, elements, in_x, normalization, number, place, tile
-from .training import _STATE, _affine, _device_of, _kind, _number, _unrolled
+from .training import _STATE, _affine, _device_of, _kind, _number, _or, _unrolled
 
 NUMBERS = ("limit_number", "norm_number", "threshold_number")
 """Of the neuron, in the state's dtype; no build depends on them."""
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 MANY = 4
 """Groups of elements, in steps or beside each other, that are enough for a thread to have something to do."""
 
 
 def levels(x: Tensor, neuron: LevelSpec, values: Tensor, inside: Tensor | None) -> None:
+    _launch(x, neuron, values, inside=inside, dtype=_TYPES.get(x.dtype))
+
+
+def fire_levels(x: Tensor, neuron: LevelSpec, dtype: torch.dtype, shortcut: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`(u, l / norm of u)` with `u = shortcut + x`, x itself without one, in evaluation; x has no gaps.
+
+    The equations are in float32 or better.
+    """
+    values, total = torch.empty(x.shape, dtype=dtype, device=x.device), x
+    if shortcut is not None:
+        shortcut = shortcut.contiguous()
+        total = torch.empty(x.shape, dtype=torch.promote_types(shortcut.dtype, x.dtype), device=x.device)
+    _launch(x, neuron, values, shortcut=shortcut, total=total)
+    return total, values
+
+
+def _launch(
+    x: Tensor,
+    neuron: LevelSpec,
+    values: Tensor,
+    *,
+    inside: Tensor | None = None,
+    shortcut: Tensor | None = None,
+    total: Tensor | None = None,
+    dtype: Any = None,
+) -> None:
+    """`dtype` is what each of the equations rounds to, unless that is the state's."""
+    told = _neuron(x, neuron)
     with _device_of(x):
         levels_kernel[_programs(x)](
             x,
+            _or(shortcut, x),
+            _or(total, x),
             values,
-            x if inside is None else inside,
+            _or(inside, x),
             x.numel(),
-            **_neuron(x, neuron, x.dtype),
+            **told,
+            SHORTCUT=shortcut is not None,
             KEEP=inside is not None,
-            **_lanes(x),
+            DTYPE=dtype or told["STATE"],
+            **_lanes(x if total is None else total),
         )
 
 
 def levels_backward(grad: Tensor, inside: Tensor, neuron: LevelSpec, grad_x: Tensor) -> None:
     with _device_of(grad):
         levels_gradient_kernel[_programs(grad)](
-            grad, inside, grad_x, grad.numel(), **_neuron(grad, neuron, grad.dtype), **_lanes(grad)
+            grad, inside, grad_x, grad.numel(), **_neuron(grad, neuron), **_lanes(grad)
         )
 
 
@@ -82,19 +116,18 @@ def _times(layout: Layout) -> int:
 
 
 def _cut(x: Tensor, cut: Tile, layout: Layout, neuron: LevelSpec, norm: Affine) -> dict[str, Any]:
-    told = {**cut.where(layout), **cut.arguments, **_neuron(x, neuron, state_dtype(x))}
+    told = {**cut.where(layout), **cut.arguments, **_neuron(x, neuron)}
     return {**told, **_unrolled(x, layout), "AFFINE": _kind(norm)}
 
 
-def _neuron(x: Tensor, neuron: LevelSpec, dtype: torch.dtype) -> dict[str, Any]:
-    """What a kernel is told of the neuron, whose equations are in `dtype`.
+def _neuron(x: Tensor, neuron: LevelSpec) -> dict[str, Any]:
+    """What a kernel is told of the neuron.
 
     A power of two is divided by as its inverse is multiplied by: to the bit the same, at a tenth of the instructions.
     """
-    limit = torch.tensor(float(neuron.levels), dtype=dtype).item()
     divisors = (neuron.norm, neuron.threshold)
     exact = all(_has_inverse(number) for number in divisors)
-    numbers = (limit, *(1 / number if exact else number for number in divisors))
+    numbers = (neuron.levels, *(1 / number if exact else number for number in divisors))
     return {
         **{name: _number(x, value) for name, value in zip(NUMBERS, numbers, strict=True)},
         "UP": neuron.rounding == "up",
@@ -153,6 +186,8 @@ def _gradient(grad, passes, norm, threshold, EXACT: tl.constexpr, DTYPE: tl.cons
 @triton.jit(do_not_specialize=NUMBERS)
 def levels_kernel(
     x,
+    shortcut,
+    total,
     values,
     inside,
     size,
@@ -161,13 +196,15 @@ def levels_kernel(
     threshold_number,
     UP: tl.constexpr,
     EXACT: tl.constexpr,
+    SHORTCUT: tl.constexpr,
     KEEP: tl.constexpr,
+    DTYPE: tl.constexpr,
     STATE: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     limit, norm, threshold = number(limit_number, STATE), number(norm_number, STATE), number(threshold_number, STATE)
-    dtype: tl.constexpr = x.dtype.element_ty
+    limit = limit.to(DTYPE).to(STATE)
     byte = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[:, None, None]
     # One thread reads a byte's elements, as many at once as it can.
     lane = tl.arange(0, LANES)[None, None, :]
@@ -175,8 +212,12 @@ def levels_kernel(
     for part in tl.static_range(8 // LANES):
         i = byte * 8 + part * LANES + lane
         v = tl.load(x + i, mask=i < size, other=0.0).to(STATE)
-        v = _divided(v, threshold, EXACT).to(dtype).to(STATE)
-        tl.store(values + i, _value(v, limit, norm, UP, EXACT, dtype, STATE).to(dtype), mask=i < size)
+        if SHORTCUT:
+            v = tl.load(shortcut + i, mask=i < size, other=0.0).to(STATE) + v
+            tl.store(total + i, v.to(total.dtype.element_ty), mask=i < size)
+        v = _divided(v, threshold, EXACT).to(DTYPE).to(STATE)
+        value = _value(v, limit, norm, UP, EXACT, DTYPE, STATE)
+        tl.store(values + i, value.to(values.dtype.element_ty), mask=i < size)
         if KEEP:
             packed |= tl.sum(_inside(v, limit, UP).to(tl.int32) << (lane + part * LANES), axis=2)
     if KEEP:
