@@ -143,7 +143,8 @@ class Firing:
     def _counter(self, name: str) -> Callable[..., None]:
         def count(_module: nn.Module, _inputs: Any, output: Any) -> None:
             spikes = spikes_of(output)
-            self.counts.setdefault(name, []).append((spikes.sum(), spikes.numel()))
+            # In half precision, as under autocast, a sum ends at 65504, or counts to two digits.
+            self.counts.setdefault(name, []).append((spikes.sum(dtype=torch.float32), spikes.numel()))
 
         return count
 

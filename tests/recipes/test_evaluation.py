@@ -302,6 +302,18 @@ def test_a_layer_that_fires_in_a_later_batch_has_fired():
     assert not any(module._forward_hooks for module in net.modules())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_spikes_of_half_precision_are_counted_to_the_last(dtype):
+    from common.evaluation import Firing
+
+    fire = torch.arange(2 * 400 * 500).reshape(2, 400, 500) % 7 < 3
+    net = nn.Sequential(LIF(tau=1.0))
+    firing = Firing(net)
+    with firing:
+        assert net(3 * fire.to(dtype)).dtype == dtype
+    assert fire.sum() > 65504 and firing.rate == pytest.approx(int(fire.sum()) / fire.numel(), rel=1e-6)
+
+
 def test_a_compiled_model_fires_in_every_evaluation():
     from accelerate import Accelerator
     from common.evaluation import evaluate
