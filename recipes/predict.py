@@ -255,15 +255,16 @@ class Spikes:
     """Whether any neuron of a model has fired since."""
 
     def __init__(self, model: Any) -> None:
-        import snntorch
+        from sdt_blocks.neuron import find_neurons
 
         self.any = False
-        for module in model.modules():
-            if isinstance(module, snntorch.SpikingNeuron):
-                module.register_forward_hook(self._look)
+        for neuron in find_neurons(model).values():
+            neuron.register_forward_hook(self._look)
 
-    def _look(self, _module: Any, _inputs: Any, spikes: Tensor) -> None:
-        self.any = self.any or bool(spikes.any())
+    def _look(self, _module: Any, _inputs: Any, output: Any) -> None:
+        from sdt_blocks.neuron import spikes_of
+
+        self.any = self.any or bool(spikes_of(output).any())
 
 
 def main(arguments: list[str]) -> None:

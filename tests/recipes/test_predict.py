@@ -120,6 +120,21 @@ def test_a_silent_model_is_said_to_be_silent(predict, tmp_path, digits):
     assert "no neuron fired: the norms have seen 0 batches" in err and "even" in out
 
 
+@pytest.mark.parametrize("name", ["sdt_v2_15m", "sdt_v3_3m"])
+def test_a_model_of_any_family_that_fires_is_not_said_to_be_silent(predict, tmp_path, digits, name):
+    from sdt_blocks import calibrate_norms, create_model, example_images
+    from sdt_blocks.analysis import firing_rates
+
+    torch.manual_seed(0)
+    images = example_images()[0]
+    model = create_model(name, dims=(8, 8, 16, 16), depths=(1, 1, 1, 1, 0), in_channels=1, num_classes=2)
+    calibrate_norms(model, images)
+    assert firing_rates(model.eval(), images).mean > 0.05
+    run_folder(tmp_path / "run", model, load_config([], default="digits"), ["even", "odd"])
+    out, err = predict("checkpoint=run", digits[0])
+    assert "fired" not in err and "even" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
