@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import random
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
+import numpy as np
 import pytest
 import snntorch
 import torch
@@ -502,7 +505,62 @@ def test_what_a_product_cannot_take_is_refused_by_name() -> None:
             fast(x[0])
 
 
-@pytest.mark.parametrize(("make", "why"), [(Stateful, "keeps a state"), (Noisy, "random numbers")])
+class Counting(nn.Module):
+    """A number that grows from call to call, as Python's own or as a buffer, written into or replaced."""
+
+    def __init__(self, start: Any, in_place: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("calls", start) if isinstance(start, Tensor) else setattr(self, "calls", start)
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_place:
+            self.calls += 1
+        else:
+            self.calls = self.calls + 1
+        return x * self.calls
+
+
+class Shaken(nn.Module):
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.draw()
+
+
+@torch.no_grad()
+def test_a_counter_that_changes_nothing_costs_nothing() -> None:
+    class Counted(Convolutional):
+        calls, table = 0, None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.table = torch.arange(4.0) if self.table is None else self.table
+            return super().forward(x) * self.table
+
+    torch.manual_seed(0)
+    model, x = Counted().eval(), torch.rand(3, 2, 1, 16, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fast = optimize_for_inference(model, compile=False)
+    torch.testing.assert_close(fast(x), model(x), atol=1e-5, rtol=1e-5)
+    assert model.calls == 1 and any(node.op == "project" for node in fast.plan.nodes)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (Stateful, "keeps a state"),
+        (partial(Counting, 0), "keeps a state"),
+        (partial(Counting, torch.zeros(())), "keeps a state"),
+        (partial(Counting, torch.zeros(()), in_place=True), "keeps a state"),
+        (Noisy, "random numbers"),
+        (partial(Shaken, lambda: random.random()), "random numbers"),
+        (partial(Shaken, lambda: np.random.rand()), "random numbers"),  # noqa: NPY002
+    ],
+)
 def test_state_and_chance_are_not_frozen_into_a_plan(make, why: str) -> None:
     model = nn.Sequential(ConvNorm(2, 2), make()).eval()
     with pytest.warns(UserWarning, match=why):

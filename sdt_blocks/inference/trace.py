@@ -23,6 +23,7 @@ from torch.fx.node import map_arg
 from .. import steps
 from ..neuron import Streamed
 from .frames import on_sequences
+from .frozen import Chance, alike, attribute, attributes, changed_since, holds_proxies
 from .plan import (
     ADD,
     CALL,
@@ -70,8 +71,7 @@ def trace(model: nn.Module) -> Traced:
     opaque: dict[str, str] = {}
     while True:
         root = _Root(_frozen(model))
-        tracer = _Tracer(opaque)
-        random = torch.get_rng_state()
+        tracer, chance, before = _Tracer(opaque), Chance(), attributes(root)
         try:
             graph = tracer.trace(root)
         except Exception as error:
@@ -79,14 +79,18 @@ def trace(model: nn.Module) -> Traced:
                 raise
             opaque[tracer.failed or _NETWORK] = _first_line(error)
             continue
-        stateful = [name for name, module in root.named_modules() if _holds_proxies(module)]
-        if not torch.equal(random, torch.get_rng_state()):
-            torch.set_rng_state(random)
+        if chance.taken():
             opaque[_NETWORK] = "it draws random numbers"
-        elif stateful:
-            opaque[stateful[-1]] = "it keeps a state in its attributes"
-        else:
+            continue
+        stateful = [name for name, module in root.named_modules() if holds_proxies(module)]
+        if not stateful:
+            changed = changed_since(before, root)
+            # A counter may change nothing: then a second trace is like the first.
+            if changed and not alike(graph, _Tracer(opaque).trace(root), root, changed):
+                stateful = [path.rpartition(".")[0] for path in changed]
+        if not stateful:
             break
+        opaque[stateful[-1]] = "it keeps a state in its attributes"
     told = {_short(name): why for name, why in (opaque | tracer.watched).items()}
     return Traced(Plan(on_sequences(list(_Lowering(root).nodes_of(graph)))), root.network, told)
 
@@ -153,12 +157,6 @@ class _Three(_Root):
 class _Four(_Root):
     def forward(self, x: Any, y: Any, z: Any, u: Any) -> Any:  # type: ignore[override]
         return self.network(x, y, z, u)
-
-
-def _holds_proxies(module: nn.Module) -> bool:
-    """Whether tracing has left a traced value in the module's attributes."""
-    values = (*vars(module).values(), *module._buffers.values())
-    return any(isinstance(value, fx.Proxy) for value in values)
 
 
 def _short(name: str) -> str:
@@ -282,7 +280,7 @@ class _Lowering:
         if node.op == "placeholder":
             yield Node(str(node.target), INPUT)
         elif node.op == "get_attr":
-            value = _attribute(self.network, str(node.target))
+            value = attribute(self.network, str(node.target))
             if not isinstance(value, Tensor):
                 self.values[node] = value
             else:
@@ -337,12 +335,6 @@ _STEPS: dict[Any, str] = {
     steps.pool: POOL,
     steps.shortcut: ADD,
 }
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module
 
 
 def _first_line(error: Exception) -> str:
