@@ -12,7 +12,7 @@ import csv
 import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import offline
@@ -26,7 +26,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdt_blocks import create_model, optimize_for_inference
+from sdt_blocks.inference import Bytes, plan
 from sdt_blocks.ops import bits, dense, dispatch, norm_lif
+from sdt_blocks.ops import bytes as ops_of_bytes
 from sdt_blocks.ops.attention import attend_backward_op, attend_op
 from sdt_blocks.ops.levels import levels_backward_op, levels_op, norm_levels_backward_op, norm_levels_op
 from sdt_blocks.ops.lif import lif_backward_op, lif_op
@@ -105,16 +107,67 @@ def of_model(name: str, capability: int) -> list[Row]:
     for dtype in (torch.float32, torch.bfloat16):
         settings = {"model": name, "batch": BATCH, "run": "folded evaluation", "order": "channels-last"}
         settings["dtype"] = str(dtype).removeprefix("torch.")
-        rows += distinct(record_folded(name, dtype), capability, settings)
+        launches, products = record_folded(name, dtype)
+        rows += distinct(launches, capability, settings)
+        rows += of_library(products, capability, settings)
+    launches, products = record_bytes(name)
+    settings["dtype"] = "int8"
+    rows += distinct(launches, capability, settings)
+    # What real values drive.
+    rows += of_library(products, capability, settings)
     return rows
 
 
-def record_folded(name: str, dtype: torch.dtype) -> list[Launch]:
-    """The launches of one evaluation by what `optimize_for_inference` makes of a model."""
-    with ours_run() as (launches, _), mock.patch.object(dense, "by_triton", lambda x: True), torch.device("meta"):
+def record_folded(name: str, dtype: torch.dtype) -> tuple[list[Launch], list[Convolution]]:
+    """The launches of one evaluation by what `optimize_for_inference` makes of a model, and the library's products."""
+    of_triton = mock.patch.object(dense, "by_triton", lambda x: True)
+    with ours_run() as (launches, bodies), of_triton, torch.device("meta"):
         model = create_model(name).eval()
         optimize_for_inference(model, dtype, paths="convolution")(torch.empty(BATCH, 3, 224, 224))
-    return launches
+    return launches, bodies.convolutions
+
+
+def record_bytes(name: str) -> tuple[list[Launch], list[Convolution]]:
+    """The same in 8 bits."""
+    fast = Bytes(plan(create_model(name).eval())).to("meta")
+    of_triton = mock.patch.object(dense, "by_triton", lambda x: True)
+    with ours_run() as (launches, bodies), of_triton, mock.patch.object(ops_of_bytes, "by_triton", lambda x: True):
+        fast(torch.empty(BATCH, 3, 224, 224, device="meta"))
+    return launches, bodies.convolutions
+
+
+class Convolution(NamedTuple):
+    """A product of the library: the shape of its result, its multiplications, its bytes read and written once."""
+
+    shape: tuple[int, ...]
+    products: int
+    moved: int
+    dtype: str
+
+
+def of_library(products: list[Convolution], capability: int, settings: Row) -> list[Row]:
+    """A row for products alike, under a run of their own: what they take at best, by memory and tensor cores."""
+    gpu, rows = GPUS[capability], []
+    for one, number in Counter(products).items():
+        times = {"memory": one.moved / gpu.copy}
+        times["tensor cores"] = 2 * one.products / (gpu.tensor[one.dtype] * offline.REACHED)
+        bound = max(times, key=lambda name: times[name])
+        rows.append(
+            {
+                "target": f"sm_{capability}",
+                "gpu": gpu.name,
+                **settings,
+                "run": f"{settings['run']}, the library's products",
+                "kernel": "convolution",
+                "shape": "x".join(map(str, one.shape)),
+                "launches": number,
+                "bytes": f"{one.moved / math.prod(one.shape):.2f}",
+                "bound": bound,
+                "share": f"{times['memory'] / times[bound]:.3f}",
+                "microseconds": f"{times[bound] * 1e6:.1f}",
+            }
+        )
+    return rows
 
 
 def record(name: str, dtype: torch.dtype, channels_last: bool, training_step: bool) -> list[Launch]:
@@ -134,10 +187,10 @@ def record(name: str, dtype: torch.dtype, channels_last: bool, training_step: bo
 
 
 @contextlib.contextmanager
-def ours_run() -> Iterator[tuple[list[Launch], Counter[str]]]:
+def ours_run() -> Iterator[tuple[list[Launch], _Bodies]]:
     """Within it the kernels' launchers are called for tensors without data, as if these were on an H100.
 
-    Gives their launches, and how many PyTorch's own ops make besides.
+    Gives their launches, and what PyTorch's own ops do besides.
     """
     of_h100 = mock.patch.object(training, "_programs", lambda device: training._PROGRAMS * GPUS[90].multiprocessors)
     with (
@@ -148,7 +201,7 @@ def ours_run() -> Iterator[tuple[list[Launch], Counter[str]]]:
         offline.recorded() as launches,
         _Bodies() as bodies,
     ):
-        yield launches, bodies.launches
+        yield launches, bodies
 
 
 class _Bodies(TorchDispatchMode):
@@ -160,6 +213,7 @@ class _Bodies(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.launches: Counter[str] = Counter()
+        self.convolutions: list[Convolution] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
@@ -168,26 +222,32 @@ class _Bodies(TorchDispatchMode):
                 return OPS[name].compute(*args, **(kwargs or {}))
         if not name.startswith("prim::") and name.removeprefix("aten::") not in LAUNCH_NOTHING and not func.is_view:
             self.launches[name.removeprefix("aten::")] += SEVERAL.get(name, 1)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if name == "aten::convolution":
+            x, weight = args[:2]
+            moved = sum(tensor.numel() * tensor.element_size() for tensor in (x, weight, result))
+            dtype = str(x.dtype).removeprefix("torch.")
+            self.convolutions.append(Convolution(tuple(result.shape), result.numel() * weight[0].numel(), moved, dtype))
+        return result
 
 
 def launches_of_block(dtype: torch.dtype, channels_last: bool) -> dict[str, dict[str, int]]:
     """How many kernels a block of sdt_8_384 in training launches forward and backward, by kernel or PyTorch's op."""
     order = (0, 1, 3, 4, 2) if channels_last else (0, 1, 2, 3, 4)
     shape = [(4, BATCH, 384, 14, 14)[axis] for axis in order]
-    with FakeTensorMode(allow_non_fake_inputs=True), ours_run() as (launches, besides):
+    with FakeTensorMode(allow_non_fake_inputs=True), ours_run() as (launches, bodies):
         with mock.patch.object(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor):
             block = create_model("sdt_8_384").train().blocks[0]
         x = torch.empty(shape, dtype=dtype, requires_grad=True)
         found = []
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            launches.clear(), besides.clear()
+            launches.clear(), bodies.launches.clear()
             result = block(x.permute([order.index(axis) for axis in range(5)]))
-            found.append(Counter(launch.name for launch in launches) + besides)
+            found.append(Counter(launch.name for launch in launches) + bodies.launches)
             grad = torch.empty_like(result)
-            launches.clear(), besides.clear()
+            launches.clear(), bodies.launches.clear()
             result.backward(grad)
-            found.append(Counter(launch.name for launch in launches) + besides)
+            found.append(Counter(launch.name for launch in launches) + bodies.launches)
     return {"forward": dict(found[0]), "backward": dict(found[1])}
 
 
@@ -220,6 +280,8 @@ def work(launch: Launch) -> Work:
     if launch.name == "combine":
         moved += arguments["grad"].numel() * arguments["grad"].element_size()
     steps = arguments.get("STEPS", 1)
+    if launch.name == "spike_layer_kernel":
+        return of_spike_layer(launch, moved)
     if scratch is not None:
         # Membranes written and read twice; the input read again, unless it is one frame.
         again = 0 if arguments["REPEAT"] else arguments["x"].element_size()
@@ -228,6 +290,16 @@ def work(launch: Launch) -> Work:
     if "per" in arguments:
         return Work(elements, moved, trips=arguments["per"] // arguments["RUNS"])
     return Work(elements, moved, trips=arguments.get("rounds", steps))
+
+
+def of_spike_layer(launch: Launch, moved: int) -> Work:
+    """Every program reads its inputs of all steps, and its weights once for the steps that are summed together."""
+    arguments = launch.arguments
+    out, *_ = arguments["weight"].shape
+    inputs = arguments["weight"][0].numel()
+    elements = arguments["STEPS"] * arguments["positions"] * out
+    a, b = arguments["A"] * arguments["STEPS"], arguments["B"] * arguments["rounds"]
+    return Work(elements, moved, launch.programs * (a + b) * inputs, products=elements * inputs)
 
 
 def row(launch: Launch, of: Work, capability: int, settings: Row, number: int) -> Row:

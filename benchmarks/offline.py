@@ -48,20 +48,29 @@ class Gpu:
     """Resident warps of a multiprocessor; with `blocks` and `shared` from the guide's table of capabilities."""
     blocks: int
     shared: int
+    tensor: dict[str, float]
+    """Operations/s of the tensor cores on dense matrices, by the dtype of the products; float32 as TF32."""
 
     @property
     def copy(self) -> float:
         return self.bandwidth * self.reached
 
 
+_TENSOR = {
+    80: {"int8": 624e12, "bfloat16": 312e12, "float32": 156e12},
+    90: {"int8": 1979e12, "bfloat16": 989e12, "float32": 495e12},
+    120: {"int8": 838e12, "bfloat16": 209.5e12, "float32": 104.8e12},
+}
 GPUS = {
-    80: Gpu("A100 80 GB", 108, 1.41e9, 2.039e12, 0.88, 4.0e12, 64, 16, 64, 32, 163 << 10),
-    90: Gpu("H100 SXM", 132, 1.70e9, 3.35e12, 0.90, 5.5e12, 128, 16, 64, 32, 227 << 10),
-    120: Gpu("RTX 5090", 170, 2.41e9, 1.792e12, 0.90, 7.0e12, 128, 2, 48, 24, 99 << 10),
+    80: Gpu("A100 80 GB", 108, 1.41e9, 2.039e12, 0.88, 4.0e12, 64, 16, 64, 32, 163 << 10, _TENSOR[80]),
+    90: Gpu("H100 SXM", 132, 1.70e9, 3.35e12, 0.90, 5.5e12, 128, 16, 64, 32, 227 << 10, _TENSOR[90]),
+    120: Gpu("RTX 5090", 170, 2.41e9, 1.792e12, 0.90, 7.0e12, 128, 2, 48, 24, 99 << 10, _TENSOR[120]),
 }
 """By compute capability."""
 BUSY = 0.75
 """The share of its busiest pipe's throughput that a kernel is taken to reach."""
+REACHED = 0.6
+"""The share of the tensor cores' throughput that products are taken to reach, whoever's they are: an assumption."""
 REGISTERS, WARP = 65536, 32
 PARAMETERS = {0: 0x160, 90: 0x210, 100: 0x380}
 """Where a kernel's arguments begin in the bank of constants, by the compute capability from which on they do."""
@@ -135,6 +144,7 @@ class Binary:
 
 
 _built: dict[tuple[Any, ...], Binary] = {}
+_of_amd: dict[tuple[Any, ...], str] = {}
 
 
 def key(launch: Launch, capability: int | str) -> tuple[Any, ...]:
@@ -177,10 +187,20 @@ def numbers(launch: Launch, capability: int) -> dict[int, int]:
 
 def spilled_by_amd(launch: Launch, architecture: str) -> int:
     """The registers that the launch's kernel spills on an AMD GPU, as `gfx942`."""
-    signature, constants, attributes, options = _specialized(launch, architecture)[1]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    kernel = triton.compile(source, target=_target(architecture), options=options.__dict__)
-    return sum(map(int, re.findall(r"[sv]gpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])))
+    return sum(map(int, re.findall(r"[sv]gpr_spill_count:\s+(\d+)", _by_amd(launch, architecture))))
+
+
+def products_by_amd(launch: Launch, architecture: str) -> list[str]:
+    """The matrix instructions of the launch's kernel on an AMD GPU."""
+    return sorted(set(re.findall(r"v_s?mfmac?_\w+", _by_amd(launch, architecture))))
+
+
+def _by_amd(launch: Launch, architecture: str) -> str:
+    of, (signature, constants, attributes, options) = _specialized(launch, architecture)
+    if of not in _of_amd:
+        source = ASTSource(launch.kernel, signature, constants, attributes)
+        _of_amd[of] = triton.compile(source, target=_target(architecture), options=options.__dict__).asm["amdgcn"]
+    return _of_amd[of]
 
 
 def _target(of: int | str) -> GPUTarget:
@@ -232,7 +252,7 @@ DIVISION = r"CALL.*(?:div|rem)_[su]64"
 
 
 KINDS = {
-    "memory": "LDG STG RED ATOM ATOMG LDS STS LDSM STSM LDL STL",
+    "memory": "LDG LDGSTS STG RED ATOM ATOMG LDS STS LDSM STSM LDL STL",
     "float": "FADD FMUL FFMA FSETP FSEL FMNMX FSET FCHK HADD2 HFMA2 HMUL2 HSETP2 FFMA2 FADD2 FMUL2 F2FP DADD DMUL DFMA "
     "DSETP HMNMX2",
     "special": "MUFU I2F F2I F2F I2FP",
@@ -285,7 +305,7 @@ def cycles(counts: Counter[str], gpu: Gpu) -> tuple[float, str]:
             used["float"] += count
         elif _KIND.get(base) == "special":
             used["64-bit conversion" if any("64" in part for part in parts) else "special"] += count
-        elif base in ("LDG", "STG", "LDS", "STS", "LDL", "STL"):
+        elif base in ("LDG", "LDGSTS", "LDSM", "STG", "LDS", "STS", "LDL", "STL"):
             used["load/store"] += count * words
     pipe = max(used, key=lambda name: used[name] / lanes[name])
     return used[pipe] / lanes[pipe], pipe
@@ -310,6 +330,8 @@ class Work:
     """Bytes that the cache carries besides."""
     trips: int = 1
     """How often its loops go round."""
+    products: int = 0
+    """Multiplications with an addition on the tensor cores, of 8 bits."""
     persistent: int = 0
     """Programs for each multiprocessor of a launch whose programs do the work of several, block by block."""
 
@@ -332,6 +354,9 @@ class Prediction:
 def predict(launch: Launch, work: Work, binary: Binary, gpu: Gpu, counts: Counter[str]) -> Prediction:
     """The slowest of memory, cache and pipes, times the last wave's idle part where programs are persistent.
 
+    A program that has a multiprocessor for itself multiplies first, and finishes its sums then: its times on tensor
+    cores and pipes add up, and whole waves count.
+
     `counts` is what a thread executes, see `executed`.
     """
     programs = launch.arguments["blocks"] if work.persistent else launch.programs
@@ -342,6 +367,11 @@ def predict(launch: Launch, work: Work, binary: Binary, gpu: Gpu, counts: Counte
         "cache": (work.moved + work.cached) / gpu.cache,
         pipe: clocks * threads / (gpu.multiprocessors * gpu.clock * BUSY),
     }
+    if work.products:
+        waves = launch.programs / (gpu.multiprocessors * max(1, resident(binary, gpu)))
+        alone = times.pop(pipe) if resident(binary, gpu) <= 1 else 0.0
+        times["tensor cores"] = 2 * work.products / (gpu.tensor["int8"] * REACHED) + alone
+        times["tensor cores"] *= math.ceil(waves) / waves
     bound = max(times, key=lambda name: times[name])
     seconds = times[bound]
     if work.persistent:

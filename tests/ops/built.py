@@ -16,7 +16,19 @@ import offline
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sdt_blocks.ops.spec import Affine, Arriving, LevelSpec, Mask, NeuronSpec, Norm, Spikes, arrange, state_dtype
+from sdt_blocks.ops.spec import (
+    Affine,
+    Arriving,
+    ByteLayer,
+    LevelSpec,
+    Mask,
+    NeuronSpec,
+    Norm,
+    Spikes,
+    arrange,
+    state_dtype,
+)
+from sdt_blocks.ops.triton import bytes as of_bytes
 from sdt_blocks.ops.triton import dense, levels, training
 from sdt_blocks.surrogate import KINDS, Surrogate
 
@@ -157,9 +169,26 @@ def evaluation(dtype, batch=32, size=224):
         dense.fire_and_pool(product, PLAIN, tau, dtype)
 
 
+def in_bytes(dtype, batch=32):
+    """The layers of sdt_8_384 in evaluation in 8 bits: what fires, what is added to the shortcut, 3x3, q, k and v."""
+    for into, out, side, kernel in ((384, 1536, 14, 1), (1536, 384, 14, 1), (96, 192, 56, 3), (384, 384, 14, 1)):
+        x = torch.empty(4, batch, side, side, into, dtype=torch.int8)
+        weight, channels = torch.empty(out, kernel, kernel, into, dtype=torch.int8), torch.empty(out)
+        layer = ByteLayer(weight, channels, channels.clone(), ((1, 1), (kernel // 2,) * 2, (1, 1)))
+        residual = torch.empty(4, batch, side, side, out)
+        neuron = PLAIN._replace(inv_tau=torch.empty(()))
+        for shortcut, membrane in ((None, None), (residual, torch.float32)):
+            of_bytes.spike_layer(x, layer, (side, side), shortcut, membrane, neuron)
+    of_bytes.spike_layer(x, layer, (side, side), None, torch.float32, None)
+
+
 def facts(launch, capability):
     if isinstance(capability, str):
-        return {"kernel": launch.name, "spilled": offline.spilled_by_amd(launch, capability)}
+        return {
+            "kernel": launch.name,
+            "spilled": offline.spilled_by_amd(launch, capability),
+            "products": offline.products_by_amd(launch, capability),
+        }
     binary = offline.build(launch, capability)
     counts = offline.executed(launch, binary, launch.arguments.get("rounds", 1))
     vector = launch.arguments.get("V", launch.arguments.get("LANES", 0))
@@ -173,6 +202,8 @@ def facts(launch, capability):
         "divisions": len(re.findall(offline.DIVISION, binary.assembly)),
         "barriers": sum(count for op, count in counts.items() if op.startswith("BAR")),
         "accesses": dict(offline.accesses(counts)),
+        "products": sorted({op for op in counts if "MMA" in op}),
+        "copies": sorted({op for op in counts if op.startswith("LDGSTS")}),
         "fused": sum(count for op, count in counts.items() if op.startswith(("FFMA", "DFMA"))),
     }
 
@@ -186,6 +217,8 @@ def recorded(case, *arguments, **settings):
 def main():
     target, dtype, cases = sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3]
     capability = int(target) if target.isdigit() else target
+    if isinstance(capability, str):
+        of_bytes.STAGES = 2  # as where PyTorch is built for AMD's GPUs
     if cases == "launches":
         for channels_last in (False, True):
             print(json.dumps(gpu_offline.launches_of_block(dtype, channels_last)), flush=True)
@@ -197,7 +230,8 @@ def main():
             launches += recorded(evaluation, dtype, **sizes)
             print(json.dumps(sorted({str(offline.key(launch, capability)) for launch in launches})))
         return
-    launches = recorded({"usual": usual, "options": options, "evaluation": evaluation}[cases], dtype)
+    of_name = {"usual": usual, "options": options, "evaluation": evaluation, "bytes": in_bytes}
+    launches = recorded(of_name[cases], dtype)
     distinct = {offline.key(launch, capability): launch for launch in launches}
     for launch in distinct.values():
         print(json.dumps(facts(launch, capability)), flush=True)

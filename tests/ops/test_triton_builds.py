@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,21 @@ def assert_fit_to_evaluate(found):
             assert f"L{8 * facts['group']}" in facts["accesses"] or facts["group"] < 8, facts
 
 
+@pytest.mark.parametrize("capability", [90, *(pytest.param(one, marks=pytest.mark.slow) for one in (80, 120))])
+def test_bytes_are_multiplied_by_integer_tensor_cores(built, capability):
+    found = built(capability, "float32", "bytes")
+    assert len(found) > 4
+    for facts in found:
+        assert facts["kernel"] == "spike_layer_kernel" and facts["divisions"] == 0, facts
+        assert facts["spilled"] == 0, facts
+        # Nothing but 8 bits is multiplied; a thread copies 16 bytes at a time, or 8 where there are no more for it.
+        name = "IGMMA" if capability == 90 else "IMMA"
+        assert facts["products"] and all(op.startswith(name) for op in facts["products"]), facts
+        assert all("S8.S8" in op or op == "IGMMA.64" for op in facts["products"]), facts
+        assert facts["copies"] and all(op.endswith((".128", ".64")) for op in facts["copies"]), facts
+        assert {width for width in facts["accesses"] if width.startswith("S")} == {"S128"}, facts
+
+
 def test_launches_of_a_training_block(built):
     """Small launches cost more than what they compute: per-channel arithmetic stays within a layer's kernels."""
     for dtype, casts in (("float32", 0), ("bfloat16", 9)):
@@ -108,6 +124,14 @@ def test_builds_for_amd(built, dtype):
     found = built("gfx942", dtype, "usual")
     assert {facts["kernel"] for facts in found} == KERNELS
     assert all(facts["spilled"] == 0 for facts in found), found
+
+
+@pytest.mark.slow
+def test_bytes_on_amd(built):
+    pytest.importorskip("triton.backends.amd", reason="Triton with its AMD backend builds them")
+    for facts in built("gfx942", "float32", "bytes"):
+        assert facts["spilled"] == 0 and facts["products"], facts
+        assert all(re.match(r"v_mfma_i32_\w+_?i8", op) for op in facts["products"]), facts
 
 
 @pytest.mark.slow
