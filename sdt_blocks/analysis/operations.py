@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..neuron import states_of
+from ..steps import tells
 from .dataflow import COUNTS, LEVELS, MULTIPLIES, NOTHING, OUTER, SUMMED, Follower, Value
 from .moments import Moments, merged_steps, of_first_steps
 from .operators import FREE
@@ -333,7 +334,7 @@ class _Recorder(Follower):
             whole = [_whole(value, x) for value, x in zip(values, spikes, strict=True)]
             entries = [(x != 0).float() if given is None else given for given, x in zip(whole, spikes, strict=True)]
             added = _by_frame(mixer.additions, entries)
-            bound = _by_frame(mixer.bound, entries) if hasattr(mixer, "bound") else None
+            bound = _by_frame(mixer.bound, entries) if tells(mixer, "bound") else None
             binary = [x for given, x in zip(whole, spikes, strict=True) if given is None]
             adds = torch.tensor(all(bool(_is_spikes(x, x.count_nonzero())) for x in binary))
             size = (math.prod(spikes[0].shape[3:]), spikes[0].shape[2])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..inference.folded import folded
 from ..inference.trace import unwrap
 from ..neuron import clear_hidden, find_neurons, spikes_of, takes_sequence
+from ..steps import tells
 
 Forward = Callable[[nn.Module, Tensor], Any]
 """How one batch goes through the model, where it is not just `model(x)`: a loop over steps outside it, for instance."""
@@ -39,8 +40,8 @@ def check_weights(model: nn.Module) -> None:
 
 
 def find_mixers(model: nn.Module) -> dict[str, Any]:
-    """The mixers by name: modules that say what they emit and how many additions they need."""
-    return {name: m for name, m in model.named_modules() if hasattr(m, "emits") and hasattr(m, "additions")}
+    """The mixers by name: modules that say what they emit and how many additions their own forward needs."""
+    return {name: m for name, m in model.named_modules() if hasattr(m, "emits") and tells(m, "additions")}
 
 
 class Clock:

@@ -60,6 +60,23 @@ def test_v2_attention_in_energy_rates_audit_and_maps(steps, batch):
     assert "0.mixer" not in firing_rates(net, x).layers
 
 
+class Quadratic(MaskMixer):
+    """A subclass that computes something else, of whose additions the class above knows nothing."""
+
+    def forward(self, q, k, v):
+        tokens = [x.flatten(3) for x in (q, k, v)]
+        return (tokens[2] @ (tokens[1].mT @ tokens[0]) > 1).to(q).reshape(q.shape)
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_counted_product_by_product():
+    torch.manual_seed(0)
+    attention = lively_attention(SpikeDrivenSelfAttention(16, num_heads=4))
+    attention.mixer = Quadratic(16, num_heads=4)
+    net, x = nn.Sequential(attention, LIF()).eval(), 3 * torch.randn(3, 2, 16, 4, 4)
+    found = {layer.name: layer.macs for layer in energy(net, x).layers if not layer.name.endswith("conv")}
+    assert list(found.values()) == [16 * 16 * 16, 16 * 16 * 16] and all("0.mixer.matmul" in name for name in found)
+
+
 class Coincide(nn.Module):
     """A mixer of one's own: spikes where all three meet."""
 
