@@ -85,7 +85,7 @@ def test_a_released_checkpoint_is_evaluated_at_its_size_and_at_288(
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        ((), "checkpoint=FILE.pth.tar or checkpoint=FOLDER"),
+        ((), "checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar"),
         (("checkpoint=nowhere",), "nowhere: no such file"),
         (("checkpoint={released}", "data.root={photographs}"), "tells 10 classes apart, the data has 2"),
         (("checkpoint={released}",), "needs data.root=DIR"),

@@ -224,7 +224,7 @@ def test_what_cannot_teach_is_refused(set_up, photographs, teacher_weights, tmp_
     refused("leave train.tet", f"train.teacher={TEACHER}", weights, "train.tet=true")
     refused("name it in train.teacher", weights)
     refused("name it in train.teacher", "model.distillation=true")
-    refused("unknown model option .*distillation", f"train.teacher={TEACHER}", weights, "model.name=sdt_8_384")
+    refused("distillation, which sdt_8_384 lacks", f"train.teacher={TEACHER}", weights, "model.name=sdt_8_384")
     run = set_up(*SMALL, f"data.root={photographs}", "output_dir=run", f"train.teacher={TEACHER}",
                  f"train.teacher_weights={teacher_weights.with_suffix('.pth')}", default="imagenet_v2_t1")  # fmt: skip
     assert run.plain.distillation and run.teacher(torch.zeros(1, 3, 64, 64)).argmax() == 1
