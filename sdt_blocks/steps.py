@@ -20,7 +20,7 @@ from .ops import Norm, attend, batch_norm_levels, batch_norm_lif, max_pool
 from .ops.bits import SpikesAsBits, are_spikes, as_spikes
 from .ops.convolution import convolve_spikes
 from .ops.dispatch import fall_back, fused
-from .surrogate import Surrogate
+from .surrogate import Scheduled, Surrogate
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -395,7 +395,7 @@ def _fusible(norm: nn.Module, neuron: nn.Module, x: Tensor) -> bool:
         _tell_unfused(norm, neuron)
         return False
     assert isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
-    known = of_levels or isinstance(neuron.surrogate, Surrogate)
+    known = of_levels or isinstance(neuron.told_surrogate, (Surrogate, Scheduled))
     return known and x.shape[2] == norm.num_features < x.numel() and fused(x, even_traced=norm.training)
 
 

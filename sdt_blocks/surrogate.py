@@ -47,7 +47,7 @@ class Surrogate:
         return fire(shift, self)
 
 
-class Scheduled(Surrogate):
+class Scheduled:
     """A surrogate whose `alpha` changes from step to step, and the time constant of its neurons, which may as well.
 
     They are `numbers`, `[alpha, 1 / tau]`, a float64 tensor on the CPU: what torch.compile has built takes it for an
@@ -55,17 +55,14 @@ class Scheduled(Surrogate):
     """
 
     def __init__(self, surrogate: Surrogate, tau: float) -> None:
-        self.__dict__["numbers"] = torch.tensor([surrogate.alpha, 1 / tau], dtype=torch.float64, device="cpu")
-        self.__dict__["fixed"] = Surrogate(surrogate.kind)
-        self.__dict__["kind"] = surrogate.kind
+        self.kind, self.fixed = surrogate.kind, Surrogate(surrogate.kind)
+        self.numbers = torch.tensor([surrogate.alpha, 1 / tau], dtype=torch.float64, device="cpu")
 
-    numbers: Tensor
     fixed: Surrogate
     """One of its kind, of whatever `alpha`."""
-    __eq__, __hash__ = object.__eq__, object.__hash__
 
     @property
-    def alpha(self) -> Tensor:  # type: ignore[override]
+    def alpha(self) -> Tensor:
         return self.numbers[0]
 
     @property
@@ -75,6 +72,9 @@ class Scheduled(Surrogate):
     def change(self, surrogate: Surrogate, tau: float) -> None:
         """Takes other numbers."""
         self.numbers.copy_(torch.tensor([surrogate.alpha, 1 / tau], dtype=torch.float64))
+
+    def __call__(self, shift: Tensor) -> Tensor:
+        return fire(shift, self)
 
 
 def _derivative(shift: Tensor, kind: str, a: float | Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def heaviside(shift: Tensor, strict: bool = False) -> Tensor:
 
 def fire(shift: Tensor, surrogate: Surrogate | Callable[[Tensor], Tensor], strict: bool = False) -> Tensor:
     """Spikes of `shift`, with the gradient of a `Surrogate` or of any snnTorch `spike_grad`."""
-    if isinstance(surrogate, Surrogate):
+    if isinstance(surrogate, (Surrogate, Scheduled)):
         forward = transformed()
         if not forward and not (torch.is_grad_enabled() and shift.requires_grad):
             return heaviside(shift, strict)  # a plain operation, which a traced model can be saved with

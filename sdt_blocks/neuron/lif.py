@@ -118,6 +118,11 @@ class LIF(snntorch.Leaky, Streamed):
             self.threshold, self.reset_mechanism, self.surrogate, self.detach_reset, self.strict, self.inv_tau
         )
 
+    @property
+    def told_surrogate(self) -> Surrogate | Scheduled | Callable[[Tensor], Tensor]:
+        """The surrogate, as a graph may know it: of one that changes, none of its numbers."""
+        return self.surrogate if self._scheduled is None else self._scheduled
+
     def __setattr__(self, name: str, value: Any) -> None:
         known = self.__dict__.get(name)
         super().__setattr__(name, value)
