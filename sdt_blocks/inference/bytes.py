@@ -14,7 +14,7 @@ from ..ops.integers import MOST_PLANES, quantize
 from ..ops.spec import ByteLayer
 from .dense import Dense, Firing, Membrane, Spiking, side_by_side
 from .forms import whole
-from .passes import COUNTS, LEVELS, REAL, epilogues, kinds, most_counted
+from .passes import COUNTS, LEVELS, REAL, SPIKES, epilogues, kinds, most_counted
 from .plan import PROJECT, Node, Plan, leaves
 from .product import Geometry
 
@@ -100,7 +100,7 @@ class Bytes(Dense):
         return ByteProduct(joined.weight, joined.bias, joined.geometry, **options), joined.channels
 
     def _bytes(self, node: Node, product: ByteProduct, x: Any) -> Tensor:
-        if isinstance(x, Spiking):
+        if isinstance(x, Spiking) and self.kinds[node.inputs()[0]] != LEVELS:
             return x.real(torch.int8)
         return product.bytes_of(self._frames_of(node, x).real())
 
@@ -155,7 +155,9 @@ class Bytes(Dense):
                 return _fired(a + b)
         return super()._add(node, given, values)
 
-    def _pooled(self, frames: Spiking) -> Callable[[torch.dtype], Tensor]:
+    def _pooled(self, node: Node, frames: Spiking) -> Callable[[torch.dtype], Tensor]:
+        if self.kinds[node.inputs()[0]] != SPIKES:
+            return super()._pooled(node, frames)
         spikes = frames.real(torch.int8)
         neuron = self.as_it_is.neuron(spikes.shape)
         return lambda dtype: kernels.fire_and_pool(spikes, neuron, dtype, compiled=self.compiled)

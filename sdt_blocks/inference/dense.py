@@ -368,10 +368,10 @@ class Dense(Form):
                 (u,), (neuron, compiled) = source[0].terms, source[1:]
                 fired = lambda dtype: kernels.fire_and_pool(u, neuron, dtype, compiled=compiled)  # noqa: E731
                 return Spiking(shape, fired)
-            return Spiking(shape, self._pooled(frames))
+            return Spiking(shape, self._pooled(node, frames))
         return Membrane(kernels.pool(frames.real()).to(self.real_dtype))
 
-    def _pooled(self, frames: Spiking) -> Callable[[torch.dtype], Tensor]:
+    def _pooled(self, node: Node, frames: Spiking) -> Callable[[torch.dtype], Tensor]:
         """The 3x3 maximum of stride 2 of spikes, by the dtype that is asked for."""
         return lambda dtype: kernels.pool(frames.real(self.real_dtype)).to(dtype)
 
