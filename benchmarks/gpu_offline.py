@@ -246,7 +246,9 @@ def launches_of_block(dtype: torch.dtype, channels_last: bool) -> dict[str, dict
             found.append(Counter(launch.name for launch in launches) + bodies.launches)
             grad = torch.empty_like(result)
             launches.clear(), bodies.launches.clear()
-            result.backward(grad)
+            # As backward does where no gradient is there yet: autograd then takes what it is given without a copy, but
+            # for the tensors that a noted launch holds on to.
+            torch.autograd.grad(result, [x, *block.parameters()], grad)
             found.append(Counter(launch.name for launch in launches) + bodies.launches)
     return {"forward": dict(found[0]), "backward": dict(found[1])}
 
@@ -273,12 +275,17 @@ def work(launch: Launch) -> Work:
     """Elements, bytes and rounds of a launch of ours, from its tensors."""
     tensors, arguments = launch.tensors(), launch.arguments
     scratch = tensors.pop("scratch", None)
-    elements = max(tensor.numel() for tensor in tensors.values())
+    elements: int = max(tensor.numel() for tensor in tensors.values())
     # A frame that is shown at every step is one in memory.
     held = (math.prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride) for t in tensors.values())
     moved = sum(n * tensor.element_size() for n, tensor in zip(held, tensors.values(), strict=True))
+    inputs = arguments.get("N", 1)
+    elements *= inputs
     if launch.name == "combine":
-        moved += arguments["grad"].numel() * arguments["grad"].element_size()
+        moved += inputs * arguments["grad"].numel() * arguments["grad"].element_size()
+    if arguments.get("MASK"):
+        # What fired is read for k and for v.
+        moved += arguments["codes"].numel()
     steps = arguments.get("STEPS", 1)
     if launch.name == "spike_layer_kernel":
         return of_spike_layer(launch, moved)

@@ -11,10 +11,10 @@ from torch import Tensor
 from ..surrogate import Scheduled
 from .bits import as_spikes, wants_bits
 from .dispatch import fused, kernels
-from .lif import constants, gradients_of_equations, lif, lif_gradients, lif_reference, normalized
+from .lif import constants, gradients_of_equations, gradients_of_norm, lif, lif_gradients, lif_reference, normalized
 from .norm_lif import batch_norm_lif, batch_norm_lif_reference, stacked_statistics
 from .registered import registered
-from .spec import MOST_TOKENS, Affine, Arriving, Layout, Mask, NeuronSpec, Norm, Spikes, arrange, state_dtype
+from .spec import MOST_TOKENS, Affine, Arriving, Layout, Masks, NeuronSpec, Norm, Spikes, arrange, state_dtype
 
 
 def attend_reference(x: Sequence[Tensor], norms: Sequence[Norm], neurons: Sequence[NeuronSpec]) -> Tensor:
@@ -42,23 +42,23 @@ def attend(x: Sequence[Tensor], norms: Sequence[Norm], neurons: Sequence[NeuronS
     specs = [constants(neuron) for neuron in neurons]
     q, training = x[0], norms[0].training
     alike = specs[0] == specs[1] == specs[2] and all(part.shape == q.shape and part.dtype == q.dtype for part in x)
-    alike = alike and all(norm.training == training for norm in norms)
+    alike = alike and len({(norm.training, norm.weight is None, norm.bias is None) for norm in norms}) == 1
     alike = alike and not any(isinstance(neuron.surrogate, Scheduled) for neuron in neurons)
     fits = alike and 0 < q.numel() <= MOST_TOKENS * q.shape[:3].numel()
     if None in specs or not fits or not fused(q, even_traced=training):
         return _compose(batch_norm_lif, lif, x, norms, neurons)
     mean, inv_std = stacked_statistics(x, norms)
-    weight = _stack([norm.weight for norm in norms], 1.0, mean)
-    bias = _stack([norm.bias for norm in norms], 0.0, mean)
+    parameters = [norm.weight for norm in norms] + [norm.bias for norm in norms]
+    parameters = [None if value is None else value.to(mean.dtype) for value in parameters]
     taus = [neuron.inv_tau for neuron in neurons]
     inv_tau = None
     if any(isinstance(tau, Tensor) for tau in taus):
         inv_tau = _stack_taus(taus, mean[0])
     numbers = [number for spec in specs if spec is not None for number in spec.encode()]
-    differentiable = any(tensor is not None and tensor.requires_grad for tensor in (*x, weight, bias, inv_tau))
+    differentiable = any(tensor is not None and tensor.requires_grad for tensor in (*x, *parameters, inv_tau))
     keep = torch.is_grad_enabled() and differentiable
-    keep_bits = wants_bits(*x, weight, bias, inv_tau)
-    masked, _, _, bits = attend_op(*x, numbers, inv_tau, mean, inv_std, weight, bias, training, keep, keep_bits)
+    keep_bits = wants_bits(*x, *parameters, inv_tau)
+    masked, _, _, bits = attend_op(*x, numbers, inv_tau, mean, inv_std, *parameters, training, keep, keep_bits)
     return as_spikes(masked, bits=bits)
 
 
@@ -91,20 +91,25 @@ def attend_op(
     inv_tau: Tensor | None,
     mean: Tensor,
     inv_std: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight_q: Tensor | None,
+    weight_k: Tensor | None,
+    weight_v: Tensor | None,
+    bias_q: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
     of_batch: bool,
     keep: bool,
     keep_bits: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The masked spikes; the codes of what fired, empty unless the gradient will need them; the sums; and the bits.
+    """The masked spikes; the codes of what fired, empty unless a gradient will need them; sums and mask; and the bits.
 
     Those are of the masked spikes, see `Layout.empty_bits`; they are empty unless `keep_bits`.
 
-    `neurons` are four encoded `NeuronSpec`; inv_tau `[4, C]`; mean, inv_std, weight and bias `[3, C]`.
+    `neurons` are four encoded `NeuronSpec`; inv_tau `[4, C]`; mean and inv_std `[3, C]`, weights and biases `[C]`, all
+    or none.
     """
     (q, k, v), layout = _arranged(q, k, v)
-    norm = Affine(mean, inv_std, weight, bias, of_batch)
+    norm = _affine(mean, inv_std, (weight_q, weight_k, weight_v, bias_q, bias_k, bias_v), of_batch)
     masked, codes, sums, bits = _results(q, layout, keep, keep_bits)
     out = Spikes(masked, bits if bits.numel() else None)
     kernels(q).attend((q, k, v), out, codes if keep else None, sums, layout, _specs(neurons), norm, inv_tau)
@@ -112,7 +117,7 @@ def attend_op(
 
 
 @attend_op.register_fake
-def _(q, k, v, neurons, inv_tau, mean, inv_std, weight, bias, of_batch, keep, keep_bits=False):
+def _(q, k, v, neurons, inv_tau, mean, inv_std, wq, wk, wv, bq, bk, bv, of_batch, keep, keep_bits=False):
     (q, _, _), layout = _arranged(q, k, v)
     return _results(q, layout, keep, keep_bits)
 
@@ -129,50 +134,45 @@ def attend_backward_op(
     inv_tau: Tensor | None,
     mean: Tensor,
     inv_std: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight_q: Tensor | None,
+    weight_k: Tensor | None,
+    weight_v: Tensor | None,
+    bias_q: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
     of_batch: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, inv_tau (empty if not given), weight and bias."""
+    """Gradients of q, k, v, inv_tau (empty if not given), and weight and bias `[3, C]`."""
     x, layout = _arranged(q, k, v)
-    specs, module = _specs(neurons), kernels(q)
-    taus = [None] * 4 if inv_tau is None else list(inv_tau.unbind())
-    sums, channels = arrange(sums, layout.steps, per_channel=True)
-    mask, _ = module.lif_forward(sums, channels, specs[3], None, taus[3], None, keep_membrane=False)
-    grad = layout.frames(grad)
+    norm = _affine(mean, inv_std, (weight_q, weight_k, weight_v, bias_q, bias_k, bias_v), of_batch)
+    specs, module, grad = _specs(neurons), kernels(q), layout.frames(grad)
+    sums, mask = sums.unbind()
     of_mask = torch.empty_like(sums)
     module.mask_gradient(grad, codes, of_mask, layout)
-    of_sums, of_tau, *_ = lif_gradients(Arriving(of_mask), sums, channels, specs[3], None, taus[3], None)
-    # The gradient of k is that of the sums wherever v fired, and the other way round.
-    arriving = (
-        Arriving(grad, Mask(mask)),
-        Arriving(None, Mask(of_sums, codes, bit=2)),
-        Arriving(None, Mask(of_sums, codes, bit=1)),
-    )
-    norm = Affine(mean, inv_std, weight, bias, of_batch)
-    of_weight, of_bias = torch.empty_like(weight), torch.empty_like(bias)
-    found = [
-        lif_gradients(arriving[i], x[i], layout, specs[i], norm.row(i), taus[i], None, (of_weight[i], of_bias[i]))
-        for i in range(3)
-    ]
-    of_x, of_taus, *_ = zip(*found, strict=True)
-    given = [of for of in (*of_taus, of_tau) if of is not None]
-    of_inv_tau = torch.stack(given) if given else mean.new_empty(0)
-    return *of_x, of_inv_tau, of_weight, of_bias
+    sums, channels = arrange(sums, layout.steps, per_channel=True)
+    of_its_tau = None if inv_tau is None else inv_tau[3]
+    of_sums, of_tau, *_ = lif_gradients(Arriving(of_mask), sums, channels, specs[3], None, of_its_tau, None)
+    of_x, found = module.attend_backward(grad, Masks(mask, of_sums, codes), x, layout, specs, norm, inv_tau)
+    of_weight, of_bias = gradients_of_norm(of_x, x, layout, norm, found)
+    of_q, of_k, of_v = of_x
+    of_inv_tau = mean.new_empty(0)
+    if of_tau is not None:
+        of_inv_tau = torch.cat([found[:, 0].sum(1, dtype=torch.float64).to(of_tau), of_tau[None]])
+    return of_q, of_k, of_v, of_inv_tau, of_weight, of_bias
 
 
 @attend_backward_op.register_fake
-def _(grad, q, k, v, codes, sums, neurons, inv_tau, mean, inv_std, weight, bias, of_batch):
+def _(grad, q, k, v, codes, sums, neurons, inv_tau, mean, *others):
     x, layout = _arranged(q, k, v)
     of_x = (layout.empty(part, layout.steps) for part in x)
     of_inv_tau = mean.new_empty(0) if inv_tau is None else torch.empty_like(inv_tau)
-    return *of_x, of_inv_tau, torch.empty_like(weight), torch.empty_like(bias)
+    return *of_x, of_inv_tau, torch.empty_like(mean), torch.empty_like(mean)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, v, neurons, inv_tau, mean, inv_std, weight, bias, of_batch, *_ = inputs
+    q, k, v, neurons, inv_tau, mean, inv_std, *parameters, of_batch, _, _ = inputs
     _, codes, sums, bits = output
-    ctx.save_for_backward(q, k, v, codes, sums, inv_tau, mean, inv_std, weight, bias)
+    ctx.save_for_backward(q, k, v, codes, sums, inv_tau, mean, inv_std, *parameters)
     ctx.neurons, ctx.of_batch = neurons, of_batch
     ctx.mark_non_differentiable(codes, sums, bits)
     ctx.set_materialize_grads(False)
@@ -184,25 +184,27 @@ def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         inputs = (q, k, v, inv_tau, *norm[2:])
         with torch.enable_grad():
             masked = _equations((q, k, v), _specs(ctx.neurons), inv_tau, norm, ctx.of_batch)
-        of_q, of_k, of_v, of_inv_tau, of_weight, of_bias = gradients_of_equations((masked,), inputs, (grad,))
-        return of_q, of_k, of_v, None, of_inv_tau, None, None, of_weight, of_bias, None, None, None
+        found = gradients_of_equations((masked,), inputs, (grad,))
+        return *found[:3], None, found[3], None, None, *found[4:], None, None, None
     *of_x, of_inv_tau, of_weight, of_bias = attend_backward_op(
         grad, q, k, v, codes, sums, ctx.neurons, inv_tau, *norm, ctx.of_batch
     )
-    return *of_x, None, None if inv_tau is None else of_inv_tau, None, None, of_weight, of_bias, None, None, None
+    rows = (*of_weight.unbind(), *of_bias.unbind())
+    of_norms = (None if value is None else row for value, row in zip(norm[2:], rows, strict=True))
+    return *of_x, None, None if inv_tau is None else of_inv_tau, None, None, *of_norms, None, None, None
 
 
 attend_op.register_autograd(_gradients, keep=_keep)
 
 
 def _equations(
-    x: Sequence[Tensor], specs: Sequence[NeuronSpec], inv_tau: Tensor | None, norm: Sequence[Tensor], of_batch: bool
+    x: Sequence[Tensor], specs: Sequence[NeuronSpec], inv_tau: Tensor | None, norm: Sequence[Any], of_batch: bool
 ) -> Tensor:
     """The masked spikes from what the op is given."""
     if inv_tau is not None:
         specs = [spec._replace(inv_tau=inv_tau[i]) for i, spec in enumerate(specs)]
-    mean, inv_std, weight, bias = norm
-    frames = [normalized(x[i], mean[i], inv_std[i], weight[i], bias[i], of_batch) for i in range(3)]
+    mean, inv_std, *parameters = norm
+    frames = [normalized(x[i], mean[i], inv_std[i], parameters[i], parameters[3 + i], of_batch) for i in range(3)]
     q, k, v = (lif_reference(part, spec)[0] for part, spec in zip(frames, specs[:3], strict=True))
     mask = lif_reference((k * v).sum(tuple(range(3, q.ndim)), keepdim=True), specs[3])[0]
     return (q * mask).to(x[0].dtype)
@@ -220,7 +222,7 @@ def _arranged(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor, Te
 
 def _results(q: Tensor, layout: Layout, keep: bool, keep_bits: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     codes = layout.empty(q, layout.steps, torch.uint8) if keep else q.new_empty(0, dtype=torch.uint8)
-    sums = q.new_empty(q.shape[:3], dtype=state_dtype(q))
+    sums = q.new_empty(2, *q.shape[:3], dtype=state_dtype(q))
     return layout.empty(q, layout.steps), codes, sums, layout.empty_bits(q, keep_bits)
 
 
@@ -229,8 +231,9 @@ def _specs(neurons: Sequence[float]) -> list[NeuronSpec]:
     return [NeuronSpec.decode(neurons[i * length : (i + 1) * length]) for i in range(4)]
 
 
-def _stack(values: Sequence[Tensor | None], otherwise: float, like: Tensor) -> Tensor:
-    return torch.stack([like.new_full(like.shape[1:], otherwise) if v is None else v.to(like) for v in values])
+def _affine(mean: Tensor, inv_std: Tensor, parameters: Sequence[Tensor | None], of_batch: bool) -> Affine:
+    weights, biases = ([value for value in values if value is not None] for values in (parameters[:3], parameters[3:]))
+    return Affine(mean, inv_std, weights or None, biases or None, of_batch)
 
 
 def _stack_taus(taus: Sequence[float | Tensor], like: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .spec import Affine, Arriving, Layout, LevelSpec, NeuronSpec, Norm, Spikes
+from .spec import Affine, Arriving, Layout, LevelSpec, Masks, NeuronSpec, Norm, Spikes
 
 
 class Kernels(Protocol):
@@ -44,7 +44,7 @@ class Kernels(Protocol):
         inv_tau: Tensor | None,
         membrane: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Gradients of the neurons' input (like x), of the first membrane, and sums `[3, n, channels]`.
+        """Gradients of the neurons' input (like x), of the first membrane, and sums `[1, 3, n, channels]`.
 
         These are over all neurons of a channel and all steps, in n parts, of the gradient of the input times: what
         multiplies it in the gradient of `inv_tau`, if one is given; and where there is a norm, 1 and `x - mean`.
@@ -62,10 +62,11 @@ class Kernels(Protocol):
         norm: Affine,
         inv_tau: Tensor | None,
     ) -> None:
-        """Fills out with the masked spikes of q, for the inputs x of q, k and v; and sums, `[T, B, C]`.
+        """Fills out with the masked spikes of q, for the inputs x of q, k and v; and sums, `[2, T, B, C]`.
 
-        All but sums are dense `[T, B, C, ...]`, B outermost in a frame. `neurons` are those of q, k and v, alike, and
-        of the sum; inv_tau `[4, C]`. `codes`, if given, gets what fired: q, k and v as bits 0, 1 and 2.
+        These are the sums over tokens, and then what their neurons fired. All else is dense `[T, B, C, ...]`, B
+        outermost in a frame. `neurons` are those of q, k and v, alike, and of the sum; inv_tau `[4, C]`. `codes`, if
+        given, gets what fired: q, k and v as bits 0, 1 and 2.
         """
         ...
 
@@ -73,23 +74,39 @@ class Kernels(Protocol):
         """Fills result `[T, B, C]` with `(grad * q).sum(tokens)`, for the codes of `attend` and grad in their order."""
         ...
 
+    def attend_backward(
+        self,
+        grad: Tensor,
+        masks: Masks,
+        x: Sequence[Tensor],
+        layout: Layout,
+        neurons: Sequence[NeuronSpec],
+        norm: Affine,
+        inv_tau: Tensor | None,
+    ) -> tuple[Sequence[Tensor], Tensor]:
+        """Gradients of the neurons' inputs of q, k and v, and sums `[3, 3, n, channels]` as `lif_backward` has them."""
+        ...
+
     def channel_statistics(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Mean and biased variance of every channel `[channels]`, in float64."""
         ...
 
     @property
-    def batch_statistics(self) -> Callable[[Tensor, Layout, Norm, int, Tensor, Tensor], None] | None:
-        """Fills mean and inv_std `[channels]` from x, layout, norm, repeats, updates running statistics and counts.
+    def batch_statistics(
+        self,
+    ) -> Callable[[Sequence[Tensor], Layout, Sequence[Norm], int, Tensor, Tensor], None] | None:
+        """Fills mean and inv_std from x, layout, norms, repeats, updates running statistics and counts.
 
         That is what `norm_lif.statistics` does, for a momentum that is a number; `None` where launches cost nothing
-        that one kernel would save.
+        that one kernel would save. x are one input or three that lie alike, with norms that differ in their tensors
+        alone, and mean and inv_std `[channels]` or `[3, channels]`.
         """
         ...
 
     def norm_gradients(
         self,
-        grad: Tensor,
-        x: Tensor,
+        grad: Sequence[Tensor],
+        x: Sequence[Tensor],
         layout: Layout,
         norm: Affine,
         sums: Tensor,
@@ -97,10 +114,10 @@ class Kernels(Protocol):
         of_weight: Tensor,
         of_bias: Tensor,
     ) -> None:
-        """From the gradient of the normalized x, in place, to that of x; fills those of weight and bias `[channels]`.
+        """From the gradient of the normalized x, in place, to that of x; fills those of weight and bias, like the mean.
 
-        `sums` are those of `lif_backward`; `count` is the number of values of a channel where mean and deviation are
-        theirs, `None` where these do not depend on x.
+        x are one input or three that lie alike; `sums` are those of `lif_backward`; `count` is the number of values of
+        a channel where mean and deviation are theirs, `None` where these do not depend on x.
         """
         ...
 

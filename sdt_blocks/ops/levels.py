@@ -195,7 +195,7 @@ def norm_levels_op(
     x, layout = _frames(x)
     values = layout.empty(x, layout.steps)
     level_kernels(x).norm_levels(
-        x, layout, LevelSpec.decode(neuron), Affine(mean, inv_std, weight, bias, of_batch), values
+        x, layout, LevelSpec.decode(neuron), Affine.of_one(mean, inv_std, weight, bias, of_batch), values
     )
     return values
 
@@ -219,10 +219,10 @@ def norm_levels_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
     x, layout = _frames(x)
-    norm = Affine(mean, inv_std, weight, bias, of_batch)
+    norm = Affine.of_one(mean, inv_std, weight, bias, of_batch)
     grad_x = layout.empty(x, layout.steps)
     sums = level_kernels(x).norm_levels_backward(layout.frames(grad), x, layout, LevelSpec.decode(neuron), norm, grad_x)
-    return grad_x, *gradients_of_norm(grad_x, x, layout, norm, sums)
+    return grad_x, *gradients_of_norm([grad_x], [x], layout, norm, sums)
 
 
 @norm_levels_backward_op.register_fake

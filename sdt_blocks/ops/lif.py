@@ -190,7 +190,7 @@ def lif_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, inv_tau, membrane, weight and bias; those of what was not given are empty."""
     x, layout = _arranged(x, steps, inv_tau, mean)
-    arriving, norm = Arriving(grad, last=grad_last), _affine(mean, inv_std, weight, bias, of_batch)
+    arriving, norm = Arriving(grad, grad_last), _affine(mean, inv_std, weight, bias, of_batch)
     gradients = lif_gradients(arriving, x, layout, _spec(neuron, scheduled), norm, inv_tau, membrane)
     # A registered op returns tensors only, none of them twice.
     of_x, of_inv_tau, of_membrane, of_weight, of_bias = (
@@ -207,37 +207,28 @@ def lif_gradients(
     norm: Affine | None,
     inv_tau: Tensor | None,
     membrane: Tensor | None,
-    of_norm: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, inv_tau, membrane and the norm's weight and bias; `None` for what was not given.
-
-    Those of the norm are written into `of_norm`, if given.
-    """
+    """Gradients of x, inv_tau, membrane and the norm's weight and bias; `None` for what was not given."""
     grad_x, grad_membrane, sums = kernels(x).lif_backward(arriving, x, layout, neuron, norm, inv_tau, membrane)
     grad_inv_tau = grad_weight = grad_bias = None
     if norm is not None:
-        grad_weight, grad_bias = gradients_of_norm(grad_x, x, layout, norm, sums, of_norm)
+        grad_weight, grad_bias = gradients_of_norm([grad_x], [x], layout, norm, sums)
     if inv_tau is not None:
-        grad_inv_tau = sums[0].sum(0 if inv_tau.ndim else None, dtype=torch.float64).to(state_dtype(x))
+        grad_inv_tau = sums[0, 0].sum(0 if inv_tau.ndim else None, dtype=torch.float64).to(state_dtype(x))
     return grad_x, grad_inv_tau, grad_membrane, grad_weight, grad_bias
 
 
 def gradients_of_norm(
-    grad: Tensor,
-    x: Tensor,
-    layout: Layout,
-    norm: Affine,
-    sums: Tensor,
-    of_norm: tuple[Tensor, Tensor] | None = None,
+    grad: Sequence[Tensor], x: Sequence[Tensor], layout: Layout, norm: Affine, sums: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """From the gradient of the normalized x, in place, to that of x; gives those of weight and bias.
+    """From the gradients of the normalized x, in place, to those of x; gives those of weight and bias, like the mean.
 
-    They are written into `of_norm`, if given. `sums` are those of `lif_backward`.
+    x are one input or three, see `Kernels.norm_gradients`.
     """
-    of_weight, of_bias = of_norm or (torch.empty_like(norm.mean), torch.empty_like(norm.mean))
-    count = layout.size // layout.channels * x.shape[0] if norm.of_batch else None
-    frames = dataclasses.replace(layout, steps=x.shape[0])
-    kernels(x).norm_gradients(grad, x, frames, norm, sums, count, of_weight, of_bias)
+    of_weight, of_bias = torch.empty_like(norm.mean), torch.empty_like(norm.mean)
+    count = layout.size // layout.channels * x[0].shape[0] if norm.of_batch else None
+    frames = dataclasses.replace(layout, steps=x[0].shape[0])
+    kernels(x[0]).norm_gradients(grad, x, frames, norm, sums, count, of_weight, of_bias)
     return of_weight, of_bias
 
 
@@ -347,4 +338,4 @@ def _spec(neuron: Sequence[float], scheduled: Tensor | None) -> NeuronSpec:
 def _affine(
     mean: Tensor | None, inv_std: Tensor | None, weight: Tensor | None, bias: Tensor | None, of_batch: bool
 ) -> Affine | None:
-    return None if mean is None or inv_std is None else Affine(mean, inv_std, weight, bias, of_batch)
+    return None if mean is None or inv_std is None else Affine.of_one(mean, inv_std, weight, bias, of_batch)

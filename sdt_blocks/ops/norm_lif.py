@@ -93,7 +93,8 @@ def statistics(x: Tensor, norm: Norm, repeats: int = 1) -> tuple[Tensor, Tensor]
     """Mean and inverse deviation to normalize by; when training updates the running statistics and counts the batch."""
     if fill := _at_once(x, norm):
         mean, inv_std = (x.new_empty(x.shape[2], dtype=state_dtype(x)) for _ in range(2))
-        fill(*arrange(x, x.shape[0], per_channel=True), norm, repeats, mean, inv_std)
+        x, layout = arrange(x, x.shape[0], per_channel=True)
+        fill([x], layout, [norm], repeats, mean, inv_std)
         return mean, inv_std
     running_mean, running_var, momentum, eps = norm.running_mean, norm.running_var, norm.momentum, norm.eps
     if not norm.training:
@@ -114,16 +115,30 @@ def statistics(x: Tensor, norm: Norm, repeats: int = 1) -> tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def stacked_statistics(x: Sequence[Tensor], norms: Sequence[Norm]) -> tuple[Tensor, Tensor]:
-    """`statistics` of several inputs `[n, C]`, in the state's dtype."""
+    """`statistics` of three inputs `[3, C]`, in the state's dtype."""
     dtype = state_dtype(x[0])
     if fill := _at_once(x[0], *norms):
         mean, inv_std = (x[0].new_empty(len(x), x[0].shape[2], dtype=dtype) for _ in range(2))
-        for i, (part, norm) in enumerate(zip(x, norms, strict=True)):
-            fill(*arrange(part, len(part), per_channel=True), norm, 1, mean[i], inv_std[i])
+        parts, layouts = zip(*(arrange(part, len(part), per_channel=True) for part in x), strict=True)
+        if layouts[0] == layouts[1] == layouts[2] and _settled_alike(norms):
+            fill(parts, layouts[0], norms, 1, mean, inv_std)
+        else:
+            for i, part in enumerate(parts):
+                fill([part], layouts[i], [norms[i]], 1, mean[i], inv_std[i])
         return mean, inv_std
     found = [statistics(part, norm) for part, norm in zip(x, norms, strict=True)]
     mean, inv_std = (torch.stack(values).to(dtype) for values in zip(*found, strict=True))
     return mean, inv_std
+
+
+def _settled_alike(norms: Sequence[Norm]) -> bool:
+    """Whether norms differ in their tensors alone, and none changes what another one does too."""
+    kept = [norm.running_mean for norm in norms]
+    settings = {(norm.momentum, norm.eps, norm.batches is None) for norm in norms}
+    if all(mean is None for mean in kept):
+        return len(settings) == 1
+    distinct = len({id(mean) for mean in kept}) == len(norms) and None not in kept
+    return distinct and len(settings) == len({mean.dtype for mean in kept if mean is not None}) == 1
 
 
 def _at_once(x: Tensor, *norms: Norm) -> Callable[..., None] | None:

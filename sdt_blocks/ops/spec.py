@@ -119,31 +119,40 @@ class Norm(NamedTuple):
 
 @dataclass(frozen=True)
 class Affine:
-    """A normalization, `(x - mean) * inv_std * weight + bias`.
+    """A normalization, `(x - mean) * inv_std * weight + bias`, or those of q, k and v.
 
-    All tensors are `[C]` in the state's dtype; for the attention `[3, C]`, one row each for q, k and v.
+    All tensors are in the state's dtype: mean and inv_std `[C]`, or `[3, C]`; weight and bias `[C]`, one for each.
     """
 
     mean: Tensor
     inv_std: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
+    weight: Sequence[Tensor] | None
+    bias: Sequence[Tensor] | None
     of_batch: bool
     """Whether mean and inv_std are those of x, through which the gradient flows too."""
+
+    @staticmethod
+    def of_one(mean: Tensor, inv_std: Tensor, weight: Tensor | None, bias: Tensor | None, of_batch: bool) -> Affine:
+        weights, biases = (None if value is None else (value,) for value in (weight, bias))
+        return Affine(mean, inv_std, weights, biases, of_batch)
 
     @functools.cached_property
     def scale(self) -> Tensor:
         """With `shift`: the same as `x * scale + shift`."""
-        return self.inv_std if self.weight is None else self.inv_std * self.weight
+        return self.inv_std if self.weight is None else self.inv_std * _rows(self.weight)
 
     @functools.cached_property
     def shift(self) -> Tensor:
-        return -self.mean * self.scale if self.bias is None else self.bias - self.mean * self.scale
+        return -self.mean * self.scale if self.bias is None else _rows(self.bias) - self.mean * self.scale
 
     def row(self, i: int) -> Affine:
         """That of q, k or v."""
-        weight, bias = (None if value is None else value[i] for value in (self.weight, self.bias))
+        weight, bias = (None if values is None else (values[i],) for values in (self.weight, self.bias))
         return Affine(self.mean[i], self.inv_std[i], weight, bias, self.of_batch)
+
+
+def _rows(values: Sequence[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack([*values])
 
 
 class ByteLayer(NamedTuple):
@@ -156,19 +165,6 @@ class ByteLayer(NamedTuple):
     scale: Tensor
     shift: Tensor
     windows: Sequence[Sequence[int]] = ((1, 1), (0, 0), (1, 1))
-
-
-class Mask(NamedTuple):
-    """What multiplies the gradient of spikes `[T, B, C, ...]` on its way to their neurons.
-
-    With `codes` (one byte each, in the spikes' order of memory) there is no other gradient: it is `values` wherever
-    `bit` of the code is set. B is the outermost axis of a frame in memory.
-    """
-
-    values: Tensor
-    """`[T, B, C]` in the state's dtype."""
-    codes: Tensor | None = None
-    bit: int = 0
 
 
 class Spikes(NamedTuple):
@@ -184,10 +180,19 @@ class Arriving(NamedTuple):
 
     spikes: Tensor | None = None
     """`[T, ...]`, like the spikes."""
-    mask: Mask | None = None
-    """Comes between `spikes` and the neurons' own."""
     last: Tensor | None = None
     """Of the last membrane, `x.shape[1:]`."""
+
+
+class Masks(NamedTuple):
+    """What becomes of a gradient on its way to the spikes of q, k and v."""
+
+    of_q: Tensor
+    """Multiplies the gradient that q gets, `[T, B, C]` in the state's dtype."""
+    of_sums: Tensor
+    """The gradient of the sums of `k * v`: that of k wherever v fired, and the other way round; like `of_q`."""
+    codes: Tensor
+    """What fired, see `Kernels.attend`."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from sdt_blocks.ops.spec import (
     Arriving,
     ByteLayer,
     LevelSpec,
-    Mask,
+    Masks,
     NeuronSpec,
     Norm,
     Spikes,
@@ -47,7 +47,7 @@ class Layer:
         self.x, self.layout = arrange(x[:, :, :channels], steps, per_channel)
         self.grad = self.layout.empty(self.x, steps)
         self.of_channel = torch.empty(channels, dtype=state_dtype(x))
-        self.norm = Affine(*[self.of_channel] * 4, True)
+        self.norm = Affine(self.of_channel, self.of_channel, [self.of_channel], [self.of_channel], True)
 
     def forward(self, neuron=PLAIN, norm=True, inv_tau=None, membrane=None, keep=False):
         norm = self.norm if norm else None
@@ -59,8 +59,8 @@ class Layer:
         bits = self.layout.empty_bits(self.x, wanted=True)
         return (None, bits) if bits.numel() else (None,)
 
-    def backward(self, neuron=PLAIN, norm=True, inv_tau=None, membrane=None, mask=None, grad=True, last=None):
-        norm, arriving = self.norm if norm else None, Arriving(self.grad if grad else None, mask, last)
+    def backward(self, neuron=PLAIN, norm=True, inv_tau=None, membrane=None, last=None):
+        norm, arriving = self.norm if norm else None, Arriving(self.grad, last)
         training.lif_backward(arriving, self.x, self.layout, neuron, norm, inv_tau, membrane)
 
     def levels(self, neuron):
@@ -74,23 +74,24 @@ class Layer:
         levels.levels_backward(self.grad, inside, neuron, torch.empty_like(self.grad))
 
     def statistics(self, parts=2048):
-        running = Norm(self.of_channel, self.of_channel, training=True)
-        training.batch_statistics(self.x, self.layout, running, 1, self.of_channel, self.of_channel.clone())
-        sums = torch.empty(3, parts, len(self.of_channel), dtype=self.of_channel.dtype)
-        into = torch.empty_like(self.of_channel), torch.empty_like(self.of_channel)
-        training.norm_gradients(self.grad, self.x, self.layout, self.norm, sums, 100, *into)
+        of, number = self.of_channel, torch.empty((), dtype=torch.int64)
+        for n in (1, 3):
+            running = [Norm(of, of, training=True, batches=number)] * n
+            training.batch_statistics([self.x] * n, self.layout, running, 1, of.expand(n, -1), of.expand(n, -1).clone())
+            sums = torch.empty(n, 3, parts, len(of), dtype=of.dtype)
+            into, norm = torch.empty(2, n, len(of), dtype=of.dtype), Affine(of, of, [of] * n, [of] * n, True)
+            training.norm_gradients([self.grad] * n, [self.x] * n, self.layout, norm, sums, 100, *into)
 
     def attention(self, keep=True, inv_tau=None, neurons=(PLAIN,) * 4):
         codes = self.layout.empty(self.x, self.layout.steps, torch.uint8) if keep else None
-        sums = torch.empty(self.x.shape[:3], dtype=state_dtype(self.x))
-        norm = Affine(*[torch.empty(3, len(self.of_channel), dtype=state_dtype(self.x))] * 4, True)
+        sums = torch.empty(2, *self.x.shape[:3], dtype=state_dtype(self.x))
+        rows = torch.empty(3, len(self.of_channel), dtype=state_dtype(self.x))
+        norm, x = Affine(rows, rows, [self.of_channel] * 3, [self.of_channel] * 3, True), [self.x] * 3
         for bits in self.bits():
-            out = Spikes(self.grad, bits)
-            training.attend([self.x] * 3, out, codes, sums, self.layout, neurons, norm, inv_tau)
+            training.attend(x, Spikes(self.grad, bits), codes, sums, self.layout, neurons, norm, inv_tau)
         if codes is not None:
-            training.mask_gradient(self.grad, codes, sums, self.layout)
-            self.backward(mask=Mask(sums))
-            self.backward(mask=Mask(sums, codes, bit=2), grad=False)
+            training.mask_gradient(self.grad, codes, sums[0], self.layout)
+            training.attend_backward(self.grad, Masks(*sums, codes), x, self.layout, neurons, norm, inv_tau)
 
     def pool(self, keep=True):
         frames = self.x.flatten(0, 1)
@@ -116,7 +117,7 @@ def usual(dtype, batch=32, size=224, alpha=4.0, tau=0.5):
         Layer((4, batch, 384, small, small), dtype, channels_last).attention()
         Layer((4, batch, 96, size // 2, size // 2), dtype, channels_last).pool()
         large = Layer((4, batch, 96, size // 2, size // 2), dtype, channels_last)
-        training.batch_statistics(large.x, large.layout, Norm(), 1, large.of_channel, large.of_channel.clone())
+        training.batch_statistics([large.x], large.layout, [Norm()], 1, large.of_channel, large.of_channel.clone())
     whole = Layer((4, batch, 384, small, small), dtype, per_channel=False)
     whole.forward(neuron, norm=False)
     whole.backward(neuron, norm=False)

@@ -115,27 +115,45 @@ def test_evaluation(backend, device):
     assert worst(run(attend, x, norms, neurons, leaves), expected) <= TAKEN[torch.float64]
 
 
-@pytest.mark.parametrize("alike", [True, False])
-def test_running_statistics(backend, device, alike):
+@pytest.mark.parametrize("unlike", ["nothing", "neurons", "norms", "orders", "tracked", "shared"])
+def test_running_statistics(backend, device, unlike):
+    """One launch settles three norms that are alike; each takes its own where they are not."""
     x, norms, neurons, _ = make((4, 2, 12, 4, 4), torch.float64, device, learnt=False)
     x = [(i + 1) * part + i for i, part in enumerate(x)]
-    neurons = neurons if alike else [neurons[0]._replace(threshold=0.7), *neurons[1:]]
+    if unlike == "orders":
+        x[1] = channels_last(x[1])
+    if unlike == "neurons":
+        neurons[0] = neurons[0]._replace(threshold=0.7)
 
     def after(op):
-        own = [
-            norm._replace(
-                running_mean=torch.ones(12).to(x[0]),
-                running_var=torch.ones(12).to(x[0]),
-                momentum=0.1 + 0.2 * i,
-                batches=torch.tensor(i, device=device),
-            )
-            for i, norm in enumerate(norms)
-        ]
-        op(x, own, neurons)
-        assert [int(norm.batches) for norm in own] == [1, 2, 3]
-        return torch.stack([torch.stack([norm.running_mean, norm.running_var]) for norm in own])
+        kept = [(torch.ones(12).to(x[0]), torch.ones(12).to(x[0]), torch.tensor(i, device=device)) for i in range(3)]
+        own = []
+        for i, norm in enumerate(norms):
+            mean, variance, batches = kept[0 if unlike == "shared" else i]
+            momentum = 0.1 + 0.2 * i if unlike == "norms" else 0.3
+            norm = norm._replace(running_mean=mean, running_var=variance, momentum=momentum, batches=batches)
+            untracked = {"running_mean": None, "running_var": None, "batches": None}
+            own.append(norm._replace(**untracked) if unlike == "tracked" and i == 1 else norm)
+        spikes = op(x, own, neurons)
+        assert spikes.any()
+        counted = {"shared": [3, 1, 2], "tracked": [1, 1, 3]}.get(unlike, [1, 2, 3])
+        assert [int(batches) for *_, batches in kept] == counted
+        return [spikes, *(torch.stack(values) for *values, _ in kept)]
 
-    torch.testing.assert_close(after(attend), after(attend_reference))
+    for found, expected in zip(after(attend), after(attend_reference), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("given", [(False, False), (True, False), (False, True), "unlike"], ids=str)
+def test_norms_without_weight_or_bias(backend, device, given):
+    x, norms, neurons, leaves = make((3, 2, 12, 4, 4), torch.float64, device, learnt=False)
+    neurons = [neuron._replace(threshold=0.4) for neuron in neurons]
+    for i, norm in enumerate(norms):
+        weighted, biased = (i == 0, i == 1) if given == "unlike" else given
+        norms[i] = norm._replace(weight=norm.weight if weighted else None, bias=norm.bias if biased else None)
+    leaves = [value for norm in norms for value in (norm.weight, norm.bias) if value is not None]
+    expected = run(attend_reference, x, norms, neurons, leaves)
+    assert expected[0].any() and worst(run(attend, x, norms, neurons, leaves), expected) <= TAKEN[torch.float64]
 
 
 def test_unlike_neurons_are_fused_each_for_itself(backend, device):

@@ -65,7 +65,7 @@ def test_kernels_that_fire_write_the_bits(backend, device, shape, order, bytes_a
     torch.manual_seed(0)
     x, layout = arrange(inputs(shape, order, dtype, device), shape[0], per_channel=True)
     module, values = kernels(x), torch.rand(3, shape[2], dtype=state_dtype(x), device=device)
-    norm, neuron = Affine(values, values + 0.5, values, values, True), NeuronSpec(0.3)
+    norm, neuron = Affine(values, values + 0.5, [*values], [*values], True), NeuronSpec(0.3)
     bits, of_masked = (layout.empty_bits(x, wanted=True) for _ in range(2))
     assert not layout.empty_bits(x, wanted=False).numel()
     assert bits.numel() * 8 == (x.numel() if bytes_are_whole else 0)
@@ -75,7 +75,7 @@ def test_kernels_that_fire_write_the_bits(backend, device, shape, order, bytes_a
     spikes, of_state = module.lif_forward(x, layout, neuron, norm.row(0), None, None, keep_membrane=True, bits=bits)
     assert torch.equal(spikes, expected) and torch.equal(of_state, last) and 0.05 < spikes.float().mean() < 0.9
     assert torch.equal(bits, module.pack_bits(spikes))
-    masked, sums = torch.empty_like(spikes), values.new_empty(x.shape[:3])
+    masked, sums = torch.empty_like(spikes), values.new_empty(2, *x.shape[:3])
     module.attend([x, x, x], Spikes(masked, of_masked), None, sums, layout, [neuron] * 4, norm, None)
     assert masked.any() and torch.equal(of_masked, module.pack_bits(masked))
 

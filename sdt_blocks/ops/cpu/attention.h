@@ -46,11 +46,11 @@ struct Pieces {
     }
 };
 
-// scale and shift: [3, channels], for q, k and v. neurons: four, and inv_tau: [4, channels], for the sum too. counts, the sums:
-// [steps, images, channels].
+// scale and shift: [3, channels], for q, k and v. neurons: four, and inv_tau: [4, channels], for the sum too. sums, and what
+// their neurons fired: [2, steps, images, channels].
 template <class X, class S>
 void attend(const Layout& l, int64_t images, const Neuron* neurons, const X* q, const X* k, const X* v, const S* scale,
-            const S* shift, const S* inv_tau, X* out, uint8_t* bits, uint8_t* codes, S* counts) {
+            const S* shift, const S* inv_tau, X* out, uint8_t* bits, uint8_t* codes, S* results) {
     const Pieces pieces(l, images);
     const X* const x[] = {q, k, v};
     const Dynamics<S> dynamics[] = {Dynamics<S>(neurons[0]), Dynamics<S>(neurons[1]), Dynamics<S>(neurons[2]),
@@ -93,9 +93,11 @@ void attend(const Layout& l, int64_t images, const Neuron* neurons, const X* q, 
             for (int64_t t = 0; t < l.steps; ++t) {
                 S *sum = &sums[t * w], *mask = &masks[t * w];
                 pieces.gather(p, sum);
-                std::copy_n(sum, p.channels, counts + (t * images + p.image) * l.channels + p.channel);
+                S* const to = results + (t * images + p.image) * l.channels + p.channel;
+                std::copy_n(sum, p.channels, to);
                 advance<false, true>(dynamics[3], p.channels, sum, (S*)nullptr, (S*)nullptr, &times[3 * w], h.data(), h.data(),
                                      mask);
+                std::copy_n(mask, p.channels, to + l.steps * images * l.channels);
                 if (pieces.together) std::fill_n(mask, w, mask[0]);
             }
             for (int64_t row = 0; row < p.rows; ++row)

@@ -20,13 +20,17 @@ def levels_backward(grad: Tensor, inside: Tensor, neuron: LevelSpec, grad_x: Ten
 
 
 def norm_levels(x: Tensor, layout: Layout, neuron: LevelSpec, norm: Affine, values: Tensor) -> None:
-    _call("norm_levels", x, layout, bindings.levels(neuron), x, norm.scale, norm.mean, norm.bias, values)
+    _call("norm_levels", x, layout, bindings.levels(neuron), x, norm.scale, norm.mean, _bias(norm), values)
 
 
 def norm_levels_backward(
     grad: Tensor, x: Tensor, layout: Layout, neuron: LevelSpec, norm: Affine, grad_x: Tensor
 ) -> Tensor:
-    sums = x.new_empty(3, 1, layout.channels, dtype=torch.float64)
-    affine = (norm.scale, norm.mean, norm.bias)
+    sums = x.new_empty(1, 3, 1, layout.channels, dtype=torch.float64)
+    affine = (norm.scale, norm.mean, _bias(norm))
     _call("norm_levels_backward", x, layout, bindings.levels(neuron), grad, grad.stride(0), x, *affine, grad_x, sums)
     return sums
+
+
+def _bias(norm: Affine) -> Tensor | None:
+    return None if norm.bias is None else norm.bias[0]

@@ -267,9 +267,9 @@ int64_t norm_levels_backward(int64_t dtype, const Layout* l, const Levels* neuro
 
 int64_t attend(int64_t dtype, const Layout* l, int64_t images, const Neuron* n, const void* q, const void* k, const void* v,
            const void* scale, const void* shift, const void* inv_tau, void* out, uint8_t* bits, uint8_t* codes,
-           void* counts) {
+           void* sums) {
     FOR_DTYPE(dtype, (attend(*l, images, n, (const X*)q, (const X*)k, (const X*)v, (const S*)scale, (const S*)shift,
-                             (const S*)inv_tau, (X*)out, bits, codes, (S*)counts)))
+                             (const S*)inv_tau, (X*)out, bits, codes, (S*)sums)))
 }
 
 int64_t mask_gradient(int64_t dtype, const Layout* l, int64_t images, const void* grad, int64_t grad_step, const uint8_t* codes,

@@ -6,12 +6,12 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from ctypes import c_int, c_int64
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..spec import Affine, Arriving, Layout, NeuronSpec, Spikes, state_dtype
+from ..spec import Affine, Arriving, Layout, Masks, NeuronSpec, Spikes, state_dtype
 from .bindings import call, threads
 from .bindings import neurons as neuron_array
 
@@ -50,12 +50,38 @@ def lif_backward(
     inv_tau: Tensor | None,
     membrane: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
+    return _lif_backward(arriving, None, x, layout, neuron, norm, inv_tau, membrane)
+
+
+class Mask(NamedTuple):
+    """What multiplies the gradient of spikes `[T, B, C, ...]` on its way to their neurons.
+
+    With `codes` (one byte each, in the spikes' order of memory) there is no other gradient: it is `values` wherever
+    `bit` of the code is set. B is the outermost axis of a frame in memory.
+    """
+
+    values: Tensor
+    """`[T, B, C]` in the state's dtype."""
+    codes: Tensor | None = None
+    bit: int = 0
+
+
+def _lif_backward(
+    arriving: Arriving,
+    mask: Mask | None,
+    x: Tensor,
+    layout: Layout,
+    neuron: NeuronSpec,
+    norm: Affine | None,
+    inv_tau: Tensor | None,
+    membrane: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
     grad_x = layout.empty(x, x.shape[0])
     before = None if membrane is None else layout.frame(membrane)
     grad_before = None if before is None else torch.empty_like(before)
-    sums = x.new_empty(3, 1, layout.channels, dtype=torch.float64)
+    sums = x.new_empty(1, 3, 1, layout.channels, dtype=torch.float64)
     constants = 0 if inv_tau is None else inv_tau.numel()
-    grad, mask, grad_last = arriving
+    grad, grad_last = arriving
     grad = None if grad is None else layout.frames(grad)
     grad_step = 0 if grad is None else grad.stride(0)
     grad_last = None if grad_last is None else layout.frame(grad_last)
@@ -85,6 +111,24 @@ def mask_gradient(grad: Tensor, codes: Tensor, result: Tensor, layout: Layout) -
     _call("mask_gradient", grad, layout, grad.shape[1], grad, grad.stride(0), codes, result)
 
 
+def attend_backward(
+    grad: Tensor,
+    masks: Masks,
+    x: Sequence[Tensor],
+    layout: Layout,
+    neurons: Sequence[NeuronSpec],
+    norm: Affine,
+    inv_tau: Tensor | None,
+) -> tuple[Sequence[Tensor], Tensor]:
+    of_k, of_v = (Mask(masks.of_sums, masks.codes, bit) for bit in (2, 1))
+    arriving = (grad, Mask(masks.of_q)), (None, of_k), (None, of_v)
+    found = []
+    for i, (given, masked) in enumerate(arriving):
+        tau = None if inv_tau is None else inv_tau[i]
+        found.append(_lif_backward(Arriving(given), masked, x[i], layout, neurons[i], norm.row(i), tau, None))
+    return [of_x for of_x, *_ in found], torch.cat([sums for *_, sums in found])
+
+
 def channel_statistics(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     mean, variance = (x.new_empty(layout.channels, dtype=torch.float64) for _ in range(2))
     _call("channel_statistics", x, layout, x, mean, variance)
@@ -95,8 +139,8 @@ batch_statistics = None
 
 
 def norm_gradients(
-    grad: Tensor,
-    x: Tensor,
+    grad: Sequence[Tensor],
+    x: Sequence[Tensor],
     layout: Layout,
     norm: Affine,
     sums: Tensor,
@@ -104,13 +148,15 @@ def norm_gradients(
     of_weight: Tensor,
     of_bias: Tensor,
 ) -> None:
-    of_shift, of_scale = sums[1:, 0].to(of_bias.dtype).unbind()
+    of_shift, of_scale = (part.view_as(of_bias) for part in sums[:, 1:, 0].to(of_bias.dtype).unbind(1))
     torch.mul(of_scale, norm.inv_std, out=of_weight)
     of_bias.copy_(of_shift)
     divisor = -torch.inf if count is None else -count
     b = of_weight * norm.scale * norm.inv_std / divisor
     d = of_shift * norm.scale / divisor - b * norm.mean
-    _call("channel_combine", x, layout, grad, x, norm.scale, b, d)
+    factors = (factor.view(len(x), -1) for factor in (norm.scale, b, d))
+    for of_part, part, *of_channels in zip(grad, x, *factors, strict=True):
+        _call("channel_combine", part, layout, of_part, part, *of_channels)
 
 
 def max_pool(x: Tensor, out: Tensor, places: Tensor | None) -> None:

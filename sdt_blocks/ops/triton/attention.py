@@ -175,7 +175,11 @@ def attend(
     mean,
     inv_std,
     weight,
+    weight_1,
+    weight_2,
     bias,
+    bias_1,
+    bias_2,
     inv_tau,
     out,
     bits,
@@ -211,8 +215,10 @@ def attend(
     c, there = _channels(channels, INNERMOST, A, B, V)
     row = channels * V if INNERMOST else channels
     _mean, a_q, b_q = normalization(mean, inv_std, weight, bias, c, there, AFFINE, STATE)
-    _mean, a_k, b_k = normalization(mean, inv_std, weight, bias, c + row, there, AFFINE, STATE)
-    _mean, a_v, b_v = normalization(mean, inv_std, weight, bias, c + 2 * row, there, AFFINE, STATE)
+    _mean, a_k, b_k = normalization(mean + row, inv_std + row, weight_1, bias_1, c, there, AFFINE, STATE)
+    mean += 2 * row
+    inv_std += 2 * row
+    _mean, a_v, b_v = normalization(mean, inv_std, weight_2, bias_2, c, there, AFFINE, STATE)
     k_q = of_channel(inv_tau, c, there, STATE) if TAU else number(inv_tau_number, STATE)
     k_k = of_channel(inv_tau + row, c, there, STATE) if TAU else k_q
     k_v = of_channel(inv_tau + 2 * row, c, there, STATE) if TAU else k_q
@@ -255,7 +261,9 @@ def attend(
         h, _u = charge(h, s, total, k_mask, mask_threshold, MASK_RESET)
         s = fires(h, mask_threshold, MASK_STRICT)
         allowed |= tl.where(s, one << tl.cast(t, BITS), 0)
-        tl.store(sums + tl.cast(t, tl.int64) * tl.num_programs(0) * row, total, mask=there)
+        to = sums + tl.cast(t, tl.int64) * tl.num_programs(0) * row
+        tl.store(to, total, mask=there)
+        tl.store(to + STEPS * tl.num_programs(0).to(tl.int64) * row, tl.where(s, 1.0, 0.0).to(STATE), mask=there)
     for chunk in range(rounds):
         groups, mask = _chunk(chunk, image, tokens, channels, INNERMOST, A, B)
         i = elements(groups, V)

@@ -215,8 +215,9 @@ def fire_kernel(
     B: tl.constexpr,
     V: tl.constexpr,
     INDEX: tl.constexpr,
+    N: tl.constexpr,
 ):
-    c, there, groups, mask, _image = place(positions, channels, inner, tokens, INNERMOST, SINGLE, A, B, V, INDEX)
+    c, there, groups, mask, _image = place(positions, channels, inner, tokens, INNERMOST, SINGLE, A, B, V, INDEX, N)
     i = elements(groups, V)
     threshold = number(threshold_number, STATE)
     k = of_channel(inv_tau, c if OF_CHANNEL else c * 0, there, STATE)

@@ -89,7 +89,7 @@ def norm_levels_backward(
     grad: Tensor, x: Tensor, layout: Layout, neuron: LevelSpec, norm: Affine, grad_x: Tensor
 ) -> Tensor:
     cut = tile(x, layout, grad.stride(0), times=_times(layout))
-    sums = x.new_empty(3, cut.runs, layout.channels, dtype=state_dtype(x))
+    sums = x.new_empty(1, 3, cut.runs, layout.channels, dtype=state_dtype(x))
     with _device_of(x):
         norm_levels_gradient_kernel[cut.grid](
             grad,
@@ -284,8 +284,9 @@ def norm_levels_kernel(
     B: tl.constexpr,
     V: tl.constexpr,
     INDEX: tl.constexpr,
+    N: tl.constexpr,
 ):
-    c, there, groups, mask, _image = place(positions, channels, inner, tokens, INNERMOST, SINGLE, A, B, V, INDEX)
+    c, there, groups, mask, _image = place(positions, channels, inner, tokens, INNERMOST, SINGLE, A, B, V, INDEX, N)
     limit, norm, threshold = number(limit_number, STATE), number(norm_number, STATE), number(threshold_number, STATE)
     _middle, a, b = normalization(mean, inv_std, weight, bias, c, there, AFFINE, STATE)
     x += elements(in_x(groups, chunk, chunk_stride, DENSE), V)
@@ -332,9 +333,10 @@ def norm_levels_gradient_kernel(
     B: tl.constexpr,
     V: tl.constexpr,
     INDEX: tl.constexpr,
+    N: tl.constexpr,
 ):
-    """With the sums of the gradient of the normalized x, and of it times `x - mean`: the last of `[3, n, channels]`."""
-    c, there, groups, mask, _image = place(positions, channels, inner, tokens, INNERMOST, SINGLE, A, B, V, INDEX)
+    """With the sums of the gradient of the normalized x, and of it times `x - mean`: the last of the three."""
+    c, there, groups, mask, _image = place(positions, channels, inner, tokens, INNERMOST, SINGLE, A, B, V, INDEX, N)
     limit, norm, threshold = number(limit_number, STATE), number(norm_number, STATE), number(threshold_number, STATE)
     middle, a, b = normalization(mean, inv_std, weight, bias, c, there, AFFINE, STATE)
     x += elements(in_x(groups, chunk, chunk_stride, DENSE), V)
@@ -350,4 +352,4 @@ def norm_levels_gradient_kernel(
         of_shift += of
         of_scale += of * (raw - middle)
         tl.store(grad_x + frame * size * V + i, of.to(grad_x.dtype.element_ty), mask=mask)
-    store_sums(sums, of_shift, of_shift, of_scale, c, there, mask, channels, AFFINE, 0, INNERMOST, V)
+    store_sums(sums, of_shift, of_shift, of_scale, c, there, mask, channels, AFFINE, 0, INNERMOST, V, N)

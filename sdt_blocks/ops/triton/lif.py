@@ -15,14 +15,17 @@ from .tiles import (
     SIZES,
     by_channel,
     elements,
+    first_axis,
     in_x,
     normalization,
     number,
     of_channel,
+    one_of,
     place,
     second_axis,
     store_bits,
     store_by_channel,
+    which,
 )
 
 HALF_PI = tl.constexpr(1.5707963267948966)
@@ -109,8 +112,9 @@ def forward(
     B: tl.constexpr,
     V: tl.constexpr,
     INDEX: tl.constexpr,
+    N: tl.constexpr,
 ):
-    c, there, groups, mask, _image = place(positions, channels, inner, tokens, INNERMOST, SINGLE, A, B, V, INDEX)
+    c, there, groups, mask, _image = place(positions, channels, inner, tokens, INNERMOST, SINGLE, A, B, V, INDEX, N)
     i = elements(groups, V)
     offset = elements(in_x(groups, chunk, chunk_stride, DENSE), V)
     threshold = number(threshold_number, STATE)
@@ -255,26 +259,46 @@ def _arriving(
     grad,
     masks,
     codes,
+    n,
     t,
     grad_step,
     mask_step,
     frame,
     mask,
-    GRAD: tl.constexpr,
     MASK: tl.constexpr,
-    BIT: tl.constexpr,
     STATE: tl.constexpr,
 ):
-    """The gradient of step t's spikes: given, given and masked, or the mask's values wherever a bit is set."""
+    """The gradient of step t's spikes: what is given, for q times its mask; of k theirs where v fired, and so of v."""
     if not MASK:
         return tl.load(grad + t * grad_step, mask=mask, other=0.0).to(STATE)
     else:
         values = tl.load(masks + t * mask_step, mask=mask, other=0.0)
-        if GRAD:
-            return values * tl.load(grad + t * grad_step, mask=mask, other=0.0).to(STATE)
-        else:
-            code = tl.load(codes + t * frame, mask=mask, other=0)
-            return tl.where((code >> BIT) & 1 != 0, values, 0.0)
+        given = tl.load(grad + t * grad_step, mask=mask & (n == 0), other=0.0).to(STATE)
+        code = tl.load(codes + t * frame, mask=mask & (n != 0), other=0)
+        return tl.where(n == 0, values * given, tl.where((code >> (3 - n)) & 1 != 0, values, 0.0))
+
+
+@triton.jit
+def _constants(
+    first,
+    mean,
+    inv_std,
+    weight,
+    bias,
+    inv_tau,
+    inv_tau_number,
+    c,
+    there,
+    AFFINE: tl.constexpr,
+    TAU: tl.constexpr,
+    STATE: tl.constexpr,
+):
+    """Of channels: mean, factor and constant of the normalization, and 1 / tau; of rows theirs begins at first."""
+    middle, a, b = 0.0, 1.0, 0.0
+    if AFFINE:
+        middle, a, b = normalization(mean + first, inv_std + first, weight, bias, c, there, AFFINE, STATE)
+    c = first + (c if TAU == 2 else c * 0)
+    return middle, a, b, number(inv_tau_number, STATE) if TAU == 0 else of_channel(inv_tau, c, there, STATE)
 
 
 @triton.jit
@@ -293,17 +317,26 @@ def _through_reset(of_h, previous, fired, k, threshold, RESET: tl.constexpr, DET
 @triton.jit(do_not_specialize=[*SIZES, "inv_tau_number", "threshold_number", "alpha_number"])
 def backward(
     grad,
-    masks,
+    mask_of_q,
+    mask_of_others,
     codes,
     grad_last,
     x,
+    x_1,
+    x_2,
     mean,
     inv_std,
     weight,
+    weight_1,
+    weight_2,
     bias,
+    bias_1,
+    bias_2,
     inv_tau,
     before,
     grad_x,
+    grad_x_1,
+    grad_x_2,
     grad_before,
     sums,
     kept,
@@ -331,7 +364,6 @@ def backward(
     BEFORE: tl.constexpr,
     GRAD: tl.constexpr,
     MASK: tl.constexpr,
-    BIT: tl.constexpr,
     LAST: tl.constexpr,
     REPEAT: tl.constexpr,
     STATE: tl.constexpr,
@@ -342,32 +374,34 @@ def backward(
     B: tl.constexpr,
     V: tl.constexpr,
     INDEX: tl.constexpr,
+    N: tl.constexpr,
 ):
     SEGMENTS: tl.constexpr = (STEPS + SEGMENT - 1) // SEGMENT
-    c, there, groups, mask, image = place(positions, channels, inner, tokens, INNERMOST, SINGLE, A, B, V, INDEX)
+    c, there, groups, mask, image = place(positions, channels, inner, tokens, INNERMOST, SINGLE, A, B, V, INDEX, N)
     i = elements(groups, V)
+    n = which(N)
+    x = one_of(n, x, x_1, x_2, N)
+    grad_x = one_of(n, grad_x, grad_x_1, grad_x_2, N)
     of = x + elements(in_x(groups, chunk, chunk_stride, DENSE), V)
-    threshold = number(threshold_number, STATE)
-    alpha = number(alpha_number, STATE)
-    middle, a, b = 0.0, 1.0, 0.0
-    if AFFINE:
-        middle, a, b = normalization(mean, inv_std, weight, bias, c, there, AFFINE, STATE)
-    k = number(inv_tau_number, STATE) if TAU == 0 else of_channel(inv_tau, c if TAU == 2 else c * 0, there, STATE)
+    threshold, alpha = number(threshold_number, STATE), number(alpha_number, STATE)
+    weight, bias = one_of(n, weight, weight_1, weight_2, N), one_of(n, bias, bias_1, bias_2, N)
+    row = channels * V if INNERMOST else channels
+    middle, a, b, k = _constants(
+        n * row, mean, inv_std, weight, bias, inv_tau, inv_tau_number, c, there, AFFINE, TAU, STATE
+    )
     zeros = tl.zeros([A, B, V], STATE)
     first = tl.load(before + i, mask=mask, other=0.0).to(STATE) if BEFORE else zeros
     s0 = fires(first, threshold, STRICT) if BEFORE else first > 1
-    frame = size.to(tl.int64) * V
-    step = x_step.to(tl.int64) * V
-    step_of = grad_step.to(tl.int64) * V
+    frame, step, step_of = size.to(tl.int64) * V, x_step.to(tl.int64) * V, grad_step.to(tl.int64) * V
+    kept += n * (SEGMENTS - 1) * frame + i
     if SEGMENTS > 1:
-        to = kept + i
         _keep_membranes(
-            of, step, mask, first, s0, a, b, k, threshold, to, frame, SEGMENTS, SEGMENT, AFFINE, RESET, STRICT, STATE
+            of, step, mask, first, s0, a, b, k, threshold, kept, frame, SEGMENTS, SEGMENT, AFFINE, RESET, STRICT, STATE
         )
         # Every thread reads what it wrote itself, unless the compiler lays loads and stores out differently.
         tl.debug_barrier()
     given, fired_at = grad + i, codes + i
-    masked = masks + (image * channels * V + c if INNERMOST else image * channels + c)
+    masked = one_of(n, mask_of_q, mask_of_others, mask_of_others, N) + image * row + c
     of_h = tl.load(grad_last + i, mask=mask, other=0.0).to(STATE) if LAST else zeros
     of_s, of_tau, of_shift, of_scale = zeros, zeros, zeros, zeros
     for back in range(SEGMENTS):
@@ -375,7 +409,7 @@ def backward(
         t0 = tl.cast(segment * SEGMENT, tl.int32)
         h0 = first
         if SEGMENTS > 1:
-            h0, s0 = _before(kept + i, segment, frame, mask, first, threshold, STRICT, BEFORE)
+            h0, s0 = _before(kept, segment, frame, mask, first, threshold, STRICT, BEFORE)
         x0 = _input(first, of, t0, step, mask, 0, STEPS, SEGMENT, REPEAT)
         x1 = _input(x0, of, t0, step, mask, 1, STEPS, SEGMENT, REPEAT)
         x2 = _input(x1, of, t0, step, mask, 2, STEPS, SEGMENT, REPEAT)
@@ -392,20 +426,18 @@ def backward(
         h6, s6 = _membrane(h5, s5, x5, a, b, k, threshold, 5, SEGMENT, AFFINE, RESET, STRICT, STATE)
         h7, s7 = _membrane(h6, s6, x6, a, b, k, threshold, 6, SEGMENT, AFFINE, RESET, STRICT, STATE)
         h8, _s = _membrane(h7, s7, x7, a, b, k, threshold, 7, SEGMENT, AFFINE, RESET, STRICT, STATE)
-        if GRAD or MASK:
+        if GRAD:
             t = (t0 + SEGMENT - 1).to(tl.int64)
             there_is = mask & (t < STEPS)
-            coming = _arriving(given, masked, fired_at, t, step_of, mask_step, frame, there_is, GRAD, MASK, BIT, STATE)
+            coming = _arriving(given, masked, fired_at, n, t, step_of, mask_step, frame, there_is, MASK, STATE)
         for T in tl.static_range(SEGMENT - 1, -1, -1):
             t = (t0 + T).to(tl.int64)
             there_is = mask & (t < STEPS) if STEPS % SEGMENT != 0 else mask
-            if GRAD or MASK:
+            if GRAD:
                 of_s += tl.where(there_is, coming, 0.0) if STEPS % SEGMENT != 0 else coming
                 if T > 0:
                     # Behind the store it would wait for it.
-                    coming = _arriving(
-                        given, masked, fired_at, t - 1, step_of, mask_step, frame, mask, GRAD, MASK, BIT, STATE
-                    )
+                    coming = _arriving(given, masked, fired_at, n, t - 1, step_of, mask_step, frame, mask, MASK, STATE)
             h = _pick(T + 1, h0, h1, h2, h3, h4, h5, h6, h7, h8)
             previous = _pick(T, h0, h1, h2, h3, h4, h5, h6, h7, h8)
             fired = s0 if T == 0 else fires(previous, threshold, STRICT)
@@ -432,7 +464,7 @@ def backward(
     if BEFORE:
         of_h += of_s * _surrogate(first - threshold, alpha, KIND)
         tl.store(grad_before + i, of_h, mask=mask)
-    store_sums(sums, of_tau, of_shift, of_scale, c, there, mask, channels, AFFINE, TAU, INNERMOST, V)
+    store_sums(sums, of_tau, of_shift, of_scale, c, there, mask, channels, AFFINE, TAU, INNERMOST, V, N)
 
 
 @triton.jit
@@ -449,13 +481,14 @@ def store_sums(
     TAU: tl.constexpr,
     INNERMOST: tl.constexpr,
     V: tl.constexpr,
+    N: tl.constexpr,
 ):
-    """A row of each of the sums `[3, runs, channels]` for each program."""
+    """A row of each of the sums `[N, 3, runs, channels]` for each program."""
     row = channels * V if INNERMOST else channels
-    run = second_axis() if INNERMOST else tl.program_id(0)
-    runs = tl.num_programs(1) * tl.num_programs(2) if INNERMOST else tl.num_programs(0)
-    sums += run.to(tl.int64) * row
+    run = second_axis() if INNERMOST else first_axis(N)
+    runs = tl.num_programs(1) * tl.num_programs(2) if INNERMOST else tl.num_programs(0) // N
     rows = runs.to(tl.int64) * row
+    sums += 3 * which(N) * rows + run.to(tl.int64) * row
     if TAU != 0:
         tl.store(sums + c, by_channel(of_tau, mask, INNERMOST), mask=there)
     if AFFINE:
@@ -464,7 +497,7 @@ def store_sums(
 
 @triton.jit(do_not_specialize=["runs", "channels", "per"])
 def total(sums, result, runs, channels, per, RUNS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Sums `[3, runs, channels]` added up, `per` runs each, in float64."""
+    """Sums `[rows, runs, channels]` added up, `per` runs each, in float64."""
     row = tl.program_id(1)
     split = tl.program_id(2)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)

@@ -1,6 +1,7 @@
 """Triton kernels of batch normalization: statistics of an input that is read once, in its own dtype, and its gradient.
 
-A tile's sums are of the distance from its first value, so that a large mean costs no precision.
+A tile's sums are of the distance from its first value, so that a large mean costs no precision. N inputs that lie
+alike, one or three, share a launch: of what each has for itself a kernel takes three pointers.
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import SIZES, elements, in_x, of_channel, place, second_axis, store_by_channel
+from .tiles import SIZES, elements, first_axis, in_x, of_channel, one_of, place, second_axis, store_by_channel, which
 
 
 @triton.jit(do_not_specialize=SIZES)
 def moments(
     x,
+    x_1,
+    x_2,
     partial,
     size,
     chunk,
@@ -33,9 +36,12 @@ def moments(
     B: tl.constexpr,
     V: tl.constexpr,
     INDEX: tl.constexpr,
+    N: tl.constexpr,
 ):
-    """First value, sum and sum of squares of the distances from it `[3, runs, channels]`, for each program."""
-    c, there, groups, mask, _image = place(positions, channels, inner, tokens, INNERMOST, SINGLE, A, B, V, INDEX)
+    """First value, sum and sum of squares of the distances from it `[N, 3, runs, channels]`, for each program."""
+    n = which(N)
+    x = one_of(n, x, x_1, x_2, N)
+    c, there, groups, mask, _image = place(positions, channels, inner, tokens, INNERMOST, SINGLE, A, B, V, INDEX, N)
     at = elements(in_x(groups, chunk, chunk_stride, DENSE), V)
     if INNERMOST:
         run = second_axis().to(INDEX)
@@ -45,11 +51,11 @@ def moments(
         exists = there & (run * A < positions)
         start = tl.load(x + in_x(first, chunk, chunk_stride, DENSE) * V + c % V, mask=exists, other=0.0).to(STATE)
     else:
-        run = tl.program_id(0)
-        runs = tl.num_programs(0)
+        run = first_axis(N)
+        runs = tl.num_programs(0) // N
         row = channels
-        n = run.to(INDEX) * B
-        first = n + c * 0 if SINGLE else (n // inner * channels + c) * inner + n % inner
+        begin = run.to(INDEX) * B
+        first = begin + c * 0 if SINGLE else (begin // inner * channels + c) * inner + begin % inner
         start = tl.load(x + in_x(first, chunk, chunk_stride, DENSE) * V, mask=there, other=0.0).to(STATE)
     of_x = tl.zeros([A, B, V], STATE)
     of_squares = tl.zeros([A, B, V], STATE)
@@ -58,8 +64,8 @@ def moments(
         distance = value - start
         of_x += distance
         of_squares += distance * distance
-    partial += run.to(tl.int64) * row
     rows = runs.to(tl.int64) * row
+    partial += 3 * n * rows + run.to(tl.int64) * row
     tl.store(partial + c, start, mask=there)
     store_by_channel(partial + rows, rows, c, there, of_x, of_squares, mask, INNERMOST)
 
@@ -109,10 +115,12 @@ def merge(partial, result, runs, channels, step, positions, weight, per, RUNS: t
     """
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     split = tl.program_id(1)
+    n = tl.program_id(2).to(tl.int64)
+    partial += 3 * n * runs * channels
     last = tl.minimum(runs, (split + 1) * per)
     middle, spread = _merged(partial, runs, split * per, last, channels, c, step, positions, weight, RUNS)
-    to = result + split.to(tl.int64) * channels + c
     rows = tl.num_programs(1).to(tl.int64) * channels
+    to = result + 3 * n * rows + split.to(tl.int64) * channels + c
     tl.store(to, middle, mask=c < channels)
     tl.store(to + rows, tl.zeros([CHANNELS], tl.float64), mask=c < channels)
     tl.store(to + 2 * rows, spread, mask=c < channels)
@@ -132,8 +140,14 @@ def settle(
     mean,
     inv_std,
     running_mean,
+    running_mean_1,
+    running_mean_2,
     running_var,
+    running_var_1,
+    running_var_2,
     batches,
+    batches_1,
+    batches_2,
     runs,
     channels,
     step,
@@ -148,12 +162,18 @@ def settle(
     COUNT: tl.constexpr,
     RUNS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    N: tl.constexpr,
 ):
     """Mean and inverse deviation (or variance) from the `moments` of all runs; the running statistics change with them.
 
     A channel has `count` values, that come `repeated` times in all. `batches` counts one more.
     """
+    n = tl.program_id(1)
+    partial += 3 * n.to(tl.int64) * runs * channels
+    mean += n * channels
+    inv_std += n * channels
     if COUNT:
+        batches = one_of(n, batches, batches_1, batches_2, N)
         tl.store(batches, tl.load(batches, mask=tl.program_id(0) == 0, other=0) + 1, mask=tl.program_id(0) == 0)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     there = c < channels
@@ -166,6 +186,8 @@ def settle(
         # One value alone has no variance without bias: infinite, or not a number.
         unbiased = variance * (repeated / (repeated - 1).to(tl.float64))
         share = _double(momentum)
+        running_mean = one_of(n, running_mean, running_mean_1, running_mean_2, N)
+        running_var = one_of(n, running_var, running_var_1, running_var_2, N)
         before = tl.load(running_mean + c, mask=there, other=0.0).to(tl.float64)
         tl.store(running_mean + c, (before + share * (middle - before)).to(running_mean.dtype.element_ty), mask=there)
         before = tl.load(running_var + c, mask=there, other=0.0).to(tl.float64)
@@ -189,6 +211,8 @@ def gradients(
     inv_std,
     mean,
     weight,
+    weight_1,
+    weight_2,
     of_weight,
     of_bias,
     factors,
@@ -199,14 +223,23 @@ def gradients(
     STATE: tl.constexpr,
     RUNS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    N: tl.constexpr,
 ):
-    """From the sums `[3, runs, channels]` of a neuron's gradient to those of its norm, and `combine`'s factors.
+    """From the sums `[N, 3, runs, channels]` of a neuron's gradient to those of its norm, and `combine`'s factors.
 
     `count` is the number of values of a channel, 0 where mean and deviation are not theirs.
     """
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     there = c < channels
+    n = tl.program_id(1)
+    weight = one_of(n, weight, weight_1, weight_2, N)
+    inv_std += n * channels
+    mean += n * channels
+    of_weight += n * channels
+    of_bias += n * channels
+    factors += 3 * n * channels
     rows = runs.to(tl.int64) * channels
+    sums += 3 * n * rows
     of_shift = _all_runs(sums + rows, runs, channels, c, RUNS).to(STATE)
     of_scale = _all_runs(sums + 2 * rows, runs, channels, c, RUNS).to(STATE)
     deviation = tl.load(inv_std + c, mask=there, other=0.0).to(STATE)
@@ -225,7 +258,11 @@ def gradients(
 @triton.jit(do_not_specialize=SIZES)
 def combine(
     grad,
+    grad_1,
+    grad_2,
     x,
+    x_1,
+    x_2,
     factors,
     size,
     chunk,
@@ -245,12 +282,17 @@ def combine(
     B: tl.constexpr,
     V: tl.constexpr,
     INDEX: tl.constexpr,
+    N: tl.constexpr,
 ):
-    """`grad = a * grad + b * x + d` in place, with a, b and d the rows of `factors`."""
-    c, there, groups, mask, _image = place(positions, channels, inner, tokens, INNERMOST, SINGLE, A, B, V, INDEX)
+    """`grad = a * grad + b * x + d` in place, with a, b and d the rows of `factors` `[N, 3, channels]`."""
+    n = which(N)
+    grad = one_of(n, grad, grad_1, grad_2, N)
+    x = one_of(n, x, x_1, x_2, N)
+    c, there, groups, mask, _image = place(positions, channels, inner, tokens, INNERMOST, SINGLE, A, B, V, INDEX, N)
     grad += elements(groups, V)
     x += elements(in_x(groups, chunk, chunk_stride, DENSE), V)
     row = channels * V if INNERMOST else channels
+    factors += 3 * n * row
     of_grad = of_channel(factors, c, there, STATE)
     of_x = of_channel(factors + row, c, there, STATE)
     constant = of_channel(factors + 2 * row, c, there, STATE)

@@ -61,14 +61,16 @@ class Tile(NamedTuple):
         return dict(zip(("size", "chunk", "chunk_stride", "x_step"), (n // self.group for n in found), strict=True))
 
 
-def tile(x: Tensor, layout: Layout, *strides: int, images: int = 1, times: int = 1, least: int = 1) -> Tile:
+def tile(
+    x: Tensor, layout: Layout, *strides: int, images: int = 1, times: int = 1, least: int = 1, inputs: int = 1
+) -> Tile:
     """The tiles of a frame of x; `strides` are other distances between frames, which a group must divide as well.
 
     It has `least` elements or more, which the caller knows the layout to allow; what is wider than a thread's share is
     then read by several.
 
     They are `times` as large as usual, a power of two: where little is done with an element, what a program does
-    besides counts.
+    besides counts. Of several `inputs` that lie alike each has its own programs, see `which`.
     """
     innermost = layout.inner == 1 and layout.channels > 1
     single = layout.channels == 1
@@ -84,7 +86,7 @@ def tile(x: Tensor, layout: Layout, *strides: int, images: int = 1, times: int =
         even = max(channels & -channels, min(2, triton.next_power_of_2(channels)))
         columns = min(LINE // (group * x.element_size()), even)
         rows = elements // group // columns
-        grid = grid_of(triton.cdiv(channels, columns), triton.cdiv(positions, rows))
+        grid = grid_of(inputs * triton.cdiv(channels, columns), triton.cdiv(positions, rows))
         runs = grid[1] * grid[2]
     else:
         positions //= group
@@ -93,7 +95,7 @@ def tile(x: Tensor, layout: Layout, *strides: int, images: int = 1, times: int =
         columns = min(elements // group, triton.next_power_of_2(positions))
         rows = min(elements // group // columns, triton.next_power_of_2(channels))
         runs = triton.cdiv(positions, columns)
-        grid = grid_of(runs, triton.cdiv(channels, rows))
+        grid = grid_of(inputs * runs, triton.cdiv(channels, rows))
     span = layout.size if layout.dense else max(layout.size, layout.size // layout.chunk * layout.chunk_stride)
     arguments = {
         "positions": positions,
@@ -108,6 +110,7 @@ def tile(x: Tensor, layout: Layout, *strides: int, images: int = 1, times: int =
         "V": group,
         # What lies beyond the end is masked, but has an index.
         "INDEX": index(span + 2 * elements * layout.channels + layout.channels * layout.inner),
+        "N": inputs,
     }
     return Tile(grid, runs, rows if innermost else columns, group, arguments)
 
@@ -129,6 +132,27 @@ def second_axis():
 
 
 @triton.jit
+def which(N: tl.constexpr):
+    """The one of N inputs that this program is for: they take turns along the first axis."""
+    return tl.program_id(0) % N
+
+
+@triton.jit
+def first_axis(N: tl.constexpr):
+    """This program's number on the first axis among those of its input."""
+    return tl.program_id(0) // N
+
+
+@triton.jit
+def one_of(n, first, second, third, N: tl.constexpr):
+    """The pointer for input n of three, or of one."""
+    if N == 1:
+        return first
+    else:
+        return tl.where(n == 0, first, tl.where(n == 1, second, third))
+
+
+@triton.jit
 def place(
     positions,
     channels,
@@ -140,19 +164,20 @@ def place(
     B: tl.constexpr,
     V: tl.constexpr,
     INDEX: tl.constexpr,
+    N: tl.constexpr,
 ):
     """This program's channels, which of them exist, its groups `[A, B, 1]`, which of them exist, and their images."""
     lane = tl.arange(0, V)[None, None, :]
     if INNERMOST:
         n = second_axis().to(INDEX) * A + tl.arange(0, A)
-        g = tl.program_id(0) * B + tl.arange(0, B)
+        g = first_axis(N) * B + tl.arange(0, B)
         c = g[None, :, None] * V + lane
         there = (g < channels)[None, :, None]
         groups = n[:, None, None] * channels + g[None, :, None]
         mask = (n < positions)[:, None, None] & there
         image = (n // tokens)[:, None, None]
     else:
-        n = (tl.program_id(0).to(INDEX) * B + tl.arange(0, B))[None, :, None]
+        n = (first_axis(N).to(INDEX) * B + tl.arange(0, B))[None, :, None]
         c = (second_axis() * A + tl.arange(0, A))[:, None, None]
         there = c < channels
         image = n // inner

@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..spec import RESETS, Affine, Arriving, Layout, NeuronSpec, Norm, Spikes, arrange, state_dtype
+from ..spec import RESETS, Affine, Arriving, Layout, Masks, NeuronSpec, Norm, Spikes, arrange, state_dtype
 from . import attention, lif, pool
 from . import bits as bit_kernels
 from . import norm as norms
@@ -81,48 +81,74 @@ def lif_backward(
     inv_tau: Tensor | None,
     membrane: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    dtype = state_dtype(x)
-    grad_x = layout.empty(x, x.shape[0])
+    (grad_x,), grad_membrane, sums = _backward(arriving, None, [x], layout, neuron, norm, inv_tau, membrane)
+    return grad_x, grad_membrane, sums
+
+
+def attend_backward(
+    grad: Tensor,
+    masks: Masks,
+    x: Sequence[Tensor],
+    layout: Layout,
+    neurons: Sequence[NeuronSpec],
+    norm: Affine,
+    inv_tau: Tensor | None,
+) -> tuple[Sequence[Tensor], Tensor]:
+    grad_x, _, sums = _backward(Arriving(grad), masks, x, layout, neurons[0], norm, inv_tau, None)
+    return grad_x, sums
+
+
+def _backward(
+    arriving: Arriving,
+    masks: Masks | None,
+    x: Sequence[Tensor],
+    layout: Layout,
+    neuron: NeuronSpec,
+    norm: Affine | None,
+    inv_tau: Tensor | None,
+    membrane: Tensor | None,
+) -> tuple[list[Tensor], Tensor | None, Tensor]:
+    """What `lif_backward` gives, for one input or with masks for q, k and v."""
     before = None if membrane is None else layout.frame(membrane)
     grad_before = None if before is None else torch.empty_like(before)
-    grad, mask, grad_last = arriving
+    q, dtype = x[0], state_dtype(x[0])
+    grad, grad_last = arriving
     grad = None if grad is None else layout.frames(grad)
     grad_last = None if grad_last is None else layout.frame(grad_last)
+    grad_x = [layout.empty(part, part.shape[0]) for part in x]
     grad_step = 0 if grad is None else grad.stride(0)
-    images = 1 if mask is None else mask.values.shape[1]
-    cut = tile(x, layout, grad_step, images=images, times=2 if layout.repeat else 1)
+    images = 1 if masks is None else masks.of_q.shape[1]
+    cut = tile(q, layout, grad_step, images=images, times=2 if layout.repeat else 1, inputs=len(x))
     segment = _segment(layout.steps)
-    kept = x.new_empty(triton.cdiv(layout.steps, segment) - 1, layout.size, dtype=dtype)
+    kept = q.new_empty(len(x), triton.cdiv(layout.steps, segment) - 1, layout.size, dtype=dtype)
     summed = inv_tau is not None or norm is not None
-    sums = x.new_empty((3, cut.runs, layout.channels) if summed else 0, dtype=dtype)
+    sums = q.new_empty((len(x), 3, cut.runs, layout.channels) if summed else 0, dtype=dtype)
     kind, alpha = neuron.gradient()
-    with _device_of(x):
+    with _device_of(q):
         lif.backward[cut.grid](
-            _or(grad, x),
-            x if mask is None else mask.values,
-            x if mask is None else _or(mask.codes, x),
-            _or(grad_last, x),
-            x,
-            *_affine(norm, x),
-            _or(inv_tau, x),
-            _or(before, x),
-            grad_x,
-            _or(grad_before, x),
+            _or(grad, q),
+            *(masks or [q] * 3),
+            _or(grad_last, q),
+            *_three(x),
+            *_affines(norm, q),
+            _or(inv_tau, q),
+            _or(before, q),
+            *_three(grad_x),
+            _or(grad_before, q),
             sums,
             kept,
             **cut.where(layout),
             grad_step=grad_step // cut.group,
-            mask_step=0 if mask is None else mask.values.stride(0),
+            mask_step=0 if masks is None else masks.of_q.stride(0),
             **cut.arguments,
-            **_numbers(x, neuron),
-            alpha_number=_number(x, alpha),
-            **_constants(x, layout, neuron, norm, inv_tau, before),
+            **_numbers(q, neuron),
+            alpha_number=_number(q, alpha),
+            **_constants(q, layout, neuron, norm, inv_tau, before),
             SEGMENT=segment,
             DETACH=neuron.detach_reset,
             KIND=kind,
             GRAD=grad is not None,
-            MASK=mask is not None,
-            BIT=0 if mask is None else mask.bit,
+            MASK=masks is not None,
             LAST=grad_last is not None,
             REPEAT=layout.repeat,
         )
@@ -130,8 +156,8 @@ def lif_backward(
 
 
 def norm_gradients(
-    grad: Tensor,
-    x: Tensor,
+    grad: Sequence[Tensor],
+    x: Sequence[Tensor],
     layout: Layout,
     norm: Affine,
     sums: Tensor,
@@ -139,32 +165,35 @@ def norm_gradients(
     of_weight: Tensor,
     of_bias: Tensor,
 ) -> None:
-    channels, cut = layout.channels, tile(x, layout)
-    factors = of_weight.new_empty(3, channels)
-    with _device_of(x):
-        while sums.shape[1] > MOST_RUNS:
-            parts = sums.new_empty(3, triton.cdiv(sums.shape[1], MOST_RUNS), channels, dtype=torch.float64)
-            lif.total[(triton.cdiv(channels, FEW), 3, parts.shape[1])](
-                sums, parts, sums.shape[1], channels, MOST_RUNS, RUNS=RUNS, CHANNELS=FEW
+    channels, number, cut = layout.channels, len(x), tile(x[0], layout, inputs=len(x))
+    factors = of_weight.new_empty(number, 3, channels)
+    with _device_of(sums):
+        while sums.shape[2] > MOST_RUNS:
+            parts = sums.new_empty(number, 3, triton.cdiv(sums.shape[2], MOST_RUNS), channels, dtype=torch.float64)
+            lif.total[(triton.cdiv(channels, FEW), 3 * number, parts.shape[2])](
+                sums, parts, sums.shape[2], channels, MOST_RUNS, RUNS=RUNS, CHANNELS=FEW
             )
             sums = parts
-        norms.gradients[(triton.cdiv(channels, FEW),)](
+        norms.gradients[(triton.cdiv(channels, FEW), number)](
             sums,
             norm.inv_std,
             norm.mean,
-            _or(norm.weight, norm.mean),
+            *_three(norm.weight or [norm.mean]),
             of_weight,
             of_bias,
             factors,
-            sums.shape[1],
+            sums.shape[2],
             channels,
             count or 0,
             WEIGHT=norm.weight is not None,
             STATE=_STATE[of_weight.dtype],
             RUNS=RUNS,
             CHANNELS=FEW,
+            N=number,
         )
-        norms.combine[cut.grid](grad, x, factors, **cut.where(layout), **cut.arguments, **_unrolled(x, layout))
+        norms.combine[cut.grid](
+            *_three(grad), *_three(x), factors, **cut.where(layout), **cut.arguments, **_unrolled(x[0], layout)
+        )
 
 
 def attend(
@@ -191,7 +220,7 @@ def attend(
             q,
             k,
             v,
-            *_affine(norm, q),
+            *_affines(norm, q),
             _or(inv_tau, q),
             values,
             _or(bits, q),
@@ -231,9 +260,10 @@ def _attend_by_parts(
     taus: Sequence[Tensor | None] = [None] * 4 if inv_tau is None else list(inv_tau.unbind())
     fired = [lif_forward(part, layout, neurons[i], norm.row(i), taus[i], None)[0] for i, part in enumerate(x)]
     q, k, v = fired
-    torch.sum((k * v).flatten(3), 3, dtype=sums.dtype, out=sums)
-    of_sums, channels = arrange(sums, layout.steps, per_channel=True)
+    torch.sum((k * v).flatten(3), 3, dtype=sums.dtype, out=sums[0])
+    of_sums, channels = arrange(sums[0], layout.steps, per_channel=True)
     mask, _ = lif_forward(of_sums, channels, neurons[3], None, taus[3], None)
+    sums[1].copy_(mask)
     torch.mul(q, mask.view(*mask.shape, *[1] * (q.ndim - 3)).to(q.dtype), out=out)
     if codes is not None:
         codes.copy_(q + 2 * k + 4 * v)
@@ -256,40 +286,50 @@ def mask_gradient(grad: Tensor, codes: Tensor, result: Tensor, layout: Layout) -
 
 def channel_statistics(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     mean, variance = (x.new_empty(layout.channels, dtype=torch.float64) for _ in range(2))
-    _settle(x, layout, Norm(), 1, mean, variance, invert=False)
+    _settle([x], layout, [Norm()], 1, mean, variance, invert=False)
     return mean, variance
 
 
-def batch_statistics(x: Tensor, layout: Layout, norm: Norm, repeats: int, mean: Tensor, inv_std: Tensor) -> None:
-    _settle(x, layout, norm, repeats, mean, inv_std, invert=True)
+def batch_statistics(
+    x: Sequence[Tensor], layout: Layout, of: Sequence[Norm], repeats: int, mean: Tensor, inv_std: Tensor
+) -> None:
+    _settle(x, layout, of, repeats, mean, inv_std, invert=True)
 
 
 def _settle(
-    x: Tensor, layout: Layout, norm: Norm, repeats: int, mean: Tensor, of_deviation: Tensor, *, invert: bool
+    x: Sequence[Tensor],
+    layout: Layout,
+    of: Sequence[Norm],
+    repeats: int,
+    mean: Tensor,
+    of_deviation: Tensor,
+    *,
+    invert: bool,
 ) -> None:
-    """Fills the mean and the inverse deviation, or without `invert` the variance; updates what the norm keeps."""
-    cut, channels = tile(x, layout, times=_times(layout)), layout.channels
+    """Fills the mean and the inverse deviation, or without `invert` the variance; updates what the norms keep."""
+    cut, channels = tile(x[0], layout, times=_times(layout), inputs=len(x)), layout.channels
     runs, step, positions = cut.runs, cut.step, cut.arguments["positions"]
     weight = layout.steps * (1 if cut.arguments["INNERMOST"] else cut.group)
     count = layout.size // channels * layout.steps
-    assert not isinstance(norm.momentum, Tensor)
-    partial = x.new_empty(3, runs, channels, dtype=state_dtype(x))
-    with _device_of(x):
-        norms.moments[cut.grid](x, partial, **cut.where(layout), **cut.arguments, **_unrolled(x, layout))
+    first = of[0]
+    assert not isinstance(first.momentum, Tensor)
+    partial = x[0].new_empty(len(x), 3, runs, channels, dtype=state_dtype(x[0]))
+    with _device_of(partial):
+        norms.moments[cut.grid](*_three(x), partial, **cut.where(layout), **cut.arguments, **_unrolled(x[0], layout))
         while runs > MOST_RUNS:
             splits = triton.cdiv(runs, MOST_RUNS)
-            merged = x.new_empty(3, splits, channels, dtype=torch.float64)
-            norms.merge[(triton.cdiv(channels, FEW), splits)](
+            merged = partial.new_empty(len(x), 3, splits, channels, dtype=torch.float64)
+            norms.merge[(triton.cdiv(channels, FEW), splits, len(x))](
                 partial, merged, runs, channels, step, positions, weight, MOST_RUNS, RUNS=RUNS, CHANNELS=FEW
             )
             partial, runs, step = merged, splits, step * MOST_RUNS
-        norms.settle[(triton.cdiv(channels, FEW),)](
+        norms.settle[(triton.cdiv(channels, FEW), len(x))](
             partial,
             mean,
             of_deviation,
-            _or(norm.running_mean, mean),
-            _or(norm.running_var, mean),
-            _or(norm.batches, mean),
+            *_three([_or(norm.running_mean, mean) for norm in of]),
+            *_three([_or(norm.running_var, mean) for norm in of]),
+            *_three([_or(norm.batches, mean) for norm in of]),
             runs,
             channels,
             step,
@@ -297,13 +337,14 @@ def _settle(
             weight,
             count,
             count * repeats,
-            _bits(norm.momentum),
-            _bits(norm.eps),
+            _bits(first.momentum),
+            _bits(first.eps),
             INVERT=invert,
-            RUNNING=norm.running_mean is not None,
-            COUNT=norm.batches is not None,
+            RUNNING=first.running_mean is not None,
+            COUNT=first.batches is not None,
             RUNS=RUNS,
             CHANNELS=FEW,
+            N=len(x),
         )
 
 
@@ -392,8 +433,21 @@ def _constants(
     }
 
 
-def _affine(norm: Affine | None, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (x, x, x, x) if norm is None else (norm.mean, norm.inv_std, _or(norm.weight, x), _or(norm.bias, x))
+def _affine(norm: Affine | None, x: Tensor) -> Sequence[Tensor]:
+    mean, inv_std, weight, _, _, bias, *_ = _affines(norm, x)
+    return mean, inv_std, weight, bias
+
+
+def _affines(norm: Affine | None, x: Tensor) -> Sequence[Tensor]:
+    """Mean, inverse deviation, three weights and three biases."""
+    if norm is None:
+        return [x] * 8
+    return norm.mean, norm.inv_std, *_three(norm.weight or [x]), *_three(norm.bias or [x])
+
+
+def _three(values: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What a kernel takes for the three inputs that it can be launched for."""
+    return values if len(values) == 3 else [values[0]] * 3
 
 
 def _kind(norm: Affine | None) -> int:
