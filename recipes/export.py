@@ -91,7 +91,8 @@ def write_pt2(model: Any, x: Any, path: Path, *, any_batch: bool) -> Callable[[A
     import torch
 
     shapes = ({0: torch.export.Dim("batch")},) if any_batch else None
-    program = torch.export.export(model, (x,), dynamic_shapes=shapes)
+    with torch.no_grad():  # with gradients what a model computes without them is a graph of its own, which is not saved
+        program = torch.export.export(model, (x,), dynamic_shapes=shapes)
     torch.export.save(program, str(path))
     return torch.export.load(str(path)).module()  # type: ignore[no-any-return]
 

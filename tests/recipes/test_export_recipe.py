@@ -34,6 +34,19 @@ def test_a_program_of_torch_export(export, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_program_of_meta_spikeformer(tmp_path):
+    import export as recipe
+
+    torch.manual_seed(0)
+    model = create_model("sdt_v2_15m", dims=(8, 8, 16, 16), depths=(1, 1, 1, 1, 0), in_channels=1, num_classes=10)
+    calibrate_norms(model, example_images()[0])
+    model.card = DataCard(input_size=(16, 16))
+    save_model(model.eval(), tmp_path / "model")
+    said = recipe.run(*recipe.read_arguments([f"checkpoint={tmp_path / 'model'}", "format=pt2", "data.img_size=16"]))
+    assert "same class" in said and (tmp_path / "model" / "model.pt2").stat().st_size > 10_000
+
+
+@pytest.mark.slow
 def test_onnx(export, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
