@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from .neuron import LIF, IntegerNeuron, remembers, spikes_of
 from .ops import Norm, attend, batch_norm_levels, batch_norm_lif, max_pool
-from .ops.bits import SpikesAsBits, are_spikes, as_spikes
+from .ops.bits import SpikesAsBits, are_spikes, as_spikes, bits_of, wants_bits
 from .ops.convolution import convolve_spikes
 from .ops.dispatch import fall_back, fused
 from .surrogate import Scheduled, Surrogate
@@ -173,7 +173,8 @@ def pool(layer: nn.Module, x: Tensor) -> Tensor:
     if is_plain(layer, nn.Identity):
         return x
     if is_plain(layer, nn.MaxPool2d) and halves(layer):
-        return as_spikes(max_pool(x.flatten(0, 1)).unflatten(0, x.shape[:2]), x)
+        pooled = max_pool(x.flatten(0, 1), spikes=wants_bits(x) and are_spikes(x))
+        return as_spikes(pooled.unflatten(0, x.shape[:2]), x, bits=bits_of(pooled))
     return per_frame(layer, x)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..neuron import LIF, NeuronLike, make_neuron
 from ..ops import dense
-from ..ops.bits import SpikesAsBits, are_spikes, as_spikes
+from ..ops.bits import SpikesAsBits, are_spikes, as_spikes, bits_of
 from ..ops.packed import PackedSpikes, pad_to_words, spike_attention
 from ..ops.spec import NeuronSpec, state_dtype
 from ..steps import check_multiple, fire, fused_attention, is_plain
@@ -148,7 +148,7 @@ class LinearSpikeMixer(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # Half precision could not hold the counts of many tokens.
         dtype, shape = state_dtype(q), v.shape
-        spikes = [as_spikes(x.to(dtype), x) for x in (q, k, v)]
+        spikes = [as_spikes(x.to(dtype), x, bits=bits_of(x)) for x in (q, k, v)]
         # torch.compile stops at hooks; meta tensors have shapes alone, and no autocast.
         kept = [] if torch.compiler.is_compiling() else [x for x in spikes if are_spikes(x)]
         exact = nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False)

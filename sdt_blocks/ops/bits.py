@@ -56,7 +56,9 @@ def as_spikes(result: Tensor, *of: Tensor, bits: Tensor | None = None) -> Tensor
         if torch.compiler.is_compiling():
             note_spikes_op(result)
         else:
-            packed = _packed(result) if bits is None else _Packed(bits) if bits.numel() else None
+            packed = _packed(result)
+            if packed is None and bits is not None and bits.numel():
+                packed = _Packed(bits)
             _known[result] = _Known(result._version, packed)
     return result
 
@@ -73,6 +75,12 @@ def are_spikes(tensor: Tensor) -> bool:
 def _are_known(tensor: Tensor) -> bool:
     known = _known.get(tensor)
     return known is not None and known.version == tensor._version
+
+
+def bits_of(spikes: Tensor) -> Tensor | None:
+    """The bits of spikes, if they have been made: those of each tensor that holds the same in this order."""
+    packed = None if torch.compiler.is_compiling() else _packed(spikes)
+    return None if packed is None else packed.bits
 
 
 def _packed(tensor: Tensor) -> _Packed | None:

@@ -121,10 +121,11 @@ class Kernels(Protocol):
         """
         ...
 
-    def max_pool(self, x: Tensor, out: Tensor, places: Tensor | None) -> None:
+    def max_pool(self, x: Tensor, out: Tensor, places: Tensor | None, bits: Tensor | None = None) -> None:
         """Fills out with the 3x3 maxima of stride 2 of x `[N, C, H, W]`, and places with where in its window each lies.
 
-        All are contiguous, or all are channels-last.
+        All are contiguous, or all are channels-last. Bits, if given, gets what `pack_bits` makes of out, whose channels
+        or, contiguous, whose columns are a multiple of 8.
         """
         ...
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .bits import as_spikes, wants_bits
 from .dispatch import fused, kernels
 from .registered import registered
 
@@ -17,11 +18,12 @@ def max_pool_reference(x: Tensor) -> Tensor:
     return F.max_pool2d(x, 3, stride=2, padding=1)
 
 
-def max_pool(x: Tensor) -> Tensor:
+def max_pool(x: Tensor, *, spikes: bool = False) -> Tensor:
     """What `max_pool_reference` computes; for the gradient it keeps where in its window each maximum lies.
 
     Of equal ones the first takes the whole gradient, as in PyTorch, which keeps x and an 8-byte index a result. Where a
-    gradient will be wanted it stays one op under `torch.compile` too.
+    gradient will be wanted it stays one op under `torch.compile` too. The maxima of `spikes`, zeros and ones alone, are
+    such, and known as such (see `bits.as_spikes`).
 
     >>> max_pool(torch.rand(2, 8, 7, 7)).shape
     torch.Size([2, 8, 4, 4])
@@ -29,22 +31,25 @@ def max_pool(x: Tensor) -> Tensor:
     differentiable = torch.is_grad_enabled() and x.requires_grad
     if x.ndim != 4 or x.numel() == 0 or not fused(x, even_traced=differentiable):
         return max_pool_reference(x)
-    result: Tensor = max_pool_op(x, differentiable)[0]
-    return result
+    result, _, bits = max_pool_op(x, differentiable, spikes and wants_bits(x))
+    return as_spikes(result, bits=bits) if spikes else result
 
 
 @registered("sdt_blocks::max_pool")
-def max_pool_op(x: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """The maxima, and where `keep` is set their places within the windows, 0 to 8 row by row, else empty."""
+def max_pool_op(x: Tensor, keep: bool, keep_bits: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """The maxima, and where `keep` is set their places within the windows, 0 to 8 row by row, else empty.
+
+    Where `keep_bits` is set, x is spikes, and a byte is of one position or row, their bits too, else empty.
+    """
     x = _dense(x)
-    out, places = _results(x, keep)
-    kernels(x).max_pool(x, out, places if keep else None)
-    return out, places
+    out, places, bits = _results(x, keep, keep_bits)
+    kernels(x).max_pool(x, out, places if keep else None, bits if bits.numel() else None)
+    return out, places, bits
 
 
 @max_pool_op.register_fake
-def _(x, keep):
-    return _results(_dense(x), keep)
+def _(x, keep, keep_bits=False):
+    return _results(_dense(x), keep, keep_bits)
 
 
 @registered("sdt_blocks::max_pool_backward")
@@ -61,17 +66,17 @@ def _(grad, places, height, width):
     return _like_places(places, height, width, grad.dtype)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.size = inputs[0].shape[2:]
     ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None]:
+def _gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None, None]:
     (places,) = ctx.saved_tensors
     if torch.is_grad_enabled():
-        return _scattered(grad, places, *ctx.size), None
-    return max_pool_backward_op(grad, places, *ctx.size), None
+        return _scattered(grad, places, *ctx.size), None, None
+    return max_pool_backward_op(grad, places, *ctx.size), None, None
 
 
 max_pool_op.register_autograd(_gradient, keep=_keep)
@@ -94,12 +99,14 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
-def _results(x: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+def _results(x: Tensor, keep: bool, keep_bits: bool) -> tuple[Tensor, Tensor, Tensor]:
     size = (*x.shape[:2], (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2)
     out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_order(x))
+    whole_bytes = (size[3] if x.is_contiguous() else size[1]) % 8 == 0
+    bits = torch.empty(out.numel() // 8 if keep_bits and whole_bytes else 0, dtype=torch.uint8, device=x.device)
     if not keep:
-        return out, torch.empty(0, dtype=torch.uint8, device=x.device)
-    return out, torch.empty(size, dtype=torch.uint8, device=x.device, memory_format=_order(x))
+        return out, torch.empty(0, dtype=torch.uint8, device=x.device), bits
+    return out, torch.empty(size, dtype=torch.uint8, device=x.device, memory_format=_order(x)), bits
 
 
 def _like_places(places: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:

@@ -100,7 +100,9 @@ class Layer:
         order = torch.channels_last if channels_last else torch.contiguous_format
         out = torch.empty(size, dtype=frames.dtype, memory_format=order)
         places = torch.empty(size, dtype=torch.uint8, memory_format=order) if keep else None
-        training.max_pool(frames, out, places)
+        whole = (size[1] if channels_last else size[3]) % 8 == 0
+        for bits in (None, torch.empty(out.numel() // 8, dtype=torch.uint8)) if whole else (None,):
+            training.max_pool(frames, out, places, bits)
         if places is not None:
             training.max_pool_backward(out, places, frames)
 
@@ -197,6 +199,8 @@ def facts(launch, capability):
         "kernel": launch.name,
         "norm": launch.arguments.get("AFFINE", False),
         "bits": bool(launch.arguments.get("PACK", False)),
+        # Whether a byte is of more than one thread's elements.
+        "joined": min(vector, 16 // next(iter(launch.tensors().values())).element_size()) < 8,
         "group": vector * next(iter(launch.tensors().values())).element_size(),
         "registers": binary.registers,
         "spilled": binary.spilled,

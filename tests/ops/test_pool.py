@@ -10,6 +10,8 @@ from torch import nn
 from sdt_blocks import SpikingPatchSplitting
 from sdt_blocks.ops import max_pool, max_pool_reference
 from sdt_blocks.ops import pool as pool_op
+from sdt_blocks.ops.bits import are_spikes, as_spikes, bits_of
+from sdt_blocks.ops.dispatch import kernels
 from sdt_blocks.steps import pool as pool_frames
 
 SHAPES = [(2, 3, 7, 9), (1, 70, 6, 4), (2, 1, 1, 1), (1, 5, 2, 1), (1, 2, 1, 2), (2, 300, 3, 3), (1, 1, 3, 1030)]
@@ -70,6 +72,32 @@ def test_opcheck(backend, device):
         x = torch.randn(2, 3, 5, 6, device=device).contiguous(memory_format=memory_format).requires_grad_()
         torch.library.opcheck(pool_op.max_pool_op.op, (x, True))
         torch.library.opcheck(pool_op.max_pool_op.op, (x.detach(), False))
+        spikes = (torch.rand(2, 8, 5, 16, device=device) < 0.2).float().contiguous(memory_format=memory_format)
+        torch.library.opcheck(pool_op.max_pool_op.op, (spikes.requires_grad_(), True, True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("channels", "width", "memory_format", "written"),
+    [
+        (3, 16, torch.contiguous_format, True),
+        (3, 14, torch.contiguous_format, False),
+        (16, 3, torch.channels_last, True),
+        (8, 9, torch.channels_last, True),
+        (12, 16, torch.channels_last, False),
+    ],
+)
+def test_bits_of_pooled_spikes(backend, device, channels, width, memory_format, written, dtype):
+    """They lie in the order of the frames, and need not be packed again."""
+    torch.manual_seed(0)
+    x = (torch.rand(4, channels, 9, width, device=device) < 0.1).to(dtype).contiguous(memory_format=memory_format)
+    spikes = as_spikes(x.requires_grad_().unflatten(0, (2, 2)))
+    pooled = pool_frames(nn.MaxPool2d(3, 2, 1), spikes)
+    assert 0.2 < pooled.float().mean() < 0.9 and are_spikes(pooled)
+    bits = bits_of(pooled)
+    assert (bits is not None) == written
+    if bits is not None:
+        assert torch.equal(bits, kernels(x).pack_bits(pooled.detach()))
 
 
 def test_kept_for_the_gradient(monkeypatch):

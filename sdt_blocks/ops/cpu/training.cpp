@@ -285,8 +285,8 @@ int64_t channel_combine(int64_t dtype, const Layout* l, void* gradient, const vo
     FOR_DTYPE(dtype, (combine(*l, (X*)gradient, (const X*)x, (const S*)a, (const S*)b, (const S*)d)))
 }
 
-int64_t max_pool(int64_t dtype, const Planes* planes, const void* x, void* out, uint8_t* places) {
-    FOR_DTYPE(dtype, (max_pool<X, S>(*planes, (const X*)x, (X*)out, places)))
+int64_t max_pool(int64_t dtype, const Planes* planes, const void* x, void* out, uint8_t* places, uint8_t* bits) {
+    FOR_DTYPE(dtype, (max_pool<X, S>(*planes, (const X*)x, (X*)out, places, bits)))
 }
 
 int64_t max_pool_backward(int64_t dtype, const Planes* planes, const void* grad, const uint8_t* places, void* grad_x) {

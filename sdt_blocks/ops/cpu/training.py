@@ -159,8 +159,8 @@ def norm_gradients(
         _call("channel_combine", part, layout, of_part, part, *of_channels)
 
 
-def max_pool(x: Tensor, out: Tensor, places: Tensor | None) -> None:
-    _run("max_pool", x, _planes(x), x, out, places)
+def max_pool(x: Tensor, out: Tensor, places: Tensor | None, bits: Tensor | None = None) -> None:
+    _run("max_pool", x, _planes(x), x, out, places, bits)
 
 
 def max_pool_backward(grad: Tensor, places: Tensor, grad_x: Tensor) -> None:

@@ -1,5 +1,7 @@
 """Triton kernels of max pooling: for each input of b bytes they move 1.25 b and 0.25 bytes more, forth and back.
 
+For the bits of pooled spikes it is 1/32 byte more.
+
 A program walks down a strip of windows, so that each row of the input is read, and reduced to its columns' maxima, once
 for the windows above and below it.
 """
@@ -30,25 +32,32 @@ class Cut(NamedTuple):
     arguments: dict[str, Any]
 
 
-def cut(x: Tensor, out: Tensor) -> Cut:
-    """The strips of windows of the frames x, contiguous or channels-last, whose maxima are `out`."""
+def cut(x: Tensor, out: Tensor, pack: bool = False) -> Cut:
+    """The strips of windows of the frames x, contiguous or channels-last, whose maxima are `out`.
+
+    To `pack` bytes of which a thread has a part, threads wait for each other once for four rows: so strips have four.
+    """
     images, channels, height, width = x.shape
     rows, columns = out.shape[2:]
     innermost = not x.is_contiguous()
     widest = WIDEST // x.element_size()
-    strip = next((n for n in STRIPS if rows % n == 0), min(STRIPS[-1], triton.next_power_of_2(rows)))
+    if innermost:
+        group = min(widest, channels & -channels)
+    else:
+        # As many windows at once as have two inputs each within what a thread reads.
+        group = min(max(widest // 2, 1), (width & -width) // 2) if width % 2 == 0 else 1
+    fitting = (n for n in (STRIPS[-1:] if pack and group < 8 else STRIPS) if rows % n == 0)
+    strip = next(fitting, min(STRIPS[-1], triton.next_power_of_2(rows)))
     per_plane = triton.cdiv(rows, strip)
     strips = (images if innermost else images * channels) * per_plane
     if innermost:
-        group = unit = min(widest, channels & -channels)
+        unit = group
         channels //= group
         even = max(channels & -channels, min(2, triton.next_power_of_2(channels)))
         b = min(LINE // (group * x.element_size()), even)
         a = THREADS * widest // group // b
         grid = grid_of(triton.cdiv(channels, b), triton.cdiv(strips * columns, a))
     else:
-        # As many windows at once as have two inputs each within what a thread reads.
-        group = min(max(widest // 2, 1), (width & -width) // 2) if width % 2 == 0 else 1
         unit = 2 * group if width % 2 == 0 else 1
         a, b = max(THREADS * widest // 2, 1) // group, 1
         channels, width, columns = 1, width // unit, columns // group
@@ -204,10 +213,52 @@ def _of_window(above, of_above, middle, of_middle, below, of_below, row, KEYED: 
         return tl.where(better, below, best), tl.where(better, of_below + 6, place)
 
 
+@triton.jit
+def _store_bits(
+    bits,
+    fired,
+    begin,
+    strips,
+    per_plane,
+    rows,
+    columns,
+    channels,
+    COUNT: tl.constexpr,
+    INNERMOST: tl.constexpr,
+    STRIP: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    V: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """Stores rows of `fired` from row `begin` of the strip on, bit 8 i for row i, a byte for neighbouring groups."""
+    JOINED: tl.constexpr = 8 // V
+    if INNERMOST:
+        channels //= JOINED
+        plane, first, _group, column, g, there = _place(
+            strips, per_plane, columns, channels, INNERMOST, STRIP, A, B // JOINED, 1, INDEX
+        )
+        down = columns * channels
+        byte = (plane * rows + first + begin) * down + column * channels + g
+        fired = tl.reshape(fired, [A, B // JOINED, 8]) << tl.arange(0, 8)[None, None, :]
+        fired = tl.sum(fired, axis=2)[:, :, None]
+    else:
+        down = columns // JOINED
+        plane, first, group, _column, _k, there = _place(
+            strips, per_plane, down, channels, INNERMOST, STRIP, A // JOINED, B, 1, INDEX
+        )
+        byte = (plane * rows + first + begin) * down + group
+        fired = tl.sum(tl.reshape(fired, [A // JOINED, 8]) << tl.arange(0, 8)[None, :], axis=1)[:, None]
+    for row in tl.static_range(COUNT):
+        there_is = there & (first + begin + row < rows)
+        tl.store(bits + byte + row * down, (fired >> (8 * row)).to(tl.uint8), mask=there_is)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def max_pool(
     x,
     out,
+    bits,
     places,
     strips,
     per_plane,
@@ -217,6 +268,7 @@ def max_pool(
     columns,
     channels,
     KEEP: tl.constexpr,
+    PACK: tl.constexpr,
     SIGNED_NAN: tl.constexpr,
     STATE: tl.constexpr,
     INNERMOST: tl.constexpr,
@@ -250,6 +302,7 @@ def max_pool(
         KEYED,
         SIGNED_NAN,
     )
+    fired = tl.zeros(above.shape, tl.int32)
     for step in tl.static_range(STRIP):
         row = first + step
         middle, of_middle = _of_row(
@@ -298,6 +351,27 @@ def max_pool(
         tl.store(out + at, best.to(out.dtype.element_ty), mask=there & (row < rows))
         if KEEP:
             tl.store(places + at, place.to(tl.uint8), mask=there & (row < rows))
+        if PACK:
+            fired |= tl.where(best != 0, 1 << (8 * (step % 4)), 0)
+            if step % 4 == 3 or step == STRIP - 1:
+                _store_bits(
+                    bits,
+                    fired,
+                    step // 4 * 4,
+                    strips,
+                    per_plane,
+                    rows,
+                    columns,
+                    channels,
+                    step % 4 + 1,
+                    INNERMOST,
+                    STRIP,
+                    A,
+                    B,
+                    V,
+                    INDEX,
+                )
+                fired = tl.zeros(above.shape, tl.int32)
         above, of_above = below, of_below
 
 

@@ -348,15 +348,17 @@ def _settle(
         )
 
 
-def max_pool(x: Tensor, out: Tensor, places: Tensor | None) -> None:
-    cut = pool.cut(x, out)
+def max_pool(x: Tensor, out: Tensor, places: Tensor | None, bits: Tensor | None = None) -> None:
+    cut = pool.cut(x, out, pack=bits is not None)
     with _device_of(x):
         pool.max_pool[cut.grid](
             x,
             out,
+            _or(bits, x),
             _or(places, x),
             **cut.arguments,
             KEEP=places is not None,
+            PACK=bits is not None,
             SIGNED_NAN=SIGNED_NAN,
             STATE=_STATE[state_dtype(x)],
         )
