@@ -34,16 +34,18 @@ class _Known:
 _known = WeakIdKeyDictionary()
 
 
-def wants_bits(*inputs: Tensor | Any) -> bool:
-    """Whether a kernel that makes spikes of the `inputs` shall write their bits too: it alone decides that.
+def wants_bits(x: Tensor, *others: Any) -> bool:
+    """Whether a kernel that makes spikes of x and `others` shall write their bits too: it alone decides that.
 
-    It shall where gradients will run through the spikes: then the next convolution keeps them as bits, which a kernel
-    of its own would else read all spikes for. Of spikes that nobody convolves they take 1/8 byte each while these are
-    there. What torch.compile traces knows of no bits but those that a convolution asks for (see `convolution`).
+    It shall on a GPU where gradients will run through the spikes: then the next convolution keeps them as bits, which a
+    kernel of its own would else read all spikes for. Of spikes that nobody convolves they take 1/8 byte each while
+    these are there. What torch.compile traces knows of no bits but those that a convolution asks for (see
+    `convolution`).
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    return any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+    differentiable = any(isinstance(value, Tensor) and value.requires_grad for value in (x, *others))
+    return differentiable and kernels(x).writes_bits
 
 
 def as_spikes(result: Tensor, *of: Tensor, bits: Tensor | None = None) -> Tensor:

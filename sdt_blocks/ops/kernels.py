@@ -133,6 +133,11 @@ class Kernels(Protocol):
         """Fills grad_x from the gradient of the maxima; all are contiguous, or all are channels-last."""
         ...
 
+    @property
+    def writes_bits(self) -> bool:
+        """Whether bits cost less where spikes are made than by `pack_bits`: what `bits.wants_bits` goes by."""
+        ...
+
     def pack_bits(self, x: Tensor) -> Tensor | None:
         """One bit for each element of x in the order of memory, `[ceil(n / 8)]`.
 

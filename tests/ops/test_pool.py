@@ -87,10 +87,11 @@ def test_opcheck(backend, device):
         (12, 16, torch.channels_last, False),
     ],
 )
-def test_bits_of_pooled_spikes(backend, device, channels, width, memory_format, written, dtype):
+def test_bits_of_pooled_spikes(backend, device, monkeypatch, channels, width, memory_format, written, dtype):
     """They lie in the order of the frames, and need not be packed again."""
     torch.manual_seed(0)
     x = (torch.rand(4, channels, 9, width, device=device) < 0.1).to(dtype).contiguous(memory_format=memory_format)
+    monkeypatch.setattr(kernels(x), "writes_bits", True)
     spikes = as_spikes(x.requires_grad_().unflatten(0, (2, 2)))
     pooled = pool_frames(nn.MaxPool2d(3, 2, 1), spikes)
     assert 0.2 < pooled.float().mean() < 0.9 and are_spikes(pooled)

@@ -50,7 +50,7 @@ struct Pieces {
 // their neurons fired: [2, steps, images, channels].
 template <class X, class S>
 void attend(const Layout& l, int64_t images, const Neuron* neurons, const X* q, const X* k, const X* v, const S* scale,
-            const S* shift, const S* inv_tau, X* out, uint8_t* bits, uint8_t* codes, S* results) {
+            const S* shift, const S* inv_tau, X* out, uint8_t* codes, S* results) {
     const Pieces pieces(l, images);
     const X* const x[] = {q, k, v};
     const Dynamics<S> dynamics[] = {Dynamics<S>(neurons[0]), Dynamics<S>(neurons[1]), Dynamics<S>(neurons[2]),
@@ -105,12 +105,9 @@ void attend(const Layout& l, int64_t images, const Neuron* neurons, const X* q, 
                     const int64_t n = pieces.width(p, row);
                     const uint8_t* from = code(row, t);
                     const S* mask = &masks[t * w];
-                    const int64_t at = t * l.size + p.start + row * p.stride;
-                    X* to = out + at;
+                    X* to = out + t * l.size + p.start + row * p.stride;
                     prefetch<1>(to + p.stride, n);
-                    SIMD for (int64_t i = 0; i < n; ++i) wide[i] = S(from[i] & 1) * mask[i];
-                    SIMD for (int64_t i = 0; i < n; ++i) store(wide[i], to[i]);
-                    if (bits) pack_row(n, wide.data(), bits + at / 8);
+                    SIMD for (int64_t i = 0; i < n; ++i) store(S(from[i] & 1) * mask[i], to[i]);
                 }
         });
     });

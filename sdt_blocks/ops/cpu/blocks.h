@@ -7,9 +7,6 @@
 #include <numeric>
 #include <type_traits>
 #include <vector>
-#ifdef __AVX__
-#include <immintrin.h>
-#endif
 
 #include "neuron.h"
 #include "storage.h"
@@ -291,22 +288,6 @@ inline void to_bits(uint8_t* bytes, int64_t n, uint8_t* bits) {
         std::memcpy(&eight, bytes + 8 * i, 8);
         bits[i] = uint8_t(eight * 0x0102040810204080u >> 56);
     }
-}
-
-// One bit for each of n spikes, a multiple of eight, at most BYTES.
-template <class S> void pack_row(int64_t n, const S* spikes, uint8_t* bits) {
-#ifdef __AVX__
-    if constexpr (std::is_same_v<S, float>) {
-        for (int64_t i = 0; i < n / 8; ++i) {
-            const __m256 fired = _mm256_cmp_ps(_mm256_loadu_ps(spikes + 8 * i), _mm256_setzero_ps(), _CMP_NEQ_UQ);
-            bits[i] = uint8_t(_mm256_movemask_ps(fired));
-        }
-        return;
-    }
-#endif
-    uint8_t fired[BYTES];
-    SIMD for (int64_t i = 0; i < n; ++i) fired[i] = spikes[i] != 0;
-    to_bits(fired, n, bits);
 }
 
 inline void from_bits(const uint8_t* bits, int64_t n, uint8_t* bytes) {

@@ -27,7 +27,7 @@ template <int Stride, class X, class S> void challenge(int64_t n, const X* x, in
     }
 }
 
-template <class X, class S> void max_pool(const Planes& f, const X* x, X* out, uint8_t* places, uint8_t* bits) {
+template <class X, class S> void max_pool(const Planes& f, const X* x, X* out, uint8_t* places) {
     const int64_t rows = f.rows_out(), wide = f.width_out(), planes = f.channels_last ? f.count : f.count * f.channels;
     const int64_t row_in = f.channels_last ? f.width * f.channels : f.width;
     const int64_t row_out = f.channels_last ? wide * f.channels : wide;
@@ -38,7 +38,6 @@ template <class X, class S> void max_pool(const Planes& f, const X* x, X* out, u
             SIMD for (int64_t i = 0; i < n; ++i) store(best[i], out[at + i]);
             if (places)
                 SIMD for (int64_t i = 0; i < n; ++i) places[at + i] = uint8_t(place[i]);
-            if (bits) pack_row(n, best, bits + at / 8);
         };
         for (int64_t row = planes * rows * thread / threads; row < planes * rows * (thread + 1) / threads; ++row) {
             const int64_t y = row % rows * 2, at = row * row_out;

@@ -16,7 +16,7 @@ namespace {
 
 template <class X, class S>
 void forward(const Layout& l, const Neuron& neuron, const X* x, const S* scale, const S* shift, const S* inv_tau,
-             int64_t time_constants, const S* membrane, X* spikes, uint8_t* bits, S* last) {
+             int64_t time_constants, const S* membrane, X* spikes, S* last) {
     const Blocks blocks(l);
     const Dynamics<S> dynamics(neuron);
     parallel(l.threads, [&](int thread, int threads) {
@@ -38,7 +38,6 @@ void forward(const Layout& l, const Neuron& neuron, const X* x, const S* scale, 
                                           target(out, fired));
                 }, scale != nullptr);
                 narrow(n, fired, out);
-                if (bits) pack_row(n, (const S*)target(out, fired), bits + (t * l.size + b.start) / 8);
             }
             if (last) std::copy_n(h.data(), n, last + b.start);
         });
@@ -222,9 +221,9 @@ template <class X> void unpack(const uint8_t* bits, int64_t count, int64_t threa
 extern "C" {
 
 int64_t lif_forward(int64_t dtype, const Layout* l, const Neuron* n, const void* x, const void* scale, const void* shift,
-                const void* inv_tau, int64_t time_constants, const void* membrane, void* spikes, uint8_t* bits, void* last) {
+                const void* inv_tau, int64_t time_constants, const void* membrane, void* spikes, void* last) {
     FOR_DTYPE(dtype, (forward(*l, *n, (const X*)x, (const S*)scale, (const S*)shift, (const S*)inv_tau, time_constants,
-                              (const S*)membrane, (X*)spikes, bits, (S*)last)))
+                              (const S*)membrane, (X*)spikes, (S*)last)))
 }
 
 int64_t lif_backward(int64_t dtype, const Layout* l, const Neuron* n, const void* grad, int64_t grad_step, const void* mask,
@@ -266,10 +265,9 @@ int64_t norm_levels_backward(int64_t dtype, const Layout* l, const Levels* neuro
 }
 
 int64_t attend(int64_t dtype, const Layout* l, int64_t images, const Neuron* n, const void* q, const void* k, const void* v,
-           const void* scale, const void* shift, const void* inv_tau, void* out, uint8_t* bits, uint8_t* codes,
-           void* sums) {
+           const void* scale, const void* shift, const void* inv_tau, void* out, uint8_t* codes, void* sums) {
     FOR_DTYPE(dtype, (attend(*l, images, n, (const X*)q, (const X*)k, (const X*)v, (const S*)scale, (const S*)shift,
-                             (const S*)inv_tau, (X*)out, bits, codes, (S*)sums)))
+                             (const S*)inv_tau, (X*)out, codes, (S*)sums)))
 }
 
 int64_t mask_gradient(int64_t dtype, const Layout* l, int64_t images, const void* grad, int64_t grad_step, const uint8_t* codes,
@@ -285,8 +283,8 @@ int64_t channel_combine(int64_t dtype, const Layout* l, void* gradient, const vo
     FOR_DTYPE(dtype, (combine(*l, (X*)gradient, (const X*)x, (const S*)a, (const S*)b, (const S*)d)))
 }
 
-int64_t max_pool(int64_t dtype, const Planes* planes, const void* x, void* out, uint8_t* places, uint8_t* bits) {
-    FOR_DTYPE(dtype, (max_pool<X, S>(*planes, (const X*)x, (X*)out, places, bits)))
+int64_t max_pool(int64_t dtype, const Planes* planes, const void* x, void* out, uint8_t* places) {
+    FOR_DTYPE(dtype, (max_pool<X, S>(*planes, (const X*)x, (X*)out, places)))
 }
 
 int64_t max_pool_backward(int64_t dtype, const Planes* planes, const void* grad, const uint8_t* places, void* grad_x) {

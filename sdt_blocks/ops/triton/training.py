@@ -25,6 +25,7 @@ logging.getLogger(__name__).info(
     "Triton builds each kernel when it is first called, and keeps it for the next time in TRITON_CACHE_DIR or ~/.triton"
 )
 BLOCK = 1024
+writes_bits = True
 # Whether a sum with NaN may be a negative NaN: NVIDIA's are all positive.
 SIGNED_NAN = torch.version.hip is not None or os.environ.get("TRITON_INTERPRET") == "1"
 _STATE = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
