@@ -217,13 +217,12 @@ def _of_window(above, of_above, middle, of_middle, below, of_below, row, KEYED: 
 def _store_bits(
     bits,
     fired,
-    begin,
+    step: tl.constexpr,
     strips,
     per_plane,
     rows,
     columns,
     channels,
-    COUNT: tl.constexpr,
     INNERMOST: tl.constexpr,
     STRIP: tl.constexpr,
     A: tl.constexpr,
@@ -231,7 +230,11 @@ def _store_bits(
     V: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """Stores rows of `fired` from row `begin` of the strip on, bit 8 i for row i, a byte for neighbouring groups."""
+    """Stores up to four rows of `fired`, the last of them row `step` of the strip, a byte for neighbouring groups.
+
+    Bit 8 i is for the i-th of the rows.
+    """
+    BEGIN: tl.constexpr = step // 4 * 4
     JOINED: tl.constexpr = 8 // V
     if INNERMOST:
         channels //= JOINED
@@ -239,7 +242,7 @@ def _store_bits(
             strips, per_plane, columns, channels, INNERMOST, STRIP, A, B // JOINED, 1, INDEX
         )
         down = columns * channels
-        byte = (plane * rows + first + begin) * down + column * channels + g
+        byte = (plane * rows + first + BEGIN) * down + column * channels + g
         fired = tl.reshape(fired, [A, B // JOINED, 8]) << tl.arange(0, 8)[None, None, :]
         fired = tl.sum(fired, axis=2)[:, :, None]
     else:
@@ -247,10 +250,10 @@ def _store_bits(
         plane, first, group, _column, _k, there = _place(
             strips, per_plane, down, channels, INNERMOST, STRIP, A // JOINED, B, 1, INDEX
         )
-        byte = (plane * rows + first + begin) * down + group
+        byte = (plane * rows + first + BEGIN) * down + group
         fired = tl.sum(tl.reshape(fired, [A // JOINED, 8]) << tl.arange(0, 8)[None, :], axis=1)[:, None]
-    for row in tl.static_range(COUNT):
-        there_is = there & (first + begin + row < rows)
+    for row in tl.static_range(step % 4 + 1):
+        there_is = there & (first + BEGIN + row < rows)
         tl.store(bits + byte + row * down, (fired >> (8 * row)).to(tl.uint8), mask=there_is)
 
 
@@ -355,21 +358,7 @@ def max_pool(
             fired |= tl.where(best != 0, 1 << (8 * (step % 4)), 0)
             if step % 4 == 3 or step == STRIP - 1:
                 _store_bits(
-                    bits,
-                    fired,
-                    step // 4 * 4,
-                    strips,
-                    per_plane,
-                    rows,
-                    columns,
-                    channels,
-                    step % 4 + 1,
-                    INNERMOST,
-                    STRIP,
-                    A,
-                    B,
-                    V,
-                    INDEX,
+                    bits, fired, step, strips, per_plane, rows, columns, channels, INNERMOST, STRIP, A, B, V, INDEX
                 )
                 fired = tl.zeros(above.shape, tl.int32)
         above, of_above = below, of_below
