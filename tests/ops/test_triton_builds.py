@@ -100,10 +100,10 @@ def test_bytes_are_multiplied_by_integer_tensor_cores(built, capability):
 def test_launches_of_a_training_block(built):
     """Small launches cost more than what they compute: per-channel arithmetic stays within a layer's kernels."""
     for dtype, casts in (("float32", 0), ("bfloat16", 9)):
-        for found in built(90, dtype, "launches"):
+        for most, found in zip((20, 18), built(90, dtype, "launches"), strict=True):
             forward, backward = found["forward"], found["backward"]
             assert forward.get("_to_copy", 0) == backward.get("_to_copy", 0) == casts, found
-            assert sum(forward.values()) - casts <= 20 and sum(backward.values()) - casts <= 22, found
+            assert sum(forward.values()) - casts <= most and sum(backward.values()) - casts <= 22, found
             assert forward.get("pack", 0) <= 2, found
             assert not {"rsqrt", "lerp_", "div", "sub"} & (set(forward) | set(backward)), found
 
