@@ -91,7 +91,7 @@ def executed(
             raise RuntimeError("no end of a kernel found: its loops' numbers are read wrongly")
         taken = known.holds(line)
         to, at = code.target(at), at + 1
-        if line.op.startswith("EXIT") and not line.guard:
+        if line.op.startswith("EXIT") and taken:
             break
         if line.op.startswith("RET") and calls:
             at = calls.pop()

@@ -141,6 +141,19 @@ UNROLLED = """
 """
 
 
+LEFT_BY_AN_EXIT = """
+        /*0000*/                   UMOV UR5, URZ ;
+.L_x_0:
+        /*0010*/                   LDG.E R8, desc[UR4][R2.64] ;
+        /*0020*/                   UIADD3 UR5, UR5, 0x1, URZ ;
+        /*0030*/                   UISETP.NE.U32.AND UP0, UPT, UR5, 0xb, UPT ;
+        /*0040*/                   PLOP3.LUT P0, PT, PT, PT, UP0, 0x80, 0x0 ;
+        /*0050*/              @P5 EXIT ;
+        /*0060*/              @!P0 EXIT ;
+        /*0070*/                   BRA `(.L_x_0) ;
+"""
+
+
 def test_a_thread_is_followed_through_loops_and_round_slow_ways() -> None:
     offline = pytest.importorskip("offline")
     binary = offline.Binary(ASSEMBLY, capability=90, registers=32, spilled=0, shared=0, warps=4)
@@ -167,6 +180,11 @@ def test_rounds_of_unrolled_loops_are_computed(number: int) -> None:
     counts = machine.executed(UNROLLED, trips=5, words={0x220: number, 0x224: 0})
     assert (counts["LDG.E.128"], counts["LDG.E"]) == divmod(number, 4)
     assert counts["PLOP3.LUT"] == 5
+
+
+def test_an_exit_is_taken_where_its_condition_is_known_to_hold() -> None:
+    counts = pytest.importorskip("machine").executed(LEFT_BY_AN_EXIT, trips=5)
+    assert counts["LDG.E"] == 11 and counts["EXIT"] == 22
 
 
 def test_the_table_replaces_what_stands_between_the_markers(tmp_path: Path) -> None:
