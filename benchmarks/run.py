@@ -5,7 +5,7 @@ allocator settings it is run under, a `DEVICES` list the devices it has somethin
 results/SUITE-DEVICE-ALLOCATOR.csv; `benchmarks/report.py` plots them.
 
 On a GPU the tests of the ops come first: while one fails, no figure is taken, or with `--despite` each says so. For one
-that is lent for minutes (see CONTRIBUTING.md): `--trial` runs every line at small sizes and keeps no row; `--wheels
+that is rented by the minute (see CONTRIBUTING.md): `--trial` runs every line at small sizes and keeps no row; `--wheels
 FOLDER` installs what is missing from files that were brought along, no network is asked; with `--minutes` a suite gets
 at most half of the time that is left, and what it has found by then is kept; all that is printed, tracebacks too,
 stands in `--results FOLDER` beside the rows.
