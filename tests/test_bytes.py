@@ -139,6 +139,29 @@ def test_a_network_of_ones_own(on_gpu) -> None:
     assert found.std() > 0.01
 
 
+class Doubled(nn.Module):
+    """As many spikes as `2 ** times`, in no product."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.first, self.a, self.times = nn.Conv2d(1, 8, 1), LIF(threshold=0.1), times
+        nn.init.constant_(self.first.bias, 10.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spikes = steps.fire(self.a, steps.project(self.first, x))
+        for _ in range(self.times):
+            spikes = spikes + spikes
+        return spikes
+
+
+@pytest.mark.parametrize("times", [6, 7])
+@torch.no_grad()
+def test_counts_that_a_byte_does_not_hold_are_floats(on_gpu, times: int) -> None:
+    model, x = Doubled(times).eval(), torch.rand(2, 1, 1, 3, 3)
+    fast = on_gpu(in_bytes, model)
+    assert on_gpu(fast, x.to(DEVICE)).eq(2**times).all()
+
+
 @torch.no_grad()
 def test_a_state_is_saved_and_a_stream_goes_on(firing_model, on_gpu) -> None:
     x = torch.rand(1, 3, 8, 8)

@@ -149,7 +149,8 @@ class Bytes(Dense):
         return super()._fired(neuron, membrane)
 
     def _add(self, node: Node, given: list[Any], values: dict[Node, Any]) -> Any:
-        if self.kinds[node] == COUNTS and all(isinstance(one, Spiking) for one in given) and len(given) == 2:
+        held = self.kinds[node] == COUNTS and self.counted[node] <= LARGEST
+        if held and all(isinstance(one, Spiking) for one in given) and len(given) == 2:
             a, b = (one.real(torch.int8) for one in given)
             if a.shape == b.shape:
                 return _fired(a + b)
