@@ -30,6 +30,7 @@ from sdt_blocks import (
 from sdt_blocks.blocks import ConvNorm, ConvolutionBlock, Downsampling, LinearSpikeAttention, MaskMixer
 from sdt_blocks.inference import Dense, Events, dense, plan
 from sdt_blocks.neuron import IntegerNeuron
+from sdt_blocks.neuron.replacing import InSteps
 from sdt_blocks.steps import fire, pool, present, project, project_and_fire, project_and_mix, shortcut
 
 
@@ -567,6 +568,59 @@ def test_state_and_chance_are_not_frozen_into_a_plan(make, why: str) -> None:
         fast = optimize_for_inference(model)
     first, second = fast(torch.ones(1, 2, 3, 3)), fast(torch.ones(1, 2, 3, 3))
     assert not torch.equal(first, second)
+
+
+class InLoop(nn.Module):
+    """A layer and a neuron as in snnTorch's tutorials: one step at a time, from a membrane that each call resets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.lif = nn.Linear(4, 8), InSteps(LIF(threshold=0.2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        membrane, spikes = self.lif.reset_mem(), []
+        for t in range(5):
+            fired, membrane = self.lif(self.fc(x[t]), membrane)
+            spikes.append(fired)
+        return torch.stack(spikes)
+
+
+@torch.no_grad()
+def test_what_each_call_resets_is_no_state() -> None:
+    model, x = InLoop().eval(), torch.rand(5, 3, 4)
+    expected = model(x)
+    assert expected.any() and not expected.all()
+    model.lif.mem = torch.rand(3, 8)
+    with pytest.warns(UserWarning, match="lif") as told:
+        fast = optimize_for_inference(model)
+    assert not any("keeps a state" in str(one.message) for one in told) and len(fast.plan.nodes) > 10
+    for given in (x, 1 - x):
+        torch.testing.assert_close(fast(given), model(given))
+
+
+class Part(nn.Module):
+    """Branches on a tensor; a network around it counts in it."""
+
+    count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class CountingInAPart(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Part()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.part.count += 1
+        return self.part(x) * self.part.count
+
+
+def test_a_state_in_what_is_kept_as_it_is_keeps_the_network() -> None:
+    with pytest.warns(UserWarning, match="CountingInAPart .it keeps a state"):
+        fast = optimize_for_inference(CountingInAPart().eval())
+    assert [fast(torch.ones(2)).sum().item() for _ in range(3)] == [2.0, 4.0, 6.0]
 
 
 @torch.no_grad()

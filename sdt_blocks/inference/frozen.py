@@ -43,15 +43,25 @@ def attributes(root: nn.Module) -> dict[str, tuple[Any, int]]:
 
 
 def changed_since(before: dict[str, tuple[Any, int]], root: nn.Module) -> list[str]:
-    """The paths of attributes that are other ones now, or were written into."""
+    """The paths of attributes that are new, have other values now, or were written into."""
     now = attributes(root)
-    changed: list[str] = []
+    changed = [path for path in now if path not in before]
     for path, (value, version) in before.items():
         other, its_version = now.get(path, (None, 0))
-        same = other is value if isinstance(value, Tensor) or isinstance(other, Tensor) else other == value
-        if not same or version != its_version:
+        if isinstance(value, Tensor) and isinstance(other, Tensor):
+            same = version == its_version if other is value else _equal(value, other)
+        else:
+            same = not isinstance(other, Tensor) and other == value
+        if not same:
             changed.append(path)
     return changed
+
+
+def _equal(value: Tensor, other: Tensor) -> bool:
+    """Whether a tensor was replaced by one like it, as where a state is reset."""
+    if (value.shape, value.dtype, value.device) != (other.shape, other.dtype, other.device):
+        return False
+    return not value.is_meta and torch.equal(value, other)
 
 
 def alike(one: fx.Graph, other: fx.Graph, root: nn.Module, changed: list[str]) -> bool:

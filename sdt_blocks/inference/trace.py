@@ -84,15 +84,25 @@ def trace(model: nn.Module) -> Traced:
             continue
         stateful = [name for name, module in root.named_modules() if holds_proxies(module)]
         if not stateful:
-            changed = changed_since(before, root)
-            # A counter may change nothing: then a second trace is like the first.
-            if changed and not alike(graph, _Tracer(opaque).trace(root), root, changed):
-                stateful = [path.rpartition(".")[0] for path in changed]
-        if not stateful:
+            stateful = _grown(root, graph, opaque, before)
+        if not stateful or _NETWORK in opaque:
             break
-        opaque[stateful[-1]] = "it keeps a state in its attributes"
+        opaque[next((name for name in reversed(stateful) if name not in opaque), _NETWORK)] = (
+            "it keeps a state in its attributes"
+        )
     told = {_short(name): why for name, why in (opaque | tracer.watched).items()}
     return Traced(Plan(on_sequences(list(_Lowering(root).nodes_of(graph)))), root.network, told)
+
+
+def _grown(root: nn.Module, graph: fx.Graph, opaque: dict[str, str], before: Any) -> list[str]:
+    """The modules with a state that a second call would find, and go on from, other than the first."""
+    if not changed_since(before, root):
+        return []
+    # A state may be reset at every call, and a counter change nothing: then a second trace is like the first.
+    left = attributes(root)
+    again = _Tracer(opaque).trace(root)
+    changed = changed_since(left, root)
+    return [] if alike(graph, again, root, changed) else [path.rpartition(".")[0] for path in changed]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
