@@ -18,12 +18,11 @@ additions. Latency is of one image, dense and event-driven, measured in turns, a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from common.command_line import command
 from common.cpu_processes import join_processes
-from common.options import read_options
+from common.options import split_options
 from common.side_by_side import Options, compare, notes, write_tables
 
 ONE_OF_EACH = ("sdt_8_384", "sdt_v2_15m", "spikformer_8_384", "qkformer_10_384", "sdt_v3_19m")
@@ -33,9 +32,7 @@ ONE_OF_EACH = ("sdt_8_384", "sdt_v2_15m", "spikformer_8_384", "qkformer_10_384",
 def main(arguments: Sequence[str]) -> None:
     import torch
 
-    own = {item.name for item in fields(Options)}
-    names = [argument for argument in arguments if argument.partition("=")[0] not in own]
-    options = read_options(Options, [argument for argument in arguments if argument not in names])
+    options, names = split_options(Options, arguments)
     join_processes()
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -16,14 +16,14 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.command_line import command
 from common.config import ConfigError, RunError, check_meant, load_config
 from common.cpu_processes import join_processes
-from common.options import read_options
+from common.options import split_options
 from common.schema import option
 from common.trained import class_names, default_folder, load, match_classes, with_run_config
 
@@ -64,9 +64,7 @@ class Options:
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[float], list[str]]:
     """This recipe's options, the tolerances, and the arguments that `load_config` takes. Raises `ConfigError`."""
-    names = {item.name for item in fields(Options)}
-    own = [argument for argument in arguments if argument.partition("=")[0] in names]
-    options = read_options(Options, own)
+    options, rest = split_options(Options, arguments)
     if options.checkpoint is None:
         raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar")
     try:
@@ -77,7 +75,6 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[float], list
         raise ConfigError(
             f"tolerances={options.tolerances}: expected shares of the samples from 0 to 1, such as 0,0.01"
         )
-    rest = [argument for argument in arguments if argument not in own]
     settings = ["train.mixed_precision=no", "tracker=none", *rest]
     return options, allowed, with_run_config(Path(options.checkpoint), settings)
 

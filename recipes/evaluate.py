@@ -18,14 +18,14 @@ import csv
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.command_line import command
 from common.config import ConfigError, RunError, check_meant, load_config
 from common.cpu_processes import join_processes
-from common.options import read_options
+from common.options import split_options
 from common.schema import option
 from common.trained import class_names, default_folder, load, match_classes, with_run_config
 
@@ -56,10 +56,7 @@ class Options:
 
 def read_arguments(arguments: list[str]) -> tuple[Options, list[str]]:
     """This recipe's options, and the arguments that `load_config` takes. Raises `ConfigError`."""
-    names = {item.name for item in fields(Options)}
-    own = [argument for argument in arguments if argument.partition("=")[0] in names]
-    rest = [argument for argument in arguments if argument not in own]
-    options = read_options(Options, own)
+    options, rest = split_options(Options, arguments)
     if options.checkpoint is None:
         raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar")
     if options.img_size is not None:

@@ -15,13 +15,13 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.command_line import command
 from common.config import Config, ConfigError, RunError, load_config
-from common.options import read_options
+from common.options import split_options
 from common.schema import option
 from common.trained import load, with_run_config
 
@@ -46,12 +46,10 @@ class Options:
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     """This recipe's options, and the arguments that `load_config` takes. Raises `ConfigError`."""
-    names = {item.name for item in fields(Options)}
-    own = [argument for argument in arguments if argument.partition("=")[0] in names]
-    options = read_options(Options, own)
+    options, rest = split_options(Options, arguments)
     if options.checkpoint is None:
         raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar")
-    return options, with_run_config(Path(options.checkpoint), [one for one in arguments if one not in own])
+    return options, with_run_config(Path(options.checkpoint), rest)
 
 
 def frame_shape(model: Any, config: Config, arguments: Sequence[str]) -> tuple[int, int, int]:

@@ -16,13 +16,13 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from common.command_line import command
 from common.config import ConfigError, RunError, load_config
-from common.options import read_options
+from common.options import split_options
 from common.schema import option
 from common.trained import class_names, load, with_run_config
 from rich.console import Console, Group
@@ -73,14 +73,11 @@ class Played:
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     """This recipe's options, and the arguments that `load_config` takes. Raises `ConfigError`."""
-    names = {item.name for item in fields(Options)}
-    own = [argument for argument in arguments if argument.partition("=")[0] in names]
-    options = read_options(Options, own)
+    options, rest = split_options(Options, arguments)
     if options.checkpoint is None:
         raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, such as runs/events_demo")
     if options.frame_events is not None and options.frame_ms is not None:
         raise ConfigError("frame_events and frame_ms are two ways to end a frame; give one of them")
-    rest = [argument for argument in arguments if argument not in own]
     settings = ["train.mixed_precision=no", "tracker=none", *rest]
     return options, with_run_config(Path(options.checkpoint), settings)
 

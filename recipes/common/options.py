@@ -35,6 +35,13 @@ def read_options(kind: type[T], arguments: Sequence[str]) -> T:
     return options
 
 
+def split_options(kind: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
+    """`read_options` of the arguments that are of that kind, and all others in their order. Raises `ConfigError`."""
+    names = {item.name for item in fields(kind)}  # type: ignore[arg-type]
+    own = [argument for argument in arguments if argument.partition("=")[0] in names]
+    return read_options(kind, own), [argument for argument in arguments if argument not in own]
+
+
 def own_help(kind: type) -> str:
     """The keys with their meaning, as `--help` prints them."""
     defaults = kind()
