@@ -44,8 +44,10 @@ def wants_bits(x: Tensor, *others: Any) -> bool:
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    differentiable = any(isinstance(value, Tensor) and value.requires_grad for value in (x, *others))
-    return differentiable and kernels(x).writes_bits
+    for value in (x, *others):
+        if isinstance(value, Tensor) and value.requires_grad:
+            return kernels(x).writes_bits
+    return False
 
 
 def as_spikes(result: Tensor, *of: Tensor, bits: Tensor | None = None) -> Tensor:
@@ -58,7 +60,8 @@ def as_spikes(result: Tensor, *of: Tensor, bits: Tensor | None = None) -> Tensor
         if torch.compiler.is_compiling():
             note_spikes_op(result)
         else:
-            packed = _packed(result)
+            # What comes with a place for bits is new.
+            packed = None if bits is not None and not bits.numel() else _packed(result)
             if packed is None and bits is not None and bits.numel():
                 packed = _Packed(bits)
             _known[result] = _Known(result._version, packed)

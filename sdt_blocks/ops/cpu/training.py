@@ -40,7 +40,8 @@ def lif_forward(
     scale, shift = (None, None) if norm is None else (norm.scale, norm.shift)
     inputs = (x, scale, shift, inv_tau, constants, before)
     _call("lif_forward", x, layout, neuron_array(neuron), *inputs, spikes, last)
-    _pack(Spikes(spikes, bits))
+    if bits is not None:
+        _pack(Spikes(spikes, bits))
     return spikes, last
 
 
@@ -152,15 +153,15 @@ def norm_gradients(
     of_weight: Tensor,
     of_bias: Tensor,
 ) -> None:
-    of_shift, of_scale = (part.view_as(of_bias) for part in sums[:, 1:, 0].to(of_bias.dtype).unbind(1))
-    torch.mul(of_scale, norm.inv_std, out=of_weight)
-    of_bias.copy_(of_shift)
-    divisor = -torch.inf if count is None else -count
-    b = of_weight * norm.scale * norm.inv_std / divisor
-    d = of_shift * norm.scale / divisor - b * norm.mean
-    factors = (factor.view(len(x), -1) for factor in (norm.scale, b, d))
-    for of_part, part, *of_channels in zip(grad, x, *factors, strict=True):
-        _call("channel_combine", part, layout, of_part, part, *of_channels)
+    for i, (of_part, part) in enumerate(zip(grad, x, strict=True)):
+        one, weight, bias = (norm, of_weight, of_bias) if len(x) == 1 else (norm.row(i), of_weight[i], of_bias[i])
+        of_shift, of_scale = sums[i, 1:, 0].to(bias.dtype).unbind()
+        torch.mul(of_scale, one.inv_std, out=weight)
+        bias.copy_(of_shift)
+        divisor = -torch.inf if count is None else -count
+        b = weight * one.scale * one.inv_std / divisor
+        d = of_shift * one.scale / divisor - b * one.mean
+        _call("channel_combine", part, layout, of_part, part, one.scale, b, d)
 
 
 def max_pool(x: Tensor, out: Tensor, places: Tensor | None, bits: Tensor | None = None) -> None:
