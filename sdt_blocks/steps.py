@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from .neuron import LIF, IntegerNeuron, remembers, spikes_of
 from .ops import Norm, attend, batch_norm_levels, batch_norm_lif, max_pool
-from .ops.bits import SpikesAsBits, are_spikes, as_spikes, bits_of, wants_bits
+from .ops.bits import SpikesAsBits, are_spikes, as_spikes, bits_of
 from .ops.convolution import convolve_spikes
 from .ops.dispatch import fall_back, fused
 from .surrogate import Scheduled, Surrogate
@@ -173,7 +173,7 @@ def pool(layer: nn.Module, x: Tensor) -> Tensor:
     if is_plain(layer, nn.Identity):
         return x
     if is_plain(layer, nn.MaxPool2d) and halves(layer):
-        pooled = max_pool(x.flatten(0, 1), spikes=wants_bits(x) and are_spikes(x))
+        pooled = max_pool(x.flatten(0, 1), spikes=are_spikes(x))
         return as_spikes(pooled.unflatten(0, x.shape[:2]), x, bits=bits_of(pooled))
     return per_frame(layer, x)
 
@@ -337,9 +337,9 @@ def is_bare(layer: nn.Module, size: int, *, padding: int = 0, groups: int = 1) -
 
 def is_affine(norm: nn.Module) -> bool:
     """Whether a module is a batch normalization that is scale and shift in eval mode, by what it has learnt."""
-    if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) or type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+    if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
         return False
-    return norm.weight is not None and norm.bias is not None and norm.running_var is not None
+    return all(getattr(norm, name) is not None for name in ("weight", "bias", "running_var"))
 
 
 def is_unit(module: nn.Module) -> bool:

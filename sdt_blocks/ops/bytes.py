@@ -7,18 +7,15 @@ epilogue at most.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .dense import Neuron
-from .dispatch import by_triton
+from .dispatch import by_triton, of_triton
 from .integers import Windows
 from .lif import lif
-from .spec import ByteLayer, NeuronSpec
+from .spec import ByteLayer
 
 LARGEST = 127
 """The largest count or level in a byte."""
@@ -51,7 +48,8 @@ def spike_layer(
     if not by_triton(layer.scale):
         return _equations(x, layer, residual, membrane, neuron)
     held = None if residual is None else residual.contiguous()
-    found: Result = _triton().spike_layer(x.contiguous(), layer, size, held, membrane, neuron and _spec(neuron))
+    told = None if neuron is None else neuron.spec._replace(inv_tau=neuron.inv_tau)
+    found: Result = of_triton("bytes").spike_layer(x.contiguous(), layer, size, held, membrane, told)
     return found
 
 
@@ -88,19 +86,7 @@ def _equations(
     u = u if residual is None else residual.float() + u
     spikes = None
     if neuron is not None:
-        fired = lif(u.flatten(1, 3), _spec(neuron))
+        fired = lif(u.flatten(1, 3), neuron.spec._replace(inv_tau=neuron.inv_tau))
         assert isinstance(fired, Tensor)
         spikes = fired.view(u.shape).to(torch.int8)
     return (None if membrane is None else u.to(membrane)), spikes
-
-
-def _spec(neuron: Neuron) -> NeuronSpec:
-    return NeuronSpec(neuron.threshold, neuron.reset, strict=neuron.strict, inv_tau=neuron.inv_tau)
-
-
-@functools.cache
-def _triton() -> Any:
-    # Imported late: Triton may be missing, and reads TRITON_INTERPRET when it is imported.
-    from .triton import bytes as of_triton
-
-    return of_triton

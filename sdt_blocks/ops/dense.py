@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from ctypes import c_int64, c_void_p
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from .cpu import bindings
 from .cpu.build import BuildError
-from .dispatch import by_triton
+from .dispatch import by_triton, of_triton
 from .levels import levels
 from .lif import lif, lif_reference
 from .spec import LevelSpec, NeuronSpec, state_dtype
@@ -43,6 +42,11 @@ class Neuron(NamedTuple):
     after: Tensor | None = None
     """A tensor to be filled with where they stand after the last step."""
 
+    @property
+    def spec(self) -> NeuronSpec:
+        """What a kernel is told beside the time constant."""
+        return NeuronSpec(self.threshold, self.reset, strict=self.strict)
+
 
 def fire(
     x: Tensor, neuron: Neuron, dtype: torch.dtype, *, shortcut: Tensor | None = None, compiled: bool = False
@@ -52,7 +56,7 @@ def fire(
     Shapes: x, shortcut and results `[T, B, H, W, C]`; x may be one frame expanded along T.
     """
     if compiled and _by_triton(x, neuron):
-        return _triton("dense").fire(_frames(x), _spec(neuron), neuron.inv_tau, dtype, shortcut)
+        return of_triton("dense").fire(_frames(x), neuron.spec, neuron.inv_tau, dtype, shortcut)
     if compiled and _native(x):
         x = _frames(x)
         spikes = torch.empty(x.shape, dtype=dtype)
@@ -61,7 +65,7 @@ def fire(
         into = None if before is None else total
         _call("fire", x, spikes, len(x), x[0].numel(), x, x.stride(0), before, into, _layers((neuron,)))
         return total, spikes
-    run = _traced(_fire, dynamic=True) if compiled and not _on_triton(x) else _fire
+    run = _traced(_fire, dynamic=True) if compiled and not by_triton(x) else _fire
     flat = functools.partial(torch.flatten, start_dim=1, end_dim=-2 if neuron.inv_tau.ndim else -1)
     total, spikes = run(flat(x), neuron, dtype, None if shortcut is None else flat(shortcut))
     return x if shortcut is None else total.view(x.shape), spikes.view(x.shape)
@@ -72,7 +76,7 @@ def fire_levels(
 ) -> tuple[Tensor, Tensor]:
     """As `fire`, for integer neurons: `(u, l / norm of u)`, by their own kernel also where nothing is `compiled`."""
     if compiled and by_triton(x):
-        total, values = _triton("levels").fire_levels(x.contiguous(), neuron, dtype, shortcut)
+        total, values = of_triton("levels").fire_levels(x.contiguous(), neuron, dtype, shortcut)
         return x if shortcut is None else total, values
     total = x if shortcut is None else shortcut + x
     return total, levels(total.to(state_dtype(total)), neuron).to(dtype)
@@ -81,17 +85,17 @@ def fire_levels(
 def fire_and_pool(x: Tensor, neuron: Neuron, dtype: torch.dtype, *, compiled: bool = False) -> Tensor:
     """Spikes of x after a 3x3 maximum of stride 2, `[T, B, H, W, C] -> [T, B, ceil(H / 2), ceil(W / 2), C]`."""
     if compiled and _by_triton(x, neuron):
-        if len(x) > _triton("dense").BITS:
+        if len(x) > of_triton("dense").BITS:
             spikes: Tensor = pool(fire(x, neuron, dtype, compiled=True)[1])
             return spikes
-        return _triton("dense").fire_and_pool(_frames(x), _spec(neuron), neuron.inv_tau, dtype)
+        return of_triton("dense").fire_and_pool(_frames(x), neuron.spec, neuron.inv_tau, dtype)
     if compiled and _native(x):
         x = _frames(x)
         steps, batch, height, width, channels = x.shape
         out = torch.empty(steps, batch, (height + 1) // 2, (width + 1) // 2, channels, dtype=dtype)
         _call("fire_and_pool", x, out, _sizes(*x.shape), x, x.stride(0), _layers((neuron,)))
         return out
-    run = _traced(_fire_and_pool) if compiled and not _on_triton(x) else _fire_and_pool
+    run = _traced(_fire_and_pool) if compiled and not by_triton(x) else _fire_and_pool
     pooled: Tensor = run(x, neuron, dtype)
     return pooled
 
@@ -116,7 +120,7 @@ def attend(
         _call("attend", qkv, out, shape, qkv, _layers(tuple(neurons)))
         return out
     # The pooling of an attention, and very many steps and tokens, are left to the equations, with fused neurons.
-    run = _traced(_attend) if compiled and not _on_triton(qkv) and not _native(qkv) else _attend
+    run = _traced(_attend) if compiled and not by_triton(qkv) and not _native(qkv) else _attend
     masked: Tensor = run(qkv, neurons, dtype, heads)
     return masked
 
@@ -132,35 +136,19 @@ def pool(x: Tensor) -> Tensor:
     return pooled.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
 
 
-def _on_triton(x: Tensor) -> bool:
-    """`by_triton`, also for spikes of a byte each."""
-    return by_triton(x if x.is_floating_point() else x.new_empty(0, dtype=torch.float32))
-
-
 def _by_triton(x: Tensor, *neurons: Neuron) -> bool:
     """Whether one of the Triton kernels does it, which start at rest; else the equations, with the neurons' own."""
-    return _on_triton(x) and all(neuron.before is None and neuron.after is None for neuron in neurons)
+    return by_triton(x) and all(neuron.before is None and neuron.after is None for neuron in neurons)
 
 
 def _attend_by_triton(qkv: Tensor, neurons: Sequence[Neuron], dtype: torch.dtype) -> Tensor | None:
     """`None` where q, k and v have unlike neurons, or the kernel has no room for so many steps and tokens."""
-    specs = [_spec(neuron) for neuron in neurons]
+    specs = [neuron.spec for neuron in neurons]
     if not specs[0] == specs[1] == specs[2]:
         return None
     inv_taus = torch.stack([neuron.inv_tau.expand(qkv.shape[-1] // 3) for neuron in neurons])
-    masked: Tensor | None = _triton("dense").attend(_frames(qkv), specs, inv_taus, dtype)
+    masked: Tensor | None = of_triton("dense").attend(_frames(qkv), specs, inv_taus, dtype)
     return masked
-
-
-@functools.cache
-def _triton(name: str) -> Any:
-    # Imported late: Triton may be missing, and reads TRITON_INTERPRET when it is imported.
-    return importlib.import_module(f".triton.{name}", __package__)
-
-
-def _spec(neuron: Neuron) -> NeuronSpec:
-    """What a kernel is told of a neuron beside its time constant."""
-    return NeuronSpec(neuron.threshold, neuron.reset, strict=neuron.strict)
 
 
 # The equations.
@@ -168,7 +156,7 @@ def _spec(neuron: Neuron) -> NeuronSpec:
 
 def _spikes(x: Tensor, neuron: Neuron) -> Tensor:
     x = x if x.is_floating_point() else x.float()
-    spec = _spec(neuron)._replace(inv_tau=neuron.inv_tau)
+    spec = neuron.spec._replace(inv_tau=neuron.inv_tau)
     before = None if neuron.before is None else neuron.before.reshape(x.shape[1:])
     if torch.compiler.is_compiling():
         spikes, last = lif_reference(x, spec, before)

@@ -57,9 +57,14 @@ def level_kernels(x: Tensor) -> LevelKernels:
 
 
 def by_triton(x: Tensor) -> bool:
-    """Whether the Triton kernels run for x; a CPU's own need not be built to know it."""
+    """Whether the Triton kernels run for x, whole numbers included; a CPU's own need not be built to know it."""
     asked = x.device.type == "cuda" or os.environ.get("SDT_BLOCKS_BACKEND") == "triton"
-    return asked and _backend(x.device.type, x.dtype) == "triton"
+    return asked and _backend(x.device.type, x.dtype if x.is_floating_point() else torch.float32) == "triton"
+
+
+def of_triton(name: str) -> Any:
+    """A module of Triton kernels, where `by_triton(x)`."""
+    return _module("triton", name)
 
 
 def exporting() -> bool:

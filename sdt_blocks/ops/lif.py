@@ -95,7 +95,8 @@ def lif(
             None if membrane is None else membrane.to(dtype),
             return_membrane,
             wants_bits(x, inv_tau, membrane),
-            *([None] * 4 + [False, neuron.surrogate.numbers] if isinstance(neuron.surrogate, Scheduled) else []),
+            *_NO_NORM,
+            neuron.scheduled,
         )
         as_spikes(spikes, bits=bits)
     else:
@@ -124,6 +125,9 @@ def constants(neuron: NeuronSpec) -> NeuronSpec | None:
     number = 0.0 if isinstance(inv_tau, Tensor) else float(inv_tau)
     return NeuronSpec(threshold, reset, surrogate, detach_reset, strict, number)
 
+
+_NO_NORM = (None, None, None, None, False)
+"""A `lif_op` of neurons alone: mean, inv_std, weight, bias and of_batch."""
 
 # A registered op takes tensors, numbers and lists of numbers, no tuples of its own: its schema is flat, and its
 # arguments as many as the tuples' fields. Its body puts them together again.

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..surrogate import Scheduled
 from .bits import as_spikes, wants_bits
 from .dispatch import fused, kernels
 from .lif import constants, lif_op, lif_reference
@@ -82,7 +81,7 @@ def batch_norm_lif(
         None if norm.weight is None else norm.weight.to(dtype),
         None if norm.bias is None else norm.bias.to(dtype),
         norm.training,
-        neuron.surrogate.numbers if isinstance(neuron.surrogate, Scheduled) else None,
+        neuron.scheduled,
     )
     as_spikes(spikes, bits=bits)
     return (spikes, last) if return_membrane else spikes

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..surrogate import KINDS, Surrogate, sigmoid
+from ..surrogate import KINDS, Scheduled, Surrogate, sigmoid
 
 RESETS = ("zero", "subtract", "none")
 ROUNDINGS = ("even", "up")
@@ -43,6 +43,11 @@ class NeuronSpec(NamedTuple):
     detach_reset: bool = True
     strict: bool = False
     inv_tau: float | Tensor = 0.5
+
+    @property
+    def scheduled(self) -> Tensor | None:
+        """The numbers that a graph takes for inputs, where a schedule changes them."""
+        return self.surrogate.numbers if isinstance(self.surrogate, Scheduled) else None
 
     def encode(self) -> list[float]:
         """As numbers, which is what a registered op can take."""

@@ -45,18 +45,6 @@ def lif_forward(
     return spikes, last
 
 
-def lif_backward(
-    arriving: Arriving,
-    x: Tensor,
-    layout: Layout,
-    neuron: NeuronSpec,
-    norm: Affine | None,
-    inv_tau: Tensor | None,
-    membrane: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    return _lif_backward(arriving, None, x, layout, neuron, norm, inv_tau, membrane)
-
-
 class Mask(NamedTuple):
     """What multiplies the gradient of spikes `[T, B, C, ...]` on its way to their neurons.
 
@@ -70,15 +58,15 @@ class Mask(NamedTuple):
     bit: int = 0
 
 
-def _lif_backward(
+def lif_backward(
     arriving: Arriving,
-    mask: Mask | None,
     x: Tensor,
     layout: Layout,
     neuron: NeuronSpec,
     norm: Affine | None,
     inv_tau: Tensor | None,
     membrane: Tensor | None,
+    mask: Mask | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     grad_x = layout.empty(x, x.shape[0])
     before = None if membrane is None else layout.frame(membrane)
@@ -130,7 +118,7 @@ def attend_backward(
     found = []
     for i, (given, masked) in enumerate(arriving):
         tau = None if inv_tau is None else inv_tau[i]
-        found.append(_lif_backward(Arriving(given), masked, x[i], layout, neurons[i], norm.row(i), tau, None))
+        found.append(lif_backward(Arriving(given), x[i], layout, neurons[i], norm.row(i), tau, None, masked))
     return [of_x for of_x, *_ in found], torch.cat([sums for *_, sums in found])
 
 
