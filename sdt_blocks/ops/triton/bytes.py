@@ -11,11 +11,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.cuda import device_of
 
 from ..spec import RESETS, ByteLayer, NeuronSpec
 from .lif import charge, fires
 from .tiles import ROUNDED, grid_of, index, second_axis
-from .training import _device_of
 
 AT_ONCE = 4
 """Time steps whose sums are in registers at once; their number has to divide the steps."""
@@ -54,7 +54,7 @@ def spike_layer(
     stand_in, told = layer.scale, neuron or NeuronSpec(inv_tau=layer.scale)
     assert isinstance(told.inv_tau, Tensor)
     stride, padding, dilation = layer.windows
-    with _device_of(x):
+    with device_of(x):
         spike_layer_kernel[grid_of(triton.cdiv(out, b), triton.cdiv(positions, a))](
             x,
             layer.weight,

@@ -15,8 +15,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.cuda import device_of
 
 from ..spec import RESETS, NeuronSpec, arrange, state_dtype
+from .arguments import STATES, as_number
 from .lif import MOST_STEPS, charge, fires
 from .tiles import (
     LINE,
@@ -34,7 +36,6 @@ from .tiles import (
     second_axis,
     tile,
 )
-from .training import _STATE, _device_of, _number
 
 STRIP = 4
 """Rows of windows that a program of the pooling walks down."""
@@ -61,7 +62,7 @@ def fire(
         total = torch.empty(x.shape, dtype=torch.promote_types(before.dtype, x.dtype), device=x.device)
     # In groups that the widest reads at once: elements of another width would change threads on their way.
     cut = tile(total, layout)
-    with _device_of(x):
+    with device_of(x):
         fire_kernel[cut.grid](
             frames,
             frames if before is None else before,
@@ -91,7 +92,7 @@ def fire_and_pool(x: Tensor, neuron: NeuronSpec, inv_tau: Tensor, dtype: torch.d
     strips = images * per_plane
     b = min(LINE // (group * x.element_size()), max(groups & -groups, min(4, triton.next_power_of_2(groups))))
     a = max(1, THREADS // b)
-    with _device_of(x):
+    with device_of(x):
         fire_and_pool_kernel[grid_of(triton.cdiv(groups, b), triton.cdiv(strips * columns, a))](
             x,
             inv_tau,
@@ -136,8 +137,8 @@ def attend(qkv: Tensor, neurons: Sequence[NeuronSpec], inv_taus: Tensor, dtype: 
         return None
     out = torch.empty(steps, images, height, width, channels, dtype=dtype, device=qkv.device)
     first, last = neurons[0], neurons[3]
-    mask = {"mask_threshold_number": _number(qkv, last.threshold), "MASK_RESET": RESETS.index(last.reset)}
-    with _device_of(qkv):
+    mask = {"mask_threshold_number": as_number(qkv, last.threshold), "MASK_RESET": RESETS.index(last.reset)}
+    with device_of(qkv):
         attend_kernel[grid_of(images, triton.cdiv(groups, b))](
             qkv,
             inv_taus,
@@ -174,12 +175,12 @@ def _neuron(
 ) -> dict[str, Any]:
     """What a kernel is told of neurons; `most` steps of a loop stand in the code one after the other."""
     found = {
-        "threshold_number": _number(x, neuron.threshold),
+        "threshold_number": as_number(x, neuron.threshold),
         "STEPS": steps,
         "UNROLL": max(n for n in range(1, most + 1) if steps % n == 0),
         "RESET": RESETS.index(neuron.reset),
         "STRICT": neuron.strict,
-        "STATE": _STATE[state_dtype(x)],
+        "STATE": STATES[state_dtype(x)],
         **ROUNDED,
     }
     return found if inv_tau is None else {**found, "OF_CHANNEL": inv_tau.ndim > 0}

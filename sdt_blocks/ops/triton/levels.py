@@ -14,11 +14,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.cuda import device_of
 
 from ..spec import Affine, Layout, LevelSpec, state_dtype
+from .arguments import STATES, affine, as_number, given, norm_kind, unrolled
 from .lif import store_sums
 from .tiles import ROUNDED, SIZES, THREADS, WIDEST, Tile, elements, in_x, normalization, number, place, tile
-from .training import _STATE, _affine, _device_of, _kind, _number, _or, _unrolled
 
 NUMBERS = ("limit_number", "norm_number", "threshold_number")
 """Of the neuron, in the state's dtype; no build depends on them."""
@@ -56,13 +57,13 @@ def _launch(
 ) -> None:
     """`dtype` is what each of the equations rounds to, unless that is the state's."""
     told = _neuron(x, neuron)
-    with _device_of(x):
+    with device_of(x):
         levels_kernel[_programs(x)](
             x,
-            _or(shortcut, x),
-            _or(total, x),
+            given(shortcut, x),
+            given(total, x),
             values,
-            _or(inside, x),
+            given(inside, x),
             x.numel(),
             **told,
             SHORTCUT=shortcut is not None,
@@ -73,7 +74,7 @@ def _launch(
 
 
 def levels_backward(grad: Tensor, inside: Tensor, neuron: LevelSpec, grad_x: Tensor) -> None:
-    with _device_of(grad):
+    with device_of(grad):
         levels_gradient_kernel[_programs(grad)](
             grad, inside, grad_x, grad.numel(), **_neuron(grad, neuron), **_lanes(grad)
         )
@@ -81,8 +82,8 @@ def levels_backward(grad: Tensor, inside: Tensor, neuron: LevelSpec, grad_x: Ten
 
 def norm_levels(x: Tensor, layout: Layout, neuron: LevelSpec, norm: Affine, values: Tensor) -> None:
     cut = tile(x, layout, times=_times(layout))
-    with _device_of(x):
-        norm_levels_kernel[cut.grid](x, *_affine(norm, x), values, **_cut(x, cut, layout, neuron, norm))
+    with device_of(x):
+        norm_levels_kernel[cut.grid](x, *affine(norm, x), values, **_cut(x, cut, layout, neuron, norm))
 
 
 def norm_levels_backward(
@@ -90,11 +91,11 @@ def norm_levels_backward(
 ) -> Tensor:
     cut = tile(x, layout, grad.stride(0), times=_times(layout))
     sums = x.new_empty(1, 3, cut.runs, layout.channels, dtype=state_dtype(x))
-    with _device_of(x):
+    with device_of(x):
         norm_levels_gradient_kernel[cut.grid](
             grad,
             x,
-            *_affine(norm, x),
+            *affine(norm, x),
             grad_x,
             sums,
             grad_step=grad.stride(0) // cut.group,
@@ -117,7 +118,7 @@ def _times(layout: Layout) -> int:
 
 def _cut(x: Tensor, cut: Tile, layout: Layout, neuron: LevelSpec, norm: Affine) -> dict[str, Any]:
     told = {**cut.where(layout), **cut.arguments, **_neuron(x, neuron)}
-    return {**told, **_unrolled(x, layout), "AFFINE": _kind(norm)}
+    return {**told, **unrolled(x, layout), "AFFINE": norm_kind(norm)}
 
 
 def _neuron(x: Tensor, neuron: LevelSpec) -> dict[str, Any]:
@@ -129,10 +130,10 @@ def _neuron(x: Tensor, neuron: LevelSpec) -> dict[str, Any]:
     exact = all(_has_inverse(number) for number in divisors)
     numbers = (neuron.levels, *(1 / number if exact else number for number in divisors))
     return {
-        **{name: _number(x, value) for name, value in zip(NUMBERS, numbers, strict=True)},
+        **{name: as_number(x, value) for name, value in zip(NUMBERS, numbers, strict=True)},
         "UP": neuron.rounding == "up",
         "EXACT": exact,
-        "STATE": _STATE[state_dtype(x)],
+        "STATE": STATES[state_dtype(x)],
         **ROUNDED,
     }
 

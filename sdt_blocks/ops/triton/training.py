@@ -7,18 +7,30 @@ from __future__ import annotations
 
 import logging
 import os
-import struct
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch.cuda import device_of
 
 from ..spec import RESETS, Affine, Arriving, Layout, Masks, NeuronSpec, Norm, Spikes, arrange, state_dtype
 from . import attention, lif, pool
 from . import bits as bit_kernels
 from . import norm as norms
+from .arguments import (
+    STATES,
+    affine,
+    affines,
+    as_bits,
+    as_number,
+    constants,
+    given,
+    norm_kind,
+    numbers,
+    three,
+    unrolled,
+)
 from .tiles import PACKED_STEPS, ROUNDED, THREADS, WIDEST, tile
 
 logging.getLogger(__name__).info(
@@ -28,7 +40,6 @@ BLOCK = 1024
 writes_bits = True
 # Whether a sum with NaN may be a negative NaN: NVIDIA's are all positive.
 SIGNED_NAN = torch.version.hip is not None or os.environ.get("TRITON_INTERPRET") == "1"
-_STATE = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
 # A program that adds up what others wrote for each channel has so many channels, and takes so many runs at once.
 FEW = 8
 RUNS = 128
@@ -53,19 +64,19 @@ def lif_forward(
     last = layout.empty_frame(x, state_dtype(x)) if keep_membrane else None
     before = None if membrane is None else layout.frame(membrane)
     cut = tile(x, layout, least=1 if bits is None else 8)
-    with _device_of(x):
+    with device_of(x):
         lif.forward[cut.grid](
             x,
-            *_affine(norm, x),
-            _or(inv_tau, x),
-            _or(before, x),
+            *affine(norm, x),
+            given(inv_tau, x),
+            given(before, x),
             spikes,
-            _or(bits, x),
-            _or(last, x),
+            given(bits, x),
+            given(last, x),
             **cut.where(layout),
             **cut.arguments,
-            **_numbers(x, neuron),
-            **_constants(x, layout, neuron, norm, inv_tau, before),
+            **numbers(x, neuron),
+            **constants(x, layout, neuron, norm, inv_tau, before),
             UNROLL=_segment(layout.steps, lif.MOST_STEPS if bits is None else PACKED_STEPS),
             LAST=keep_membrane,
             PACK=bits is not None,
@@ -125,26 +136,26 @@ def _backward(
     summed = inv_tau is not None or norm is not None
     sums = q.new_empty((len(x), 3, cut.runs, layout.channels) if summed else 0, dtype=dtype)
     kind, alpha = neuron.gradient()
-    with _device_of(q):
+    with device_of(q):
         lif.backward[cut.grid](
-            _or(grad, q),
+            given(grad, q),
             *(masks or [q] * 3),
-            _or(grad_last, q),
-            *_three(x),
-            *_affines(norm, q),
-            _or(inv_tau, q),
-            _or(before, q),
-            *_three(grad_x),
-            _or(grad_before, q),
+            given(grad_last, q),
+            *three(x),
+            *affines(norm, q),
+            given(inv_tau, q),
+            given(before, q),
+            *three(grad_x),
+            given(grad_before, q),
             sums,
             kept,
             **cut.where(layout),
             grad_step=grad_step // cut.group,
             mask_step=0 if masks is None else masks.of_q.stride(0),
             **cut.arguments,
-            **_numbers(q, neuron),
-            alpha_number=_number(q, alpha),
-            **_constants(q, layout, neuron, norm, inv_tau, before),
+            **numbers(q, neuron),
+            alpha_number=as_number(q, alpha),
+            **constants(q, layout, neuron, norm, inv_tau, before),
             SEGMENT=segment,
             DETACH=neuron.detach_reset,
             KIND=kind,
@@ -168,7 +179,7 @@ def norm_gradients(
 ) -> None:
     channels, number, cut = layout.channels, len(x), tile(x[0], layout, inputs=len(x))
     factors = of_weight.new_empty(number, 3, channels)
-    with _device_of(sums):
+    with device_of(sums):
         while sums.shape[2] > MOST_RUNS:
             parts = sums.new_empty(number, 3, triton.cdiv(sums.shape[2], MOST_RUNS), channels, dtype=torch.float64)
             lif.total[(triton.cdiv(channels, FEW), 3 * number, parts.shape[2])](
@@ -179,7 +190,7 @@ def norm_gradients(
             sums,
             norm.inv_std,
             norm.mean,
-            *_three(norm.weight or [norm.mean]),
+            *three(norm.weight or [norm.mean]),
             of_weight,
             of_bias,
             factors,
@@ -187,13 +198,13 @@ def norm_gradients(
             channels,
             count or 0,
             WEIGHT=norm.weight is not None,
-            STATE=_STATE[of_weight.dtype],
+            STATE=STATES[of_weight.dtype],
             RUNS=RUNS,
             CHANNELS=FEW,
             N=number,
         )
         norms.combine[cut.grid](
-            *_three(grad), *_three(x), factors, **cut.where(layout), **cut.arguments, **_unrolled(x[0], layout)
+            *three(grad), *three(x), factors, **cut.where(layout), **cut.arguments, **unrolled(x[0], layout)
         )
 
 
@@ -216,31 +227,31 @@ def attend(
         return
     # A byte may be more than what a program has of a token.
     pack = bits is not None and cut.arguments["B"] * cut.group % 8 == 0
-    with _device_of(q):
+    with device_of(q):
         attention.attend[cut.grid](
             q,
             k,
             v,
-            *_affines(norm, q),
-            _or(inv_tau, q),
+            *affines(norm, q),
+            given(inv_tau, q),
             values,
-            _or(bits, q),
-            _or(codes, q),
+            given(bits, q),
+            given(codes, q),
             sums,
             **cut.arguments,
-            **_numbers(q, of_q),
-            **{f"mask_{name}": value for name, value in _numbers(q, of_mask).items()},
+            **numbers(q, of_q),
+            **{f"mask_{name}": value for name, value in numbers(q, of_mask).items()},
             STEPS=layout.steps,
             UNROLL=attention.unrolled(layout.steps),
             RESET=RESETS.index(of_q.reset),
             STRICT=of_q.strict,
             MASK_RESET=RESETS.index(of_mask.reset),
             MASK_STRICT=of_mask.strict,
-            AFFINE=_kind(norm),
+            AFFINE=norm_kind(norm),
             TAU=inv_tau is not None,
             KEEP=codes is not None,
             PACK=min(layout.steps, PACKED_STEPS) if pack else 0,
-            STATE=_STATE[state_dtype(q)],
+            STATE=STATES[state_dtype(q)],
             **ROUNDED,
         )
     if not pack:
@@ -272,7 +283,7 @@ def _attend_by_parts(
 
 def mask_gradient(grad: Tensor, codes: Tensor, result: Tensor, layout: Layout) -> None:
     cut = attention.cut(grad, layout, grad.stride(0))
-    with _device_of(grad):
+    with device_of(grad):
         attention.mask_gradient[cut.grid](
             grad,
             codes,
@@ -281,7 +292,7 @@ def mask_gradient(grad: Tensor, codes: Tensor, result: Tensor, layout: Layout) -
             grad_step=grad.stride(0) // cut.group,
             STEPS=layout.steps,
             UNROLL=attention.unrolled(layout.steps),
-            STATE=_STATE[state_dtype(grad)],
+            STATE=STATES[state_dtype(grad)],
         )
 
 
@@ -315,8 +326,8 @@ def _settle(
     first = of[0]
     assert not isinstance(first.momentum, Tensor)
     partial = x[0].new_empty(len(x), 3, runs, channels, dtype=state_dtype(x[0]))
-    with _device_of(partial):
-        norms.moments[cut.grid](*_three(x), partial, **cut.where(layout), **cut.arguments, **_unrolled(x[0], layout))
+    with device_of(partial):
+        norms.moments[cut.grid](*three(x), partial, **cut.where(layout), **cut.arguments, **unrolled(x[0], layout))
         while runs > MOST_RUNS:
             splits = triton.cdiv(runs, MOST_RUNS)
             merged = partial.new_empty(len(x), 3, splits, channels, dtype=torch.float64)
@@ -328,9 +339,9 @@ def _settle(
             partial,
             mean,
             of_deviation,
-            *_three([_or(norm.running_mean, mean) for norm in of]),
-            *_three([_or(norm.running_var, mean) for norm in of]),
-            *_three([_or(norm.batches, mean) for norm in of]),
+            *three([given(norm.running_mean, mean) for norm in of]),
+            *three([given(norm.running_var, mean) for norm in of]),
+            *three([given(norm.batches, mean) for norm in of]),
             runs,
             channels,
             step,
@@ -338,8 +349,8 @@ def _settle(
             weight,
             count,
             count * repeats,
-            _bits(first.momentum),
-            _bits(first.eps),
+            as_bits(first.momentum),
+            as_bits(first.eps),
             INVERT=invert,
             RUNNING=first.running_mean is not None,
             COUNT=first.batches is not None,
@@ -351,24 +362,24 @@ def _settle(
 
 def max_pool(x: Tensor, out: Tensor, places: Tensor | None, bits: Tensor | None = None) -> None:
     cut = pool.cut(x, out, pack=bits is not None)
-    with _device_of(x):
+    with device_of(x):
         pool.max_pool[cut.grid](
             x,
             out,
-            _or(bits, x),
-            _or(places, x),
+            given(bits, x),
+            given(places, x),
             **cut.arguments,
             KEEP=places is not None,
             PACK=bits is not None,
             SIGNED_NAN=SIGNED_NAN,
-            STATE=_STATE[state_dtype(x)],
+            STATE=STATES[state_dtype(x)],
         )
 
 
 def max_pool_backward(grad: Tensor, places: Tensor, grad_x: Tensor) -> None:
     cut = pool.cut(grad_x, grad)
-    with _device_of(grad):
-        pool.max_pool_backward[cut.grid](grad, places, grad_x, **cut.arguments, STATE=_STATE[state_dtype(grad)])
+    with device_of(grad):
+        pool.max_pool_backward[cut.grid](grad, places, grad_x, **cut.arguments, STATE=STATES[state_dtype(grad)])
 
 
 def pack_bits(x: Tensor) -> Tensor | None:
@@ -379,13 +390,13 @@ def pack_bits(x: Tensor) -> Tensor | None:
 
 def _pack(x: Tensor, bits: Tensor | None) -> None:
     if bits is not None:
-        with _device_of(x):
+        with device_of(x):
             lanes = WIDEST // x.element_size()
             bit_kernels.pack[(triton.cdiv(bits.numel(), THREADS),)](x, bits, x.numel(), LANES=lanes, BLOCK=THREADS)
 
 
 def unpack_bits(bits: Tensor, x: Tensor) -> None:
-    with _device_of(x):
+    with device_of(x):
         bit_kernels.unpack[(triton.cdiv(x.numel(), BLOCK),)](bits, x, x.numel(), BLOCK=BLOCK)
 
 
@@ -400,68 +411,3 @@ def _segment(steps: int, most: int = lif.MOST_STEPS) -> int:
 def _times(layout: Layout) -> int:
     """How many times larger a program's share of fewer steps is."""
     return max(1, MANY // triton.next_power_of_2(layout.steps))
-
-
-def _unrolled(x: Tensor, layout: Layout) -> dict[str, Any]:
-    return {"STEPS": layout.steps, "UNROLL": min(layout.steps, lif.MOST_STEPS), "STATE": _STATE[state_dtype(x)]}
-
-
-def _number(x: Tensor, value: float) -> float | int:
-    """A number that no build depends on; Triton would pass it as float32, so for float64 its bits go."""
-    return _bits(value) if x.dtype == torch.float64 else float(value)
-
-
-def _bits(value: float) -> int:
-    found: int = struct.unpack("<q", struct.pack("<d", value))[0]
-    return found
-
-
-def _numbers(x: Tensor, neuron: NeuronSpec) -> dict[str, float | int]:
-    assert not isinstance(neuron.inv_tau, Tensor)
-    return {"inv_tau_number": _number(x, neuron.inv_tau), "threshold_number": _number(x, neuron.threshold)}
-
-
-def _constants(
-    x: Tensor, layout: Layout, neuron: NeuronSpec, norm: Affine | None, inv_tau: Tensor | None, before: Tensor | None
-) -> dict[str, Any]:
-    return {
-        "STEPS": layout.steps,
-        "RESET": RESETS.index(neuron.reset),
-        "STRICT": neuron.strict,
-        "AFFINE": _kind(norm),
-        "TAU": 0 if inv_tau is None else 2 if inv_tau.ndim else 1,
-        "BEFORE": before is not None,
-        "STATE": _STATE[state_dtype(x)],
-        **ROUNDED,
-    }
-
-
-def _affine(norm: Affine | None, x: Tensor) -> Sequence[Tensor]:
-    mean, inv_std, weight, _, _, bias, *_ = _affines(norm, x)
-    return mean, inv_std, weight, bias
-
-
-def _affines(norm: Affine | None, x: Tensor) -> Sequence[Tensor]:
-    """Mean, inverse deviation, three weights and three biases."""
-    if norm is None:
-        return [x] * 8
-    return norm.mean, norm.inv_std, *_three(norm.weight or [x]), *_three(norm.bias or [x])
-
-
-def _three(values: Sequence[Tensor]) -> Sequence[Tensor]:
-    """What a kernel takes for the three inputs that it can be launched for."""
-    return values if len(values) == 3 else [values[0]] * 3
-
-
-def _kind(norm: Affine | None) -> int:
-    """Whether there is a norm, with weight and with bias, as one bit each."""
-    return 0 if norm is None else 1 + 2 * (norm.weight is not None) + 4 * (norm.bias is not None)
-
-
-def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A kernel takes a pointer for what it is told not to read."""
-    return stand_in if tensor is None else tensor
-
-
-def _device_of(x: Tensor) -> torch.cuda.device_of:
-    return torch.cuda.device_of(x)
