@@ -219,20 +219,14 @@ def validate(config: Config) -> None:
         raise ConfigError("train.linear_probe trains the head of a finished model; name it in train.init_checkpoint")
 
 
-# What the events.* keys are for recordings; the other data.* keys serve both.
-_OF_IMAGES = {
-    "data.img_size", "data.mean", "data.std", "data.crop_pct", "data.interpolation", "data.scale", "data.ratio",
-    "data.hflip", "data.color_jitter", "data.auto_augment", "data.random_erasing", "data.erasing_mode", "data.download",
-}  # fmt: skip
-
-
 def check_meant(config: Config, arguments: Sequence[str]) -> None:
     """Raises `ConfigError` for an argument that the data of the configuration has no use for.
 
     A file may hold such keys: that of a run has all there are.
     """
+    of_images = {key for key, _, item in _walk(Config) if item.metadata.get("images")}
     for key in (argument.partition("=")[0] for argument in arguments):
-        if config.data.name in EVENT_DATA_SETS and key in _OF_IMAGES:
+        if config.data.name in EVENT_DATA_SETS and key in of_images:
             raise ConfigError(f"{key} is for images, and data.name={config.data.name} holds recordings: see events.*")
         if config.data.name not in EVENT_DATA_SETS and key.startswith("events."):
             raise ConfigError(f"{key} is for recordings of events, and data.name={config.data.name} holds images")

@@ -19,6 +19,7 @@ def option(default: Any, help: str, **bounds: Any) -> Any:
     """A field with its help text and bounds: `choices`, `least`, `most`, `above`, `below`, `length`.
 
     `path=True` has a `~` that no shell has expanded, as in a file, stand for the home folder.
+    `images=True` says that recordings of events have no use for it.
     """
     metadata = {"help": help, **bounds}
     if isinstance(default, list):
@@ -34,29 +35,41 @@ EVENT_DATA_SETS = ("dvs128_gesture", "cifar10_dvs", "cifar10_dvs_tet", "n_mnist"
 class DataConfig:
     name: str = option("folder", "digits, folder, cifar10, ..., hfds/NAME, wds/NAME, dvs128_gesture, event_folder, ...")
     root: str | None = option(None, "the folder that holds the data", path=True)
-    img_size: int = option(224, "side of the square image in pixels", least=1, most=4096)
-    mean: list[float] = option([0.485, 0.456, 0.406], "mean of each channel, or one for all")
+    img_size: int = option(224, "side of the square image in pixels", least=1, most=4096, images=True)
+    mean: list[float] = option([0.485, 0.456, 0.406], "mean of each channel, or one for all", images=True)
     std: list[float] = option(
-        [0.229, 0.224, 0.225], "standard deviation of each channel, or one for all", above=0, most=1e6
+        [0.229, 0.224, 0.225], "standard deviation of each channel, or one for all", above=0, most=1e6, images=True
     )
-    crop_pct: float = option(0.95, "evaluation: resize to img_size / crop_pct, then crop the centre", above=0, most=1)
-    interpolation: str = option("bicubic", "resampling", choices=("bicubic", "bilinear", "nearest", "random"))
-    scale: list[float] = option([0.08, 1.0], "area of the random crop, least and most", length=2, above=0, most=1)
+    crop_pct: float = option(
+        0.95, "evaluation: resize to img_size / crop_pct, then crop the centre", above=0, most=1, images=True
+    )
+    interpolation: str = option(
+        "bicubic", "resampling", choices=("bicubic", "bilinear", "nearest", "random"), images=True
+    )
+    scale: list[float] = option(
+        [0.08, 1.0], "area of the random crop, least and most", length=2, above=0, most=1, images=True
+    )
     ratio: list[float] = option(
-        [0.75, 4 / 3], "aspect ratio of the random crop, least and most", length=2, above=0, most=100
+        [0.75, 4 / 3], "aspect ratio of the random crop, least and most", length=2, above=0, most=100, images=True
     )
-    hflip: float = option(0.5, "probability of a horizontal flip", least=0, most=1)
-    color_jitter: float = option(0.4, "strength of color jitter (not used beside auto_augment)", least=0, most=1)
-    auto_augment: str | None = option(None, "timm's string: rand-m9-n1-mstd0.4-inc1, augmix-m5-w4, v0, ...")
-    random_erasing: float = option(0.0, "probability of random erasing", least=0, most=1)
-    erasing_mode: str = option("const", "what is erased becomes the mean, or noise", choices=("const", "pixel"))
+    hflip: float = option(0.5, "probability of a horizontal flip", least=0, most=1, images=True)
+    color_jitter: float = option(
+        0.4, "strength of color jitter (not used beside auto_augment)", least=0, most=1, images=True
+    )
+    auto_augment: str | None = option(
+        None, "timm's string: rand-m9-n1-mstd0.4-inc1, augmix-m5-w4, v0, ...", images=True
+    )
+    random_erasing: float = option(0.0, "probability of random erasing", least=0, most=1, images=True)
+    erasing_mode: str = option(
+        "const", "what is erased becomes the mean, or noise", choices=("const", "pixel"), images=True
+    )
     mixup: float = option(0.0, "alpha of mixup; 0 turns it off", least=0, most=1000)
     cutmix: float = option(0.0, "alpha of cutmix; 0 turns it off", least=0, most=1000)
     mixup_prob: float = option(1.0, "probability that a batch is mixed at all", least=0, most=1)
     mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on", least=0, most=1)
     mixup_off_epoch: int = option(0, "epoch from which mixup and cutmix are off; 0: never", least=0, most=10**6)
     workers: int = option(4, "loader processes beside each training process; 0 loads within it", least=0, most=256)
-    download: bool = option(False, "fetch the data into data.root if it is not there")
+    download: bool = option(False, "fetch the data into data.root if it is not there", images=True)
     on_error: str = option(
         "raise", "an unreadable sample stops the run, or is skipped and counted", choices=("raise", "skip")
     )
