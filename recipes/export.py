@@ -11,8 +11,6 @@ frame, as many as come; the mean of its outputs over time is the model's answer.
 
 from __future__ import annotations
 
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +22,8 @@ from common.config import Config, ConfigError, RunError, load_config
 from common.options import split_options
 from common.schema import option
 from common.trained import load, with_run_config
+
+from sdt_blocks.files import write_atomically
 
 FORMATS = ("onnx", "pt2", "nir")
 CLOSE = 1e-4
@@ -177,19 +177,21 @@ def run(options: Options, rest: Sequence[str]) -> str:
     if silent:
         warn(f"the comparison says little of layers that did not fire at random images: {silent}")
     write = {"onnx": write_onnx, "pt2": write_pt2, "nir": write_nir}[options.format]
+    said: list[str] = []
+
+    def written(draft: str) -> None:
+        """Only what answers as the model does gets its name."""
+        said.append(check(model, write(model, x, Path(draft), any_batch=options.batch is None), x))
+
     try:
-        # Only what answers as the model does gets its name: what stood there before stays where this does not.
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export_") as scratch:
-            draft = Path(scratch) / path.name
-            said = check(model, write(model, x, draft, any_batch=options.batch is None), x)
-            os.replace(draft, path)
+        write_atomically(path, written)
     except OSError as error:
         raise RunError(f"output={path} cannot be written ({error})") from error
     if options.format == "nir":
         frame, steps = list(x.shape[-3:]), model.time_steps
-        return f"{path} takes frames {frame} and answers, over {steps} steps, as the model does: {said}"
+        return f"{path} takes frames {frame} and answers, over {steps} steps, as the model does: {said[0]}"
     shape = ["any" if options.batch is None else options.batch, *x.shape[1:]]
-    return f"{path} takes {shape} and answers as the model does: {said}"
+    return f"{path} takes {shape} and answers as the model does: {said[0]}"
 
 
 def main(arguments: list[str]) -> None:

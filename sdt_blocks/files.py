@@ -10,8 +10,11 @@ from typing import Any
 
 
 def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
-    """Calls `write(temporary name)` and renames the result to `path`, so that a reader never sees half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Calls `write(temporary name)` and renames the result to `path`, so that a reader never sees half a file.
+
+    Where `write` raises, the file that was there stays. The temporary name ends as `path` does.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
     try:
         write(temporary)

@@ -49,7 +49,7 @@ _STEP = re.compile(r"step_(\d{8,})")
 _WRITING, _REPLACED = ".writing_", ".replaced_"
 _FILES = (WEIGHTS, CONFIG, "config.yaml", SUMMARY, METRICS, DAMAGED, CURVES, "run.lock")
 # What `write_atomically` leaves where it is killed.
-_TEMPORARY = re.compile(rf"\.({'|'.join(re.escape(name) for name in _FILES)})\.[a-z0-9_]{{8}}")
+_TEMPORARY = re.compile(rf"\.({'|'.join(re.escape(name) for name in _FILES)})\.[a-z0-9_]{{8}}(\.\w+)?")
 
 
 @dataclass
