@@ -21,11 +21,11 @@ from sdt_blocks import (
 )
 from sdt_blocks.analysis import audit
 from sdt_blocks.blocks import LinearSpikeMixer
+from sdt_blocks.blocks.integer import LinearChain
 from sdt_blocks.inference import Dense, choice
 from sdt_blocks.inference.choice import ProductCosts
 from sdt_blocks.inference.dense import Mixed
 from sdt_blocks.models import e_spikeformer
-from sdt_blocks.models.e_spikeformer import LinearChain
 from sdt_blocks.neuron import IntegerNeuron, integer
 from sdt_blocks.ops import dense
 from sdt_blocks.steps import Unit

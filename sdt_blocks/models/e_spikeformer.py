@@ -7,31 +7,28 @@ stem is here, and files of it are not read.
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..blocks import Downsampling, LinearSpikeMixer, MembraneShortcut, SpikingMLP
+from ..blocks import Downsampling, MembraneShortcut, SpikingMLP
+from ..blocks.integer import (
+    ConvolutionPair,
+    IntegerAttention,
+    LinearChain,
+    RepBranch,
+    ScaledShortcut,
+    SeparableIntegerConvolution,
+)
 from ..blocks.mixers import check_heads
-from ..blocks.units import ConvNorm, layers_of
+from ..blocks.units import ConvNorm
 from ..neuron import IntegerNeuron, NeuronFactory
 from ..steps import (
-    Unit,
     check_multiple,
-    check_sequence,
-    fire,
-    is_affine,
-    is_bare,
     present,
-    project,
-    project_and_fire,
-    project_and_mix,
-    shortcut,
 )
 from .backbone import Backbone, initialize, stage_info
 from .card import IMAGENET, DataCard
@@ -58,144 +55,6 @@ BASE_DEPTHS, LARGE_DEPTHS = (1, 1, 2, 6, 2), (1, 1, 2, 12)
 """Blocks of each stage; the first three have convolution blocks."""
 
 CONVOLUTION_STAGES = 3
-LAYER_SCALE = 1e-6
-"""What the factors of scaled branches start at."""
-
-
-class SeparableIntegerConvolution(nn.Module):
-    """Separable convolution with a neuron before each: 1x1 to twice the channels, depthwise, 1x1 back.
-
-    Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
-    """
-
-    def __init__(self, dim: int, *, kernel_size: int, neuron: NeuronFactory) -> None:
-        super().__init__()
-        self.dim = dim
-        self.neurons = nn.ModuleList(neuron() for _ in range(3))
-        self.expand = ConvNorm(dim, 2 * dim)
-        self.depthwise = ConvNorm(2 * dim, 2 * dim, kernel_size, groups=2 * dim)
-        self.reduce = ConvNorm(2 * dim, dim)
-
-    def forward(self, membrane: Tensor) -> Tensor:
-        check_sequence(membrane, self.dim, "SeparableIntegerConvolution")
-        levels = project_and_fire(self.expand, self.neurons[1], fire(self.neurons[0], membrane))
-        return project(self.reduce, project_and_fire(self.depthwise, self.neurons[2], levels))
-
-
-class ConvolutionPair(nn.Module):
-    """Two 3x3 convolutions with four times the channels between them, a neuron before each.
-
-    Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
-    """
-
-    def __init__(self, dim: int, *, bias: bool, neuron: NeuronFactory) -> None:
-        super().__init__()
-        self.dim = dim
-        self.neuron1, self.conv1 = neuron(), ConvNorm(dim, 4 * dim, 3, bias=bias)
-        self.neuron2, self.conv2 = neuron(), ConvNorm(4 * dim, dim, 3, bias=bias)
-
-    def forward(self, membrane: Tensor) -> Tensor:
-        check_sequence(membrane, self.dim, "ConvolutionPair")
-        return project(self.conv2, project_and_fire(self.conv1, self.neuron2, fire(self.neuron1, membrane)))
-
-
-class LinearChain(Unit):
-    """1x1, norm, 1x1 and, with `outer`, norm, without a neuron between; then the unit's norm: one 1x1 in eval mode.
-
-    Shapes: frames `[N, dim, H, W] -> [N, dim, H, W]`.
-    """
-
-    def __init__(self, dim: int, hidden: int, *, outer: bool = True) -> None:
-        super().__init__()
-        layers: dict[str, nn.Module] = {
-            "pointwise1": nn.Conv2d(dim, hidden, 1, bias=False),
-            "norm1": nn.BatchNorm2d(hidden),
-            "pointwise2": nn.Conv2d(hidden, dim, 1, bias=False),
-        }
-        if outer:
-            layers["norm2"] = nn.BatchNorm2d(dim)
-        self.conv = nn.Sequential(OrderedDict(layers))
-        self.norm = nn.BatchNorm2d(dim)
-
-    @torch.no_grad()
-    def kernel(self) -> nn.Conv2d | None:
-        chain: Any = self.conv
-        names = ("pointwise1", "norm1", "pointwise2", "norm2")
-        layers = layers_of(self, names[: 4 if "norm2" in dict(chain.named_children()) else 3])
-        if layers is None or not all(map(is_bare, layers[::2], (1, 1))) or not all(map(is_affine, layers[1::2])):
-            return None
-        first, second = layers[0].weight, layers[2].weight
-        weight, bias = torch.eye(first.shape[1]).to(first).double(), torch.zeros(first.shape[1]).to(first).double()
-        for layer in layers:
-            if isinstance(layer, nn.Conv2d):
-                matrix = layer.weight.double()[..., 0, 0]
-                weight, bias = matrix @ weight, matrix @ bias
-            else:
-                gain = layer.weight.double() / (layer.running_var.double() + layer.eps).sqrt()
-                weight, bias = gain[:, None] * weight, (bias - layer.running_mean.double()) * gain + layer.bias.double()
-        merged = nn.Conv2d(weight.shape[1], weight.shape[0], 1, device="meta")
-        merged.weight = nn.Parameter(weight[..., None, None].to(second.dtype))
-        merged.bias = nn.Parameter(bias.to(second.dtype))
-        return merged.train(self.training)
-
-
-class IntegerAttention(nn.Module):
-    """Linear attention of levels: `unit(neuron(scale * q (k^T v)))` with `q, k, v = neuron(unit(neuron(u)))`.
-
-    `make_unit` makes the four units of their numbers of channels; v has `expansion` times those of q and k.
-
-    Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        num_heads: int,
-        scale: float,
-        expansion: int,
-        make_unit: Callable[[int, int], nn.Module],
-        neuron: NeuronFactory,
-    ) -> None:
-        super().__init__()
-        self.dim = dim
-        self.mixer = LinearSpikeMixer(dim, num_heads=num_heads, scale=scale)
-        self.neuron, self.mixer_neuron = neuron(), neuron()
-        self.q, self.k, self.v = make_unit(dim, dim), make_unit(dim, dim), make_unit(dim, expansion * dim)
-        self.q_neuron, self.k_neuron, self.v_neuron = neuron(), neuron(), neuron()
-        self.proj = make_unit(expansion * dim, dim)
-
-    def forward(self, membrane: Tensor) -> Tensor:
-        check_sequence(membrane, self.dim, "IntegerAttention")
-        units, neurons = (self.q, self.k, self.v), (self.q_neuron, self.k_neuron, self.v_neuron)
-        mixed = project_and_mix(units, neurons, self.mixer, fire(self.neuron, membrane))
-        return project(self.proj, fire(self.mixer_neuron, mixed))
-
-
-class ScaledShortcut(MembraneShortcut):
-    """`u + drop_path(scale * branch(u))` with a learnt factor for each channel, which starts near 0.
-
-    Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
-    """
-
-    def __init__(self, dim: int, branch: nn.Module, *, drop_path: float = 0.0) -> None:
-        super().__init__(branch, drop_path=drop_path)
-        self.scale = nn.Parameter(torch.full((dim,), LAYER_SCALE))
-
-    def forward(self, membrane: Tensor) -> Tensor:
-        change = self.branch(membrane) * self.scale.view(-1, 1, 1)
-        return shortcut(membrane, change, self.drop_path if self.training else 0.0)
-
-
-class RepBranch(nn.Module):
-    """A linear chain behind a neuron. Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`."""
-
-    def __init__(self, dim: int, *, neuron: NeuronFactory) -> None:
-        super().__init__()
-        self.neuron, self.unit = neuron(), LinearChain(dim, dim, outer=False)
-
-    def forward(self, membrane: Tensor) -> Tensor:
-        return project(self.unit, fire(self.neuron, membrane))
 
 
 class ESpikeFormer(Backbone):

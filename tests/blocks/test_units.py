@@ -7,9 +7,9 @@ from torch.utils.checkpoint import checkpoint
 
 from sdt_blocks import optimize_for_inference
 from sdt_blocks.blocks import ConvNorm, RepConv, SeparableConvNorm
+from sdt_blocks.blocks.integer import LinearChain
 from sdt_blocks.blocks.units import PaddedNorm
 from sdt_blocks.inference.folded import folded
-from sdt_blocks.models.e_spikeformer import LinearChain
 from sdt_blocks.steps import project
 
 
