@@ -7,6 +7,8 @@ import importlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,6 +67,20 @@ def by_triton(x: Tensor) -> bool:
 def of_triton(name: str) -> Any:
     """A module of Triton kernels, where `by_triton(x)`."""
     return _module("triton", name)
+
+
+@contextmanager
+def forced(backend: str) -> Iterator[None]:
+    """Within it `SDT_BLOCKS_BACKEND` is this backend."""
+    before = os.environ.get("SDT_BLOCKS_BACKEND")
+    os.environ["SDT_BLOCKS_BACKEND"] = backend
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["SDT_BLOCKS_BACKEND"]
+        else:
+            os.environ["SDT_BLOCKS_BACKEND"] = before
 
 
 def exporting() -> bool:
