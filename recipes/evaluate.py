@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.command_line import command
-from common.config import ConfigError, RunError, check_meant, load_config
+from common.config import ConfigError, RunError, cannot_write, check_meant, load_config
 from common.cpu_processes import join_processes
 from common.options import split_options
 from common.schema import option
@@ -111,7 +111,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"output_dir={folder}: no files can be written there ({error})") from error
+        raise cannot_write(folder, error) from error
 
 
 def describe(result: Evaluation, kind: str) -> str:

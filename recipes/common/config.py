@@ -40,6 +40,14 @@ class RunError(RuntimeError):
         super().__init__(one_paragraph(message))
 
 
+def cannot_write(folder: Path, error: Exception) -> ConfigError:
+    """What is said of an output folder where no files can be written."""
+    return ConfigError(
+        f"output_dir={folder}: no files can be written there ({error}); make room or allow it, or choose another "
+        f"output_dir"
+    )
+
+
 def load_config(arguments: Sequence[str], *, default: str) -> Config:
     """The configuration of a command line.
 

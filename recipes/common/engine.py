@@ -24,6 +24,7 @@ from sdt_blocks.analysis import analyze_model
 from sdt_blocks.files import write_atomically
 from sdt_blocks.models.saved import WEIGHTS
 
+from .best import BEST
 from .config import Config, RunError
 from .distillation import Teacher
 from .evaluation import Evaluation, describe_accuracies, evaluate
@@ -31,7 +32,7 @@ from .loading import EpochBatches, UnreadableSample, fetch, stop_loaders
 from .models import optimizer_state, whole_model
 from .optim import BatchMixer
 from .pictures import draw_curves
-from .progress import METRICS, Display, append_metrics, peak_memory, read_metrics, warn
+from .progress import METRICS, Display, append_metrics, is_silent, peak_memory, read_metrics, warn
 from .run_lock import RunLock
 from .run_state import Position, last_good, save_checkpoint, sha256, state_digest
 from .schema import Derived
@@ -40,9 +41,6 @@ from .update import Clock, learning_rate_at, update
 
 ANALYZED = 256
 """Samples of each process that `analyze=true` looks at."""
-
-SILENT = 1e-4
-"""Spikes per neuron and time step below which a network's answers are those of its biases."""
 
 
 @dataclass
@@ -110,6 +108,8 @@ def train_to_the_end(run: Run) -> None:
                     close_epoch(run, clock)
             if run.stopping:
                 save(run)
+        if not run.stopping:
+            finish(run)
     except UnreadableSample as error:
         raise RunError(f"{error}; {last_good(run.folder)}") from error
     except BrokenPipeError:
@@ -120,7 +120,6 @@ def train_to_the_end(run: Run) -> None:
         run.display.say(f"stopped at step {run.position.step}; the same command goes on from there")
         end(run)
         sys.exit(128 + (run.stop.signal or 15))
-    finish(run)
 
 
 def train_epoch(run: Run) -> Clock:
@@ -186,7 +185,9 @@ def close_epoch(run: Run, clock: Clock) -> None:
             # Chance may beat what a network has learnt so far; it is no better model.
             if (not silent, measured["top1"]) > (not position.best_silent, position.best_top1):
                 position.best_top1, position.best_epoch, position.best_silent = measured["top1"], number, silent
-                save_weights(run, "best", model)
+                save_weights(run, BEST, model)
+                if accelerator.is_main_process:
+                    position.best_sha256 = sha256(run.folder / BEST / WEIGHTS)
     line |= {"nonfinite_steps": position.nonfinite, "seconds": round(run.seconds, 2)}
     if config.data.on_error == "skip":
         line["unreadable"] = count_unreadable(run)
@@ -256,12 +257,6 @@ def conclusion(summary: dict[str, Any]) -> str:
     if is_silent(summary):
         return "evaluation is still silent (no neuron fires: the norms have not settled)"
     return f"test top-1 {summary['test_top1']:.2f} %"
-
-
-def is_silent(measured: dict[str, Any], prefix: str = "") -> bool:
-    """Whether the answers of a line of metrics, or of a summary, are those of the biases alone."""
-    rate = measured.get(f"{prefix}firing_rate")
-    return rate is not None and rate < SILENT
 
 
 def count_unreadable(run: Run) -> int:
@@ -335,7 +330,7 @@ def finish(run: Run) -> None:
             },
             "loss": line.get("test_loss"),
             "train_loss": line["train_loss"],
-            "best_top1": run.position.best_top1,
+            "best_top1": run.position.best_top1 if run.position.best_epoch else None,
             "best_epoch": run.position.best_epoch,
             "best_silent": run.position.best_silent,
             "firing_rate": line.get("firing_rate"),

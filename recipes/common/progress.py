@@ -23,6 +23,8 @@ from .config import ConfigError, one_paragraph
 
 SECONDS_BETWEEN_LINES = 30
 METRICS, DAMAGED, CURVES = "metrics.jsonl", "metrics_damaged.jsonl", "curves.png"
+SILENT = 1e-4
+"""Spikes per neuron and time step below which a network's answers are those of its biases."""
 
 
 class Display:
@@ -138,6 +140,12 @@ def _parse_line(raw: bytes) -> dict[str, Any] | None:
         return None
     whole = isinstance(line, dict) and all(type(line.get(key)) is int for key in ("step", "epoch"))
     return line if whole and not any(isinstance(value, str | bool | dict) for value in line.values()) else None
+
+
+def is_silent(measured: dict[str, Any], prefix: str = "") -> bool:
+    """Whether the answers of a line of metrics, or of a summary, are those of the biases alone."""
+    rate = measured.get(f"{prefix}firing_rate")
+    return rate is not None and rate < SILENT
 
 
 def restore_metrics(folder: Path, lines: list[dict[str, Any]], step: int) -> None:

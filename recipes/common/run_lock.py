@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from .config import ConfigError, RunError
+from .config import ConfigError, RunError, cannot_write
 from .progress import warn
 
 LOCK = "run.lock"
@@ -66,11 +66,16 @@ class RunLock:
 
     def _create(self) -> bool:
         try:
-            with self.path.open("xb") as file:
-                file.write(self.content)
-            return True
+            file = self.path.open("xb")
         except FileExistsError:
             return False
+        try:
+            with file:
+                file.write(self.content)
+        except OSError:  # a full disk: an empty lock would be taken for somebody's
+            self.path.unlink(missing_ok=True)
+            raise
+        return True
 
     def _judge(self) -> None:
         """Takes the lock of a dead owner away, or raises `ConfigError` for a living one."""
@@ -134,7 +139,7 @@ def lock_folder(folder: Path) -> RunLock:
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"output_dir={folder}: no files can be written there ({error})") from error
+        raise cannot_write(folder, error) from error
     return _held[key]
 
 

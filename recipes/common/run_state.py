@@ -37,7 +37,7 @@ from sdt_blocks import DataCard, load_model, save_model
 from sdt_blocks.files import sync
 from sdt_blocks.models.saved import CONFIG, WEIGHTS
 
-from .config import ConfigError, RunError
+from .config import ConfigError, RunError, cannot_write
 from .progress import CURVES, DAMAGED, METRICS, warn
 
 CHECKPOINTS, MANIFEST, TRAINING, SUMMARY = "checkpoints", "manifest.json", "training.pt", "summary.json"
@@ -65,6 +65,8 @@ class Position:
     best_epoch: int = 0
     best_silent: bool = True
     """No neuron fired in the evaluation that gave `best_top1`."""
+    best_sha256: str = ""
+    """Digest of the weights in `best/`; "" where no run has said it."""
     nonfinite: int = 0
     """Updates left out for a non-finite loss so far."""
     loss_sum: float = 0.0
@@ -217,7 +219,10 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
         except OSError as error:
             fault = str(error)
         if fault:
-            raise ConfigError(f"resume={resume}: not a good checkpoint of a run: {fault}")
+            raise ConfigError(
+                f"resume={resume}: not a good checkpoint of a run: {fault}; name a run folder or one of its "
+                f"{CHECKPOINTS}/step_N, or take resume=auto or resume=none"
+            )
         return path
     # Another run's checkpoint that was whole when the run was killed is read where it lies.
     waiting = _not_in_place(folder)
@@ -336,7 +341,7 @@ def open_folder(folder: Path, resume: str, *, needed: int) -> Path | None:
             pass
         free = shutil.disk_usage(folder).free
     except (OSError, ValueError) as error:
-        raise ConfigError(f"output_dir={folder}: no files can be written there ({error})") from error
+        raise cannot_write(folder, error) from error
     if free < needed:
         raise ConfigError(
             f"output_dir={folder}: the checkpoints need about {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free; "

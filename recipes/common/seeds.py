@@ -12,7 +12,8 @@ from accelerate.state import AcceleratorState, GradientState
 from sdt_blocks.files import write_atomically
 
 from .config import Config, changed
-from .engine import is_silent, train
+from .engine import train
+from .progress import is_silent
 from .set_up import set_up
 
 

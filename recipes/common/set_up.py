@@ -13,12 +13,15 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from sdt_blocks import DataCard
 from sdt_blocks.files import write_atomically
 from sdt_blocks.ops.dispatch import forced
 
-from .config import Config, ConfigError, changed, flatten, to_yaml, trajectory
+from .best import restore_best
+from .config import Config, ConfigError, cannot_write, changed, flatten, to_yaml, trajectory
 from .cpu_processes import use_cores
 from .distillation import build_teacher
 from .engine import Run
@@ -74,11 +77,7 @@ def set_up(config: Config) -> Run:
         note = f"from {checkpoint}" if checkpoint else "new weights"
     model, plain, ema, optimizer, position = prepare(config, derived, accelerator, plain, checkpoint, batches)
     if accelerator.is_main_process:
-        set_aside_newer(folder, position.step)
-        restore_metrics(folder, position.lines, position.closed)
-        add_cards(folder, plain.card)
-        text = to_yaml(config, derived)
-        write_atomically(folder / "config.yaml", lambda name: Path(name).write_text(text, encoding="utf-8"))
+        bring_into_line(folder, checkpoint, position, plain.card, to_yaml(config, derived))
     start_tracker(config, derived, accelerator)
     display = Display(derived.total_steps, position.step, active=accelerator.is_main_process)
     display.say(describe(config, derived, accelerator, plain, note))
@@ -104,6 +103,22 @@ def set_up(config: Config) -> Run:
         display=display,
         lock=lock,
     )
+
+
+def bring_into_line(folder: Path, checkpoint: Path | None, position: Position, card: DataCard, text: str) -> None:
+    """Makes what lies in the run folder that of a run at this position, its config.yaml this text.
+
+    Raises `ConfigError` where it cannot be written.
+    """
+    try:
+        set_aside_newer(folder, position.step)
+        restore_metrics(folder, position.lines, position.closed)
+        if checkpoint is not None:
+            restore_best(folder, checkpoint, position)
+        add_cards(folder, card)
+        write_atomically(folder / "config.yaml", lambda name: Path(name).write_text(text, encoding="utf-8"))
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(folder, error) from error
 
 
 def build_loss_of(train: TrainConfig) -> Callable[[Any, Any], Tensor]:
@@ -154,12 +169,12 @@ def build_accelerator(config: Config) -> tuple[Accelerator, Config]:
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", precision):
         warn(f"the launcher's mixed precision {launched} is not used; train.mixed_precision={precision} decides")
-    folder = Path(config.output_dir)
+    folder, trackers = Path(config.output_dir), choose_tracker(config.tracker)
     try:
         accelerator = Accelerator(
             mixed_precision=precision,
             gradient_accumulation_steps=config.train.accumulate,
-            log_with=choose_tracker(config.tracker),
+            log_with=trackers,
             project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
         )
     except ValueError as error:

@@ -439,7 +439,7 @@ def test_a_tracker_that_fails_is_blamed(set_up, monkeypatch, capsys, tmp_path):
         set_up(*PLAIN, "output_dir=other")
     (tmp_path / "wandb").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match="tracker=wandb needs the package wandb"):
+    with pytest.raises(ConfigError, match=r"^tracker=wandb needs the package wandb"):
         set_up(*PLAIN, "output_dir=third", "tracker=wandb")
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
 
 import pytest
-from common.config import ConfigError
+from common.config import ConfigError, RunError
 from launching import TINY, kill_session, read_lines, read_summary, steps_saved, wait_for
 
 EVERY = "train.checkpoint_steps=3"
@@ -114,6 +115,18 @@ def test_a_full_disk_ends_the_run_and_spares_the_last_good_checkpoint(launcher, 
     assert steps_saved(tmp_path / "run") == [8, 9]
     train(*TINY, EVERY, "output_dir=run", "train.max_steps=9")
     assert digest(tmp_path / "run") == before
+
+
+def test_a_disk_that_is_full_at_the_end_is_said_and_the_run_is_finished_later(train, tmp_path, monkeypatch):
+    def full(folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("common.engine.draw_curves", full)
+        with pytest.raises(RunError, match=r"the run folder cannot be written.*good checkpoint is run/.*00000003"):
+            train(*TINY, "output_dir=run", "train.max_steps=3")
+    train(*TINY, "output_dir=run", "train.max_steps=3")
+    assert (tmp_path / "run" / "curves.png").is_file()
 
 
 def test_a_run_with_other_settings_is_not_mixed_into_an_old_one(train, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -101,6 +102,17 @@ def test_an_owner_that_lost_its_folder_stops(tmp_path):
         lock.check()
     lock.release()
     assert (tmp_path / LOCK).exists(), "the lock of another stays"
+
+
+def test_a_full_disk_leaves_no_empty_lock(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(ConfigError, match=r"no files can be written there.*choose another output_dir"):
+            run_lock.lock_folder(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / LOCK).exists()
 
 
 def test_of_many_newcomers_one_gets_a_dead_owners_folder(tmp_path, other):
