@@ -100,8 +100,9 @@ class MaskMixer(nn.Module):
             # The pooling mixes channels, which have to be apart for it.
             q, k, v = (part[:, :, :channels] for part in qkv.unpack().chunk(3, dim=2))
             return PackedSpikes.pack(self(q, k, v))
-        spec = NeuronSpec(self.neuron.threshold, self.neuron.reset_mechanism, strict=self.neuron.strict)
-        leak = torch.as_tensor(self.neuron.inv_tau, dtype=torch.float32).detach().expand(channels)
+        told: NeuronSpec = self.neuron.spec
+        spec = NeuronSpec(told.threshold, told.reset, strict=told.strict)
+        leak = torch.as_tensor(told.inv_tau, dtype=torch.float32).detach().expand(channels)
         leak, carrier, standing = pad_to_words(leak), self.neuron.carrier, None
         if carrier is not None:
             standing = carrier.standing(self.neuron, (qkv.words.shape[1], len(leak)))

@@ -46,9 +46,10 @@ class Firing(nn.Module, Streamed):
     def __init__(self, neuron: LIF, dtype: torch.dtype, device: torch.device | None, compile: bool) -> None:
         super().__init__()
         self.compiled = compile
-        self.register_buffer("inv_tau", torch.as_tensor(neuron.inv_tau, dtype=dtype, device=device).detach().clone())
+        spec = neuron.spec
+        self.register_buffer("inv_tau", torch.as_tensor(spec.inv_tau, dtype=dtype, device=device).detach().clone())
         self.inv_tau: Tensor
-        self.constants = (neuron.threshold, neuron.reset_mechanism, neuron.strict)
+        self.constants = (spec.threshold, spec.reset, spec.strict)
 
     def neuron(self, shape: Sequence[int]) -> kernels.Neuron:
         """As the ops take it, for membranes of this shape; in a stream it goes on from where it stood."""
@@ -284,6 +285,8 @@ class Dense(Form):
     def _parts(self, starts: list[Tensor]) -> list[slice]:
         """How a batch is cut: on a CPU a few images stay in its caches and in reused memory."""
         x = next((x for x in starts if x.ndim == 5), None)
+        if len({one.shape[1] for one in starts if one.ndim > 1}) > 1:
+            return [slice(None)]  # one sample is added to all of another batch
         products = [form for form in self.forms.values() if isinstance(form, Product)]
         if any(neuron.carrier is not None for neuron in self.streamed):
             return [slice(None)]  # a neuron stands where it does for the whole batch

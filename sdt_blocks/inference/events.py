@@ -350,7 +350,12 @@ def plain(x: Any) -> Any:
     """A value as the network's own modules take it: `[T, B, C, H, W]`, without gaps."""
     if isinstance(x, PackedSpikes):
         return x.unpack().contiguous()
-    return x.real.movedim(-1, 2).contiguous() if isinstance(x, Membrane) else x
+    if not isinstance(x, Membrane):
+        return x
+    made = x.real.movedim(-1, 2).contiguous()
+    # Of one place or one channel it is the same memory, which others may hold from now on.
+    x.owned = x.owned and made.data_ptr() != x.real.data_ptr()
+    return made
 
 
 def _membrane(x: Any) -> Membrane | None:

@@ -311,8 +311,9 @@ def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def _neuron(neuron: Any, channels: int) -> tuple[NeuronSpec, Tensor]:
-    spec = NeuronSpec(threshold=neuron.threshold, reset=neuron.reset_mechanism, strict=neuron.strict)
-    return spec, torch.as_tensor(neuron.inv_tau, dtype=torch.float32).detach().expand(channels)
+    told = neuron.spec
+    spec = NeuronSpec(threshold=told.threshold, reset=told.reset, strict=told.strict)
+    return spec, torch.as_tensor(told.inv_tau, dtype=torch.float32).detach().expand(channels)
 
 
 def _chunk(pixels: int, channels: int) -> int:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from .. import steps
 from ..neuron import LIF, OverTime
 from ..neuron.stepping import is_plain_leaky
+from ..ops.spec import NeuronSpec
 from .passes import axes_of_mean, over_places
 from .plan import ADD, CALL, CHECK, FIRE, INPUT, MIX, OUTPUT, POOL, PRESENT, PROJECT, Node, convolution, filled, fold
 from .trace import trace
@@ -255,14 +256,15 @@ def _neuron(nir: Any, name: str, layer: Any, shape: np.ndarray) -> Any:
     leaky = type(neuron) is snntorch.Leaky and isinstance(layer, OverTime) and is_plain_leaky(neuron)
     if not leaky and not (isinstance(neuron, LIF) and steps.is_neuron(neuron)):
         raise TypeError(f"{name}: {type(neuron).__name__} has no form here; LIF, ParametricLIF and snnTorch's Leaky do")
-    if neuron.reset_mechanism != "zero":
-        raise ValueError(f"{name}: a neuron of NIR is reset to zero, got one with reset={neuron.reset_mechanism!r}")
+    told = NeuronSpec(float(neuron.threshold), neuron.reset_mechanism, strict=True) if leaky else neuron.spec
+    if told.reset != "zero":
+        raise ValueError(f"{name}: a neuron of NIR is reset to zero, got one with reset={told.reset!r}")
     ones = np.ones(shape, dtype=np.float32)
-    threshold = np.float32(float(neuron.threshold))
-    if not leaky and not neuron.strict:
+    threshold = np.float32(told.threshold)
+    if not told.strict:
         threshold = np.nextafter(threshold, np.float32(0))
     voltages = {"v_threshold": threshold * ones, "v_reset": 0 * ones}
-    leak = torch.as_tensor(1 - neuron.beta.clamp(0, 1) if leaky else neuron.inv_tau).double()
+    leak = torch.as_tensor(1 - neuron.beta.clamp(0, 1) if leaky else told.inv_tau).double()
     if leaky and leak == 0:
         return nir.IF(r=ones / np.float32(DT), **voltages)
     per_channel = leak.view(-1, *(1,) * (len(shape) - 1)) if leak.ndim else leak

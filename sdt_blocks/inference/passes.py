@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import steps
 from ..neuron import IntegerNeuron
-from .plan import ADD, CALL, CHECK, FIRE, INPUT, MIX, OUTPUT, POOL, PRESENT, PROJECT, Node, Plan, is_neuron
+from .plan import ADD, CALL, CHECK, FIRE, INPUT, MIX, OUTPUT, POOL, PRESENT, PROJECT, Node, Plan, convolution, is_neuron
 
 SPIKES, LEVELS, COUNTS, REAL = "spikes", "levels", "counts", "real"
 
@@ -37,7 +37,7 @@ def kinds(plan: Plan) -> dict[Node, str]:
             # A mixer says what it makes of spikes.
             spikes = emits_spikes(node.target.mixer) and all(map(_fires_spikes, node.target.neurons))
         elif node.op == POOL or (node.op == CALL and isinstance(node.target, nn.MaxPool2d)):
-            spikes = all_spikes and isinstance(node.target, nn.MaxPool2d) and not steps.has_hooks(node.target)
+            spikes = all_spikes and steps.is_plain(node.target, nn.MaxPool2d) and not node.target.return_indices
         elif node.op == CALL and isinstance(node.target, nn.Module):
             spikes = emits_spikes(node.target)
         elif node.op == CALL:
@@ -126,8 +126,11 @@ def of_samples(plan: Plan) -> list[Node]:
     """The nodes that treat every sample `[:, b]` of `[T, B, ...]` by itself, whose batch may be cut into parts."""
     users = plan.users()
     found: dict[Node, None] = {}
+    frames: set[Node] = set()  # which are known to be [T, B, C, H, W]
     for node in plan.nodes:
         given = node.inputs()
+        if node.op in (PRESENT, PROJECT, POOL, MIX) or (node.op in (FIRE, ADD) and frames.issuperset(given)):
+            frames.add(node)
         if node.op == INPUT:
             takers = users[node]
             own = bool(takers) and all(taker.op in (PROJECT, FIRE, MIX, POOL, CHECK) for taker in takers)
@@ -142,10 +145,11 @@ def of_samples(plan: Plan) -> list[Node]:
             mixing = node.target
             parts = (*mixing.units, *mixing.neurons, mixing.mixer)
             own = given[0] in found and all(map(_independent, parts))
-        elif node.op == CALL and isinstance(node.target, nn.Linear):
-            own = given[0] in found and not steps.has_hooks(node.target)
+        elif node.op == CALL and steps.is_plain(node.target, nn.Linear):
+            own = given[0] in found
         else:
-            own = node.op == CALL and node.target == "mean" and over_places(node) and given[0] in found
+            places = node.op == CALL and node.target == "mean" and over_places(node) and given[0] in frames
+            own = places and given[0] in found
         if own and node.op != OUTPUT:
             found[node] = None
     return list(found)
@@ -153,7 +157,7 @@ def of_samples(plan: Plan) -> list[Node]:
 
 def _independent(leaf: nn.Module) -> bool:
     """Whether a leaf of the kit or of torch treats each frame by itself in eval mode."""
-    known = isinstance(leaf, steps.Unit | nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) or is_neuron(leaf)
+    known = convolution(leaf) is not None or steps.is_plain(leaf, nn.MaxPool2d, nn.AvgPool2d) or is_neuron(leaf)
     apart = steps.tells(leaf, "apart") and bool(leaf.apart)
     return (known or apart) and not steps.has_hooks(leaf)
 

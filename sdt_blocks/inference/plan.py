@@ -174,7 +174,7 @@ def convolution(unit: Any) -> tuple[nn.Conv2d, nn.BatchNorm2d | None] | None:
         conv, norm = unit.kernel(), unit.norm
     else:
         return None
-    norm = None if isinstance(norm, nn.Identity) else norm
+    norm = None if norm is None or steps.is_plain(norm, nn.Identity) else norm
     batch_norm = steps.is_plain(norm, nn.BatchNorm2d, nn.SyncBatchNorm) if norm is not None else False
     plain_norm = norm is None or (batch_norm and norm.running_var is not None)
     if conv is None or not plain_norm or not steps.is_plain(conv, nn.Conv2d):

@@ -308,8 +308,8 @@ class _Lowering:
 
     def _module(self, node: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> Iterator[Node]:
         name = _short(str(node.target))
-        if isinstance(module, nn.Identity | nn.Dropout | nn.Dropout2d | nn.Dropout3d) and not steps.has_hooks(module):
-            self.values[node] = args[0]
+        if steps.is_plain(module, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d):
+            self.values[node] = args[0] if args else kwargs["input"]
         elif is_neuron(module) and not kwargs and len(args) == 1:
             yield Node(name, FIRE, module, args)
         else:
@@ -325,7 +325,7 @@ class _Lowering:
         elif op == MIX:
             units, neurons, mixer, x = args
             yield Node(names[-1], MIX, Mixing(tuple(units), tuple(neurons), mixer), (x,))
-        elif op == POOL and isinstance(args[0], nn.Identity) and not steps.has_hooks(args[0]):
+        elif op == POOL and steps.is_plain(args[0], nn.Identity):
             self.values[node] = args[1]
         elif op in (PROJECT, FIRE, POOL):
             yield Node(names[0], op, args[0], args[1:])

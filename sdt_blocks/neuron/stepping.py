@@ -61,7 +61,7 @@ class OverTime(nn.Module, Streamed):
     def emits(self) -> str:
         """ "spikes" where the neuron is known to give zeros and ones alone."""
         graded = torch.as_tensor(getattr(self.neuron, "graded_spikes_factor", 2.0))
-        return "spikes" if isinstance(self.neuron, SpikingNeuron) and bool((graded == 1).all()) else "real"
+        return "spikes" if _fires_as_snntorch(self.neuron) and bool((graded == 1).all()) else "real"
 
     @property
     def apart(self) -> bool:
@@ -142,9 +142,23 @@ class OverTime(nn.Module, Streamed):
         return torch.stack([spikes_of(neuron(x_t)) for x_t in x.unbind(0)])
 
 
+def _fires_as_snntorch(neuron: Any) -> bool:
+    """Whether what a neuron gives is a step function, by code of snnTorch alone: no other forward, no other surrogate.
+
+    A surrogate is whatever its user makes it: one that is no step gives other values than zeros and ones.
+    """
+    if not isinstance(neuron, SpikingNeuron) or {"forward", "fire", "fire_inhibition"} & vars(neuron).keys():
+        return False
+    of = [type(neuron).forward, type(neuron).fire, type(neuron).fire_inhibition, neuron.spike_grad]
+    places = [str(getattr(function, "__module__", "")) for function in of]
+    return all(place.startswith("snntorch._neurons.") or place == "snntorch.surrogate" for place in places)
+
+
 def is_plain_leaky(neuron: Any) -> bool:
     """Whether a neuron does what `evaluate` computes: a `Leaky` without options that change its spikes."""
     if type(neuron) is not snntorch.Leaky or neuron.state_quant or neuron.inhibition or not neuron.reset_delay:
+        return False
+    if not _fires_as_snntorch(neuron):
         return False
     surrogate = getattr(neuron.spike_grad, "__qualname__", "").partition(".")[0]
     single = neuron.beta.numel() == neuron.threshold.numel() == 1 and neuron.beta.dtype == torch.float32
