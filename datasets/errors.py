@@ -3,6 +3,9 @@
 IGNORED = -1
 """The label of an evaluation sample that could not be read: leave the sample out of the count."""
 
+NO_EVENT = "it holds no event"
+"""What is said of an empty recording."""
+
 
 class DataError(ValueError):
     """The data is missing or unfit; the message is one paragraph that says what was expected and what to do."""

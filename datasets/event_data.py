@@ -14,8 +14,8 @@ from torch import Tensor
 from sdt_datasets.augment import build_augmentations
 from sdt_datasets.cache import ArrayCache
 from sdt_datasets.columns import LARGEST_SIDE, check_inside
-from sdt_datasets.errors import DataError, UnreadableError
-from sdt_datasets.event_sources import Source
+from sdt_datasets.errors import NO_EVENT, DataError, UnreadableError
+from sdt_datasets.event_sources import ClassFolders, Source
 from sdt_datasets.events import EventsToFrames
 from sdt_datasets.files import LARGEST_CONTENT
 from sdt_datasets.layouts import Part, open_layout
@@ -75,9 +75,10 @@ class EventDataset(SampleDataset):
 
     def _read(self, row: int) -> np.ndarray:
         """The events of a recording where they are augmented, else its frames; from the cache if it has them."""
-        if self.cache is None:
-            return self._decode(row)
-        return self.cache.get(self._key(row), lambda: self._decode(row))
+        array = self._decode(row) if self.cache is None else self.cache.get(self._key(row), lambda: self._decode(row))
+        if self._of_events:  # kept ones have met the sensor and the frames of another run
+            self._check_events(array)
+        return array
 
     def _sample(self, content: np.ndarray, key: tuple[int, int, int]) -> Tensor:
         array, rng = content, np.random.default_rng(key)
@@ -98,14 +99,20 @@ class EventDataset(SampleDataset):
 
     def _decode(self, row: int) -> np.ndarray:
         array = self.source[row][0]
+        if self._of_events:
+            return array
         if self.source.holds == "events":
             self._check_events(array)
-        return array if self._of_events else self._frames(array)
+        return self._frames(array)
 
     def _check_events(self, events: np.ndarray) -> None:
         if len(events) == 0:
-            raise ValueError("it holds no event")
-        check_inside(events["x"], events["y"], self.sensor_size)
+            raise ValueError(NO_EVENT)
+        try:
+            check_inside(events["x"], events["y"], self.sensor_size)
+        except ValueError as error:
+            hint = "; of an event_folder whose sensor is larger, events.sensor_size=[W,H] says so"
+            raise ValueError(f"{error}{hint if isinstance(self.source, ClassFolders) else ''}") from error
         time_steps, first, last = self.to_frames.time_steps, int(events["t"].min()), int(events["t"].max())
         if self.to_frames.split_by == "time" and last - first < time_steps <= len(events):
             raise ValueError(
@@ -150,10 +157,29 @@ def _check_size(time_steps: int, *sizes: Sequence[int]) -> None:
             )
 
 
+def _say_passed_over(sensor_size: Sequence[int], frame_size: Sequence[int]) -> None:
+    """A warning where `resize_frames` does not look at every pixel."""
+    width, height = sensor_size[:2]
+    share = _looked_at(width, frame_size[1]) * _looked_at(height, frame_size[0])
+    if share < 1:
+        _log.warning(
+            "a sensor of %d x %d pixels becomes frames of %d x %d (W x H), of whose pixels each is made of the four "
+            "nearest: %.0f %% of the sensor are passed over, with the events there; events.size=%d takes all of it in",
+            *(width, height, frame_size[1], frame_size[0], 100 * (1 - share), -(-max(width, height) // 2)),
+        )
+
+
+def _looked_at(old: int, new: int) -> float:
+    """The share of `old` pixels in a row of which bilinear resizing makes `new` ones."""
+    at = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+    return len(np.union1d(np.floor(at), np.ceil(at))) / old
+
+
 def resize_frames(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Bilinear, without antialiasing: float32 `[T, C, H, W]` -> `[T, C, *size]`.
 
-    From 128 to 64 pixels each new pixel is the mean of four, as in the frames of the released CIFAR10-DVS models.
+    From 128 to 64 pixels each new pixel is the mean of four, as in the frames of the released CIFAR10-DVS models; where
+    a side shrinks to less than half, the pixels between the nearest two are passed over.
     """
     if frames.shape[-2:] == tuple(size):
         return frames
@@ -228,10 +254,9 @@ def build_event_datasets(
         on_error=on_error,
         seed=seed,
     )
-    return (
-        dataset(_first(train, train_samples, "train_samples"), augment=names, training=True),
-        dataset(_first(validation, test_samples, "test_samples")),
-    )
+    training = dataset(_first(train, train_samples, "train_samples"), augment=names, training=True)
+    _say_passed_over(training.sensor_size, training.frame_size)
+    return training, dataset(_first(validation, test_samples, "test_samples"))
 
 
 def _open_cache(cache: bool | str | None, root: Path) -> ArrayCache | None:

@@ -10,7 +10,7 @@ import numpy as np
 import tonic
 
 from sdt_datasets.aedat4 import aedat4_sensor_size
-from sdt_datasets.errors import DataError
+from sdt_datasets.errors import NO_EVENT, DataError
 from sdt_datasets.event_sources import (
     CIFAR10DVSFiles,
     ClassFolders,
@@ -312,6 +312,8 @@ def _find_sensor_size(sources: Sequence[ClassFolders]) -> tuple[int, int, int]:
         for row, path in enumerate(source.data):
             try:
                 events = source[row][0]
+                if not len(events):
+                    raise ValueError(NO_EVENT)
                 sizes[path] = int(events["x"].max()) + 1, int(events["y"].max()) + 1
             except Exception as error:  # it is named again where it is read for use
                 failed.append(f"{path} ({error or type(error).__name__})")

@@ -286,3 +286,46 @@ def test_unreadable_files_met_by_workers_are_known(tmp_path, write):
     labels = torch.cat([labels for _, labels in torch.utils.data.DataLoader(test, batch_size=4, num_workers=2)])
     assert labels.tolist().count(IGNORED) == 1
     assert [os.path.basename(path) for path in test.unreadable] == ["4.npy"]
+
+
+def test_events_that_are_kept_meet_the_settings_of_the_next_run(tmp_path, write):
+    for split in ("train", "test"):
+        for name in "ab":
+            write.npz(
+                tmp_path / split / name / "1.npz", t=np.arange(6) // 3, x=np.arange(6), y=np.arange(6), p=[0, 1] * 3
+            )
+    options = {"time_steps": 3, "sensor_size": (8, 6), "augment": "drop_at_random"}
+    kept, _ = build_event_datasets("event_folder", tmp_path, **options)
+    assert kept[0][0].sum() > 0
+    later, _ = build_event_datasets("event_folder", tmp_path, split_by="time", **options)
+    with pytest.raises(UnreadableError, match="too short for 3 frames of equal duration"):
+        later[0]
+    smaller, _ = build_event_datasets("event_folder", tmp_path, **options | {"sensor_size": (5, 6)})
+    with pytest.raises(UnreadableError, match=r"x=5 lies outside the sensor of 5 x 6.*events.sensor_size=\[W,H\]"):
+        smaller[0]
+
+
+SIZES = [((40, 16), 8, 80), ((40, 40), 10, 75), ((41, 30), 13, 47), ((40, 16), 20, None), ((30, 20), 16, None)]
+
+
+@pytest.mark.parametrize(("sensor_size", "size", "share"), SIZES)
+def test_pixels_that_no_frame_is_made_of_are_said(tmp_path, write, caplog, sensor_size, size, share):
+    """The share of the pixels that no new one depends on, from the resizing itself."""
+    x, y = (side.flatten() for side in np.meshgrid(*map(np.arange, sensor_size)))
+    for split in ("train", "test"):
+        for name in "ab":
+            write.npz(tmp_path / split / name / "1.npz", t=np.arange(len(x)), x=x, y=y, p=np.ones(len(x), int))
+    build_event_datasets("event_folder", tmp_path, time_steps=1, sensor_size=sensor_size, size=size, **OFF)
+    frame = torch.zeros(1, 1, *sensor_size[::-1], requires_grad=True)
+    torch.nn.functional.interpolate(frame, size=(size, size), mode="bilinear").sum().backward()
+    assert round(100 * (frame.grad == 0).double().mean().item()) == (share or 0)
+    said = [record.getMessage() for record in caplog.records if "passed over, with the events" in record.getMessage()]
+    assert [f": {share} % of the sensor" in text for text in said] == ([True] if share else [])
+
+
+def test_an_empty_recording_is_said_to_be_empty_where_the_sensor_is_sought(tmp_path, write, caplog):
+    for name in "ab":
+        for number in range(2):
+            write.npz(tmp_path / name / f"{number}.npz", **({"t": [], "x": [], "y": [], "p": []} if not number else {}))
+    build_event_datasets("event_folder", tmp_path, time_steps=1, **OFF)
+    assert any("0.npz (it holds no event)" in record.getMessage() for record in caplog.records)
