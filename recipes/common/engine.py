@@ -201,7 +201,8 @@ def close_epoch(run: Run, clock: Clock) -> None:
     run.display.say(describe(line, config.train.epochs + config.train.cooldown_epochs))
     if partly:  # what lies behind such a layer sees zeros, and may have kept what lies before it from learning
         run.display.say(partly)
-    if at_end or number % config.train.checkpoint_every == 0:
+    every = config.train.checkpoint_steps
+    if at_end or number % config.train.checkpoint_every == 0 or (every and position.step % every == 0):
         save(run)
 
 

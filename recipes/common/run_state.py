@@ -74,10 +74,14 @@ class Position:
     total_batch: int = 0
     samples: int = 0
     """Size of the training set: with `total_batch` it gives the step its meaning."""
+    labels: str = ""
+    """Digest of the training samples' classes in their order; "" where no run has said it."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The settings that the trajectory depends on."""
     division: dict[str, Any] = field(default_factory=dict)
     """How an update is divided and computed: what only rounding and batch statistics depend on."""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """What the accuracies are measured on."""
     lines: list[dict[str, Any]] = field(default_factory=list)
     """The lines of metrics.jsonl so far."""
     run: str = ""
@@ -277,7 +281,7 @@ def add_cards(folder: Path, card: DataCard) -> None:
 
 
 def check_settings(
-    position: Position, settings: dict[str, Any], *, total_batch: int, samples: int, source: Path
+    position: Position, settings: dict[str, Any], *, total_batch: int, samples: int, source: Path, labels: str = ""
 ) -> None:
     """Raises `ConfigError` where the run that wrote the checkpoint would have gone on differently."""
     keys = [key for key in {**position.settings, **settings} if settings.get(key) != position.settings.get(key)]
@@ -290,6 +294,8 @@ def check_settings(
         )
     if position.samples != samples:
         changed.append(f"the training set has {samples} samples and had {position.samples}")
+    elif position.labels not in ("", labels):
+        changed.append("the training samples are of other classes, or in another order, than they were")
     if changed:
         raise ConfigError(
             f"{source} belongs to a run with other settings: {'; '.join(changed)}. Use the same settings to resume it, "
@@ -297,24 +303,35 @@ def check_settings(
         )
 
 
-def tell_changes(position: Position, settings: dict[str, Any], division: dict[str, Any]) -> None:
-    """Says what `check_settings` lets pass and the weights depend on all the same."""
+def tell_changes(
+    position: Position,
+    settings: dict[str, Any],
+    division: dict[str, Any],
+    evaluation: dict[str, Any] | None = None,
+) -> None:
+    """Says what `check_settings` lets pass and the weights, or what is measured of them, depend on all the same."""
     before = position.settings.get(EPOCHS)
     if before is not None and settings[EPOCHS] != before:
         warn(
             f"{EPOCHS} is {settings[EPOCHS]} and was {before}: training goes on longer, and from here on the learning "
             f"rate follows the schedule of {settings[EPOCHS]} epochs"
         )
-    changed = [
-        f"{key} is {value} and was {position.division[key]}"
-        for key, value in division.items()
-        if key in position.division and position.division[key] != value
-    ]
-    if changed:
+    if changed := _changes(position.division, division):
         warn(
-            f"an update is divided or computed otherwise than before ({', '.join(changed)}): batch statistics and "
+            f"an update is divided or computed otherwise than before ({changed}): batch statistics and "
             f"rounding change, so the weights will differ from those of a run that went on as it was"
         )
+    if changed := _changes(position.evaluation, evaluation or {}):
+        warn(
+            f"accuracies are measured otherwise than before ({changed}): those of earlier epochs, and the best of "
+            f"them, do not compare with those that follow"
+        )
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key} is {value} and was {before[key]}" for key, value in now.items() if before.get(key, value) != value
+    )
 
 
 def check_finite(model: nn.Module, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import uuid
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
@@ -75,7 +77,8 @@ def set_up(config: Config) -> Run:
         note = at_the_door(load_initial_weights, plain, config.train.init_checkpoint, train_set.classes)
     else:
         note = f"from {checkpoint}" if checkpoint else "new weights"
-    model, plain, ema, optimizer, position = prepare(config, derived, accelerator, plain, checkpoint, batches)
+    of_data = describe_data(config, train_set, test_set)
+    model, plain, ema, optimizer, position = prepare(config, derived, accelerator, plain, checkpoint, of_data)
     if accelerator.is_main_process:
         bring_into_line(folder, checkpoint, position, plain.card, to_yaml(config, derived))
     start_tracker(config, derived, accelerator)
@@ -256,12 +259,14 @@ def prepare(
     accelerator: Accelerator,
     plain: Any,
     checkpoint: Path | None,
-    batches: EpochBatches,
+    of_data: dict[str, Any],
 ) -> tuple[Any, Any, Any, Any, Position]:
     """Model, the same without its wrapper, averaged model, optimiser and position; all as the checkpoint has them."""
+    evaluation = of_data["evaluation"]
     settings: dict[str, Any] = {
         "total_batch": derived.total_batch,
-        "samples": batches.samples,
+        "samples": of_data["samples"],
+        "labels": of_data["labels"],
         "settings": trajectory(config),
     }
     keys = ("accumulate", "batch_size", "channels_last", "compile")
@@ -281,8 +286,8 @@ def prepare(
     if checkpoint is not None:
         training = load_checkpoint(checkpoint, plain, ema and ema.module)
         check_settings(training["position"], source=checkpoint, **settings)
-        tell_changes(training["position"], settings["settings"], division)
-        training["position"] = replace(training["position"], settings=settings["settings"], division=division)
+        tell_changes(training["position"], settings["settings"], division, evaluation)
+        training["position"] = replace(training["position"], **settings, division=division, evaluation=evaluation)
     if config.train.linear_probe:
         freeze_all_but_head(plain)
     if config.train.sync_bn:
@@ -304,12 +309,22 @@ def prepare(
     )
     model, optimizer = accelerator.prepare(plain, optimizer)
     if training is None:
-        position = Position(**settings, division=division, run=uuid.uuid4().hex)
+        position = Position(**settings, division=division, evaluation=evaluation, run=uuid.uuid4().hex)
         return model, accelerator.unwrap_model(model), ema, optimizer, position
     restore_optimizer(accelerator, model, optimizer, training["optimizer"])
     if accelerator.scaler is not None and training["scaler"] is not None:
         accelerator.scaler.load_state_dict(training["scaler"])
     return model, accelerator.unwrap_model(model), ema, optimizer, training["position"]
+
+
+def describe_data(config: Config, train_set: Any, test_set: Any) -> dict[str, Any]:
+    """What a position says of the data: `samples` and `labels` of the training set, and what is evaluated on."""
+    keys = {f"data.{key}": getattr(config.data, key) for key in ("test_samples", "crop_pct")}
+    return {
+        "samples": len(train_set),
+        "labels": hashlib.sha256(np.asarray(train_set.targets, dtype="<i8").tobytes()).hexdigest(),
+        "evaluation": keys | {"the number of evaluation samples": len(test_set)},
+    }
 
 
 def describe(config: Config, derived: Derived, accelerator: Accelerator, plain: Any, note: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import signal
 
 import pytest
@@ -127,6 +128,22 @@ def test_a_disk_that_is_full_at_the_end_is_said_and_the_run_is_finished_later(tr
             train(*TINY, "output_dir=run", "train.max_steps=3")
     train(*TINY, "output_dir=run", "train.max_steps=3")
     assert (tmp_path / "run" / "curves.png").is_file()
+
+
+def test_a_checkpoint_is_due_at_its_step_though_an_epoch_ends_there(train, tmp_path):
+    train(*TINY, "output_dir=run", "train.checkpoint_steps=8", "train.checkpoint_every=3", "train.keep_checkpoints=9")
+    assert steps_saved(tmp_path / "run") == [8, 16, 24]
+
+
+def test_other_training_data_of_the_same_size_are_no_resume(train, tmp_path, photographs):
+    data = tmp_path / "data"
+    shutil.copytree(photographs, data)
+    options = (*TINY, "data.name=folder", "data.root=data", "data.train_samples=null", "data.test_samples=4")
+    options = (*options, "train.batch_size=4", "output_dir=run")
+    train(*options, "train.max_steps=1")
+    os.rename(data / "train" / "china" / "0.jpg", data / "train" / "flower" / "z.jpg")
+    with pytest.raises(ConfigError, match="training samples are of other classes, or in another order"):
+        train(*options, "train.max_steps=2")
 
 
 def test_a_run_with_other_settings_is_not_mixed_into_an_old_one(train, tmp_path):

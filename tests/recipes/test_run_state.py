@@ -135,6 +135,10 @@ def test_what_a_run_may_change_and_what_not(tmp_path):
         check_settings(position, {"seed": 2, "optim.lr": 0.1}, **{**same, "total_batch": 64, "samples": 99})
     for part in ("seed is 2 and was 1", "is 64 and was 32", "has 99 samples and had 100", "resume=none"):
         assert part in str(caught.value)
+    labelled = Position(total_batch=32, samples=100, labels="a")
+    check_settings(labelled, {}, **same, labels="a")
+    with pytest.raises(ConfigError, match="of other classes, or in another order"):
+        check_settings(labelled, {}, **same, labels="b")
 
 
 def test_a_finished_run_is_not_overwritten_unasked(tmp_path, model):
@@ -263,6 +267,14 @@ def test_longer_training_and_another_division_are_said(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "train.epochs is 7 and was 5" in said
     assert "processes is 2 and was 1, train.batch_size is 16 and was 32" in said and "weights will differ" in said
+
+
+def test_another_evaluation_is_said(tmp_path, capsys):
+    position = Position(settings={}, evaluation={"data.test_samples": None, "data.crop_pct": 1.0})
+    tell_changes(position, {}, {}, dict(position.evaluation))
+    assert capsys.readouterr().err == ""
+    tell_changes(position, {}, {}, {"data.test_samples": 50, "data.crop_pct": 1.0})
+    assert "measured otherwise than before (data.test_samples is 50 and was None)" in capsys.readouterr().err
 
 
 def line(epoch, **values):
