@@ -395,13 +395,15 @@ def matches(x: object) -> bool:
         lambda x: not isinstance(x, Sequence),
         matches,
         lambda x: x.__class__ is Tensor,
+        lambda x: not hasattr(x, "mask"),
+        lambda x: getattr(x, "mask", None) is None,
     ],
 )
 @torch.no_grad()
 def test_what_asks_for_a_type_is_kept_as_it_is(ask: Callable[[object], bool]) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(ConvNorm(2, 4), Asking(ask), nn.Conv2d(4, 3, 1)).eval(), torch.rand(2, 2, 3, 3)
-    with pytest.warns(UserWarning, match=r"1 \(it asks for the type of a value"):
+    with pytest.warns(UserWarning, match=r"1 \(it asks (for the type of|whether) a value"):
         fast = optimize_for_inference(model, compile=False)
     torch.testing.assert_close(fast(x), model(x))
 
@@ -522,6 +524,22 @@ class Counting(nn.Module):
         return x * self.calls
 
 
+class Hoarding(nn.Module):
+    """Keeps a state where no attribute shows it."""
+
+    def __init__(self, state: Any, count: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.state, self.count = state, count
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.count(self.state, x)
+
+
+def sum_of_all(state: list[Tensor], x: Tensor) -> Any:
+    state.append(x)
+    return sum(state)
+
+
 class Shaken(nn.Module):
     def __init__(self, draw: Callable[[], float]) -> None:
         super().__init__()
@@ -550,6 +568,9 @@ def test_a_counter_that_changes_nothing_costs_nothing() -> None:
     assert model.calls == 1 and any(node.op == "project" for node in fast.plan.nodes)
 
 
+UNLIKE = "another one from call to call"
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
     [
@@ -557,6 +578,10 @@ def test_a_counter_that_changes_nothing_costs_nothing() -> None:
         (partial(Counting, 0), "keeps a state"),
         (partial(Counting, torch.zeros(())), "keeps a state"),
         (partial(Counting, torch.zeros(()), in_place=True), "keeps a state"),
+        (partial(Hoarding, {}, lambda state, x: state.setdefault(len(state), len(state))), UNLIKE),
+        (partial(Hoarding, [], sum_of_all), UNLIKE),
+        (partial(Hoarding, random.Random(0), lambda state, x: state.random()), UNLIKE),
+        (partial(Hoarding, np.random.default_rng(0), lambda state, x: state.random()), UNLIKE),
         (Noisy, "random numbers"),
         (partial(Shaken, lambda: random.random()), "random numbers"),
         (partial(Shaken, lambda: np.random.rand()), "random numbers"),  # noqa: NPY002
@@ -568,6 +593,8 @@ def test_state_and_chance_are_not_frozen_into_a_plan(make, why: str) -> None:
         fast = optimize_for_inference(model)
     first, second = fast(torch.ones(1, 2, 3, 3)), fast(torch.ones(1, 2, 3, 3))
     assert not torch.equal(first, second)
+    if why != "random numbers":
+        torch.testing.assert_close([first, second], [model(torch.ones(1, 2, 3, 3)) for _ in range(2)])
 
 
 class InLoop(nn.Module):

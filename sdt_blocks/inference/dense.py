@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -166,13 +167,28 @@ class Dense(Form):
                 leaf.to(self.real_dtype)
         for node in plan.nodes:
             self.forms[node] = self._form(node, paths)
-        self.together = [] if self.in_place else of_samples(plan)
+        self.watched_nodes = self.foreign()
+        self.together = [] if self.in_place else self._in_time(of_samples(plan))
         self.apart = [node for node in plan.nodes if node not in set(self.together)]
         crossing = {given for node in self.apart for given in node.inputs()}
         self.crossing = {node: None for node in self.together if node in crossing}
         self.last, self.given = last_uses(plan), {node: node.inputs() for node in plan.nodes}
         self.streamed = [module for module in self.modules() if isinstance(module, Streamed)]
         self.train(False)
+
+    def _in_time(self, nodes: list[Node]) -> list[Node]:
+        """Those of some nodes that can be computed first of all: what they take, no code of other make has had."""
+        place = {node: i for i, node in enumerate(self.plan.nodes)}
+        had: dict[Node, int] = {}
+        for node in self.watched_nodes:
+            had.update({one: min(place[node], had.get(one, place[node])) for one in node.inputs()})
+        found: dict[Node, None] = {}
+        of = set(nodes)
+        for node in nodes:
+            given = of.intersection(node.inputs())
+            if all(one in found and place[node] < had.get(one, math.inf) for one in given):
+                found[node] = None
+        return list(found)
 
     def _kinds(self, plan: Plan) -> dict[Node, str]:
         return kinds(plan)
@@ -299,15 +315,19 @@ class Dense(Form):
         return [slice(first, first + size) for first in range(0, images, size)]
 
     def _run(self, node: Node, values: dict[Node, Any]) -> None:
-        given = [values[one] for one in self.given[node]]
         if node not in values:  # else it was made with what stands in front of it
-            result = getattr(self, f"_{node.op}")(node, given, values)
+            watched = node in self.watched_nodes
+            make = partial(self._made, node)
+            result = self.watched(node, values, self._plain, make) if watched else make(values)
             values[node] = self._plain(result) if self.in_place else result
         for one in self.given[node]:
             if self.last.get(one) is node and one in values and one not in self.crossing:
                 del values[one]
 
     # ---- what a node gives
+
+    def _made(self, node: Node, values: dict[Node, Any]) -> Any:
+        return getattr(self, f"_{node.op}")(node, [values[one] for one in self.given[node]], values)
 
     def _present(self, node: Node, given: list[Any], values: dict[Node, Any]) -> Any:
         return self._call(node, given, values)
@@ -357,7 +377,7 @@ class Dense(Form):
     def _pool(self, node: Node, given: list[Any], values: dict[Node, Any]) -> Any:
         layer, x = node.target, given[0]
         frames = self._frames(x)
-        if frames is None or len(frames.shape) != 5:
+        if frames is None or len(frames.shape) != 5 or node in self.watched_nodes:
             return steps.pool(layer, self._plain(x))
         if not (steps.is_plain(layer, nn.MaxPool2d) and steps.halves(layer)):
             real = frames.real(self.real_dtype)

@@ -109,6 +109,7 @@ class Events(Form):
                 node.target = None
         if exact:
             _refuse_unordered(plan, self.forms)
+        self.watched_nodes = self.foreign()
         self.train(False)
 
     def mean_of_steps(self, x: Tensor) -> Tensor:
@@ -147,7 +148,9 @@ class Events(Form):
             if node.op == OUTPUT:
                 return filled(node.args[0], lambda one: plain(values[one]))
             if node not in values:
-                values[node] = self._run(node, values)
+                run = partial(self._run, node)
+                made = self.watched(node, values, plain, run) if node in self.watched_nodes else run(values)
+                values[node] = plain(made) if self.in_place else made
             for one in self.given[node]:
                 if self.last.get(one) is node and one.op != INPUT:
                     values.pop(one, None)

@@ -17,8 +17,8 @@ from torch import nn
 
 from .. import steps
 from ..neuron import Streamed
-from .passes import writes
 from .plan import CALL, FIRE, POOL, PROJECT, Node, convolution, filled
+from .written import writes
 
 
 class Frames(NamedTuple):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -64,28 +66,46 @@ def _equal(value: Tensor, other: Tensor) -> bool:
     return not value.is_meta and torch.equal(value, other)
 
 
-def alike(one: fx.Graph, other: fx.Graph, root: nn.Module, changed: list[str]) -> bool:
-    """Whether two traces are the same, and neither takes an attribute that has `changed`."""
-
-    def told(graph: fx.Graph) -> list[Any]:
-        places: dict[fx.Node, Any] = {node: place for place, node in enumerate(graph.nodes)}
-        found = []
-        for node in graph.nodes:
-            target: Any = node.target
-            if node.op == "get_attr":
-                value = attribute(root, str(target))
-                target = value.tolist() if isinstance(value, Tensor) else target
-            found.append((node.op, target, repr(map_arg((node.args, node.kwargs), places.__getitem__))))
-        return found
-
-    taken = {str(node.target) for graph in (one, other) for node in graph.nodes if node.op == "get_attr"}
-    return not taken & set(changed) and told(one) == told(other)
+def first_unlike(one: fx.Graph, other: fx.Graph, root: nn.Module) -> fx.Node | None:
+    """The first node in which two traces of a network differ; `None` where they are the same."""
+    places, its_places = ({node: place for place, node in enumerate(graph.nodes)} for graph in (one, other))
+    for node, its in itertools.zip_longest(one.nodes, other.nodes):
+        if node is None or its is None:
+            return node or its
+        given = repr(map_arg((node.args, node.kwargs), places.get))
+        its_given = repr(map_arg((its.args, its.kwargs), its_places.get))
+        same = node.op == its.op and given == its_given
+        if not same or not (_held_alike(node, its, root) if node.op == "get_attr" else node.target == its.target):
+            return its
+    return None
 
 
-def holds_proxies(module: nn.Module) -> bool:
-    """Whether tracing has left a traced value in the module's attributes."""
-    values = (*vars(module).values(), *module._buffers.values())
-    return any(isinstance(value, fx.Proxy) for value in values)
+def _held_alike(node: fx.Node, its: fx.Node, root: nn.Module) -> bool:
+    held, other = (attribute(root, str(one.target)) for one in (node, its))
+    return held is other or (isinstance(held, Tensor) and isinstance(other, Tensor) and _equal(held, other))
+
+
+def takes(graph: fx.Graph, paths: list[str]) -> bool:
+    """Whether a trace takes one of these attributes."""
+    return not {str(node.target) for node in graph.nodes if node.op == "get_attr"}.isdisjoint(paths)
+
+
+def holds_proxies(module: nn.Module, depth: int = 1) -> bool:
+    """Whether tracing has left a traced value in the module's attributes, or what these hold, so many levels deep."""
+    return any(_holds(value, depth) for value in (*vars(module).values(), *module._buffers.values()))
+
+
+def _holds(value: Any, depth: int) -> bool:
+    if type(value).__mro__.count(fx.Proxy):
+        return True
+    if depth <= 1 or isinstance(value, nn.Module | Tensor | str | type):
+        return False
+    parts: Any = value.values() if isinstance(value, dict) else value if isinstance(value, _SEVERAL) else ()
+    inner = getattr(value, "__dict__", {}).values() if not isinstance(value, (dict, *_SEVERAL)) else ()
+    return any(_holds(part, depth - 1) for part in (*parts, *inner))
+
+
+_SEVERAL = (list, tuple, set, frozenset, deque)
 
 
 def attribute(module: nn.Module, path: str) -> Any:

@@ -11,6 +11,7 @@ from torch import nn
 from .. import steps
 from ..neuron import IntegerNeuron
 from .plan import ADD, CALL, CHECK, FIRE, INPUT, MIX, OUTPUT, POOL, PRESENT, PROJECT, Node, Plan, convolution, is_neuron
+from .written import writes
 
 SPIKES, LEVELS, COUNTS, REAL = "spikes", "levels", "counts", "real"
 
@@ -27,6 +28,8 @@ def kinds(plan: Plan) -> dict[Node, str]:
 
     Sums of spikes, as shortcuts make them, are counts; how large they are, `most_counted` says.
     """
+    if changes_in_place(plan):
+        return dict.fromkeys(plan.nodes, REAL)
     found: dict[Node, str] = {}
     for node in plan.nodes:
         of = [found[given] for given in node.inputs()]
@@ -187,15 +190,5 @@ def _name(node: Node) -> str:
 
 
 def changes_in_place(plan: Plan) -> bool:
-    """Whether a call writes into a value that others take too."""
-    users = plan.users()
-    return any(len(users[given]) > 1 for node in plan.nodes if writes(node) for given in node.inputs())
-
-
-def writes(node: Node) -> bool:
-    """Whether a node writes into what it is given."""
-    if node.op != CALL:
-        return False
-    name = _name(node)
-    by_name = (name.endswith("_") and not name.endswith("__")) or getattr(node.target, "inplace", False)
-    return by_name or name in ("setitem", "iadd", "imul", "isub", "itruediv") or "out" in node.kwargs
+    """Whether a call writes into a value, which others may take too."""
+    return any(map(writes, plan.nodes))

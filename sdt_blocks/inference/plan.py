@@ -114,6 +114,28 @@ class Form(nn.Module):
         """The output for the values of the inputs."""
         raise NotImplementedError
 
+    def foreign(self) -> set[Node]:
+        """The nodes that code of other make computes, which may write into what it is given."""
+        forms: dict[Node, Any] = self.forms  # type: ignore[assignment]
+        rest = (node for node in self.plan.nodes if forms.get(node) is None)
+        return {node for node in rest if any(map(_may_write, leaves(node.target)))}
+
+    def watched(
+        self, node: Node, values: dict[Node, Any], plain: Callable[[Any], Any], run: Callable[[dict[Node, Any]], Any]
+    ) -> Any:
+        """What `run` makes of the values, those of the node's inputs as a network's own modules take them.
+
+        What it writes into them is theirs from then on.
+        """
+        taken = {one: plain(values[one]) for one in node.inputs()}
+        for one, x in taken.items():
+            if not isinstance(values[one], Tensor) and x.movedim(2, -1).is_contiguous():
+                taken[one] = x.clone()  # of one place or one channel it lies where others still look
+        before = {one: _version(x) for one, x in taken.items()}
+        result = run({**values, **taken})
+        values.update({one: x for one, x in taken.items() if _version(x) != before[one]})
+        return result
+
     def _cast(self, x: Any) -> Any:
         return x.to(self.real_dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
@@ -158,6 +180,18 @@ def evaluated(leaf: Any) -> Any:
         isinstance(leaf, nn.Module) and steps.tells(leaf, "evaluate") and not any(map(steps.has_hooks, leaf.modules()))
     )
     return leaf.evaluate if own else leaf
+
+
+def _may_write(leaf: nn.Module) -> bool:
+    """Whether a leaf has code that is not known to leave alone what it is given."""
+    known = ("torch.nn.", "snntorch._neurons.", __name__.partition(".")[0] + ".")
+    parts = list(leaf.modules())
+    return any(getattr(part, "inplace", False) or not type(part).__module__.startswith(known) for part in parts)
+
+
+def _version(x: Any) -> int:
+    """How often a tensor has been written into, as far as that is counted."""
+    return x._version if isinstance(x, Tensor) and not x.is_inference() else 0
 
 
 def leaves(target: Any) -> list[nn.Module]:

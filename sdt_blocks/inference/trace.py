@@ -23,7 +23,7 @@ from torch.fx.node import map_arg
 from .. import steps
 from ..neuron import Streamed
 from .frames import on_sequences
-from .frozen import Chance, alike, attribute, attributes, changed_since, holds_proxies
+from .frozen import Chance, attribute, attributes, changed_since, first_unlike, holds_proxies, takes
 from .plan import (
     ADD,
     CALL,
@@ -40,6 +40,7 @@ from .plan import (
     Plan,
     is_neuron,
 )
+from .written import AUGMENTED, without_writing
 
 
 def plan(model: nn.Module) -> Plan:
@@ -85,24 +86,34 @@ def trace(model: nn.Module) -> Traced:
         stateful = [name for name, module in root.named_modules() if holds_proxies(module)]
         if not stateful:
             stateful = _grown(root, graph, opaque, before)
+        if not stateful and _UNLIKE in opaque.values() and any(holds_proxies(one, 4) for one in root.modules()):
+            stateful = [_NETWORK]  # what is kept as it is would find what the trace has left
         if not stateful or _NETWORK in opaque:
             break
-        opaque[next((name for name in reversed(stateful) if name not in opaque), _NETWORK)] = (
-            "it keeps a state in its attributes"
-        )
+        part = next((name for name in reversed(stateful) if name not in opaque), _NETWORK)
+        opaque[part] = _UNLIKE if changed_since(before, root) == [] else "it keeps a state in its attributes"
+    without_writing(graph, root)
     told = {_short(name): why for name, why in (opaque | tracer.watched).items()}
     return Traced(Plan(on_sequences(list(_Lowering(root).nodes_of(graph)))), root.network, told)
 
 
 def _grown(root: nn.Module, graph: fx.Graph, opaque: dict[str, str], before: Any) -> list[str]:
     """The modules with a state that a second call would find, and go on from, other than the first."""
-    if not changed_since(before, root):
-        return []
     # A state may be reset at every call, and a counter change nothing: then a second trace is like the first.
-    left = attributes(root)
-    again = _Tracer(opaque).trace(root)
-    changed = changed_since(left, root)
-    return [] if alike(graph, again, root, changed) else [path.rpartition(".")[0] for path in changed]
+    seen, left, again = changed_since(before, root) != [], attributes(root), _Tracer(opaque)
+    try:
+        other = again.trace(root)
+    except Exception:  # of a value, say, that the first trace has left in a list
+        return [again.failed or _NETWORK]
+    changed, unlike = changed_since(left, root), first_unlike(graph, other, root)
+    if unlike is None:
+        held = seen and (takes(graph, changed) or takes(other, changed))
+        return [path.rpartition(".")[0] for path in changed] if held else []
+    if changed:
+        return [path.rpartition(".")[0] for path in changed]
+    # What changes is out of sight: in a list, in another object, or a generator of its own.
+    within = list(unlike.meta.get("nn_module_stack", {}).values())
+    return [within[-1][0] if within else _NETWORK]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -130,6 +141,7 @@ def _frozen(model: nn.Module) -> nn.Module:
 
 
 _NETWORK = "network"
+_UNLIKE = "it is another one from call to call"
 
 
 class _Root(nn.Module):
@@ -186,9 +198,38 @@ class _Value(fx.Proxy):
     def __class__(self, kind: type) -> None:
         raise TypeError("a traced value stays one")
 
+    def __getattr__(self, name: str) -> _Attribute:
+        if not hasattr(Tensor, name) and _asks(sys._getframe(1), ("hasattr", "getattr")):
+            raise TypeError("it asks whether a value has an attribute, which a trace does not know")
+        return _Attribute(self, name)
 
-def _asks(frame: Any) -> bool:
-    """Whether it is code that is not PyTorch's or the kit's, and none that is called there, which asks for a type."""
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node", "root", "attr", "_node"):
+            raise TypeError("it sets an attribute of a value, which a trace does not remember")
+        super().__setattr__(name, value)
+
+    def __setitem__(self, place: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, place, value), {})
+
+
+class _Attribute(_Value, fx.proxy.Attribute):
+    """An attribute of a traced value, or what its method gives when it is called."""
+
+
+def _written_by(function: Callable[[Any, Any], Any]) -> Callable[[_Value, Any], fx.Proxy]:
+    return lambda value, other: value.tracer.create_proxy("call_function", function, (value, other), {})
+
+
+for _function in AUGMENTED:
+    # Without them Python would take the sum in the place of the value, and leave the value as it was.
+    setattr(_Value, f"__{_function.__name__}__", _written_by(_function))
+
+
+def _asks(frame: Any, words: tuple[str, ...] = ("isinstance", "__class__")) -> bool:
+    """Whether it is code that is not PyTorch's or the kit's, and none that is called there, which asks in these words.
+
+    A type may be asked for by a match too.
+    """
     while frame.f_globals.get("__name__") in ("abc", "typing"):
         frame = frame.f_back
     code, package = frame.f_code, str(frame.f_globals.get("__name__")).partition(".")[0]
@@ -197,7 +238,7 @@ def _asks(frame: Any) -> bool:
     # PyTorch's own functions ask too, from where they are called.
     here = [range(start, end) for start, end, line in code.co_lines() if line == frame.f_lineno]
     line = [one for one in dis.get_instructions(code) if any(one.offset in places for places in here)]
-    return any(one.argval in ("isinstance", "__class__") or one.opname == "MATCH_CLASS" for one in line)
+    return any(one.argval in words or one.opname == "MATCH_CLASS" for one in line)
 
 
 class _Tracer(fx.Tracer):
