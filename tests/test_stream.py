@@ -21,6 +21,7 @@ from sdt_blocks import (
     optimize_for_inference,
     over_time,
 )
+from sdt_blocks.neuron import InSteps
 from sdt_blocks.steps import is_unit
 
 STREAMED = (
@@ -173,11 +174,38 @@ def test_what_cannot_be_streamed(firing_model):
         (torch.compile(model), "compiled"),
         (nn.Sequential(nn.Linear(3, 3), nn.ReLU()), "no neuron"),
         (nn.Sequential(shared, nn.Linear(3, 3), shared), "several places"),
+        (nn.Sequential(LIF(), snntorch.Leaky(0.5)), "1 cannot be streamed: it is called once a time step"),
+        (nn.Sequential(LIF(), InSteps(LIF())), "1 cannot be streamed: it is called once a time step"),
         (nn.Sequential(LIF(), nn.GRU(3, 3)), "GRU 1"),
     ):
         with pytest.raises(TypeError, match=message):
             Stream(other)
     assert Stream(nn.Sequential(LIF(), over_time(snntorch.Leaky(beta=0.9)))).neurons
+
+
+class Again(nn.Module):
+    """A neuron on two membranes of one chunk."""
+
+    def __init__(self, neuron):
+        super().__init__()
+        self.neuron = neuron
+
+    def forward(self, x):
+        return self.neuron(x) + self.neuron(1 - x)
+
+
+@pytest.mark.parametrize("make", [LIF, lambda: over_time(snntorch.Synaptic(alpha=0.8, beta=0.7))])
+def test_a_neuron_that_is_called_twice_for_a_chunk_is_refused(make):
+    """Each call would go on from the other; called from outside, one chunk after the other, it goes on as ever."""
+    model, x = Again(make()).eval(), 3 * torch.rand(4, 2, 3)
+    stream = Stream(model)
+    for _ in range(2):
+        with pytest.raises(TypeError, match="calls the neuron neuron twice for one chunk"):
+            stream(x)
+    with stream:
+        parts = torch.cat([model.neuron(x[:1]), model.neuron(x[1:3]), model.neuron(x[3:])])
+    assert torch.equal(parts, model.neuron(x)) and parts.any()
+    assert not model._forward_hooks and not model._forward_pre_hooks
 
 
 FORMS = {

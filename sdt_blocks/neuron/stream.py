@@ -37,7 +37,10 @@ class Stream:
     `push` takes frames as they come and gives the answer so far. Or the stream is called like the model in eval mode,
     and gives what the model makes of the chunk, or is used as a context within which the model (and what it is made
     of) may be called in any way. Either way membranes go on from the call before, and spikes and membranes are those
-    of the uncut sequence. What the model averages over time it averages over the chunk. There are no gradients.
+    of the uncut sequence. What the model averages over time it averages over the chunk, and whatever else in it looks
+    at time steps beside the neurons (a parameter for each step, a delay, a difference) sees those of the chunk alone,
+    from the first on: such a model gives other answers in pieces, and so does one with neurons that nobody knows for
+    such. There are no gradients.
 
     The model may be of any family, mixed, or one of the forms of `optimize_for_inference`. Equal to the bit are what
     neurons, additions of events and sums of whole numbers give, and with `exact=True` all of it; a product of a library
@@ -55,8 +58,8 @@ class Stream:
     Shapes: those of the model; the batch must be the same for all chunks.
 
     Raises `TypeError` for a model whose memory cannot be handed over: one that is compiled, has one neuron in two
-    places or layers with a state of their own, such as `nn.LSTM`, and `ValueError` for a window below one frame. Raises
-    `RuntimeError` in training mode, where a chunk's norms would differ from the sequence's.
+    places, or calls it twice, or has layers with a state of their own, such as `nn.LSTM`, and `ValueError` for a window
+    below one frame. Raises `RuntimeError` in training mode, where a chunk's norms would differ from the sequence's.
 
     >>> block = SpikingMLP(8).eval()
     >>> stream, x = Stream(block), torch.randn(4, 2, 8, 3, 3)
@@ -77,8 +80,11 @@ class Stream:
         window: int | None = None,
         to_frames: Callable[[Any], Any] | None = None,
     ) -> None:
+        within: list[str] = []
         for name, module in model.named_modules():
-            reason = _obstacle(module)
+            inner = any(name.startswith(outer) for outer in within)
+            within += [f"{name}." if name else ""] if isinstance(module, Streamed) else []
+            reason = None if inner else _obstacle(module)
             if reason:
                 what = f"{type(module).__name__} {name}".rstrip()
                 raise TypeError(f"{what} cannot be streamed: {reason}")
@@ -94,6 +100,7 @@ class Stream:
             raise TypeError(f"{type(model).__name__} cannot be streamed: it has {what}")
         self._states: dict[Streamed, Any] = {}
         self._before = self._states
+        self._asked: set[Streamed] | None = None
         self._logits: deque[tuple[Tensor, ...]] = deque(maxlen=window)
         self._seen = torch.zeros(0, dtype=torch.int64)
 
@@ -108,6 +115,8 @@ class Stream:
             raise RuntimeError("the model is within a stream already; leave that one first")
         for neuron in self.neurons:
             neuron.carrier = self
+        begin = self.model.register_forward_pre_hook(lambda *_: self._note(set()))
+        self._watching = begin, self.model.register_forward_hook(lambda *_: self._note(None), always_call=True)
         self._before = dict(self._states)
         self._no_grad = torch.no_grad()
         self._no_grad.__enter__()
@@ -119,6 +128,13 @@ class Stream:
             self._states = self._before
         for neuron in self.neurons:
             neuron.carrier = None
+        for handle in self._watching:
+            handle.remove()
+        self._asked = None
+
+    def _note(self, asked: set[Streamed] | None) -> None:
+        """The neurons that the model has called in this call of it; `None` outside of one."""
+        self._asked = asked
 
     # ---- the answer so far
 
@@ -272,7 +288,7 @@ class Stream:
 
     def stood(self, neuron: Streamed, shape: Sequence[int]) -> Tensor | None:
         """Where the neuron stood, a membrane of this shape; `None` at the start."""
-        membrane: Tensor | None = self._states.get(neuron)
+        membrane: Tensor | None = self.state(neuron)
         if membrane is not None and membrane.shape != tuple(shape):
             raise ValueError(
                 f"a stream's chunks must have one shape but for their length: a neuron had {list(membrane.shape)} and "
@@ -282,6 +298,13 @@ class Stream:
 
     def state(self, neuron: Streamed) -> Any:
         """What was kept for the neuron last; `None` at the start."""
+        if self._asked is not None:
+            if neuron in self._asked:
+                raise TypeError(
+                    f"{type(self.model).__name__} cannot be streamed: it calls the neuron {self._names[neuron]} twice "
+                    f"for one chunk, and each call would go on from the other; give each call a neuron of its own"
+                )
+            self._asked.add(neuron)
         return self._states.get(neuron)
 
     def keep_state(self, neuron: Streamed, state: Any) -> None:
@@ -315,4 +338,7 @@ def _obstacle(module: nn.Module) -> str | None:
         return "it is compiled; stream the model that was compiled"
     if isinstance(module, nn.RNNBase):
         return "its state would start anew with every chunk"
+    clears = getattr(module, "reset" if hasattr(module, "step_mode") else "reset_mem", None)
+    if callable(clears) and not isinstance(module, Streamed):
+        return "it is called once a time step, and its state would stay out of sight: put over_time(...) in its place"
     return None
