@@ -29,6 +29,7 @@ from torch import nn
 from sdt_blocks.analysis import EnergyModel, analyze_model, read_energy_models
 from sdt_blocks.analysis.report import ReportOptions
 from sdt_blocks.models.card import words_of
+from sdt_blocks.models.saved import WEIGHTS, find_saved
 from sdt_blocks.neuron import find_neurons
 
 
@@ -91,6 +92,7 @@ def main(arguments: list[str]) -> None:
     config = load_config(rest, default="imagenet_8_384")
     check_meant(config, rest)
     join_processes()
+    from common.analyzed import note_analyzed
     from common.loading import ReadableBatches, build_datasets, closing, evaluation_loader
     from common.progress import warn
     from common.set_up import at_the_door, build_accelerator
@@ -126,6 +128,8 @@ def main(arguments: list[str]) -> None:
     try:
         with closing(loader):
             analyze_model(model, batches, folder, title=title, options=more, **asked)
+            if checkpoint.is_dir() and accelerator.is_main_process:
+                note_analyzed(folder, find_saved(checkpoint) / WEIGHTS)
             if options.neurobench and accelerator.is_main_process:
                 run_neurobench(model, batches, folder)
     except (ValueError, OSError, ImportError) as error:

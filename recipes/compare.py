@@ -4,12 +4,11 @@
 
 It prints the table in Markdown, writes it as comparison.md, .csv and .tex, and the learning curves as comparison.png.
 Accuracy is that of the last model, as in summary.json, beside the best; a run that is not finished shows how far it is.
-The energy is that of `analyze.py` or `analyze=true`, where it has been computed.
+The energy is that of `analyze.py` or `analyze=true`, where it has been computed for weights that the run still has.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,16 +37,22 @@ NUMBERS = [column.key for column in COLUMNS if column.format]
 
 def read_run(folder: Path, name: str) -> dict[str, Any]:
     """A row of the table from a run folder. Raises `ConfigError`."""
-    from common.progress import read_metrics
+    from common.analyzed import energy_of, read_mapping
+    from common.progress import read_metrics, warn
 
     try:
         lines = read_metrics(folder)
-        summary = _read(folder / "summary.json")
-        energy = _read(folder / "analysis" / "energy.json")
+        summary = read_mapping(folder / "summary.json")
+        energy, stale = energy_of(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: {error}") from error
     if not lines:
         raise ConfigError(f"{folder} is no run folder: it has no metrics.jsonl with an epoch in it")
+    if stale:
+        warn(stale)
+    finished = summary.get("steps", lines[-1]["step"]) == lines[-1]["step"]
+    if not finished:  # it was, and goes on
+        summary = {key: value for key, value in summary.items() if key in ("model", "data", "params")}
     accuracies = [line[key] for line in lines for key in ("test_top1", "ema_test_top1") if line.get(key) is not None]
     last = {"epochs": lines[-1].get("epoch"), "seconds": lines[-1].get("seconds")}
     measured = [line for line in lines if line.get("test_top1") is not None]
@@ -56,16 +61,7 @@ def read_run(folder: Path, name: str) -> dict[str, Any]:
     for key in NUMBERS:
         if isinstance(row.get(key), bool) or not isinstance(row.get(key), int | float | None):
             raise ConfigError(f"{folder}: {key} should be a number, found {row[key]!r}")
-    return row | {"run": name if summary else f"{name} (not finished)", "lines": lines}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} holds no mapping")
-    return content
+    return row | {"run": name if summary and finished else f"{name} (not finished)", "lines": lines}
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

@@ -289,6 +289,16 @@ def test_run_folder_gives_its_best_model(tmp_path):
     assert torch.equal(load_model(tmp_path).head.weight, best.head.weight)
 
 
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_half_a_best_model_is_not_passed_over(tmp_path, missing):
+    for name in ("best", "last"):
+        save_model(create_model("sdt_2_256", dim=16, depth=1), tmp_path / name)
+    (tmp_path / "best" / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"best: {missing} is missing"):
+        load_model(tmp_path)
+    assert load_model(tmp_path / "last").config["dim"] == 16
+
+
 def test_what_cannot_be_saved_or_loaded_says_why(tmp_path):
     for neuron in (lambda threshold: LIF(threshold=threshold), partial(LIF, surrogate=snntorch.surrogate.atan())):
         with pytest.raises(ValueError, match=r"neuron=.*cannot be written"):

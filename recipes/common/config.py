@@ -64,9 +64,14 @@ def load_config(arguments: Sequence[str], *, default: str) -> Config:
             source = value
         else:
             overrides.append((key, value))
-    content = read_file(_find(source))
+    path = _find(source)
+    content = read_file(path)
     content.pop("derived", None)
-    config = changed(Config(), {key: _converted(key, value) for key, value in [*_leaves(content), *overrides]})
+    try:
+        written = {key: _converted(key, value) for key, value in _leaves(content)}
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    config = changed(Config(), written | {key: _converted(key, value) for key, value in overrides})
     paths = [key for key, _, item in _walk(Config) if item.metadata.get("path")]
     config = changed(config, {key: expand_home(_get(config, key)) for key in paths})
     validate(config)

@@ -24,6 +24,7 @@ from sdt_blocks.analysis import analyze_model
 from sdt_blocks.files import write_atomically
 from sdt_blocks.models.saved import WEIGHTS
 
+from .analyzed import ANALYSIS, note_analyzed
 from .best import BEST
 from .config import Config, RunError
 from .distillation import Teacher
@@ -315,7 +316,9 @@ def finish(run: Run) -> None:
         save_weights(run, "ema", run.ema.module)
     if config.analyze:
         few = list(islice(fetch(run.test_loader), max(1, ANALYZED // config.train.batch_size)))
-        analyze_model(model, few, folder / "analysis", title=f"{config.model.name} on {config.data.name}")
+        analyze_model(model, few, folder / ANALYSIS, title=f"{config.model.name} on {config.data.name}")
+        if accelerator.is_main_process:
+            note_analyzed(folder / ANALYSIS, folder / "last" / WEIGHTS)
     if accelerator.is_main_process:
         lines = run.position.lines or read_metrics(folder)
         if not lines:

@@ -28,10 +28,15 @@ def run_config(checkpoint: Path) -> Path | None:
 
 
 def with_run_config(checkpoint: Path, arguments: Sequence[str]) -> list[str]:
-    """The arguments, on top of the run's own configuration where there is one and no other is named."""
+    """The arguments, on top of the run's own configuration where there is one and no other is named.
+
+    Raises `ConfigError` where that is empty.
+    """
     written = run_config(checkpoint)
     if written is None or any(argument.startswith("config=") for argument in arguments):
         return list(arguments)
+    if not read_file(written):
+        raise ConfigError(f"{written} is empty; say the settings of the training with config=NAME or config=FILE.yaml")
     return [f"config={written}", *arguments]
 
 
@@ -50,7 +55,9 @@ def load(checkpoint: Path, config: Config, arguments: Sequence[str], *, averaged
         else:
             model = load_released_checkpoint(checkpoint, ema=averaged, **overrides)
     except (ValueError, TypeError, OSError) as error:
-        raise ConfigError(f"checkpoint={checkpoint}: {error}") from error
+        others = [str(place) for name in ("last", "checkpoints") if (place := checkpoint / name).is_dir()]
+        hint = f"; the run's other models are in {' and '.join(others)}" if others else ""
+        raise ConfigError(f"checkpoint={checkpoint}: {error}{hint}") from error
     config = changed(config, {"model.in_channels": model.in_channels})
     if model.card is not None and model.card.preparation:
         config = _prepared_alike(config, model.card, arguments)

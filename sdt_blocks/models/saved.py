@@ -164,11 +164,7 @@ def load_model(folder: str | os.PathLike[str], *, new_head: bool = False, **over
     `num_classes` of other data, and `num_classes=0` leaves it out. `model.card` is what it was saved with. Raises
     `FileNotFoundError` or `ValueError` naming file and cause.
     """
-    folder = Path(folder)
-    candidates = [folder, folder / "best", folder / "last"]
-    found = next((c for c in candidates if (c / CONFIG).is_file() and (c / WEIGHTS).is_file()), None)
-    if found is None:
-        raise FileNotFoundError(f"{folder}: no {WEIGHTS} with its {CONFIG} here, nor in best/ or last/")
+    found = find_saved(folder)
     try:
         kind, options, card = _read(json.loads((found / CONFIG).read_text(encoding="utf-8")))
         check_names(overrides, kind)
@@ -183,6 +179,18 @@ def load_model(folder: str | os.PathLike[str], *, new_head: bool = False, **over
         return build_filled(kind, options, overrides, weights, new_head=new_head, card=card).eval()
     except (ValueError, TypeError) as error:
         raise ValueError(f"{found / WEIGHTS}: {error}") from None
+
+
+def find_saved(folder: str | os.PathLike[str]) -> Path:
+    """The folder of the model that `load_model` gives. Raises `FileNotFoundError`, also for half a model on the way."""
+    folder = Path(folder)
+    for place in (folder, folder / "best", folder / "last"):
+        missing = [name for name in (WEIGHTS, CONFIG) if not (place / name).is_file()]
+        if not missing:
+            return place
+        if len(missing) == 1 and place != folder:
+            raise FileNotFoundError(f"{place}: {missing[0]} is missing, half of the model is there")
+    raise FileNotFoundError(f"{folder}: no {WEIGHTS} with its {CONFIG} here, nor in best/ or last/")
 
 
 def _read(config: Any) -> tuple[type[nn.Module], dict[str, Any], DataCard | None]:

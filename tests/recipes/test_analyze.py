@@ -125,7 +125,7 @@ def test_a_run(launcher, run_folder):
     )
     assert done.returncode == 0, done.stderr
     folder = run_folder / "analysis"
-    assert {path.name for path in folder.iterdir()} == FILES | {"neurobench.json", "measured.json"}
+    assert {path.name for path in folder.iterdir()} == FILES | {"neurobench.json", "measured.json", "analyzed.json"}
     assert len(list((folder / "overlays").glob("*.png"))) == 3
     rates, report = direct(run_folder, 50)
     check_figures(folder, rates, report)

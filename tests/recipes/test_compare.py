@@ -41,6 +41,25 @@ def compare(tmp_path, monkeypatch, capsys):
     return go
 
 
+def test_energy_of_other_weights_and_a_summary_of_fewer_steps_do_not_count(compare, tmp_path, capsys):
+    from common.analyzed import note_analyzed
+
+    write_run(tmp_path / "run", 3, energy=0.125)
+    weights, summary = tmp_path / "run" / "best" / "model.safetensors", tmp_path / "run" / "summary.json"
+    weights.parent.mkdir()
+    weights.write_bytes(b"one")
+    note_analyzed(tmp_path / "run" / "analysis", weights)
+    assert "| 0.125 |" in compare("run")
+    weights.write_bytes(b"two")
+    import compare as recipe
+
+    recipe.main(["run"])
+    shown = capsys.readouterr()
+    assert "0.125" not in shown.out and "analysis is of weights that the run has no more" in shown.err
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"steps": 16, "test_top1": 99.0}))
+    assert "| run (not finished) | sdt_2_256 | digits | 3 | 20.00 | 30.00 | 1,234,567 |" in compare("run")
+
+
 def test_the_table_has_each_runs_figures_in_three_formats(compare, tmp_path):
     write_run(tmp_path / "a" / "_x$y$", 3, energy=0.125)
     write_run(tmp_path / "b|50%", 2, finished=False)

@@ -348,3 +348,20 @@ def test_malformed_files_end_in_one_paragraph(tmp_path_factory, content):
         assert "\n" not in str(error) and "Traceback" not in str(error)
     else:
         assert loaded == Config(), "nothing but an empty file or comments may be read as nothing"
+
+
+def test_an_error_in_a_file_names_the_file_and_one_on_the_command_line_does_not(tmp_path):
+    (tmp_path / "mine.yaml").write_text("train: {epochs: nul}")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: train\.epochs: expected a whole number, got 'nul'"):
+        load_config([f"config={tmp_path / 'mine.yaml'}"], default="digits")
+    with pytest.raises(ConfigError, match=r"^train\.epochs: expected a whole number"):
+        load_config(["train.epochs=nul"], default="digits")
+
+
+def test_an_empty_configuration_of_a_run_is_not_taken_for_the_defaults(tmp_path):
+    from common.trained import with_run_config
+
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"config\.yaml is empty.*config=NAME"):
+        with_run_config(tmp_path, [])
+    assert with_run_config(tmp_path, ["config=digits"]) == ["config=digits"]

@@ -166,7 +166,7 @@ def test_a_run_saves_its_names_with_the_model_and_nowhere_else(set_up, train, tm
     write_names(run, names)
     set_up(*small, "train.max_steps=3")
     assert {load_model(run / name).card for name in ("last", "ema")} == cards
-    assert (run / "best" / "model.safetensors").read_bytes() == b"damaged"
+    assert load_model(run / "best").card in cards, "the damaged one is taken from the checkpoint"
 
 
 @pytest.mark.parametrize(("family", "name"), [("SpikeDrivenTransformer", "8_384"), ("MetaSpikeFormer", "v2_t1")])
