@@ -35,7 +35,7 @@ def run(bench: Bench) -> None:
     setting = f"{name}, {side} x {side}, batch {batch} for each of {PROCESSES} processes"
     found = started(settings)
     try:
-        parity = judged(found["error"])
+        parity = judged(found["errors"])
     except ParityError as error:
         bench.failures.append(f"{bench.suite}: {setting}: {error}")
         return
@@ -44,20 +44,21 @@ def run(bench: Bench) -> None:
     bench.record("images of two processes", setting, "sdt_blocks", images, unit="images/s", parity=parity)
 
 
-def judged(error: float) -> str:
-    if not error <= 1e-9:
-        raise ParityError(f"gradients differ by {error:.1e} of their norm from the mean of both processes' own")
-    return f"gradients within {error:.0e} of the mean of both processes' own"
+def judged(errors: dict[str, float]) -> str:
+    for expected, error in errors.items():
+        if not error <= 1e-9:
+            raise ParityError(f"gradients differ by {error:.1e} of their norm from {expected}")
+    return "gradients within " + ", ".join(f"{error:.0e} of {expected}" for expected, error in errors.items())
 
 
-def started(settings: Settings) -> dict[str, float]:
+def started(settings: Settings) -> dict[str, Any]:
     """What the first of the processes found: seconds of a step, and how far its gradients are off."""
     # By the file's own name, which another process can import: run.py gives the suite one of its own.
     import two_processes
 
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(two_processes.work, (settings, folder), nprocs=PROCESSES)  # type: ignore[attr-defined]
-        found: dict[str, float] = json.loads((Path(folder) / "found.json").read_text())
+        found: dict[str, Any] = json.loads((Path(folder) / "found.json").read_text())
     return found
 
 
@@ -67,26 +68,32 @@ def work(rank: int, settings: Settings, folder: str) -> None:
         "gloo", init_method=PORTLESS.format(Path(folder) / "store"), rank=rank, world_size=PROCESSES
     )
     device = torch.device(settings["device"])
-    found = {"error": error_of_gradients(rank, settings, device), "seconds": seconds_of_a_step(settings, device)}
+    errors = {"the mean of both processes' own": error_of_gradients(rank, settings, device)}
+    if device.type == "cuda":  # DistributedDataParallel has no other joined norms.
+        errors["the whole batch's, with joined norms"] = error_of_gradients(rank, settings, device, joined=True)
+    found = {"errors": errors, "seconds": seconds_of_a_step(settings, device)}
     if rank == 0:
         (Path(folder) / "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
-def error_of_gradients(rank: int, settings: Settings, device: torch.device) -> float:
-    """Of a small model in float64, relative to the norm of the mean of what each process has by itself."""
+def error_of_gradients(rank: int, settings: Settings, device: torch.device, joined: bool = False) -> float:
+    """Of a small model in float64, relative to the norm of the mean of what each process has by itself.
+
+    With `joined` norms take the processes' batches for one, and so does what the gradients are held to.
+    """
     torch.manual_seed(0)
     plain = create_model(settings["name"], depth=1, dim=16, num_classes=4).to(device, torch.float64)
     halves = [torch.rand(2, 3, 32, 32, device=device, dtype=torch.float64) for _ in range(PROCESSES)]
     labels, worst = torch.tensor([0, 1], device=device), 0.0
     gradients = []
-    for half in halves:
+    for batch in [torch.cat(halves)] if joined else halves:
         model = copy.deepcopy(plain)
-        F.cross_entropy(model(half), labels).backward()
+        F.cross_entropy(model(batch), labels.repeat(len(batch) // 2)).backward()
         gradients.append([p.grad for p in model.parameters()])
-    together = wrapped(plain, device)
+    together = wrapped(nn.SyncBatchNorm.convert_sync_batchnorm(plain) if joined else plain, device)
     F.cross_entropy(together(halves[rank]), labels).backward()
-    expected = [sum(parts[1:], start=parts[0]) / PROCESSES for parts in zip(*gradients, strict=True)]
+    expected = [sum(parts[1:], start=parts[0]) / len(gradients) for parts in zip(*gradients, strict=True)]
     least = 1e-4 * max(value.norm() for value in expected)
     for p, value in zip(together.parameters(), expected, strict=True):
         worst = max(worst, ((p.grad - value).norm() / value.norm().clamp(min=least)).item())

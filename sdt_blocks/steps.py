@@ -17,9 +17,11 @@ from torch import Tensor, fx, nn
 
 from .neuron import LIF, IntegerNeuron, remembers, spikes_of
 from .ops import Norm, attend, batch_norm_levels, batch_norm_lif, max_pool
+from .ops.batch_norm import batch_norm
 from .ops.bits import SpikesAsBits, are_spikes, as_spikes, bits_of
 from .ops.convolution import convolve_spikes
 from .ops.dispatch import fall_back, fused
+from .ops.processes import gathered, name_of
 from .surrogate import Scheduled, Surrogate
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -118,8 +120,7 @@ def project(unit: Any, x: Tensor) -> Tensor:
         # In training a module as a whole may tell frames apart that are the same.
         y = per_frame(unit, x if unit.training else _shown(x))
         return y.expand(len(x), *y.shape[1:])
-    change = _convolve(unit, x)
-    return repeat_frame(unit.norm, change, len(x)) if len(change) != len(x) else per_frame(unit.norm, change)
+    return normalize(unit.norm, _convolve(unit, x), len(x))
 
 
 @step
@@ -246,9 +247,8 @@ def _autocast_dtype(module: nn.Module, x: Tensor) -> torch.dtype | None:
 def normalize_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, time_steps: int | None = None) -> Tensor:
     """`neuron(norm(x))` for x `[T, B, C, H, W]`; with `time_steps`, x `[1, B, C, H, W]` is shown at every step.
 
-    One fused op does both where `norm` is an `nn.BatchNorm2d`, or an `nn.SyncBatchNorm` with no other process to wait
-    for, `neuron` one of the kit's and neither has a hook. What keeps norms and neurons from it in training is told by
-    one warning.
+    One fused op does both where `norm` is an `nn.BatchNorm2d` or `nn.SyncBatchNorm`, `neuron` one of the kit's and
+    neither has a hook. What keeps norms and neurons from it in training is told by one warning.
     """
     if _fusible(norm, neuron, x):
         settings = norm_settings(norm)
@@ -261,8 +261,15 @@ def normalize_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, time_steps
         spikes, last = batch_norm_lif(x, settings, neuron.spec, before, time_steps=time_steps, return_membrane=True)
         neuron.carrier.keep_state(neuron, last)
         return spikes
+    return fire(neuron, normalize(norm, x, time_steps))
+
+
+def normalize(norm: nn.Module, x: Tensor, time_steps: int | None = None) -> Tensor:
+    """`norm` of the frames of x `[T, B, C, H, W]`; with `time_steps`, x `[1, B, C, H, W]` is shown at every step."""
+    if group_of(norm) and is_plain(norm, nn.SyncBatchNorm) and fused(x, even_traced=True):
+        return batch_norm(x, norm_settings(norm), time_steps=time_steps)
     repeated = time_steps is not None and time_steps != x.shape[0]
-    return fire(neuron, repeat_frame(norm, x, time_steps or 1) if repeated else per_frame(norm, x))
+    return repeat_frame(norm, x, time_steps or 1) if repeated else per_frame(norm, x)
 
 
 def fused_attention(
@@ -290,7 +297,9 @@ def repeat_frame(norm: Any, x: Tensor, time_steps: int) -> Tensor:
     before = variance.clone() if norm.training and variance is not None else None
     y = per_frame(norm, x)
     if before is not None:
-        n = x.numel() // x.shape[2]
+        n: Any = x.numel() // x.shape[2]
+        if group := group_of(norm):
+            n = gathered(torch.full_like(before[:1], n), group).sum()
         total = n * time_steps
         with torch.no_grad():
             momentum = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked
@@ -392,22 +401,14 @@ def _tells_of_its_forward(kind: type, name: str) -> bool:
 def _fusible(norm: nn.Module, neuron: nn.Module, x: Tensor) -> bool:
     of_levels = is_plain(neuron, IntegerNeuron)
     known = is_plain(norm, nn.BatchNorm2d, nn.SyncBatchNorm) and (of_levels or is_neuron(neuron))
-    if not known or _waits_for_others(norm):
+    if not known:
         _tell_unfused(norm, neuron)
         return False
     assert isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
     known = of_levels or isinstance(neuron.told_surrogate, (Surrogate, Scheduled))
-    return known and x.shape[2] == norm.num_features < x.numel() and fused(x, even_traced=norm.training)
-
-
-def _waits_for_others(norm: nn.Module) -> bool:
-    """Whether a norm's statistics are those of several processes."""
-    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
-        return False
-    distributed = torch.distributed
-    if not distributed.is_available() or not distributed.is_initialized():
-        return False
-    return distributed.get_world_size(norm.process_group or distributed.group.WORLD) > 1
+    # One value a channel has no variance; of several processes each may have but one.
+    least = norm.num_features + (not group_of(norm))
+    return known and x.shape[2] == norm.num_features and least <= x.numel() and fused(x, even_traced=norm.training)
 
 
 def _tell_unfused(*modules: Any) -> None:
@@ -420,8 +421,6 @@ def _tell_unfused(*modules: Any) -> None:
         name = type(module).__name__
         if has_hooks(module):
             fall_back(_of_hooks(name, any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)))
-        elif _waits_for_others(module):
-            fall_back(f"{name} takes its statistics over all processes; with nn.BatchNorm2d it is fused")
 
 
 def _of_hooks(name: str, sharded: bool) -> str:
@@ -456,7 +455,19 @@ def norm_settings(norm: Any) -> Norm:
         momentum,
         norm.eps,
         batches,
+        group_of(norm),
     )
+
+
+def group_of(norm: nn.Module) -> str:
+    """The name of the processes whose batches are one for a norm that trains; empty where there are no others."""
+    distributed = torch.distributed
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+        return ""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return ""
+    group = norm.process_group or distributed.group.WORLD
+    return name_of(group) if distributed.get_world_size(group) > 1 else ""
 
 
 def check_multiple(value: int, of: int, what: str) -> None:

@@ -146,13 +146,6 @@ def test_a_hook_on_the_block_costs_nothing(fused):
     assert len(seen) == 2 and len(fused) == 2 * before > 0
 
 
-def test_norms_of_several_processes_are_said(monkeypatch):
-    monkeypatch.setattr(steps, "_waits_for_others", lambda norm: isinstance(norm, nn.SyncBatchNorm))
-    norm = nn.SyncBatchNorm(3)
-    with pytest.warns(UserWarning, match="SyncBatchNorm takes its statistics over all processes"):
-        steps.normalize_and_fire(norm, steps.LIF(), torch.randn(2, 2, 3, 4, 4))
-
-
 def test_a_norm_that_averages_all_batches_reads_nothing_back(backend):
     """`momentum=None`: the share of a batch is 1 / batches, a tensor on the device."""
     torch.manual_seed(0)

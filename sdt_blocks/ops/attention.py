@@ -41,7 +41,7 @@ def attend(x: Sequence[Tensor], norms: Sequence[Norm], neurons: Sequence[NeuronS
     specs = [constants(neuron) for neuron in neurons]
     q, training = x[0], norms[0].training
     alike = specs[0] == specs[1] == specs[2] and all(part.shape == q.shape and part.dtype == q.dtype for part in x)
-    alike = alike and len({(norm.training, norm.weight is None, norm.bias is None) for norm in norms}) == 1
+    alike = alike and len({(norm.training, norm.weight is None, norm.bias is None, norm.group) for norm in norms}) == 1
     alike = alike and not any(neuron.scheduled is not None for neuron in neurons)
     fits = alike and 0 < q.numel() <= MOST_TOKENS * q.shape[:3].numel()
     if None in specs or not fits or not fused(q, even_traced=training):
@@ -57,7 +57,9 @@ def attend(x: Sequence[Tensor], norms: Sequence[Norm], neurons: Sequence[NeuronS
     differentiable = any(tensor is not None and tensor.requires_grad for tensor in (*x, *parameters, inv_tau))
     keep = torch.is_grad_enabled() and differentiable
     keep_bits = wants_bits(*x, *parameters, inv_tau)
-    masked, _, _, bits = attend_op(*x, numbers, inv_tau, mean, inv_std, *parameters, training, keep, keep_bits)
+    masked, _, _, bits = attend_op(
+        *x, numbers, inv_tau, mean, inv_std, *parameters, training, keep, keep_bits, norms[0].group
+    )
     return as_spikes(masked, bits=bits)
 
 
@@ -99,6 +101,7 @@ def attend_op(
     of_batch: bool,
     keep: bool,
     keep_bits: bool = False,
+    group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The masked spikes; the codes of what fired, empty unless a gradient will need them; sums and mask; and the bits.
 
@@ -108,7 +111,7 @@ def attend_op(
     or none.
     """
     (q, k, v), layout = _arranged(q, k, v)
-    norm = _affine(mean, inv_std, (weight_q, weight_k, weight_v, bias_q, bias_k, bias_v), of_batch)
+    norm = _affine(mean, inv_std, (weight_q, weight_k, weight_v, bias_q, bias_k, bias_v), of_batch, group)
     masked, codes, sums, bits = _results(q, layout, keep, keep_bits)
     out = Spikes(masked, bits if bits.numel() else None)
     kernels(q).attend((q, k, v), out, codes if keep else None, sums, layout, _specs(neurons), norm, inv_tau)
@@ -116,7 +119,7 @@ def attend_op(
 
 
 @attend_op.register_fake
-def _(q, k, v, neurons, inv_tau, mean, inv_std, wq, wk, wv, bq, bk, bv, of_batch, keep, keep_bits=False):
+def _(q, k, v, neurons, inv_tau, mean, inv_std, wq, wk, wv, bq, bk, bv, of_batch, keep, keep_bits=False, group=""):
     (q, _, _), layout = _arranged(q, k, v)
     return _results(q, layout, keep, keep_bits)
 
@@ -140,10 +143,11 @@ def attend_backward_op(
     bias_k: Tensor | None,
     bias_v: Tensor | None,
     of_batch: bool,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, inv_tau (empty if not given), and weight and bias `[3, C]`."""
     x, layout = _arranged(q, k, v)
-    norm = _affine(mean, inv_std, (weight_q, weight_k, weight_v, bias_q, bias_k, bias_v), of_batch)
+    norm = _affine(mean, inv_std, (weight_q, weight_k, weight_v, bias_q, bias_k, bias_v), of_batch, group)
     specs, module, grad = _specs(neurons), kernels(q), layout.frames(grad)
     sums, mask = sums.unbind()
     of_mask = torch.empty_like(sums)
@@ -169,10 +173,10 @@ def _(grad, q, k, v, codes, sums, neurons, inv_tau, mean, *others):
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, v, neurons, inv_tau, mean, inv_std, *parameters, of_batch, _, _ = inputs
+    q, k, v, neurons, inv_tau, mean, inv_std, *parameters, of_batch, _, _, group = inputs
     _, codes, sums, bits = output
     ctx.save_for_backward(q, k, v, codes, sums, inv_tau, mean, inv_std, *parameters)
-    ctx.neurons, ctx.of_batch = neurons, of_batch
+    ctx.neurons, ctx.of_batch, ctx.group = neurons, of_batch, group
     ctx.mark_non_differentiable(codes, sums, bits)
     ctx.set_materialize_grads(False)
 
@@ -182,28 +186,35 @@ def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         inputs = (q, k, v, inv_tau, *norm[2:])
         with torch.enable_grad():
-            masked = _equations((q, k, v), _specs(ctx.neurons), inv_tau, norm, ctx.of_batch)
+            masked = _equations((q, k, v), _specs(ctx.neurons), inv_tau, norm, ctx.of_batch, ctx.group)
         found = gradients_of_equations((masked,), inputs, (grad,))
-        return *found[:3], None, found[3], None, None, *found[4:], None, None, None
+        return *found[:3], None, found[3], None, None, *found[4:], None, None, None, None
     *of_x, of_inv_tau, of_weight, of_bias = attend_backward_op(
-        grad, q, k, v, codes, sums, ctx.neurons, inv_tau, *norm, ctx.of_batch
+        grad, q, k, v, codes, sums, ctx.neurons, inv_tau, *norm, ctx.of_batch, ctx.group
     )
     rows = (*of_weight.unbind(), *of_bias.unbind())
     of_norms = (None if value is None else row for value, row in zip(norm[2:], rows, strict=True))
-    return *of_x, None, None if inv_tau is None else of_inv_tau, None, None, *of_norms, None, None, None
+    return *of_x, None, None if inv_tau is None else of_inv_tau, None, None, *of_norms, None, None, None, None
 
 
 attend_op.register_autograd(_gradients, keep=_keep)
 
 
 def _equations(
-    x: Sequence[Tensor], specs: Sequence[NeuronSpec], inv_tau: Tensor | None, norm: Sequence[Any], of_batch: bool
+    x: Sequence[Tensor],
+    specs: Sequence[NeuronSpec],
+    inv_tau: Tensor | None,
+    norm: Sequence[Any],
+    of_batch: bool,
+    group: str,
 ) -> Tensor:
     """The masked spikes from what the op is given."""
     if inv_tau is not None:
         specs = [spec._replace(inv_tau=inv_tau[i]) for i, spec in enumerate(specs)]
     mean, inv_std, *parameters = norm
-    frames = [normalized(x[i], mean[i], inv_std[i], parameters[i], parameters[3 + i], of_batch) for i in range(3)]
+    frames = [
+        normalized(x[i], mean[i], inv_std[i], parameters[i], parameters[3 + i], of_batch, group) for i in range(3)
+    ]
     q, k, v = (lif_reference(part, spec)[0] for part, spec in zip(frames, specs[:3], strict=True))
     mask = lif_reference((k * v).sum(tuple(range(3, q.ndim)), keepdim=True), specs[3])[0]
     return (q * mask).to(x[0].dtype)
@@ -230,9 +241,9 @@ def _specs(neurons: Sequence[float]) -> list[NeuronSpec]:
     return [NeuronSpec.decode(neurons[i * length : (i + 1) * length]) for i in range(4)]
 
 
-def _affine(mean: Tensor, inv_std: Tensor, parameters: Sequence[Tensor | None], of_batch: bool) -> Affine:
+def _affine(mean: Tensor, inv_std: Tensor, parameters: Sequence[Tensor | None], of_batch: bool, group: str) -> Affine:
     weights, biases = ([value for value in values if value is not None] for values in (parameters[:3], parameters[3:]))
-    return Affine(mean, inv_std, weights or None, biases or None, of_batch)
+    return Affine(mean, inv_std, weights or None, biases or None, of_batch, group)
 
 
 def _stack_taus(taus: Sequence[float | Tensor], like: Tensor) -> Tensor:

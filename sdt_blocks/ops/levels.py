@@ -177,6 +177,7 @@ def batch_norm_levels(x: Tensor, norm: Norm, neuron: LevelSpec, *, time_steps: i
         None if norm.weight is None else norm.weight.to(dtype),
         None if norm.bias is None else norm.bias.to(dtype),
         norm.training,
+        norm.group,
     )
     return values.expand(steps, *x.shape[1:])
 
@@ -190,13 +191,13 @@ def norm_levels_op(
     weight: Tensor | None,
     bias: Tensor | None,
     of_batch: bool,
+    group: str = "",
 ) -> Tensor:
     """Values `[T, B, C, ...]` of the normalized x; the normalization as in `lif_op`."""
     x, layout = _frames(x)
     values = layout.empty(x, layout.steps)
-    level_kernels(x).norm_levels(
-        x, layout, LevelSpec.decode(neuron), Affine.of_one(mean, inv_std, weight, bias, of_batch), values
-    )
+    norm = Affine.of_one(mean, inv_std, weight, bias, of_batch, group)
+    level_kernels(x).norm_levels(x, layout, LevelSpec.decode(neuron), norm, values)
     return values
 
 
@@ -216,10 +217,11 @@ def norm_levels_backward_op(
     weight: Tensor | None,
     bias: Tensor | None,
     of_batch: bool,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
     x, layout = _frames(x)
-    norm = Affine.of_one(mean, inv_std, weight, bias, of_batch)
+    norm = Affine.of_one(mean, inv_std, weight, bias, of_batch, group)
     grad_x = layout.empty(x, layout.steps)
     sums = level_kernels(x).norm_levels_backward(layout.frames(grad), x, layout, LevelSpec.decode(neuron), norm, grad_x)
     return grad_x, *gradients_of_norm([grad_x], [x], layout, norm, sums)
@@ -232,7 +234,7 @@ def _(grad, x, neuron, mean, *_):
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, ctx.neuron, mean, inv_std, weight, bias, ctx.of_batch = inputs
+    x, ctx.neuron, mean, inv_std, weight, bias, ctx.of_batch, ctx.group = inputs
     ctx.save_for_backward(x, mean, inv_std, weight, bias)
 
 
@@ -243,15 +245,15 @@ def _norm_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     of_bias: Tensor | None
     if torch.is_grad_enabled():
         with torch.enable_grad():
-            frames = normalized(x, mean, inv_std, weight, bias, ctx.of_batch)
+            frames = normalized(x, mean, inv_std, weight, bias, ctx.of_batch, ctx.group)
             values = levels_reference(frames, LevelSpec.decode(ctx.neuron)).to(x.dtype)
         of_x, of_weight, of_bias = gradients_of_equations((values,), (x, weight, bias), (grad,))
     else:
         of_x, of_weight, of_bias = norm_levels_backward_op(
-            grad, x, ctx.neuron, mean, inv_std, weight, bias, ctx.of_batch
+            grad, x, ctx.neuron, mean, inv_std, weight, bias, ctx.of_batch, ctx.group
         )
     of_weight = None if weight is None else of_weight
-    return of_x, None, None, None, of_weight, None if bias is None else of_bias, None
+    return of_x, None, None, None, of_weight, None if bias is None else of_bias, None, None
 
 
 norm_levels_op.register_autograd(_norm_gradients, keep=_keep_inputs)

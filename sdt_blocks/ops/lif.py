@@ -15,6 +15,7 @@ from torch import Tensor
 from ..surrogate import KINDS, Scheduled, Surrogate, fire
 from .bits import as_spikes, wants_bits
 from .dispatch import fall_back, fused, kernels
+from .processes import added_up
 from .registered import registered
 from .spec import RESETS, Affine, Arriving, Layout, NeuronSpec, arrange, state_dtype
 
@@ -148,6 +149,7 @@ def lif_op(
     bias: Tensor | None = None,
     of_batch: bool = False,
     scheduled: Tensor | None = None,
+    group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Spikes `[steps, ...]` of x `[steps or 1, ...]`; the last membrane, empty unless `keep_membrane`; the bits.
 
@@ -155,11 +157,11 @@ def lif_op(
 
     `neuron` is an encoded `NeuronSpec`; `inv_tau`, `membrane` and the normalization's values are of the state's dtype.
     With `mean` the input of the neurons is `(x - mean) * inv_std * weight + bias`, per channel; `of_batch` says that
-    mean and inv_std are those of x, through which the gradient flows too. What is `scheduled` (see `Scheduled`) stands
-    in the place of the neuron's own numbers.
+    mean and inv_std are those of x, through which the gradient flows too, `group` that they are those of all processes'
+    x. What is `scheduled` (see `Scheduled`) stands in the place of the neuron's own numbers.
     """
     x, layout = _arranged(x, steps, inv_tau, mean)
-    norm, spec = _affine(mean, inv_std, weight, bias, of_batch), _spec(neuron, scheduled)
+    norm, spec = _affine(mean, inv_std, weight, bias, of_batch, group), _spec(neuron, scheduled)
     bits = layout.empty_bits(x, keep_bits)
     into = bits if bits.numel() else None
     spikes, last = kernels(x).lif_forward(
@@ -191,10 +193,11 @@ def lif_backward_op(
     bias: Tensor | None,
     of_batch: bool,
     scheduled: Tensor | None,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, inv_tau, membrane, weight and bias; those of what was not given are empty."""
     x, layout = _arranged(x, steps, inv_tau, mean)
-    arriving, norm = Arriving(grad, grad_last), _affine(mean, inv_std, weight, bias, of_batch)
+    arriving, norm = Arriving(grad, grad_last), _affine(mean, inv_std, weight, bias, of_batch, group)
     gradients = lif_gradients(arriving, x, layout, _spec(neuron, scheduled), norm, inv_tau, membrane)
     # A registered op returns tensors only, none of them twice.
     of_x, of_inv_tau, of_membrane, of_weight, of_bias = (
@@ -232,12 +235,21 @@ def gradients_of_norm(
     of_weight, of_bias = torch.empty_like(norm.mean), torch.empty_like(norm.mean)
     count = layout.size // layout.channels * x[0].shape[0] if norm.of_batch else None
     frames = dataclasses.replace(layout, steps=x[0].shape[0])
+    own = sums.sum(2, keepdim=True, dtype=torch.float64) if norm.group else None
+    if own is not None and count is not None:
+        total, counts = added_up(own[:, 1:], count, norm.group)
+        # A kernel divides by the count of its own process.
+        sums = torch.cat([own[:, :1], total * (count / counts)], 1)
     kernels(x[0]).norm_gradients(grad, x, frames, norm, sums, count, of_weight, of_bias)
+    if own is not None:
+        # Whoever trains in several processes adds these up.
+        of_bias.copy_(own[:, 1, 0].view_as(of_bias))
+        of_weight.copy_(own[:, 2, 0].view_as(of_weight) * norm.inv_std)
     return of_weight, of_bias
 
 
 @lif_backward_op.register_fake
-def _(grad, grad_last, x, steps, neuron, inv_tau, membrane, mean, inv_std, weight, bias, of_batch, scheduled):
+def _(grad, grad_last, x, steps, neuron, inv_tau, membrane, mean, inv_std, weight, bias, of_batch, scheduled, group):
     x, layout = _arranged(x, steps, inv_tau, mean)
     empty = [x.new_empty(0, dtype=state_dtype(x)) for _ in range(4)]
     return (
@@ -250,10 +262,10 @@ def _(grad, grad_last, x, steps, neuron, inv_tau, membrane, mean, inv_std, weigh
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, steps, neuron, inv_tau, membrane, keep_membrane, _, mean, inv_std, weight, bias, of_batch, scheduled = inputs
+    x, steps, neuron, inv_tau, membrane, keep_membrane, _, *norm, of_batch, scheduled, group = inputs
     ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(x, inv_tau, membrane, mean, inv_std, weight, bias, scheduled)
-    ctx.steps, ctx.neuron, ctx.keep_membrane, ctx.of_batch = steps, neuron, keep_membrane, of_batch
+    ctx.save_for_backward(x, inv_tau, membrane, *norm, scheduled)
+    ctx.steps, ctx.neuron, ctx.keep_membrane, ctx.of_batch, ctx.group = steps, neuron, keep_membrane, of_batch, group
     ctx.set_materialize_grads(False)
 
 
@@ -263,37 +275,49 @@ def _gradients(ctx: Any, grad: Tensor | None, grad_last: Tensor | None, _: Any) 
         grad_last = None
     if torch.is_grad_enabled():
         with torch.enable_grad():
-            frames = normalized(x, mean, inv_std, weight, bias, ctx.of_batch)
+            frames = normalized(x, mean, inv_std, weight, bias, ctx.of_batch, ctx.group)
             spec = _spec(ctx.neuron, scheduled)
             spec = spec if inv_tau is None else spec._replace(inv_tau=inv_tau)
             outputs = lif_reference(frames.expand(ctx.steps, *x.shape[1:]), spec, membrane)
         found = gradients_of_equations(outputs, (x, inv_tau, membrane, weight, bias), (grad, grad_last))
         of_x, of_inv_tau, of_membrane, of_weight, of_bias = found
-        return of_x, None, None, of_inv_tau, of_membrane, *[None] * 4, of_weight, of_bias, None, None
+        return of_x, None, None, of_inv_tau, of_membrane, *[None] * 4, of_weight, of_bias, None, None, None
     of_x, of_inv_tau, of_membrane, of_weight, of_bias = lif_backward_op(
         *(grad, grad_last, x, ctx.steps, ctx.neuron, inv_tau, membrane, mean, inv_std, weight, bias, ctx.of_batch),
         scheduled,
+        ctx.group,
     )
     given = (
         None if of is None else gradient
         for of, gradient in ((inv_tau, of_inv_tau), (membrane, of_membrane), (weight, of_weight), (bias, of_bias))
     )
     of_inv_tau, of_membrane, of_weight, of_bias = given
-    return of_x, None, None, of_inv_tau, of_membrane, *[None] * 4, of_weight, of_bias, None, None
+    return of_x, None, None, of_inv_tau, of_membrane, *[None] * 4, of_weight, of_bias, None, None, None
 
 
 lif_op.register_autograd(_gradients, keep=_keep_inputs)
 
 
 def normalized(
-    x: Tensor, mean: Tensor | None, inv_std: Tensor | None, weight: Tensor | None, bias: Tensor | None, of_batch: bool
+    x: Tensor,
+    mean: Tensor | None,
+    inv_std: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    of_batch: bool,
+    group: str = "",
 ) -> Tensor:
     """`(x - mean) * inv_std * weight + bias` per channel, x without a mean; mean and inv_std again as functions of x.
 
-    In the state's dtype where there is a mean.
+    In the state's dtype where there is a mean. Raises `RuntimeError` for a batch of several processes.
     """
     if mean is None or inv_std is None:
         return x
+    if group:
+        raise RuntimeError(
+            "gradients of gradients (create_graph=True) end at a norm whose batch is that of several processes; use "
+            "nn.BatchNorm2d, or take them in one process"
+        )
     x = x.to(state_dtype(x))
     if of_batch:
         axes = [axis for axis in range(x.ndim) if axis != 2]
@@ -340,6 +364,11 @@ def _spec(neuron: Sequence[float], scheduled: Tensor | None) -> NeuronSpec:
 
 
 def _affine(
-    mean: Tensor | None, inv_std: Tensor | None, weight: Tensor | None, bias: Tensor | None, of_batch: bool
+    mean: Tensor | None,
+    inv_std: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    of_batch: bool,
+    group: str,
 ) -> Affine | None:
-    return None if mean is None or inv_std is None else Affine.of_one(mean, inv_std, weight, bias, of_batch)
+    return None if mean is None or inv_std is None else Affine.of_one(mean, inv_std, weight, bias, of_batch, group)

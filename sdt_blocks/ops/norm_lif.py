@@ -12,6 +12,7 @@ from torch import Tensor
 from .bits import as_spikes, wants_bits
 from .dispatch import fused, kernels
 from .lif import constants, lif_op, lif_reference
+from .processes import merged_statistics
 from .registered import registered, watched
 from .spec import NeuronSpec, Norm, arrange, state_dtype
 
@@ -37,9 +38,11 @@ def batch_norm_reference(x: Tensor, norm: Norm, time_steps: int | None = None) -
     """`F.batch_norm` of the frames x `[T, B, C, ...]`, or x `[1, B, C, ...]` shown at every step."""
     if time_steps is not None:
         x = x.expand(time_steps, *x.shape[1:])
+    if norm.group:
+        raise ValueError("a batch of several processes has no reference here; call nn.SyncBatchNorm instead")
     norm.count_batch()
     settings: list[Any] = [*norm._replace(momentum=float(norm.momentum))]
-    return F.batch_norm(x.flatten(0, 1), *settings[:-1]).unflatten(0, x.shape[:2])
+    return F.batch_norm(x.flatten(0, 1), *settings[:-2]).unflatten(0, x.shape[:2])
 
 
 def batch_norm_lif(
@@ -82,6 +85,7 @@ def batch_norm_lif(
         None if norm.bias is None else norm.bias.to(dtype),
         norm.training,
         neuron.scheduled,
+        norm.group,
     )
     as_spikes(spikes, bits=bits)
     return (spikes, last) if return_membrane else spikes
@@ -95,27 +99,35 @@ def statistics(x: Tensor, norm: Norm, repeats: int = 1) -> tuple[Tensor, Tensor]
         x, layout = arrange(x, x.shape[0], per_channel=True)
         fill([x], layout, [norm], repeats, mean, inv_std)
         return mean, inv_std
-    running_mean, running_var, momentum, eps = norm.running_mean, norm.running_var, norm.momentum, norm.eps
     if not norm.training:
-        if running_mean is None or running_var is None:
+        if norm.running_mean is None or norm.running_var is None:
             raise ValueError("evaluation needs running_mean and running_var; give both, or training=True")
-        return running_mean, (running_var + eps).rsqrt()
-    norm.count_batch()
+        return norm.running_mean, (norm.running_var + norm.eps).rsqrt()
     mean, variance = channel_statistics(x)
-    if running_mean is not None and running_var is not None:
-        # A frame shown again and again changes the unbiased variance alone.
-        n = x.numel() // x.shape[2] * repeats
-        dtype = running_mean.dtype
+    count: Any = x.numel() // x.shape[2]
+    if norm.group:
+        mean, variance, count = merged_statistics(mean, variance, count, norm.group)
+    _update(norm, mean, variance, count * repeats)
+    return mean, (variance + norm.eps).rsqrt()
+
+
+def _update(norm: Norm, mean: Tensor, variance: Tensor, count: Any) -> None:
+    """Counts the batch, of so many values a channel, and updates the running statistics.
+
+    A frame shown again and again changes the unbiased variance alone.
+    """
+    norm.count_batch()
+    if norm.running_mean is not None and norm.running_var is not None:
+        dtype, momentum = norm.running_mean.dtype, norm.momentum
         share: Any = momentum.to(dtype) if isinstance(momentum, Tensor) else momentum
-        running_mean.lerp_(mean.to(dtype), share)
-        running_var.lerp_((variance * (n / (n - 1))).to(dtype), share)
-    return mean, (variance + eps).rsqrt()
+        norm.running_mean.lerp_(mean.to(dtype), share)
+        norm.running_var.lerp_((variance * (count / (count - 1))).to(dtype), share)
 
 
 @torch.no_grad()
 def stacked_statistics(x: Sequence[Tensor], norms: Sequence[Norm]) -> tuple[Tensor, Tensor]:
-    """`statistics` of three inputs `[3, C]`, in the state's dtype."""
-    dtype = state_dtype(x[0])
+    """`statistics` of three inputs `[3, C]`, in the state's dtype; norms of several processes have one group."""
+    dtype, group = state_dtype(x[0]), norms[0].group
     if fill := _at_once(x[0], *norms):
         mean, inv_std = (x[0].new_empty(len(x), x[0].shape[2], dtype=dtype) for _ in range(2))
         parts, layouts = zip(*(arrange(part, len(part), per_channel=True) for part in x), strict=True)
@@ -125,6 +137,14 @@ def stacked_statistics(x: Sequence[Tensor], norms: Sequence[Norm]) -> tuple[Tens
             for i, part in enumerate(parts):
                 fill([part], layouts[i], [norms[i]], 1, mean[i], inv_std[i])
         return mean, inv_std
+    if group:
+        # Once for all three.
+        mean, variance = (torch.stack(values) for values in zip(*map(channel_statistics, x), strict=True))
+        mean, variance, count = merged_statistics(mean, variance, x[0].numel() // x[0].shape[2], group)
+        for i, norm in enumerate(norms):
+            _update(norm, mean[i], variance[i], count)
+        inv_std = torch.stack([(part + norm.eps).rsqrt() for part, norm in zip(variance, norms, strict=True)])
+        return mean.to(dtype), inv_std.to(dtype)
     found = [statistics(part, norm) for part, norm in zip(x, norms, strict=True)]
     mean, inv_std = (torch.stack(values).to(dtype) for values in zip(*found, strict=True))
     return mean, inv_std
@@ -142,7 +162,7 @@ def _settled_alike(norms: Sequence[Norm]) -> bool:
 
 def _at_once(x: Tensor, *norms: Norm) -> Callable[..., None] | None:
     """The kernels' `batch_statistics`, where nobody need see the steps."""
-    plain = all(norm.training and not isinstance(norm.momentum, Tensor) for norm in norms)
+    plain = all(norm.training and not isinstance(norm.momentum, Tensor) and not norm.group for norm in norms)
     return kernels(x).batch_statistics if plain and not watched() else None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..surrogate import transformed
 
-_PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, list}
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list}
 """Arguments that no one has given a meaning of their own."""
 
 

@@ -104,7 +104,8 @@ class Norm(NamedTuple):
     """A batch normalization: the arguments of `F.batch_norm`, in its order, and how many batches it has seen.
 
     While `training`, running statistics that are given change in place, and `batches`, a 0-d tensor of integers, counts
-    one more. `momentum` may be a 0-d tensor, which need not be read back from its device.
+    one more. `momentum` may be a 0-d tensor, which need not be read back from its device. With a `group` of processes
+    (see `processes.name_of`) the batch is that of them all, as in `nn.SyncBatchNorm`; of these there is no reference.
     """
 
     running_mean: Tensor | None = None
@@ -115,6 +116,7 @@ class Norm(NamedTuple):
     momentum: float | Tensor = 0.1
     eps: float = 1e-5
     batches: Tensor | None = None
+    group: str = ""
 
     def count_batch(self) -> None:
         """Counts a batch."""
@@ -135,11 +137,15 @@ class Affine:
     bias: Sequence[Tensor] | None
     of_batch: bool
     """Whether mean and inv_std are those of x, through which the gradient flows too."""
+    group: str = ""
+    """The processes whose x they are of, where it is not this one alone."""
 
     @staticmethod
-    def of_one(mean: Tensor, inv_std: Tensor, weight: Tensor | None, bias: Tensor | None, of_batch: bool) -> Affine:
+    def of_one(
+        mean: Tensor, inv_std: Tensor, weight: Tensor | None, bias: Tensor | None, of_batch: bool, group: str = ""
+    ) -> Affine:
         weights, biases = (None if value is None else (value,) for value in (weight, bias))
-        return Affine(mean, inv_std, weights, biases, of_batch)
+        return Affine(mean, inv_std, weights, biases, of_batch, group)
 
     @functools.cached_property
     def scale(self) -> Tensor:
@@ -153,7 +159,7 @@ class Affine:
     def row(self, i: int) -> Affine:
         """That of q, k or v."""
         weight, bias = (None if values is None else (values[i],) for values in (self.weight, self.bias))
-        return Affine(self.mean[i], self.inv_std[i], weight, bias, self.of_batch)
+        return Affine(self.mean[i], self.inv_std[i], weight, bias, self.of_batch, self.group)
 
 
 def _rows(values: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,51 @@
+"""What the processes of a group know together, where a norm's batch is that of them all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from .registered import registered
+
+_groups: dict[str, Any] = {}
+"""By the names under which registered ops, which take no groups, are told of them."""
+
+
+def name_of(group: Any) -> str:
+    """The name of a process group, by which the ops find it again."""
+    name: str = group.group_name
+    _groups[name] = group
+    return name
+
+
+@registered("sdt_blocks::gathered")
+def gathered(values: Tensor, group: str) -> Tensor:
+    """The values of every process `[processes, ...]`, in the same order in all of them."""
+    found = [torch.empty_like(values) for _ in range(distributed.get_world_size(_groups[group]))]
+    distributed.all_gather(found, values.contiguous(), group=_groups[group])
+    return torch.stack(found)
+
+
+@gathered.register_fake
+def _(values, group):
+    return values.new_empty(distributed.get_world_size(_groups[group]), *values.shape)
+
+
+def merged_statistics(mean: Tensor, variance: Tensor, count: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance `[...]` and number of all processes' values, from those of the `count` values here."""
+    own = torch.cat([mean.flatten(), variance.flatten(), mean.new_full((1,), count)])
+    found = gathered(own, group)
+    means, variances = found[:, :-1].unflatten(1, (2, *mean.shape)).unbind(1)
+    counts = found[:, -1].view(-1, *[1] * mean.ndim)
+    total = counts.sum()
+    middle = (counts * means).sum(0) / total
+    spread = (counts * (variances + (means - middle).square())).sum(0) / total
+    return middle, spread, total
+
+
+def added_up(sums: Tensor, count: int, group: str) -> tuple[Tensor, Tensor]:
+    """Sums of the same shape and a count, over all processes."""
+    found = gathered(torch.cat([sums.flatten(), sums.new_full((1,), count)]), group).sum(0)
+    return found[:-1].view_as(sums), found[-1]
