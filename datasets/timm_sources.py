@@ -172,6 +172,7 @@ def _index_shard(file: Path, label_key: str) -> Iterator[tuple[str, tuple[int, i
                         raise ValueError(f"{member.name} has {member.size} bytes, too many for a label")
                     text = shard.extractfile(member).read()  # type: ignore[union-attr]
                     labels[key] = _class_index(json.loads(text)[label_key] if label_key else int(text))
+            _check_end(file, shard.offset)
     except (OSError, tarfile.TarError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{file} cannot be read as a WebDataset shard ({error})") from error
     unlabelled = next((key for key in places if key not in labels), None)
@@ -184,6 +185,23 @@ def _index_shard(file: Path, label_key: str) -> Iterator[tuple[str, tuple[int, i
         raise DataError(f"{file} holds no image; a sample is KEY.{' or KEY.'.join(IMAGE_SUFFIXES)} beside KEY.cls")
     for key, place in places.items():
         yield key, place, labels[key]
+
+
+def _check_end(file: Path, offset: int) -> None:
+    """Raises `ValueError` unless an archive ends with zeros here, where its last entry does.
+
+    What is cut off between two entries, or damaged in the head of one, looks like the end of an archive.
+    """
+    with file.open("rb") as content:
+        content.seek(offset)
+        block = content.read(tarfile.BLOCKSIZE)
+        if len(block) == tarfile.BLOCKSIZE:
+            while block and not any(block):
+                block = content.read(1 << 20)
+        elif not block:
+            raise ValueError(f"it is cut off after its entry that ends at byte {offset}; copy it again")
+    if block:
+        raise ValueError(f"its entry at byte {offset} is damaged, or it is several archives in one; copy it again")
 
 
 def _class_index(label: Any) -> int:

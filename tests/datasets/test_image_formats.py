@@ -15,6 +15,7 @@ from torchvision.transforms import functional as TF
 
 from sdt_datasets.errors import DataError
 from sdt_datasets.images import build_image_datasets
+from sdt_datasets.timm_sources import load_shards
 
 PLAIN = {"img_size": 32, "mean": (0.5,), "std": (0.25,)}
 
@@ -210,6 +211,31 @@ def test_timms_description_of_shards_decides(tmp_path, photograph):
     (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": {}, "val": {}}}))
     with pytest.raises(DataError, match=r"_info.json does not describe its shards"):
         build_image_datasets("wds/set", tmp_path, **PLAIN)
+
+
+def damage_header(content: bytes, start: int) -> bytes:
+    return content[: start + 10] + bytes([content[start + 10] ^ 0xFF]) + content[start + 11 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (damage_header, "its entry at byte .* is damaged"),
+        (lambda content, start: content[:start] + bytes(512) + content[start + 512 :], "is damaged, or it is several"),
+        (lambda content, start: content[:start], "it is cut off after its entry"),
+        (lambda content, start: content[: start + 100], "its entry at byte .* is damaged"),
+        (lambda content, start: content + content, "or it is several archives in one"),
+    ],
+    ids=["header", "zeros", "cut between", "cut in a header", "concatenated"],
+)
+def test_a_shard_whose_end_is_lost_is_refused(tmp_path, photograph, damage, words):
+    for name in ("train.tar", "val.tar"):
+        write_shard(photograph, tmp_path / name, 4)
+    with tarfile.open(tmp_path / "train.tar") as shard:
+        start = shard.getmembers()[4].offset
+    (tmp_path / "train.tar").write_bytes(damage((tmp_path / "train.tar").read_bytes(), start))
+    with pytest.raises(DataError, match=rf"train\.tar cannot be read as a WebDataset shard.*{words}"):
+        load_shards("wds/x", tmp_path)
 
 
 def test_unfit_shards_are_refused(tmp_path, photograph):
