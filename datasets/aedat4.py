@@ -115,6 +115,8 @@ def check_aedat4(path: str | os.PathLike) -> None:
                 raise ValueError(
                     f"a packet of {length} bytes may unpack to {unpacked}; at most {LARGEST_PACKET} are read"
                 )
+        if at != end and end >= 0:
+            raise ValueError(f"it is cut off: its packets should end at byte {end}, and it has {size} bytes")
 
 
 def _header(header: bytes) -> tuple[int, int]:

@@ -134,3 +134,14 @@ def test_aedat4_that_would_end_the_process_is_refused(tmp_path, write, change, m
     for read in (check_aedat4, read_events, aedat4_sensor_size):
         with pytest.raises(ValueError, match=message):
             read(path)
+
+
+def test_a_recording_cut_between_two_packets_says_so(tmp_path, write):
+    write.aedat4(tmp_path / "a.aedat4", number=2500)
+    whole = (tmp_path / "a.aedat4").read_bytes()
+    start = 18 + int.from_bytes(whole[14:18], "little")
+    first = start + 8 + int.from_bytes(whole[start + 4 : start + 8], "little")
+    for cut in (start, first, first + 5):
+        (tmp_path / "a.aedat4").write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=f"it is cut off: .* and it has {cut} bytes"):
+            read_aedat4(tmp_path / "a.aedat4")
