@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import snntorch
 import torch
 from torch import Tensor, nn
 
-from sdt_blocks import LIF, calibrate_norms, optimize_for_inference, over_time
+from sdt_blocks import LIF, ParametricLIF, calibrate_norms, optimize_for_inference, over_time
 from sdt_blocks.blocks import ConvNorm
 from sdt_blocks.inference import dense
 from sdt_blocks.neuron import OverTime
@@ -141,3 +142,31 @@ def test_memory_and_batches_are_kept_apart(sparse: bool, monkeypatch: pytest.Mon
         fast = optimize_for_inference(model, sparse=sparse)
         assert all(one.std() > 1e-3 for one in expected)
         torch.testing.assert_close(fast(*given), expected, atol=1e-5, rtol=1e-5)
+
+
+class Wrong(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.unit, self.neuron = ConvNorm(2, 16, 3), ParametricLIF(channels=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fire(self.neuron, project(self.unit, x))
+
+
+@pytest.mark.parametrize("channels", [1, 8, 32])
+def test_time_constants_of_another_number_of_channels_are_refused(channels: int) -> None:
+    model, x = Wrong(channels).eval(), torch.rand(2, 1, 2, 4, 4)
+    with pytest.raises(ValueError, match="one value for each channel"):
+        model(x)
+    for options in ({}, {"compile": False}, {"sparse": True}):
+        with pytest.raises(ValueError, match="one value for each channel"):
+            optimize_for_inference(model, **options)(x)
+
+
+def test_threads_that_share_a_neuron_with_a_memory_take_turns() -> None:
+    neuron = over_time(snntorch.Synaptic(alpha=0.8, beta=0.7))
+    given = [3 * torch.rand(6, 64, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
+    expected = [neuron(x) for x in given]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(neuron, given * 4))
+    assert all(torch.equal(*pair) for pair in zip(found, expected * 4, strict=True)) and expected[0].any()

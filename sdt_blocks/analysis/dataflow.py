@@ -91,6 +91,8 @@ class Follower(TorchDispatchMode):
         self.probe = probe
         self.products: dict[tuple[str, ...], Product] = {}
         self._values: Any = WeakTensorKeyDictionary()
+        self._read: set[float] = set()
+        """Numbers that the network's code has read from values that depend on the input."""
         for name, neuron in probe.neurons.items():
             probe.watch(neuron, self._neuron(name))
         probe.follow(self.entered, self._left)
@@ -100,6 +102,7 @@ class Follower(TorchDispatchMode):
 
     def start(self, x: Tensor) -> None:
         """Marks the input of the model."""
+        self._read.clear()
         self._values[x] = Value(INPUT, "the input")
 
     def entered(self, name: str) -> None:
@@ -125,6 +128,8 @@ class Follower(TorchDispatchMode):
         if not in_place and "out" not in (kwargs or {}) and name not in SHAPES:
             self._seen((args, kwargs))
         operands = [self.value(arg) for arg in tensors_in((args, kwargs or {}))]
+        if name in ("_local_scalar_dense", "item") and type(output) is float and operands[0] is not NOTHING:
+            self._read.add(output)
         if any(value is not NOTHING for value in operands) or name in WEIGHTED:
             value = self._judge(name, args, operands, output)
             self._mark(output, value, in_place or "out" in (kwargs or {}))
@@ -225,6 +230,9 @@ class Follower(TorchDispatchMode):
             value, constant = (a, second) if b is NOTHING else (b, first)
             if _all_ones(constant):
                 return value
+            if type(constant) is float and constant in self._read:
+                self.note(name, kinds, MULTIPLIES, "its factor is a number that was read from a value of the network")
+                return Value(ANALOG, f"{name} in {self._here()}")
             wide = _widens(first, second, output)
             if wide:
                 self.counts(OUTER, (first, second), output)
@@ -327,6 +335,20 @@ class Follower(TorchDispatchMode):
             if whole is not None:
                 same = before is None or before.kind in (value.kind, UNSEEN)
                 self._values[whole] = value if same else Value(ANALOG, f"values written together in {self._here()}")
+            if in_place:
+                self._seen_by_views(tensor, value)
+
+    def _seen_by_views(self, written: Tensor, value: Value) -> None:
+        """Notes for other views of the memory that was written into what they hold now."""
+        memory = written.untyped_storage()
+        for other, before in list(self._values.items()):
+            whole = other is written or other is written._base
+            if whole or before.kind == value.kind or other.untyped_storage()._cdata != memory._cdata:
+                continue
+            share = _share_written(other, written)
+            if share:
+                mixed = Value(ANALOG, f"values written together in {self._here()}")
+                self._values[other] = value if share == 1 else mixed
 
     def here(self) -> str:
         """The name of the module whose code is running, "" for the model itself."""
@@ -370,6 +392,15 @@ def _joined(known: Sequence[Value], output: Any, constants: bool) -> Value:
         return first if len({value.layer for value in known}) == 1 else Value(first.kind, first.origin)
     mixed = (value.origin for value in known if value.kind in (ANALOG, COUNTS, LEVELS))
     return Value(ANALOG, next(mixed, "the input beside spikes"))
+
+
+def _share_written(view: Tensor, written: Tensor) -> float:
+    """The share of a view's values that lie where those of another view of the same memory do."""
+    if view.is_meta or view.itemsize != written.itemsize:
+        return 0.5  # nobody knows
+    places = torch.zeros(written.untyped_storage().nbytes() // written.itemsize, dtype=torch.bool)
+    places.as_strided(written.shape, written.stride(), written.storage_offset()).fill_(True)
+    return places.as_strided(view.shape, view.stride(), view.storage_offset()).double().mean().item()
 
 
 def _zeros_and_ones(x: Tensor) -> bool:

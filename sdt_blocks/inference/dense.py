@@ -27,6 +27,7 @@ from .plan import (
     Node,
     Plan,
     chain,
+    check_channels,
     convolution,
     evaluated,
     filled,
@@ -54,6 +55,7 @@ class Firing(nn.Module, Streamed):
 
     def neuron(self, shape: Sequence[int]) -> kernels.Neuron:
         """As the ops take it, for membranes of this shape; in a stream it goes on from where it stood."""
+        check_channels(self.inv_tau, shape[-1])
         neuron = kernels.Neuron(self.inv_tau, *self.constants)
         if self.carrier is None:
             return neuron

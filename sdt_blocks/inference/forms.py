@@ -29,7 +29,7 @@ from .integers import (
     windows_of,
 )
 from .passes import COUNTS, LEVELS, SPIKES
-from .plan import CALL, FIRE, MIX, PROJECT, Mixing, Node, chain, convolution, fold, is_neuron
+from .plan import CALL, FIRE, MIX, PROJECT, Mixing, Node, chain, check_channels, convolution, fold, is_neuron
 from .product import Geometry, Product
 
 Known = tuple[nn.Conv2d, nn.BatchNorm2d | None]
@@ -313,7 +313,9 @@ def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 def _neuron(neuron: Any, channels: int) -> tuple[NeuronSpec, Tensor]:
     told = neuron.spec
     spec = NeuronSpec(threshold=told.threshold, reset=told.reset, strict=told.strict)
-    return spec, torch.as_tensor(told.inv_tau, dtype=torch.float32).detach().expand(channels)
+    inv_tau = torch.as_tensor(told.inv_tau, dtype=torch.float32).detach()
+    check_channels(inv_tau, channels)
+    return spec, inv_tau.expand(channels)
 
 
 def _chunk(pixels: int, channels: int) -> int:

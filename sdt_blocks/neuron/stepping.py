@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,6 +45,10 @@ def over_time(neuron: nn.Module) -> nn.Module:
     )
 
 
+_ONE_AT_A_TIME = threading.RLock()
+"""Within a call a neuron remembers: threads that share a network take turns."""
+
+
 class OverTime(nn.Module, Streamed):
     """What `over_time` makes of `neuron`."""
 
@@ -74,15 +79,21 @@ class OverTime(nn.Module, Streamed):
                 f"a sequence needs at least one time step on its first axis, got the shape {list(x.shape)}"
             )
         if self.carrier is None:
-            try:
-                return self._run(self.neuron, x)
-            finally:
-                _clear(self.neuron)
+            if torch.compiler.is_compiling():
+                return self._run_anew(x)
+            with _ONE_AT_A_TIME:
+                return self._run_anew(x)
         # A stream's state lies in a neuron of its own, which no other call can touch.
         neuron = copy.deepcopy(self.carrier.state(self) or self.neuron)
         spikes = self._run(neuron, x)
         self.carrier.keep_state(self, neuron)
         return spikes
+
+    def _run_anew(self, x: Tensor) -> Tensor:
+        try:
+            return self._run(self.neuron, x)
+        finally:
+            _clear(self.neuron)
 
     def held(self, state: nn.Module) -> dict[str, Tensor]:
         """What the neuron and its parts keep beside what is saved with them: buffers, attributes, memories."""

@@ -108,6 +108,12 @@ BROKEN = {
     "quotient": (Function(lambda s: s / (s.sum() + 1)), "part", "divides by a value that depends on the input"),
     "own copy": (Function(lambda s: torch.zeros_like(s).copy_(s.cumsum(1))), "last", "cumsum of spikes"),
     "written in parts": (Function(lambda s: _written(s)), "last", "cumsum of spikes|written together"),
+    "written through another view": (
+        Function(lambda s: _by_another_view(s)[0]),
+        "last",
+        "add in part|written together",
+    ),
+    "a number that was read": (Function(lambda s: s * s.cumsum(1).mean().item()), "part", "read from a value"),
 }
 
 
@@ -115,6 +121,14 @@ def _written(spikes):
     whole = torch.zeros_like(spikes)
     whole[0], whole[1] = spikes[0], spikes[1].cumsum(0)
     return whole
+
+
+def _by_another_view(spikes):
+    """A view of spikes to which real values are added by another name, and one of a part that they do not reach."""
+    first, second = spikes.clone().chunk(2)
+    view = first.transpose(-1, -2)
+    first += first.mean()
+    return view, second
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -139,6 +153,7 @@ SOUND = {
     "own neuron": Function(lambda s: (s.cumsum(1) >= 2).float()),
     "buffer": Function(lambda s: torch.zeros_like(s).copy_(s)),
     "nearest": nn.Upsample(scale_factor=2),
+    "beside what is written": Function(lambda s: _by_another_view(s)[1]),
     "pool then neuron": nn.Sequential(nn.AvgPool2d(2), nn.Unflatten(0, (4, 2)), LIF(), nn.Flatten(0, 1)),
     "weights of its own": Function(lambda s: F.conv2d(s, torch.ones(8, 8, 1, 1)).ge(1).to(s.dtype)),
     "memory format": Function(lambda s: s.view(s.shape).contiguous(memory_format=torch.channels_last)),
