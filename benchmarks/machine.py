@@ -30,6 +30,8 @@ COMPARE: dict[str, Callable[[int, int], bool]] = {
     "EQ": lambda a, b: a == b,
     "NE": lambda a, b: a != b,
 }
+FROM_PREDICATES, TO_PREDICATES = ("P2R", "UP2UR"), ("R2P", "UR2UP")
+"""Between predicates and the bits of a register, where a kernel needs more predicates than there are."""
 COMBINE: dict[str, Callable[[bool, bool], bool]] = {
     "AND": lambda a, b: a and b,
     "OR": lambda a, b: a or b,
@@ -178,15 +180,15 @@ class Known:
         if taken is False or not line.operands:
             return
         base, *parts = line.op.split(".")
-        if base == "R2P":
-            self.predicates.clear()
         place = next((i for i, operand in enumerate(line.operands[:3]) if REGISTER.fullmatch(operand)), 2)
         to = line.operands[place] if place < len(line.operands) and REGISTER.fullmatch(line.operands[place]) else None
         # Predicates before the first register are written, and carries right behind it.
         written = [operand for operand in line.operands[:place] if PREDICATE.fullmatch(operand)]
-        if not base.endswith("SETP"):
+        if to is not None and not base.endswith("SETP"):
             behind = line.operands[place + 1 : place + 3]
             written += itertools.takewhile(lambda operand: re.fullmatch(r"U?P(\d|T)", operand), behind)
+        if base in TO_PREDICATES:
+            to, written = None, list(_bits_of_predicates(line))
         found, flags = (None, {}) if taken is None else self._computed(line)
         for name in written:
             self.predicates.pop(name, None)
@@ -205,14 +207,21 @@ class Known:
     def _computed(self, line: Instruction) -> tuple[int | None, dict[str, bool | None]]:
         """The result of an instruction, and the predicates that it sets."""
         base, *parts = line.op.split(".")
-        base = base.removeprefix("U")
         operands, wide = line.operands, "64" in parts
+        if base in TO_PREDICATES:
+            value, bits = self.value(operands[1].split(".")[0]), _bits_of_predicates(line)
+            return None, {name: None if value is None else bool(value >> i & 1) for name, i in bits.items()}
+        if base in FROM_PREDICATES:
+            return self._gathered(line), {}
+        base = base.removeprefix("U")
         if base == "ISETP":
             return None, self._compared(operands, parts)
         if base == "PLOP3":
-            bits = [self.predicate(operand) for operand in operands[2:5]]
-            index = sum(4 >> i for i, bit in enumerate(bits) if bit)
-            return None, {} if None in bits else {operands[0]: bool(int(operands[5], 16) >> index & 1)}
+            # What is unknown may not matter.
+            known = [self.predicate(operand) for operand in operands[2:5]]
+            ways = itertools.product(*([False, True] if bit is None else [bit] for bit in known))
+            found = {int(operands[5], 16) >> sum(4 >> i for i, bit in enumerate(way) if bit) & 1 for way in ways}
+            return None, {operands[0]: bool(found.pop())} if len(found) == 1 else {}
         if base == "CS2R":
             return (0 if operands[1] == "SRZ" else None), {}
         if base in ("MOV", "LDC", "LDCU", "R2UR"):
@@ -237,13 +246,27 @@ class Known:
             return (None if which is None else self.value(operands[1 if which else 2])), {}
         if base == "SHF":
             return self._shifted(operands, parts), {}
-        if base == "LOP3" and REGISTER.fullmatch(operands[0]):
-            a, b, c, table = (self.value(operand) for operand in operands[1:5])
-            # Of what is unknown, a mask or a zero may leave nothing.
-            if b is None or table is None or (a is None and b != 0) or (c is None and operands[3] not in ("RZ", "URZ")):
-                return None, {}
-            return (None if a is None else _of_table(a, b, c or 0, table)), {}
+        if base == "LOP3":
+            to_predicate = not REGISTER.fullmatch(operands[0])
+            result = self._by_table(operands[1 + to_predicate :])
+            if not to_predicate or result is None:
+                return result, {}
+            # Whether a bit is left.
+            join = "AND" if "PAND" in parts else "OR"
+            return result, {operands[0]: _joined(result != 0, self.predicate(operands[-1]), join)}
         return None, {}
+
+    def _gathered(self, line: Instruction) -> int | None:
+        """Predicates as bits of a register, among those of another."""
+        bits = _bits_of_predicates(line)
+        found, known = self.value(line.operands[2]), {i: self.predicate(name) for name, i in bits.items()}
+        if found is None or None in known.values():
+            return None
+        return found & ~sum(1 << i for i in known) | sum(1 << i for i, value in known.items() if value)
+
+    def _by_table(self, operands: list[str]) -> int | None:
+        a, b, c, table = (self.value(operand) for operand in operands[:4])
+        return None if a is None or b is None or c is None or table is None else _of_table(a, b, c, table)
 
     def _compared(self, operands: list[str], parts: list[str]) -> dict[str, bool | None]:
         how = next((part for part in parts if part in COMPARE), None)
@@ -292,6 +315,13 @@ def _next(name: str) -> str:
     """The register behind one."""
     letters = name.rstrip("0123456789")
     return f"{letters}{int(name[len(letters) :]) + 1}"
+
+
+def _bits_of_predicates(line: Instruction) -> dict[str, int]:
+    """The predicates that an instruction moves into a register or out of one, with the bit of each."""
+    byte = re.search(r"\.B([0-3])", ".".join((line.op, *line.operands)))
+    letters, mask = ("UP" if line.op.startswith("U") else "P"), int(line.operands[-1], 16)
+    return {f"{letters}{i}": i + 8 * int(byte[1] if byte else 0) for i in range(7) if mask >> i & 1}
 
 
 def _joined(found: bool | None, other: bool | None, join: str) -> bool | None:

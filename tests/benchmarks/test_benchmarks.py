@@ -154,6 +154,44 @@ LEFT_BY_AN_EXIT = """
 """
 
 
+PREDICATES_IN_REGISTERS = """
+        /*0000*/                   ULDC UR4, c[0x0][0x220] ;
+        /*0010*/                   UISETP.GE.AND UP1, UPT, UR4, 0x3, UPT ;
+        /*0020*/                   IMAD.MOV.U32 R5, RZ, RZ, RZ ;
+.L_x_0:
+        /*0030*/                   PLOP3.LUT P1, PT, PT, PT, UP1, 0x40, 0x0 ;
+        /*0040*/               @P1 BRA `(.L_x_1) ;
+        /*0050*/                   LDG.E R8, desc[UR6][R2.64] ;
+.L_x_1:
+        /*0060*/                   IADD3 R5, R5, 0x1, RZ ;
+        /*0070*/                   ISETP.NE.AND P0, PT, R5, UR4, PT ;
+        /*0080*/                   P2R R9, PR, RZ, 0x1 ;
+        /*0090*/                   P2R.B1 R11, PR, R9, 0x2 ;
+        /*00a0*/                   FSETP.GE.AND P0, PT, R8, R10, PT ;
+        /*00b0*/                   FSETP.GE.AND P1, PT, R8, R10, PT ;
+        /*00c0*/                   P2R R10, PR, RZ, 0x2 ;
+        /*00d0*/                   R2P PR, R11, 0x1 ;
+        /*00e0*/               @P0 BRA `(.L_x_0) ;
+        /*00f0*/                   R2P PR, R11.B1, 0x2 ;
+        /*0100*/              @!P1 BRA `(.L_x_2) ;
+        /*0110*/                   STG.E.U8 desc[UR6][R2.64], R8 ;
+.L_x_2:
+        /*0120*/                   LOP3.LUT P3, RZ, R11, 0x200, RZ, 0xc0, !PT ;
+        /*0130*/              @!P3 BRA `(.L_x_3) ;
+        /*0140*/                   STG.E.U16 desc[UR6][R2.64], R8 ;
+.L_x_3:
+        /*0150*/                   UP2UR UR8, UPR, URZ, 0x2 ;
+        /*0160*/                   UISETP.NE.U32.AND UP0, UPT, UR8, URZ, UPT ;
+        /*0170*/                   PLOP3.LUT P2, PT, P4, PT, UP0, 0x80, 0x8 ;
+        /*0180*/              @!P2 BRA `(.L_x_4) ;
+        /*0190*/                   STG.E desc[UR6][R2.64], R8 ;
+.L_x_4:
+        /*01a0*/                   ISETP.NE.AND P5, PT, R10, RZ, PT ;
+        /*01b0*/               @P5 BRA `(.L_x_4) ;
+        /*01c0*/                   EXIT ;
+"""
+
+
 def test_a_thread_is_followed_through_loops_and_round_slow_ways() -> None:
     offline = pytest.importorskip("offline")
     binary = offline.Binary(ASSEMBLY, capability=90, registers=32, spilled=0, shared=0, warps=4)
@@ -180,6 +218,20 @@ def test_rounds_of_unrolled_loops_are_computed(number: int) -> None:
     counts = machine.executed(UNROLLED, trips=5, words={0x220: number, 0x224: 0})
     assert (counts["LDG.E.128"], counts["LDG.E"]) == divmod(number, 4)
     assert counts["PLOP3.LUT"] == 5
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 7])
+def test_predicates_are_followed_into_registers_and_back(number: int) -> None:
+    """As a kernel does with more of them than there are; and none is forgotten by what only reads it."""
+    counts = pytest.importorskip("machine").executed(PREDICATES_IN_REGISTERS, trips=5, words={0x220: number})
+    few = number < 3
+    assert counts["IADD3"] == number and counts["LDG.E"] == (0 if few else number)
+    # Each where the same predicate had come back, of a thread, as a bit of its register, and uniform.
+    assert counts["STG.E.U8"] == counts["STG.E.U16"] == few
+    # Nothing is known of P4, but both of them hold only if the other does.
+    assert counts["STG.E"] == (not few)
+    # What is unknown stays so.
+    assert counts["ISETP.NE.AND"] == number + 5
 
 
 def test_an_exit_is_taken_where_its_condition_is_known_to_hold() -> None:
