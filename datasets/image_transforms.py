@@ -38,6 +38,9 @@ _AUTO_AUGMENT = re.compile(
     rf"|(v0|v0r|original|originalr|3a)(-mstd{_NUMBER})?"
 )
 
+MAGNITUDES = 10
+"""The magnitude to which timm cuts any larger one, where no other is said to be the largest."""
+
 Transform = Callable[[Image.Image], Tensor]
 
 
@@ -201,6 +204,19 @@ def check_auto_augment(auto_augment: str | None) -> None:
             f"-inc1 -tweights (as in rand-m9-n1-mstd0.4-inc1), augmix with -m -w -d -a -b -mstd, or v0, v0r, original, "
             f"originalr, 3a with -mstd"
         )
+    sections = re.findall(r"-([a-z]+)([^-]*)", auto_augment or "")
+    said = [name for name, _ in sections]
+    if twice := next((name for name in said if said.count(name) > 1), None):
+        raise ValueError(f"auto_augment {auto_augment!r} says {twice} twice; timm would take one of the two")
+    numbers = {name: float(value) for name, value in sections if name in ("m", "mmax", "p")}
+    most = numbers.get("mmax") or MAGNITUDES
+    if numbers.get("m", 0) > most:
+        hint = " or a larger -mmax" if (auto_augment or "").startswith("rand") else ""
+        raise ValueError(
+            f"auto_augment {auto_augment!r}: timm would cut the magnitude to {most:g}; say -m{most:g}{hint}"
+        )
+    if numbers.get("p", 0) > 1:
+        raise ValueError(f"auto_augment {auto_augment!r}: p is a probability, at most 1")
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:

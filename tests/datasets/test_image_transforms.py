@@ -142,6 +142,21 @@ def test_strings_that_timm_would_misread_are_refused(text):
         check_auto_augment(text)
 
 
+CUT = [
+    ("rand-m15-n2", "cut the magnitude to 10; say -m10 or a larger -mmax"),
+    ("rand-m25-mmax20", "cut the magnitude to 20"),
+    ("augmix-m11", "cut the magnitude to 10; say -m10$"),
+    ("rand-m9-m5", "says m twice"),
+    ("rand-p1.5", "p is a probability"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), CUT)
+def test_values_that_timm_would_cut_or_drop_are_refused(text, words):
+    with pytest.raises(ValueError, match=words):
+        check_auto_augment(text)
+
+
 @pytest.mark.parametrize("auto_augment", ["rand-m10-n1-p1.0-inc1", "rand-m0-n1-p1.0", "rand-m15-mmax20-n1-p1.0-inc1"])
 def test_every_operation_works_at_its_strongest(photograph, auto_augment):
     """Among them posterize with no bit left, which recent Pillow refuses: the image is black."""
