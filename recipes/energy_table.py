@@ -205,7 +205,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str], Pat
         elif key == "output_dir":
             output = value
         elif key == "samples":
-            if not value.isdigit() or not int(value):
+            if not value.isdecimal() or not int(value):
                 raise ConfigError(f"samples={value}: expected a number of samples, 1 or more")
             rest.append(f"data.test_samples={value}")
         else:

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common.command_line import main, short_errors
-from common.config import Config, load_config
+from common.command_line import main, run_name, short_errors, take_seeds
+from common.config import Config, ConfigError, RunError, changed, load_config
 from common.moving_shapes import DIRECTIONS, SIDE, write_recordings
 
 from sdt_blocks import load_model
@@ -80,13 +80,33 @@ def _draw_steps(axes: Any, events: np.ndarray, frames: np.ndarray, spikes: np.nd
             axis.set(xticks=[], yticks=[])
 
 
-if __name__ == "__main__":
-    asked_for_help = bool({"-h", "--help"} & set(sys.argv))
-    if not asked_for_help:
-        with short_errors():
-            config = load_config(sys.argv[1:], default=DEFAULT)
-        if config.data.root is not None:
+def prepare(arguments: list[str]) -> list[Config]:
+    """Writes the recordings that are not there yet; the configuration of each run. Raises `ConfigError`."""
+    seeds, rest = take_seeds(arguments)
+    config = load_config(rest, default=DEFAULT)
+    if config.data.root is not None:
+        try:
             write_recordings(Path(config.data.root), train=TRAIN, test=TEST, seed=config.seed)
+        except OSError as error:
+            raise ConfigError(f"data.root={config.data.root}: no recordings can be written there ({error})") from error
+    return [changed(config, {"output_dir": str(Path(config.output_dir, *map(run_name, one)))}) for one in seeds]
+
+
+def finish(configs: list[Config]) -> None:
+    """The picture of each run. Raises `RunError`."""
+    for config in configs:
+        try:
+            print(f"events, frames and spikes: {draw(config)}", flush=True)
+        except OSError as error:
+            raise RunError(f"the picture cannot be written to {config.output_dir} ({error})") from error
+
+
+if __name__ == "__main__":
+    runs: list[Config] = []
+    if not {"-h", "--help", "--print-config"} & set(sys.argv):
+        with short_errors():
+            runs = prepare(sys.argv[1:])
     main(DEFAULT)
-    if not asked_for_help and os.environ.get("RANK", "0") == "0":
-        print(f"events, frames and spikes: {draw(config)}", flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        with short_errors():
+            finish(runs)

@@ -59,6 +59,11 @@ def take_seeds(arguments: list[str]) -> tuple[list[tuple[str, ...]], list[str]]:
     return [(f"seed={text}",) for text in texts], rest
 
 
+def run_name(seed: str) -> str:
+    """The folder, in `output_dir`, of the run with what `take_seeds` has added: `seed_0` of `seed=0`."""
+    return seed.replace("=", "_")
+
+
 def command(script: Callable[[list[str]], None], *, default: str | None = None, options: type | None = None) -> None:
     """Any recipe but training: calls it with the arguments, or for `--help` prints what it says of itself.
 

@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from sdt_blocks.files import write_atomically
 
+from .command_line import run_name
 from .config import Config, changed
 from .engine import train
 from .progress import is_silent
@@ -24,7 +25,7 @@ def train_seeds(configs: list[Config]) -> None:
     """
     folder, summaries = Path(configs[0].output_dir), []
     for config in configs:
-        run = folder / f"seed_{config.seed}"
+        run = folder / run_name(f"seed={config.seed}")
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         train(set_up(changed(config, {"output_dir": str(run)})))

@@ -68,7 +68,7 @@ def set_up(config: Config) -> Run:
     def open_locked() -> Path | None:
         nonlocal lock
         lock = lock_folder(folder)
-        return open_folder(folder, config.resume, needed=needed)
+        return at_the_door(open_folder, folder, config.resume, needed=needed)
 
     checkpoint = agreed(accelerator, open_locked)
     if checkpoint is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common.config import CONFIGS, load_config
+from common.config import CONFIGS, ConfigError, load_config
 from common.loading import EVENT_DATA_SETS
 from common.moving_shapes import DIRECTIONS, SIDE, STEPS, draw_recording, write_recordings
 from launching import read_lines, read_summary
@@ -281,6 +281,21 @@ def test_demo_runs_and_draws(tmp_path, launcher):
         tmp_path, launcher, "data.root=shapes", "train.max_steps=2", "train.batch_size=4", "model.dim=16", "threads=1"
     )
     assert summary["steps"] == 2
+
+
+def test_demo_takes_what_training_takes(tmp_path, launcher, monkeypatch):
+    import events_demo
+
+    shown = launcher.run("events_demo", "--print-config", "train.epochs=3")
+    assert shown.returncode == 0 and "epochs: 3" in shown.stdout and not list(tmp_path.iterdir())
+    monkeypatch.setattr(events_demo, "TRAIN", 1)
+    root = f"data.root={tmp_path / 'shapes'}"
+    runs = events_demo.prepare([root, "seeds=3,4", "output_dir=demo"])
+    assert [run.output_dir for run in runs] == ["demo/seed_3", "demo/seed_4"]
+    assert [run.output_dir for run in events_demo.prepare([root, "output_dir=demo"])] == ["demo"]
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"data\.root=.*file/shapes: no recordings can be written there"):
+        events_demo.prepare([f"data.root={tmp_path / 'file' / 'shapes'}"])
 
 
 @pytest.mark.slow
