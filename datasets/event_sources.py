@@ -100,6 +100,17 @@ def _read_noted(path: str, note: Notes) -> np.ndarray:
     return read_events(path, note=note)
 
 
+def read_recording_of(name: str, path: str, note: Notes) -> np.ndarray:
+    """The events of a recording as the data set `name` has them, with times in microseconds.
+
+    Tonic's `.npy` files of DVS128 Gesture keep milliseconds, whatever integer type they are of.
+    """
+    events = _read_noted(path, note)
+    if name == "dvs128_gesture" and path.lower().endswith(".npy"):
+        events["t"] *= 1000
+    return events
+
+
 class CIFAR10DVSFiles(tonic.datasets.CIFAR10DVS):
     """CIFAR10-DVS, `folder/CLASS/*` sorted by class and name: Tonic's `.aedat4`, or the original's `.aedat`."""
 
@@ -123,10 +134,7 @@ class CIFAR10DVSFiles(tonic.datasets.CIFAR10DVS):
 
 
 class DVSGestureFiles(tonic.datasets.DVSGesture):
-    """One split of DVS128 Gesture as Tonic lays it out: `split/userNN_LIGHT/LABEL.npy`, sorted.
-
-    Times are microseconds, whatever integer type the files keep their milliseconds in.
-    """
+    """One split of DVS128 Gesture as Tonic lays it out: `split/userNN_LIGHT/LABEL.npy`, sorted."""
 
     holds = "events"
 
@@ -148,9 +156,7 @@ class DVSGestureFiles(tonic.datasets.DVSGesture):
             )
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        events = _read_noted(self.data[index], self.note)
-        events["t"] *= 1000
-        return events, self.targets[index]
+        return read_recording_of("dvs128_gesture", self.data[index], self.note), self.targets[index]
 
 
 class DVSGestureRecordings(tonic.dataset.Dataset):

@@ -72,17 +72,17 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str], list[s
 
 
 class Listed:
-    """Files as a source of `sdt_datasets`, images or event recordings, without labels."""
+    """Files as a source of `sdt_datasets`, images or event recordings as `data_set` has them, without labels."""
 
     by_class, holds, classes = False, "events", ("",)
 
-    def __init__(self, files: Sequence[str], sensor_size: Sequence[int] = (0, 0)) -> None:
+    def __init__(self, files: Sequence[str], sensor_size: Sequence[int] = (0, 0), data_set: str = "") -> None:
         import numpy as np
 
         from sdt_datasets.columns import Notes
 
         self.data, self.targets = list(files), np.zeros(len(files), dtype=np.int64)
-        self.sensor_size, self.note = (*sensor_size, 2), Notes()
+        self.sensor_size, self.note, self.data_set = (*sensor_size, 2), Notes(), data_set
 
     def describe(self, index: int) -> str:
         return self.data[index]
@@ -95,10 +95,9 @@ class Listed:
         return open_image(self.data[index])
 
     def __getitem__(self, index: int) -> Any:
-        from sdt_datasets.recordings import read_events
+        from sdt_datasets.event_sources import read_recording_of
 
-        self.note.name = self.data[index]
-        return read_events(self.data[index], note=self.note), 0
+        return read_recording_of(self.data_set, self.data[index], self.note), 0
 
 
 def find_files(inputs: Sequence[str], *, events: bool) -> list[str]:
@@ -154,7 +153,7 @@ def build_dataset(files: Sequence[str], model: Any, config: Config) -> Any:
             raise ConfigError("the configuration does not say the sensor's size; give events.sensor_size=[W,H]")
         sensor_size = list(aedat4_sensor_size(files[0])[:2])
     return EventDataset(
-        Part(Listed(files, sensor_size), list(range(len(files)))),
+        Part(Listed(files, sensor_size, data.name), list(range(len(files)))),
         time_steps=events.time_steps,
         split_by=events.split_by,
         size=events.size or RELEASED_SIZE.get(data.name),

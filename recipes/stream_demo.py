@@ -86,11 +86,12 @@ def read_recording(options: Options, config: Any) -> tuple[Any, tuple[int, int]]
     """Events in order of time, and the sensor's width and height. Raises `ConfigError`."""
     import numpy as np
 
-    from sdt_datasets.recordings import read_events
+    from sdt_datasets.columns import Notes
+    from sdt_datasets.event_sources import read_recording_of
 
     path = RECORDING if options.recording is None else Path(options.recording)
     try:
-        events = read_events(path)
+        events = read_recording_of(config.data.name, str(path), Notes())
     except (OSError, ValueError) as error:
         raise ConfigError(f"recording={path}: {error}") from error
     if len(events) == 0:
@@ -140,8 +141,9 @@ def pieces(events: Any, milliseconds: float) -> Iterator[tuple[float, Any]]:
 
     times = (events["t"] - events["t"][0]).astype(np.float64) / 1e6
     ends = np.arange(1, int(times[-1] / (milliseconds / 1000)) + 2) * milliseconds / 1000
-    start = 0
-    for end, stop in zip(ends, np.searchsorted(times, ends), strict=True):
+    start, stops = 0, np.searchsorted(times, ends)
+    stops[-1] = len(events)  # whatever rounding makes of a last event at the end of a piece
+    for end, stop in zip(ends, stops, strict=True):
         yield float(end), events[start:stop]
         start = stop
 

@@ -30,7 +30,7 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 def draw_recording(rng: np.random.Generator, direction: str) -> np.ndarray:
-    """Events of one moving shape, int64 `[N, 4]`: x, y, p, t (ms), the columns of a `.npy` of DVS128 Gesture.
+    """Events of one moving shape, int64 `[N, 4]`: the columns x, y, p, t (us, whole milliseconds) of a `.npy`.
 
     At each step the shape is `SPEED` pixels further, and every pixel of it fires once with either polarity, at a random
     time within the step. The scene wraps around and the shape starts anywhere, so at every moment all places and all
@@ -46,7 +46,7 @@ def draw_recording(rng: np.random.Generator, direction: str) -> np.ndarray:
         y, x = np.concatenate([shape, rng.integers(0, SIDE, size=(2, NOISE))], axis=1)
         t = np.sort(rng.integers(step * STEP_MS, (step + 1) * STEP_MS, len(x)))
         order = rng.permutation(len(x))
-        steps.append(np.stack([x[order], y[order], rng.integers(0, 2, len(x)), t], axis=1))
+        steps.append(np.stack([x[order], y[order], rng.integers(0, 2, len(x)), 1000 * t], axis=1))
     return np.concatenate(steps)
 
 

@@ -12,8 +12,9 @@ from common.config import ConfigError, RunError, load_config, to_yaml
 from common.trained import card_of
 from PIL import Image
 
-from sdt_blocks import save_model
+from sdt_blocks import create_model, save_model
 from sdt_blocks.example import FOLDER, example_model
+from sdt_datasets.event_data import build_event_datasets
 from sdt_datasets.events import EventsToFrames
 from sdt_datasets.images import build_image_datasets
 
@@ -109,6 +110,24 @@ def test_recordings_are_framed_as_in_the_run(predict, tmp_path, firing_model):
     for one, answer in zip(json.loads(out), answers, strict=True):
         given = {p["class"]: p["probability"] for p in one["predictions"]}
         assert list(map(given.get, ["up", "down", "left", "right"])) == pytest.approx(answer.tolist(), abs=1e-5)
+
+
+def test_gestures_are_framed_by_time_as_in_training(tmp_path):
+    """Tonic's files keep milliseconds: 33 of 100 lies before the end of the first of three frames, 33.3."""
+    import predict as recipe
+
+    columns = np.array([[1, 2, 0, t] for t in (0, 33, 50, 66, 67, 100)])
+    for split in ("ibmGestureTrain", "ibmGestureTest"):
+        path = tmp_path / "DVSGesture" / split / "user01_led" / "0.npy"
+        path.parent.mkdir(parents=True)
+        np.save(path, columns)
+    settings = {"time_steps": 3, "split_by": "time"}
+    _, evaluated = build_event_datasets("dvs128_gesture", tmp_path, cache=False, **settings)
+    asked = ["data.name=dvs128_gesture", "events.sensor_size=[128,128]", "events.split_by=time", "events.time_steps=3"]
+    config = load_config(asked, default="gesture_t16")
+    model = create_model("sdt_2_256", dim=16, depth=1, in_channels=2, num_classes=11)
+    frames, _ = recipe.build_dataset([str(path)], model, config)[0]
+    assert torch.equal(frames, evaluated[0][0]) and frames.sum((1, 2, 3)).tolist() == [2, 2, 2]
 
 
 def test_a_silent_model_is_said_to_be_silent(predict, tmp_path, digits):

@@ -93,3 +93,14 @@ def test_refusals(saved, arguments, words):
     with pytest.raises((ConfigError, RunError)) as refused:
         recipe.main(arguments)
     assert all(word in str(refused.value) for word in words)
+
+
+@pytest.mark.parametrize(("milliseconds", "last"), [(3.0, 9_000), (0.1, 11_000), (5.0, 15_000), (5.0, 0)])
+def test_no_event_is_left_out_of_the_pieces(milliseconds, last):
+    from stream_demo import pieces
+
+    events = np.zeros(3, dtype=[("t", "<i8")])
+    events["t"] = [0, last // 2, last]
+    found = list(pieces(events, milliseconds))
+    assert sum(len(part) for _, part in found) == 3
+    assert all((part["t"] <= 1e6 * end + 1e-6).all() for end, part in found)
