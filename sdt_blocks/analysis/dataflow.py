@@ -18,6 +18,7 @@ from .operators import (
     BATCH_NORMS,
     CHOOSES,
     COMPARES,
+    FILLS,
     MEANS,
     MOVES,
     REASONS,
@@ -160,6 +161,8 @@ class Follower(TorchDispatchMode):
             return Value(SPIKES, f"comparison in {self._here()}")
         if name in MOVES or name in CHOOSES:
             value = _joined(known, output, constants=len(known) < len(operands))
+            if name in CHOOSES or name in FILLS:
+                value = _as_found(value, output)
             if name in CHOOSES:
                 return Value(value.kind, value.origin)
             return value if value.axes is None else replace(value, factors=(), axes=None)
@@ -330,6 +333,8 @@ class Follower(TorchDispatchMode):
                 self._values.pop(tensor, None)
                 if before is not None and before.kind == UNSEEN:
                     self._values.pop(whole, None)
+                elif before is not None:
+                    self._values[whole] = _as_found(before, whole)
                 continue
             self._values[tensor] = value
             if whole is not None:
@@ -392,6 +397,18 @@ def _joined(known: Sequence[Value], output: Any, constants: bool) -> Value:
         return first if len({value.layer for value in known}) == 1 else Value(first.kind, first.origin)
     mixed = (value.origin for value in known if value.kind in (ANALOG, COUNTS, LEVELS))
     return Value(ANALOG, next(mixed, "the input beside spikes"))
+
+
+def _as_found(value: Value, output: Any) -> Value:
+    """What holds of spikes that numbers may have come among: zeros and one other value, or real values."""
+    for x in tensors_in(output) if value.binary else ():
+        if x.is_meta or not x.is_floating_point() or not x.numel():
+            continue
+        top = x.max()
+        if not bool(((x == 0) | (x == top)).all()):
+            return Value(ANALOG, "spikes beside constants other than 0 and 1")
+        value = Value(SCALED, value.origin) if top.item() not in (0, 1) else value
+    return value
 
 
 def _share_written(view: Tensor, written: Tensor) -> float:

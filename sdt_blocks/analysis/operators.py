@@ -23,6 +23,8 @@ CHOOSES = _names(
     max_pool3d_with_indices adaptive_max_pool2d relu clamp clamp_min clamp_max sort topk cummax bitwise_and
     bitwise_or"""
 )
+# Of both, those that may put a number among spikes, apart from the ones that choose.
+FILLS = _names("constant_pad_nd pad index_put scatter select_scatter slice_scatter")
 COMPARES = _names("ge gt le lt eq ne logical_and logical_or logical_xor logical_not heaviside isfinite isnan")
 ADDITIONS = _names("add sub rsub sum cumsum neg abs sign round floor ceil trunc diff argmax argmin count_nonzero")
 MEANS = _names(

@@ -113,6 +113,9 @@ BROKEN = {
         "last",
         "add in part|written together",
     ),
+    "a number among spikes": (Function(lambda s: s.masked_fill(s.flip(1) > 0, 0.5)), "last", "other than 0 and 1"),
+    "a number around spikes": (Function(lambda s: F.pad(s, (1, 1), value=0.5)), "last", "other than 0 and 1"),
+    "a number in a place": (Function(lambda s: _with_half(s)), "last", "other than 0 and 1"),
     "a number that was read": (Function(lambda s: s * s.cumsum(1).mean().item()), "part", "read from a value"),
 }
 
@@ -121,6 +124,12 @@ def _written(spikes):
     whole = torch.zeros_like(spikes)
     whole[0], whole[1] = spikes[0], spikes[1].cumsum(0)
     return whole
+
+
+def _with_half(spikes):
+    copied = spikes.clone()
+    copied[:, 0] = 0.5
+    return copied
 
 
 def _by_another_view(spikes):
