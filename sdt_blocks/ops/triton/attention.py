@@ -222,6 +222,7 @@ def attend(
     k_q = of_channel(inv_tau, c, there, STATE) if TAU else number(inv_tau_number, STATE)
     k_k = of_channel(inv_tau + row, c, there, STATE) if TAU else k_q
     k_v = of_channel(inv_tau + 2 * row, c, there, STATE) if TAU else k_q
+    k_mask = of_channel(inv_tau + 3 * row, c, there, STATE) if TAU else number(mask_inv_tau_number, STATE)
     threshold = number(threshold_number, STATE)
     one = tl.full([1, 1, 1], 1, BITS)
     fired = tl.zeros([A, B, V], BITS)
@@ -229,6 +230,7 @@ def attend(
     for chunk in range(rounds):
         groups, mask = _chunk(chunk, image, tokens, channels, INNERMOST, A, B)
         i = elements(groups, V)
+        first = one << tl.cast(chunk * STEPS, BITS)
         h_q = tl.zeros([A, B, V], STATE)
         h_k = h_q
         h_v = h_q
@@ -243,21 +245,23 @@ def attend(
             if KEEP:
                 code = tl.where(q_fires, 1, 0) | tl.where(k_fires, 2, 0) | tl.where(v_fires, 4, 0)
                 tl.store(codes + at, code.to(tl.uint8), mask=mask)
-            bit = one << tl.cast(chunk * STEPS + t, BITS)
+            bit = first << tl.cast(t, BITS)
             fired |= tl.where(q_fires, bit, 0)
             # The padding beyond the tokens may fire too.
             both |= tl.where(k_fires & v_fires & mask, bit, 0)
-    k_mask = of_channel(inv_tau + 3 * row, c, there, STATE) if TAU else number(mask_inv_tau_number, STATE)
     mask_threshold = number(mask_threshold_number, STATE)
     allowed = tl.zeros(c.shape, BITS)
     h = tl.zeros(c.shape, STATE)
     s = h > 1
     sums += image.to(tl.int64) * row + c
-    for t in tl.range(STEPS, loop_unroll_factor=UNROLL):
-        count = tl.zeros([A, B, V], BITS)
-        for chunk in range(rounds):
-            count += (both >> tl.cast(chunk * STEPS + t, BITS)) & 1
-        total = _over_tokens(count.to(tl.int32), INNERMOST).to(STATE)
+    # Not unrolled: no load is to be hidden, and its copies would take registers from the loops above.
+    for t in range(STEPS):
+        count = tl.zeros([A, B, V], tl.int32)
+        left = both >> tl.cast(t, BITS)
+        for _round in range(rounds):
+            count += left.to(tl.int32) & 1
+            left >>= STEPS
+        total = _over_tokens(count, INNERMOST).to(STATE)
         h, _u = charge(h, s, total, k_mask, mask_threshold, MASK_RESET)
         s = fires(h, mask_threshold, MASK_STRICT)
         allowed |= tl.where(s, one << tl.cast(t, BITS), 0)
