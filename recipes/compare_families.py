@@ -57,6 +57,8 @@ class Search(Options):
     seeds: str = option("1,2,3", "seeds that the best learning rate trains with")
     search_seed: int = option(0, "seed of the search", least=0)
     validation_samples: int = option(287, "training images on which learning rates are judged", least=1)
+    img_size: int = option(224, "of variants, which are not compared here", hidden=True)
+    seed: int = option(0, "of variants, which are not compared here", hidden=True)
     samples: int = option(32, "test images on which rates and energy are measured", least=2)
 
 
@@ -131,8 +133,9 @@ def train_family(name: str, arguments: Sequence[str], search: Search) -> dict[st
 def told(searches: Mapping[str, Mapping[str, Any]], config: Config, search: Search) -> str:
     """How the models were trained, below the table."""
     train, optim = config.train, config.optim
+    length = f"{train.epochs} epochs" if train.max_steps is None else f"at most {train.max_steps} updates"
     lines = [
-        f"Each family: {train.epochs} epochs of {config.data.name} in batches of {train.batch_size}, {optim.name}, one "
+        f"Each family: {length} of {config.data.name} in batches of {train.batch_size}, {optim.name}, one "
         f"run for each learning rate judged on {search.validation_samples} images taken from the training images, then "
         f"seeds {search.seeds} of the best on all of them; top-1 of the test images, mean ± standard deviation.",
         "",
@@ -146,7 +149,7 @@ def told(searches: Mapping[str, Mapping[str, Any]], config: Config, search: Sear
 def main(arguments: Sequence[str]) -> None:
     import torch
 
-    own = {item.name for item in fields(Search)} - {"seed", "threads"}
+    own = {item.name for item in fields(Search) if not item.metadata.get("hidden")} - {"threads"}
     rest = [argument for argument in arguments if argument.partition("=")[0] not in own]
     search = read_options(Search, [argument for argument in arguments if argument not in rest])
     names = listed(search.families, str, "families")

@@ -9,8 +9,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 
-from .config import ConfigError, RunError, check_meant, help_text, load_config, to_yaml
+from .config import ConfigError, RunError, check_meant, check_of_use, help_text, load_config, to_yaml
 from .cpu_processes import join_processes
 from .options import own_help
 
@@ -21,10 +22,12 @@ def main(default: str) -> None:
     Exit codes: 0 done, 1 the run failed, 2 the configuration or the data is unfit, 128 + N stopped by signal N.
     """
     arguments = sys.argv[1:]
-    if print_help(arguments, default):
-        print("Beside the keys: seeds=0,1,2 trains once with each; --print-config prints the configuration and ends.")
-        return
     with short_errors():
+        if print_help(arguments, default, training=True):
+            print(
+                "Beside the keys: seeds=0,1,2 trains once with each; --print-config prints the configuration and ends."
+            )
+            return
         shown = "--print-config" in arguments
         seeds, arguments = take_seeds([argument for argument in arguments if argument != "--print-config"])
         configs = [load_config([*arguments, *seed], default=default) for seed in seeds]
@@ -67,22 +70,28 @@ def run_name(seed: str) -> str:
 def command(script: Callable[[list[str]], None], *, default: str | None = None, options: type | None = None) -> None:
     """Any recipe but training: calls it with the arguments, or for `--help` prints what it says of itself.
 
-    `default` names the configuration whose keys it takes, `options` the dataclass of its own keys. Exit codes as above.
+    `default` names the configuration whose keys it takes, but for those of training alone, `options` the dataclass of
+    its own keys. Exit codes as above.
     """
     arguments = sys.argv[1:]
-    if not print_help(arguments, default, options):
-        with short_errors():
-            script(arguments)
+    with short_errors():
+        if print_help(arguments, default, options):
+            return
+        if default is not None:
+            check_of_use(arguments, [item.name for item in fields(options)] if options else ())
+        script(arguments)
 
 
-def print_help(arguments: list[str], default: str | None, options: type | None = None) -> bool:
+def print_help(
+    arguments: list[str], default: str | None, options: type | None = None, *, training: bool = False
+) -> bool:
     """Prints what the recipe says of itself and every key with its meaning, where `--help` is asked for."""
     wanted = bool({"-h", "--help"} & set(arguments))
     if wanted:
         print_anything()
         print(sys.modules["__main__"].__doc__)
         if default is not None:
-            print(help_text(default))
+            print(help_text(default, training=training))
         if options is not None:
             print(own_help(options))
     return wanted

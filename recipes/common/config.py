@@ -245,6 +245,27 @@ def check_meant(config: Config, arguments: Sequence[str]) -> None:
             raise ConfigError(f"{key} is for recordings of events, and data.name={config.data.name} holds images")
 
 
+_OF_TRAINED = {"train.batch_size", "train.loss", "train.mixed_precision"}
+_OF_TRAINING = {
+    "data.scale", "data.ratio", "data.hflip", "data.color_jitter", "data.auto_augment", "data.random_erasing",
+    "data.erasing_mode", "data.mixup", "data.cutmix", "data.mixup_prob", "data.mixup_switch_prob",
+    "data.mixup_off_epoch", "events.augment", "output_dir", "resume", "tracker", "analyze",
+}  # fmt: skip
+
+
+def of_training(key: str) -> bool:
+    """Whether a key changes how a model is trained, and nothing of what is asked of a trained one."""
+    return key in _OF_TRAINING or (key.startswith(("optim.", "train.")) and key not in _OF_TRAINED)
+
+
+def check_of_use(arguments: Sequence[str], own: Sequence[str]) -> None:
+    """Raises `ConfigError` for an argument that says how to train, but for the recipe's `own`."""
+    known = all_keys()
+    for key in (argument.partition("=")[0] for argument in arguments):
+        if key in known and key not in own and of_training(key):
+            raise ConfigError(f"{key} is for training, and changes nothing here; leave it out (--help lists the keys)")
+
+
 def model_keywords(config: Config) -> dict[str, Any]:
     """What the configuration sets of the model's keywords, the neuron with its options. Raises `ConfigError`."""
     options = {key: value for key, value in dataclasses.asdict(config.model).items() if value is not None}
@@ -255,6 +276,12 @@ def model_keywords(config: Config) -> dict[str, Any]:
             raise ConfigError("neuron.alpha is that of a surrogate; name it in neuron.surrogate")
         neuron["surrogate"] = {"kind": neuron["surrogate"], "alpha": neuron.pop("alpha")}
     if neuron:
+        if "neuron" not in model_options(name):
+            able = ", ".join(other for other in list_models() if "neuron" in model_options(other))
+            raise ConfigError(
+                f"neuron.{', neuron.'.join(neuron)}: the neurons of {name} have no such option; leave it out, or set "
+                f"it to null where a file sets it. These models have it: {able}"
+            )
         kind = options.get("neuron", model_options(name)["neuron"].default)
         try:
             options["neuron"] = neuron_spec({"name": kind, **neuron})
@@ -313,18 +340,27 @@ def trajectory(config: Config) -> dict[str, Any]:
     return {key: value for key, value in flatten(config).items() if key not in _FREE}
 
 
-def help_text(default: str) -> str:
-    """Every key with its meaning and default, for `--help`."""
+def help_text(default: str, *, training: bool) -> str:
+    """Every key with its meaning and its value in the configuration `default`, for `--help`.
+
+    Without `training`, those that a trained model has no use for are left out.
+    """
     lines = [
-        f"Starts from config={default}; config=NAME takes another file of recipes/configs, config=FILE.yaml any file.",
-        "The keys, with the value where no file says otherwise:",
+        f"config=NAME takes another file of recipes/configs, config=FILE.yaml any file. The keys, with their values in "
+        f"config={default}:"
     ]
-    defaults = Config()
+    config = load_config([], default=default)
     for key, _, item in _walk(Config):
-        value = _get(defaults, key)
-        choices = f" ({', '.join(item.metadata['choices'])})" if "choices" in item.metadata else ""
-        lines.append(f"  {key}={'null' if value is None else value}: {item.metadata['help']}{choices}")
+        if training or not of_training(key):
+            lines.append(help_line(key, _get(config, key), item.metadata))
     return "\n".join(lines)
+
+
+def help_line(key: str, value: Any, metadata: Mapping[str, Any]) -> str:
+    """One key of `--help`: its value as it would be typed, its meaning, and what it may be."""
+    typed = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    choices = f" ({', '.join(metadata['choices'])})" if "choices" in metadata else ""
+    return f"  {key}={typed.replace(', ', ',')}: {metadata['help']}{choices}"
 
 
 def to_yaml(config: Config, derived: Derived | None = None) -> str:

@@ -254,10 +254,13 @@ def describe(line: dict[str, Any], epochs: int) -> str:
     return " | ".join(parts)
 
 
+STILL_SILENT = "no neuron fires: norms settle with more updates, by train.epochs or a smaller train.batch_size"
+
+
 def conclusion(summary: dict[str, Any]) -> str:
     """What a run came to: the accuracy, or that no neuron fired and there is none to speak of."""
     if is_silent(summary):
-        return "evaluation is still silent (no neuron fires: the norms have not settled)"
+        return f"evaluation is still silent ({STILL_SILENT})"
     return f"test top-1 {summary['test_top1']:.2f} %"
 
 

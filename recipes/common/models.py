@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from sdt_blocks import create_model, load_model, load_released_checkpoint
+from sdt_blocks.models.registry import model_options
 
 from .config import Config, ConfigError, changed, model_keywords
 from .trained import class_names
@@ -38,7 +39,12 @@ def fit_to_data(config: Config, *, in_channels: int, num_classes: int) -> Config
 
 def build_model(config: Config) -> Any:
     """The named variant with the configured overrides. Raises `ConfigError`."""
-    options = model_keywords(config)
+    options, known = model_keywords(config), model_options(config.model.name)
+    if foreign := [key for key in options if key not in known]:
+        raise ConfigError(
+            f"model.{', model.'.join(foreign)}: {config.model.name} has no such option; leave it out, and where a file "
+            f"sets it add {' '.join(f'model.{key}=null' for key in foreign)}. Its options are {', '.join(known)}"
+        )
     torch.manual_seed(config.seed)
     try:
         return create_model(config.model.name, **options)

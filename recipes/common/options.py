@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TypeVar
 
-from .config import ConfigError, check_bounds
+from .config import ConfigError, check_bounds, help_line
 from .values import convert, expand_home, shown
 
 T = TypeVar("T")
@@ -46,7 +46,6 @@ def own_help(kind: type) -> str:
     """The keys with their meaning, as `--help` prints them."""
     defaults = kind()
     lines = ["Keys of this recipe alone:"]
-    for item in fields(kind):
-        value = getattr(defaults, item.name)
-        lines.append(f"  {item.name}={'null' if value is None else value}: {item.metadata['help']}")
+    shown = [item for item in fields(kind) if not item.metadata.get("hidden")]
+    lines += [help_line(item.name, getattr(defaults, item.name), item.metadata) for item in shown]
     return "\n".join(lines)

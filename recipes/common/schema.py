@@ -19,7 +19,7 @@ def option(default: Any, help: str, **bounds: Any) -> Any:
     """A field with its help text and bounds: `choices`, `least`, `most`, `above`, `below`, `length`.
 
     `path=True` has a `~` that no shell has expanded, as in a file, stand for the home folder.
-    `images=True` says that recordings of events have no use for it.
+    `images=True` says that recordings of events have no use for it, `hidden=True` that a recipe has none.
     """
     metadata = {"help": help, **bounds}
     if isinstance(default, list):

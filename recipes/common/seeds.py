@@ -13,7 +13,7 @@ from sdt_blocks.files import write_atomically
 
 from .command_line import run_name
 from .config import Config, changed
-from .engine import train
+from .engine import STILL_SILENT, train
 from .progress import is_silent
 from .set_up import set_up
 
@@ -35,7 +35,7 @@ def train_seeds(configs: list[Config]) -> None:
     write_atomically(folder / "summary.json", lambda name: Path(name).write_text(text, encoding="utf-8"))
     silent = [str(run["seed"]) for run in summaries if is_silent(run)]
     if silent:
-        print(f"evaluation is still silent with seed {', '.join(silent)} (no neuron fires: the norms have not settled)")
+        print(f"evaluation is still silent with seed {', '.join(silent)} ({STILL_SILENT})")
     else:
         print(f"test top-1 {summary['test_top1']:.2f} % +- {summary['test_top1_std']:.2f}")
     print(f"mean and standard deviation of {len(configs)} seeds: summary.json in {folder}")

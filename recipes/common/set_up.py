@@ -43,6 +43,7 @@ def set_up(config: Config) -> Run:
     """The run of a configuration, at the position that `resume` says. Raises `ConfigError`."""
     folder = Path(config.output_dir)
     accelerator, config = build_accelerator(config)
+    check_machine(config, accelerator)
     train_set, test_set = open_data(config, accelerator)
     sample = at_the_door(train_set.__getitem__, 0)[0]
     num_classes = len(train_set.classes)
@@ -185,13 +186,17 @@ def build_accelerator(config: Config) -> tuple[Accelerator, Config]:
     on_cpu = accelerator.device.type == "cpu"
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = use_cores(processes=processes, on_cpu=on_cpu, loaders=config.data.workers, threads=config.threads)
-    if on_cpu and config.train.sync_bn:
+    return accelerator, changed(config, {"data.workers": workers})
+
+
+def check_machine(config: Config, accelerator: Accelerator) -> None:
+    """Raises `ConfigError` for what cannot be trained with here; a model that was trained so elsewhere is no matter."""
+    if accelerator.device.type == "cpu" and config.train.sync_bn:
         raise ConfigError("train.sync_bn: synchronised batch norm runs on GPUs only; leave it out on a CPU")
     if config.train.ema_decay is not None and accelerator.distributed_type == DistributedType.FSDP:
         raise ConfigError(
             "train.ema_decay: averaged weights are not kept under FSDP; leave it out or launch without FSDP"
         )
-    return accelerator, changed(config, {"data.workers": workers})
 
 
 def build_batches(config: Config, accelerator: Accelerator, samples: int) -> EpochBatches:

@@ -49,6 +49,14 @@ def load(checkpoint: Path, config: Config, arguments: Sequence[str], *, averaged
     from sdt_blocks import load_model, load_released_checkpoint
 
     overrides = asked_options(config, arguments)
+    if not checkpoint.exists():
+        raise ConfigError(
+            f"checkpoint={checkpoint}: no such file or folder; name a run, a saved model, or a released .pth.tar"
+        )
+    if averaged and checkpoint.is_dir() and not (checkpoint / "ema").is_dir():
+        raise ConfigError(
+            f"checkpoint={checkpoint} holds no averaged weights, which a run keeps with train.ema_decay; leave ema out"
+        )
     try:
         if checkpoint.is_dir():
             model = load_model(checkpoint / "ema" if averaged else checkpoint, **overrides)

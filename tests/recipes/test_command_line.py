@@ -12,7 +12,7 @@ import pytest
 from common.config import load_config
 from launching import QUIET, RECIPES, TINY, read_lines, read_summary, steps_saved, wait_for
 
-from sdt_blocks import load_model, load_released_checkpoint
+from sdt_blocks import load_model, load_released_checkpoint, save_model
 
 ONE = ("--num_processes=1",)
 SMALL = (*QUIET, "model.dim=32", "model.depth=1", "data.img_size=64", "train.batch_size=4")
@@ -33,7 +33,7 @@ def test_an_image_folder_trains_and_is_evaluated(launcher, tmp_path, photographs
     config = load_config([f"config={tmp_path / 'run' / 'config.yaml'}"], default="digits")
     assert config.data.auto_augment == "rand-m5-mstd0.5-inc1" and config.optim.name == "lamb"
     assert config.model.num_classes == 2 and not hasattr(config, "derived")
-    done = launcher.run("evaluate", "checkpoint=run", *QUIET, launch=ONE)
+    done = launcher.run("evaluate", "checkpoint=run", "threads=1", launch=ONE)
     assert done.returncode == 0, done.stderr
     assert f"top-1 {summary['test_top1']:.2f} % | loss {summary['loss']:.4f} | 14 images at 64 x 64" in done.stdout
 
@@ -91,13 +91,15 @@ def test_a_released_checkpoint_is_evaluated_at_its_size_and_at_288(
         (("checkpoint={released}",), "needs data.root=DIR"),
         (("checkpoint={released}", "img_size=big"), "img_size: expected a whole number or null, got 'big'"),
         (("checkpoint={released}", "ema=true", "data.root={photographs}"), "has no 'state_dict_ema'"),
+        (("checkpoint={saved}", "ema=true"), "holds no averaged weights, which a run keeps with train.ema_decay"),
         (("checkpoint={damaged}", "data.root={photographs}"), "truncated or not a torch file"),
     ],
 )
 def test_evaluation_refuses_what_cannot_work(evaluate_here, released_file, photographs, tmp_path, arguments, part):
     damaged = tmp_path / "damaged.pth.tar"
     damaged.write_bytes(released_file.read_bytes()[:1000])
-    places = {"released": released_file, "photographs": photographs, "damaged": damaged}
+    save_model(load_released_checkpoint(released_file), tmp_path / "saved")
+    places = {"released": released_file, "photographs": photographs, "damaged": damaged, "saved": tmp_path / "saved"}
     code, output = evaluate_here(*(argument.format(**places) for argument in arguments))
     assert code == 2
     assert part in output and output.count("\n") == 1 and output.startswith("error: ")
@@ -109,6 +111,7 @@ def test_evaluation_refuses_what_cannot_work(evaluate_here, released_file, photo
         ("digits", ("optim.lrr=3",), "unknown key 'optim.lrr': did you mean optim.lr?"),
         ("imagenet", (), "data.root=DIR, the folder that holds train/CLASS/IMAGE.jpg and val/CLASS/IMAGE.jpg"),
         ("cifar", ("data.root=nowhere",), "nowhere"),
+        ("evaluate", ("checkpoint=run", "optim.lr=3"), "optim.lr is for training, and changes nothing here"),
     ],
 )
 def test_a_mistake_costs_one_paragraph(launcher, recipe, arguments, part):
@@ -196,8 +199,9 @@ def test_the_configuration_is_printed_and_read_back(launcher, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_reader_that_has_gone_is_no_traceback(tmp_path):
-    recipe = [sys.executable, str(RECIPES / "digits.py"), "--print-config"]
+@pytest.mark.parametrize(("name", "argument"), [("digits", "--print-config"), ("evaluate", "--help")])
+def test_a_reader_that_has_gone_is_no_traceback(tmp_path, name, argument):
+    recipe = [sys.executable, str(RECIPES / f"{name}.py"), argument]
     with subprocess.Popen(recipe, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         process.stdout.close()
         said = process.stderr.read()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import os
+import re
 import string
 
 import pytest
+import yaml
 from common.config import (
     CONFIGS,
     Config,
@@ -20,7 +23,7 @@ from common.config import (
     load_config,
     to_yaml,
 )
-from common.options import read_options
+from common.options import own_help, read_options
 from common.schema import Derived
 from common.values import convert
 from hypothesis import HealthCheck, given, settings
@@ -75,6 +78,19 @@ def test_options_of_the_neuron_are_keys():
     assert "name it in neuron.surrogate" in refused(["neuron.alpha=3"])
     assert "'plif' has no option tau; its options are init_tau" in refused(["model.neuron=plif", "neuron.tau=2"])
     assert "neuron.tau: expected a value of at least 1" in refused(["neuron.tau=0.5"])
+    integers = refused(["model.name=sdt_v3_5m", "neuron.tau=2", "neuron.reset=zero"])
+    assert "neuron.tau, neuron.reset: the neurons of sdt_v3_5m have no such option" in integers
+
+
+def test_options_of_another_family_are_refused_with_what_leaves_them_out():
+    from common.models import build_model
+
+    other = ["model.name=sdt_v2_15m", "model.dims=[8,16,16,16]", "model.depths=[1,1,1,1,1]"]
+    with pytest.raises(ConfigError) as caught:
+        build_model(load_config(other, default="digits"))
+    assert "model.dim, model.pooling: sdt_v2_15m has no such option" in str(caught.value)
+    asked = re.findall(r"model\.\w+=null", str(caught.value))
+    assert type(build_model(load_config([*other, *asked], default="digits"))).__name__ == "MetaSpikeFormer"
 
 
 def test_arguments_override_files_and_files_override_defaults(tmp_path):
@@ -208,9 +224,29 @@ def test_every_configuration_starts_with_the_command_that_runs_it(name):
     load_config([], default=name)
 
 
-def test_help_names_every_key():
-    text = help_text("digits")
+def test_help_names_every_key_with_its_value():
+    text = help_text("digits", training=True)
     assert all(f"  {key}=" in text for key in KEYS)
+    digits = yaml.safe_load((CONFIGS / "digits.yaml").read_text())
+    assert f"  train.epochs={digits['train']['epochs']}: " in text and "  data.download=false: " in text
+    again = [line.strip().partition(": ")[0] for line in text.splitlines() if line.startswith("  ")]
+    assert load_config(again, default="imagenet_8_384") == load_config([], default="digits")
+
+
+def test_help_for_trained_models_leaves_out_how_to_train():
+    shown = {line.split("=")[0].strip() for line in help_text("digits", training=False).splitlines()[1:]}
+    assert {"data.img_size", "model.time_steps", "train.batch_size", "threads"} < shown <= set(KEYS)
+    assert not shown & {"optim.lr", "train.epochs", "data.mixup", "output_dir"}
+
+
+@pytest.mark.parametrize("recipe", ["evaluate", "compare_families"])
+def test_help_says_what_a_recipes_own_keys_may_be(recipe):
+    module = importlib.import_module(recipe)
+    text = own_help(module.Options if recipe == "evaluate" else module.Search)
+    if recipe == "evaluate":
+        assert "by name, or by position (name, position)" in text
+    else:
+        assert "img_size" not in text and "  seed=" not in text
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,8 @@ def evaluate_here(capsys, tmp_path, monkeypatch):
 
 def test_the_recipe_writes_classes_and_confusion_for_data_in_another_order(evaluate_here, tmp_path, firing_model):
     model = firing_model(in_channels=3, num_classes=3)
-    config = load_config(["data.img_size=16", "data.crop_pct=1"], default="imagenet_8_384")
+    on_gpus = ("train.sync_bn=true", "train.mixed_precision=fp16", "train.compile=true")  # as a run's file may say
+    config = load_config(["data.img_size=16", "data.crop_pct=1", *on_gpus], default="imagenet_8_384")
     model.card = card_of(config, ["b", "c", "a"], (16, 16))  # not the order in which folders are read
     save_model(model, tmp_path / "run" / "best")
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
