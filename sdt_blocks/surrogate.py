@@ -6,6 +6,7 @@ surrogate (Neftci et al., 2019, https://arxiv.org/abs/1901.09948). Every surroga
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Mapping
@@ -184,7 +185,7 @@ SurrogateLike = str | Mapping[str, Any] | Surrogate | Callable[[Tensor], Tensor]
 def resolve(surrogate: SurrogateLike) -> Surrogate | Callable[[Tensor], Tensor]:
     """A name (`"atan"`), one with its alpha, a `Surrogate` or any snnTorch `spike_grad`, as something callable.
 
-    Raises `ValueError` or `TypeError` for anything else.
+    Raises `ValueError` or `TypeError` for anything else, such as a function that makes a `spike_grad` when called.
 
     >>> resolve({"kind": "atan", "alpha": 3.0})
     Surrogate(kind='atan', alpha=3.0)
@@ -200,7 +201,18 @@ def resolve(surrogate: SurrogateLike) -> Surrogate | Callable[[Tensor], Tensor]:
         return Surrogate(**surrogate)
     if not callable(surrogate):
         raise TypeError(f"surrogate must be a name, a Surrogate or a snnTorch spike_grad callable, got {surrogate!r}")
+    if _makes_surrogates(surrogate):
+        name = getattr(surrogate, "__name__", "")
+        raise TypeError(f"surrogate must be what {name} makes, not {name} itself: call it, as in {name}()")
     return surrogate
+
+
+def _makes_surrogates(surrogate: Callable[..., Any]) -> bool:
+    """Whether something callable is a class, or a function of this module or snnTorch's that makes a surrogate."""
+    if not inspect.isfunction(surrogate):
+        return isinstance(surrogate, type)
+    ours = surrogate.__module__ == __name__ and surrogate.__name__ in KINDS
+    return ours or (surrogate.__module__ == "snntorch.surrogate" and "<locals>" not in surrogate.__qualname__)
 
 
 def surrogate_spec(surrogate: SurrogateLike) -> str | dict[str, Any] | None:

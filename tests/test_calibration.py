@@ -85,6 +85,8 @@ def test_refused_and_left_as_it_was(batches, error, text):
 
 
 def test_other_errors():
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module to calibrate, got Tensor"):
+        calibrate_norms(torch.zeros(2, 3), torch.zeros(2, 3))
     with pytest.raises(ValueError, match="Sequential has no norm that keeps running statistics"):
         calibrate_norms(nn.Sequential(nn.Linear(3, 3), LIF()), torch.rand(2, 3))
     with pytest.raises(ValueError, match=r"a batch of \[1, 3\] is too small for a variance"):

@@ -267,6 +267,7 @@ def test_levels_and_gradients_by_hand():
         assert torch.equal(fired, neuron.level(x)) == (rounding == "up")
     for options, message in (
         ({"levels": 0}, "levels must be at least 1"),
+        ({"levels": 2.5}, "levels must be a whole number, got 2.5"),
         ({"norm": 0.0}, "norm and threshold positive"),
         ({"rounding": "down"}, "rounding must be one of even, up, got 'down'"),
     ):

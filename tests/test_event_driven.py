@@ -183,7 +183,7 @@ def test_costs_that_mislead_do_not_keep_auto_from_the_faster_form(firing_model, 
     monkeypatch.setattr(ProductCosts, "break_even", lambda costs: limit)
     # Seconds of the form by layer, of all by events, and of the dense one.
     monkeypatch.setattr(choice, "_in_turn", lambda ways, rounds, seconds=0.0: [3.0, 1.0, 2.0][: len(ways)])
-    fast = sdt_blocks.optimize_for_inference(model, sparse="auto", calibrate=[x])
+    fast = sdt_blocks.optimize_for_inference(model, sparse="auto", calibrate=x)
     assert isinstance(fast, Events) and fast.calibration.event_driven_seconds == 1.0
     assert {product.break_even for _, product in fast.products()} == {1.0}
     assert {layer.break_even for layer in fast.calibration.layers} == {1.0}

@@ -213,6 +213,7 @@ def test_memory_is_flat_over_a_thousand_passes():
         (lambda: LIF(surrogate="relu"), ValueError, "'relu' is unknown"),
         (lambda: ParametricLIF(init_tau=1), ValueError, "above 1, got 1"),
         (lambda: ParametricLIF(channels=0), ValueError, "got 0"),
+        (lambda: ParametricLIF(tau=3.0), TypeError, "learns its tau; init_tau=3.0 is what it starts from"),
         (lambda: LIF()(torch.ones(3, 2, dtype=torch.int)), TypeError, "floating-point.*int32"),
         (lambda: LIF()(torch.zeros(0, 2)), ValueError, r"at least one time step.*\[0, 2\]"),
         (lambda: LIF()(torch.zeros(4, 2), torch.zeros(3)), ValueError, r"the shape \[2\], got \[3\]"),

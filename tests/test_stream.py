@@ -362,6 +362,8 @@ def test_what_push_refuses(firing_model):
     stream.reset(0)
     with pytest.raises(RuntimeError, match=r"pushed yet to \[0\]"):
         stream.answer()
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module to stream, got Tensor"):
+        Stream(torch.zeros(2))
     with pytest.raises(ValueError, match="window must be a number of frames of at least 1"):
         Stream(model, window=0)
     with pytest.raises(TypeError, match=r"push needs logits \[2, K\] of a frame, SpikingMLP gave"):

@@ -2,6 +2,7 @@ import math
 import pickle
 
 import pytest
+import snntorch.surrogate
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,4 +72,8 @@ def test_bad_values_and_pickle():
         surrogate.atan(0)
     with pytest.raises(TypeError, match="got 3"):
         resolve(3)
+    for maker in (surrogate.atan, Surrogate, snntorch.surrogate.fast_sigmoid):
+        with pytest.raises(TypeError, match=rf"not {maker.__name__} itself: call it, as in {maker.__name__}\(\)"):
+            resolve(maker)
+    assert resolve(snntorch.surrogate.fast_sigmoid()) and resolve(surrogate.atan()) == surrogate.atan()
     assert pickle.loads(pickle.dumps(surrogate.atan(3.0))) == surrogate.atan(3.0)

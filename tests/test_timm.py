@@ -11,7 +11,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-import sdt_blocks.models.timm  # noqa: F401
+import sdt_blocks.models.timm
 from sdt_blocks import create_model, list_models, load_model, save_model
 from sdt_blocks.models.registry import families
 
@@ -24,10 +24,11 @@ def as_timm(small, **options):
 
 
 def test_timm_knows_every_variant():
-    assert set(list_models()) <= set(timm.list_models())
+    assert set(list_models()) <= set(timm.list_models()) & set(sdt_blocks.models.timm.__all__)
     assert set(timm.list_models("sdt*")) == {name for name in list_models() if name.startswith("sdt")}
     for name in list_models():
         config = timm.get_pretrained_cfg(name)
+        assert getattr(sdt_blocks.models.timm, name).__name__ == name  # as __all__ says
         assert config.input_size[0] in (2, 3) and len(config.mean) == len(config.std) == config.input_size[0]
 
 

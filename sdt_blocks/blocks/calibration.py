@@ -20,14 +20,16 @@ def calibrate_norms(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
     trained. `batches` is a tensor (one batch), or gives tensors or tuples that start with one, such as a data loader's.
 
     Raises `ValueError` where no norm keeps statistics, there is no batch, or a batch is empty, too small for a variance
-    or leads to statistics that are not finite, and `TypeError` for a batch of another kind; the norms are then as they
-    were before.
+    or leads to statistics that are not finite, and `TypeError` for a batch or a model of another kind; the norms are
+    then as they were before.
 
     >>> model, images = create_model("sdt_2_256", dim=32, in_channels=1), example_images()[0]
     >>> calibrate_norms(model.eval(), images)
     >>> bool(model.patch.stages[0].norm.running_var.eq(1).any())
     False
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module to calibrate, got {model.__class__.__name__}")
     norms = {name: module for name, module in model.named_modules() if _keeps_statistics(module)}
     if not norms:
         raise ValueError(

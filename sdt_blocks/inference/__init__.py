@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..ops.dispatch import by_triton
 from .bytes import ByteProduct, Bytes
@@ -51,7 +51,7 @@ def optimize_for_inference(
     compile: bool = True,
     *,
     sparse: bool | str = False,
-    calibrate: Iterable[Any] = (),
+    calibrate: Tensor | Iterable[Any] = (),
     paths: str = "auto",
     exact: bool = False,
     cuda_graph: bool = False,
@@ -73,7 +73,7 @@ def optimize_for_inference(
     two processes round alike.
 
     With `sparse=True`, on a CPU and in float32, products add the weights of active inputs instead, and spikes are one
-    bit each (see `Events`). `sparse="auto"` returns the faster of the two on the batches of `calibrate` (tensors, or
+    bit each (see `Events`). `sparse="auto"` returns the faster of the two on the batches of `calibrate` (a tensor, or
     what a data loader gives), which should be of the size that is evaluated later; its `calibration` lists each layer's
     firing rate and choice.
 

@@ -139,13 +139,13 @@ def calibrate(model: Events, batches: Iterable[Any]) -> list[Layer]:
     return layers
 
 
-def choose(make: Callable[[], Events], dense: nn.Module, batches: Iterable[Any]) -> nn.Module:
+def choose(make: Callable[[], Events], dense: nn.Module, batches: Tensor | Iterable[Any]) -> nn.Module:
     """`dense`, or the event-driven model that `make` gives where that is faster on the batches; `calibration` says why.
 
     The event-driven model has its layers' break-even rates, unless it is clearly faster with every layer by events.
     Where the model cannot run event-driven, one warning says so. Raises `ValueError` without batches.
     """
-    batches = [images_of(batch) for batch in batches]
+    batches = [images_of(batch) for batch in ([batches] if isinstance(batches, Tensor) else batches)]
     if not batches:
         raise ValueError("calibrate must hold at least one batch of images or frames")
     try:

@@ -44,9 +44,9 @@ class EarlyAnswers:
         "entropy":  1 - H(softmax(logits)) / log K
         "margin":   the largest probability minus the second largest
 
-    and it leaves at `threshold` or above, with all `time_steps` at the latest. `fit` chooses the threshold on a
-    validation set. `model` may be of any family or form that `Stream` knows, with one head; `time_steps` is its own
-    unless given.
+    and it leaves at `threshold` or above, with all `time_steps` at the latest. `EarlyAnswers.fit(model, batches)`
+    chooses the threshold on a validation set. `model` may be of any family or form that `Stream` knows, with one head;
+    `time_steps` is its own unless given.
 
     With a threshold that is never met, such as infinity, the logits are those of the whole model, to the bit as far as
     a `Stream` is. The first layer, which sees the same image at each step, is computed once in the forms of

@@ -184,7 +184,9 @@ def _load_weights_only(path: Path) -> Any:
             raise ValueError(
                 f"{path}: refused, it wants to run {wanted[1]}; only tensors and one argparse.Namespace are read"
             ) from None
-        raise ValueError(f"{path}: refused or damaged ({_first_line(error)})") from None
+        raise ValueError(
+            f"{path}: refused, damaged or no checkpoint of torch; only tensors and one argparse.Namespace are read"
+        ) from None
     except (RuntimeError, EOFError, KeyError, ValueError, OSError, AttributeError, IndexError, TypeError) as error:
         raise ValueError(f"{path}: truncated or not a torch file ({_first_line(error)})") from None
 

@@ -184,6 +184,12 @@ def load_model(folder: str | os.PathLike[str], *, new_head: bool = False, **over
 def find_saved(folder: str | os.PathLike[str]) -> Path:
     """The folder of the model that `load_model` gives. Raises `FileNotFoundError`, also for half a model on the way."""
     folder = Path(folder)
+    if folder.is_file():
+        raise FileNotFoundError(
+            f"{folder}: a file; load_model takes a folder, and load_released_checkpoint a released file"
+        )
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
     for place in (folder, folder / "best", folder / "last"):
         missing = [name for name in (WEIGHTS, CONFIG) if not (place / name).is_file()]
         if not missing:

@@ -51,7 +51,7 @@ def register_models() -> list[str]:
         for name in family.variants:
             if not is_model(name):
                 default_cfgs.update(generate_default_cfgs({name: _default_cfg(family, name)}))
-                register_model(_entrypoint(name))
+                globals()[name] = register_model(_entrypoint(name))  # timm lists it in __all__
                 names.append(name)
     return names
 

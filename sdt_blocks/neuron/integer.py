@@ -19,7 +19,8 @@ class IntegerNeuron(nn.Module):
 
     Shapes: any, the same.
 
-    Raises `ValueError` for levels below 1, a norm or a threshold that is not positive, or an unknown rounding.
+    Raises `ValueError` for levels that are no whole number of at least 1, a norm or a threshold that is not positive,
+    or an unknown rounding.
 
     >>> IntegerNeuron(levels=4)(torch.tensor([-1.0, 0.5, 0.6, 2.5, 9.0]))
     tensor([0.0000, 0.0000, 0.2500, 0.5000, 1.0000])
@@ -33,13 +34,15 @@ class IntegerNeuron(nn.Module):
     ) -> None:
         super().__init__()
         norm = float(levels) if norm is None else norm
+        if not float(levels).is_integer():
+            raise ValueError(f"levels must be a whole number, got {levels}")
         if levels < 1 or not norm > 0 or not threshold > 0:
             raise ValueError(
                 f"levels must be at least 1, norm and threshold positive, got {levels}, {norm} and {threshold}"
             )
         if rounding not in ROUNDINGS:
             raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
-        self.levels, self.norm, self.rounding, self.threshold = levels, norm, rounding, threshold
+        self.levels, self.norm, self.rounding, self.threshold = int(levels), norm, rounding, threshold
 
     @property
     def spec(self) -> LevelSpec:

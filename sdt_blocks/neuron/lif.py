@@ -183,9 +183,10 @@ class LIF(snntorch.Leaky, Streamed):
 class ParametricLIF(LIF):
     """LIF whose time constant is learnt: `1 / tau = sigmoid(w)` (Fang et al., 2021, https://arxiv.org/abs/2007.05785).
 
-    One scalar `w` a layer, as released, or with `channels=C` one for each channel of `[T, B, C, ...]`.
+    One scalar `w` a layer, as released, or with `channels=C` one for each channel of `[T, B, C, ...]`. Shapes, and all
+    other options, are those of `LIF`.
 
-    Raises `ValueError` where init_tau <= 1, for which no finite `w` exists.
+    Raises `ValueError` where init_tau <= 1, for which no finite `w` exists, and `TypeError` for a `tau`.
 
     >>> ParametricLIF(init_tau=2.0).w
     Parameter containing:
@@ -193,6 +194,8 @@ class ParametricLIF(LIF):
     """
 
     def __init__(self, *, init_tau: float = 2.0, channels: int | None = None, **options: Any) -> None:
+        if "tau" in options:
+            raise TypeError(f"ParametricLIF learns its tau; init_tau={options['tau']!r} is what it starts from")
         _check_number("init_tau", init_tau)
         if not (init_tau > 1 and math.isfinite(init_tau)):
             raise ValueError(f"init_tau must be a finite number above 1, got {init_tau!r}")

@@ -80,6 +80,8 @@ class Stream:
         window: int | None = None,
         to_frames: Callable[[Any], Any] | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"expected a torch.nn.Module to stream, got {model.__class__.__name__}")
         within: list[str] = []
         for name, module in model.named_modules():
             inner = any(name.startswith(outer) for outer in within)
