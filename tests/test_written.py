@@ -161,6 +161,8 @@ def test_what_is_written_is_seen_in_every_form(kind: type[Network], size: tuple[
         for _ in range(2):
             torch.testing.assert_close(fast(x), expected, atol=1e-5, rtol=1e-5)
         assert options or kind in OTHERS or not fast.in_place
+    if kind in (Kept, Item, ItemOfCopy):
+        torch.testing.assert_close(optimize_for_inference(model, exact=True)(x), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_sum_in_place_is_a_shortcut() -> None:

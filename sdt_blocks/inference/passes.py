@@ -20,7 +20,7 @@ _MOVES = """flatten unflatten reshape view permute transpose movedim contiguous 
 select narrow chunk split unbind repeat cat stack detach roll flip"""
 
 # Calls that compute every value by itself.
-_EACH = "add sub mul truediv div neg abs relu clamp float to size dim getattr"
+_EACH = "add sub mul truediv div neg abs relu clamp float to size dim getattr with_item"
 
 
 def kinds(plan: Plan) -> dict[Node, str]:
