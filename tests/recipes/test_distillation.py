@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sdt_blocks import DataCard, calibrate_norms, create_model, load_model, save_model
-from sdt_blocks.models.e_spikeformer import LAYER_SCALE
+from sdt_blocks.blocks.integer import LAYER_SCALE
 
 TEACHER = "resnet10t"
 FEW = (
