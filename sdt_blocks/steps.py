@@ -89,10 +89,12 @@ class Unit(nn.Module):
 def present(x: Tensor, time_steps: int, channels: int) -> Tensor:
     """Images `[B, C, H, W]` shown at every step, or frames `[B, T, C, H, W]` with any T >= 1, as `[T, B, C, H, W]`.
 
-    Raises `ValueError` unless x has `channels` channels and no empty axis.
+    Raises `ValueError` unless x has `channels` channels and no empty axis, `TypeError` for whole numbers.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"expected a tensor of images or frames, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"expected images or frames in floating point, got {x.dtype}: scale them as in training")
     if x.ndim not in (4, 5) or x.shape[-3] != channels or 0 in x.shape:
         raise ValueError(
             f"expected images [B, {channels}, H, W] or frames [B, T, {channels}, H, W], got {list(x.shape)}"
@@ -374,7 +376,13 @@ def has_hooks(module: nn.Module) -> bool:
         everywhere._global_backward_hooks,
         everywhere._global_backward_pre_hooks,
     )
-    return any(hooks) or "forward" in module.__dict__
+    return any(hooks) or "forward" in module.__dict__ or _has_call(type(module))
+
+
+@torch.compiler.assume_constant_result
+def _has_call(kind: type) -> bool:
+    """Whether a class of modules is called otherwise than they are."""
+    return kind.__call__ is not nn.Module.__call__
 
 
 def _has_fused(mixer: Any) -> bool:

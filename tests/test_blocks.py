@@ -191,11 +191,12 @@ def test_neuron_is_injected_everywhere():
         (lambda: SpikingPatchSplitting(16, pooling="0021"), "four flags"),
         (lambda: SpikingPatchSplitting(16)(torch.zeros(4, 1, 2, 8, 8)), r"\[T, B, 3, H, W\]"),
         (lambda: MembraneShortcut(nn.Identity(), drop_path=1.0), r"probability in \[0, 1\), got 1.0"),
+        (lambda: MembraneShortcut(lambda x: x), "must be an nn.Module, got function"),
         (lambda: MembraneShortcut(nn.Linear(4, 1))(torch.zeros(2, 3, 4)), "must keep the shape"),
     ],
 )
 def test_errors(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         call()
 
 

@@ -92,6 +92,11 @@ def test_missing_and_unexpected_are_listed(static_golden, tmp_path):
         load_released_checkpoint(tmp_path / "x.pth")
 
 
+def test_no_weights_are_no_model():
+    with pytest.raises(ValueError, match="the state_dict is empty"):
+        convert_released_state_dict({})
+
+
 def test_wrong_variant_and_wrong_shape(released_file):
     with pytest.raises(ValueError, match=r"_format.pth.tar: the head is of 10 classes, num_classes=7 .*new_head=True"):
         load_released_checkpoint(released_file, num_classes=7)

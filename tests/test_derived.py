@@ -15,7 +15,7 @@ from sdt_blocks import LIF, ParametricLIF, calibrate_norms, optimize_for_inferen
 from sdt_blocks.blocks import ConvNorm
 from sdt_blocks.inference import dense
 from sdt_blocks.neuron import OverTime
-from sdt_blocks.steps import fire, pool, project, shortcut
+from sdt_blocks.steps import fire, pool, project, project_and_fire, shortcut
 
 
 class HalvedMaximum(nn.MaxPool2d):
@@ -50,6 +50,13 @@ def one_and_a_half(shift: Tensor) -> Tensor:
     return 1.5 * (shift > 0).to(shift.dtype)
 
 
+class Called(LIF):
+    """Does more than its forward when it is called."""
+
+    def __call__(self, x: Tensor) -> Any:
+        return 2 * super().__call__(x)
+
+
 class HalfThreshold(LIF):
     """Says in its `spec` what the ops are told."""
 
@@ -66,7 +73,7 @@ class Network(nn.Module):
         self.second.norm = norm or self.second.norm
 
     def forward(self, x: Tensor) -> Tensor:
-        membrane = project(self.second, pool(self.pooling, self.neuron(project(self.first, x))))
+        membrane = project(self.second, pool(self.pooling, project_and_fire(self.first, self.neuron, x)))
         return membrane.mean((0, -2, -1)) + fire(self.last, membrane).mean((0, -2, -1))
 
 
@@ -79,6 +86,7 @@ LEAVES: dict[str, Callable[[], tuple[nn.Module, ...]]] = {
     "twofold": lambda: (over_time(Twofold(beta=0.7)), nn.Identity()),
     "surrogate": lambda: (over_time(snntorch.Leaky(beta=0.7, spike_grad=one_and_a_half)), nn.Identity()),
     "spec": lambda: (HalfThreshold(), nn.Identity()),
+    "call": lambda: (Called(), nn.Identity()),
 }
 
 
@@ -92,6 +100,9 @@ def test_every_form_computes_what_a_derived_leaf_does(name: str) -> None:
             nn.init.normal_(module.bias, 0.4, 0.2)
     calibrate_norms(model, [x])
     expected = model.eval()(x)
+    plain = model.neuron(model.first(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+    plain = model.second(model.pooling(plain.flatten(0, 1))).unflatten(0, x.shape[:2])
+    torch.testing.assert_close(plain.mean((0, -2, -1)) + model.last(plain).mean((0, -2, -1)), expected)
     assert expected.std() > 0.05
     for options in ({"paths": "digits"}, {"compile": False}, {"sparse": True}):
         torch.testing.assert_close(optimize_for_inference(model, **options)(x), expected, atol=1e-5, rtol=1e-5)

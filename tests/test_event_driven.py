@@ -198,6 +198,9 @@ def test_sparse_arguments_are_checked(firing_model):
         sdt_blocks.optimize_for_inference(model, torch.bfloat16, sparse=True)
     with pytest.raises(ValueError, match="at least one batch"):
         sdt_blocks.optimize_for_inference(model, sparse="auto")
+    for sparse in (True, False):
+        with pytest.raises(ValueError, match=f"calibrate .* leave it out for sparse={sparse}"):
+            sdt_blocks.optimize_for_inference(model, sparse=sparse, calibrate=[torch.rand(1, 3, 16, 16)])
     with pytest.raises(TypeError, match="calibration batch"):
         sdt_blocks.optimize_for_inference(model, sparse="auto", calibrate=["a"])
     with pytest.warns(UserWarning, match="float64"):

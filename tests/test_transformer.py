@@ -166,6 +166,11 @@ def test_input_of_another_shape_is_refused(shape):
         SpikeDrivenTransformer(**TINY)(torch.rand(shape))
 
 
+def test_images_in_whole_numbers_are_refused():
+    with pytest.raises(TypeError, match=r"in floating point, got torch.uint8: scale them"):
+        SpikeDrivenTransformer(**TINY)(torch.ones(2, 3, 16, 16, dtype=torch.uint8))
+
+
 @pytest.mark.parametrize("x", [[[1.0]], np.ones((1, 3, 16, 16)), None])
 def test_what_is_no_tensor_is_refused(x):
     model = SpikeDrivenTransformer(**TINY)

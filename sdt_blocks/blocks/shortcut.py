@@ -15,7 +15,8 @@ class MembraneShortcut(nn.Module):
 
     Shapes: `[T, B, ...] -> [T, B, ...]`.
 
-    Raises `ValueError` where drop_path is outside [0, 1), or the branch changes the shape.
+    Raises `ValueError` where drop_path is outside [0, 1), or the branch changes the shape, and `TypeError` for a branch
+    that is no module, whose weights nobody would find.
 
     >>> MembraneShortcut(SpikingMLP(64))(torch.randn(4, 2, 64, 8, 8)).shape
     torch.Size([4, 2, 64, 8, 8])
@@ -23,6 +24,8 @@ class MembraneShortcut(nn.Module):
 
     def __init__(self, branch: nn.Module, *, drop_path: float = 0.0) -> None:
         super().__init__()
+        if not isinstance(branch, nn.Module):
+            raise TypeError(f"the branch must be an nn.Module, got {type(branch).__name__}")
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path is a probability in [0, 1), got {drop_path!r}")
         self.branch = branch

@@ -42,6 +42,7 @@ __all__ = [
     "simulate_nir",
 ]
 
+NOTHING: tuple[Any, ...] = ()
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int8)
 
 
@@ -51,7 +52,7 @@ def optimize_for_inference(
     compile: bool = True,
     *,
     sparse: bool | str = False,
-    calibrate: Tensor | Iterable[Any] = (),
+    calibrate: Tensor | Iterable[Any] = NOTHING,
     paths: str = "auto",
     exact: bool = False,
     cuda_graph: bool = False,
@@ -99,6 +100,8 @@ def optimize_for_inference(
     torch.Size([2, 10])
     """
     _check_options(dtype, sparse, paths, exact)
+    if sparse != "auto" and calibrate is not NOTHING:
+        raise ValueError(f'calibrate is what sparse="auto" measures on; leave it out for sparse={sparse}')
     if cuda_graph:
         _check_graph(model, dtype, sparse, exact)
     weights = INT8 if dtype == torch.int8 else INT24 if exact else FLOAT32

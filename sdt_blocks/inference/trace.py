@@ -257,7 +257,7 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         leaf = module_qualified_name in self.opaque or is_leaf(m)
         if any(map(steps.has_hooks, m.modules() if leaf else (m,))):
-            self.watched[module_qualified_name] = "it has hooks"
+            self.watched[module_qualified_name] = "it has hooks, or a call of its own"
             return True
         return leaf
 

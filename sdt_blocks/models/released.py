@@ -70,7 +70,9 @@ def _family(released: Mapping[str, Tensor]) -> Family:
 
 def _families(released: Mapping[str, Tensor]) -> list[Family]:
     """All families that know every name, or else the one that knows most. Raises `ValueError` for names of this kit."""
-    if released and all(_OWN.match(key) for key in released):
+    if not released:
+        raise ValueError("there are no weights to convert: the state_dict is empty")
+    if all(_OWN.match(key) for key in released):
         raise ValueError(
             "the weights of a model of this kit: load_model takes them in a folder with their config.json, and "
             "model.load_state_dict as they are"
