@@ -381,8 +381,8 @@ def has_hooks(module: nn.Module) -> bool:
 
 @torch.compiler.assume_constant_result
 def _has_call(kind: type) -> bool:
-    """Whether a class of modules is called otherwise than they are."""
-    return kind.__call__ is not nn.Module.__call__
+    """Whether a class of modules is called otherwise than they are; what fx has written calls its forward alone."""
+    return kind.__call__ is not nn.Module.__call__ and not issubclass(kind, fx.GraphModule)
 
 
 def _has_fused(mixer: Any) -> bool:

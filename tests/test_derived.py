@@ -181,3 +181,12 @@ def test_threads_that_share_a_neuron_with_a_memory_take_turns() -> None:
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(neuron, given * 4))
     assert all(torch.equal(*pair) for pair in zip(found, expected * 4, strict=True)) and expected[0].any()
+
+
+def test_what_fx_has_written_is_looked_into() -> None:
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4))
+    model, x = nn.Sequential(torch.fx.symbolic_trace(inner), nn.ReLU()).eval(), torch.rand(2, 2, 8, 8)
+    fast = optimize_for_inference(model)
+    assert not any(isinstance(module, torch.fx.GraphModule) for module in fast.modules())
+    torch.testing.assert_close(fast(x), model(x))
