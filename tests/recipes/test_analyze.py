@@ -209,7 +209,7 @@ def test_an_evaluation_set_may_have_fewer_samples_than_are_looked_at(set_up, pho
 
 def test_help(launcher):
     done = launcher.run("analyze", "--help")
-    assert done.returncode == 0 and "neurobench=False" in done.stdout and "data.root" in done.stdout
+    assert done.returncode == 0 and "neurobench=false" in done.stdout and "data.root" in done.stdout
 
 
 def test_event_frames_and_event_pooling(golden, tmp_path):
