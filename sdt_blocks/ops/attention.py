@@ -13,7 +13,19 @@ from .dispatch import fused, kernels
 from .lif import constants, gradients_of_equations, gradients_of_norm, lif, lif_gradients, lif_reference, normalized
 from .norm_lif import batch_norm_lif, batch_norm_lif_reference, stacked_statistics
 from .registered import registered
-from .spec import MOST_TOKENS, Affine, Arriving, Layout, Masks, NeuronSpec, Norm, Spikes, arrange, state_dtype
+from .spec import (
+    MOST_TOKENS,
+    Affine,
+    Arriving,
+    Layout,
+    Masks,
+    NeuronSpec,
+    Norm,
+    Spikes,
+    arrange,
+    schedule_of,
+    state_dtype,
+)
 
 
 def attend_reference(x: Sequence[Tensor], norms: Sequence[Norm], neurons: Sequence[NeuronSpec]) -> Tensor:
@@ -42,7 +54,7 @@ def attend(x: Sequence[Tensor], norms: Sequence[Norm], neurons: Sequence[NeuronS
     q, training = x[0], norms[0].training
     alike = specs[0] == specs[1] == specs[2] and all(part.shape == q.shape and part.dtype == q.dtype for part in x)
     alike = alike and len({(norm.training, norm.weight is None, norm.bias is None, norm.group) for norm in norms}) == 1
-    alike = alike and not any(neuron.scheduled is not None for neuron in neurons)
+    alike = alike and not any(schedule_of(neuron) is not None for neuron in neurons)
     fits = alike and 0 < q.numel() <= MOST_TOKENS * q.shape[:3].numel()
     if None in specs or not fits or not fused(q, even_traced=training):
         return _compose(batch_norm_lif, lif, x, norms, neurons)

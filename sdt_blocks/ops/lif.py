@@ -17,7 +17,7 @@ from .bits import as_spikes, wants_bits
 from .dispatch import fall_back, fused, kernels
 from .processes import added_up
 from .registered import registered
-from .spec import RESETS, Affine, Arriving, Layout, NeuronSpec, arrange, state_dtype
+from .spec import RESETS, Affine, Arriving, Layout, NeuronSpec, arrange, schedule_of, state_dtype
 
 
 def lif_reference(x: Tensor, neuron: NeuronSpec, membrane: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ def lif(
             return_membrane,
             wants_bits(x, inv_tau, membrane),
             *_NO_NORM,
-            neuron.scheduled,
+            schedule_of(neuron),
         )
         as_spikes(spikes, bits=bits)
     else:

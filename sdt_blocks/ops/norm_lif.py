@@ -14,7 +14,7 @@ from .dispatch import fused, kernels
 from .lif import constants, lif_op, lif_reference
 from .processes import merged_statistics
 from .registered import registered, watched
-from .spec import NeuronSpec, Norm, arrange, state_dtype
+from .spec import NeuronSpec, Norm, arrange, schedule_of, state_dtype
 
 
 def batch_norm_lif_reference(
@@ -84,7 +84,7 @@ def batch_norm_lif(
         None if norm.weight is None else norm.weight.to(dtype),
         None if norm.bias is None else norm.bias.to(dtype),
         norm.training,
-        neuron.scheduled,
+        schedule_of(neuron),
         norm.group,
     )
     as_spikes(spikes, bits=bits)

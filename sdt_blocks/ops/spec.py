@@ -44,11 +44,6 @@ class NeuronSpec(NamedTuple):
     strict: bool = False
     inv_tau: float | Tensor = 0.5
 
-    @property
-    def scheduled(self) -> Tensor | None:
-        """The numbers that a graph takes for inputs, where a schedule changes them."""
-        return self.surrogate.numbers if isinstance(self.surrogate, Scheduled) else None
-
     def encode(self) -> list[float]:
         """As numbers, which is what a registered op can take."""
         assert not isinstance(self.inv_tau, Tensor)
@@ -72,6 +67,12 @@ class NeuronSpec(NamedTuple):
     def decode(numbers: Sequence[float]) -> NeuronSpec:
         """The inverse of `encode`."""
         return _decode(tuple(numbers))
+
+
+def schedule_of(neuron: NeuronSpec) -> Tensor | None:
+    """The numbers that a graph takes for inputs, where a schedule changes them."""
+    # No property: in PyTorch 2.6 a graph finds the property itself in a named tuple, and no value.
+    return neuron.surrogate.numbers if isinstance(neuron.surrogate, Scheduled) else None
 
 
 @functools.lru_cache(maxsize=256)
