@@ -19,7 +19,7 @@ from torch.cuda import device_of
 from ..spec import Affine, Layout, LevelSpec, state_dtype
 from .arguments import STATES, affine, as_number, given, norm_kind, unrolled
 from .lif import store_sums
-from .tiles import ROUNDED, SIZES, THREADS, WIDEST, Tile, elements, in_x, normalization, number, place, tile
+from .tiles import ROUNDED, SIZES, THREADS, WIDEST, Tile, elements, in_x, normalization, number, place, tile, times_for
 
 NUMBERS = ("limit_number", "norm_number", "threshold_number")
 """Of the neuron, in the state's dtype; no build depends on them."""
@@ -81,7 +81,7 @@ def levels_backward(grad: Tensor, inside: Tensor, neuron: LevelSpec, grad_x: Ten
 
 
 def norm_levels(x: Tensor, layout: Layout, neuron: LevelSpec, norm: Affine, values: Tensor) -> None:
-    cut = tile(x, layout, times=_times(layout))
+    cut = tile(x, layout, times=times_for(layout, MANY))
     with device_of(x):
         norm_levels_kernel[cut.grid](x, *affine(norm, x), values, **_cut(x, cut, layout, neuron, norm))
 
@@ -89,7 +89,7 @@ def norm_levels(x: Tensor, layout: Layout, neuron: LevelSpec, norm: Affine, valu
 def norm_levels_backward(
     grad: Tensor, x: Tensor, layout: Layout, neuron: LevelSpec, norm: Affine, grad_x: Tensor
 ) -> Tensor:
-    cut = tile(x, layout, grad.stride(0), times=_times(layout))
+    cut = tile(x, layout, grad.stride(0), times=times_for(layout, MANY))
     sums = x.new_empty(1, 3, cut.runs, layout.channels, dtype=state_dtype(x))
     with device_of(x):
         norm_levels_gradient_kernel[cut.grid](
@@ -110,10 +110,6 @@ def _programs(x: Tensor) -> tuple[int]:
 
 def _lanes(x: Tensor) -> dict[str, int]:
     return {"LANES": min(8, WIDEST // x.element_size()), "BLOCK": THREADS}
-
-
-def _times(layout: Layout) -> int:
-    return max(1, MANY // triton.next_power_of_2(layout.steps))
 
 
 def _cut(x: Tensor, cut: Tile, layout: Layout, neuron: LevelSpec, norm: Affine) -> dict[str, Any]:

@@ -115,6 +115,11 @@ def tile(
     return Tile(grid, runs, rows if innermost else columns, group, arguments)
 
 
+def times_for(layout: Layout, many: int) -> int:
+    """How many times larger a program's share of fewer steps is, of which `many` give it something to do."""
+    return max(1, many // triton.next_power_of_2(layout.steps))
+
+
 def index(size: int) -> Any:
     """The integers that count to `size`."""
     return tl.int64 if size >= 1 << 31 else tl.int32

@@ -31,7 +31,7 @@ from .arguments import (
     three,
     unrolled,
 )
-from .tiles import PACKED_STEPS, ROUNDED, THREADS, WIDEST, tile
+from .tiles import PACKED_STEPS, ROUNDED, THREADS, WIDEST, tile, times_for
 
 logging.getLogger(__name__).info(
     "Triton builds each kernel when it is first called, and keeps it for the next time in TRITON_CACHE_DIR or ~/.triton"
@@ -319,7 +319,7 @@ def _settle(
     invert: bool,
 ) -> None:
     """Fills the mean and the inverse deviation, or without `invert` the variance; updates what the norms keep."""
-    cut, channels = tile(x[0], layout, times=_times(layout), inputs=len(x)), layout.channels
+    cut, channels = tile(x[0], layout, times=times_for(layout, MANY), inputs=len(x)), layout.channels
     runs, step, positions = cut.runs, cut.step, cut.arguments["positions"]
     weight = layout.steps * (1 if cut.arguments["INNERMOST"] else cut.group)
     count = layout.size // channels * layout.steps
@@ -406,8 +406,3 @@ def _segment(steps: int, most: int = lif.MOST_STEPS) -> int:
         return steps
     even = [n for n in range(most, most // 2, -1) if steps % n == 0]
     return even[0] if even else most
-
-
-def _times(layout: Layout) -> int:
-    """How many times larger a program's share of fewer steps is."""
-    return max(1, MANY // triton.next_power_of_2(layout.steps))
