@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dense import Neuron
+from .dense import Neuron, spec_of
 from .dispatch import by_triton, of_triton
 from .integers import Windows
 from .lif import lif
@@ -48,7 +48,7 @@ def spike_layer(
     if not by_triton(layer.scale):
         return _equations(x, layer, residual, membrane, neuron)
     held = None if residual is None else residual.contiguous()
-    told = None if neuron is None else neuron.spec._replace(inv_tau=neuron.inv_tau)
+    told = None if neuron is None else spec_of(neuron)._replace(inv_tau=neuron.inv_tau)
     found: Result = of_triton("bytes").spike_layer(x.contiguous(), layer, size, held, membrane, told)
     return found
 
@@ -86,7 +86,7 @@ def _equations(
     u = u if residual is None else residual.float() + u
     spikes = None
     if neuron is not None:
-        fired = lif(u.flatten(1, 3), neuron.spec._replace(inv_tau=neuron.inv_tau))
+        fired = lif(u.flatten(1, 3), spec_of(neuron)._replace(inv_tau=neuron.inv_tau))
         assert isinstance(fired, Tensor)
         spikes = fired.view(u.shape).to(torch.int8)
     return (None if membrane is None else u.to(membrane)), spikes

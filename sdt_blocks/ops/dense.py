@@ -42,10 +42,11 @@ class Neuron(NamedTuple):
     after: Tensor | None = None
     """A tensor to be filled with where they stand after the last step."""
 
-    @property
-    def spec(self) -> NeuronSpec:
-        """What a kernel is told beside the time constant."""
-        return NeuronSpec(self.threshold, self.reset, strict=self.strict)
+
+def spec_of(neuron: Neuron) -> NeuronSpec:
+    """What a kernel is told beside the time constant."""
+    # No property of the named tuple: a graph of PyTorch 2.6 would find none of its values.
+    return NeuronSpec(neuron.threshold, neuron.reset, strict=neuron.strict)
 
 
 def fire(
@@ -56,7 +57,7 @@ def fire(
     Shapes: x, shortcut and results `[T, B, H, W, C]`; x may be one frame expanded along T.
     """
     if compiled and _by_triton(x, neuron):
-        return of_triton("dense").fire(_frames(x), neuron.spec, neuron.inv_tau, dtype, shortcut)
+        return of_triton("dense").fire(_frames(x), spec_of(neuron), neuron.inv_tau, dtype, shortcut)
     if compiled and _native(x):
         x = _frames(x)
         spikes = torch.empty(x.shape, dtype=dtype)
@@ -88,7 +89,7 @@ def fire_and_pool(x: Tensor, neuron: Neuron, dtype: torch.dtype, *, compiled: bo
         if len(x) > of_triton("dense").BITS:
             spikes: Tensor = pool(fire(x, neuron, dtype, compiled=True)[1])
             return spikes
-        return of_triton("dense").fire_and_pool(_frames(x), neuron.spec, neuron.inv_tau, dtype)
+        return of_triton("dense").fire_and_pool(_frames(x), spec_of(neuron), neuron.inv_tau, dtype)
     if compiled and _native(x):
         x = _frames(x)
         steps, batch, height, width, channels = x.shape
@@ -143,7 +144,7 @@ def _by_triton(x: Tensor, *neurons: Neuron) -> bool:
 
 def _attend_by_triton(qkv: Tensor, neurons: Sequence[Neuron], dtype: torch.dtype) -> Tensor | None:
     """`None` where q, k and v have unlike neurons, or the kernel has no room for so many steps and tokens."""
-    specs = [neuron.spec for neuron in neurons]
+    specs = [spec_of(neuron) for neuron in neurons]
     if not specs[0] == specs[1] == specs[2]:
         return None
     inv_taus = torch.stack([neuron.inv_tau.expand(qkv.shape[-1] // 3) for neuron in neurons])
@@ -156,7 +157,7 @@ def _attend_by_triton(qkv: Tensor, neurons: Sequence[Neuron], dtype: torch.dtype
 
 def _spikes(x: Tensor, neuron: Neuron) -> Tensor:
     x = x if x.is_floating_point() else x.float()
-    spec = neuron.spec._replace(inv_tau=neuron.inv_tau)
+    spec = spec_of(neuron)._replace(inv_tau=neuron.inv_tau)
     before = None if neuron.before is None else neuron.before.reshape(x.shape[1:])
     if torch.compiler.is_compiling():
         spikes, last = lif_reference(x, spec, before)
