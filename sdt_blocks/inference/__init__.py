@@ -42,7 +42,6 @@ __all__ = [
     "simulate_nir",
 ]
 
-NOTHING: tuple[Any, ...] = ()
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int8)
 
 
@@ -52,7 +51,7 @@ def optimize_for_inference(
     compile: bool = True,
     *,
     sparse: bool | str = False,
-    calibrate: Tensor | Iterable[Any] = NOTHING,
+    calibrate: Tensor | Iterable[Any] | None = None,
     paths: str = "auto",
     exact: bool = False,
     cuda_graph: bool = False,
@@ -100,7 +99,7 @@ def optimize_for_inference(
     torch.Size([2, 10])
     """
     _check_options(dtype, sparse, paths, exact)
-    if sparse != "auto" and calibrate is not NOTHING:
+    if sparse != "auto" and calibrate is not None:
         raise ValueError(f'calibrate is what sparse="auto" measures on; leave it out for sparse={sparse}')
     if cuda_graph:
         _check_graph(model, dtype, sparse, exact)
@@ -119,7 +118,7 @@ def optimize_for_inference(
             dense = Dense(plan(model), dtype, compile, paths)
     if cuda_graph:
         return Graphed(dense)
-    return choose(make, dense, calibrate) if sparse else dense
+    return choose(make, dense, () if calibrate is None else calibrate) if sparse else dense
 
 
 def _on_triton(model: nn.Module) -> bool:
