@@ -21,7 +21,7 @@ from .ops.batch_norm import batch_norm
 from .ops.bits import SpikesAsBits, are_spikes, as_spikes, bits_of
 from .ops.convolution import convolve_spikes
 from .ops.dispatch import fall_back, fused
-from .ops.processes import gathered, name_of
+from .ops.processes import gathered
 from .surrogate import Scheduled, Surrogate
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -428,7 +428,14 @@ def _tell_unfused(*modules: Any) -> None:
             continue
         name = type(module).__name__
         if has_hooks(module):
-            fall_back(_of_hooks(name, any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)))
+            reason = _of_hooks(name, any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__))
+            fall_back(reason + (_IN_ALL if any(map(group_of, modules)) else ""))
+
+
+_IN_ALL = (
+    "; where norms take the batches of several processes for one, all processes need the same hooks, or they wait for "
+    "each other"
+)
 
 
 def _of_hooks(name: str, sharded: bool) -> str:
@@ -474,8 +481,9 @@ def group_of(norm: nn.Module) -> str:
         return ""
     if not distributed.is_available() or not distributed.is_initialized():
         return ""
-    group = norm.process_group or distributed.group.WORLD
-    return name_of(group) if distributed.get_world_size(group) > 1 else ""
+    group: Any = norm.process_group or distributed.group.WORLD
+    name: str = group.group_name
+    return name if distributed.get_world_size(group) > 1 else ""
 
 
 def check_multiple(value: int, of: int, what: str) -> None:

@@ -103,12 +103,20 @@ def statistics(x: Tensor, norm: Norm, repeats: int = 1) -> tuple[Tensor, Tensor]
         if norm.running_mean is None or norm.running_var is None:
             raise ValueError("evaluation needs running_mean and running_var; give both, or training=True")
         return norm.running_mean, (norm.running_var + norm.eps).rsqrt()
-    mean, variance = channel_statistics(x)
-    count: Any = x.numel() // x.shape[2]
-    if norm.group:
-        mean, variance, count = merged_statistics(mean, variance, count, norm.group)
-    _update(norm, mean, variance, count * repeats)
-    return mean, (variance + norm.eps).rsqrt()
+    return _of_batch([x], [norm], repeats)[0]
+
+
+def _of_batch(x: Sequence[Tensor], norms: Sequence[Norm], repeats: int) -> list[tuple[Tensor, Tensor]]:
+    """`statistics` of inputs of one shape, for norms that train in one group of processes, which is asked once."""
+    found, count, group = [channel_statistics(part) for part in x], x[0].numel() // x[0].shape[2], norms[0].group
+    number: Any = count
+    if group:
+        means, variances = (torch.stack(values) for values in zip(*found, strict=True))
+        means, variances, number = merged_statistics(means, variances, count, group)
+        found = list(zip(means, variances, strict=True))
+    for norm, (mean, variance) in zip(norms, found, strict=True):
+        _update(norm, mean, variance, number * repeats)
+    return [(mean, (variance + norm.eps).rsqrt()) for norm, (mean, variance) in zip(norms, found, strict=True)]
 
 
 def _update(norm: Norm, mean: Tensor, variance: Tensor, count: Any) -> None:
@@ -126,8 +134,8 @@ def _update(norm: Norm, mean: Tensor, variance: Tensor, count: Any) -> None:
 
 @torch.no_grad()
 def stacked_statistics(x: Sequence[Tensor], norms: Sequence[Norm]) -> tuple[Tensor, Tensor]:
-    """`statistics` of three inputs `[3, C]`, in the state's dtype; norms of several processes have one group."""
-    dtype, group = state_dtype(x[0]), norms[0].group
+    """`statistics` of three inputs `[3, C]`, in the state's dtype; their norms are in one mode and one group."""
+    dtype = state_dtype(x[0])
     if fill := _at_once(x[0], *norms):
         mean, inv_std = (x[0].new_empty(len(x), x[0].shape[2], dtype=dtype) for _ in range(2))
         parts, layouts = zip(*(arrange(part, len(part), per_channel=True) for part in x), strict=True)
@@ -137,15 +145,10 @@ def stacked_statistics(x: Sequence[Tensor], norms: Sequence[Norm]) -> tuple[Tens
             for i, part in enumerate(parts):
                 fill([part], layouts[i], [norms[i]], 1, mean[i], inv_std[i])
         return mean, inv_std
-    if group:
-        # Once for all three.
-        mean, variance = (torch.stack(values) for values in zip(*map(channel_statistics, x), strict=True))
-        mean, variance, count = merged_statistics(mean, variance, x[0].numel() // x[0].shape[2], group)
-        for i, norm in enumerate(norms):
-            _update(norm, mean[i], variance[i], count)
-        inv_std = torch.stack([(part + norm.eps).rsqrt() for part, norm in zip(variance, norms, strict=True)])
-        return mean.to(dtype), inv_std.to(dtype)
-    found = [statistics(part, norm) for part, norm in zip(x, norms, strict=True)]
+    training = all(norm.training for norm in norms)
+    found = (
+        _of_batch(x, norms, 1) if training else [statistics(part, norm) for part, norm in zip(x, norms, strict=True)]
+    )
     mean, inv_std = (torch.stack(values).to(dtype) for values in zip(*found, strict=True))
     return mean, inv_std
 

@@ -9,28 +9,27 @@ from torch import Tensor, distributed
 
 from .registered import registered
 
-_groups: dict[str, Any] = {}
-"""By the names under which registered ops, which take no groups, are told of them."""
-
-
-def name_of(group: Any) -> str:
-    """The name of a process group, by which the ops find it again."""
-    name: str = group.group_name
-    _groups[name] = group
-    return name
-
 
 @registered("sdt_blocks::gathered")
 def gathered(values: Tensor, group: str) -> Tensor:
-    """The values of every process `[processes, ...]`, in the same order in all of them."""
-    found = [torch.empty_like(values) for _ in range(distributed.get_world_size(_groups[group]))]
-    distributed.all_gather(found, values.contiguous(), group=_groups[group])
+    """The values of every process of a group `[processes, ...]`, in the same order in all of them."""
+    found = [torch.empty_like(values) for _ in range(_size(group))]
+    distributed.all_gather(found, values.contiguous(), group=_named(group))
     return torch.stack(found)
 
 
 @gathered.register_fake
 def _(values, group):
-    return values.new_empty(distributed.get_world_size(_groups[group]), *values.shape)
+    return values.new_empty(_size(group), *values.shape)
+
+
+def _named(group: Any) -> distributed.ProcessGroup:
+    """A group by its name, under which registered ops, which take no groups, are told of it."""
+    return distributed.distributed_c10d._resolve_process_group(group)
+
+
+def _size(group: str) -> int:
+    return distributed.get_world_size(_named(group))
 
 
 def merged_statistics(mean: Tensor, variance: Tensor, count: int, group: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -105,8 +105,8 @@ class Norm(NamedTuple):
     """A batch normalization: the arguments of `F.batch_norm`, in its order, and how many batches it has seen.
 
     While `training`, running statistics that are given change in place, and `batches`, a 0-d tensor of integers, counts
-    one more. `momentum` may be a 0-d tensor, which need not be read back from its device. With a `group` of processes
-    (see `processes.name_of`) the batch is that of them all, as in `nn.SyncBatchNorm`; of these there is no reference.
+    one more. `momentum` may be a 0-d tensor, which need not be read back from its device. With the name of
+    a `group` of processes the batch is that of them all, as in `nn.SyncBatchNorm`; of these there is no reference.
     """
 
     running_mean: Tensor | None = None
