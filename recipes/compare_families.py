@@ -57,8 +57,6 @@ class Search(Options):
     seeds: str = option("1,2,3", "seeds that the best learning rate trains with")
     search_seed: int = option(0, "seed of the search", least=0)
     validation_samples: int = option(287, "training images on which learning rates are judged", least=1)
-    img_size: int = option(224, "of variants, which are not compared here", hidden=True)
-    seed: int = option(0, "of variants, which are not compared here", hidden=True)
     samples: int = option(32, "test images on which rates and energy are measured", least=2)
 
 
@@ -149,7 +147,7 @@ def told(searches: Mapping[str, Mapping[str, Any]], config: Config, search: Sear
 def main(arguments: Sequence[str]) -> None:
     import torch
 
-    own = {item.name for item in fields(Search) if not item.metadata.get("hidden")} - {"threads"}
+    own = {item.name for item in fields(Search)} - {"threads"}
     rest = [argument for argument in arguments if argument.partition("=")[0] not in own]
     search = read_options(Search, [argument for argument in arguments if argument not in rest])
     names = listed(search.families, str, "families")
@@ -167,9 +165,9 @@ def main(arguments: Sequence[str]) -> None:
         torch.set_num_threads(config.threads)
     from sdt_blocks.analysis.measured import machine
 
-    def read(name: str, options: Options) -> Found:
+    def read(name: str) -> Found:
         folders = [Path(search.output_dir) / name / f"seed_{seed}" for seed in listed(search.seeds, int, "seeds")]
-        return [model for folder in folders for model in read_model(str(folder), options)]
+        return [model for folder in folders for model in read_model(str(folder), samples=search.samples)]
 
     rows = [{**row, **found[row["name"]]} for row in compare(names, search, read)]
     note = f"{told(found, config, search)}\n\n{notes(rows, search, machine(torch.device('cpu')))}"

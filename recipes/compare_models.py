@@ -18,12 +18,24 @@ additions. Latency is of one image, dense and event-driven, measured in turns, a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from common.command_line import command
 from common.cpu_processes import join_processes
 from common.options import split_options
-from common.side_by_side import Options, compare, notes, write_tables
+from common.schema import option
+from common.side_by_side import Options, compare, notes, read_model, write_tables
+
+
+@dataclass
+class Models(Options):
+    """What this recipe can be told."""
+
+    img_size: int = option(224, "side of the images of variants, in pixels", least=16)
+    seed: int = option(0, "of the random weights of variants", least=0)
+
 
 ONE_OF_EACH = ("sdt_8_384", "sdt_v2_15m", "spikformer_8_384", "qkformer_10_384", "sdt_v3_19m")
 """Variants of about the same size, one of each family."""
@@ -32,17 +44,18 @@ ONE_OF_EACH = ("sdt_8_384", "sdt_v2_15m", "spikformer_8_384", "qkformer_10_384",
 def main(arguments: Sequence[str]) -> None:
     import torch
 
-    options, names = split_options(Options, arguments)
+    options, names = split_options(Models, arguments)
     join_processes()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     from sdt_blocks.analysis.measured import machine
 
-    rows = compare(list(dict.fromkeys(names)) or list(ONE_OF_EACH), options)
+    read = partial(read_model, samples=options.samples, img_size=options.img_size, seed=options.seed)
+    rows = compare(list(dict.fromkeys(names)) or list(ONE_OF_EACH), options, read)
     note = notes(rows, options, machine(torch.device("cpu")))
     print(write_tables(rows, note, Path(options.output_dir) / "models"))
     print(f"models.md, .csv, .tex and .png are in {options.output_dir}")
 
 
 if __name__ == "__main__":
-    command(main, options=Options)
+    command(main, options=Models)

@@ -245,24 +245,17 @@ def check_meant(config: Config, arguments: Sequence[str]) -> None:
             raise ConfigError(f"{key} is for recordings of events, and data.name={config.data.name} holds images")
 
 
-_OF_TRAINED = {"train.batch_size", "train.loss", "train.mixed_precision"}
-_OF_TRAINING = {
-    "data.scale", "data.ratio", "data.hflip", "data.color_jitter", "data.auto_augment", "data.random_erasing",
-    "data.erasing_mode", "data.mixup", "data.cutmix", "data.mixup_prob", "data.mixup_switch_prob",
-    "data.mixup_off_epoch", "events.augment", "output_dir", "resume", "tracker", "analyze",
-}  # fmt: skip
-
-
-def of_training(key: str) -> bool:
+def of_training(key: str, metadata: Mapping[str, Any]) -> bool:
     """Whether a key changes how a model is trained, and nothing of what is asked of a trained one."""
-    return key in _OF_TRAINING or (key.startswith(("optim.", "train.")) and key not in _OF_TRAINED)
+    said: bool = metadata.get("training", key.startswith(("optim.", "train.")))
+    return said
 
 
 def check_of_use(arguments: Sequence[str], own: Sequence[str]) -> None:
     """Raises `ConfigError` for an argument that says how to train, but for the recipe's `own`."""
-    known = all_keys()
+    useless = {key for key, _, item in _walk(Config) if of_training(key, item.metadata)}.difference(own)
     for key in (argument.partition("=")[0] for argument in arguments):
-        if key in known and key not in own and of_training(key):
+        if key in useless:
             raise ConfigError(f"{key} is for training, and changes nothing here; leave it out (--help lists the keys)")
 
 
@@ -351,7 +344,7 @@ def help_text(default: str, *, training: bool) -> str:
     ]
     config = load_config([], default=default)
     for key, _, item in _walk(Config):
-        if training or not of_training(key):
+        if training or not of_training(key, item.metadata):
             lines.append(help_line(key, _get(config, key), item.metadata))
     return "\n".join(lines)
 

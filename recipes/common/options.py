@@ -46,6 +46,5 @@ def own_help(kind: type) -> str:
     """The keys with their meaning, as `--help` prints them."""
     defaults = kind()
     lines = ["Keys of this recipe alone:"]
-    shown = [item for item in fields(kind) if not item.metadata.get("hidden")]
-    lines += [help_line(item.name, getattr(defaults, item.name), item.metadata) for item in shown]
+    lines += [help_line(item.name, getattr(defaults, item.name), item.metadata) for item in fields(kind)]
     return "\n".join(lines)

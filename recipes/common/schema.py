@@ -19,7 +19,8 @@ def option(default: Any, help: str, **bounds: Any) -> Any:
     """A field with its help text and bounds: `choices`, `least`, `most`, `above`, `below`, `length`.
 
     `path=True` has a `~` that no shell has expanded, as in a file, stand for the home folder.
-    `images=True` says that recordings of events have no use for it, `hidden=True` that a recipe has none.
+    `images=True` says that recordings of events have no use for it, and `training` whether a trained model has none: of
+    the sections `optim` and `train` it has none, unless they say otherwise.
     """
     metadata = {"help": help, **bounds}
     if isinstance(default, list):
@@ -47,27 +48,35 @@ class DataConfig:
         "bicubic", "resampling", choices=("bicubic", "bilinear", "nearest", "random"), images=True
     )
     scale: list[float] = option(
-        [0.08, 1.0], "area of the random crop, least and most", length=2, above=0, most=1, images=True
+        [0.08, 1.0], "area of the random crop, least and most", length=2, above=0, most=1, images=True, training=True
     )
     ratio: list[float] = option(
-        [0.75, 4 / 3], "aspect ratio of the random crop, least and most", length=2, above=0, most=100, images=True
+        [0.75, 4 / 3],
+        "aspect ratio of the random crop, least and most",
+        length=2,
+        above=0,
+        most=100,
+        images=True,
+        training=True,
     )
-    hflip: float = option(0.5, "probability of a horizontal flip", least=0, most=1, images=True)
+    hflip: float = option(0.5, "probability of a horizontal flip", least=0, most=1, images=True, training=True)
     color_jitter: float = option(
-        0.4, "strength of color jitter (not used beside auto_augment)", least=0, most=1, images=True
+        0.4, "strength of color jitter (not used beside auto_augment)", least=0, most=1, images=True, training=True
     )
     auto_augment: str | None = option(
-        None, "timm's string: rand-m9-n1-mstd0.4-inc1, augmix-m5-w4, v0, ...", images=True
+        None, "timm's string: rand-m9-n1-mstd0.4-inc1, augmix-m5-w4, v0, ...", images=True, training=True
     )
-    random_erasing: float = option(0.0, "probability of random erasing", least=0, most=1, images=True)
+    random_erasing: float = option(0.0, "probability of random erasing", least=0, most=1, images=True, training=True)
     erasing_mode: str = option(
-        "const", "what is erased becomes the mean, or noise", choices=("const", "pixel"), images=True
+        "const", "what is erased becomes the mean, or noise", choices=("const", "pixel"), images=True, training=True
     )
-    mixup: float = option(0.0, "alpha of mixup; 0 turns it off", least=0, most=1000)
-    cutmix: float = option(0.0, "alpha of cutmix; 0 turns it off", least=0, most=1000)
-    mixup_prob: float = option(1.0, "probability that a batch is mixed at all", least=0, most=1)
-    mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on", least=0, most=1)
-    mixup_off_epoch: int = option(0, "epoch from which mixup and cutmix are off; 0: never", least=0, most=10**6)
+    mixup: float = option(0.0, "alpha of mixup; 0 turns it off", least=0, most=1000, training=True)
+    cutmix: float = option(0.0, "alpha of cutmix; 0 turns it off", least=0, most=1000, training=True)
+    mixup_prob: float = option(1.0, "probability that a batch is mixed at all", least=0, most=1, training=True)
+    mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on", least=0, most=1, training=True)
+    mixup_off_epoch: int = option(
+        0, "epoch from which mixup and cutmix are off; 0: never", least=0, most=10**6, training=True
+    )
     workers: int = option(4, "loader processes beside each training process; 0 loads within it", least=0, most=256)
     download: bool = option(False, "fetch the data into data.root if it is not there", images=True)
     on_error: str = option(
@@ -95,6 +104,7 @@ class EventsConfig:
         None,
         "of the training samples, separated by commas: hflip, roll, cutout, random_op, random_op_wide, drop_by_time, "
         "drop_by_area, drop_at_random, event_drop",
+        training=True,
     )
     cache: str | None = option(
         "auto", "folder that keeps the frames; auto: data.root/.frames_cache; null: none does", path=True
@@ -169,11 +179,11 @@ class TrainConfig:
     warmup_epochs: int = option(20, "epochs of linear warm-up", least=0, most=10**6)
     warmup_prefix: bool = option(False, "the cosine starts after the warm-up, not with it")
     cooldown_epochs: int = option(10, "epochs at min_lr after the cosine", least=0, most=10**6)
-    batch_size: int = option(64, "samples of a process in one forward pass", least=1, most=10**6)
+    batch_size: int = option(64, "samples of a process in one forward pass", least=1, most=10**6, training=False)
     accumulate: int = option(1, "forward passes added up into one update", least=1, most=10**6)
     max_steps: int | None = option(None, "stop after this many updates", least=1, most=10**12)
     label_smoothing: float = option(0.1, "label smoothing", least=0, below=1)
-    loss: str = option("ce", "cross entropy, or binary cross entropy per class", choices=("ce", "bce"))
+    loss: str = option("ce", "cross entropy, or binary cross entropy per class", choices=("ce", "bce"), training=False)
     tet: bool = option(False, "temporal efficient training: the loss at every time step")
     tet_lambda: float = option(0.001, "weight of TET's mean squared error", least=0, most=1)
     tet_means: float = option(1.0, "target of TET's mean squared error", least=-1e6, most=1e6)
@@ -185,7 +195,9 @@ class TrainConfig:
     ema_decay: float | None = option(
         None, "decay of the averaged weights, evaluated beside the model's", above=0, below=1
     )
-    mixed_precision: str = option("no", "the neurons' state stays float32", choices=("no", "bf16", "fp16"))
+    mixed_precision: str = option(
+        "no", "the neurons' state stays float32", choices=("no", "bf16", "fp16"), training=False
+    )
     channels_last: bool = option(False, "memory format of the convolutions")
     compile: bool = option(False, "torch.compile the model")
     sync_bn: bool = option(False, "batch statistics over all GPUs")
@@ -234,12 +246,13 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: int = option(42, "every random draw follows from it", least=0, most=2**31 - 1)
-    output_dir: str = option("runs/run", "the run folder", path=True)
+    output_dir: str = option("runs/run", "the run folder", path=True, training=True)
     resume: str = option(
         "auto",
         "auto: the newest good checkpoint of output_dir; none: start anew; or the path of a checkpoint",
         path=True,
+        training=True,
     )
-    tracker: str = option("auto", "auto: TensorBoard if installed; all: each that is", choices=TRACKERS)
+    tracker: str = option("auto", "auto: TensorBoard if installed; all: each that is", choices=TRACKERS, training=True)
     threads: int | None = option(None, "CPU threads of a process; null divides the cores", least=1, most=1024)
-    analyze: bool = option(False, "firing rates and energy of the final model at the end")
+    analyze: bool = option(False, "firing rates and energy of the final model at the end", training=True)

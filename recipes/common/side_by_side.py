@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from sdt_blocks import list_models
 from sdt_blocks.analysis.tables import Column, as_csv, latex, markdown, write
 
+from .analyzed import read_mapping
 from .config import ConfigError, RunError, load_config
 from .schema import option
 from .trained import load, with_run_config
@@ -42,27 +42,28 @@ class Options:
     """How models are looked at."""
 
     output_dir: str = option("model_comparison", "the folder to write", path=True)
-    img_size: int = option(224, "side of the images of variants, in pixels", least=16)
     samples: int = option(8, "inputs of each model that are looked at, at most", least=2)
     latency: bool = option(True, "measure how long an inference takes, dense and event-driven")
     rounds: int = option(11, "measurements of each form, in turns", least=1)
     threads: int | None = option(None, "CPU threads; null takes what PyTorch takes", least=1)
-    seed: int = option(0, "of the random weights of variants", least=0)
 
 
 Found = list[tuple[Any, Any, dict[str, Any]]]
 """Models, one a seed, each with inputs and what is known of its run."""
-Reader = Callable[[str, Options], Found]
+Reader = Callable[[str], Found]
 
 
-def read_model(name: str, options: Options) -> Found:
-    """What a name on the command line stands for. Raises `ConfigError`."""
+def read_model(name: str, *, samples: int, img_size: int = 224, seed: int = 0) -> Found:
+    """What a name on the command line stands for, with so many inputs at most.
+
+    A variant is seen at `img_size`, with random weights by `seed`. Raises `ConfigError`.
+    """
     from .judging import sample_inputs, untrained
 
     path = Path(name)
     if not path.exists():
         if name in list_models():
-            model, inputs = untrained(name, seed=options.seed, img_size=options.img_size, count=options.samples)
+            model, inputs = untrained(name, seed=seed, img_size=img_size, count=samples)
             return [(model, inputs, {})]
         raise ConfigError(
             f"{name} is neither a folder or file nor a variant; the variants are {', '.join(list_models())}"
@@ -76,8 +77,8 @@ def read_model(name: str, options: Options) -> Found:
         last = folder / "last"
         model, config = load(last if last.is_dir() else folder, config, arguments, averaged=False)
         of_a_run = arguments[0].startswith("config=")
-        size = model.card.input_size[0] if model.card is not None and model.card.input_size else options.img_size
-        inputs = data_of(config, options.samples) if of_a_run else sample_inputs(model, options.samples, size)
+        size = model.card.input_size[0] if model.card is not None and model.card.input_size else img_size
+        inputs = data_of(config, samples) if of_a_run else sample_inputs(model, samples, size)
         found.append((model, inputs, summary_of(folder)))
     return found
 
@@ -103,17 +104,15 @@ def data_of(config: Any, samples: int) -> Any:
 def summary_of(folder: Path) -> dict[str, Any]:
     """The accuracy and the data of a run that is finished. Raises `ConfigError`."""
     path = folder / "summary.json"
-    if not path.is_file():
-        return {}
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = read_mapping(path)
         top1 = summary.get("test_top1")
-        return {"data": summary.get("data"), "top1": top1 if top1 is None else float(top1)}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        return {"data": summary.get("data"), "top1": top1 if top1 is None else float(top1)} if summary else {}
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: not the summary of a run ({error})") from error
 
 
-def compare(names: Sequence[str], options: Options, read: Reader = read_model) -> list[dict[str, Any]]:
+def compare(names: Sequence[str], options: Options, read: Reader) -> list[dict[str, Any]]:
     """A row for each model, which `read` gives by its name. Raises `ConfigError`."""
     from sdt_blocks.analysis.measured import latencies
 
@@ -129,7 +128,7 @@ def compare(names: Sequence[str], options: Options, read: Reader = read_model) -
 
         for name in names:
             tick(f"{name}: reading")
-            found = read(name, options)
+            found = read(name)
             judged = []
             for number, (model, batch, known) in enumerate(found):
                 tick(f"{name}: rates, energy and audit" + f" ({number + 1} of {len(found)})" * (len(found) > 1))
