@@ -24,7 +24,7 @@ from ..neuron import LIF, NeuronLike, make_neuron
 from ..ops import dense
 from ..ops.bits import SpikesAsBits, are_spikes, as_spikes, bits_of
 from ..ops.packed import PackedSpikes, pad_to_words, spike_attention
-from ..ops.spec import NeuronSpec, state_dtype
+from ..ops.spec import in_evaluation, state_dtype
 from ..steps import check_multiple, fire, fused_attention, is_plain
 
 ATTENTION_THRESHOLD = 0.5
@@ -100,9 +100,7 @@ class MaskMixer(nn.Module):
             # The pooling mixes channels, which have to be apart for it.
             q, k, v = (part[:, :, :channels] for part in qkv.unpack().chunk(3, dim=2))
             return PackedSpikes.pack(self(q, k, v))
-        told: NeuronSpec = self.neuron.spec
-        spec = NeuronSpec(told.threshold, told.reset, strict=told.strict)
-        leak = torch.as_tensor(told.inv_tau, dtype=torch.float32).detach().expand(channels)
+        spec, leak = in_evaluation(self.neuron.spec, channels)
         leak, carrier, standing = pad_to_words(leak), self.neuron.carrier, None
         if carrier is not None:
             standing = carrier.standing(self.neuron, (qkv.words.shape[1], len(leak)))

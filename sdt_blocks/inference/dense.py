@@ -14,6 +14,7 @@ from .. import steps
 from ..neuron import LIF, IntegerNeuron, Streamed
 from ..ops import LevelSpec
 from ..ops import dense as kernels
+from ..ops.spec import check_time_constants
 from .passes import SPIKES, changes_in_place, kinds, last_uses, of_samples, once, over_places
 from .plan import (
     FIRE,
@@ -27,7 +28,6 @@ from .plan import (
     Node,
     Plan,
     chain,
-    check_channels,
     convolution,
     evaluated,
     filled,
@@ -55,7 +55,7 @@ class Firing(nn.Module, Streamed):
 
     def neuron(self, shape: Sequence[int]) -> kernels.Neuron:
         """As the ops take it, for membranes of this shape; in a stream it goes on from where it stood."""
-        check_channels(self.inv_tau, shape[-1])
+        check_time_constants(self.inv_tau, shape[-1:])
         neuron = kernels.Neuron(self.inv_tau, *self.constants)
         if self.carrier is None:
             return neuron

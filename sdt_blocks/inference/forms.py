@@ -14,7 +14,7 @@ from .. import steps
 from ..neuron import IntegerNeuron
 from ..ops.integers import FEW_INPUTS, real_product_is_fast
 from ..ops.packed import Epilogue, EventWeight, PackedSpikes, Result, pad_to_words, real_pool, spike_neuron
-from ..ops.spec import NeuronSpec
+from ..ops.spec import in_evaluation
 from . import passes
 from .integers import (
     FLOAT32,
@@ -29,7 +29,7 @@ from .integers import (
     windows_of,
 )
 from .passes import COUNTS, LEVELS, SPIKES
-from .plan import CALL, FIRE, MIX, PROJECT, Mixing, Node, chain, check_channels, convolution, fold, is_neuron
+from .plan import CALL, FIRE, MIX, PROJECT, Mixing, Node, chain, convolution, fold, is_neuron
 from .product import Geometry, Product
 
 Known = tuple[nn.Conv2d, nn.BatchNorm2d | None]
@@ -87,7 +87,7 @@ class Forms:
     ) -> SpikeProduct:
         """Convolutions of spikes side by side, each padded to whole `words` where asked, and a neuron on all."""
         conv, pad = known[0][0], pad_to_words if words else lambda x: x
-        spec, of_neuron = (None, None) if neuron is None else _neuron(neuron, conv.out_channels)
+        spec, of_neuron = (None, None) if neuron is None else in_evaluation(neuron.spec, conv.out_channels)
         leak = of_neuron if leak is None else leak
         make: Any = EventProduct
         if self.weights == FLOAT32:
@@ -117,7 +117,7 @@ class Forms:
         if any(one.groups > 1 and one.weight.shape[:2] != (one.in_channels, 1) for one in convs):
             return None
         weight, bias = fold(convs[-1], norm)
-        spec, leak = (None, None) if neuron is None else _neuron(neuron, channels)
+        spec, leak = (None, None) if neuron is None else in_evaluation(neuron.spec, channels)
         parts = [*((one.weight.detach(), Geometry.of(one)) for one in convs[:-1]), (weight, Geometry.of(convs[-1]))]
         return OrderedSums(parts, Epilogue(channels, shift=bias, neuron=spec, inv_tau=leak))
 
@@ -130,7 +130,7 @@ class Forms:
         neurons = (*mixing.neurons, getattr(mixing.mixer, "neuron", None))
         if len(known) != len(mixing.units) or steps.has_hooks(mixing.mixer) or not all(map(is_neuron, neurons)):
             return None
-        specs, leaks = zip(*(_neuron(one, known[0][0].out_channels) for one in mixing.neurons), strict=True)
+        specs, leaks = zip(*(in_evaluation(one.spec, known[0][0].out_channels) for one in mixing.neurons), strict=True)
         if len({(spec.threshold, spec.reset, spec.strict) for spec in specs}) > 1:
             return None
         if len({conv.weight.shape for conv, _ in known}) > 1:
@@ -293,11 +293,9 @@ def _by_events(conv: nn.Conv2d) -> bool:
     return conv.kernel_size in ((1, 1), (3, 3)) and plain_windows and conv.in_channels * kernel**2 < 1 << 16
 
 
-def epilogue_of(
-    norm: nn.BatchNorm2d | None, neuron: nn.Module | None, *, bias: Tensor | None = None, channels: int
-) -> Epilogue:
+def epilogue_of(norm: nn.BatchNorm2d | None, neuron: Any, *, bias: Tensor | None = None, channels: int) -> Epilogue:
     scale, shift = (None, None) if norm is None else _affine(norm)
-    spec, leak = (None, None) if neuron is None else _neuron(neuron, channels)
+    spec, leak = (None, None) if neuron is None else in_evaluation(neuron.spec, channels)
     return Epilogue(channels, bias=bias, scale=scale, shift=shift, neuron=spec, inv_tau=leak)
 
 
@@ -308,14 +306,6 @@ def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     weight, bias = (ones, ones * 0) if norm.weight is None else (norm.weight.detach(), norm.bias.detach())
     scale = weight * torch.rsqrt(norm.running_var + norm.eps)
     return scale, (bias.double() - norm.running_mean.double() * scale.double()).float()
-
-
-def _neuron(neuron: Any, channels: int) -> tuple[NeuronSpec, Tensor]:
-    told = neuron.spec
-    spec = NeuronSpec(threshold=told.threshold, reset=told.reset, strict=told.strict)
-    inv_tau = torch.as_tensor(told.inv_tau, dtype=torch.float32).detach()
-    check_channels(inv_tau, channels)
-    return spec, inv_tau.expand(channels)
 
 
 def _chunk(pixels: int, channels: int) -> int:

@@ -174,15 +174,6 @@ def is_neuron(module: Any) -> bool:
     return isinstance(module, nn.Module) and steps.is_neuron(module)
 
 
-def check_channels(inv_tau: Tensor, channels: int) -> None:
-    """Raises `ValueError` for a time constant a channel of another number of channels, as the neuron itself does."""
-    if inv_tau.ndim and inv_tau.shape != (channels,):
-        raise ValueError(
-            f"a time constant per channel must have one value for each channel of [T, B, C, ...]; got "
-            f"{list(inv_tau.shape)} for {channels} channels"
-        )
-
-
 def evaluated(leaf: Any) -> Any:
     """What computes a leaf's value in evaluation: its `evaluate` where it has one and nobody looks on, else itself."""
     own = (

@@ -17,7 +17,7 @@ from .bits import as_spikes, wants_bits
 from .dispatch import fall_back, fused, kernels
 from .processes import added_up
 from .registered import registered
-from .spec import RESETS, Affine, Arriving, Layout, NeuronSpec, arrange, schedule_of, state_dtype
+from .spec import RESETS, Affine, Arriving, Layout, NeuronSpec, arrange, check_time_constants, schedule_of, state_dtype
 
 
 def lif_reference(x: Tensor, neuron: NeuronSpec, membrane: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -78,11 +78,7 @@ def lif(
     if membrane is not None and membrane.shape != x.shape[1:]:
         raise ValueError(f"the initial membrane must have the shape {list(x.shape[1:])}, got {list(membrane.shape)}")
     inv_tau = neuron.inv_tau
-    if isinstance(inv_tau, Tensor) and inv_tau.ndim and (x.ndim < 3 or inv_tau.shape != x.shape[2:3]):
-        raise ValueError(
-            f"a time constant per channel must have one value for each channel of [T, B, C, ...]; got "
-            f"{list(inv_tau.shape)} for the input {list(x.shape)}"
-        )
+    check_time_constants(inv_tau, x.shape[2:3])
     if neuron.reset not in RESETS:
         raise ValueError(f"reset {neuron.reset!r} is unknown; choose one of {', '.join(RESETS)}")
     spec = constants(neuron)

@@ -75,6 +75,25 @@ def schedule_of(neuron: NeuronSpec) -> Tensor | None:
     return neuron.surrogate.numbers if isinstance(neuron.surrogate, Scheduled) else None
 
 
+def in_evaluation(neuron: NeuronSpec, channels: int) -> tuple[NeuronSpec, Tensor]:
+    """The constants without those of a gradient, and `1 / tau` float32 `[channels]`, as kernels of evaluation take it.
+
+    Raises `ValueError` for time constants of another number of channels.
+    """
+    inv_tau = torch.as_tensor(neuron.inv_tau, dtype=torch.float32).detach()
+    check_time_constants(inv_tau, (channels,))
+    return NeuronSpec(neuron.threshold, neuron.reset, strict=neuron.strict), inv_tau.expand(channels)
+
+
+def check_time_constants(inv_tau: float | Tensor, channels: Sequence[int]) -> None:
+    """Raises `ValueError` where `1 / tau` is neither one number nor one for each of the `channels`."""
+    if isinstance(inv_tau, Tensor) and inv_tau.ndim and inv_tau.shape != torch.Size(channels):
+        raise ValueError(
+            f"a time constant per channel must have one value for each channel of [T, B, C, ...]; got "
+            f"{list(inv_tau.shape)} for the channels {list(channels)}"
+        )
+
+
 @functools.lru_cache(maxsize=256)
 def _decode(numbers: tuple[float, ...]) -> NeuronSpec:
     threshold, reset, kind, alpha, detach_reset, strict, inv_tau = numbers
