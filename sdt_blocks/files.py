@@ -12,7 +12,7 @@ from typing import Any
 def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
     """Calls `write(temporary name)` and renames the result to `path`, so that a reader never sees half a file.
 
-    Where `write` raises, the file that was there stays. The temporary name ends as `path` does.
+    If `write` raises, an existing file stays as it was. The temporary name has the suffix of `path`.
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
@@ -27,13 +27,13 @@ def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Has the system write a file, or the names in a folder, to its disk before this returns."""
+    """Has the system write a file, or the entries of a folder, to disk before this returns."""
     if path.is_dir():
-        if os.name == "nt":  # which opens no folders, and writes their names with the files
+        if os.name == "nt":  # Windows cannot open folders, and writes their entries with the files
             return
         handle = os.open(path, os.O_RDONLY)
     else:
-        # Windows refuses a handle that cannot write.
+        # Windows needs a writable handle.
         handle = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
     try:
         os.fsync(handle)

@@ -259,7 +259,7 @@ def normalize_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, time_steps
         assert isinstance(neuron, LIF)
         if neuron.carrier is None:
             return batch_norm_lif(x, settings, neuron.spec, time_steps=time_steps)
-        before = neuron.carrier.membrane(neuron, x)
+        before = neuron.carrier.membrane(neuron, x.shape[1:])
         spikes, last = batch_norm_lif(x, settings, neuron.spec, before, time_steps=time_steps, return_membrane=True)
         neuron.carrier.keep_state(neuron, last)
         return spikes

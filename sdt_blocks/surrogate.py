@@ -26,15 +26,15 @@ class Surrogate:
 
     Called like a snnTorch `spike_grad`, it returns `1` where `shift >= 0`, else `0`.
 
-    Raises `ValueError` for an unknown `kind` or an `alpha` that is not a positive finite number.
+    Raises `ValueError` for an unknown `kind` or an `alpha` that is not positive and finite, and `TypeError` for one
+    that is not a number.
     """
 
     kind: str = "sigmoid"
     alpha: float = 4.0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"surrogate {self.kind!r} is unknown; choose one of {', '.join(KINDS)}")
+        _check_kind(self.kind)
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, numbers.Real):
             raise TypeError(f"surrogate alpha must be a number, got {self.alpha!r}")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
@@ -49,10 +49,10 @@ class Surrogate:
 
 
 class Scheduled:
-    """A surrogate whose `alpha` changes from step to step, and the time constant of its neurons, which may as well.
+    """A surrogate whose `alpha` changes from step to step, and the time constant of its neurons, which may change too.
 
-    They are `numbers`, `[alpha, 1 / tau]`, a float64 tensor on the CPU: what torch.compile has built takes it for an
-    input, and holds for all values.
+    Both are kept in `numbers`, `[alpha, 1 / tau]`, a float64 tensor on the CPU: a graph built by torch.compile takes it
+    as an input, and so stays valid for all values.
     """
 
     def __init__(self, surrogate: Surrogate, tau: float) -> None:
@@ -60,7 +60,7 @@ class Scheduled:
         self.numbers = torch.tensor([surrogate.alpha, 1 / tau], dtype=torch.float64, device="cpu")
 
     fixed: Surrogate
-    """One of its kind, of whatever `alpha`."""
+    """A surrogate of the same kind, with the default `alpha`."""
 
     @property
     def alpha(self) -> Tensor:
@@ -71,11 +71,16 @@ class Scheduled:
         return self.numbers[1]
 
     def change(self, surrogate: Surrogate, tau: float) -> None:
-        """Takes other numbers."""
+        """Takes the numbers of another surrogate and time constant."""
         self.numbers.copy_(torch.tensor([surrogate.alpha, 1 / tau], dtype=torch.float64))
 
     def __call__(self, shift: Tensor) -> Tensor:
         return fire(shift, self)
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"surrogate {kind!r} is unknown; choose one of {', '.join(KINDS)}")
 
 
 def _derivative(shift: Tensor, kind: str, a: float | Tensor) -> Tensor:
@@ -92,7 +97,7 @@ def _derivative(shift: Tensor, kind: str, a: float | Tensor) -> Tensor:
 
 
 def transformed() -> bool:
-    """Whether torch.func transforms what is computed, or forward-mode gradients flow: the equations alone know them."""
+    """Whether a torch.func transform or forward-mode differentiation is active, which only the equations support."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
@@ -121,7 +126,7 @@ class _Spike(torch.autograd.Function):
 
 
 class _ForwardSpike(_Spike):
-    """With the rule of forward-mode gradients, which torch.compile takes no function with."""
+    """With a rule for forward-mode gradients, which torch.compile does not accept in a function."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -145,10 +150,10 @@ def fire(shift: Tensor, surrogate: Surrogate | Callable[[Tensor], Tensor], stric
     if isinstance(surrogate, (Surrogate, Scheduled)):
         forward = transformed()
         if not forward and not (torch.is_grad_enabled() and shift.requires_grad):
-            return heaviside(shift, strict)  # a plain operation, which a traced model can be saved with
-        # Alpha as an argument of its own: torch.compile knows a number that changes as one of a graph's inputs alone.
-        of = _ForwardSpike if forward else _Spike
-        spikes: Tensor = of.apply(shift, surrogate.kind, surrogate.alpha, strict)
+            return heaviside(shift, strict)  # a plain operation, so that a traced model can be saved
+        # Alpha is an argument of its own: torch.compile only accepts a changing number as an input of the graph.
+        function = _ForwardSpike if forward else _Spike
+        spikes: Tensor = function.apply(shift, surrogate.kind, surrogate.alpha, strict)
         return spikes
     soft = surrogate(shift)
     return soft + (heaviside(shift, strict) - soft).detach()
@@ -183,16 +188,16 @@ SurrogateLike = str | Mapping[str, Any] | Surrogate | Callable[[Tensor], Tensor]
 
 
 def resolve(surrogate: SurrogateLike) -> Surrogate | Callable[[Tensor], Tensor]:
-    """A name (`"atan"`), one with its alpha, a `Surrogate` or any snnTorch `spike_grad`, as something callable.
+    """The surrogate that a name (`"atan"`), a name with its alpha, a `Surrogate` or a snnTorch `spike_grad` stands for.
 
-    Raises `ValueError` or `TypeError` for anything else, such as a function that makes a `spike_grad` when called.
+    Raises `ValueError` or `TypeError` for anything else, such as a function that has to be called to get a
+    `spike_grad`.
 
     >>> resolve({"kind": "atan", "alpha": 3.0})
     Surrogate(kind='atan', alpha=3.0)
     """
     if isinstance(surrogate, str):
-        if surrogate not in KINDS:
-            raise ValueError(f"surrogate {surrogate!r} is unknown; choose one of {', '.join(KINDS)}")
+        _check_kind(surrogate)
         made: Surrogate = globals()[surrogate]()
         return made
     if isinstance(surrogate, Mapping):
@@ -208,7 +213,7 @@ def resolve(surrogate: SurrogateLike) -> Surrogate | Callable[[Tensor], Tensor]:
 
 
 def _makes_surrogates(surrogate: Callable[..., Any]) -> bool:
-    """Whether something callable is a class, or a function of this module or snnTorch's that makes a surrogate."""
+    """Whether a callable is a class, or one of the functions here or in snnTorch that make a surrogate."""
     if not inspect.isfunction(surrogate):
         return isinstance(surrogate, type)
     ours = surrogate.__module__ == __name__ and surrogate.__name__ in KINDS
@@ -216,7 +221,7 @@ def _makes_surrogates(surrogate: Callable[..., Any]) -> bool:
 
 
 def surrogate_spec(surrogate: SurrogateLike) -> str | dict[str, Any] | None:
-    """The surrogate as it can be written down: its name, with its alpha where that is another; None for a function."""
+    """The surrogate as plain data: its name, with its alpha if that is not the default; None for a function."""
     chosen = resolve(surrogate)
     if not isinstance(chosen, Surrogate):
         return None

@@ -103,7 +103,7 @@ class MaskMixer(nn.Module):
         spec, leak = in_evaluation(self.neuron.spec, channels)
         leak, carrier, standing = pad_to_words(leak), self.neuron.carrier, None
         if carrier is not None:
-            standing = carrier.standing(self.neuron, (qkv.words.shape[1], len(leak)))
+            standing = carrier.membrane_in_place(self.neuron, (qkv.words.shape[1], len(leak)))
         return PackedSpikes(spike_attention(qkv, spec, leak, standing).words, channels)
 
     def _pooled(self, spikes: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class Firing(nn.Module, Streamed):
         neuron = kernels.Neuron(self.inv_tau, *self.constants)
         if self.carrier is None:
             return neuron
-        before = self.carrier.stood(self, shape)
+        before = self.carrier.membrane(self, shape)
         after = torch.empty(
             shape, dtype=torch.promote_types(self.inv_tau.dtype, torch.float32), device=self.inv_tau.device
         )

@@ -412,7 +412,7 @@ def _fired(product: Any, neuron: Any, x: PackedSpikes | Tensor) -> Tensor:
 def _stands(neuron: Any) -> Stands | None:
     """In a stream, what tells kernels where the neuron stands; else it starts at rest."""
     carrier = getattr(neuron, "carrier", None)
-    return None if carrier is None else partial(carrier.standing, neuron)
+    return None if carrier is None else partial(carrier.membrane_in_place, neuron)
 
 
 def _side_by_side(neurons: Sequence[Any], shape: torch.Size) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Neurons that take a whole sequence, what makes such of single-step ones, and streams that hand their state over."""
+"""Neurons that take a whole sequence, a wrapper for single-step neurons, and streams that carry their state."""
 
 from .integer import IntegerNeuron
 from .lif import LIF, NEURONS, NeuronFactory, NeuronLike, ParametricLIF, make_neuron, neuron_options, neuron_spec

@@ -21,7 +21,7 @@ from .stream import Streamed
 
 NeuronFactory = Callable[..., nn.Module]
 NeuronLike = str | Mapping[str, Any] | NeuronFactory
-"""What a block makes its neurons of: a name, a name with options, or a factory; see `make_neuron`."""
+"""How a block is told which neurons to use: a name, a name with options, or a factory; see `make_neuron`."""
 
 
 class LIF(snntorch.Leaky, Streamed):
@@ -29,18 +29,19 @@ class LIF(snntorch.Leaky, Streamed):
 
         h[t] = v[t-1] + (x[t] - v[t-1]) / tau;   s[t] = h[t] >= threshold;   v[t] = reset(h[t], s[t])
 
-    It is snnTorch's `Leaky` with `beta = 1 - 1 / tau` and the input scaled by `1 / tau`; unlike there, a neuron at
-    the threshold fires (`strict=True` restores snnTorch's `>`). Resets are snnTorch's: "zero", "subtract" (one
-    threshold off the next membrane) and "none". `surrogate` is a name, a `Surrogate`, or any snnTorch `spike_grad`.
+    It is snnTorch's `Leaky` with `beta = 1 - 1 / tau` and the input scaled by `1 / tau`; unlike there, a neuron whose
+    membrane equals the threshold fires (`strict=True` restores snnTorch's `>`). Resets are snnTorch's: "zero",
+    "subtract" (the next membrane is lowered by one threshold) and "none". `tau` is in time steps. `surrogate` is a
+    name, a `Surrogate`, or any snnTorch `spike_grad`.
 
-    A call takes a sequence, not snnTorch's single step `spk, mem = lif(x, mem)`, for which there is `step`: the first
-    axis is time, never the batch, and the result is the spikes alone. snnTorch's own NIR export knows nothing of the
-    scaled input and stops at a `LIF`; `sdt_blocks.inference.export_to_nir` does it.
+    A call takes a whole sequence: the first axis is time, never the batch, and the result is the spikes alone. For
+    snnTorch's single step `spk, mem = lif(x, mem)` there is `step`. snnTorch's NIR export does not know the scaled
+    input and rejects a `LIF`; use `sdt_blocks.inference.export_to_nir`.
 
     Shapes: `[T, ...] -> [T, ...]`. The state is float32 under mixed precision.
 
-    Raises `ValueError` where tau < 1, threshold <= 0 or the reset is unknown, and `TypeError` for a tensor as a
-    constant: only `ParametricLIF` learns one.
+    Raises `ValueError` if tau < 1, threshold <= 0 or the reset is unknown, and `TypeError` if a constant is a tensor:
+    only `ParametricLIF` learns one.
 
     >>> LIF(tau=2.0)(torch.ones(4, 8, 16)).shape
     torch.Size([4, 8, 16])
@@ -48,9 +49,9 @@ class LIF(snntorch.Leaky, Streamed):
 
     step_mode = "m"
     states = 1
-    """Numbers kept from one time step to the next."""
+    """How many numbers a neuron keeps from one time step to the next."""
     _scheduled: Scheduled | None = None
-    """Surrogate and time constant as torch.compile is told of them, once one has been set anew."""
+    """The surrogate and time constant as torch.compile sees them, once one of them has been changed."""
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class LIF(snntorch.Leaky, Streamed):
 
     @property
     def spec(self) -> NeuronSpec:
-        """What the ops are told of this layer."""
+        """The neuron's constants, as the ops take them."""
         if self._scheduled is not None and torch.compiler.is_compiling():
             inv_tau = 0.0 if type(self).inv_tau is LIF.inv_tau else self.inv_tau
             return NeuronSpec(
@@ -120,14 +121,14 @@ class LIF(snntorch.Leaky, Streamed):
 
     @property
     def told_surrogate(self) -> Surrogate | Scheduled | Callable[[Tensor], Tensor]:
-        """The surrogate, as a graph may know it: of one that changes, none of its numbers."""
+        """The surrogate as a graph may hold it: `Scheduled`, whose numbers are inputs, once it has changed."""
         return self.surrogate if self._scheduled is None else self._scheduled
 
     def __setattr__(self, name: str, value: Any) -> None:
         known = self.__dict__.get(name)
         super().__setattr__(name, value)
         if name in ("tau", "surrogate") and known is not None and isinstance(self.surrogate, Surrogate):
-            # Graphs hold what has never changed as constants; the first change is the only one that builds them anew.
+            # What has never changed is a constant of a compiled graph; only the first change makes it compile again.
             if self._scheduled is None or self._scheduled.kind != self.surrogate.kind:
                 self._scheduled = Scheduled(self.surrogate, self.tau)
             else:
@@ -143,7 +144,7 @@ class LIF(snntorch.Leaky, Streamed):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Spikes `[T, ...]` for x `[T, ...]`; with `return_membrane` also the last membrane `x.shape[1:]`.
 
-        The membrane is snnTorch's `mem`: the value before the reset. Handed to the next call it continues the sequence
+        The membrane is snnTorch's `mem`: the value before the reset. Passed to the next call, it continues the sequence
         exactly. Raises `ValueError` for an empty sequence or a membrane of another shape, such as a single step's.
         """
         if not isinstance(x, Tensor):
@@ -155,7 +156,7 @@ class LIF(snntorch.Leaky, Streamed):
             )
         carrier = self.carrier if membrane is None else None
         if carrier is not None:
-            membrane = carrier.membrane(self, x)
+            membrane = carrier.membrane(self, x.shape[1:])
         result = lif(x, self.spec, membrane, return_membrane=return_membrane or carrier is not None)
         if carrier is None:
             return result
@@ -183,10 +184,10 @@ class LIF(snntorch.Leaky, Streamed):
 class ParametricLIF(LIF):
     """LIF whose time constant is learnt: `1 / tau = sigmoid(w)` (Fang et al., 2021, https://arxiv.org/abs/2007.05785).
 
-    One scalar `w` a layer, as released, or with `channels=C` one for each channel of `[T, B, C, ...]`. Shapes, and all
-    other options, are those of `LIF`.
+    `w` is one scalar for the layer, as in the released models, or with `channels=C` one for each channel of
+    `[T, B, C, ...]`. Shapes and all other options are those of `LIF`.
 
-    Raises `ValueError` where init_tau <= 1, for which no finite `w` exists, and `TypeError` for a `tau`.
+    Raises `ValueError` if init_tau <= 1, for which no finite `w` exists, and `TypeError` for a `tau`.
 
     >>> ParametricLIF(init_tau=2.0).w
     Parameter containing:
@@ -238,14 +239,14 @@ NEURONS: dict[str, type[LIF]] = {"lif": LIF, "plif": ParametricLIF}
 def make_neuron(neuron: NeuronLike, *, channels: int, threshold: float = 1.0) -> nn.Module:
     """One neuron layer from "lif", "plif", one of them with options, or a factory.
 
-    Options are those of `LIF` or `ParametricLIF`, as in `{"name": "lif", "tau": 3.0, "surrogate": "atan"}`, of which
-    `"threshold"` is a factor of the layer's own (1, and 0.5 for the mask of an attention), and `"channels": True` asks
-    for a time constant a channel. A factory is called with `threshold=`; one that has a `channels` argument without a
-    default gets the layer's width too. What it makes may be a neuron of snnTorch or SpikingJelly, which then runs
-    `over_time`.
+    Options are those of `LIF` or `ParametricLIF`, as in `{"name": "lif", "tau": 3.0, "surrogate": "atan"}`. Here
+    `"threshold"` multiplies the layer's own threshold (1, and 0.5 for the mask of an attention), and `"channels": True`
+    asks for one time constant per channel. A factory is called with `threshold=`; if it has a `channels` argument
+    without a default, it gets the layer's width too. It may make a neuron of snnTorch or SpikingJelly, which is then
+    wrapped by `over_time`.
 
-    Raises `ValueError` for an unknown name or option and `TypeError` for a factory that cannot be called so or makes no
-    module.
+    Raises `ValueError` for an unknown name or option and `TypeError` for a factory that cannot be called like this or
+    does not make a module.
     """
     neuron = neuron_spec(neuron)
     if isinstance(neuron, str | Mapping):
@@ -269,7 +270,7 @@ def make_neuron(neuron: NeuronLike, *, channels: int, threshold: float = 1.0) ->
 
 
 def wants_channels(neuron: NeuronLike) -> bool:
-    """Whether `make_neuron` makes use of the layer's width."""
+    """Whether `make_neuron` uses the layer's width."""
     if isinstance(neuron, str | Mapping):
         return not isinstance(neuron, str) and neuron.get("channels") is True
     parameters = inspect.signature(neuron).parameters
@@ -277,9 +278,9 @@ def wants_channels(neuron: NeuronLike) -> bool:
 
 
 def neuron_spec(neuron: NeuronLike) -> NeuronLike:
-    """The neuron as it can be written down: a name, or a name with options; any other factory as it is.
+    """The neuron as plain data: a name, or a name with options; any other factory is returned unchanged.
 
-    Raises `ValueError` for an unknown name or option and `TypeError` for what makes no neuron.
+    Raises `ValueError` for an unknown name or option and `TypeError` for anything that cannot make neurons.
 
     >>> neuron_spec(partial(LIF, tau=3.0))
     {'name': 'lif', 'tau': 3.0}
@@ -301,7 +302,7 @@ def neuron_spec(neuron: NeuronLike) -> NeuronLike:
     _check_options(name, options)
     if "surrogate" in options:
         spec = surrogate_spec(options["surrogate"])
-        if spec is None:  # a function, which no file can hold
+        if spec is None:  # a function, which cannot be saved
             return partial(NEURONS[name], **options)
         options["surrogate"] = spec
     return {"name": name, **options} if options else name
@@ -316,7 +317,7 @@ def _parts(neuron: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Raises `ValueError` or `TypeError`, also for what no layer could take, once and at the door."""
+    """Raises `ValueError` or `TypeError` for unknown options and for values that no layer accepts."""
     known = neuron_options(name)
     unknown = sorted(str(key) for key in options if key not in known)
     if unknown:
@@ -326,7 +327,7 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
 
 
 def neuron_options(name: str) -> list[str]:
-    """The options of a neuron of the kit."""
+    """The names of the options of a neuron of the kit."""
     own = inspect.signature(NEURONS[name]).parameters
     inherited = inspect.signature(LIF).parameters
     names = dict.fromkeys([*own, *(key for key in inherited if key != "tau" or NEURONS[name] is LIF)])

@@ -1,4 +1,4 @@
-"""Every neuron of a network by another one, the weights kept."""
+"""Replaces every neuron of a network and keeps its weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .stepping import OverTime, fires, states_of, takes_sequence
 def find_neurons(model: nn.Module, extra: Sequence[type[nn.Module]] = ()) -> dict[str, nn.Module]:
     """The neuron layers by name: the kit's, snnTorch's, and modules of the types in `extra`.
 
-    A neuron within another one, such as what `over_time` was given, is a part of that.
+    A neuron inside another one, such as the one that `over_time` wraps, is not listed by itself.
     """
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -36,22 +36,23 @@ def replace_neurons(
     neurons: Sequence[type[nn.Module]] = (),
     inputs: Any = None,
 ) -> nn.Module:
-    """Puts a new neuron in the place of every one of the model, in place; weights and norms stay. Returns the model.
+    """Replaces every neuron of the model in place; weights and norms stay. Returns the model.
 
-    `neuron` is what blocks take: a name, a name with options, or a factory, called with `threshold=`, the threshold
-    that the layer has now. A factory with an argument `old` gets the neuron that goes, and may take over what it likes;
-    one that needs `channels` gets the layer's width, for which `inputs`, something that the model takes, shows it
-    where the neuron itself does not know. Parameters that the old and the new neuron have under one name and in one
-    shape keep their values (the `w` of `ParametricLIF`); all else is the new neuron's. A neuron that stands in
-    several places stays one. `neurons` are types to replace besides the kit's and snnTorch's, called with `[T, ...]`.
+    `neuron` is what blocks take: a name, a name with options, or a factory, called with `threshold=`, the present
+    threshold of the layer. A factory with an argument `old` gets the neuron that it replaces, and may take over
+    anything from it; one that needs `channels` gets the layer's width, which is found by running the model on `inputs`
+    if the old neurons do not tell it. Parameters with the same name and shape in the old and the new neuron keep their
+    values (the `w` of `ParametricLIF`); everything else is the new neuron's. A neuron used in several places is
+    replaced by one neuron. `neurons` are further types to replace, besides the kit's and snnTorch's, that are called
+    with `[T, ...]`.
 
-    In a network that calls its neurons step by step, as snnTorch's do, a `LIF` or `ParametricLIF` is called as
-    `snntorch.Leaky` is, with the membrane given or hidden, and `snntorch.utils.reset` resets it. Any other neuron of
-    snnTorch takes the place of one that has as many states; `init_hidden` and `output` are passed on.
+    If the network calls its neurons step by step, as snnTorch's do, a `LIF` or `ParametricLIF` is called like
+    `snntorch.Leaky`, with the membrane passed or hidden, and `snntorch.utils.reset` resets it. Any other neuron of
+    snnTorch can replace one with the same number of states; `init_hidden` and `output` are passed on.
 
-    The model is unchanged where this raises: `ValueError` where there is no neuron, or one has hooks, learnt parameters
-    or a threshold a channel that would be lost, or a width that nobody knows; `TypeError` for a factory that does not
-    fit the way in which the network calls its neurons.
+    Raises `ValueError` if there is no neuron, if hooks, learnt parameters or a threshold per channel would be lost, or
+    if a width is unknown, and `TypeError` for a factory that does not fit the way in which the network calls its
+    neurons. The model is then unchanged.
 
     >>> model = replace_neurons(create_model("sdt_2_256", dim=32), {"name": "plif", "init_tau": 3.0})
     >>> model.blocks[0].attention.branch.mixer.neuron
@@ -79,7 +80,7 @@ def replace_neurons(
 
 
 def _successor(name: str, old: nn.Module, neuron: NeuronLike, channels: int | None) -> nn.Module:
-    """The new neuron for the place of the old one."""
+    """The neuron that replaces the old one."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(old, kind) for kind in hooks):
         raise ValueError(f"{name} has hooks, which would go with it; remove them first, and hook the new neuron")
@@ -101,7 +102,7 @@ def _successor(name: str, old: nn.Module, neuron: NeuronLike, channels: int | No
 
 
 def _in_steps(name: str, old: nn.Module, new: nn.Module) -> nn.Module:
-    """The new neuron for a network that calls it once a step, as it calls the old one."""
+    """The new neuron in a form that can be called once a step, as the old one is."""
     new = new.neuron if isinstance(new, OverTime) else new
     if not isinstance(old, SpikingNeuron):
         if takes_sequence(new):
@@ -157,7 +158,7 @@ def _keep_learnt(name: str, old: nn.Module, new: nn.Module) -> None:
 
 
 def _bare(neuron: nn.Module) -> Mapping[str, nn.Parameter]:
-    """Parameters by name, as they are called within what wraps the neuron."""
+    """A neuron's parameters by name, without the prefix of a wrapper."""
     wrapped = isinstance(neuron, OverTime | InSteps)
     return {key.removeprefix("neuron.") if wrapped else key: value for key, value in neuron.named_parameters()}
 
@@ -193,12 +194,12 @@ def _widths(model: nn.Module, found: Mapping[str, nn.Module], neuron: NeuronLike
 
 
 class InSteps(snntorch.Leaky):
-    """A `LIF` called as snnTorch's `Leaky` is, once a time step: `spikes, membrane = neuron(x, membrane)`.
+    """A `LIF` that is called like snnTorch's `Leaky`, once a time step: `spikes, membrane = neuron(x, membrane)`.
 
-    With `init_hidden` it keeps the membrane itself, until `reset_mem` or `snntorch.utils.reset`, and gives the spikes
+    With `init_hidden` it keeps the membrane itself, until `reset_mem` or `snntorch.utils.reset`, and returns the spikes
     alone unless `output` is set.
 
-    Shapes: x `[B, ...]`, the membrane like it.
+    Shapes: x, spikes and membrane `[B, ...]`.
 
     >>> InSteps(LIF(tau=2.0))(torch.ones(1, 3))
     (tensor([[0., 0., 0.]]), tensor([[0.5000, 0.5000, 0.5000]]))

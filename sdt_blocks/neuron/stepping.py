@@ -1,4 +1,4 @@
-"""Neurons of other libraries, which take one time step a call and remember it, where whole sequences are meant."""
+"""Neurons of other libraries, which take one time step a call and keep their state, as neurons for whole sequences."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .stream import Streamed
 
 
 def over_time(neuron: nn.Module) -> nn.Module:
-    """A neuron that takes single steps as one that takes a whole sequence, without memory between calls.
+    """Wraps a neuron that takes single steps so that it takes a whole sequence, without memory between calls.
 
-    It knows snnTorch's neurons (`Leaky`, `Synaptic`, `Alpha`, `Lapicque`, `RLeaky` and all that have `reset_mem`),
-    SpikingJelly's (`step_mode` and `reset`, single-step or multi-step), and an `nn.Sequential` with such. Of a tuple
-    the first entry is the spikes. Blocks do this by themselves for what their neuron factory makes. A neuron that takes
-    sequences and remembers nothing is given back as it is.
+    It knows snnTorch's neurons (`Leaky`, `Synaptic`, `Alpha`, `Lapicque`, `RLeaky` and all others with `reset_mem`),
+    SpikingJelly's (`step_mode` and `reset`, single-step or multi-step), and an `nn.Sequential` of such neurons. If a
+    neuron returns a tuple, its first entry is the spikes. Blocks wrap what their neuron factory makes by themselves. A
+    neuron that takes sequences and has no memory is returned unchanged.
 
     Shapes: `[T, ...] -> [T, ...]`.
 
-    Raises `TypeError` for what is no module, and for a module whose memory nobody knows how to clear.
+    Raises `TypeError` if the argument is not a module, or has a memory that cannot be cleared.
 
     >>> import snntorch
     >>> over_time(snntorch.Leaky(beta=0.9))(torch.full((4, 2, 8), 0.5)).mean((1, 2))
@@ -46,11 +46,11 @@ def over_time(neuron: nn.Module) -> nn.Module:
 
 
 _ONE_AT_A_TIME = threading.RLock()
-"""Within a call a neuron remembers: threads that share a network take turns."""
+"""A neuron keeps its state during a call, so threads that share a network take turns."""
 
 
 class OverTime(nn.Module, Streamed):
-    """What `over_time` makes of `neuron`."""
+    """The wrapper that `over_time` puts around `neuron`."""
 
     def __init__(self, neuron: nn.Module) -> None:
         super().__init__()
@@ -59,18 +59,18 @@ class OverTime(nn.Module, Streamed):
 
     @property
     def states(self) -> int:
-        """How many numbers each neuron keeps within a call."""
+        """How many numbers a neuron keeps from one time step to the next."""
         return states_of(self.neuron)
 
     @property
     def emits(self) -> str:
-        """ "spikes" where the neuron is known to give zeros and ones alone."""
+        """ "spikes" if the neuron is known to return only zeros and ones, else "real"."""
         graded = torch.as_tensor(getattr(self.neuron, "graded_spikes_factor", 2.0))
         return "spikes" if _fires_as_snntorch(self.neuron) and bool((graded == 1).all()) else "real"
 
     @property
     def apart(self) -> bool:
-        """Whether the samples of a batch are known to stay apart."""
+        """Whether the samples of a batch are known not to influence each other."""
         return self.emits == "spikes"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class OverTime(nn.Module, Streamed):
                 return self._run_anew(x)
             with _ONE_AT_A_TIME:
                 return self._run_anew(x)
-        # A stream's state lies in a neuron of its own, which no other call can touch.
+        # The state of a stream is a neuron of its own, so that no other call can change it.
         neuron = copy.deepcopy(self.carrier.state(self) or self.neuron)
         spikes = self._run(neuron, x)
         self.carrier.keep_state(self, neuron)
@@ -95,8 +95,8 @@ class OverTime(nn.Module, Streamed):
         finally:
             _clear(self.neuron)
 
-    def held(self, state: nn.Module) -> dict[str, Tensor]:
-        """What the neuron and its parts keep beside what is saved with them: buffers, attributes, memories."""
+    def tensors_of(self, state: nn.Module) -> dict[str, Tensor]:
+        """The tensors that the neuron and its parts keep but do not save: buffers, attributes, memories."""
         found: dict[str, Tensor] = {}
         for path, module in state.named_modules():
             passing = {key: module._buffers[key] for key in module._non_persistent_buffers_set}
@@ -105,8 +105,8 @@ class OverTime(nn.Module, Streamed):
             found |= {f"{path}.{key}".lstrip("."): value for key, value in tensors.items()}
         return found
 
-    def holding(self, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """A copy of the neuron that keeps these tensors."""
+    def state_of(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """A copy of the neuron with these tensors as its state."""
         neuron = copy.deepcopy(self.neuron)
         for name, value in tensors.items():
             path, _, key = name.rpartition(".")
@@ -116,15 +116,15 @@ class OverTime(nn.Module, Streamed):
             place[key] = value
         return neuron
 
-    def resting(self, name: str) -> float:
-        """What a tensor of a state holds at the start: SpikingJelly's neurons say it, others start at zero."""
+    def initial(self, name: str) -> float:
+        """The value of a state's tensor at the start: SpikingJelly's neurons tell it, others start at zero."""
         path, _, key = name.rpartition(".")
         value = getattr(self.neuron.get_submodule(path), "_memories_rv", {}).get(key, 0.0)
         return float(value) if isinstance(value, int | float) else 0.0
 
     @torch.no_grad()
     def evaluate(self, x: Tensor) -> Tensor:
-        """`forward(x)` without gradients: the same spikes, in few passes over memory for snnTorch's Leaky.
+        """`forward(x)` without gradients: the same spikes, with fewer passes over memory for snnTorch's Leaky.
 
         U[t] = beta U[t-1] + x[t] - threshold S[t-1]     or, with reset "zero", beta (1 - S[t-1]) U[t-1] + x[t]
         S[t] = U[t] > threshold
@@ -136,7 +136,7 @@ class OverTime(nn.Module, Streamed):
         beta, threshold, reset = neuron.beta.clamp(0, 1), float(neuron.threshold), neuron.reset_mechanism
         fired, membrane = torch.empty_like(x), torch.zeros_like(x[0])
         before = torch.zeros_like(membrane)
-        # In the order of snnTorch's own additions, so that they round alike.
+        # In the order of snnTorch's own additions, so that the rounding is the same.
         for x_t, spikes_t in zip(x, fired, strict=True):
             if reset == "zero":
                 membrane.masked_fill_(before != 0, 0.0)
@@ -154,9 +154,9 @@ class OverTime(nn.Module, Streamed):
 
 
 def _fires_as_snntorch(neuron: Any) -> bool:
-    """Whether what a neuron gives is a step function, by code of snnTorch alone: no other forward, no other surrogate.
+    """Whether a neuron fires by snnTorch's own step function: no other forward, no other surrogate.
 
-    A surrogate is whatever its user makes it: one that is no step gives other values than zeros and ones.
+    A user's own surrogate need not be a step in its forward, and may give other values than zeros and ones.
     """
     if not isinstance(neuron, SpikingNeuron) or {"forward", "fire", "fire_inhibition"} & vars(neuron).keys():
         return False
@@ -166,7 +166,7 @@ def _fires_as_snntorch(neuron: Any) -> bool:
 
 
 def is_plain_leaky(neuron: Any) -> bool:
-    """Whether a neuron does what `evaluate` computes: a `Leaky` without options that change its spikes."""
+    """Whether `evaluate` computes what this neuron does: it is a `Leaky` without options that change its spikes."""
     if type(neuron) is not snntorch.Leaky or neuron.state_quant or neuron.inhibition or not neuron.reset_delay:
         return False
     if not _fires_as_snntorch(neuron):
@@ -178,24 +178,24 @@ def is_plain_leaky(neuron: Any) -> bool:
 
 
 _DETERMINISTIC = ("atan", "fast_sigmoid", "sigmoid", "triangular")
-"""snnTorch's surrogates whose forward is the Heaviside step; others draw spikes at random, or are anybody's own."""
+"""snnTorch's surrogates whose forward is the Heaviside step; others draw spikes at random or are user-defined."""
 
 
 def fires(module: nn.Module) -> bool:
-    """Whether a module is a layer of neurons: one of the kit's, what `over_time` has made, or any of snnTorch's."""
+    """Whether a module is a layer of neurons: one of the kit's, one wrapped by `over_time`, or any of snnTorch's."""
     snntorchs = any(cls.__module__.startswith("snntorch._neurons.") for cls in type(module).__mro__)
     return snntorchs or isinstance(module, Streamed | IntegerNeuron)
 
 
 def clear_hidden(model: nn.Module) -> None:
-    """Clears the state of snnTorch's neurons that keep it from one call of the model to the next (`init_hidden`)."""
+    """Clears the state of snnTorch's neurons that keep it between calls of the model (`init_hidden`)."""
     for module in model.modules():
         if getattr(module, "init_hidden", False) and hasattr(module, "reset_mem"):
             module.reset_mem()  # type: ignore[operator]
 
 
 def takes_sequence(neuron: nn.Module) -> bool:
-    """Whether the neuron takes `[T, B, ...]` in one call; a foreign one may say so by `step_mode`, "m" or "s"."""
+    """Whether the neuron takes `[T, B, ...]` in one call; other libraries' may say so by `step_mode`, "m" or "s"."""
     if isinstance(neuron, nn.Sequential):
         return all(takes_sequence(layer) for layer in neuron)
     mode = getattr(neuron, "step_mode", None)
@@ -203,7 +203,7 @@ def takes_sequence(neuron: nn.Module) -> bool:
 
 
 def remembers(neuron: nn.Module) -> bool:
-    """Whether a neuron has a memory from one call to the next."""
+    """Whether a neuron keeps a state from one call to the next."""
     if isinstance(neuron, nn.Sequential):
         return any(remembers(layer) for layer in neuron)
     return _forget(neuron) is not None
@@ -212,8 +212,8 @@ def remembers(neuron: nn.Module) -> bool:
 def states_of(neuron: nn.Module) -> int:
     """How many numbers each neuron of a layer keeps from one time step to the next.
 
-    A layer may say so itself, as `states`. SpikingJelly's name their memories, snnTorch's take their states beside the
-    input; of others one is known, the membrane.
+    A layer may say so itself, as `states`. SpikingJelly's neurons name their memories, snnTorch's take their states
+    next to the input; any other is taken to have one, the membrane.
 
     >>> import snntorch
     >>> [states_of(neuron) for neuron in (LIF(), snntorch.Synaptic(alpha=0.9, beta=0.8), IntegerNeuron())]
@@ -231,7 +231,7 @@ def states_of(neuron: nn.Module) -> int:
 
 
 def spikes_of(output: Any, owner: str = "a neuron") -> Tensor:
-    """The spikes in a neuron's output, which may come with its state behind them."""
+    """The spikes in a neuron's output, which may be a tuple of the spikes and the state."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
@@ -240,7 +240,7 @@ def spikes_of(output: Any, owner: str = "a neuron") -> Tensor:
 
 
 def _forget(neuron: nn.Module) -> Callable[[], Any] | None:
-    """What clears the neuron's memory, if it has one."""
+    """The method that clears the neuron's memory, if it has one."""
     name = "reset" if hasattr(neuron, "step_mode") else "reset_mem"
     clear: Callable[[], Any] | None = getattr(neuron, name, None)
     return clear if callable(clear) else None

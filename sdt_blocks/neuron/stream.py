@@ -1,4 +1,4 @@
-"""A sequence cut into chunks: every neuron goes on where the chunk before left it."""
+"""Runs a sequence in chunks: every neuron continues from the state in which the previous chunk left it."""
 
 from __future__ import annotations
 
@@ -10,56 +10,57 @@ import torch
 from torch import Tensor, nn
 
 Samples = int | Sequence[int] | Tensor
-"""Places in a batch: one, several, or a mask of all."""
+"""Positions in a batch: one, several, or a mask over all."""
 
 
 class Streamed:
-    """A neuron whose state a `Stream` hands over from chunk to chunk."""
+    """A neuron whose state a `Stream` carries from chunk to chunk."""
 
     carrier: Stream | None = None
+    """The stream that the neuron runs in at present."""
 
-    def held(self, state: Any) -> dict[str, Tensor]:
+    def tensors_of(self, state: Any) -> dict[str, Tensor]:
         """The tensors of a state by name, each with the samples of the batch on its first axis."""
         return {"membrane": state}
 
-    def holding(self, tensors: Mapping[str, Tensor]) -> Any:
-        """The state that has these tensors."""
+    def state_of(self, tensors: Mapping[str, Tensor]) -> Any:
+        """The state that consists of these tensors."""
         return tensors["membrane"]
 
-    def resting(self, name: str) -> float:
-        """What a tensor of a state holds at the start."""
+    def initial(self, name: str) -> float:
+        """The value of a state's tensor at the start."""
         return 0.0
 
 
 class Stream:
-    """Runs a model on one chunk of frames after the other, as if they came in one piece.
+    """Runs a model on one chunk of frames after another, as if they came in one piece.
 
-    `push` takes frames as they come and gives the answer so far. Or the stream is called like the model in eval mode,
-    and gives what the model makes of the chunk, or is used as a context within which the model (and what it is made
-    of) may be called in any way. Either way membranes go on from the call before, and spikes and membranes are those
-    of the uncut sequence. What the model averages over time it averages over the chunk, and whatever else in it looks
-    at time steps beside the neurons (a parameter for each step, a delay, a difference) sees those of the chunk alone,
-    from the first on: such a model gives other answers in pieces, and so does one with neurons that nobody knows for
-    such. There are no gradients.
+    There are three ways to use it. `push` takes frames as they arrive and returns the answer so far. Called like the
+    model, the stream returns the model's output for the chunk. As a context, it lets the model and its parts be called
+    in any way. In each case membranes continue from the previous call, so that spikes and membranes are those of the
+    whole sequence. The model's own average over time covers the chunk only, and anything else in it that depends on
+    time steps (a parameter for each step, a delay, a difference) sees only those of the chunk: such a model answers
+    differently in pieces, and so does one whose neurons are of an unknown type. There are no gradients.
 
-    The model may be of any family, mixed, or one of the forms of `optimize_for_inference`. Equal to the bit are what
-    neurons, additions of events and sums of whole numbers give, and with `exact=True` all of it; a product of a library
-    may round otherwise for other numbers of rows, so that a membrane within rounding of its threshold could fire in
-    one and not in the other.
+    The model may be of any family, mixed, or one of the forms of `optimize_for_inference`. Neurons, additions of events
+    and sums of whole numbers give the same bits as on the whole sequence, and with `exact=True` everything does. A
+    library's matrix product may round differently for another number of rows, so that a membrane within rounding of its
+    threshold could fire in one case and not in the other.
 
-    The batch holds several streams, of which `reset` starts one or all anew. `state_dict` and `load_state_dict` save
-    and restore where they stand. With `window` the answer so far is that of the last frames alone, and memory does not
-    grow; without it the logits of all frames since the start are kept. `to_frames` makes frames `[n, C, H, W]` of what
-    `push` gets in the place of a tensor, such as raw events of one stream (`sdt_datasets.events.FramesOfEvents`).
+    A batch holds several streams; `reset` restarts one or all of them. `state_dict` and `load_state_dict` save and
+    restore their states. With `window` the answer so far is that of the last `window` frames, and memory does not grow;
+    without it the logits of all frames since the start are kept. `to_frames` turns anything that is not a tensor and is
+    passed to `push` into frames `[n, C, H, W]`, such as raw events of one stream
+    (`sdt_datasets.events.FramesOfEvents`).
 
-    An error leaves the states as they were before the call, or the context. Outside of the stream the model has no
-    memory, as ever.
+    An error leaves the states as they were before the call, or before the context. Outside the stream the model has no
+    memory, as usual.
 
-    Shapes: those of the model; the batch must be the same for all chunks.
+    Shapes: those of the model; the batch size must be the same for all chunks.
 
-    Raises `TypeError` for a model whose memory cannot be handed over: one that is compiled, has one neuron in two
-    places, or calls it twice, or has layers with a state of their own, such as `nn.LSTM`, and `ValueError` for a window
-    below one frame. Raises `RuntimeError` in training mode, where a chunk's norms would differ from the sequence's.
+    Raises `TypeError` for a model whose state cannot be carried over: it is compiled, has one neuron in two places or
+    calls it twice, or has layers with a state of their own, such as `nn.LSTM`. Raises `ValueError` for a window below
+    one frame, and `RuntimeError` in training mode, where a chunk's norms would differ from the sequence's.
 
     >>> block = SpikingMLP(8).eval()
     >>> stream, x = Stream(block), torch.randn(4, 2, 8, 3, 3)
@@ -135,25 +136,25 @@ class Stream:
         self._asked = None
 
     def _note(self, asked: set[Streamed] | None) -> None:
-        """The neurons that the model has called in this call of it; `None` outside of one."""
+        """Sets which neurons the model has called during its present call; `None` outside a call."""
         self._asked = asked
 
     # ---- the answer so far
 
     @property
     def seen(self) -> Tensor:
-        """How many frames `push` has had of each stream since its start `[B]`."""
+        """How many frames of each stream `push` has taken since its start `[B]`."""
         return self._seen
 
     def push(self, frames: Any) -> Any:
-        """Takes the next frame `[B, C, H, W]` of each stream, or several `[B, T, C, H, W]`; gives the answer so far.
+        """Takes the next frame `[B, C, H, W]` of each stream, or several `[B, T, C, H, W]`; returns the answer so far.
 
-        That is the mean of the model's logits over all frames since the start, or the last ones of the `window`:
-        `[B, K]`, a tuple of such where the model has several heads. What `to_frames` is given may be no whole frame
-        yet: then the answer is the one before, `None` at first.
+        That is the mean of the model's logits over all frames since the start, or over those of the `window`:
+        `[B, K]`, or a tuple of such tensors if the model has several heads. If the input does not yet make a whole
+        frame for `to_frames`, the previous answer is returned, `None` at first.
 
         Raises `ValueError` for frames of another shape or another number of streams, and `TypeError` for a model
-        whose output is no logits.
+        whose output is not logits.
         """
         if self.to_frames is not None and not isinstance(frames, Tensor):
             frames = torch.as_tensor(self.to_frames(frames)).unsqueeze(0)
@@ -179,7 +180,7 @@ class Stream:
         return self.answer()
 
     def answer(self) -> Any:
-        """The answer so far. Raises `RuntimeError` before the first frame, of any stream."""
+        """The answer so far. Raises `RuntimeError` until every stream has had its first frame."""
         if not self._logits or not bool((self._seen > 0).all()):
             waiting = (self._seen == 0).nonzero().flatten().tolist()
             raise RuntimeError(f"no frame has been pushed yet{f' to {waiting}' if waiting else ''}")
@@ -199,7 +200,7 @@ class Stream:
     # ---- the streams of a batch
 
     def reset(self, samples: Samples | None = None) -> None:
-        """Starts new sequences: all of them, with a batch of any size, or those at `samples` alone.
+        """Starts new sequences: for all streams, with any batch size from then on, or only for those at `samples`.
 
         Raises `IndexError` for a sample that is not in the batch.
         """
@@ -218,7 +219,7 @@ class Stream:
             self._seen = self._seen.index_fill(0, at, 0)
 
     def keep(self, samples: Samples) -> None:
-        """Goes on with the streams at `samples` alone, in that order: the batch becomes as small.
+        """Continues with only the streams at `samples`, in that order: the batch shrinks to them.
 
         Raises `IndexError` for a sample that is not in the batch.
         """
@@ -229,17 +230,17 @@ class Stream:
         self._seen = self._seen[at] if len(self._seen) else self._seen
 
     def _each(self, change: Callable[[Tensor, float], Tensor]) -> dict[Streamed, Any]:
-        """The states with every tensor changed, given what it holds at the start."""
+        """The states with `change(tensor, its initial value)` in the place of every tensor."""
         return {
-            neuron: neuron.holding(
-                {name: change(tensor, neuron.resting(name)) for name, tensor in neuron.held(state).items()}
+            neuron: neuron.state_of(
+                {name: change(tensor, neuron.initial(name)) for name, tensor in neuron.tensors_of(state).items()}
             )
             for neuron, state in self._states.items()
         }
 
     def _places(self, samples: Samples) -> Tensor:
-        held = (tensor for neuron, state in self._states.items() for tensor in neuron.held(state).values())
-        batch = len(self._seen) or next((len(tensor) for tensor in held), 0)
+        tensors = (tensor for neuron, state in self._states.items() for tensor in neuron.tensors_of(state).values())
+        batch = len(self._seen) or next((len(tensor) for tensor in tensors), 0)
         if not batch:
             raise IndexError("no frame has come yet, so there is no sample to name")
         at = torch.as_tensor(samples).flatten()
@@ -251,8 +252,8 @@ class Stream:
         return at.long().cpu()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the streams stand, as tensors and plain values, for `torch.save` and `load_state_dict`."""
-        neurons = {self._names[neuron]: dict(neuron.held(state)) for neuron, state in self._states.items()}
+        """The state of the streams as tensors and plain values, for `torch.save` and `load_state_dict`."""
+        neurons = {self._names[neuron]: dict(neuron.tensors_of(state)) for neuron, state in self._states.items()}
         return {
             "model": type(self.model).__name__,
             "neurons": neurons,
@@ -261,35 +262,34 @@ class Stream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from where `state_dict` was taken. Raises `ValueError` for the state of another model or form."""
+        """Continues from a state that `state_dict` returned. Raises `ValueError` for that of another model or form."""
         by_name = {name: neuron for neuron, name in self._names.items()}
         parts = {"model", "neurons", "logits", "seen"}
         missing, unknown = parts - state.keys(), set(state.get("neurons", ())) - by_name.keys()
-        ours = type(self.model).__name__
-        if missing or unknown or state["model"] != ours:
-            why = f"it lacks {', '.join(sorted(missing))}" if missing else f"it is of a {state['model']}, not a {ours}"
-            if not missing and state["model"] == ours:
-                why = f"the model has no neuron {', '.join(sorted(unknown))}"
+        ours, why = type(self.model).__name__, None
+        if missing:
+            why = f"it lacks {', '.join(sorted(missing))}"
+        elif state["model"] != ours:
+            why = f"it is of a {state['model']}, not a {ours}"
+        elif unknown:
+            why = f"the model has no neuron {', '.join(sorted(unknown))}"
+        if why:
             raise ValueError(f"this is no state of such a stream: {why}; restore it to the model and form it came from")
-        self._states = {by_name[name]: by_name[name].holding(held) for name, held in state["neurons"].items()}
+        self._states = {by_name[name]: by_name[name].state_of(tensors) for name, tensors in state["neurons"].items()}
         self._logits = deque((tuple(logits) for logits in state["logits"]), maxlen=self.window)
         self._seen = state["seen"]
 
-    # ---- what neurons ask
+    # ---- called by neurons
 
-    def membrane(self, neuron: Streamed, x: Tensor) -> Tensor | None:
-        """Where the neuron stood after the chunk before x `[T, ...]`; `None` at the start."""
-        return self.stood(neuron, x.shape[1:])
+    def membrane_in_place(self, neuron: Streamed, shape: Sequence[int]) -> Tensor:
+        """The neuron's membrane, for a kernel that overwrites it with the one after the chunk; zeros at the start."""
+        before = self.membrane(neuron, shape)
+        membrane = torch.zeros(shape) if before is None else before.clone()
+        self.keep_state(neuron, membrane)
+        return membrane
 
-    def standing(self, neuron: Streamed, shape: Sequence[int]) -> Tensor:
-        """Where the neuron stood, for a kernel that leaves there where it stands next; zeros at the start."""
-        stood = self.stood(neuron, shape)
-        stands = torch.zeros(shape) if stood is None else stood.clone()
-        self.keep_state(neuron, stands)
-        return stands
-
-    def stood(self, neuron: Streamed, shape: Sequence[int]) -> Tensor | None:
-        """Where the neuron stood, a membrane of this shape; `None` at the start."""
+    def membrane(self, neuron: Streamed, shape: Sequence[int]) -> Tensor | None:
+        """The neuron's membrane after the previous chunk, of this shape; `None` at the start."""
         membrane: Tensor | None = self.state(neuron)
         if membrane is not None and membrane.shape != tuple(shape):
             raise ValueError(
@@ -299,7 +299,7 @@ class Stream:
         return membrane
 
     def state(self, neuron: Streamed) -> Any:
-        """What was kept for the neuron last; `None` at the start."""
+        """The neuron's state after the previous chunk; `None` at the start."""
         if self._asked is not None:
             if neuron in self._asked:
                 raise TypeError(
@@ -324,7 +324,7 @@ def _one_by_one(frames: Tensor) -> Sequence[Tensor]:
 
 
 def _logits_of(output: Any, batch: int, owner: str) -> tuple[Tensor, ...]:
-    """The logits `[B, K]` of one frame, of each head; a model may give those of every step `[1, B, K]`."""
+    """The logits `[B, K]` of each head for one frame; a model may return those of every step `[1, B, K]`."""
     heads = output if isinstance(output, tuple | list) else (output,)
     found = [head[0] if isinstance(head, Tensor) and head.ndim == 3 and len(head) == 1 else head for head in heads]
     if not found or not all(isinstance(head, Tensor) and head.ndim == 2 and len(head) == batch for head in found):
@@ -336,6 +336,7 @@ def _logits_of(output: Any, batch: int, owner: str) -> tuple[Tensor, ...]:
 
 
 def _obstacle(module: nn.Module) -> str | None:
+    """Why a module cannot run in a stream, if it cannot."""
     if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
         return "it is compiled; stream the model that was compiled"
     if isinstance(module, nn.RNNBase):
