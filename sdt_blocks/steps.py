@@ -1,8 +1,8 @@
-"""The steps that a block's `forward` is made of: one fused op each in training, one node each of an inference plan.
+"""The steps that a block's `forward` is made of: each is one fused op in training and one node of an inference plan.
 
-A block calls these, `+` and its submodules, and branches on its settings alone, never on a tensor. In training every
-step is eager Python. Under `torch.fx` tracing a step is noted with the leaves that it was given (units, neurons,
-mixers, poolings), which own their folded and event-driven forms; see `sdt_blocks.inference`.
+A block calls these, `+` and its submodules, and branches only on its settings, never on a tensor. In training every
+step is eager Python. `torch.fx` tracing records a step with the leaves that it was given (units, neurons, mixers,
+poolings), which have folded and event-driven forms of their own; see `sdt_blocks.inference`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def step(function: Function) -> Function:
-    """Marks a function of modules and tensors as a step: tracing notes the call instead of looking into it."""
+    """Marks a function of modules and tensors as a step: tracing records the call and does not enter it."""
 
     signature = inspect.signature(function)
 
@@ -44,7 +44,7 @@ def step(function: Function) -> Function:
 
 
 def _by_name(tracer: Any, given: tuple[Any, ...]) -> Any:
-    """The arguments of a traced step, its modules as their names for a tracer that takes no modules."""
+    """The arguments of a traced step; modules are replaced by their names unless the tracer takes modules."""
 
     def named(value: Any) -> Any:
         if not isinstance(value, nn.Module):
@@ -55,10 +55,10 @@ def _by_name(tracer: Any, given: tuple[Any, ...]) -> Any:
 
 
 class Unit(nn.Module):
-    """Weights and the batch normalization behind them, on frames: `norm(conv(x))`.
+    """Weights followed by a batch normalization, on frames: `norm(conv(x))`.
 
-    `conv` is linear in its frames and `norm` an `nn.BatchNorm2d`, so that training can join the norm with the neuron
-    behind it; `fold` gives both as one convolution.
+    `conv` is linear and `norm` an `nn.BatchNorm2d`, so that training can fuse the norm with the neuron that follows.
+    For inference, `kernel` and `chain` give `conv` as plain convolutions.
 
     Shapes: `[N, C, H, W] -> [N, C', H', W']`.
     """
@@ -71,11 +71,11 @@ class Unit(nn.Module):
         return normalized
 
     def kernel(self) -> nn.Conv2d | None:
-        """`conv` as one convolution, `None` where it is none, or has other layers than the unit was built with."""
+        """`conv` as one convolution; `None` if it is not one, or if its layers are not those that the unit built."""
         return self.conv if isinstance(self.conv, nn.Conv2d) else None
 
     def chain(self) -> list[nn.Conv2d] | None:
-        """`conv` as convolutions one after the other in eval mode, `None` where it is one, or no such chain."""
+        """`conv` as a chain of convolutions in eval mode; `None` if it is a single one, or no such chain."""
         if type(self.conv) is not nn.Sequential:
             return None
         layers: Any = list(self.conv)
@@ -87,9 +87,9 @@ class Unit(nn.Module):
 
 @step
 def present(x: Tensor, time_steps: int, channels: int) -> Tensor:
-    """Images `[B, C, H, W]` shown at every step, or frames `[B, T, C, H, W]` with any T >= 1, as `[T, B, C, H, W]`.
+    """A sequence `[T, B, C, H, W]`: images `[B, C, H, W]` shown at every step, or frames `[B, T, C, H, W]`, any T >= 1.
 
-    Raises `ValueError` unless x has `channels` channels and no empty axis, `TypeError` for whole numbers.
+    Raises `ValueError` unless x has `channels` channels and no empty axis, `TypeError` for integer tensors.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"expected a tensor of images or frames, got {type(x).__name__}")
@@ -104,7 +104,7 @@ def present(x: Tensor, time_steps: int, channels: int) -> Tensor:
 
 @step
 def check_sequence(x: Tensor, channels: int, owner: str) -> None:
-    """Raises `ValueError` unless x is `[T, B, channels, H, W]` with nothing empty."""
+    """Raises `ValueError` unless x is `[T, B, channels, H, W]` without an empty axis, `TypeError` for no tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{owner} expects a tensor [T, B, {channels}, H, W], got {type(x).__name__}")
     if x.ndim != 5 or x.shape[2] != channels or 0 in x.shape:
@@ -115,11 +115,11 @@ def check_sequence(x: Tensor, channels: int, owner: str) -> None:
 def project(unit: Any, x: Tensor) -> Tensor:
     """`unit(frame)` for every frame of x `[T, B, C, H, W]`: a membrane `[T, B, C', H', W']`.
 
-    `unit` is a `Unit`, or any module for `[N, C, H, W]`. Spikes among x are kept for the gradient at one bit each.
+    `unit` is a `Unit`, or any module for `[N, C, H, W]`. Spikes are kept for the gradient at one bit each.
     """
     if not is_unit(unit):
         _tell_unfused(unit)
-        # In training a module as a whole may tell frames apart that are the same.
+        # In training an arbitrary module may treat identical frames differently.
         y = per_frame(unit, x if unit.training else _shown(x))
         return y.expand(len(x), *y.shape[1:])
     return normalize(unit.norm, _convolve(unit, x), len(x))
@@ -127,9 +127,9 @@ def project(unit: Any, x: Tensor) -> Tensor:
 
 @step
 def fire(neuron: nn.Module, membrane: Tensor) -> Tensor:
-    """Spikes of a membrane `[T, ...]`.
+    """Spikes `[T, ...]` of a membrane `[T, ...]`.
 
-    Raises `TypeError` for a neuron that takes single steps, or keeps a memory from one call to the next.
+    Raises `TypeError` for a neuron that takes single steps, or keeps a state from one call to the next.
     """
     if remembers(neuron):
         name = type(neuron).__name__
@@ -150,10 +150,11 @@ def project_and_fire(unit: Any, neuron: nn.Module, x: Tensor) -> Tensor:
 
 @step
 def project_and_mix(units: Sequence[Any], neurons: Sequence[nn.Module], mixer: Any, spikes: Tensor) -> Tensor:
-    """`mixer(*(project_and_fire(unit, neuron, spikes) ...))`: q, k and v, and what an attention makes of them.
+    """`mixer(*(project_and_fire(unit, neuron, spikes) ...))`: q, k and v, and the attention's mixing of them.
 
-    One op where the mixer has one: its `fused(norms, neurons, x)`, given what the units' convolutions have made, may
-    return `None`. A mixer with a hook, or with a forward that its `fused` does not know, is called.
+    If the mixer has `fused(norms, neurons, x)`, it gets the outputs x of the units' convolutions and computes all of it
+    as one op, or returns `None` if it cannot. A mixer with a hook, or with a forward that its `fused` does not know, is
+    called instead.
     """
     mixed = None
     if _has_fused(mixer) and all(map(is_unit, units)):
@@ -172,7 +173,7 @@ def project_and_mix(units: Sequence[Any], neurons: Sequence[nn.Module], mixer: A
 
 @step
 def pool(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(frame)` for every frame of x, by the fused op where it is the 3x3 maximum of stride 2."""
+    """`layer(frame)` for every frame of x `[T, B, C, H, W]`; the 3x3 maximum of stride 2 is a fused op."""
     if is_plain(layer, nn.Identity):
         return x
     if is_plain(layer, nn.MaxPool2d) and halves(layer):
@@ -183,9 +184,9 @@ def pool(layer: nn.Module, x: Tensor) -> Tensor:
 
 @step
 def shortcut(membrane: Tensor, change: Tensor, drop_path: float = 0.0) -> Tensor:
-    """`membrane + change`, where each sample's change is left out with the probability `drop_path`.
+    """`membrane + change`, both `[T, B, ...]`; each sample's change is left out with the probability `drop_path`.
 
-    Raises `ValueError` where the shapes differ.
+    Raises `ValueError` if the shapes differ.
     """
     if change.shape != membrane.shape:
         raise ValueError(
@@ -203,7 +204,7 @@ def shortcut(membrane: Tensor, change: Tensor, drop_path: float = 0.0) -> Tensor
 
 
 def per_frame(module: nn.Module, x: Tensor) -> Tensor:
-    """Applies a module for `[N, C, H, W]` to every frame of x `[T, B, C, H, W]`; spikes its gradient keeps as bits."""
+    """Applies a module for `[N, C, H, W]` to every frame of x `[T, B, C, H, W]`; its gradient keeps spikes as bits."""
     if not are_spikes(x):
         frames: Tensor = module(x.flatten(0, 1))
     elif torch.compiler.is_compiling():
@@ -215,7 +216,7 @@ def per_frame(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _traced(module: Any, spikes: Tensor) -> Tensor:
-    """`module(spikes)` for a graph, in which a convolution, or the first of a chain, is an op that keeps bits."""
+    """`module(spikes)` in a compiled graph, where a convolution, or the first of a chain, is an op that keeps bits."""
     frames: Tensor
     if type(module).forward is nn.Sequential.forward and not has_hooks(module) and len(module):
         frames = _traced(module[0], spikes)
@@ -232,7 +233,7 @@ def _traced(module: Any, spikes: Tensor) -> Tensor:
 
 
 def _autocast_dtype(module: nn.Module, x: Tensor) -> torch.dtype | None:
-    """What autocast would cast x to within a convolution, or a chain of them; within another module nobody can know."""
+    """What autocast casts x to within a convolution or a chain of them; `None` without autocast or in other modules."""
     if isinstance(module, nn.Sequential) and not has_hooks(module) and len(module):
         return _autocast_dtype(module[0], x)
     # Meta tensors have no autocast.
@@ -249,8 +250,8 @@ def _autocast_dtype(module: nn.Module, x: Tensor) -> torch.dtype | None:
 def normalize_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, time_steps: int | None = None) -> Tensor:
     """`neuron(norm(x))` for x `[T, B, C, H, W]`; with `time_steps`, x `[1, B, C, H, W]` is shown at every step.
 
-    One fused op does both where `norm` is an `nn.BatchNorm2d` or `nn.SyncBatchNorm`, `neuron` one of the kit's and
-    neither has a hook. What keeps norms and neurons from it in training is told by one warning.
+    One fused op does both if `norm` is an `nn.BatchNorm2d` or `nn.SyncBatchNorm`, `neuron` one of the kit's and neither
+    has a hook. In training one warning says what prevents this.
     """
     if _fusible(norm, neuron, x):
         settings = norm_settings(norm)
@@ -277,9 +278,9 @@ def normalize(norm: nn.Module, x: Tensor, time_steps: int | None = None) -> Tens
 def fused_attention(
     norms: Sequence[nn.Module], neurons: Sequence[Any], x: Sequence[Tensor], between: Sequence[nn.Module]
 ) -> Tensor | None:
-    """`q * neuron(sum over tokens of k * v)`, one op with the norms and neurons of q, k and v; `None` where none fits.
+    """`q * neuron(sum over tokens of k * v)`, one op with the norms and neurons of q, k and v; `None` if it cannot be.
 
-    It takes what `normalize_and_fire` takes, in one mode, with nothing to see or do in the modules `between`.
+    Norms and neurons must be such as `normalize_and_fire` fuses, and the modules `between` must do nothing.
     """
     idle = all(is_plain(module, nn.Identity) for module in between) and all(map(is_neuron, neurons))
     fusible = all(_fusible(norm, neuron, part) for norm, neuron, part in zip(norms, neurons[:3], x, strict=True))
@@ -292,8 +293,8 @@ def fused_attention(
 def repeat_frame(norm: Any, x: Tensor, time_steps: int) -> Tensor:
     """`norm` of the frame x `[1, B, C, H, W]` as if it came at every step: a view `[time_steps, B, C, H, W]`.
 
-    Mean and biased variance of a repeated batch are those of the batch; the running variance alone depends on the
-    number of repetitions, by its factor n / (n - 1), and is set to what the repeated batch would give.
+    Mean and biased variance of a repeated batch are those of the batch. Only the running variance depends on the number
+    of repetitions, by its factor n / (n - 1), and is set to the value that the repeated batch would give.
     """
     variance = getattr(norm, "running_var", None)
     before = variance.clone() if norm.training and variance is not None else None
@@ -306,21 +307,21 @@ def repeat_frame(norm: Any, x: Tensor, time_steps: int) -> Tensor:
         with torch.no_grad():
             momentum = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked
             new = norm.running_var - (1 - momentum) * before
-            # `.data`: autograd has noted the buffer's version, though the backward of a training pass never reads it.
+            # `.data`: autograd checks the buffer's version, although the backward of a training pass never reads it.
             running = norm.running_var if torch.compiler.is_compiling() else norm.running_var.data
             running.sub_(new * (1 - (n - 1) / n * total / (total - 1)))
     return y.expand(time_steps, *y.shape[1:])
 
 
 def _convolve(unit: Any, x: Tensor) -> Tensor:
-    """`unit.conv` of every frame of x, or of the one frame `[1, B, C, H, W]` that x shows at every step."""
-    # In training the norms of a chain count the frames that they see.
+    """`unit.conv` of every frame of x, or of the one frame `[1, B, C, H, W]` that x repeats at every step."""
+    # In training the norms within a chain have to count all frames.
     once = not unit.training or isinstance(unit.conv, nn.Conv2d)
     return per_frame(unit.conv, _shown(x) if once else x)
 
 
 def _shown(x: Tensor) -> Tensor:
-    """The frame `[1, ...]` that x `[T, ...]` shows at every step without copying it, else x."""
+    """The frame `[1, ...]` if x `[T, ...]` is that frame expanded over all steps, else x."""
     return x[:1] if len(x) > 1 and x.stride(0) == 0 else x
 
 
@@ -334,12 +335,12 @@ def halves(layer: Any) -> bool:
 
 
 def is_plain(module: nn.Module, *types: type[nn.Module]) -> bool:
-    """Whether a module does what one of `types` does and nothing more: no subclass, no hook, no replaced forward."""
+    """Whether a module is exactly one of `types`: no subclass, no hook, no replaced forward."""
     return type(module) in types and not has_hooks(module)
 
 
 def is_bare(layer: nn.Module, size: int, *, padding: int = 0, groups: int = 1) -> bool:
-    """Whether a layer is an `nn.Conv2d` of this square kernel and nothing more: stride 1, no bias, zeros around."""
+    """Whether a layer is a plain `nn.Conv2d` with this square kernel: stride 1, no bias, padded with zeros."""
     if type(layer) is not nn.Conv2d or layer.bias is not None or layer.padding_mode != "zeros":
         return False
     settings = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
@@ -347,24 +348,24 @@ def is_bare(layer: nn.Module, size: int, *, padding: int = 0, groups: int = 1) -
 
 
 def is_affine(norm: nn.Module) -> bool:
-    """Whether a module is a batch normalization that is scale and shift in eval mode, by what it has learnt."""
+    """Whether a module is a batch normalization that in eval mode is a fixed scale and shift."""
     if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
         return False
     return all(getattr(norm, name) is not None for name in ("weight", "bias", "running_var"))
 
 
 def is_unit(module: nn.Module) -> bool:
-    """Whether a module is a `Unit` with the forward of `Unit`, and nobody looks at it as a whole."""
+    """Whether a module is a `Unit` with the forward of `Unit` and no hook on it as a whole."""
     return isinstance(module, Unit) and type(module).forward is Unit.forward and not has_hooks(module)
 
 
 def is_neuron(module: nn.Module) -> bool:
-    """Whether a module is a neuron of the kit, or of a subclass that fires as it does, without a hook."""
+    """Whether a module is a `LIF`, or of a subclass with the same forward, without a hook."""
     return isinstance(module, LIF) and type(module).forward is LIF.forward and not has_hooks(module)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is done besides the class's own forward."""
+    """Whether a call of the module does anything besides the class's own forward."""
     everywhere = nn.modules.module
     hooks = (
         module._forward_hooks,
@@ -381,26 +382,26 @@ def has_hooks(module: nn.Module) -> bool:
 
 @torch.compiler.assume_constant_result
 def _has_call(kind: type) -> bool:
-    """Whether a class of modules is called otherwise than they are; what fx has written calls its forward alone."""
+    """Whether a class has its own `__call__`; that of an fx.GraphModule only calls its forward."""
     return kind.__call__ is not nn.Module.__call__ and not issubclass(kind, fx.GraphModule)
 
 
 def _has_fused(mixer: Any) -> bool:
-    """Whether a mixer has an op that does what its forward does, and nobody looks at the mixer."""
+    """Whether a mixer has a fused form of its forward, and no hook."""
     return tells(mixer, "fused") and not (isinstance(mixer, nn.Module) and has_hooks(mixer))
 
 
 def tells(leaf: Any, name: str) -> bool:
-    """Whether a leaf has an attribute that holds of its forward: other forms of it, or what is known of its result.
+    """Whether a leaf has an attribute that describes its forward: another form of it, or a property of its result.
 
-    A class with a forward of its own inherits none of what was said of the one before.
+    A class with its own forward does not inherit what its base classes say about theirs.
     """
     return hasattr(leaf, name) and (name in getattr(leaf, "__dict__", {}) or _tells_of_its_forward(type(leaf), name))
 
 
 @torch.compiler.assume_constant_result
 def _tells_of_its_forward(kind: type, name: str) -> bool:
-    """Whether no class behind the one that brought an attribute has a forward of its own."""
+    """Whether an attribute comes from the class that defines the forward, or from one derived from it."""
     lineage = kind.__mro__
     forward = next((one for one in lineage if {"forward", "__call__"} & vars(one).keys()), lineage[-1])
     return any(name in vars(one) for one in lineage[: lineage.index(forward) + 1])
@@ -414,13 +415,13 @@ def _fusible(norm: nn.Module, neuron: nn.Module, x: Tensor) -> bool:
         return False
     assert isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
     known = of_levels or isinstance(neuron.told_surrogate, (Surrogate, Scheduled))
-    # One value a channel has no variance; of several processes each may have but one.
+    # A single value per channel has no variance; if several processes share a batch, each may have just one.
     least = norm.num_features + (not group_of(norm))
     return known and x.shape[2] == norm.num_features and least <= x.numel() and fused(x, even_traced=norm.training)
 
 
 def _tell_unfused(*modules: Any) -> None:
-    """One warning for each reason why a part of a network is trained unfused that its user can do something about."""
+    """One warning for each reason, which the user could remove, why a part of a network is trained unfused."""
     if not torch.is_grad_enabled():
         return
     for module in modules:
@@ -451,15 +452,15 @@ def _of_hooks(name: str, sharded: bool) -> str:
 
 
 def norm_settings(norm: Any) -> Norm:
-    """What the fused ops are told of an `nn.BatchNorm2d` or what is one; they count the batch.
+    """The settings and statistics of a batch normalization for the fused ops, which also count the batch.
 
-    One that averages over all batches has counted it already.
+    With `momentum=None`, a mean over all batches, the batch is already counted here.
     """
     momentum: Any = norm.momentum or 0.0
     tracked = norm.track_running_stats or not norm.training
     batches = norm.num_batches_tracked if norm.training and norm.track_running_stats else None
     if norm.momentum is None and batches is not None:
-        # A tensor: to read the number back would wait for the device.
+        # Kept as a tensor: reading the number back would wait for the device.
         momentum, batches = 1 / batches.add_(1), None
     return Norm(
         norm.running_mean if tracked else None,
@@ -475,7 +476,7 @@ def norm_settings(norm: Any) -> Norm:
 
 
 def group_of(norm: nn.Module) -> str:
-    """The name of the processes whose batches are one for a norm that trains; empty where there are no others."""
+    """The name of the process group whose batches a norm in training shares; empty if there is no other process."""
     distributed = torch.distributed
     if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
         return ""
@@ -484,9 +485,3 @@ def group_of(norm: nn.Module) -> str:
     group: Any = norm.process_group or distributed.group.WORLD
     name: str = group.group_name
     return name if distributed.get_world_size(group) > 1 else ""
-
-
-def check_multiple(value: int, of: int, what: str) -> None:
-    """Raises `ValueError` unless value is a positive multiple of `of`."""
-    if value < 1 or value % of:
-        raise ValueError(f"{what} must be a positive multiple of {of}, got {value}")

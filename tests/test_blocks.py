@@ -185,7 +185,7 @@ def test_neuron_is_injected_everywhere():
         (lambda: SpikeDrivenSelfAttention(16, num_heads=0), "num_heads must be positive, got 0"),
         (lambda: SpikeDrivenSelfAttention(16)(torch.zeros(2, 16, 4, 4)), r"\[T, B, 16, H, W\].*got \[2, 16, 4, 4\]"),
         (lambda: SpikingMLP(16)(torch.zeros(0, 1, 16, 4, 4)), "T >= 1"),
-        (lambda: SpikingMLP(16, hidden=0), "must be positive, got 16 and 0"),
+        (lambda: SpikingMLP(16, hidden=0), "hidden must be positive, got 0"),
         (lambda: SpikingPatchSplitting(12), "positive multiple of 8, got 12"),
         (lambda: SpikingPatchSplitting(16, pooling="111"), "four flags"),
         (lambda: SpikingPatchSplitting(16, pooling="0021"), "four flags"),

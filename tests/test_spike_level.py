@@ -192,7 +192,7 @@ def test_blocks_refuse_what_does_not_fit(attention):
         attention(8)(torch.zeros(2, 4, 3, 3))
     with pytest.raises(ValueError, match="over must be"):
         QKMixer(8, over="heads")
-    with pytest.raises(ValueError, match="dim and hidden must be positive, got 8 and 0"):
+    with pytest.raises(ValueError, match="hidden must be positive, got 0"):
         SpikeLevelMLP(8, hidden=0)
     with pytest.raises(ValueError, match="must keep the shape"):
         SpikeShortcut(nn.MaxPool3d(2))(torch.zeros(2, 2, 4, 4, 4))

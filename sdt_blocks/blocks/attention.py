@@ -14,20 +14,20 @@ from .units import ConvNorm, RepConv
 
 
 class SpikeDrivenSelfAttention(Named):
-    """Self-attention by mask and addition alone (Yao et al., 2023, https://arxiv.org/abs/2307.01694).
+    """Self-attention that only masks and adds (Yao et al., 2023, https://arxiv.org/abs/2307.01694).
 
         s = LIF(u);   q, k, v = LIF(BN(W s))
-        a = LIF_0.5(sum over tokens of k * v)        one spike a channel
+        a = LIF_0.5(sum over tokens of k * v)        one spike per channel
         result = BN(W' (q * a))
 
-    What is called (k, v, q) here, as in the released weights, is (Q, K, V) in the paper's text. `num_heads` and
-    `event_pooling` are those of `MaskMixer`, which computes the second line and the mask.
+    (k, v, q) here and in the released weights are (Q, K, V) in the paper's text. `num_heads` and `event_pooling` are
+    those of `MaskMixer`, which computes the second line and the mask.
 
-    A subclass with an `attend(q, k, v)` of its own computes that instead of the mixer.
+    A subclass may define its own `attend(q, k, v)`, which then replaces the mixer.
 
     Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
 
-    Raises `ValueError` where num_heads does not divide dim.
+    Raises `ValueError` if num_heads does not divide dim.
 
     >>> SpikeDrivenSelfAttention(64)(torch.randn(4, 2, 64, 8, 8)).shape
     torch.Size([4, 2, 64, 8, 8])
@@ -56,7 +56,7 @@ class SpikeDrivenSelfAttention(Named):
         return project(self.proj, project_and_mix(units, neurons, mixer, fire(self.neuron, membrane)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What the mixer makes of spikes `[T, B, dim, H, W]`, same shape."""
+        """The mixer's result for the spikes q, k and v `[T, B, dim, H, W]`, of the same shape."""
         mixed: Tensor = self.mixer(q, k, v)
         return mixed
 
@@ -65,14 +65,15 @@ class LinearSpikeAttention(nn.Module):
     """Linear self-attention of spikes (SDSA-3; Yao et al., 2024, https://arxiv.org/abs/2404.03663).
 
         s = LIF(u);   q, k, v = LIF(BN(RepConv(s)))
-        a = LIF_0.5(0.125 q (k^T v))                 per step and head
+        a = LIF_0.5(scale * q (k^T v))               per step and head
         result = BN(RepConv(a))
 
-    `num_heads` and `scale` are those of `LinearSpikeMixer`; 0.125 is the published scale for any width of the heads.
+    `num_heads` and `scale` are those of `LinearSpikeMixer`; the published scale, 0.125, does not depend on the width of
+    the heads.
 
     Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
 
-    Raises `ValueError` where num_heads does not divide dim.
+    Raises `ValueError` if num_heads does not divide dim.
 
     >>> LinearSpikeAttention(64)(torch.randn(4, 2, 64, 8, 8)).shape
     torch.Size([4, 2, 64, 8, 8])

@@ -1,4 +1,4 @@
-"""Running statistics of norms for models that have not been trained, which are silent without them."""
+"""Running statistics of norms for untrained models, whose neurons would not fire without them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from ..neuron import clear_hidden
 
 
 def calibrate_norms(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
-    """Sets the running statistics of every norm to the means over the batches, so that a fresh model fires.
+    """Sets the running statistics of every norm to the means over the batches, so that an untrained model fires.
 
-    A fresh norm keeps mean 0 and variance 1, which in eval mode brings no membrane to its threshold. Statistics that
-    were there are replaced. Weights, the modes of all modules and the random numbers stay as they were; nothing is
-    trained. `batches` is a tensor (one batch), or gives tensors or tuples that start with one, such as a data loader's.
+    A new norm has mean 0 and variance 1, with which no membrane reaches its threshold in eval mode. Existing statistics
+    are replaced. Weights, the modes of all modules and the state of the random generators stay the same; nothing is
+    trained. `batches` is one tensor (one batch), or an iterable of tensors or of tuples that start with one, such as a
+    data loader.
 
-    Raises `ValueError` where no norm keeps statistics, there is no batch, or a batch is empty, too small for a variance
-    or leads to statistics that are not finite, and `TypeError` for a batch or a model of another kind; the norms are
-    then as they were before.
+    Raises `ValueError` if no norm keeps statistics, if there is no batch, or if a batch is empty, too small for a
+    variance or leads to statistics that are not finite, and `TypeError` for another kind of batch or model; the norms
+    are then as before.
 
     >>> model, images = create_model("sdt_2_256", dim=32, in_channels=1), example_images()[0]
     >>> calibrate_norms(model.eval(), images)
@@ -71,13 +72,13 @@ def _run(model: nn.Module, batch: Any) -> int:
 
 
 def _keeps_statistics(module: nn.Module) -> bool:
-    """Whether a module is a norm whose running mean and variance are those of what it has seen."""
+    """Whether a module is a norm that keeps a running mean and variance."""
     return isinstance(getattr(module, "running_mean", None), Tensor) and hasattr(module, "reset_running_stats")
 
 
 @contextmanager
 def _averaging(model: nn.Module, norms: Iterable[Any]) -> Iterator[None]:
-    """The norms in training, each batch weighing the same, and all else in eval mode; as it was again afterwards."""
+    """Norms in training mode, with equal weight for every batch, and all else in eval mode; restored afterwards."""
     norms = list(norms)
     modes = [(module, module.training) for module in model.modules()]
     momenta = [norm.momentum for norm in norms]
@@ -96,7 +97,7 @@ def _averaging(model: nn.Module, norms: Iterable[Any]) -> Iterator[None]:
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:
-    """Whose generators may be drawn from, beside the CPU's."""
+    """The devices whose random generators the model may use, besides the CPU's."""
     return sorted(
         {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
     )

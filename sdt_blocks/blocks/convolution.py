@@ -7,13 +7,14 @@ from torch import Tensor, nn
 from ..neuron import LIF, NeuronLike, make_neuron
 from ..steps import check_sequence, fire, project, project_and_fire, shortcut
 from .shortcut import MembraneShortcut
+from .sizes import check_widths
 from .units import ConvNorm, SeparableConvNorm
 
 
 class Downsampling(nn.Module):
-    """`BN(conv(LIF(u)))`: another number of channels, height and width divided by the stride (rounded up).
+    """`BN(conv(LIF(u)))`: changes the number of channels and divides height and width by the stride (rounded up).
 
-    The first of a network takes frames, not membranes: with `neuron=None` it has no neuron.
+    The first one of a network takes frames instead of membranes, and has no neuron: `neuron=None`.
 
     Shapes: `[T, B, in_channels, H, W] -> [T, B, out_channels, ceil(H / stride), ceil(W / stride)]`.
 
@@ -43,6 +44,8 @@ class Downsampling(nn.Module):
 
 class SeparableConvolution(nn.Module):
     """Inverted separable convolution, fed by spikes: `BN(W2 depthwise(LIF(BN(W1 LIF(u)))))`.
+
+    Between the two neurons there are `hidden` channels, twice dim by default.
 
     Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
 
@@ -77,6 +80,8 @@ class ConvolutionBlock(nn.Module):
 
         u = u + SeparableConvolution(u);   u = u + BN(W2 LIF(BN(W1 LIF(u))))
 
+    Between the two 3x3 convolutions there are `hidden` channels, four times dim by default.
+
     Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
 
     >>> ConvolutionBlock(32)(torch.randn(4, 2, 32, 8, 8)).shape
@@ -99,10 +104,3 @@ class ConvolutionBlock(nn.Module):
         membrane = self.separable(membrane)
         spikes = project_and_fire(self.conv1, self.neuron2, fire(self.neuron1, membrane))
         return shortcut(membrane, project(self.conv2, spikes))
-
-
-def check_widths(**widths: int) -> None:
-    """Raises `ValueError` unless every number is positive, and a kernel_size odd."""
-    for name, value in widths.items():
-        if value < 1 or (name == "kernel_size" and value % 2 == 0):
-            raise ValueError(f"{name} must be {'odd and ' if name == 'kernel_size' else ''}positive, got {value}")

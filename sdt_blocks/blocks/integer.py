@@ -1,4 +1,4 @@
-"""Blocks of integer neurons, which E-SpikeFormer is made of (Yao et al., TPAMI 2025, https://arxiv.org/abs/2411.16061)."""
+"""The blocks of E-SpikeFormer, with integer neurons (Yao et al., TPAMI 2025, https://arxiv.org/abs/2411.16061)."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from ..steps import (
 )
 from .mixers import LinearSpikeMixer
 from .shortcut import MembraneShortcut
-from .units import ConvNorm, layers_of
+from .units import ConvNorm, affine_of, layers_of, merged_convolution
 
 LAYER_SCALE = 1e-6
-"""What the factors of scaled branches start at."""
+"""The initial value of the factors of a `ScaledShortcut`."""
 
 
 class SeparableIntegerConvolution(nn.Module):
-    """Separable convolution with a neuron before each: 1x1 to twice the channels, depthwise, 1x1 back.
+    """Separable convolution with a neuron before each layer: 1x1 to twice the channels, depthwise, 1x1 back to dim.
 
     Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
     """
@@ -50,7 +50,7 @@ class SeparableIntegerConvolution(nn.Module):
 
 
 class ConvolutionPair(nn.Module):
-    """Two 3x3 convolutions with four times the channels between them, a neuron before each.
+    """Two 3x3 convolutions with four times the channels between them, and a neuron before each.
 
     Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
     """
@@ -67,7 +67,7 @@ class ConvolutionPair(nn.Module):
 
 
 class LinearChain(Unit):
-    """1x1, norm, 1x1 and, with `outer`, norm, without a neuron between; then the unit's norm: one 1x1 in eval mode.
+    """1x1, norm, 1x1, with `outer` another norm, then the unit's norm; without a neuron it is one 1x1 in eval mode.
 
     Shapes: frames `[N, dim, H, W] -> [N, dim, H, W]`.
     """
@@ -91,25 +91,22 @@ class LinearChain(Unit):
         layers = layers_of(self, names[: 4 if "norm2" in dict(chain.named_children()) else 3])
         if layers is None or not all(map(is_bare, layers[::2], (1, 1))) or not all(map(is_affine, layers[1::2])):
             return None
-        first, second = layers[0].weight, layers[2].weight
+        first = layers[0].weight
         weight, bias = torch.eye(first.shape[1]).to(first).double(), torch.zeros(first.shape[1]).to(first).double()
         for layer in layers:
             if isinstance(layer, nn.Conv2d):
                 matrix = layer.weight.double()[..., 0, 0]
                 weight, bias = matrix @ weight, matrix @ bias
             else:
-                gain = layer.weight.double() / (layer.running_var.double() + layer.eps).sqrt()
-                weight, bias = gain[:, None] * weight, (bias - layer.running_mean.double()) * gain + layer.bias.double()
-        merged = nn.Conv2d(weight.shape[1], weight.shape[0], 1, device="meta")
-        merged.weight = nn.Parameter(weight[..., None, None].to(second.dtype))
-        merged.bias = nn.Parameter(bias.to(second.dtype))
-        return merged.train(self.training)
+                gain, offset = affine_of(layer)
+                weight, bias = gain[:, None] * weight, gain * bias + offset
+        return merged_convolution(weight[..., None, None], bias, like=layers[2])
 
 
 class IntegerAttention(nn.Module):
     """Linear attention of levels: `unit(neuron(scale * q (k^T v)))` with `q, k, v = neuron(unit(neuron(u)))`.
 
-    `make_unit` makes the four units of their numbers of channels; v has `expansion` times those of q and k.
+    `make_unit(in_channels, out_channels)` makes the four units; v has `expansion` times the channels of q and k.
 
     Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
     """
@@ -140,7 +137,7 @@ class IntegerAttention(nn.Module):
 
 
 class ScaledShortcut(MembraneShortcut):
-    """`u + drop_path(scale * branch(u))` with a learnt factor for each channel, which starts near 0.
+    """`u + drop_path(scale * branch(u))` with a learnt factor for each channel, which starts near 0 (`LAYER_SCALE`).
 
     Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
     """
@@ -155,7 +152,7 @@ class ScaledShortcut(MembraneShortcut):
 
 
 class RepBranch(nn.Module):
-    """A linear chain behind a neuron. Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`."""
+    """A neuron followed by a linear chain. Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`."""
 
     def __init__(self, dim: int, *, neuron: NeuronFactory) -> None:
         super().__init__()

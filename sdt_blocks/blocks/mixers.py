@@ -1,12 +1,13 @@
-"""Mixers: what an attention makes of the spikes of q, k and v.
+"""Mixers: how an attention combines the spikes of q, k and v.
 
-A mixer is any module that takes them and says what it `emits`, "spikes" or "counts". One that has `additions` gets a
-row of its own in the analysis, and a map: `additions(q, k, v)` gives how many its products of spikes need, in any shape
-`[T, B, ...]`. Optional are `bound`, an estimate of them from the firing rates, in the same form, and `seen`, the names
-of submodules that its products of spikes pass through. `exact = True` says that its sums are whole numbers below 2^24,
-the same in any order, and `apart = True` that the samples of a batch do not meet, so that large ones may be cut.
+A mixer is any module that takes these spikes and says what it `emits`, "spikes" or "counts". If it has `additions`, it
+gets a row and a map of its own in the analysis: `additions(q, k, v)` returns how many additions its products of spikes
+need, in any shape `[T, B, ...]`. Optional are `bound`, an estimate of them from the firing rates in the same form, and
+`seen`, the names of submodules that its products of spikes pass through. `exact = True` says that its sums are whole
+numbers below 2^24, so that their order does not matter, and `apart = True` that the samples of a batch do not influence
+each other, so that a large batch may be split.
 
-All that holds of the forward of the class that says it: a subclass with a forward of its own says it anew.
+All of this describes the forward of the class that states it: a subclass with its own forward must state it again.
 """
 
 from __future__ import annotations
@@ -25,21 +26,22 @@ from ..ops import dense
 from ..ops.bits import SpikesAsBits, are_spikes, as_spikes, bits_of
 from ..ops.packed import PackedSpikes, pad_to_words, spike_attention
 from ..ops.spec import in_evaluation, state_dtype
-from ..steps import check_multiple, fire, fused_attention, is_plain
+from ..steps import fire, fused_attention, is_plain
+from .sizes import check_heads
 
 ATTENTION_THRESHOLD = 0.5
-"""Threshold of the neuron on what a mixer sums: with tau = 2 one coincidence of k and v makes h = 0.5, which fires."""
+"""Threshold of the neuron on a mixer's sum: with tau = 2 one coincidence of k and v makes h = 0.5, which fires."""
 
 
 class MaskMixer(nn.Module):
-    """`q * a` with `a = LIF_0.5(sum over tokens of k * v)`, one spike a channel: mask and addition alone.
+    """`q * a` with `a = LIF_0.5(sum over tokens of k * v)`, one spike per channel: only masks and additions.
 
-    Without `event_pooling`, `num_heads` changes nothing: channel c belongs to head c // (dim / num_heads). With it (the
-    released CIFAR10-DVS setting) a 3x3 maximum is taken of k and v over (H, W), and of k * v and q * a over (tokens,
-    channels of a head).
+    With `event_pooling` (the released CIFAR10-DVS setting) a 3x3 maximum is taken of k and v over (H, W), and of k * v
+    and q * a over (tokens, channels of a head); channel c belongs to head c // (dim / num_heads). Without it
+    `num_heads` has no effect.
 
-    Hooks see everything: k and v as they are used pass through `k_pool` and `v_pool`, k * v through `coincidences`
-    and q * a through `masked`, submodules that do nothing where there is no pooling.
+    Hooks can see every intermediate value: k and v pass through `k_pool` and `v_pool`, k * v through `coincidences` and
+    q * a through `masked`. Without pooling these submodules do nothing.
 
     Shapes: spikes q, k, v `[T, B, dim, H, W]` each `-> [T, B, dim, H, W]`.
     """
@@ -49,7 +51,7 @@ class MaskMixer(nn.Module):
 
     @property
     def seen(self) -> tuple[str, ...]:
-        """The submodules through which spikes pass that no neuron fired."""
+        """The submodules through which the mixer's own products of spikes pass."""
         return ("coincidences", "masked") + ("k_pool", "v_pool") * self.event_pooling
 
     def __init__(self, dim: int, *, num_heads: int = 8, neuron: NeuronLike = LIF, event_pooling: bool = False) -> None:
@@ -64,13 +66,13 @@ class MaskMixer(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kv = self.coincidences(self.k_pool(k) * self.v_pool(v))
-        # Half precision could not hold the sum of many tokens.
+        # Half precision cannot hold the sum of many tokens.
         a = fire(self.neuron, self._pool_tokens(kv).sum((-2, -1), keepdim=True, dtype=state_dtype(kv)))
         masked: Tensor = self.masked(as_spikes(self._pool_tokens(q * a.to(q.dtype)), q, a))
         return masked
 
     def additions(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What the sum over tokens adds: k * v, one addition a coincidence. The mask q * a adds nothing."""
+        """What the sum over tokens adds: k * v, one addition for each coincidence. The mask q * a adds nothing."""
         return self._pool_tokens(self._pooled(k) * self._pooled(v))
 
     def bound(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -78,7 +80,7 @@ class MaskMixer(nn.Module):
         return self._pooled(k) + self._pooled(v)
 
     def fused(self, norms: Sequence[nn.Module], neurons: Sequence[nn.Module], x: Sequence[Tensor]) -> Tensor | None:
-        """All of it from what the convolutions of q, k and v have made, as one op; `None` where that does not fit."""
+        """The norms, the neurons and the mixing, from the outputs x of the convolutions, as one op; `None` if unfit."""
         if self.event_pooling or not is_plain(self, MaskMixer):
             return None
         between = (self.k_pool, self.v_pool, self.coincidences, self.masked)
@@ -87,17 +89,17 @@ class MaskMixer(nn.Module):
     def dense(
         self, qkv: Tensor, neurons: Sequence[dense.Neuron], dtype: torch.dtype, *, compiled: bool = False
     ) -> Tensor:
-        """The evaluation form: masked spikes in `dtype` of the inputs of q, k and v `[T, B, H, W, 3 dim]`.
+        """The evaluation form: masked spikes in `dtype` from q, k and v before they fire, `[T, B, H, W, 3 dim]`.
 
-        `neurons` are those of q, k, v and of this mixer.
+        `neurons` are those of q, k and v, and this mixer's.
         """
         heads = self.num_heads if self.event_pooling else None
         return dense.attend(qkv, neurons, dtype, heads=heads, compiled=compiled)
 
     def packed(self, qkv: PackedSpikes, channels: int) -> PackedSpikes:
-        """The event-driven form, from q, k and v behind each other with `channels` each, padded to whole words."""
+        """The event-driven form, from q, k and v one after another, of `channels` each, padded to whole words."""
         if self.event_pooling:
-            # The pooling mixes channels, which have to be apart for it.
+            # The pooling mixes channels, which have to be unpacked for it.
             q, k, v = (part[:, :, :channels] for part in qkv.unpack().chunk(3, dim=2))
             return PackedSpikes.pack(self(q, k, v))
         spec, leak = in_evaluation(self.neuron.spec, channels)
@@ -120,14 +122,14 @@ class MaskMixer(nn.Module):
 class LinearSpikeMixer(nn.Module):
     """`scale * q (k^T v)` per step and head (SDSA-3; Yao et al., 2024, https://arxiv.org/abs/2404.03663).
 
-    Channel c belongs to head c // (dim / num_heads); q, k and v of a head are `[tokens, dim / num_heads]`. Spikes make
-    it counts, times `scale`, for a neuron to fire on. The product of k and v comes first, so that the cost grows
-    linearly with the number of tokens.
+    Channel c belongs to head c // (dim / num_heads); q, k and v of a head are `[tokens, dim / num_heads]`. For spikes
+    the result is counts times `scale`, the input of a neuron. The product of k and v is computed first, so that the
+    cost grows linearly with the number of tokens.
 
     Shapes: spikes q, k, v `[T, B, dim, H, W]` each `-> [T, B, dim, H, W]`; v, and with it the result, may have a
     multiple of dim channels.
 
-    Raises `ValueError` where num_heads does not divide dim, or scale is not positive.
+    Raises `ValueError` if num_heads does not divide dim, or scale is not positive.
 
     >>> q, k, v = torch.ones(3, 4, 2, 16, 5, 5)
     >>> LinearSpikeMixer(16, num_heads=8)(q, k, v).unique()
@@ -145,10 +147,10 @@ class LinearSpikeMixer(nn.Module):
         self.num_heads, self.scale = num_heads, scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # Half precision could not hold the counts of many tokens.
+        # Half precision cannot hold the counts of many tokens.
         dtype, shape = state_dtype(q), v.shape
         spikes = [as_spikes(x.to(dtype), x, bits=bits_of(x)) for x in (q, k, v)]
-        # torch.compile stops at hooks; meta tensors have shapes alone, and no autocast.
+        # torch.compile stops at hooks; meta tensors have no autocast.
         kept = [] if torch.compiler.is_compiling() else [x for x in spikes if are_spikes(x)]
         exact = nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False)
         with exact, SpikesAsBits(*kept) if kept else nullcontext():
@@ -158,9 +160,10 @@ class LinearSpikeMixer(nn.Module):
         return (counts * self.scale).to(q.dtype).reshape(shape)
 
     def additions(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Those of k^T v, one for every spike of k and of v of a token and head, and of q (k^T v).
+        """Those of k^T v, one for each pair of a spike of k and one of v in a token and head, and those of q (k^T v).
 
-        In the latter a spike of q adds a row of counts, one a channel of v's head. The scale is the next threshold's.
+        In the latter a spike of q adds a row of counts, one per channel of v's head. The next neuron's threshold
+        absorbs the scale.
         """
         of_q, of_k, of_v = (x.unflatten(2, (self.num_heads, -1)) for x in (q, k, v))
         return of_k * of_v.sum(3, keepdim=True) + of_q * of_v.shape[3]
@@ -170,15 +173,15 @@ class LinearSpikeMixer(nn.Module):
 
 
 class QKMixer(nn.Module):
-    """`k * a` with `a = LIF_0.5(sum of q)`: no product but a mask (Zhou et al., 2024, https://arxiv.org/abs/2403.16552).
+    """`k * a` with `a = LIF_0.5(sum of q)`: only a mask (Zhou et al., 2024, https://arxiv.org/abs/2403.16552).
 
-    The sum is over the channels of a head (`over="channels"`: token attention, one spike a head and token decides which
-    tokens pass) or over the tokens (`over="tokens"`: channel attention, one spike a channel). Channel c belongs to head
-    c // (dim / num_heads). With tau = 2, a fires where any q of the sum does, and remembers nothing.
+    The sum is over the channels of a head (`over="channels"`: token attention, where one spike per head and token
+    decides which tokens pass) or over the tokens (`over="tokens"`: channel attention, one spike per channel). Channel c
+    belongs to head c // (dim / num_heads). With tau = 2, a fires whenever any q in the sum does, and so keeps no state.
 
     Shapes: spikes q, k `[T, B, dim, H, W]` each `-> [T, B, dim, H, W]`.
 
-    Raises `ValueError` where num_heads does not divide dim, or `over` is neither.
+    Raises `ValueError` if num_heads does not divide dim, or for another `over`.
 
     >>> q, k = torch.zeros(4, 1, 16, 3, 3), torch.ones(4, 1, 16, 3, 3)
     >>> q[:, :, 0, 0, 0] = 1
@@ -199,7 +202,7 @@ class QKMixer(nn.Module):
         self.neuron: Any = make_neuron(neuron, channels=masks, threshold=ATTENTION_THRESHOLD)
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
-        dtype = state_dtype(q)  # half precision could not hold the sum of many
+        dtype = state_dtype(q)  # half precision cannot hold the sum of many spikes
         if self.over == "tokens":
             a = fire(self.neuron, q.sum((-2, -1), keepdim=True, dtype=dtype))
         else:
@@ -225,10 +228,3 @@ class PlanePool(nn.Module):
 def max_pool_plane(x: Tensor) -> Tensor:
     """3x3 maximum, stride 1, over the last two axes of x `[T, B, ...]`."""
     return F.max_pool2d(x.flatten(0, 1), 3, stride=1, padding=1).unflatten(0, x.shape[:2])
-
-
-def check_heads(dim: int, num_heads: int) -> None:
-    """Raises `ValueError` unless the heads share the channels evenly."""
-    if num_heads < 1:
-        raise ValueError(f"num_heads must be positive, got {num_heads}")
-    check_multiple(dim, num_heads, "dim (for this number of heads)")

@@ -9,14 +9,16 @@ from torch import Tensor
 from ..neuron import LIF, NeuronLike, make_neuron
 from ..steps import check_sequence, fire, project, project_and_fire
 from .names import Named
+from .sizes import check_widths
 from .units import ConvNorm
 
 
 class SpikingMLP(Named):
     """Two 1x1 convolutions, each fed by spikes: `BN(W2 LIF(m))` with `m = BN(W1 LIF(u))`.
 
-    Where `hidden` equals `dim`, the first half has a membrane shortcut of its own, as in the released models:
-    with `m = u + BN(W1 LIF(u))` the result is `m - u + BN(W2 LIF(m))`, which a `MembraneShortcut` adds to `u`.
+    Between them there are `hidden` channels, four times dim by default. If `hidden` equals `dim`, the first half has a
+    membrane shortcut of its own, as in the released models: with `m = u + BN(W1 LIF(u))` the result is
+    `m - u + BN(W2 LIF(m))`, which a `MembraneShortcut` adds to `u`.
 
     Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
 
@@ -29,8 +31,7 @@ class SpikingMLP(Named):
     def __init__(self, dim: int, *, hidden: int | None = None, neuron: NeuronLike = LIF) -> None:
         super().__init__()
         hidden = 4 * dim if hidden is None else hidden
-        if dim < 1 or hidden < 1:
-            raise ValueError(f"dim and hidden must be positive, got {dim} and {hidden}")
+        check_widths(dim=dim, hidden=hidden)
         self.dim, self.hidden = dim, hidden
         self.neuron1 = make_neuron(neuron, channels=dim)
         self.fc1 = ConvNorm(dim, hidden, bias=True)

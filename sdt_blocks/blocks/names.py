@@ -1,4 +1,4 @@
-"""Parts of a block under further names."""
+"""Further names for the parts of a block."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import nn
 
 
 class Named(nn.Module):
-    """A module whose parts can also be had, and replaced, under the names in `names`: those of the released weights.
+    """A module whose parts can also be read and replaced under the names in `names`: those of the released weights.
 
-    `names` holds the path of each, `"q_conv": "q.conv"`; a path with `*` gives a tuple, one for each entry of a list.
-    The state_dict has every part once, under its path; one that has them under the names, as it was once, loads too.
+    `names` maps each name to a path, as in `"q_conv": "q.conv"`; a path with `*` gives a tuple with one part for each
+    entry of a list. The state_dict contains every part once, under its path; one with the names instead loads too.
     """
 
     names: ClassVar[dict[str, str]] = {}
@@ -44,9 +44,9 @@ class Named(nn.Module):
 
 
 def paths_of(module: nn.Module, keys: Iterable[str], prefix: str = "") -> dict[str, str]:
-    """The keys of a state_dict that name a part of `module` otherwise than by its path, with that path.
+    """For the keys of a state_dict that use one of `names` for a part of `module`, the key with the part's path.
 
-    Where both stand there, the name is left as it is.
+    A key is left out if `keys` contains the path as well.
     """
     named = [(prefix + (f"{place}." if place else ""), one) for place, one in module.named_modules()]
     starts = {

@@ -10,13 +10,13 @@ from ..steps import shortcut
 class MembraneShortcut(nn.Module):
     """`u + drop_path(branch(u))`: the branch starts with a neuron and ends in a membrane, so spikes stay binary.
 
-    `drop_path` is the probability of leaving the branch out, drawn once a sample for all time steps (Huang et al.,
-    2016, https://arxiv.org/abs/1603.09382); what is kept is scaled by `1 / (1 - drop_path)`.
+    `drop_path` is the probability of leaving out the branch in training, drawn once per sample for all time steps
+    (Huang et al., 2016, https://arxiv.org/abs/1603.09382); otherwise the branch is scaled by `1 / (1 - drop_path)`.
 
     Shapes: `[T, B, ...] -> [T, B, ...]`.
 
-    Raises `ValueError` where drop_path is outside [0, 1), or the branch changes the shape, and `TypeError` for a branch
-    that is no module, whose weights nobody would find.
+    Raises `ValueError` if drop_path is outside [0, 1) or the branch changes the shape, and `TypeError` if the branch is
+    not a module.
 
     >>> MembraneShortcut(SpikingMLP(64))(torch.randn(4, 2, 64, 8, 8)).shape
     torch.Size([4, 2, 64, 8, 8])

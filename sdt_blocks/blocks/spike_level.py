@@ -1,7 +1,7 @@
-"""Blocks of transformers whose shortcuts add spikes: neurons stand behind the weights, and sums of spikes go through.
+"""Blocks of transformers whose shortcuts add spikes: neurons come after the weights, and sums of spikes are passed on.
 
-The sums are whole numbers, one more possible with every shortcut. They are not spikes: the products that they go into
-multiply, as the analysis says.
+The sums are whole numbers, whose largest value grows by one with every shortcut. They are not spikes: a product with
+them multiplies, and the analysis counts it as such.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from ..neuron import LIF, NeuronLike, Streamed, make_neuron
 from ..steps import check_sequence, fire, project_and_fire, project_and_mix, shortcut
 from .mixers import ATTENTION_THRESHOLD, LinearSpikeMixer, QKMixer
+from .sizes import check_widths
 from .units import ConvNorm
 
 
 class SpikeShortcut(nn.Module):
-    """`x + branch(x)`: the branch ends in a neuron, and sums of spikes become larger by one at most.
+    """`x + branch(x)`: the branch ends in a neuron, so sums of spikes grow by at most one.
 
     Shapes: `[T, B, ...] -> [T, B, ...]`.
 
-    Raises `ValueError` where the branch changes the shape.
+    Raises `ValueError` if the branch changes the shape.
 
     >>> SpikeShortcut(SpikeLevelMLP(64))(torch.ones(4, 2, 64, 8, 8)).shape
     torch.Size([4, 2, 64, 8, 8])
@@ -34,7 +35,9 @@ class SpikeShortcut(nn.Module):
 
 
 class SpikeLevelMLP(nn.Module):
-    """Two 1x1 convolutions with a neuron behind each: `LIF(BN(W2 LIF(BN(W1 x))))`.
+    """Two 1x1 convolutions, each followed by a neuron: `LIF(BN(W2 LIF(BN(W1 x))))`.
+
+    Between them there are `hidden` channels, four times dim by default.
 
     Shapes: sums of spikes `[T, B, dim, H, W]` to spikes `[T, B, dim, H, W]`.
 
@@ -45,8 +48,7 @@ class SpikeLevelMLP(nn.Module):
     def __init__(self, dim: int, *, hidden: int | None = None, neuron: NeuronLike = LIF) -> None:
         super().__init__()
         hidden = 4 * dim if hidden is None else hidden
-        if dim < 1 or hidden < 1:
-            raise ValueError(f"dim and hidden must be positive, got {dim} and {hidden}")
+        check_widths(dim=dim, hidden=hidden)
         self.dim = dim
         self.fc1, self.neuron1 = ConvNorm(dim, hidden, bias=True), make_neuron(neuron, channels=hidden)
         self.fc2, self.neuron2 = ConvNorm(hidden, dim, bias=True), make_neuron(neuron, channels=dim)
@@ -63,13 +65,13 @@ class SpikingSelfAttention(nn.Module):
         a = LIF_0.5(scale * q (k^T v))               per step and head, no softmax
         result = LIF(BN(W' a))
 
-    `num_heads` and `scale` are those of `LinearSpikeMixer`; the published scale is one number for any width of the
-    heads. With `bias`, W of q, k and v has one, as in the released CIFAR models. `mixes_images` is a fault of the
-    released QKFormer: see `AcrossImages`.
+    `num_heads` and `scale` are those of `LinearSpikeMixer`; the published scale does not depend on the width of the
+    heads. With `bias`, the convolutions of q, k and v have a bias, as in the released CIFAR models. `mixes_images`
+    reproduces a fault of the released QKFormer: see `AcrossImages`.
 
     Shapes: sums of spikes `[T, B, dim, H, W]` to spikes `[T, B, dim, H, W]`.
 
-    Raises `ValueError` where num_heads does not divide dim.
+    Raises `ValueError` if num_heads does not divide dim.
 
     >>> SpikingSelfAttention(64)(torch.ones(4, 2, 64, 8, 8)).shape
     torch.Size([4, 2, 64, 8, 8])
@@ -108,7 +110,7 @@ class QKAttention(nn.Module):
 
     Shapes: sums of spikes `[T, B, dim, H, W]` to spikes `[T, B, dim, H, W]`.
 
-    Raises `ValueError` where num_heads does not divide dim, or `over` is neither.
+    Raises `ValueError` if num_heads does not divide dim, or for another `over`.
 
     >>> QKAttention(64)(torch.ones(4, 2, 64, 8, 8)).shape
     torch.Size([4, 2, 64, 8, 8])
@@ -129,10 +131,11 @@ class QKAttention(nn.Module):
 
 
 class AcrossImages(nn.Module, Streamed):
-    """A neuron that takes the images of a batch for further time steps, as one of the released QKFormer does.
+    """A neuron that treats the images of a batch as further time steps, as one neuron of the released QKFormer does.
 
-    Its membrane goes from image b to image b + 1 of the same step, and from the last to the first of the next. Answers
-    then depend on what else is in the batch, and on its order; with one image it is the neuron itself.
+    Its membrane passes from image b to image b + 1 of the same step, and from the last image of a step to the first of
+    the next. The model's answers then depend on the other images of the batch and on their order; with a single image
+    it behaves like `neuron` itself.
 
     Shapes: `[T, B, ...] -> [T, B, ...]`.
     """

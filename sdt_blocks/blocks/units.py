@@ -1,4 +1,4 @@
-"""Units: weights with the batch normalization behind them."""
+"""Units: weights followed by a batch normalization."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..surrogate import transformed
 
 
 class ConvNorm(Unit):
-    """A convolution that keeps the frame's size (or divides it by the stride, rounded up), and a batch normalization.
+    """A convolution that keeps the frame's size (or divides it by the stride, rounded up), then a batch normalization.
 
     Shapes: frames `[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]`.
 
@@ -46,8 +46,8 @@ class ConvNorm(Unit):
 class SeparableConvNorm(Unit):
     """A depthwise convolution, a 1x1 convolution and a batch normalization.
 
-    The 1x1 convolution sees sums of weights, not spikes; `kernel` has both as the one convolution of spikes that they
-    are.
+    In training the 1x1 convolution sees sums of weights, not spikes; `kernel` merges both into one convolution of
+    spikes.
 
     Shapes: frames `[N, in_channels, H, W] -> [N, out_channels, H, W]`.
 
@@ -75,7 +75,7 @@ class SeparableConvNorm(Unit):
         if not (is_depthwise(depthwise) and is_bare(pointwise, 1)):
             return None
         weight = pointwise.weight.double() * depthwise.weight.double()[:, 0]
-        return _convolution(weight, None, like=pointwise)
+        return merged_convolution(weight, None, like=pointwise)
 
 
 class RepConv(Unit):
@@ -83,10 +83,10 @@ class RepConv(Unit):
 
         conv: 1x1 -> PaddedNorm -> depthwise 3x3 -> 1x1 -> BN
 
-    In training only what the first 1x1 makes is kept for the gradient, and the rest of `conv` computed anew.
+    In training only the output of the first 1x1 is kept for the gradient; the rest of `conv` is recomputed.
 
-    There is no neuron in between, so that in eval mode the chain is one 3x3 convolution, which `kernel` gives: exactly,
-    since `PaddedNorm` puts the border behind the first norm to where zeros before the chain would put it.
+    There is no neuron in between, so in eval mode the chain is one 3x3 convolution, which `kernel` gives. This is
+    exact, since `PaddedNorm` fills its border with what the first norm makes of the zeros around a frame.
 
     Shapes: frames `[N, in_channels, H, W] -> [N, out_channels, H, W]`.
 
@@ -111,18 +111,18 @@ class RepConv(Unit):
         if not self._is_as_built():
             return None
         before, depthwise, after, bias, like = self._merged()
-        return _convolution(torch.einsum("om,mhw,mi->oihw", after, depthwise, before), bias, like=like)
+        return merged_convolution(torch.einsum("om,mhw,mi->oihw", after, depthwise, before), bias, like=like)
 
     @torch.no_grad()
     def chain(self) -> list[nn.Conv2d] | None:
-        """1x1, depthwise 3x3 padded with zeros, and 1x1, the only one with a bias: the norms are folded in."""
+        """1x1, depthwise 3x3 padded with zeros, and 1x1 with a bias: the norms are folded in."""
         if not self._is_as_built():
             return None
         before, depthwise, after, bias, like = self._merged()
         return [
-            _convolution(before[..., None, None], None, like=like),
-            _convolution(depthwise[:, None], None, like=like, groups=len(depthwise)),
-            _convolution(after[..., None, None], bias, like=like),
+            merged_convolution(before[..., None, None], None, like=like),
+            merged_convolution(depthwise[:, None], None, like=like, groups=len(depthwise)),
+            merged_convolution(after[..., None, None], bias, like=like),
         ]
 
     def _is_as_built(self) -> bool:
@@ -134,12 +134,12 @@ class RepConv(Unit):
         return norms and is_bare(first, 1) and is_bare(last, 1) and is_depthwise(depthwise, 3)
 
     def _merged(self) -> tuple[Tensor, Tensor, Tensor, Tensor, nn.Conv2d]:
-        """Weights of the three convolutions and the bias behind them, in float64, and the last of the layers.
+        """Weights of the three convolutions and the final bias, in float64, and the last of the layers.
 
-        The first norm's offset is the same everywhere, on the border too, so it can wait until the end.
+        The first norm's offset is the same everywhere, on the border too, so it becomes part of the final bias.
         """
         conv: Any = self.conv
-        (gain1, offset1), (gain2, offset2) = _affine(conv.border.norm), _affine(conv.norm)
+        (gain1, offset1), (gain2, offset2) = affine_of(conv.border.norm), affine_of(conv.norm)
         before = gain1[:, None] * conv.pointwise1.weight.double()[..., 0, 0]
         depthwise = conv.depthwise.weight.double()[:, 0]
         after = gain2[:, None] * conv.pointwise2.weight.double()[..., 0, 0]
@@ -147,14 +147,14 @@ class RepConv(Unit):
 
 
 def layers_of(unit: Unit, names: Sequence[str]) -> list[Any] | None:
-    """The layers of a unit's chain, `None` where it has others than these."""
+    """The layers of a unit's chain, `None` if they are not the ones named."""
     layers = dict(unit.conv.named_children())
     own = type(unit.conv) in (nn.Sequential, Recomputed) and list(layers) == list(names)
     return list(layers.values()) if own else None
 
 
 def is_depthwise(layer: Any, size: int | None = None) -> bool:
-    """Whether a layer is a depthwise `nn.Conv2d` of this size without padding, or of any one that keeps the frame's."""
+    """Whether a layer is a depthwise `nn.Conv2d`, of this size without padding or of any that keeps the size."""
     if type(layer) is not nn.Conv2d or layer.in_channels != layer.out_channels:
         return False
     side, padding = (layer.kernel_size[0], layer.kernel_size[0] // 2) if size is None else (size, 0)
@@ -162,11 +162,11 @@ def is_depthwise(layer: Any, size: int | None = None) -> bool:
 
 
 class PaddedNorm(nn.Module):
-    """Batch normalization, and around it a border of one pixel that holds what it makes of zero.
+    """Batch normalization, surrounded by a border of one pixel that holds what the norm makes of zero.
 
-    The border is that of the running statistics, in training as they are after the step, and carries no gradient. What
-    `torch.utils.checkpoint` computes anew has the border that the last pass has left, which was the first one of this
-    batch unless another came in between, and this norm counts the batch once.
+    The border is computed from the running statistics, in training as they are after the step, and carries no gradient.
+    When `torch.utils.checkpoint` recomputes a batch, the norm does not count it again, and the border is that of the
+    last pass: of this batch's first one, unless another pass came in between.
 
     Shapes: `[N, channels, H, W] -> [N, channels, H + 2, W + 2]`.
     """
@@ -180,13 +180,13 @@ class PaddedNorm(nn.Module):
         return self.pad(normalized, self.of_zero())
 
     def normalized(self, frames: Tensor) -> Tensor:
-        """The frames themselves, without a border."""
+        """The normalized frames, without a border."""
         result: Tensor = _repeated(self.norm, frames) if _is_repeated(self.norm) else self.norm(frames)
         return result
 
     @torch.no_grad()
     def of_zero(self) -> Tensor:
-        """What the norm makes of zero by its running statistics, `[channels]`. Raises `ValueError` without these."""
+        """What the norm makes of zero by its running statistics, `[channels]`. Raises `ValueError` if it has none."""
         norm = self.norm
         if norm.running_mean is None or norm.running_var is None or norm.weight is None or norm.bias is None:
             raise ValueError(
@@ -207,10 +207,10 @@ class PaddedNorm(nn.Module):
 
 
 class Recomputed(nn.Sequential):
-    """Layers without a neuron between them: training keeps what the first one makes, and computes the rest anew.
+    """Layers without a neuron between them: training keeps the output of the first one and recomputes the rest.
 
-    The second time norms take the same batch statistics and leave the running ones alone. Where somebody looks at a
-    layer (a hook), while `torch.compile` traces, and within transforms of `torch.func`, everything is kept.
+    When recomputing, norms use the same batch statistics and do not update the running ones. With a hook on a layer,
+    under `torch.compile` and within transforms of `torch.func`, everything is kept instead.
     """
 
     def forward(self, frames: Tensor) -> Tensor:
@@ -227,7 +227,7 @@ class Recomputed(nn.Sequential):
             for layer in rest:
                 if isinstance(layer, PaddedNorm):
                     x = _repeated(layer.norm, x) if again else layer.normalized(x)
-                    # The running statistics of the first time.
+                    # The border is that of the running statistics of the first pass.
                     x = layer.pad(x, of_zero[layer] if again else of_zero.setdefault(layer, layer.of_zero()))
                 elif isinstance(layer, nn.BatchNorm2d):
                     x = _repeated(layer, x) if again else layer(x)
@@ -242,7 +242,7 @@ class Recomputed(nn.Sequential):
 
 @contextmanager
 def statistics_aside(norms: Sequence[nn.Module], before: Sequence[dict[str, Tensor | None]]) -> Iterator[None]:
-    """Within it norms have the running statistics `before`, which borders are made of; their own stay as they are."""
+    """A context in which norms have the running statistics `before`, which borders use; their own stay unchanged."""
     kept = [dict(norm._buffers) for norm in norms]
     for norm, buffers in zip(norms, before, strict=True):
         norm._buffers.update(buffers)
@@ -259,14 +259,14 @@ _aside: WeakSet[nn.Module] = WeakSet()
 
 
 def _is_repeated(norm: nn.Module) -> bool:
-    """Whether a norm in training sees a batch for the second time: within a backward pass, for its gradient."""
+    """Whether a norm in training sees a batch for the second time: recomputed within a backward pass."""
     if not norm.training or torch.compiler.is_compiling() or norm in _aside:
         return False
     return torch._C._current_graph_task_id() != -1
 
 
 def _repeated(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """The norm of a batch in training, which it has counted before; its statistics are written into copies."""
+    """The norm of a batch that it has already counted in training; new statistics go into copies."""
     if not norm.training:
         normalized: Tensor = norm(x)
         return normalized
@@ -275,13 +275,13 @@ def _repeated(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     return F.batch_norm(x, *copies, norm.weight, norm.bias, training=True, eps=norm.eps)
 
 
-def _affine(norm: Any) -> tuple[Tensor, Tensor]:
+def affine_of(norm: Any) -> tuple[Tensor, Tensor]:
     """Gain and offset per channel of an `nn.BatchNorm2d` in eval mode, in float64."""
     gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     return gain, norm.bias.double() - norm.running_mean.double() * gain
 
 
-def _convolution(weight: Tensor, bias: Tensor | None, like: nn.Conv2d, groups: int = 1) -> nn.Conv2d:
+def merged_convolution(weight: Tensor, bias: Tensor | None, like: nn.Conv2d, groups: int = 1) -> nn.Conv2d:
     """A convolution that keeps the frame's size, with this weight and bias in the dtype of `like`."""
     out_channels, in_channels, size, _ = weight.shape
     conv = nn.Conv2d(

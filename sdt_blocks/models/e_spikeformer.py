@@ -23,13 +23,10 @@ from ..blocks.integer import (
     ScaledShortcut,
     SeparableIntegerConvolution,
 )
-from ..blocks.mixers import check_heads
+from ..blocks.sizes import check_heads, check_multiple
 from ..blocks.units import ConvNorm
 from ..neuron import IntegerNeuron, NeuronFactory
-from ..steps import (
-    check_multiple,
-    present,
-)
+from ..steps import present
 from .backbone import Backbone, initialize, stage_info
 from .card import IMAGENET, DataCard
 from .family import ReleasedKeys, count_blocks, shape_of

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..blocks import ConvolutionBlock, Downsampling, LinearSpikeAttention, MembraneShortcut, SpikingMLP
-from ..blocks.mixers import check_heads
+from ..blocks.sizes import check_heads, check_multiple
 from ..neuron import LIF, NeuronLike, Stream, make_neuron
-from ..steps import check_multiple, present
+from ..steps import present
 from .backbone import Backbone, initialize, stage_info
 from .card import IMAGENET, DataCard
 from .family import ReleasedKeys, count_blocks, shape_of

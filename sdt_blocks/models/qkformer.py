@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..blocks.mixers import check_heads
+from ..blocks.sizes import check_heads, check_multiple
 from ..blocks.spike_level import QKAttention, SpikeLevelMLP, SpikeShortcut, SpikingSelfAttention
 from ..blocks.units import ConvNorm
 from ..neuron import LIF, NeuronLike, Stream, make_neuron
-from ..steps import check_multiple, check_sequence, fire, pool, present, project, project_and_fire, shortcut
+from ..steps import check_sequence, fire, pool, present, project, project_and_fire, shortcut
 from .backbone import Backbone, initialize
 from .card import IMAGENET, DataCard
 from .family import ReleasedKeys, count_blocks, shape_of

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..blocks import MembraneShortcut, SpikeDrivenSelfAttention, SpikingMLP, SpikingPatchSplitting
 from ..blocks.patch import WIDTHS
+from ..blocks.sizes import check_heads
 from ..neuron import LIF, NeuronLike, Stream, make_neuron
-from ..steps import check_multiple, present
+from ..steps import present
 from .backbone import Backbone, initialize, stage_info
 from .card import IMAGENET, DataCard
 from .family import ReleasedKeys, count_blocks, shape_of
@@ -101,7 +102,7 @@ class SpikeDrivenTransformer(Backbone):
         drop_path: DropPath = 0.0,
     ) -> None:
         super().__init__()
-        check_multiple(dim, num_heads, "dim (for this number of heads)")
+        check_heads(dim, num_heads)
         self.in_channels, self.num_classes = in_channels, num_classes
         self.time_steps, self.per_step = time_steps, per_step
         self.patch = SpikingPatchSplitting(dim, in_channels=in_channels, pooling=pooling, neuron=neuron)

@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..blocks.patch import WIDTHS
+from ..blocks.patch import WIDTHS, pools_of
+from ..blocks.sizes import check_multiple
 from ..blocks.spike_level import SpikeLevelMLP, SpikeShortcut, SpikingSelfAttention
 from ..blocks.units import ConvNorm
 from ..neuron import LIF, NeuronLike, Stream, make_neuron
-from ..steps import check_multiple, check_sequence, pool, present, project_and_fire, shortcut
+from ..steps import check_sequence, pool, present, project_and_fire, shortcut
 from .backbone import Backbone, initialize
 from .card import IMAGENET, DataCard
 from .family import ReleasedKeys, count_blocks, shape_of
@@ -48,13 +49,12 @@ class SpikePatchSplitting(nn.Module):
     def __init__(self, dim: int, *, in_channels: int = 3, pooling: str = "1111", neuron: NeuronLike = LIF) -> None:
         super().__init__()
         check_multiple(dim, WIDTHS[0], "dim")
-        if len(pooling) != len(WIDTHS) or set(pooling) - set("01"):
-            raise ValueError(f'pooling must be four flags of 0 and 1 such as "1111" or "0011", got {pooling!r}')
+
         self.in_channels = in_channels
         channels = [in_channels, *(dim // width for width in WIDTHS)]
         self.stages = nn.ModuleList(ConvNorm(before, after, 3) for before, after in pairwise(channels))
         self.neurons = nn.ModuleList(make_neuron(neuron, channels=after) for after in channels[1:])
-        self.pools = nn.ModuleList(nn.MaxPool2d(3, 2, 1) if flag == "1" else nn.Identity() for flag in pooling)
+        self.pools = pools_of(pooling)
         self.position, self.position_neuron = ConvNorm(dim, dim, 3), make_neuron(neuron, channels=dim)
 
     def forward(self, x: Tensor) -> Tensor:
