@@ -377,6 +377,56 @@ def test_what_push_refuses(firing_model):
         stream.load_state_dict(state | {"neurons": {"nobody": {}}})
 
 
+LEAKY = partial(snntorch.Leaky, beta=0.5)
+
+
+@pytest.mark.parametrize(
+    ("saved", "other", "message"),
+    [
+        ("lif", {"name": "lif", "tau": 3.0}, r"patch.neurons.0 was saved with tau 2.0, and has 3.0 here"),
+        ("lif", "plif", "was saved with class LIF, and has ParametricLIF here"),
+        ("lif", {"name": "lif", "reset": "none"}, "was saved with reset_mechanism zero, and has none here"),
+        ("lif", {"name": "lif", "strict": True}, "was saved with strict False, and has True here"),
+        ("plif", {"name": "plif", "channels": True}, r"with w torch.float32 \[\], and has torch.float32 \[\d+\] here"),
+        (LEAKY, partial(snntorch.Lapicque, beta=0.5), "with neuron.class Leaky, and has Lapicque here"),
+        (LEAKY, partial(LEAKY, beta=0.25), "was saved with neuron.beta 0.5, and has 0.25 here"),
+    ],
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_state_of_a_namesake_is_refused(firing_model, saved, other, message, form):
+    if form != "plain":  # whose layers have names of their own
+        message = r"leaves\.\d+ was saved with .*, and has .* here; restore it to the model and form it came from"
+    theirs, ours = (FORMS[form](firing_model(neuron=neuron, depth=1)) for neuron in (saved, other))
+    stream, frame = Stream(theirs), torch.rand(2, 3, 16, 16)
+    stream.push(frame)
+    with pytest.raises(ValueError, match=message):
+        Stream(ours).load_state_dict(stream.state_dict())
+    again = Stream(theirs)
+    again.load_state_dict(stream.state_dict())
+    assert torch.equal(again.push(frame), stream.push(frame)) and again.seen.tolist() == [2, 2]
+
+
+def test_a_state_in_another_precision_is_refused():
+    blocks = [nn.Sequential(SpikingMLP(4)).eval(), nn.Sequential(SpikingMLP(4)).double().eval()]
+    streams = [Stream(block) for block in blocks]
+    streams[0](torch.rand(2, 1, 4, 2, 2))
+    with pytest.raises(ValueError, match=r"it is in torch.float32, the model in torch.float64"):
+        streams[1].load_state_dict(streams[0].state_dict())
+    deeper = Stream(nn.Sequential(SpikingMLP(4), SpikingMLP(4)).eval())
+    with pytest.raises(ValueError, match=r"it knows no neuron 1\."):
+        deeper.load_state_dict(streams[0].state_dict())
+
+
+@pytest.mark.parametrize("neuron", [LEAKY, partial(snntorch.Synaptic, alpha=0.5, beta=0.8)])
+def test_chunks_of_another_shape_do_not_start_anew(neuron):
+    stream = Stream(over_time(neuron()).eval())
+    stream(torch.ones(2, 3, 4))
+    for shape in ((1, 3, 5), (1, 1, 4)):
+        with pytest.raises(ValueError, match=r"one shape but for their length: a neuron had \[3, 4\] and now gets"):
+            stream(torch.ones(shape))
+    assert stream(torch.ones(2, 3, 4)).any()
+
+
 def test_there_are_no_gradients():
     block = SpikingMLP(4).eval()
     x = torch.rand(2, 1, 4, 2, 2, requires_grad=True)

@@ -53,6 +53,10 @@ class Firing(nn.Module, Streamed):
         self.inv_tau: Tensor
         self.constants = (spec.threshold, spec.reset, spec.strict)
 
+    def settings(self) -> dict[str, Any]:
+        """Its constants."""
+        return super().settings() | dict(zip(("threshold", "reset", "strict"), self.constants, strict=True))
+
     def neuron(self, shape: Sequence[int]) -> kernels.Neuron:
         """As the ops take it, for membranes of this shape; in a stream it goes on from where it stood."""
         check_time_constants(self.inv_tau, shape[-1:])

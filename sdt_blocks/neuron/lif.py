@@ -210,6 +210,10 @@ class ParametricLIF(LIF):
     def inv_tau(self) -> Tensor:
         return self.w.sigmoid()
 
+    def settings(self) -> dict[str, Any]:
+        """Without the time constant that it started from."""
+        return {name: value for name, value in super().settings().items() if name != "tau"}
+
     def extra_repr(self) -> str:
         shape = "scalar" if self.w.ndim == 0 else f"{self.w.numel()} channels"
         return f"w: {shape}, threshold={self.threshold:g}, reset={self.reset_mechanism!r}"

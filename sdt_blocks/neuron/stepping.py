@@ -14,7 +14,7 @@ from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
 from .integer import IntegerNeuron
-from .stream import Streamed
+from .stream import Streamed, other_shape
 
 
 def over_time(neuron: nn.Module) -> nn.Module:
@@ -84,10 +84,20 @@ class OverTime(nn.Module, Streamed):
             with _ONE_AT_A_TIME:
                 return self._run_anew(x)
         # The state of a stream is a neuron of its own, so that no other call can change it.
-        neuron = copy.deepcopy(self.carrier.state(self) or self.neuron)
+        before = self.carrier.state(self)
+        neuron = copy.deepcopy(self.neuron if before is None else before)
         spikes = self._run(neuron, x)
+        if before is not None:
+            self._check_shapes(self.tensors_of(before), self.tensors_of(neuron), x)
         self.carrier.keep_state(self, neuron)
         return spikes
+
+    @staticmethod
+    def _check_shapes(before: Mapping[str, Tensor], after: Mapping[str, Tensor], x: Tensor) -> None:
+        """Raises `ValueError` where the neuron has restarted by itself, or has continued with another batch."""
+        for name, tensor in before.items():
+            if tensor.shape[:1] != x.shape[1:2] or after.get(name, tensor).shape != tensor.shape:
+                raise other_shape(tensor.shape, x.shape[1:])
 
     def _run_anew(self, x: Tensor) -> Tensor:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,6 +31,22 @@ class Streamed:
     def initial(self, name: str) -> float:
         """The value of a state's tensor at the start."""
         return 0.0
+
+    def settings(self) -> dict[str, Any]:
+        """The classes, options and constants of the neuron and its parts, which a saved state must agree with.
+
+        Of parameters, which are learnt, dtype and shape.
+        """
+        assert isinstance(self, nn.Module)
+        found: dict[str, Any] = {}
+        for path, module in self.named_modules():
+            options = {name for kind in type(module).__mro__ for name in inspect.signature(kind.__init__).parameters}
+            held = {name: getattr(module, name, None) for name in sorted(options)}
+            told = {name: value for name, value in held.items() if isinstance(value, bool | int | float | str)}
+            told = {"class": type(module).__name__} | told
+            found |= {f"{path}.{name}".lstrip("."): value for name, value in told.items()}
+        learnt = {name: _described(value) for name, value in self.named_parameters()}
+        return found | {name: value.clone() for name, value in self.state_dict().items()} | learnt
 
 
 class Stream:
@@ -256,28 +273,54 @@ class Stream:
         neurons = {self._names[neuron]: dict(neuron.tensors_of(state)) for neuron, state in self._states.items()}
         return {
             "model": type(self.model).__name__,
+            "dtype": self._dtype(),
+            "settings": {name: neuron.settings() for neuron, name in self._names.items()},
             "neurons": neurons,
             "logits": [list(logits) for logits in self._logits],
             "seen": self._seen,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a state that `state_dict` returned. Raises `ValueError` for that of another model or form."""
-        by_name = {name: neuron for neuron, name in self._names.items()}
-        parts = {"model", "neurons", "logits", "seen"}
-        missing, unknown = parts - state.keys(), set(state.get("neurons", ())) - by_name.keys()
-        ours, why = type(self.model).__name__, None
-        if missing:
-            why = f"it lacks {', '.join(sorted(missing))}"
-        elif state["model"] != ours:
-            why = f"it is of a {state['model']}, not a {ours}"
-        elif unknown:
-            why = f"the model has no neuron {', '.join(sorted(unknown))}"
+        """Continues from a state that `state_dict` returned.
+
+        Raises `ValueError` for that of another model or form, in another precision, or with other neurons.
+        """
+        why = self._unlike(state)
         if why:
             raise ValueError(f"this is no state of such a stream: {why}; restore it to the model and form it came from")
+        by_name = {name: neuron for neuron, name in self._names.items()}
         self._states = {by_name[name]: by_name[name].state_of(tensors) for name, tensors in state["neurons"].items()}
         self._logits = deque((tuple(logits) for logits in state["logits"]), maxlen=self.window)
         self._seen = state["seen"]
+
+    def _unlike(self, state: Mapping[str, Any]) -> str:
+        """How a saved state differs from those of this stream, "" where it does not."""
+        ours = self.state_dict()
+        missing = sorted(ours.keys() - state.keys())
+        if missing:
+            return f"it lacks {', '.join(missing)}"
+        if state["model"] != ours["model"]:
+            return f"it is of a {state['model']}, not a {ours['model']}"
+        unknown = (state["settings"].keys() | state["neurons"].keys()) - ours["settings"].keys()
+        if unknown:
+            return f"the model has no neuron {', '.join(sorted(unknown))}"
+        for name, here in ours["settings"].items():
+            if name not in state["settings"]:
+                return f"it knows no neuron {name or '(the model)'}"
+            saved = state["settings"][name]
+            for key in (*here, *saved):
+                both = saved.get(key, "nothing"), here.get(key, "nothing")
+                if not _alike(*both):
+                    was, now = map(_described, both)
+                    return f"{name or 'the neuron'} was saved with {key} {was}, and has {now} here"
+        if state["dtype"] != ours["dtype"]:
+            return f"it is in {state['dtype']}, the model in {ours['dtype']}"
+        return ""
+
+    def _dtype(self) -> str:
+        """The dtype of the model, "" for one without parameters and buffers."""
+        held = (*self.model.parameters(), *self.model.buffers())
+        return next((str(tensor.dtype) for tensor in held if tensor.is_floating_point()), "")
 
     # ---- called by neurons
 
@@ -292,10 +335,7 @@ class Stream:
         """The neuron's membrane after the previous chunk, of this shape; `None` at the start."""
         membrane: Tensor | None = self.state(neuron)
         if membrane is not None and membrane.shape != tuple(shape):
-            raise ValueError(
-                f"a stream's chunks must have one shape but for their length: a neuron had {list(membrane.shape)} and "
-                f"now gets {list(shape)} a step; call reset() before another sequence"
-            )
+            raise other_shape(membrane.shape, shape)
         return membrane
 
     def state(self, neuron: Streamed) -> Any:
@@ -312,6 +352,28 @@ class Stream:
     def keep_state(self, neuron: Streamed, state: Any) -> None:
         """Keeps a neuron's state for the next chunk."""
         self._states[neuron] = state
+
+
+def other_shape(stood: Sequence[int], shape: Sequence[int]) -> ValueError:
+    """The error for a neuron whose state has one shape and whose input has another."""
+    return ValueError(
+        f"a stream's chunks must have one shape but for their length: a neuron had {list(stood)} and now gets "
+        f"{list(shape)} a step; call reset() before another sequence"
+    )
+
+
+def _alike(saved: Any, here: Any) -> bool:
+    """Whether two settings are the same, on whatever device they are."""
+    if not isinstance(saved, Tensor) or not isinstance(here, Tensor):
+        return type(saved) is type(here) and bool(saved == here)
+    return saved.dtype == here.dtype and torch.equal(saved.cpu(), here.cpu())
+
+
+def _described(setting: Any) -> str:
+    if not isinstance(setting, Tensor):
+        return str(setting)
+    whole = f"{setting.dtype} {list(setting.shape)}"
+    return whole if isinstance(setting, nn.Parameter) or setting.numel() != 1 else f"{setting.item():g}"
 
 
 def _mean(steps: Tensor) -> Tensor:
