@@ -397,7 +397,7 @@ def _sum(name: str, calls: list[_Call], clock: Clock, x: Tensor) -> _Site:
     entries = clock.split([torch.full_like(call.nonzero, call.entries) for call in calls], name).sum(1)
     once = len(nonzero) < clock.steps
     kept = [call.kept_input for call in calls if call.kept_input is not None]
-    frames = bool(kept) and (x.ndim == 5 or (not once and _varies(kept, clock.steps)))
+    frames = bool(kept) and not once and _are_frames(kept, clock.steps, x)
     dense = sum(call.dense for call in calls) / len(nonzero)
     bounds = [call.bound for call in calls if call.bound is not None]
 
@@ -444,6 +444,12 @@ def _sum(name: str, calls: list[_Call], clock: Clock, x: Tensor) -> _Site:
 def _first_steps(value: Tensor, steps: int) -> np.ndarray:
     """What each sample has at each step `[T or 1, B]`, added up over the first 1, 2, ... steps."""
     return value.double().expand(steps, value.shape[1]).cumsum(0).cpu().numpy()
+
+
+def _are_frames(inputs: list[Tensor], steps: int, x: Tensor) -> bool:
+    """Whether a layer that runs at every step sees frames of a recording, where one image `[B, T, ...]` is none."""
+    shown = steps > 1 and any(not one.is_meta and bool(one.any()) for one in inputs)
+    return _varies(inputs, steps) or (x.ndim == 5 and not shown)
 
 
 def _varies(inputs: list[Tensor], steps: int) -> bool:

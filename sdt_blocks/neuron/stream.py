@@ -40,10 +40,11 @@ class Streamed:
         assert isinstance(self, nn.Module)
         found: dict[str, Any] = {}
         for path, module in self.named_modules():
-            options = {name for kind in type(module).__mro__ for name in inspect.signature(kind.__init__).parameters}
+            makers = [vars(kind)["__init__"] for kind in type(module).__mro__ if "__init__" in vars(kind)]
+            options = {name for maker in makers for name in inspect.signature(maker).parameters}
             held = {name: getattr(module, name, None) for name in sorted(options)}
-            told = {name: value for name, value in held.items() if isinstance(value, bool | int | float | str)}
-            told = {"class": type(module).__name__} | told
+            plain = {name: value for name, value in held.items() if isinstance(value, bool | int | float | str)}
+            told = {"class": type(module).__name__, **plain}
             found |= {f"{path}.{name}".lstrip("."): value for name, value in told.items()}
         learnt = {name: _described(value) for name, value in self.named_parameters()}
         return found | {name: value.clone() for name, value in self.state_dict().items()} | learnt

@@ -300,6 +300,26 @@ def test_shared_layer_counts_each_time():
     assert report["fc"].macs == 2 * 36 and report["fc"].synaptic_operations > 0
 
 
+def test_an_image_handed_over_for_every_step_is_one_image(small):
+    """Direct coding costs the same whether the network shows the image, or its caller, as a view or as copies."""
+    images = torch.rand(2, 3, 16, 16) * (torch.rand(2, 3, 16, 16) > 0.3)
+    frames = images[:, None].expand(-1, 3, -1, -1, -1)
+    reports = [energy(small(), x) for x in (images, frames, frames.contiguous())]
+    changing = frames.clone()
+    changing[1, 2, 0, 5, 5] += 1
+    name = reports[0].layers[0].name
+    for report in reports:
+        assert report.total_mj == reports[0].total_mj and report.total_once_mj == reports[0].total_once_mj
+        assert report[name].energy_mj == pytest.approx(3 * report[name].once_mj)
+        for model, found in report.estimates.items():
+            assert found.cost == reports[0].estimates[model].cost, model
+    whole, recording = reports[0].estimates["executed"].rows[0], energy(small(), changing).estimates["executed"].rows[0]
+    assert [step.total_mj > 0 for step in whole.steps] == [True, False, False]
+    assert [step.total_mj > 0 for step in recording.steps] == [True] * 3
+    # Of frames that change, what is not zero is charged.
+    assert recording.steps[0].total_mj < 0.8 * whole.steps[0].total_mj
+
+
 def test_json_and_table(small, tmp_path):
     from rich.console import Console
 
