@@ -355,10 +355,10 @@ class Stream:
         self._states[neuron] = state
 
 
-def other_shape(stood: Sequence[int], shape: Sequence[int]) -> ValueError:
+def other_shape(before: Sequence[int], shape: Sequence[int]) -> ValueError:
     """The error for a neuron whose state has one shape and whose input has another."""
     return ValueError(
-        f"a stream's chunks must have one shape but for their length: a neuron had {list(stood)} and now gets "
+        f"a stream's chunks must have one shape but for their length: a neuron had {list(before)} and now gets "
         f"{list(shape)} a step; call reset() before another sequence"
     )
 
