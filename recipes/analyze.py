@@ -21,9 +21,9 @@ from typing import Any
 from common.command_line import command
 from common.config import ConfigError, RunError, check_meant, load_config
 from common.cpu_processes import join_processes
-from common.options import split_options
+from common.options import changed_options, split_options
 from common.schema import option
-from common.trained import class_names, default_folder, load, match_classes, with_run_config
+from common.trained import class_names, default_folder, load, match_classes, other_settings, with_run_config
 from torch import nn
 
 from sdt_blocks.analysis import EnergyModel, analyze_model, read_energy_models
@@ -58,8 +58,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     options, rest = split_options(Options, arguments)
     if options.checkpoint is None:
         raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar")
-    settings = ["train.mixed_precision=no", "tracker=none", *rest]
-    return options, with_run_config(Path(options.checkpoint), settings)
+    return options, with_run_config(Path(options.checkpoint), rest)
 
 
 def read_own_models(path: str | None) -> list[EnergyModel]:
@@ -91,6 +90,8 @@ def main(arguments: list[str]) -> None:
     own_models = read_own_models(options.energy_models)
     config = load_config(rest, default="imagenet_8_384")
     check_meant(config, rest)
+    settings = other_settings(checkpoint, config, rest) | changed_options(options, "as_trained")
+    folder = Path(options.output_dir or default_folder(checkpoint, "analysis", settings))
     join_processes()
     from common.analyzed import note_analyzed
     from common.loading import ReadableBatches, build_datasets, closing, evaluation_loader
@@ -114,7 +115,6 @@ def main(arguments: list[str]) -> None:
     if accelerator.is_main_process and (names is None or not labelled):
         warn(matched)
     batches = ReadableBatches(loader, labelled=labelled)
-    folder = Path(options.output_dir or default_folder(checkpoint, "analysis"))
     model.to(accelerator.device)
     title = f"{checkpoint} on {config.data.name}"
     asked: dict[str, Any] = {"layer": options.layer, "images": options.images, "as_trained": options.as_trained}

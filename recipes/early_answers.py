@@ -25,7 +25,7 @@ from common.config import ConfigError, RunError, check_meant, load_config
 from common.cpu_processes import join_processes
 from common.options import split_options
 from common.schema import option
-from common.trained import class_names, default_folder, load, match_classes, with_run_config
+from common.trained import class_names, default_folder, load, match_classes, other_settings, with_run_config
 
 from sdt_blocks.analysis.tables import HIGH, LOW, Column, as_files, write
 
@@ -75,8 +75,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[float], list
         raise ConfigError(
             f"tolerances={options.tolerances}: expected shares of the samples from 0 to 1, such as 0,0.01"
         )
-    settings = ["train.mixed_precision=no", "tracker=none", *rest]
-    return options, allowed, with_run_config(Path(options.checkpoint), settings)
+    return options, allowed, with_run_config(Path(options.checkpoint), rest)
 
 
 def split(test_set: Any, options: Options) -> tuple[list[Any], list[Any]]:
@@ -151,6 +150,8 @@ def main(arguments: list[str]) -> None:
     checkpoint = Path(options.checkpoint or "")
     config = load_config(rest, default="imagenet_8_384")
     check_meant(config, rest)
+    settings = other_settings(checkpoint, config, rest)
+    folder = Path(options.output_dir or default_folder(checkpoint, "early_answers", settings))
     join_processes()
     import torch
     from common.loading import build_datasets
@@ -183,10 +184,7 @@ def main(arguments: list[str]) -> None:
         f"interval; time: share of the same form's whole model, a median of {options.rounds}, in batches of "
         f"{options.batch_size}."
     )
-    texts, folder = (
-        as_files(rows, COLUMNS, note),
-        Path(options.output_dir or default_folder(checkpoint, "early_answers")),
-    )
+    texts = as_files(rows, COLUMNS, note)
     try:
         write(texts, folder / "early_answers")
         draw_early(rows, folder / "early_answers.png")

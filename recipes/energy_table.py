@@ -161,7 +161,7 @@ def measured_rows(checkpoints: Sequence[Path], arguments: Sequence[str]) -> Iter
     from sdt_blocks.analysis import energy
 
     for checkpoint in checkpoints:
-        settings = with_run_config(checkpoint, ["train.mixed_precision=no", "tracker=none", *arguments])
+        settings = with_run_config(checkpoint, arguments)
         model, config = load(checkpoint, load_config(settings, default="imagenet_8_384"), settings, averaged=False)
         accelerator, config = build_accelerator(config)
         _, test_set = at_the_door(build_datasets, config, evaluation_only=True)

@@ -4,8 +4,9 @@
     accelerate launch recipes/evaluate.py checkpoint=runs/digits
 
 It prints the accuracy and writes a folder (output_dir=, by default `evaluation` in the run's): the accuracy of each
-class (classes.csv), the confusion matrix (confusion.csv, confusion.png), and all figures (evaluation.json). Classes are
-matched by name, in whatever order the data has them; `match=position` goes by the order alone.
+class (classes.csv), the confusion matrix (confusion.csv, confusion.png), and all figures (evaluation.json). Settings
+other than the run's own have a folder of their own, named by them: `evaluation,data.img_size=288`. Classes are matched
+by name, in whatever order the data has them; `match=position` goes by the order alone.
 
 For a run folder the data is the run's own unless said otherwise, else that of config=imagenet_8_384. `img_size=288`
 resizes to 320 and crops 288, as published; `ema=true` takes the averaged weights; `model.time_steps=6` and the like
@@ -17,17 +18,17 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.command_line import command
 from common.config import ConfigError, RunError, cannot_write, check_meant, load_config
 from common.cpu_processes import join_processes
-from common.options import split_options
+from common.options import changed_options, split_options
 from common.schema import option
-from common.trained import class_names, default_folder, load, match_classes, with_run_config
+from common.trained import class_names, default_folder, load, match_classes, other_settings, with_run_config
 
 if TYPE_CHECKING:
     from common.evaluation import Evaluation
@@ -62,17 +63,16 @@ def read_arguments(arguments: list[str]) -> tuple[Options, list[str]]:
     if options.img_size is not None:
         crop = PUBLISHED_CROP.get(options.img_size)
         rest = [f"data.img_size={options.img_size}", *([f"data.crop_pct={crop}"] if crop else []), *rest]
-    # Training may have been in half precision; the published figures are in full, unless asked otherwise.
-    settings = ["train.mixed_precision=no", "tracker=none", *rest]
-    return options, with_run_config(Path(options.checkpoint), settings)
+    return options, with_run_config(Path(options.checkpoint), rest)
 
 
 def main(arguments: list[str]) -> None:
     options, rest = read_arguments(arguments)
     checkpoint = Path(options.checkpoint or "")
-    folder = Path(options.output_dir or default_folder(checkpoint, "evaluation"))
     config = load_config(rest, default="imagenet_8_384")
     check_meant(config, rest)
+    settings = other_settings(checkpoint, config, rest) | changed_options(options, "ema", "match")
+    folder = Path(options.output_dir or default_folder(checkpoint, "evaluation", settings))
     join_processes()
     import torch
     from common.evaluation import evaluate
@@ -102,7 +102,7 @@ def main(arguments: list[str]) -> None:
             print(f"{unreadable} of the {test_set.kind} could not be read and count nowhere")
         print(matched)
         print("\n".join(describe_classes(result, test_set.classes)))
-        write(result, test_set.classes, folder, unreadable)
+        write(result, test_set.classes, folder, unreadable, settings)
     accelerator.end_training()
 
 
@@ -119,9 +119,10 @@ def describe(result: Evaluation, kind: str) -> str:
     from common.evaluation import describe_accuracies
 
     height, width = result.input_size
+    some = f" (of {result.rated} of them)" if result.rated < result.samples else ""
     return (
         f"{describe_accuracies(result.accuracies, ' | ')} | loss {result.loss:.4f} | "
-        f"{result.samples} {kind} at {height} x {width} | firing rate {result.firing_rate:.4f}"
+        f"{result.samples} {kind} at {height} x {width} | firing rate {result.firing_rate:.4f}{some}"
     )
 
 
@@ -146,8 +147,11 @@ def describe_classes(result: Evaluation, names: Sequence[str]) -> list[str]:
     return lines
 
 
-def write(result: Evaluation, names: Sequence[str], folder: Path, unreadable: int = 0) -> None:
-    """evaluation.json, classes.csv, confusion.csv and confusion.png. Raises `RunError`."""
+def write(result: Evaluation, names: Sequence[str], folder: Path, unreadable: int, settings: Mapping[str, Any]) -> None:
+    """evaluation.json, classes.csv, confusion.csv and confusion.png. Raises `RunError`.
+
+    `settings` are those that are not the run's own.
+    """
     from common.pictures import draw_confusion
 
     from sdt_blocks.models.card import words_of
@@ -159,8 +163,10 @@ def write(result: Evaluation, names: Sequence[str], folder: Path, unreadable: in
         "samples": result.samples,
         "unreadable": unreadable,
         "firing_rate": result.firing_rate,
+        "firing_rate_samples": result.rated,
         "silence": result.silence,
         "input_size": list(result.input_size),
+        "settings": dict(settings),
     }
     try:
         (folder / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

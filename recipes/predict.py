@@ -67,8 +67,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str], list[s
         raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar")
     if not inputs:
         raise ConfigError("name the images or recordings to classify, or folders of them")
-    settings = ["train.mixed_precision=no", "tracker=none", *rest]
-    return options, inputs, with_run_config(Path(options.checkpoint), settings)
+    return options, inputs, with_run_config(Path(options.checkpoint), rest)
 
 
 class Listed:

@@ -78,8 +78,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
         raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, such as runs/events_demo")
     if options.frame_events is not None and options.frame_ms is not None:
         raise ConfigError("frame_events and frame_ms are two ways to end a frame; give one of them")
-    settings = ["train.mixed_precision=no", "tracker=none", *rest]
-    return options, with_run_config(Path(options.checkpoint), settings)
+    return options, with_run_config(Path(options.checkpoint), rest)
 
 
 def read_recording(options: Options, config: Any) -> tuple[Any, tuple[int, int]]:

@@ -351,9 +351,14 @@ def help_text(default: str, *, training: bool) -> str:
 
 def help_line(key: str, value: Any, metadata: Mapping[str, Any]) -> str:
     """One key of `--help`: its value as it would be typed, its meaning, and what it may be."""
-    typed = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     choices = f" ({', '.join(metadata['choices'])})" if "choices" in metadata else ""
-    return f"  {key}={typed.replace(', ', ',')}: {metadata['help']}{choices}"
+    return f"  {key}={typed(value)}: {metadata['help']}{choices}"
+
+
+def typed(value: Any) -> str:
+    """A value as it would be typed behind `key=`."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text.replace(", ", ",") if isinstance(value, list) else text
 
 
 def to_yaml(config: Config, derived: Derived | None = None) -> str:

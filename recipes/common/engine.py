@@ -179,7 +179,7 @@ def close_epoch(run: Run, clock: Clock) -> None:
             measured = {"loss": result.loss, **result.accuracies}
             line |= {f"{prefix}test_{key}": value for key, value in measured.items()}
             line[f"{prefix}firing_rate"] = result.firing_rate
-            line["test_samples"] = result.samples
+            line |= {"test_samples": result.samples, "firing_rate_samples": result.rated}
             silent = is_silent(line, prefix)
             if at_end and result.silence and not silent:
                 partly = result.silence

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,10 @@ from .stop_request import StopRequest
 TOP_K = 5
 """Beside top-1, where there are at least twice as many classes."""
 
+RATED, RATED_BATCHES = 1024, 8
+"""Samples over all processes, and batches of each, that firing rates are counted of at least, where there are so many:
+neurons that are counted are not fused with what is around them."""
+
 
 @dataclass
 class Evaluation:
@@ -37,7 +41,9 @@ class Evaluation:
     confusion: Tensor
     """Samples by true and by predicted class, int64 `[K, K]`."""
     firing_rate: float
-    """Spikes of a neuron in a time step, mean over all neurons and the first batch."""
+    """Spikes of a neuron in a time step, mean over all neurons and the `rated` samples."""
+    rated: int
+    """How many samples the firing rate is of: all, or those of batches at equal distances."""
     input_size: tuple[int, int]
     """Height and width of the images or frames."""
     silence: str
@@ -64,19 +70,18 @@ def evaluate(
     """
     model.eval()
     metrics = build_metrics(model.num_classes, accelerator.device)
-    firing_rate, input_size = -1.0, (0, 0)
-    firing = Firing(model)
-    for inputs, targets in fetch(loader):
+    firing, input_size = Firing(model), (0, 0)
+    distance = max(1, min(len(loader.dataset) // RATED, len(loader) // RATED_BATCHES))  # type: ignore[arg-type]
+    for number, (inputs, targets) in enumerate(fetch(loader)):
         if stop is not None and stop.signal:
             break
         inputs, targets = inputs[targets >= 0], targets[targets >= 0]
         if not len(targets):
             continue
         inputs, targets = inputs.to(accelerator.device), targets.to(accelerator.device)
-        with accelerator.autocast(), firing:
+        with accelerator.autocast(), firing.watched(rated=0 if number % distance else len(targets)):
             logits = model(inputs)
-        if firing_rate < 0:
-            firing_rate, input_size = firing.rate, (inputs.shape[-2], inputs.shape[-1])
+        input_size = (inputs.shape[-2], inputs.shape[-1])
         logits = logits.float().mean(0) if logits.ndim == 3 else logits.float()
         metrics["loss"].update(F.cross_entropy(logits, targets, reduction="none"))
         for name in metrics.keys() - {"loss"}:
@@ -86,7 +91,7 @@ def evaluate(
         return None
     # Every process takes part, with samples or without: this is where their counts are added up.
     found = {name: metric.compute().cpu() for name, metric in metrics.items()}
-    fired = firing.everywhere(accelerator)
+    firing.add_up(accelerator)
     confusion, loss = found.pop("confusion"), float(found.pop("loss"))
     if not confusion.sum():
         raise ValueError("not one sample of the evaluation set could be read")
@@ -94,9 +99,10 @@ def evaluate(
         loss=loss if math.isfinite(loss) else math.nan,
         accuracies={name: 100 * int(hits) / int(samples) for name, (hits, _, _, _, samples) in found.items()},
         confusion=confusion,
-        firing_rate=max(firing_rate, 0.0),
+        firing_rate=firing.rate,
+        rated=firing.samples,
         input_size=input_size,
-        silence=silence(model, fired),
+        silence=silence(model, firing.fired),
     )
 
 
@@ -121,7 +127,7 @@ def build_metrics(num_classes: int, device: torch.device) -> dict[str, Metric]:
 
 
 class Firing:
-    """Which neuron layers of a model fire within `with` blocks; those that have are not looked at again.
+    """Which neuron layers of a model fire while it is watched, and how often.
 
     A block that looks at any runs without `torch.compile`, which does not see hooks that come and go.
     """
@@ -130,37 +136,53 @@ class Firing:
         self.neurons = find_neurons(model)
         self.fired: dict[str, bool] = {}
         """Of the layers that were called."""
-        self.rate = 0.0
-        """Spikes of a neuron in a time step, mean over the layers looked at in the last block."""
+        self.samples, self.spikes, self.chances = 0, 0.0, 0.0
+        """What was rated: samples, spikes, and neurons times their time steps."""
 
-    def __enter__(self) -> None:
-        self.counts: dict[str, list[tuple[Tensor, int]]] = {}
-        looked_at = {name: neuron for name, neuron in self.neurons.items() if not self.fired.get(name)}
-        self.hooks = [neuron.register_forward_hook(self._counter(name)) for name, neuron in looked_at.items()]
-        self.eager = torch.compiler.set_stance("force_eager") if self.hooks else nullcontext()
-        self.eager.__enter__()
+    @property
+    def rate(self) -> float:
+        """Spikes of a neuron in a time step, mean over all neurons and the samples that were rated."""
+        return self.spikes / self.chances if self.chances else 0.0
 
-    def _counter(self, name: str) -> Callable[..., None]:
-        def count(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            spikes = spikes_of(output)
-            # In half precision, as under autocast, a sum ends at 65504, or counts to two digits.
-            self.counts.setdefault(name, []).append((spikes.sum(dtype=torch.float32), spikes.numel()))
+    @contextmanager
+    def watched(self, *, rated: int) -> Iterator[None]:
+        """A forward pass of `rated` samples; of 0 only to see whether layers fire that have not done so yet."""
+        calls: dict[str, list[tuple[Tensor, int]]] = {}
 
-        return count
+        def counter(name: str) -> Callable[..., None]:
+            def count(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                spikes = spikes_of(output)
+                # In half precision, as under autocast, a sum ends at 65504, or counts to two digits.
+                calls.setdefault(name, []).append((spikes.sum(dtype=torch.float32), spikes.numel()))
 
-    def __exit__(self, *error: Any) -> None:
-        self.eager.__exit__(*error)
-        for hook in self.hooks:
-            hook.remove()
-        sums = {name: float(sum(spikes for spikes, _ in calls)) for name, calls in self.counts.items()}
-        neurons = sum(number for calls in self.counts.values() for _, number in calls)
-        self.rate = sum(sums.values()) / neurons if neurons else 0.0
-        for name, spikes in sums.items():
-            self.fired[name] = spikes != 0
+            return count
 
-    def everywhere(self, accelerator: Accelerator) -> dict[str, bool]:
-        """`fired` on any process; all of them call this."""
+        looked_at = {name: one for name, one in self.neurons.items() if rated or not self.fired.get(name)}
+        hooks = [neuron.register_forward_hook(counter(name)) for name, neuron in looked_at.items()]
+        try:
+            with torch.compiler.set_stance("force_eager") if hooks else nullcontext():
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not calls:
+            return
+        sums = torch.stack([torch.stack([spikes for spikes, _ in of_layer]).sum() for of_layer in calls.values()])
+        for name, spikes in zip(calls, sums.tolist(), strict=True):
+            self.fired[name] = spikes != 0 or self.fired.get(name, False)
+            self.spikes += spikes if rated else 0.0
+        if rated:
+            self.samples += rated
+            self.chances += sum(number for of_layer in calls.values() for _, number in of_layer)
+
+    def add_up(self, accelerator: Accelerator) -> None:
+        """Makes of this process's findings those of all, on each of them; all call this."""
         seen = [[name in self.fired, self.fired.get(name, False)] for name in self.neurons]
-        total: Any = accelerator.reduce(torch.tensor(seen, dtype=torch.float32, device=accelerator.device), "sum")
-        flags = total.bool().tolist()
-        return {name: fired for name, (called, fired) in zip(self.neurons, flags, strict=True) if called}
+        counts = [self.samples, self.spikes, self.chances]
+        exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        numbers = [*counts, *(float(flag) for flags in seen for flag in flags)]
+        total: Any = accelerator.reduce(torch.tensor(numbers, dtype=exact, device=accelerator.device), "sum")
+        samples, self.spikes, self.chances, *flags = total.tolist()
+        self.samples = round(samples)
+        pairs = zip(self.neurons, flags[::2], flags[1::2], strict=True)
+        self.fired = {name: fired > 0 for name, called, fired in pairs if called}

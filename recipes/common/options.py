@@ -5,7 +5,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .config import ConfigError, check_bounds, help_line
 from .values import convert, expand_home, shown
@@ -40,6 +40,12 @@ def split_options(kind: type[T], arguments: Sequence[str]) -> tuple[T, list[str]
     names = {item.name for item in fields(kind)}  # type: ignore[arg-type]
     own = [argument for argument in arguments if argument.partition("=")[0] in names]
     return read_options(kind, own), [argument for argument in arguments if argument not in own]
+
+
+def changed_options(options: Any, *names: str) -> dict[str, Any]:
+    """Those of the named options that are not as they are by default."""
+    defaults = type(options)()
+    return {name: getattr(options, name) for name in names if getattr(options, name) != getattr(defaults, name)}
 
 
 def own_help(kind: type) -> str:

@@ -71,7 +71,7 @@ def read_model(name: str, *, samples: int, img_size: int = 224, seed: int = 0) -
     seeds = sorted(path.glob("seed_*"), key=lambda folder: (len(folder.name), folder.name)) if path.is_dir() else []
     found = []
     for folder in seeds or [path]:
-        arguments = with_run_config(folder, ["tracker=none"])
+        arguments = with_run_config(folder, [])
         config = load_config(arguments, default="imagenet_8_384")
         # A run's accuracy is that of its last model, which no choice by test images has touched.
         last = folder / "last"

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .config import Config, ConfigError, changed, model_keywords, read_file
+from .config import Config, ConfigError, changed, flatten, load_config, model_keywords, read_file, typed
 
 if TYPE_CHECKING:
     from sdt_blocks import DataCard
 
 RUN_CONFIG = "config.yaml"
+AS_ASKED = ("train.mixed_precision=no", "tracker=none")
+"""How a trained model is asked unless said otherwise: in full precision, which published figures are in."""
 _INSIDE_A_RUN = ("best", "last", "ema")
 _LISTED = 5
+_NO_MATTER = {
+    "data.workers", "data.download", "data.on_error", "events.cache", "train.batch_size", "threads", "output_dir",
+    "resume", "tracker", "analyze",
+}  # fmt: skip
+"""What may be said of a trained model without its answers, or the data they are of, being others."""
+_LONGEST = 100
+"""Characters of a folder's name that says settings; more become a digest."""
 
 
 def run_config(checkpoint: Path) -> Path | None:
@@ -28,16 +39,16 @@ def run_config(checkpoint: Path) -> Path | None:
 
 
 def with_run_config(checkpoint: Path, arguments: Sequence[str]) -> list[str]:
-    """The arguments, on top of the run's own configuration where there is one and no other is named.
+    """`AS_ASKED` and the arguments, on top of the run's own configuration where there is one and no other is named.
 
     Raises `ConfigError` where that is empty.
     """
     written = run_config(checkpoint)
     if written is None or any(argument.startswith("config=") for argument in arguments):
-        return list(arguments)
+        return [*AS_ASKED, *arguments]
     if not read_file(written):
         raise ConfigError(f"{written} is empty; say the settings of the training with config=NAME or config=FILE.yaml")
-    return [f"config={written}", *arguments]
+    return [f"config={written}", *AS_ASKED, *arguments]
 
 
 def load(checkpoint: Path, config: Config, arguments: Sequence[str], *, averaged: bool) -> tuple[Any, Config]:
@@ -115,11 +126,36 @@ def asked_options(config: Config, arguments: Sequence[str]) -> dict[str, Any]:
     return {key: value for key, value in model_keywords(config).items() if key in asked}
 
 
-def default_folder(checkpoint: Path, name: str) -> Path:
-    """The folder `name` in a run folder or a saved model, or beside a released file under its name."""
+def other_settings(checkpoint: Path, config: Config, arguments: Sequence[str]) -> dict[str, Any]:
+    """The settings in which what is asked of a trained model differs from its run's configuration.
+
+    Without a run, from the configuration that the arguments name; where the data lie is then no difference.
+    """
+    written = run_config(checkpoint)
+    named = [argument for argument in arguments if argument.startswith("config=")]
+    source = named if written is None else [f"config={written}"]
+    own = flatten(load_config([*source, *AS_ASKED], default="imagenet_8_384"))
+    passed = _NO_MATTER | ({"data.root"} if own["data.root"] is None else set())
+    return {key: value for key, value in flatten(config).items() if key not in passed and value != own[key]}
+
+
+def default_folder(checkpoint: Path, name: str, settings: Mapping[str, Any] | None = None) -> Path:
+    """The folder `name` in a run folder or a saved model, or beside a released file under its name.
+
+    What was found with other `settings` than the run's is no finding on the run: it has a folder of its own beside that
+    one, whose name says them: `evaluation,data.img_size=288`.
+    """
+    name += _as_name(settings or {})
     if checkpoint.is_dir():
         return checkpoint / name
     return checkpoint.with_name(f"{checkpoint.name.removesuffix('.tar').removesuffix('.pth')}_{name}")
+
+
+def _as_name(settings: Mapping[str, Any]) -> str:
+    whole = "".join(f",{key}={typed(value)}" for key, value in settings.items())
+    short = "".join(f",{key}={typed(value).rstrip('/').rpartition('/')[2]}" for key, value in settings.items())
+    name = re.sub(r"[^\w.,=+-]", "_", short)[:_LONGEST]
+    return name if name == whole else f"{name}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 def class_names(checkpoint: Path, model: Any) -> list[str] | None:

@@ -400,4 +400,4 @@ def test_an_empty_configuration_of_a_run_is_not_taken_for_the_defaults(tmp_path)
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(ConfigError, match=r"config\.yaml is empty.*config=NAME"):
         with_run_config(tmp_path, [])
-    assert with_run_config(tmp_path, ["config=digits"]) == ["config=digits"]
+    assert with_run_config(tmp_path, ["config=digits"])[-1] == "config=digits"

@@ -250,7 +250,7 @@ def test_chance_of_a_silent_network_is_neither_reported_nor_the_best(set_up, mon
 
     def evaluate(*_, **__):
         top1, rate = next(answers)
-        return Evaluation(2.0, {"top1": top1}, torch.eye(10, dtype=torch.int64), rate, (8, 8), "")
+        return Evaluation(2.0, {"top1": top1}, torch.eye(10, dtype=torch.int64), rate, 10, (8, 8), "")
 
     monkeypatch.setattr(engine, "evaluate", evaluate)
     best, save_weights = [], engine.save_weights
@@ -274,7 +274,7 @@ def test_layers_that_never_fired_are_named_at_the_end(set_up, monkeypatch, capsy
     counts = torch.eye(10, dtype=torch.int64)
     sentence = "1 of 12 neuron layers never fired: blocks.0.attention.branch.mixer.neuron"
     for rate, told in ((0.1, 1), (0.0, 0)):
-        result = Evaluation(2.0, {"top1": 30.0}, counts, rate, (8, 8), sentence)
+        result = Evaluation(2.0, {"top1": 30.0}, counts, rate, 10, (8, 8), sentence)
         monkeypatch.setattr(engine, "evaluate", lambda *_, result=result, **__: result)
         engine.train(set_up(*PLAIN, f"output_dir=run_{told}", "train.epochs=2"))
         assert capsys.readouterr().out.count(sentence) == told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -258,6 +259,48 @@ def test_the_recipe_writes_classes_and_confusion_for_data_in_another_order(evalu
     assert (figures["samples"], figures["unreadable"]) == (14, 1)
 
 
+def test_other_settings_than_the_runs_have_a_folder_of_their_own(evaluate_here, train, tmp_path):
+    small = ("model.dim=16", "model.depth=1", "threads=1", "tracker=none", "train.batch_size=32", "output_dir=run")
+    train(*small, "data.train_samples=64", "data.test_samples=40", "train.ema_decay=0.5", "train.max_steps=2")
+
+    def figures(*arguments):
+        out = evaluate_here("checkpoint=run", *arguments)
+        folder = tmp_path / out.rpartition(" are in ")[2].strip()
+        return folder.name, json.loads((folder / "evaluation.json").read_text())
+
+    name, own = figures()
+    assert name == "evaluation" and own["settings"] == {} and own["samples"] == own["firing_rate_samples"] == 40
+    # What changes no answer, and what the run says itself, is no difference.
+    name, own = figures("train.batch_size=8", "data.on_error=skip", "data.img_size=16")
+    assert name == "evaluation" and own["settings"] == {}
+    for asked, name in (
+        (("model.time_steps=2",), "evaluation,model.time_steps=2"),
+        (("img_size=32", "ema=true"), "evaluation,data.img_size=32,ema=true"),
+        (("data.test_samples=20",), "evaluation,data.test_samples=20"),
+    ):
+        found, other = figures(*asked)
+        settings = [f"{key}={value}".lower() for key, value in other["settings"].items()]
+        assert found == name == ",".join(["evaluation", *settings])
+    assert json.loads((tmp_path / "run/evaluation/evaluation.json").read_text()) == own
+    assert figures("data.test_samples=20", "output_dir=mine")[0] == "mine"
+
+
+def test_the_name_of_a_folder_says_its_settings():
+    from common.trained import default_folder
+
+    def named(**settings):
+        return default_folder(WHERE, "evaluation", settings).name.removeprefix("run_evaluation")
+
+    assert named() == "" and named(ema=True, steps=None) == ",ema=true,steps=null"
+    here, there = named(root="/data/one/val"), named(root="/data/two/val/")
+    assert here != there and here[:-8] == there[:-8] == ",root=val-"
+    assert re.fullmatch(r",mean=_0.3,0.5_-[0-9a-f]{8}", named(mean=[0.3, 0.5])) and named(mean=[0.5]) != named(
+        mean=[0.3]
+    )
+    long = [named(**dict.fromkeys("abc", "x" * 60), d=d) for d in (1, 2)]
+    assert long[0] != long[1] and max(map(len, long)) < 120
+
+
 def silenced(model, *units):
     """The model with nothing above the thresholds behind these units."""
     for unit in units:
@@ -278,12 +321,10 @@ def test_neurons_that_never_fired_are_named_in_the_first_line(evaluate_here, fir
     if units == ("*",):
         units = [name for name, module in model.named_modules() if isinstance(module, Unit)]
     save_model(silenced(model, *units), tmp_path / "saved")
-    out = evaluate_here("checkpoint=saved", "config=digits", "data.test_samples=20", "train.batch_size=8")
+    out = evaluate_here("checkpoint=saved", "config=digits", "data.test_samples=20", "output_dir=of_20")
     first, *others = out.splitlines()
     assert first.startswith(said or "top-1")
-    assert json.loads((tmp_path / "saved" / "evaluation" / "evaluation.json").read_text())["silence"] == (
-        said and first
-    )
+    assert json.loads((tmp_path / "of_20" / "evaluation.json").read_text())["silence"] == (said and first)
     assert (others if said else [first])[0].startswith("top-1")
 
 
@@ -294,12 +335,13 @@ def test_a_layer_that_fires_in_a_later_batch_has_fired():
     net = nn.Sequential(nn.Identity(), LIF(), LIF(threshold=0.4))
     firing = Firing(net)
     for value, expected in ((0.0, (False, False)), (3.0, (True, True))):
-        with firing:
+        with firing.watched(rated=0):
             net(torch.full((4, 2, 3), value))
-        assert tuple(firing.fired.values()) == expected and (firing.rate > 0) == expected[0]
-    with firing:
+        assert tuple(firing.fired.values()) == expected and firing.rate == firing.samples == 0
+    with firing.watched(rated=2):
         net(torch.zeros(4, 2, 3))
-    assert firing.fired == firing.everywhere(Accelerator(cpu=True)) == {"1": True, "2": True}
+    firing.add_up(Accelerator(cpu=True))
+    assert firing.fired == {"1": True, "2": True} and (firing.samples, firing.rate) == (2, 0.0)
     assert not any(module._forward_hooks for module in net.modules())
 
 
@@ -310,9 +352,44 @@ def test_spikes_of_half_precision_are_counted_to_the_last(dtype):
     fire = torch.arange(2 * 400 * 500).reshape(2, 400, 500) % 7 < 3
     net = nn.Sequential(LIF(tau=1.0))
     firing = Firing(net)
-    with firing:
+    with firing.watched(rated=400):
         assert net(3 * fire.to(dtype)).dtype == dtype
     assert fire.sum() > 65504 and firing.rate == pytest.approx(int(fire.sum()) / fire.numel(), rel=1e-6)
+
+
+def test_the_firing_rate_is_of_all_samples_or_of_batches_at_equal_distances(monkeypatch):
+    from accelerate import Accelerator
+    from common import evaluation
+
+    class Small(nn.Module):
+        num_classes = 4
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = LIF(threshold=0.5), LIF(threshold=0.1)
+
+        def forward(self, x):
+            return self.last(self.first(x.expand(3, *x.shape)) / 4)
+
+    model = Small()
+    # Sorted by class, as folders are read: the first batches say little of the others.
+    images = torch.linspace(0.1, 2, 24)[:, None].expand(24, 4).contiguous()
+    loader = DataLoader(TensorDataset(images, torch.arange(24) // 6), batch_size=2)
+
+    def counted(rows):
+        spikes = model.first(images[rows].expand(3, -1, -1))
+        return torch.stack([spikes, model.last(spikes / 4)]).mean().item()
+
+    found = evaluation.evaluate(model, loader, Accelerator(cpu=True))
+    assert (found.rated, found.samples) == (24, 24)
+    assert found.firing_rate == pytest.approx(counted(list(range(24)))) and counted([0, 1]) < 0.6 * found.firing_rate
+    monkeypatch.setattr(evaluation, "RATED", 6)
+    monkeypatch.setattr(evaluation, "RATED_BATCHES", 3)
+    found = evaluation.evaluate(model, loader, Accelerator(cpu=True))
+    some = [0, 1, 8, 9, 16, 17]
+    assert found.rated == 6 and found.samples == 24 and found.firing_rate == pytest.approx(counted(some))
+    monkeypatch.setattr(evaluation, "RATED_BATCHES", 12)
+    assert evaluation.evaluate(model, loader, Accelerator(cpu=True)).rated == 24
 
 
 def test_a_compiled_model_fires_in_every_evaluation():

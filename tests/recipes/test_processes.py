@@ -57,6 +57,7 @@ def test_the_divided_evaluation_is_that_of_one_process(two_processes):
     assert shared["test_samples"] == alone.samples == 101
     assert {name: shared[f"test_{name}"] for name in ("top1", "top5")} == pytest.approx(alone.accuracies, rel=1e-6)
     assert shared["test_loss"] == pytest.approx(alone.loss, rel=1e-5)
+    assert shared["firing_rate"] == pytest.approx(alone.firing_rate, rel=1e-5) and alone.rated == 101
 
 
 def test_a_process_that_dies_ends_the_run_which_resumes_exactly(launcher, tmp_path, two_processes):
