@@ -24,10 +24,11 @@ from sdt_blocks import (
     SpikingMLP,
     SpikingPatchSplitting,
     calibrate_norms,
+    create_model,
     optimize_for_inference,
     over_time,
 )
-from sdt_blocks.blocks import ConvNorm, ConvolutionBlock, Downsampling, LinearSpikeAttention, MaskMixer
+from sdt_blocks.blocks import ConvNorm, ConvolutionBlock, Downsampling, LinearSpikeAttention, MaskMixer, RepConv
 from sdt_blocks.inference import Dense, Events, dense, plan
 from sdt_blocks.neuron import IntegerNeuron
 from sdt_blocks.neuron.replacing import InSteps
@@ -595,6 +596,34 @@ def test_state_and_chance_are_not_frozen_into_a_plan(make, why: str) -> None:
     assert not torch.equal(first, second)
     if why != "random numbers":
         torch.testing.assert_close([first, second], [model(torch.ones(1, 2, 3, 3)) for _ in range(2)])
+
+
+@torch.no_grad()
+def test_networks_of_the_kit_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody has put code of their own; each chain of layers is merged once in all."""
+    calls: dict[Any, int] = {}
+
+    def counted(kind: Any, name: str) -> None:
+        whole = getattr(kind, name)
+
+        def count(self: Any, *given: Any) -> Any:
+            calls[name] = calls.get(name, 0) + 1
+            return whole(self, *given)
+
+        monkeypatch.setattr(kind, name, count)
+
+    counted(RepConv, "kernel")
+    counted(torch.fx.Tracer, "trace")
+    model, x = create_model("sdt_v2_15m", dims=(8, 16, 24, 32)).eval(), torch.rand(1, 3, 32, 32)
+    chains = sum(isinstance(module, RepConv) for module in model.modules())
+    optimize_for_inference(model, compile=False)
+    assert calls == {"trace": 1, "kernel": chains} and chains > 4
+    seen: list[int] = []
+    model.forward_head = lambda features: features.mean((0, 3, 4)) + (seen.append(0) or len(seen))
+    with pytest.warns(UserWarning, match=UNLIKE):
+        fast = optimize_for_inference(model, compile=False)
+    given = [fast(x), fast(x)]
+    torch.testing.assert_close(given[1] - given[0], torch.ones_like(given[0]))
 
 
 class InLoop(nn.Module):

@@ -217,9 +217,9 @@ def convolution(unit: Any) -> tuple[nn.Conv2d, nn.BatchNorm2d | None] | None:
 
 
 def chain(unit: Any) -> list[nn.Conv2d] | None:
-    """The convolutions of a unit one after the other, its norm behind the last, where `convolution` has it as one."""
+    """The convolutions of a unit that `convolution` has as one, one after the other, its norm behind the last."""
     layers: list[nn.Conv2d] | None = unit.chain() if isinstance(unit, steps.Unit) else None
-    if layers is None or convolution(unit) is None:
+    if layers is None:
         return None
     known = all(layer.padding_mode == "zeros" and not isinstance(layer.padding, str) for layer in layers)
     return layers if known else None

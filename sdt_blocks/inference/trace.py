@@ -84,7 +84,7 @@ def trace(model: nn.Module) -> Traced:
             opaque[_NETWORK] = "it draws random numbers"
             continue
         stateful = [name for name, module in root.named_modules() if holds_proxies(module)]
-        if not stateful:
+        if not stateful and not _is_known(root):
             stateful = _grown(root, graph, opaque, before)
         if not stateful and _UNLIKE in opaque.values() and any(holds_proxies(one, 4) for one in root.modules()):
             stateful = [_NETWORK]  # what is kept as it is would find what the trace has left
@@ -95,6 +95,15 @@ def trace(model: nn.Module) -> Traced:
     without_writing(graph, root)
     told = {_short(name): why for name, why in (opaque | tracer.watched).items()}
     return Traced(Plan(on_sequences(list(_Lowering(root).nodes_of(graph)))), root.network, told)
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether a trace looks into nothing but the kit's and PyTorch's own code, which keeps no state."""
+    if is_leaf(module):
+        return True
+    own = type(module).__module__.partition(".")[0] in ("torch", __name__.partition(".")[0])
+    replaced = steps.has_hooks(module) or any(map(inspect.isroutine, vars(module).values()))
+    return own and not replaced and all(map(_is_known, module.children()))
 
 
 def _grown(root: nn.Module, graph: fx.Graph, opaque: dict[str, str], before: Any) -> list[str]:

@@ -101,6 +101,8 @@ class _Rewriting:
         """The layers that write, and whether new values take the place of all that they write into."""
 
     def run(self) -> None:
+        if all(self._written(node) is None for node in self.graph.nodes):
+            return
         for node in list(self.graph.nodes):
             written, module = self._written(node), self._module(node)
             self.memory[node], self.same[node] = {node}, [node]
