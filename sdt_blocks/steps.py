@@ -120,7 +120,7 @@ def project(unit: Any, x: Tensor) -> Tensor:
     if not is_unit(unit):
         _tell_unfused(unit)
         # In training an arbitrary module may treat identical frames differently.
-        y = per_frame(unit, x if unit.training else _shown(x))
+        y = per_frame(unit, x if unit.training else shown_frame(x))
         return y.expand(len(x), *y.shape[1:])
     return normalize(unit.norm, _convolve(unit, x), len(x))
 
@@ -176,7 +176,7 @@ def pool(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer(frame)` for every frame of x `[T, B, C, H, W]`; the 3x3 maximum of stride 2 is a fused op."""
     if is_plain(layer, nn.Identity):
         return x
-    if is_plain(layer, nn.MaxPool2d) and halves(layer):
+    if halves(layer):
         pooled = max_pool(x.flatten(0, 1), spikes=are_spikes(x))
         return as_spikes(pooled.unflatten(0, x.shape[:2]), x, bits=bits_of(pooled))
     return per_frame(layer, x)
@@ -317,16 +317,18 @@ def _convolve(unit: Any, x: Tensor) -> Tensor:
     """`unit.conv` of every frame of x, or of the one frame `[1, B, C, H, W]` that x repeats at every step."""
     # In training the norms within a chain have to count all frames.
     once = not unit.training or isinstance(unit.conv, nn.Conv2d)
-    return per_frame(unit.conv, _shown(x) if once else x)
+    return per_frame(unit.conv, shown_frame(x) if once else x)
 
 
-def _shown(x: Tensor) -> Tensor:
+def shown_frame(x: Tensor) -> Tensor:
     """The frame `[1, ...]` if x `[T, ...]` is that frame expanded over all steps, else x."""
     return x[:1] if len(x) > 1 and x.stride(0) == 0 else x
 
 
 def halves(layer: Any) -> bool:
-    """Whether an `nn.MaxPool2d` is the 3x3 maximum of stride 2."""
+    """Whether a layer is a plain `nn.MaxPool2d` that takes the 3x3 maximum with stride 2."""
+    if not is_plain(layer, nn.MaxPool2d):
+        return False
     settings = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode, layer.return_indices)
     return settings == (3, 2, 1, 1, False, False)
 

@@ -64,7 +64,7 @@ def test_events_and_dense_products_give_the_same_bits(named_golden, name):
     densely, by_events = (optimize_for_inference(model, torch.int8, sparse=sparse) for sparse in (False, True))
     assert {type(product) for _, product in by_events.products()} == {IntegerProduct}
     assert all(product.break_even == 0 for _, product in densely.products())
-    assert any(product.counts and product.break_even == 1 for _, product in by_events.products())
+    assert any(product.has_events and product.break_even == 1 for _, product in by_events.products())
     found = first(densely(x))
     assert torch.equal(found, first(by_events(x))) and found.std() > 0
 
@@ -178,7 +178,7 @@ def test_auto_chooses_between_ways_that_give_the_same_bits(firing_model, monkeyp
 def test_products_that_events_cannot_compute_are_dense(named_golden, monkeypatch):
     golden = named_golden("sdtv2_grads_T2_64")
     fast = optimize_for_inference(golden.model(), torch.int8, sparse=True)
-    strided = [product for _, product in fast.products() if not product.counts]
+    strided = [product for _, product in fast.products() if not product.has_events]
     assert strided and any(product.windows.stride == (2, 2) for product in strided)
     for product in strided:
         monkeypatch.setattr(product, "events", lambda *_, **__: pytest.fail("by events"))

@@ -1,4 +1,4 @@
-"""Networks rebuilt for evaluation: one plan of any network, and a dense or an event-driven form of it."""
+"""Networks rebuilt for evaluation: a plan of any network, and a dense or an event-driven form of it."""
 
 from __future__ import annotations
 
@@ -56,43 +56,43 @@ def optimize_for_inference(
     exact: bool = False,
     cuda_graph: bool = False,
 ) -> nn.Module:
-    """A new module that answers as `model.eval()` does, faster; the model itself stays untouched.
+    """A new, faster module with the answers of `model.eval()`; the model itself stays unchanged.
 
-    Any network goes in: one of the kit's, blocks mixed with modules of one's own, plain PyTorch layers. Its forward is
-    traced once at the altitude of `sdt_blocks.steps` (see `plan`); what cannot be traced is kept as it is and named by
-    one warning. Norms are folded into the convolutions, q, k and v are one, a still image's first layer is computed
-    once, and every product takes the way that is fastest on this machine (see `Product`; measured when a shape comes
-    first). With `compile`, neurons run fused with the pooling, mask or shortcut beside them: on a CPU in C++ kernels
-    that are built once, in a few seconds, on a CUDA device in Triton kernels, elsewhere through `torch.compile`.
-    Without a compiler one warning says so.
+    It takes any network: one of the kit's, blocks mixed with your own modules, plain PyTorch layers. The forward is
+    traced once at the level of `sdt_blocks.steps` (see `plan`); parts that cannot be traced are kept as they are, and
+    one warning names them. Norms are folded into the convolutions, q, k and v become one product, the first layer of a
+    still image is computed once, and every product is computed in the way that is fastest on this machine (see
+    `Product`; measured when a shape first comes). With `compile`, neurons are fused with an adjacent pooling, mask or
+    shortcut: on a CPU in C++ kernels that are built once, in a few seconds, on a CUDA device in Triton kernels,
+    elsewhere by `torch.compile`. Without a compiler one warning says so.
 
-    Products are computed in `dtype`, whatever that of the model is. The membranes of neurons and shortcuts are float32
-    also for bfloat16, and so is the output; autocast around a call changes nothing. A spike can differ where
-    a membrane lies within rounding of its threshold, as it can between two libraries' convolutions. `paths` pins the
-    way of all products that know it ("convolution", "linear", "integers", "digits"; others are convolutions), so that
-    two processes round alike.
+    Products are computed in `dtype`, whatever the model's own is. The membranes of neurons and shortcuts, and the
+    output, are float32 even for bfloat16; autocast around a call changes nothing. A spike can differ where a membrane
+    lies within rounding of its threshold, as it can between the convolutions of two libraries. `paths` fixes the way in
+    which products are computed ("convolution", "linear", "integers", "digits"; a product that cannot is a convolution),
+    so that two processes round alike.
 
     With `sparse=True`, on a CPU and in float32, products add the weights of active inputs instead, and spikes are one
-    bit each (see `Events`). `sparse="auto"` returns the faster of the two on the batches of `calibrate` (a tensor, or
-    what a data loader gives), which should be of the size that is evaluated later; its `calibration` lists each layer's
+    bit each (see `Events`). `sparse="auto"` returns the faster of the two on the batches of `calibrate` (a tensor, or a
+    data loader), which should have the size that is evaluated later; the `calibration` of the result lists each layer's
     firing rate and choice.
 
-    `torch.int8` keeps the weights that spikes and levels meet in 8 bits, symmetric, with one scale an output
-    channel: a quarter of the size, also of `state_dict()`. Spikes are whole numbers, so nothing else is rounded: sums
-    are exact, and the same for every value of `sparse`. What real values drive stays in float32 (the first convolution,
-    depthwise ones, the head). On a CUDA device with Triton (see `Bytes`; not measured on a GPU yet) spikes are a byte
-    each, products multiply bytes on the tensor cores and fire by themselves: weights and sums are the CPU's to the bit,
-    and answers theirs up to the rounding of what follows. `sparse` is left out there.
+    With `torch.int8`, weights that are multiplied by spikes and levels have 8 bits, symmetric, with one scale for each
+    output channel: a quarter of the size, also in `state_dict()`. Spikes are whole numbers, so nothing else is rounded:
+    sums are exact, and the same for every value of `sparse`. Layers on real values stay in float32 (the first
+    convolution, depthwise ones, the head). On a CUDA device with Triton (see `Bytes`; not measured on a GPU yet) spikes
+    are a byte each, and products multiply bytes on the tensor cores and fire: weights and sums have the CPU's bits, and
+    answers agree up to the rounding of what follows. Leave `sparse` out there.
 
-    `exact=True`, on a CPU, gives the same bits for every batch, number of threads and value of `sparse`, by an order of
-    sums that nothing changes: weights that spikes meet are whole numbers of 24 bits (8 with `torch.int8`), summed
-    without rounding; layers on real values are summed term by term in one order. Other layers are refused.
+    `exact=True`, on a CPU, gives the same bits for every batch, number of threads and value of `sparse`, since the
+    order of sums is fixed: weights of spikes are whole numbers of 24 bits (8 with `torch.int8`), summed without
+    rounding; layers on real values are summed term by term in one order. Other layers are refused.
 
-    With `cuda_graph`, on a CUDA device, all launches of a call are one (see `Graphed`): what helps where a GPU waits
-    for Python, at small batches.
+    With `cuda_graph`, on a CUDA device, all launches of a call become one (see `Graphed`), which helps at small
+    batches, where a GPU waits for Python.
 
-    Raises `TypeError` for what is no module, and `ValueError` for a dtype that is not float32, bfloat16, float64 or
-    int8, an unknown way, or where options do not fit each other or the model.
+    Raises `TypeError` if the model is not a module, and `ValueError` for a dtype that is not float32, bfloat16, float64
+    or int8, an unknown path, or options that do not fit each other or the model.
 
     >>> fast = optimize_for_inference(create_model("sdt_2_256"), compile=False)
     >>> fast(torch.rand(2, 3, 32, 32)).shape
@@ -102,7 +102,7 @@ def optimize_for_inference(
     if sparse != "auto" and calibrate is not None:
         raise ValueError(f'calibrate is what sparse="auto" measures on; leave it out for sparse={sparse}')
     if cuda_graph:
-        _check_graph(model, dtype, sparse, exact)
+        _check_graph(model, sparse, exact)
     weights = INT8 if dtype == torch.int8 else INT24 if exact else FLOAT32
     make = partial(_events, model, weights, exact)
     if sparse is True:
@@ -111,7 +111,7 @@ def optimize_for_inference(
         with torch.no_grad():
             dense: nn.Module = Bytes(plan(model))
     elif weights != FLOAT32:
-        # Event-driven throughout, but for how a product comes to its sums.
+        # The event-driven form, with its sums computed densely.
         dense = make(events=False)
     else:
         with torch.no_grad():
@@ -122,7 +122,7 @@ def optimize_for_inference(
 
 
 def _on_triton(model: nn.Module) -> bool:
-    """Whether whole numbers are for Triton's kernels: the model is on a CUDA device that has them."""
+    """Whether Triton's kernels compute on the model's device."""
     held = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     return held is not None and by_triton(torch.empty(0, device=held.device))
 
@@ -149,7 +149,7 @@ def _check_options(dtype: torch.dtype, sparse: bool | str, paths: str, exact: bo
         raise ValueError(f"paths={paths!r} pins how products of floating point are computed; leave it out here")
 
 
-def _check_graph(model: nn.Module, dtype: torch.dtype, sparse: bool | str, exact: bool) -> None:
+def _check_graph(model: nn.Module, sparse: bool | str, exact: bool) -> None:
     if sparse or exact:
         raise ValueError("cuda_graph=True is for dense products; leave sparse and exact out")
     devices = {str(p.device) for p in model.parameters()} if isinstance(model, nn.Module) else {"cuda"}

@@ -1,4 +1,4 @@
-"""The dense form of a plan on a GPU in 8 bits: spikes are a byte each, and products take and fire bytes themselves."""
+"""The dense form of a plan on a GPU in 8 bits: spikes are a byte each, and products take and emit bytes themselves."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .product import Geometry
 
 
 class ByteProduct(nn.Module):
-    """A convolution on bytes with weights of 8 bits, and what follows it: `forward` is `ops.bytes.spike_layer`.
+    """A convolution on bytes with 8-bit weights, and what follows it: `forward` is `ops.bytes.spike_layer`.
 
-    `planes` is the largest value of a byte, which stands for so much divided by `norm`.
+    `planes` is the largest value that a byte can have; a byte stands for its value divided by `norm`.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, geometry: Geometry, *, planes: int = 1, norm: float = 1.0) -> None:
@@ -30,7 +30,7 @@ class ByteProduct(nn.Module):
         # Where the weights are rounded must not depend on the device.
         integers, scale = quantize(weight.cpu(), pieces=1, planes=planes)
         scale = (scale.double() / norm).float()
-        self.windows, self.norm = geometry[:3], norm
+        self.windows, self.norm = geometry.windows, norm
         self.register_buffer("integers", integers.permute(0, 2, 3, 1).contiguous().to(weight.device))
         self.register_buffer("constants", torch.stack([scale, bias.cpu().float()]).to(weight.device))
         self.integers: Tensor
@@ -49,7 +49,7 @@ class ByteProduct(nn.Module):
 
 
 class AsItIs(nn.Module):
-    """In the place of a layer of neurons on spikes that have fired."""
+    """Takes the place of a layer of neurons if its input has already fired."""
 
     carrier = None
 
@@ -63,12 +63,12 @@ class AsItIs(nn.Module):
 
 
 class Bytes(Dense):
-    """The dense form with 8-bit weights for what spikes, levels and counts meet, as Triton's kernels take it.
+    """The dense form with 8-bit weights for products of spikes, levels and counts, computed by Triton's kernels.
 
-    The weights and sums are those of `optimize_for_inference(model, torch.int8)` on a CPU; what real values drive stays
-    in float32. A product fires by itself, with the shortcut added, unless the neurons are in a stream.
+    Weights and sums are those of `optimize_for_inference(model, torch.int8)` on a CPU; products of real values stay in
+    float32. A product also adds the shortcut and fires, unless the neurons are in a stream.
 
-    Raises `ValueError` for a network that is not in float32 on one device, and for products that bytes cannot hold.
+    Raises `ValueError` for a network that is not in float32 on one device, and for values that a byte cannot hold.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -113,9 +113,9 @@ class Bytes(Dense):
         if after.residual is not None:
             before = self._frames(values.get(after.residual))
             residual = None if before is None else before.real(self.real_dtype)
-            size = Geometry(*product.windows).size(x.shape[2:4], product.integers.shape[1:3])
+            size = product.windows.size(x.shape[2:4], product.integers.movedim(-1, 1))
             if residual is None or residual.shape != (*x.shape[:2], *size, len(product.integers)):
-                # Added by itself, and the neuron behind it fires by itself.
+                # The shortcut is added, and the neuron fires, as nodes of their own.
                 return Membrane(_kept(product(x, membrane=self.real_dtype)))
         firing = None if after.fire is None else self.forms[after.fire]
         fires = isinstance(firing, Firing) and firing.carrier is None
@@ -126,7 +126,7 @@ class Bytes(Dense):
             neuron=firing.neuron(x.shape) if isinstance(firing, Firing) and fires else None,
         )
         if spikes is not None and after.fire is not None:
-            values[after.fire] = _fired(spikes)
+            values[after.fire] = _spiking(spikes)
         total = None if kept is None else Membrane(kept)
         if after.total is not node:
             values[after.total] = total
@@ -153,7 +153,7 @@ class Bytes(Dense):
         if held and all(isinstance(one, Spiking) for one in given) and len(given) == 2:
             a, b = (one.real(torch.int8) for one in given)
             if a.shape == b.shape:
-                return _fired(a + b)
+                return _spiking(a + b)
         return super()._add(node, given, values)
 
     def _pooled(self, node: Node, frames: Spiking) -> Callable[[torch.dtype], Tensor]:
@@ -165,7 +165,7 @@ class Bytes(Dense):
 
 
 def _check(plan: Plan) -> torch.device:
-    """The device of a network; raises `ValueError` where it has several, or is not in float32."""
+    """The device of a network; raises `ValueError` if it has several, or is not in float32."""
     held = [p for node in plan.nodes for leaf in leaves(node.target) for p in leaf.parameters()]
     found = sorted({f"{p.dtype} on {p.device}" for p in held})
     if len(found) > 1 or any(p.dtype != torch.float32 for p in held):
@@ -176,7 +176,7 @@ def _check(plan: Plan) -> torch.device:
 
 
 def _as_one(fires: list[Any], channels: list[int]) -> kernels.Neuron | None:
-    """The neurons of products side by side as one layer's; `None` where they are unlike or in a stream."""
+    """The neurons of joined products as those of one layer; `None` if their constants differ, or in a stream."""
     if not all(isinstance(one, Firing) and one.carrier is None for one in fires):
         return None
     if len({one.constants for one in fires}) > 1:
@@ -185,7 +185,7 @@ def _as_one(fires: list[Any], channels: list[int]) -> kernels.Neuron | None:
     return kernels.Neuron(torch.cat(inv_taus), *fires[0].constants)
 
 
-def _fired(spikes: Tensor) -> Spiking:
+def _spiking(spikes: Tensor) -> Spiking:
     found = Spiking(spikes.shape, spikes.to)
     found.made = spikes
     return found

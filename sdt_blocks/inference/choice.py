@@ -1,4 +1,4 @@
-"""When events pay: up to which firing rate an event-driven product is cheaper, and which form of a network wins."""
+"""When events pay: up to which firing rate an event-driven product is cheaper, and which form is faster."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ RATE = 0.2
 """The firing rate at which the additions of a product are timed."""
 _ROUNDS, _SECONDS = 5, 0.5
 WORTH = 0.98
-"""A form is chosen below this share of another one's time: nearer ones are told apart by chance."""
+"""A form is chosen if it takes less than this share of another one's time: smaller differences are chance."""
 
 Places = tuple[int, int, int, int]
 """Steps, images, height and width."""
 
 
 class ProductCosts(NamedTuple):
-    """Seconds of one product: by events on silent spikes and on spikes at `RATE`, and densely, on whatever spikes.
+    """Seconds of one product: by events on silent inputs and on inputs that fire at `RATE`, and densely on any input.
 
-    They are measured in turn, and so kept: what another process takes from the machine meanwhile hits all of them.
+    They are measured in turn, so that another process that loads the machine meanwhile slows down all of them.
     """
 
     silent: float
@@ -41,7 +41,7 @@ class ProductCosts(NamedTuple):
 
     @staticmethod
     def of(places: Places, product: SpikeProduct) -> ProductCosts:
-        """The costs of a product on frames of this shape; measured, once a machine, where the shape is new."""
+        """The costs of a product on frames of this shape, measured once per machine and shape."""
         out, into, kernel, _ = product.weight.weight.shape
         what = "membranes" if product.epilogue.neuron is None else "spikes"
         what = what if product.kind == FLOAT32 else f"{product.kind} {what}"
@@ -64,7 +64,7 @@ class ProductCosts(NamedTuple):
         return ProductCosts(*_in_turn(calls, _ROUNDS))
 
     def break_even(self) -> float:
-        """The firing rate of the input at which both ways take as long, between 0 and 1."""
+        """The firing rate of the input at which both ways take equally long, between 0 and 1."""
         adding = (self.firing - self.silent) / RATE
         if adding <= 0:
             return float(self.silent <= self.dense)
@@ -72,7 +72,7 @@ class ProductCosts(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A product as it was calibrated: the firing rate of its input, and the rate from which it is computed densely."""
+    """A calibrated product: the firing rate of its input, and the rate above which it is computed densely."""
 
     name: str
     rate: float
@@ -81,7 +81,7 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `optimize_for_inference(model, sparse="auto")` measured and chose; printed as a table."""
+    """What `optimize_for_inference(model, sparse="auto")` measured and chose; prints as a table."""
 
     layers: list[Layer]
     event_driven_seconds: float
@@ -106,9 +106,9 @@ class Calibration:
 
 
 def calibrate(model: Events, batches: Iterable[Any]) -> list[Layer]:
-    """Sets the `break_even` of every product of the model from the shapes of its inputs; returns what was measured.
+    """Sets the `break_even` of every product of the model for the shapes of its inputs; returns what was measured.
 
-    `batches` are what the model takes, or tuples that start with it, as a data loader gives them.
+    `batches` are inputs of the model, or tuples that start with one, as from a data loader.
     """
     spikes: dict[str, list[int]] = {}
     places: dict[str, Places] = {}
@@ -133,17 +133,17 @@ def calibrate(model: Events, batches: Iterable[Any]) -> list[Layer]:
             hook.remove()
     layers = []
     for name, product in model.products():
-        product.break_even = ProductCosts.of(places[name], product).break_even() if product.counts else 0.0
+        product.break_even = ProductCosts.of(places[name], product).break_even() if product.has_events else 0.0
         fired, neurons = spikes[name]
         layers.append(Layer(name, fired / neurons, product.break_even))
     return layers
 
 
 def choose(make: Callable[[], Events], dense: nn.Module, batches: Tensor | Iterable[Any]) -> nn.Module:
-    """`dense`, or the event-driven model that `make` gives where that is faster on the batches; `calibration` says why.
+    """`dense`, or the event-driven model from `make` if that is faster on the batches; `calibration` says why.
 
-    The event-driven model has its layers' break-even rates, unless it is clearly faster with every layer by events.
-    Where the model cannot run event-driven, one warning says so. Raises `ValueError` without batches.
+    The event-driven model uses its layers' break-even rates, unless it is clearly faster with every layer by events. If
+    the model cannot run event-driven, one warning says so. Raises `ValueError` without batches.
     """
     batches = [images_of(batch) for batch in ([batches] if isinstance(batches, Tensor) else batches)]
     if not batches:
@@ -155,7 +155,7 @@ def choose(make: Callable[[], Events], dense: nn.Module, batches: Tensor | Itera
         return dense
     layers = calibrate(event_driven, batches)
     by_events = [
-        layer._replace(break_even=float(product.counts))
+        layer._replace(break_even=float(product.has_events))
         for layer, (_, product) in zip(layers, event_driven.products(), strict=True)
     ]
 
@@ -178,7 +178,7 @@ def choose(make: Callable[[], Events], dense: nn.Module, batches: Tensor | Itera
 
 
 def images_of(batch: Any) -> Tensor:
-    """The images or frames of a batch: itself, or what a tuple or list starts with."""
+    """The images or frames of a batch: the batch itself, or the first entry of a tuple or list."""
     images = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
     if not isinstance(images, Tensor):
         raise TypeError(
@@ -188,7 +188,7 @@ def images_of(batch: Any) -> Tensor:
 
 
 def _in_turn(ways: Sequence[Callable[[], object]], rounds: int, seconds: float = 0.0) -> list[float]:
-    """The best time of each way, called in turn so that a disturbance hits all; quick ones more often than `rounds`."""
+    """The best time of each way in at least `rounds` and `seconds`; in turn, so that a disturbance hits all."""
     best, start = [math.inf] * len(ways), time.perf_counter()
     for done in itertools.count():
         if done >= rounds and time.perf_counter() - start >= seconds:

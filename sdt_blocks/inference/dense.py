@@ -1,4 +1,4 @@
-"""The dense form of a plan: norms folded, neurons fused with the shortcut, pooling or mask beside them."""
+"""The dense form of a plan: norms are folded, neurons fused with an adjacent shortcut, pooling or mask."""
 
 from __future__ import annotations
 
@@ -34,14 +34,16 @@ from .plan import (
     fold,
     is_neuron,
     leaves,
+    no_frames,
 )
 from .product import Geometry, Product
 
 _PASS_BYTES = 48 << 20
+"""About how large the first layer's output may be when a batch is computed in parts."""
 
 
 class Firing(nn.Module, Streamed):
-    """A layer of neurons; `compile` says whether its steps are compiled (see `ops.dense`)."""
+    """A layer of `LIF` neurons; `compile` says whether its steps are compiled (see `ops.dense`)."""
 
     op = staticmethod(kernels.fire)
 
@@ -58,7 +60,7 @@ class Firing(nn.Module, Streamed):
         return super().settings() | dict(zip(("threshold", "reset", "strict"), self.constants, strict=True))
 
     def neuron(self, shape: Sequence[int]) -> kernels.Neuron:
-        """As the ops take it, for membranes of this shape; in a stream it goes on from where it stood."""
+        """The layer as the ops take it, for membranes of this shape; in a stream it continues from its state."""
         check_time_constants(self.inv_tau, shape[-1:])
         neuron = kernels.Neuron(self.inv_tau, *self.constants)
         if self.carrier is None:
@@ -72,7 +74,7 @@ class Firing(nn.Module, Streamed):
 
 
 class LevelFiring(nn.Module):
-    """A layer of integer neurons, as `Firing`."""
+    """A layer of integer neurons, used like `Firing`."""
 
     op = staticmethod(kernels.fire_levels)
 
@@ -85,7 +87,7 @@ class LevelFiring(nn.Module):
 
 
 class Joined(NamedTuple):
-    """The convolutions of units on the same frames as one, with their norms folded in, in float64."""
+    """The convolutions of several units on the same frames as one, with their norms folded in, in float64."""
 
     weight: Tensor
     bias: Tensor
@@ -95,7 +97,7 @@ class Joined(NamedTuple):
 
 
 def side_by_side(units: Any) -> Joined | None:
-    """`None` where a unit has to run as it is, or their windows or groups do not fit each other."""
+    """Joins the convolutions of units; `None` if one has to run as it is, or if their windows or groups differ."""
     found = [convolution(unit) for unit in units]
     known = [one for one in found if one is not None]
     geometries = {(Geometry.of(conv), conv.weight.shape[1:]) for conv, _ in known}
@@ -107,9 +109,9 @@ def side_by_side(units: Any) -> Joined | None:
 
 
 class Mixed(nn.Module):
-    """q, k and v of an attention as one product of so many channels each, what fires on them, and the mixer.
+    """An attention: q, k and v as one product with `channels` of each, the neurons on them, and the mixer.
 
-    Where it is `fused`, the mixer's dense form does what is behind the product; its neuron is then the last that fires.
+    If it is `fused`, the mixer's dense form does everything after the product, and `fires` ends with its neuron.
     """
 
     def __init__(
@@ -121,7 +123,7 @@ class Mixed(nn.Module):
 
 
 class Membrane:
-    """Real values `[T, B, H, W, C]`: one tensor, or a shortcut and what is added to it, which nobody has added yet."""
+    """Real values `[T, B, H, W, C]`: one tensor, or a shortcut and a change that have not been added yet."""
 
     def __init__(self, *terms: Tensor) -> None:
         self.terms = terms
@@ -137,7 +139,7 @@ class Membrane:
 
 
 class Spiking:
-    """Spikes `[T, B, H, W, C]` that fire when a layer takes them, in the dtype that it wants."""
+    """Spikes `[T, B, H, W, C]` that are computed when a layer first needs them, in the dtype that it asks for."""
 
     def __init__(self, shape: torch.Size, fired: Callable[[torch.dtype], Tensor], source: Any = None) -> None:
         self.shape, self.fired, self.source = shape, fired, source
@@ -154,7 +156,7 @@ Frames = Membrane | Spiking
 
 
 class Dense(Form):
-    """What `optimize_for_inference` makes of any network, unless it is asked for events or whole numbers."""
+    """The form that `optimize_for_inference` makes unless it is asked for events or whole numbers."""
 
     def __init__(self, plan: Plan, dtype: torch.dtype = torch.float32, compile: bool = True, paths: str = "auto"):
         super().__init__(plan, torch.promote_types(dtype, torch.float32))
@@ -165,10 +167,10 @@ class Dense(Form):
         self.forms: dict[Node, Any] = {}
         self.kinds = self._kinds(plan)
         parts = [leaf for node in plan.nodes for leaf in leaves(node.target)]
-        # That of the weights: a neuron's constants are numbers, which are nowhere.
+        # The device of the weights: a neuron's constants are plain numbers without one.
         self.made_on = next((p.device for leaf in parts for p in leaf.parameters()), None)
         if any(p.is_floating_point() and p.dtype != self.real_dtype for leaf in parts for p in leaf.parameters()):
-            # Layers that run as they are take what the others make.
+            # Layers that run as they are must accept the results of the others.
             for leaf in parts:
                 leaf.to(self.real_dtype)
         for node in plan.nodes:
@@ -183,7 +185,7 @@ class Dense(Form):
         self.train(False)
 
     def _in_time(self, nodes: list[Node]) -> list[Node]:
-        """Those of some nodes that can be computed first of all: what they take, no code of other make has had."""
+        """Those of some nodes that can be computed before all others: no foreign code has had their inputs before."""
         place = {node: i for i, node in enumerate(self.plan.nodes)}
         had: dict[Node, int] = {}
         for node in self.watched_nodes:
@@ -209,7 +211,7 @@ class Dense(Form):
         elif node.op == FIRE and steps.is_plain(node.target, IntegerNeuron):
             form = LevelFiring(node.target, self.compiled)
         elif node.op == MIX:
-            # q, k and v are one product; what is behind it one op, where the mixer has a dense form.
+            # q, k and v are one product, and all that follows is one op if the mixer has a dense form.
             made = self._product(node.target.units, node, paths)
             form = None if made is None else self._mixed(node.target, *made)
         if form is None:
@@ -217,8 +219,8 @@ class Dense(Form):
         else:
             self.leaves.append(form)
             if node.op == FIRE:
-                self.leaves.append(node.target)  # fires by itself on what is no frame, and a stream has to find it
-            # The weights are in the form: the frozen copy of the network need not stay in memory beside it.
+                self.leaves.append(node.target)  # it fires on inputs that are not frames, and a stream has to find it
+            # The form has the weights, so the frozen copy of the network need not stay in memory.
             if node.op == PROJECT:
                 node.target = None
             elif node.op == MIX:
@@ -233,7 +235,7 @@ class Dense(Form):
         return Mixed(product, channels, fires, mixing.mixer, fused=fused)
 
     def _product(self, units: Any, node: Node, paths: str) -> tuple[Product, list[int]] | None:
-        """The units' convolutions as one product, and the channels of each; `None` where they are no such product."""
+        """The units' convolutions as one product, and the channels of each; `None` if they cannot be joined."""
         joined = side_by_side(units)
         if joined is None:
             return None
@@ -251,9 +253,9 @@ class Dense(Form):
         return product, joined.channels
 
     def _chain(self, units: Any, norms: list[nn.BatchNorm2d | None], spikes: bool) -> list[Product]:
-        """The layers of units that see the same frames, side by side, as products; none where they are no such chains.
+        """The chains of units that see the same frames, joined layer by layer into products; empty if they cannot be.
 
-        Real values pass from one to the next, so they are as wide as membranes.
+        Real values pass from one layer to the next, so they have the dtype of membranes.
         """
         chains = [chain(unit) for unit in units]
         layers = [list(side) for side in zip(*(one for one in chains if one is not None), strict=False)]
@@ -273,7 +275,7 @@ class Dense(Form):
         return products
 
     def compute(self, values: dict[Node, Any]) -> Any:
-        # Tensors are ordinary ones even inside inference_mode: nothing compiles twice, and the result can go anywhere.
+        # Ordinary tensors even inside inference_mode, so that nothing compiles twice and results can be used anywhere.
         with torch.inference_mode(False), torch.no_grad():
             if self.together:
                 self._together(values)
@@ -285,7 +287,7 @@ class Dense(Form):
         raise AssertionError("a plan ends with its output")
 
     def _together(self, values: dict[Node, Any]) -> None:
-        """Computes what treats samples one by one, a few of them at a time."""
+        """Computes the nodes that treat every sample by itself, a few samples at a time."""
         starts = [node for node in self.together if node.op in (PRESENT, INPUT)]
         first: dict[Node, Any] = {}
         for node in starts:
@@ -305,13 +307,13 @@ class Dense(Form):
             values[node] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _parts(self, starts: list[Tensor]) -> list[slice]:
-        """How a batch is cut: on a CPU a few images stay in its caches and in reused memory."""
+        """How a batch is split: on a CPU a few images at a time stay in its caches and in reused memory."""
         x = next((x for x in starts if x.ndim == 5), None)
         if len({one.shape[1] for one in starts if one.ndim > 1}) > 1:
-            return [slice(None)]  # one sample is added to all of another batch
+            return [slice(None)]  # one sample is broadcast over another batch
         products = [form for form in self.forms.values() if isinstance(form, Product)]
         if any(neuron.carrier is not None for neuron in self.streamed):
-            return [slice(None)]  # a neuron stands where it does for the whole batch
+            return [slice(None)]  # a neuron's state is that of the whole batch
         if x is None or x.device.type != "cpu" or not products:
             return [slice(None)]
         image_bytes = 4 * len(x) * x.shape[-2:].numel() * len(products[0].bias)
@@ -321,7 +323,7 @@ class Dense(Form):
         return [slice(first, first + size) for first in range(0, images, size)]
 
     def _run(self, node: Node, values: dict[Node, Any]) -> None:
-        if node not in values:  # else it was made with what stands in front of it
+        if node not in values:  # else it was computed together with a node before it
             watched = node in self.watched_nodes
             make = partial(self._made, node)
             result = self.watched(node, values, self._plain, make) if watched else make(values)
@@ -354,7 +356,8 @@ class Dense(Form):
 
     def _multiplied(self, product: Product, frames: Frames) -> Membrane:
         time_steps, *_ = frames.shape
-        once = isinstance(frames, Membrane) and len(frames.terms) == 1 and _shown_once(frames.terms[0])
+        alone = frames.terms[0] if isinstance(frames, Membrane) and len(frames.terms) == 1 else None
+        once = alone is not None and len(steps.shown_frame(alone)) < time_steps
         shape = torch.Size(((1 if once else time_steps) * frames.shape[1], *frames.shape[2:]))
         x = frames.real(product.input_dtype(shape))
         x = x[:1] if once else x
@@ -385,7 +388,7 @@ class Dense(Form):
         frames = self._frames(x)
         if frames is None or len(frames.shape) != 5 or node in self.watched_nodes:
             return steps.pool(layer, self._plain(x))
-        if not (steps.is_plain(layer, nn.MaxPool2d) and steps.halves(layer)):
+        if not steps.halves(layer):
             real = frames.real(self.real_dtype)
             pooled = layer(real.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             return Membrane(pooled.unflatten(0, real.shape[:2]))
@@ -401,7 +404,7 @@ class Dense(Form):
         return Membrane(kernels.pool(frames.real()).to(self.real_dtype))
 
     def _pooled(self, node: Node, frames: Spiking) -> Callable[[torch.dtype], Tensor]:
-        """The 3x3 maximum of stride 2 of spikes, by the dtype that is asked for."""
+        """The 3x3 maximum of stride 2 of spikes, as a function of the dtype asked for."""
         return lambda dtype: kernels.pool(frames.real(self.real_dtype)).to(dtype)
 
     def _mix(self, node: Node, given: list[Any], values: dict[Node, Any]) -> Any:
@@ -412,7 +415,7 @@ class Dense(Form):
         return self._mixed_of(node, qkv, list(form.fires))
 
     def _mixed_of(self, node: Node, qkv: Tensor, fires: list[Any]) -> Any:
-        """What a mixer makes of the product `[T, B, H, W, C]` of q, k and v, with these neurons on it."""
+        """The mixer's result from the product `[T, B, H, W, C]` of q, k and v and the neurons on it."""
         mixing, form = node.target, self.forms[node]
         if not form.fused:
             parts = zip(fires[: len(form.channels)], qkv.split(form.channels, dim=-1), strict=True)
@@ -423,7 +426,7 @@ class Dense(Form):
         return Spiking(shape, lambda dtype: mixing.mixer.dense(qkv, neurons, dtype, compiled=self.compiled))
 
     def _fired(self, neuron: Any, membrane: Tensor) -> Tensor:
-        """What a neuron of a mixer makes of its part of the product, as the mixer takes it."""
+        """The spikes of one of an attention's neurons for its part of the product, as the mixer takes them."""
         if isinstance(neuron, Firing):
             x = membrane.contiguous()
             spikes = kernels.fire(x, neuron.neuron(x.shape[1:]), self.real_dtype, compiled=neuron.compiled)[1]
@@ -449,14 +452,13 @@ class Dense(Form):
         return evaluated(node.target)(*args, **kwargs)
 
     def _plain(self, x: Any) -> Any:
-        """A value as the network's own modules take it: `[T, B, C, H, W]`, without gaps."""
+        """A value as the network's own modules take it: `[T, B, C, H, W]`, contiguous."""
         return x.real(self.real_dtype).movedim(-1, 2).contiguous() if isinstance(x, Membrane | Spiking) else x
 
     def _frames_of(self, node: Node, x: Any) -> Frames:
         frames = self._frames(x)
         if frames is None:
-            given = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{node.name} expects floating-point [T, B, C, H, W] with nothing empty, got {given}")
+            raise no_frames(node, x)
         return frames
 
     def _frames(self, x: Any) -> Frames | None:
@@ -465,17 +467,12 @@ class Dense(Form):
             return x
         if not isinstance(x, Tensor) or x.ndim != 5 or 0 in x.shape or not x.is_floating_point():
             return None
-        shown = x[:1] if _shown_once(x) else x
-        frames = shown.movedim(2, -1).contiguous().to(self.real_dtype)
+        frames = steps.shown_frame(x).movedim(2, -1).contiguous().to(self.real_dtype)
         return Membrane(frames.expand(len(x), *frames.shape[1:]))
 
 
-def _shown_once(x: Tensor) -> bool:
-    return len(x) > 1 and x.stride(0) == 0
-
-
 def _fuses(mixing: Mixing) -> bool:
-    """Whether the mixer's dense form takes the whole: it has one, knows all neurons, and nobody looks on."""
+    """Whether the mixer's dense form can do everything: it has one, knows all neurons, and there are no hooks."""
     if not steps.tells(mixing.mixer, "dense") or any(map(steps.has_hooks, mixing.mixer.modules())):
         return False
     return all(map(is_neuron, (*mixing.neurons, mixing.mixer.neuron)))

@@ -1,4 +1,4 @@
-"""Early answers: time steps of still images one after the other, and a sample leaves when its answer is sure."""
+"""Early answers: still images are shown step by step, and a sample leaves as soon as its answer is sure."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .plan import PRESENT, Form
 MEASURES = ("entropy", "margin")
 
 CANDIDATES = 200
-"""Thresholds that a fit looks at, at most."""
+"""The most thresholds that a fit tries."""
 
 
 class Early(NamedTuple):
-    """Logits `[B, K]`, and after how many steps each sample has left `[B]`."""
+    """Logits `[B, K]`, and after how many steps each sample left `[B]`."""
 
     logits: Tensor
     steps: Tensor
 
 
 class Point(NamedTuple):
-    """One threshold: the accuracy with it, and the mean number of steps of a sample."""
+    """One threshold, the accuracy with it (0 to 1), and the mean number of steps per sample."""
 
     threshold: float
     accuracy: float
@@ -35,25 +35,24 @@ class Point(NamedTuple):
 
 
 class EarlyAnswers:
-    """Answers still images, each with as many time steps as it needs: nothing that a model does by itself.
+    """Answers still images with only as many time steps as each needs. A model does not do this unless asked.
 
-    Steps are computed one after the other. After each a sample leaves when it is sure of its answer so far, the mean of
-    its logits up to there; the others go on in a batch that has become smaller. How sure a sample is, from 0 to 1, is
-    by `measure`
+    Steps are computed one after another. After each, the samples that are sure of their answer so far, the mean of
+    their logits, leave; the others continue in a smaller batch. How sure a sample is, from 0 to 1, depends on `measure`
 
         "entropy":  1 - H(softmax(logits)) / log K
         "margin":   the largest probability minus the second largest
 
-    and it leaves at `threshold` or above, with all `time_steps` at the latest. `EarlyAnswers.fit(model, batches)`
-    chooses the threshold on a validation set. `model` may be of any family or form that `Stream` knows, with one head;
-    `time_steps` is its own unless given.
+    and it leaves at `threshold` or above, or after all `time_steps`. `EarlyAnswers.fit(model, batches)` chooses the
+    threshold on a validation set. `model` may be of any family or form that `Stream` accepts, with one head;
+    `time_steps` is the model's own by default.
 
-    With a threshold that is never met, such as infinity, the logits are those of the whole model, to the bit as far as
-    a `Stream` is. The first layer, which sees the same image at each step, is computed once in the forms of
-    `optimize_for_inference` and kept for the samples that stay; in a model as it was trained it is computed at each.
+    With a threshold that is never reached, such as infinity, the logits are those of the whole model, as exactly as
+    those of a `Stream`. The first layer sees the same image at each step: the forms of `optimize_for_inference` compute
+    it once and keep it for the samples that stay; a model as it was trained computes it at each step.
 
     Raises `TypeError` for a model that cannot be streamed and `ValueError` for an unknown measure, a threshold that is
-    no number of at least 0, or a number of steps that is not given anywhere.
+    not a number of at least 0, or if the number of steps is unknown.
 
     >>> model, (digits, labels) = example_model(), example_images()
     >>> early = EarlyAnswers(model, threshold=0.5)
@@ -101,7 +100,7 @@ class EarlyAnswers:
 
     @contextlib.contextmanager
     def _again(self) -> Iterator[None]:
-        """A new sequence, in which the model gets the same images at every step."""
+        """A new sequence in which the model gets the same images at every step."""
         self.stream.reset()
         if isinstance(self.model, Form):
             self.model.still = {}
@@ -113,14 +112,14 @@ class EarlyAnswers:
             self.stream.reset()
 
     def _keep(self, stay: Tensor) -> None:
-        """Goes on with some of the samples."""
+        """Continues with the samples that stay."""
         self.stream.keep(stay)
         if isinstance(self.model, Form) and self.model.still:
             known = self.model.still.items()
             self.model.still = {layer: membrane[:, stay.to(membrane.device)] for layer, membrane in known}
 
     def sure(self, logits: Tensor) -> Tensor:
-        """How sure answers `[..., K]` are `[...]`, from 0 to 1."""
+        """How sure the answers with logits `[..., K]` are `[...]`, from 0 to 1."""
         return how_sure(logits, self.measure)
 
     @classmethod
@@ -133,12 +132,12 @@ class EarlyAnswers:
         measure: str = "entropy",
         time_steps: int | None = None,
     ) -> EarlyAnswers:
-        """Early answers with the lowest threshold that costs no more accuracy than `tolerance` on these samples.
+        """Early answers with the lowest threshold that costs at most `tolerance` of accuracy on these samples.
 
         `batches` are pairs of images and classes of a validation set. Every higher threshold must keep to the tolerance
-        too, so that no lucky one is taken. `curve` of what is returned holds the thresholds that were looked at.
+        too, so that no lucky one is chosen. The `curve` of the result holds the thresholds that were tried.
 
-        Raises `ValueError` for a tolerance outside of 0..1, or where there is no sample.
+        Raises `ValueError` for a tolerance outside [0, 1), or if there is no sample.
         """
         _check_tolerance(tolerance)
         early = cls(model, threshold=math.inf, measure=measure, time_steps=time_steps)
@@ -147,7 +146,7 @@ class EarlyAnswers:
         return early
 
     def at(self, tolerance: float) -> Point:
-        """The point of the `curve` that `fit` takes for a tolerance. Raises `ValueError` where none was fitted."""
+        """The point of the `curve` that `fit` chooses for a tolerance. Raises `ValueError` if none was fitted."""
         _check_tolerance(tolerance)
         if not self.curve:
             raise ValueError("no threshold has been fitted; EarlyAnswers.fit does it")
@@ -161,7 +160,7 @@ class EarlyAnswers:
     def every_step(self, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
         """How sure each sample is after each step `[T, N]`, and whether its answer is right `[T, N]`.
 
-        Raises `ValueError` for batches that are no pairs of images and classes, or where there is none.
+        Raises `ValueError` for batches that are not pairs of images and classes, or if there is none.
         """
         sure, right = [], []
         for batch in batches:
@@ -176,9 +175,9 @@ class EarlyAnswers:
 
     @staticmethod
     def curve_of(sure: Tensor, right: Tensor, thresholds: Sequence[float] = ()) -> list[Point]:
-        """Accuracy and mean steps by threshold, from the highest (never met) on; from what `every_step` gives.
+        """Accuracy and mean steps for each threshold, from the highest (never reached) down; from `every_step`.
 
-        The thresholds are those given, else such as tell the samples apart.
+        The thresholds are those given, or by default up to `CANDIDATES` that occur among the samples.
         """
         values = torch.as_tensor(thresholds, dtype=torch.float64) if len(thresholds) else sure[:-1].flatten().unique()
         if not len(thresholds) and len(values) > CANDIDATES:
@@ -194,7 +193,7 @@ class EarlyAnswers:
 
 
 def how_sure(logits: Tensor, measure: str) -> Tensor:
-    """How sure answers `[..., K]` are `[...]`, from 0 to 1, by a measure of `EarlyAnswers`."""
+    """How sure the answers with logits `[..., K]` are `[...]`, from 0 to 1, by a measure of `EarlyAnswers`."""
     logs = logits.float().log_softmax(-1)
     if measure == "margin":
         first, second = logs.exp().topk(2, dim=-1).values.unbind(-1)
@@ -204,7 +203,7 @@ def how_sure(logits: Tensor, measure: str) -> Tensor:
 
 
 def _time_steps(model: Any) -> int:
-    """The steps for which a model shows an image, told by itself or by the plan of its form."""
+    """The number of steps for which a model shows an image, from the model itself or from its plan."""
     told = getattr(model, "time_steps", None)
     if told is None:
         nodes = getattr(getattr(model, "plan", None), "nodes", [])

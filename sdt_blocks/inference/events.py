@@ -48,30 +48,31 @@ from .plan import (
     evaluated,
     filled,
     leaves,
+    no_frames,
 )
 from .trace import Constant
 
 
 class Events(Form):
-    """A network in eval mode on the CPU, whose products add the weights of active inputs and no others.
+    """A network in eval mode on the CPU whose products add only the weights of active inputs.
 
-    Spikes are kept at one bit each; real values are written only for the membrane of the shortcuts. Norms follow the
-    sums as they do in the network, not folded into the weights: so a silent frame gives the same membrane to the last
-    bit, and sums take the roundings of a channels-last convolution that adds input by input. The levels of an integer
-    neuron are as many spikes in binary steps, one bit each too, all of which are summed before the next neuron decides.
+    Spikes are stored as one bit each; real values are written only for the membranes of shortcuts. Norms are applied to
+    the sums, as in the network, instead of being folded into the weights: a silent frame gives the same membrane to the
+    last bit, and sums round like a channels-last convolution that adds input by input. A level of an integer neuron is
+    that many spikes in binary steps, one bit each, all of which are summed before the next neuron fires.
 
-    Input and output are those of the network. A product whose input is denser than `break_even` of its layer is
-    computed as a dense convolution instead, call by call; so is what the kernels do not know: the first layer, strides,
-    groups, kernels other than 1x1 and 3x3.
+    Input and output are those of the network. In each call, a product whose input is denser than the layer's
+    `break_even` is computed as a dense convolution instead. So is everything that the kernels do not know: the first
+    layer, strides, groups, kernels other than 1x1 and 3x3.
 
-    With `weights` other than FLOAT32 they are whole numbers (see `IntegerProduct`): norms are folded into them, a dense
-    product gives the bits of the event-driven one, and any ungrouped convolution of spikes is such a product, or of the
-    counts that shortcuts between spikes make of them. What real
-    values drive stays in float32; with `exact` it is summed in a fixed order, so that all answers are the same bits for
-    every batch, number of threads and way of a product.
+    With other `weights` than FLOAT32, weights are whole numbers (see `IntegerProduct`): norms are folded into them, a
+    dense product gives the same bits as the event-driven one, and every ungrouped convolution of spikes, or of the
+    counts that shortcuts between spikes make, is such a product. Layers on real values stay in float32; with `exact`
+    they are summed in a fixed order, so that all answers have the same bits for every batch, number of threads and way
+    of computing a product.
 
-    Raises `ValueError` for a network that is not in float32 on the CPU, or has what `exact` cannot hold to an order,
-    and `RuntimeError` where the kernels cannot be built.
+    Raises `ValueError` for a network that is not in float32 on the CPU, or in which `exact` cannot fix the order of all
+    sums, and `RuntimeError` if the kernels cannot be built.
     """
 
     def __init__(self, plan: Plan, weights: str = FLOAT32, exact: bool = False) -> None:
@@ -83,7 +84,7 @@ class Events(Form):
         self.counted, self.last = most_counted(plan), last_uses(plan)
         self.kinds = kinds(plan)
         for node, most in self.counted.items():
-            # In float32 a product of counts takes the roundings of the network's own.
+            # In float32 a product of counts has to round like the network's own.
             if weights == FLOAT32 or most > MOST_PLANES:
                 self.kinds[node] = REAL
         self.given = {node: node.inputs() for node in plan.nodes}
@@ -102,7 +103,7 @@ class Events(Form):
             if pool is not None:
                 self.pooled_spikes[node] = pool
             if node.op == MIX and form is not None:
-                # For streams, which hand over where neurons stand.
+                # For streams, which carry the neurons' states.
                 parts = (*node.target.neurons, node.target.mixer)
                 self.leaves.extend(part for part in parts if isinstance(part, nn.Module))
             if node.op == PROJECT and form is not None:
@@ -113,11 +114,11 @@ class Events(Form):
         self.train(False)
 
     def mean_of_steps(self, x: Tensor) -> Tensor:
-        """The mean over the first axis as the network takes it, for a `Stream` of its logits."""
+        """The mean over the first axis, summed as the network does it; for a `Stream` of its logits."""
         return ordered_mean(x, (0,)) if self.exact else x.mean(0)
 
     def products(self) -> Iterator[tuple[str, SpikeProduct]]:
-        """The layers that spikes drive, by name."""
+        """The products whose inputs are spikes, by name."""
         for node, form in self.forms.items():
             parts: Any = form if isinstance(form, nn.ModuleList) else [form]
             for i, part in enumerate(parts):
@@ -125,7 +126,7 @@ class Events(Form):
                     yield (f"{node.name}.{i}" if isinstance(form, nn.ModuleList) else node.name), part
 
     def _pooled_products(self) -> dict[Node, Node]:
-        """Products whose membrane goes nowhere but into a 3x3 maximum of stride 2: that pooling by product."""
+        """For each product whose membrane goes only into a 3x3 maximum of stride 2, that pooling."""
         users = self.plan.users()
         found = {}
         for node, after in self.epilogues.items():
@@ -135,7 +136,7 @@ class Events(Form):
         return found
 
     def _pool_of_spikes(self, node: Node) -> Node | None:
-        """The 3x3 maximum of stride 2 that alone takes the spikes behind a product, which nothing else takes."""
+        """The 3x3 maximum of stride 2 that is the only user of a product's spikes, if there is one."""
         after, users = self.epilogues[node], self.plan.users()
         if after.fire is None or after.residual is not None or after.keep or len(users[after.fire]) != 1:
             return None
@@ -193,8 +194,7 @@ class Events(Form):
         if form is None:
             return steps.project(node.target, plain(x))
         if source is None:
-            given = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{node.name} expects floating-point [T, B, C, H, W] with nothing empty, got {given}")
+            raise no_frames(node, x)
         after = self.epilogues[node]
         if self.still is not None and node in self.once and after.residual is None:
             return self._known(node, source, values)
@@ -214,10 +214,10 @@ class Events(Form):
                 or isinstance(form, DenseSums | OrderedSums)
                 or before.real.shape != form.result_shape(source)
             ):
-                # Added by itself, and the neuron behind it fires by itself.
+                # The shortcut is added, and the neuron fires, as nodes of their own.
                 return Membrane(form(source, membrane=True)[0], owned=True)
             residual = before.real
-            # The shortcut's memory takes the sum where nothing reads it afterwards.
+            # The sum is written into the shortcut's memory if nothing reads that afterwards.
             if after.keep and before.owned and self.last[after.residual] is after.total:
                 into = residual
         membrane, fired = form(source, residual=residual, membrane=into, stands=stands)
@@ -228,7 +228,7 @@ class Events(Form):
         return total if after.total is node else None
 
     def _known(self, node: Node, source: Any, values: dict[Node, Any]) -> Any:
-        """The first layer on images that come again: its membrane is computed when they come first."""
+        """The first layer on the same images in every call: its membrane is computed only once."""
         assert self.still is not None
         form, after, pooled = self.forms[node], self.epilogues[node], self.pooled.get(node)
         if node not in self.still:
@@ -243,7 +243,7 @@ class Events(Form):
         return values[after.total] if after.total is node else None
 
     def _source(self, node: Node, x: Any) -> Any:
-        """Input of a product: packed spikes for events, else frames with channels last, one if it is shown at all."""
+        """The input of a product: packed spikes, or frames with channels last, a single one if all are the same."""
         if isinstance(x, PackedSpikes):
             return x
         form = self.forms.get(node)
@@ -285,7 +285,7 @@ class Events(Form):
         return self._repacked(node, mixed)
 
     def _repacked(self, node: Node, x: Any) -> Any:
-        """What a node's leaf has emitted, packed where it emits spikes alone."""
+        """The output of a node's leaf, packed if it is spikes."""
         frames = isinstance(x, Tensor) and x.ndim == 5 and 0 not in x.shape
         return PackedSpikes.pack(x) if frames and self.kinds[node] == SPIKES else x
 
@@ -300,7 +300,7 @@ class Events(Form):
 
 
 class Membrane:
-    """Real values `[T, B, H, W, C]`; `owned` where no one but the plan holds the tensor."""
+    """Real values `[T, B, H, W, C]`; `owned` if only the plan holds the tensor."""
 
     def __init__(self, real: Tensor, owned: bool = False) -> None:
         self.real, self.owned = real, owned
@@ -321,7 +321,7 @@ def _check(plan: Plan) -> None:
 
 
 def _refuse_unordered(plan: Plan, forms: dict[Node, Any]) -> None:
-    """Raises `ValueError` where a sum would be taken in an order that a library chooses."""
+    """Raises `ValueError` if a library would choose the order of a sum."""
     unordered = []
     for node in plan.nodes:
         known = node in forms or node.op in (INPUT, PRESENT, CHECK, ADD, OUTPUT)
@@ -329,7 +329,7 @@ def _refuse_unordered(plan: Plan, forms: dict[Node, Any]) -> None:
             known = steps.is_plain(node.target, nn.MaxPool2d)
         elif node.op == MIX:
             known = known and steps.tells(node.target.mixer, "exact") and node.target.mixer.exact
-            # Levels over a power of two are exact in float32, and so are the sums of their products.
+            # Levels divided by a power of two are exact in float32, and so are the sums of their products.
             norms = [one.norm for one in node.target.neurons if isinstance(one, IntegerNeuron)]
             known = known and all(math.frexp(norm)[0] == 0.5 for norm in norms)
         elif node.op == CALL and node not in forms:
@@ -350,13 +350,13 @@ def _called(node: Node) -> str:
 
 
 def plain(x: Any) -> Any:
-    """A value as the network's own modules take it: `[T, B, C, H, W]`, without gaps."""
+    """A value as the network's own modules take it: `[T, B, C, H, W]`, contiguous."""
     if isinstance(x, PackedSpikes):
         return x.unpack().contiguous()
     if not isinstance(x, Membrane):
         return x
     made = x.real.movedim(-1, 2).contiguous()
-    # Of one place or one channel it is the same memory, which others may hold from now on.
+    # With one place or one channel it is the same memory, which others may hold from now on.
     x.owned = x.owned and made.data_ptr() != x.real.data_ptr()
     return made
 
@@ -369,21 +369,20 @@ def _membrane(x: Any) -> Membrane | None:
 
 
 def _frames(x: Any, any_order: bool = False) -> Tensor | None:
-    """x with the channels last, if it is `[T, B, C, H, W]`; what is shown at every step stays one frame in memory.
+    """x with the channels last, if it is `[T, B, C, H, W]`; a frame shown at every step stays one frame in memory.
 
-    In memory the channels are last too, unless `any_order` will do.
+    The channels are last in memory too, unless `any_order` is acceptable.
     """
     if isinstance(x, Membrane):
         return x.real
     if not isinstance(x, Tensor) or x.ndim != 5 or 0 in x.shape or not x.is_floating_point():
         return None
-    shown = x[:1] if len(x) > 1 and x.stride(0) == 0 else x
-    shown = shown.movedim(2, -1)
+    shown = steps.shown_frame(x).movedim(2, -1)
     return (shown if any_order else shown.contiguous()).expand(len(x), *shown.shape[1:])
 
 
 def _halves(node: Node) -> bool:
-    return node.op == POOL and steps.is_plain(node.target, nn.MaxPool2d) and steps.halves(node.target)
+    return node.op == POOL and steps.halves(node.target)
 
 
 def _packed(frames: Tensor, product: SpikeProduct) -> PackedSpikes:
@@ -402,7 +401,7 @@ def _packed(frames: Tensor, product: SpikeProduct) -> PackedSpikes:
 
 
 def _fired(product: Any, neuron: Any, x: PackedSpikes | Tensor) -> Tensor:
-    """What a neuron makes of a product, `[T, B, C, H, W]`."""
+    """The spikes `[T, B, C, H, W]` of a neuron on a product."""
     if product.epilogue.neuron is not None:
         return plain(product(x, stands=_stands(neuron))[1])
     fired: Tensor = neuron(plain(Membrane(product(x, membrane=True)[0])))
@@ -410,13 +409,13 @@ def _fired(product: Any, neuron: Any, x: PackedSpikes | Tensor) -> Tensor:
 
 
 def _stands(neuron: Any) -> Stands | None:
-    """In a stream, what tells kernels where the neuron stands; else it starts at rest."""
+    """In a stream, the function that gives kernels the neuron's membrane; else `None`, and it starts at rest."""
     carrier = getattr(neuron, "carrier", None)
     return None if carrier is None else partial(carrier.membrane_in_place, neuron)
 
 
 def _side_by_side(neurons: Sequence[Any], shape: torch.Size) -> Tensor | None:
-    """Where neurons stand that have one product `[B, H, W, C]` with its channels in equal parts."""
+    """In a stream, the membranes `[B, H, W, C]` of neurons that share one product, its channels in equal parts."""
     each = (*shape[:-1], shape[-1] // len(neurons))
     stands = [stands(each) for stands in map(_stands, neurons) if stands is not None]
     return torch.cat(stands, dim=-1) if stands else None

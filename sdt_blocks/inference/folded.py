@@ -1,4 +1,4 @@
-"""The folded form of a network within the network itself, for those who look at its layers while it runs."""
+"""Folds the units of a network in place, for code that looks at its layers while it runs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .trace import Traced, trace, unwrap
 
 
 class FoldedConv2d(nn.Conv2d):
-    """A convolution with the norm behind it in its weights; `trained_as` names the layers that it stands for."""
+    """A convolution with its norm folded into the weights; `trained_as` names the layers that it replaces."""
 
     trained_as: tuple[str, ...] = ()
 
 
 class FoldedNorm(nn.Identity):
-    """Where a norm stood that has been folded; it still tells how many batches the norm has seen."""
+    """The place of a norm that has been folded; it still tells how many batches the norm has seen."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -31,13 +31,13 @@ class FoldedNorm(nn.Identity):
 
 @contextmanager
 def folded(model: nn.Module) -> Iterator[None]:
-    """Within the block, every unit of the model is the one convolution that evaluation makes of it.
+    """A context in which every unit of the model is the one convolution that evaluation makes of it.
 
-    Norms are in the weights before them, and a unit that is trained as several layers is one: in place, under the names
-    `conv` and `norm` of the unit, so that hooks, names and the model's own code go on as before. Afterwards the model
-    is what it was. Units whose call cannot be traced stay as they are; one warning names what they stand in.
+    Norms are folded into the weights before them, and a unit that is trained as several layers becomes one: in place,
+    as `conv` and `norm` of the unit, so that hooks, names and the model's own code still work. Afterwards the model is
+    restored. Units whose call cannot be traced stay as they are; one warning names the modules that contain them.
 
-    Raises `TypeError` for what is no module.
+    Raises `TypeError` if the model is not a module.
     """
     swapped: list[tuple[Any, nn.Module, nn.Module]] = []
     try:
@@ -51,13 +51,13 @@ def folded(model: nn.Module) -> Iterator[None]:
 
 
 def _foldable(model: nn.Module) -> list[tuple[Any, FoldedConv2d, FoldedNorm]]:
-    """The units of the model, and what takes the places of their layers."""
+    """The units of the model, with the layers that replace theirs."""
     model = unwrap(model)
     if not _holds_units(model):
         return []
     try:
         traced = trace(model)
-    except Exception as error:  # whatever the network's own code raises when it is copied or called
+    except Exception as error:  # the network's own code may raise anything when it is copied or called
         _tell({type(model).__name__: str(error)})
         return []
     stay = _untouched(traced)
@@ -83,14 +83,14 @@ def _units(plan: Plan) -> list[Any]:
 
 
 def _is_trained(unit: Any) -> bool:
-    """Whether a module of the network is a unit that is not folded yet; plain layers stay apart under their names."""
+    """Whether a module of the network is a unit that is not folded yet; plain layers are left alone."""
     return (
         isinstance(unit, steps.Unit) and not isinstance(unit, ConvAndNorm) and not isinstance(unit.conv, FoldedConv2d)
     )
 
 
 def _untouched(traced: Traced) -> dict[str, str]:
-    """What is opaque and holds units, which may be folded when it is called, or not."""
+    """The opaque modules that contain units which the plan does not call, with the reason."""
     called = set(map(id, _units(traced.plan)))
     return {
         name: why

@@ -25,8 +25,8 @@ from .integers import (
     OrderedSums,
     SpikeProduct,
     Stands,
+    events_know,
     shown,
-    windows_of,
 )
 from .passes import COUNTS, LEVELS, SPIKES
 from .plan import CALL, FIRE, MIX, PROJECT, Mixing, Node, chain, convolution, fold, is_neuron
@@ -36,14 +36,14 @@ Known = tuple[nn.Conv2d, nn.BatchNorm2d | None]
 """A convolution and its norm."""
 
 PACKED = (SPIKES, LEVELS, COUNTS)
-"""What products take at one bit a plane."""
+"""The kinds of values that products take packed, at one bit per plane."""
 
 CHUNK_BYTES = 8 << 20
-"""Real values between a convolution and a pooling are kept this few, so that they stay in the cache."""
+"""How much is computed at a time of the real values between two layers, so that they stay in the cache."""
 
 
 class Forms:
-    """What computes each node of an event-driven plan, by the kinds of its values and what follows its products."""
+    """Chooses the layer that computes each node of an event-driven plan, by the kinds of values and what follows."""
 
     def __init__(
         self,
@@ -79,13 +79,13 @@ class Forms:
         return None
 
     def _on_spikes(self, unit: Any, conv: nn.Conv2d) -> bool:
-        """Whether the kernels know a convolution of spikes: whole numbers also those that events cannot compute."""
+        """Whether the kernels know a convolution of spikes; with integer weights also one that is always dense."""
         return on_bytes(unit, conv) if self.weights != FLOAT32 else _by_events(conv)
 
     def _product(
         self, known: list[Known], neuron: Any, *, leak: Tensor | None = None, words: bool = False, **planes: Any
     ) -> SpikeProduct:
-        """Convolutions of spikes side by side, each padded to whole `words` where asked, and a neuron on all."""
+        """Convolutions of spikes as one, each padded to whole words if `words` asks for it, and a neuron on all."""
         conv, pad = known[0][0], pad_to_words if words else lambda x: x
         spec, of_neuron = (None, None) if neuron is None else in_evaluation(neuron.spec, conv.out_channels)
         leak = of_neuron if leak is None else leak
@@ -97,14 +97,14 @@ class Forms:
         else:
             weights, biases = zip(*(fold(*one) for one in known), strict=True)
             rows = {"shift": list(biases)}
-            make = partial(IntegerProduct, pieces=PIECES[self.weights], windows=windows_of(Geometry.of(conv)))
+            make = partial(IntegerProduct, pieces=PIECES[self.weights], windows=Geometry.of(conv).windows)
         joined = {name: torch.cat([pad(part) for part in parts]) for name, parts in rows.items()}
         weight = torch.cat([pad(part) for part in weights])
         epilogue = Epilogue(len(weight), neuron=spec, inv_tau=leak, **joined)
         return make(weight, epilogue, conv.out_channels if words else 0, **planes)
 
     def _on_reals(self, unit: Any, known: Known, neuron: Any) -> nn.Module | None:
-        """A convolution of real values: as PyTorch computes it, or in a fixed order, asked for or faster."""
+        """A convolution of real values: by PyTorch, or summed in a fixed order if that is asked for or faster."""
         (conv, norm), channels = known, known[0].out_channels
         if not self.exact:
             layers = unit if isinstance(unit, nn.Conv2d) else unit.conv
@@ -122,7 +122,7 @@ class Forms:
         return OrderedSums(parts, Epilogue(channels, shift=bias, neuron=spec, inv_tau=leak))
 
     def _packed_mixing(self, mixing: Mixing) -> SpikeProduct | None:
-        """q, k and v as one product with each padded to whole words, as the mixer's packed form takes them."""
+        """q, k and v as one product, each padded to whole words, as the mixer's packed form takes them."""
         if not steps.tells(mixing.mixer, "packed"):
             return None
         found = [convolution(unit) for unit in mixing.units]
@@ -141,7 +141,7 @@ class Forms:
     def _apart(self, mixing: Mixing, planes: dict[str, Any] | None) -> nn.ModuleList | None:
         """q, k and v each as a product with its neuron, for a mixer without a packed form.
 
-        They take spikes or levels in so many `planes`, or real values where that is None.
+        Their inputs are spikes or levels, with the options `planes`, or real values if that is None.
         """
         known = [is_neuron(neuron) or steps.is_plain(neuron, IntegerNeuron) for neuron in mixing.neurons]
         if not all(known):
@@ -170,9 +170,9 @@ class Forms:
 
 
 class EventProduct(SpikeProduct):
-    """A convolution of stride 1 on spikes in float32, its norm, and what follows: a shortcut's sum, a neuron.
+    """A convolution of stride 1 on spikes in float32, its norm, and what follows: a shortcut, a neuron.
 
-    With more `planes` than one, the convolution of levels / `norm`; see `PackedSpikes`.
+    With more than one of `planes`, it is a convolution of levels / `norm`; see `PackedSpikes`.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class EventProduct(SpikeProduct):
         membrane: bool | Tensor = False,
         standing: Tensor | None = None,
     ) -> Result:
-        """The sums from a dense convolution, by the fastest way of this machine, a few images at a time."""
+        """The sums from a dense convolution, in the way that is fastest on this machine, a few images at a time."""
         steps_, images, height, width, _ = spikes.words.shape
         channels = self.epilogue.channels
         kept = torch.empty(steps_, images, height, width, channels) if membrane is True else membrane
@@ -220,7 +220,7 @@ class EventProduct(SpikeProduct):
 
 
 class DenseSums(Finished):
-    """A unit's layers on any frames, and what follows them, a few images at a time."""
+    """A unit's layers on frames of real values, and what follows them, a few images at a time."""
 
     def __init__(self, layers: nn.Module, epilogue: Epilogue) -> None:
         super().__init__(epilogue)
@@ -255,7 +255,7 @@ class DenseSums(Finished):
 
 
 def pooled_membrane(form: Any, x: Any) -> Tensor:
-    """The maximum over windows of a product's membrane, a few frames at a time: no neuron joins its time steps."""
+    """A product's membrane after the 3x3 maximum of stride 2, a few frames at a time."""
     if not isinstance(form, SpikeProduct):
         return real_pool(form(x, membrane=True)[0])
     words = x.words.contiguous()
@@ -269,7 +269,7 @@ def pooled_membrane(form: Any, x: Any) -> Tensor:
 
 
 def whole(node: Node, kinds: dict[Node, str]) -> bool:
-    """Whether a node's weights meet spikes, levels or counts, so that whole numbers can take their place."""
+    """Whether a node's weights meet spikes, levels or counts, so that they can be whole numbers."""
     if node.op not in (PROJECT, MIX) or kinds[node.inputs()[0]] not in PACKED:
         return False
     if node.op == PROJECT:
@@ -281,16 +281,14 @@ def whole(node: Node, kinds: dict[Node, str]) -> bool:
 
 
 def on_bytes(unit: Any, conv: nn.Conv2d) -> bool:
-    """Whether whole numbers take the place of the weights of a unit, `conv` as one convolution."""
+    """Whether the weights of a unit can be whole numbers; `conv` is the unit as one convolution."""
     own = unit if isinstance(unit, nn.Conv2d) else unit.conv
     return _by_events(conv) or (isinstance(own, nn.Conv2d) and conv.groups == 1)
 
 
 def _by_events(conv: nn.Conv2d) -> bool:
-    """Whether the kernels know a convolution: 1x1 or 3x3 of stride 1 that keeps the frame's size."""
-    kernel = conv.kernel_size[0]
-    plain_windows = Geometry.of(conv) == Geometry(padding=(kernel // 2, kernel // 2))
-    return conv.kernel_size in ((1, 1), (3, 3)) and plain_windows and conv.in_channels * kernel**2 < 1 << 16
+    """Whether the event-driven kernels know a convolution."""
+    return conv.groups == 1 and events_know(conv.weight, Geometry.of(conv).windows)
 
 
 def epilogue_of(norm: nn.BatchNorm2d | None, neuron: Any, *, bias: Tensor | None = None, channels: int) -> Epilogue:
@@ -300,7 +298,7 @@ def epilogue_of(norm: nn.BatchNorm2d | None, neuron: Any, *, bias: Tensor | None
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Scale and shift of a norm in eval mode, rounded as PyTorch rounds them."""
+    """Scale and shift of a norm in eval mode, rounded as in PyTorch."""
     assert norm.running_mean is not None and norm.running_var is not None
     ones = torch.ones_like(norm.running_mean)
     weight, bias = (ones, ones * 0) if norm.weight is None else (norm.weight.detach(), norm.bias.detach())
@@ -309,5 +307,5 @@ def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def _chunk(pixels: int, channels: int) -> int:
-    """How many images of so many pixels are worked on at a time, for `channels` real values a pixel."""
+    """How many images of `pixels` pixels with `channels` real values each are computed at a time."""
     return max(1, CHUNK_BYTES // (4 * channels * pixels))

@@ -1,10 +1,10 @@
-"""Layers that a network's own code calls on frames, as the steps of a sequence that they are.
+"""Turns layers that a network's own code calls on frames into steps on a sequence.
 
 A network of plain PyTorch layers goes from a sequence `[T, B, C, H, W]` to its frames and back:
 
     x = norm(conv(x.flatten(0, 1))).unflatten(0, x.shape[:2])
 
-which is `project(unit, x)`, so that it folds, joins its neuron and adds what is active, as a unit of the kit does.
+This is `project(unit, x)`, and can then be folded, fused with its neuron and computed by events like a unit of the kit.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .written import writes
 
 
 class Frames(NamedTuple):
-    """The frames `[T * B, ...]` of the sequence `[T, B, ...]` that a node makes."""
+    """The frames `[T * B, ...]` of a node's sequence `[T, B, ...]`."""
 
     of: Node
 
 
 class ConvAndNorm(steps.Unit):
-    """A convolution and a norm that stand in different places of a network, as one unit."""
+    """A convolution and a norm from different places of a network, as one unit."""
 
     def __init__(self, conv: nn.Conv2d, norm: nn.Module) -> None:
         super().__init__()
@@ -37,11 +37,10 @@ class ConvAndNorm(steps.Unit):
 
 
 def on_sequences(nodes: list[Node]) -> list[Node]:
-    """The nodes with convolutions, norms and poolings on frames as steps on the sequence; the values are the same.
+    """The nodes, with convolutions, norms and poolings on frames replaced by steps on the sequence; same values.
 
-    What this does not know takes frames as before: they are flattened where they are wanted. Sizes that are only asked
-    for to get back to the sequence are no longer asked for. A network that writes into its values stays as it is: the
-    frames are a view of the sequence.
+    All other nodes still take frames, which are flattened for them. Nodes that only ask for sizes to get back to the
+    sequence are removed. A network that writes into its values is not changed, since its frames are views of sequences.
     """
     if any(map(writes, nodes)):
         return nodes
@@ -62,7 +61,7 @@ class _Rewriting:
                 self.uses[given] += 1
 
     def rewritten(self, node: Node) -> Node | Frames:
-        """What stands for a node of the network."""
+        """What replaces a node of the network."""
         given = self.values.get(node.args[0]) if node.args and isinstance(node.args[0], Node) else None
         if node.op == CALL and isinstance(given, Node) and _options(node, "flatten", start_dim=0, end_dim=-1) == [0, 1]:
             return Frames(given)
@@ -79,14 +78,14 @@ class _Rewriting:
         return node
 
     def _layer(self, node: Node, sequence: Node) -> Node | None:
-        """The step of a layer that is called on the frames of a sequence; `None` where it is none."""
+        """The step for a layer that is called on the frames of a sequence; `None` if there is none."""
         layer, before = node.target, node.args[0]
         if steps.is_plain(layer, nn.Conv2d) and convolution(layer) is not None:
             made = Node(node.name, PROJECT, layer, (sequence,))
         elif steps.is_plain(layer, nn.MaxPool2d, nn.AvgPool2d) and not getattr(layer, "return_indices", False):
             made = Node(node.name, POOL, layer, (sequence,))
         elif steps.is_plain(layer, nn.BatchNorm2d, nn.SyncBatchNorm):
-            # Only the convolution that was called on these frames, and only where nothing else takes what it makes.
+            # Only with the convolution that made these frames, and only if nothing else uses them.
             own = before.op == CALL and before.target is sequence.target and self.uses[before] == 1
             if not own or sequence.op != PROJECT or not isinstance(sequence.target, nn.Conv2d):
                 return None
@@ -101,7 +100,7 @@ class _Rewriting:
         return made
 
     def _plain(self, node: Node) -> Node:
-        """A node's value itself, frames too."""
+        """The node for a value as other nodes take it: frames are flattened."""
         value = self.values[node]
         if isinstance(value, Node):
             return value
@@ -111,7 +110,7 @@ class _Rewriting:
         return self.flattened[value.of]
 
     def _are_first_two(self, sizes: Any, sequence: Node) -> bool:
-        """Whether sizes are those of the time and the batch of a sequence, asked of it or of one that is as long."""
+        """Whether sizes are time and batch of a sequence, taken from it or from one that has the same."""
         root = _as_long(sequence)
         if isinstance(sizes, Node):
             asked = _asked(self.values[sizes])
@@ -123,7 +122,7 @@ class _Rewriting:
 
 
 def _options(node: Node, name: str, **defaults: Any) -> list[Any] | None:
-    """The arguments behind the first of a call of this method or function; `None` for another call."""
+    """The arguments after the first in a call of this method or function; `None` for any other call."""
     if node.target not in (name, getattr(torch, name)) or len(node.args) > 1 + len(defaults):
         return None
     given = dict(zip(defaults, node.args[1:], strict=False))
@@ -131,7 +130,7 @@ def _options(node: Node, name: str, **defaults: Any) -> list[Any] | None:
 
 
 def _asked(size: Node | Frames) -> tuple[Node, Any] | None:
-    """Of whom a size is asked, and which: a place, `slice(0, 2)` for the first two, `None` for all."""
+    """Whose size a node asks for, and which axes: a number, `slice(0, 2)` for the first two, `None` for all."""
     if not isinstance(size, Node) or size.op != CALL or not size.args or not isinstance(size.args[0], Node):
         return None
     source, *rest = size.args
@@ -147,7 +146,7 @@ def _asked(size: Node | Frames) -> tuple[Node, Any] | None:
 
 
 def _as_long(node: Node) -> Node:
-    """The first node, going back, whose value has the time steps and the batch of this one's."""
+    """The earliest node before this one whose value has the same time steps and batch."""
     while True:
         neuron = node.op == CALL and isinstance(node.target, Streamed) and len(node.args) == 1
         kept = node.op in (PROJECT, POOL, FIRE) or neuron or (node.target is steps.shortcut)
@@ -157,7 +156,7 @@ def _as_long(node: Node) -> Node:
 
 
 def _without_idle(nodes: list[Node]) -> list[Node]:
-    """The nodes less those that ask for sizes, or flatten, for nobody."""
+    """The nodes without those that ask for sizes, or flatten, and whose result is not used."""
     wanted: set[Node] = set()
     kept: list[Node] = []
     for node in reversed(nodes):

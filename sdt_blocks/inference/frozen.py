@@ -1,4 +1,4 @@
-"""What a trace would freeze into a plan: random numbers, and numbers that change from call to call."""
+"""Finds what a trace would wrongly freeze into a plan: random numbers, and values that change from call to call."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch.fx.node import map_arg
 
 
 class Chance:
-    """Where the generators of random numbers of PyTorch, NumPy and Python stand."""
+    """The state of the random number generators of PyTorch, NumPy and Python."""
 
     def __init__(self) -> None:
-        # The legacy generator is the one that a network's code draws from without a word.
+        # The legacy generator of NumPy is the one that code draws from without naming a generator.
         self.torch, self.python = torch.get_rng_state(), random.getstate()
         self.numpy = np.random.get_state()  # noqa: NPY002
 
     def taken(self) -> bool:
-        """Whether numbers have been drawn since; puts the generators back."""
+        """Whether numbers have been drawn since; restores the generators."""
         before: Any = self.numpy
         now: Any = np.random.get_state()  # noqa: NPY002
         same = torch.equal(self.torch, torch.get_rng_state()) and self.python == random.getstate()
@@ -34,21 +34,25 @@ class Chance:
 
 
 def attributes(root: nn.Module) -> dict[str, tuple[Any, int]]:
-    """What modules hold beside their parts, by path: numbers and texts, and tensors with their versions."""
+    """The attributes of modules by path: numbers and strings, and tensors with their versions."""
     found = {}
     for name, module in root.named_modules():
         for key, value in (*vars(module).items(), *module._buffers.items(), *module._parameters.items()):
             if isinstance(value, _COMPARED):
-                version = value._version if isinstance(value, Tensor) and not value.is_inference() else 0
-                found[f"{name}.{key}"] = value, version
+                found[f"{name}.{key}"] = value, times_written(value)
     return found
 
 
-_COMPARED = (bool, int, float, str, Tensor)  # a union of types takes four times as long to ask
+_COMPARED = (bool, int, float, str, Tensor)  # asking with a union of types takes four times as long
+
+
+def times_written(x: Any) -> int:
+    """How often a tensor has been written into, as far as PyTorch counts that; 0 for anything else."""
+    return x._version if isinstance(x, Tensor) and not x.is_inference() else 0
 
 
 def changed_since(before: dict[str, tuple[Any, int]], root: nn.Module) -> list[str]:
-    """The paths of attributes that are new, have other values now, or were written into."""
+    """The paths of attributes that are new, have another value now, or were written into."""
     now = attributes(root)
     changed = [path for path in now if path not in before]
     for path, (value, version) in before.items():
@@ -63,14 +67,14 @@ def changed_since(before: dict[str, tuple[Any, int]], root: nn.Module) -> list[s
 
 
 def _equal(value: Tensor, other: Tensor) -> bool:
-    """Whether a tensor was replaced by one like it, as where a state is reset."""
+    """Whether a tensor was replaced by an equal one, as when a state is reset."""
     if (value.shape, value.dtype, value.device) != (other.shape, other.dtype, other.device):
         return False
     return not value.is_meta and torch.equal(value, other)
 
 
 def first_unlike(one: fx.Graph, other: fx.Graph, root: nn.Module) -> fx.Node | None:
-    """The first node in which two traces of a network differ; `None` where they are the same."""
+    """The first node in which two traces of a network differ; `None` if they are the same."""
     places, its_places = ({node: place for place, node in enumerate(graph.nodes)} for graph in (one, other))
     for node, its in itertools.zip_longest(one.nodes, other.nodes):
         if node is None or its is None:
@@ -89,12 +93,12 @@ def _held_alike(node: fx.Node, its: fx.Node, root: nn.Module) -> bool:
 
 
 def takes(graph: fx.Graph, paths: list[str]) -> bool:
-    """Whether a trace takes one of these attributes."""
+    """Whether a trace reads one of these attributes."""
     return not {str(node.target) for node in graph.nodes if node.op == "get_attr"}.isdisjoint(paths)
 
 
 def holds_proxies(module: nn.Module, depth: int = 1) -> bool:
-    """Whether tracing has left a traced value in the module's attributes, or what these hold, so many levels deep."""
+    """Whether tracing has left a traced value in the module's attributes, or inside them, up to `depth` levels deep."""
     return any(_holds(value, depth) for value in (*vars(module).values(), *module._buffers.values()))
 
 
@@ -112,7 +116,7 @@ _SEVERAL = (list, tuple, set, frozenset, deque)
 
 
 def attribute(module: nn.Module, path: str) -> Any:
-    """What lies at a path of names."""
+    """The attribute at a dotted path."""
     for name in path.split("."):
         module = getattr(module, name)
     return module

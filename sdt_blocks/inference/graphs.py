@@ -1,4 +1,4 @@
-"""An optimised network as one CUDA graph a shape of its input: a call costs one launch, not one for each layer."""
+"""An optimised network as one CUDA graph for each input shape: a call costs one launch instead of one per layer."""
 
 from __future__ import annotations
 
@@ -15,28 +15,27 @@ _WARM_UP = 3
 
 
 class Recorded(NamedTuple):
-    """A graph, the inputs that it reads and the result that it writes, which stay where they are."""
+    """A graph with the inputs that it reads and the result that it writes, at fixed addresses."""
 
     replay: Callable[[], None]
     inputs: list[Tensor]
     result: Any
     pool: Any
-    """Its memory, in which the graphs of other shapes work too: one at a time."""
+    """Its memory, which the graphs of other shapes share: only one may run at a time."""
 
 
 class Graphed(nn.Module):
-    """Records the launches of an optimised network when a shape of input comes first, and replays them from then on.
+    """Records the launches of an optimised network for each new input shape, and replays them from then on.
 
-    Input and output are those of the network; results are copies, and stay what they are. All shapes work in the
-    memory of the largest, so calls have to come one after the other, from one stream of CUDA; beyond `most` shapes the
-    first is dropped. In a stream of frames, whose states are handed over between calls, the network is called as it
-    is.
+    Input and output are those of the network; results are copies, which later calls do not change. All shapes share the
+    memory of the largest, so calls must not overlap and must use one CUDA stream; beyond `most` shapes the oldest is
+    dropped. In a `Stream` of frames, where states are carried from call to call, the network is called without a graph.
 
     Raises `ValueError` for input that is not on a CUDA device.
     """
 
     rebuilt = True
-    """Layers are computed together: there is nothing for a hook to see."""
+    """Layers are computed together, so there is nothing for a hook to see."""
 
     def __init__(self, network: nn.Module, *, most: int = 8) -> None:
         super().__init__()
@@ -47,7 +46,7 @@ class Graphed(nn.Module):
 
     @property
     def dtype(self) -> Any:
-        """That of the network's products."""
+        """The dtype of the network's products."""
         return self.network.dtype
 
     @torch.no_grad()
@@ -83,7 +82,7 @@ class Graphed(nn.Module):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Graphed:
-        # What was recorded reads the weights where they were.
+        # A recorded graph reads the weights at their old addresses.
         self.recorded = {}
         super()._apply(fn, recurse)
         return self
@@ -93,10 +92,10 @@ class Graphed(nn.Module):
 
 
 def record(function: Callable[[], Any], inputs: list[Tensor], pool: Any) -> Recorded:
-    """The launches of a function that reads `inputs`, in the memory of `pool`, or of one of its own.
+    """Records the launches of a function that reads `inputs`, in the memory of `pool` or in memory of its own.
 
-    It runs a few times before, on a stream of its own as capturing asks for: kernels are built and ways of products
-    compared then, which waits for the device.
+    The function first runs a few times on a stream of its own, as capturing requires: then kernels are built and ways
+    of products compared, which waits for the device.
     """
     with torch.cuda.device(inputs[0].device):
         current, aside = torch.cuda.current_stream(), torch.cuda.Stream()

@@ -1,4 +1,4 @@
-"""Layers of whole numbers, whose sums are exact in any order, and of real values that are summed in a fixed one."""
+"""Layers with integer weights, whose sums are exact in any order, and layers that sum real values in a fixed order."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ from ..ops.integers import (
     real_product,
     spike_product_dense,
 )
-from ..ops.packed import Epilogue, PackedSpikes, Result, spike_neuron, spike_product
+from ..ops.packed import MOST_INPUTS, Epilogue, PackedSpikes, Result, spike_neuron, spike_product
+from ..steps import shown_frame
 from .product import Geometry
 
 FLOAT32, INT8, INT24 = "float32", "int8", "int24"
-"""What the weights of products on spikes are."""
+"""The kinds of weights of products on spikes."""
 PIECES = {INT8: 1, INT24: 3}
 
 Stands = Callable[[Sequence[int]], Tensor]
-"""For a shape `[B, H, W, C]`, where the neurons of a stream stand; kernels leave there where they stand next."""
+"""For a shape `[B, H, W, C]`, the membranes of neurons in a stream, which kernels update in place."""
 
 
 class Finished(nn.Module):
-    """A layer with what follows its sums, whose constants are part of its state.
+    """A layer and the epilogue of its sums, whose constants are part of its state.
 
-    What the kernels take is made of the buffers when it is first used, and anew after they were loaded.
+    What the kernels take is made from the buffers on first use, and again after they were loaded.
     """
 
     def __init__(self, epilogue: Epilogue) -> None:
@@ -50,7 +51,7 @@ class Finished(nn.Module):
         return made
 
     def made(self, name: str, make: Any) -> Any:
-        """What `make()` gives, kept until the state changes."""
+        """The result of `make()`, kept until the state changes."""
         if name not in self._made:
             self._made[name] = make()
         return self._made[name]
@@ -66,16 +67,16 @@ class Finished(nn.Module):
 
 
 class SpikeProduct(Finished):
-    """A convolution on spikes, what follows it, and two ways to the sums: by `events`, and `dense` with all inputs.
+    """A convolution on spikes, what follows it, and two ways to compute its sums: by `events`, or `dense`.
 
     `forward(spikes, residual, membrane)` is `spike_product`; in a stream, `stands` gives its `standing` for a shape.
-    `break_even` is the share of active inputs above which the sums are dense: 1 never does that, 0 always. Where events
-    cannot compute the product (`counts`), it is always dense.
+    `break_even` is the share of active inputs above which the sums are dense: with 1 they never are, with 0 always.
+    They also always are if the product cannot be computed by events (`has_events`).
     """
 
     kind = FLOAT32
     weight: Any
-    counts = True
+    has_events = True
 
     def __init__(self, epilogue: Epilogue, channels: int, planes: int) -> None:
         super().__init__(epilogue)
@@ -87,7 +88,7 @@ class SpikeProduct(Finished):
         return (self.events if self._pays(spikes) else self.dense)(spikes, **options)
 
     def _pays(self, spikes: PackedSpikes) -> bool:
-        if not self.counts or self.break_even <= 0:
+        if not self.has_events or self.break_even <= 0:
             return False
         return self.break_even >= 1 or spikes.rate() <= self.break_even
 
@@ -109,10 +110,10 @@ class SpikeProduct(Finished):
 
 
 class IntegerProduct(SpikeProduct):
-    """A product with whole numbers as weights, `pieces` digits of 8 bits each (see `ops.integers.quantize`).
+    """A product with whole numbers as weights, of `pieces` digits with 8 bits each (see `ops.integers.quantize`).
 
-    Both ways give the same bits. The epilogue's shift is the folded bias; its scale, which has to be 1 before, becomes
-    that of the weights. `planes` and `norm` as in `PackedSpikes`.
+    Both ways give the same bits. The epilogue's shift is the folded bias; its scale must be 1 and becomes that of the
+    weights. `planes` and `norm` are those of `PackedSpikes`.
     """
 
     def __init__(
@@ -134,8 +135,7 @@ class IntegerProduct(SpikeProduct):
         self.integers: Tensor
         self.windows = windows or Windows.same(weight)
         self.kind = next(name for name, count in PIECES.items() if count == pieces)
-        size = tuple(weight.shape[2:])
-        self.counts = size in ((1, 1), (3, 3)) and self.windows == Windows.same(weight) and weight[0].numel() < 1 << 16
+        self.has_events = events_know(weight, self.windows)
 
     @property
     def weight(self) -> IntegerWeight:  # type: ignore[override]
@@ -151,9 +151,9 @@ class IntegerProduct(SpikeProduct):
 
 
 class OrderedSums(Finished):
-    """Convolutions of real values one after the other, each summed in a fixed order, and what follows the last.
+    """A chain of convolutions of real values, each summed in a fixed order, and what follows the last.
 
-    `layers` are their weights with a geometry each, ungrouped or depthwise.
+    `layers` are pairs of a weight and its geometry, ungrouped or depthwise.
     """
 
     weight0: Tensor
@@ -164,13 +164,13 @@ class OrderedSums(Finished):
         for place, (weight, _) in enumerate(layers):
             self.register_buffer(f"weight{place}", weight.float())
         self.pools = len(layers) == 1 and self.geometries[0].groups == 1 and layers[0][0][0].numel() <= FEW_INPUTS
-        """Whether `pooled` knows it."""
+        """Whether `pooled` can compute it."""
 
     def forward(self, frames: Tensor | PackedSpikes, *, stands: Stands | None = None, **options: Any) -> Result:
         x, time_steps = shown(frames)
         for place, geometry in enumerate(self.geometries):
             last = place == len(self.geometries) - 1
-            windows, weight = windows_of(geometry), getattr(self, f"weight{place}")
+            windows, weight = geometry.windows, getattr(self, f"weight{place}")
             if geometry.groups == 1:
                 made = self.made(f"weight{place}", lambda weight=weight: RealWeight(weight))
                 if last:
@@ -185,10 +185,10 @@ class OrderedSums(Finished):
         return spike_neuron(x, self.epilogue, time_steps, **options)
 
     def pooled(self, frames: Tensor | PackedSpikes) -> PackedSpikes:
-        """The spikes behind a 3x3 maximum of stride 2, from neurons at rest."""
+        """The spikes after a 3x3 maximum of stride 2, from neurons that start at rest."""
         x, time_steps = shown(frames)
         weight = self.made("weight0", lambda: RealWeight(self.weight0))
-        return pooled_product(x, weight, self.epilogue, time_steps, windows=windows_of(self.geometries[0]))
+        return pooled_product(x, weight, self.epilogue, time_steps, windows=self.geometries[0].windows)
 
 
 class OrderedLinear(Finished):
@@ -208,8 +208,14 @@ class OrderedLinear(Finished):
         return result
 
 
+def events_know(weight: Tensor, windows: Windows) -> bool:
+    """Whether the event-driven kernels know an ungrouped convolution: 1x1 or 3x3 with stride 1, keeping the size."""
+    known = tuple(weight.shape[2:]) in ((1, 1), (3, 3)) and windows == Windows.same(weight)
+    return known and weight[0].numel() <= MOST_INPUTS
+
+
 def ordered_mean(x: Tensor, axes: Sequence[int]) -> Tensor:
-    """The mean over axes, which it takes out, summed by halves: the same bits for any batch, threads and processor."""
+    """The mean over axes, which are removed, summed pairwise: the same bits for any batch, threads and processor."""
     axes = sorted(axis % x.ndim for axis in axes)
     count = math.prod(x.shape[axis] for axis in axes)
     for axis in reversed(axes):
@@ -225,9 +231,4 @@ def shown(x: Tensor | PackedSpikes) -> tuple[Tensor, int]:
     """Frames `[T or 1, B, H, W, C]` in float32 and the number of steps."""
     if isinstance(x, PackedSpikes):
         x = x.unpack().movedim(2, -1)
-    return (x[:1] if len(x) > 1 and x.stride(0) == 0 else x), len(x)
-
-
-def windows_of(geometry: Geometry) -> Windows:
-    """What a geometry says apart from its groups."""
-    return Windows(geometry.stride, geometry.padding, geometry.dilation)
+    return shown_frame(x), len(x)

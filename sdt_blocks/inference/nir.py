@@ -1,4 +1,4 @@
-"""Plans of networks as graphs of NIR, for other simulators and chips (Pedersen et al., 2024)."""
+"""Export of networks as NIR graphs, for other simulators and chips (Pedersen et al., 2024)."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ from .plan import ADD, CALL, CHECK, FIRE, INPUT, MIX, OUTPUT, POOL, PRESENT, PRO
 from .trace import trace
 
 DT = 1e-4
-"""Seconds of a time step, as snnTorch's own export has it."""
+"""The length of a time step in seconds, as in snnTorch's own export."""
 
 LEADING = 2
-"""Axes of time and batch, which a graph does not have."""
+"""The number of axes for time and batch, which a graph does not have."""
 
 Sources = tuple[str, ...]
-"""The nodes of a graph whose sum a value is: NIR adds what several edges bring."""
+"""The nodes of a graph whose sum is a value: NIR adds the values of several edges."""
 
 
 @torch.no_grad()
 def export_to_nir(model: nn.Module, x: Tensor) -> Any:
     """The NIR graph (`nir.NIRGraph`, https://doi.org/10.1038/s41467-024-52259-9) of a spiking network in eval mode.
 
-    It holds convolutions with the norms behind them folded in, linear layers, flattening, average pooling, the mean
-    over places, shortcuts, and neurons: `LIF`, `ParametricLIF`, and snnTorch's `Leaky` within `over_time` (with beta 1
-    a `nir.IF`). Nodes have the names of the modules. Constants are in steps of 0.1 ms; the reset is to 0. NIR's neuron
-    fires above its threshold; of one that fires at it too (`strict=False`) the threshold is the float32 number below.
+    It can contain convolutions with their norms folded in, linear layers, flattening, average pooling, the mean over
+    height and width, shortcuts, and neurons: `LIF`, `ParametricLIF`, and snnTorch's `Leaky` in `over_time` (with beta 1
+    a `nir.IF`). Nodes have the names of the modules. Time constants assume steps of 0.1 ms; the reset is to 0. A neuron
+    of NIR fires only above its threshold; for one that also fires at the threshold (`strict=False`) the exported
+    threshold is the next smaller float32 number.
 
-    The graph takes one frame a step and gives one output a step: an image is to be shown at every step, and a mean over
-    time behind the last layer is the reader's. x is what the model takes, any one input; its values do not matter.
+    The graph takes one frame and gives one output per step: show an image at every step, and take a mean over time
+    after the last layer yourself. x is any input that the model takes; its values do not matter.
 
-    Raises `ValueError` for another reset than "zero", `TypeError` with the name of the module for what NIR does not
+    Raises `ValueError` for a reset other than "zero", `TypeError` with the module's name for anything that NIR does not
     have, such as attention, and `ImportError` without the package nir.
 
     >>> net = nn.Sequential(nn.Linear(8, 5), LIF(tau=2.0), nn.Linear(5, 3))  # doctest: +SKIP
@@ -70,13 +71,13 @@ def export_to_nir(model: nn.Module, x: Tensor) -> Any:
 
 @torch.no_grad()
 def simulate_nir(graph: Any, x: Tensor, dt: float = DT) -> dict[str, Tensor]:
-    """What every node of a NIR graph gives for the sequence x, by name, `[T, B, ...]` each.
+    """The outputs of every node of a NIR graph for the sequence x, by name, `[T, B, ...]` each.
 
-    `graph` is what `export_to_nir` makes or `nir.read` reads, and x `[T, B, ...]` goes to its one input. Neurons are
-    NIR's differential equations, `tau dv/dt = v_leak - v + r i` and `dv/dt = r i`, in Euler steps of `dt` seconds.
+    `graph` comes from `export_to_nir` or `nir.read`; x `[T, B, ...]` goes to its only input. Neurons follow NIR's
+    differential equations, `tau dv/dt = v_leak - v + r i` and `dv/dt = r i`, in Euler steps of `dt` seconds.
 
     Raises `TypeError` for a kind of node that `export_to_nir` does not write, and `ValueError` for a graph with a
-    circle, or without one input.
+    cycle, or with more or fewer inputs than one.
     """
     nir = _package()
     before: dict[str, list[str]] = {name: [] for name in graph.nodes}
@@ -106,7 +107,7 @@ def _package() -> Any:
 
 
 class _Writer:
-    """The nodes and edges of a graph, from the nodes of a plan and the shapes that an input gives them."""
+    """Builds the nodes and edges of a graph from the nodes of a plan, with shapes from an input."""
 
     def __init__(self, nir: Any) -> None:
         self.nir = nir
@@ -116,7 +117,7 @@ class _Writer:
         self.sources: dict[Node, Sources] = {}
 
     def write(self, node: Node, x: Tensor, users: list[Node]) -> None:
-        """Writes one node of a plan; those that it takes have been written. Raises `TypeError` or `ValueError`."""
+        """Writes one node of a plan, after those that it takes. Raises `TypeError` or `ValueError`."""
         before = self.sources.get(node.args[0]) if node.args and isinstance(node.args[0], Node) else None
         if node.op == OUTPUT:
             if before is None:
@@ -151,7 +152,7 @@ class _Writer:
         if node.op == PROJECT:
             return self._add(node.name, self._convolution(node), before)
         if node.op == CALL and axes_of_mean(node) == [0] and all(user.op == OUTPUT for user in users):
-            # One output a step; the mean over them is the reader's.
+            # The graph has one output per step; its user takes the mean over them.
             self.values[node] = self.values[node.args[0]]
             return before
         if node.op == CALL and over_places(node) and target in ("mean", torch.mean):
@@ -162,7 +163,7 @@ class _Writer:
         return self._add(node.name, self._layer(node), before)
 
     def _layer(self, node: Node) -> Any:
-        """Layers of torch, and the calls that do the same."""
+        """Layers of PyTorch, and calls that do the same."""
         layer, given = node.target, self.values[node.args[0]]
         plain = isinstance(layer, nn.Module) and not steps.has_hooks(layer)
         flat = _flattened(node)
@@ -185,7 +186,7 @@ class _Writer:
             raise self._refused(node)
         conv, _ = known
         weight, bias = fold(*known)
-        if conv.groups > 1:  # of which the package nir gets the channels wrong: zeros stand between the groups
+        if conv.groups > 1:  # the package nir gets their channels wrong: write zeros between the groups instead
             weight = torch.stack(
                 [torch.block_diag(*part.chunk(conv.groups)) for part in weight.flatten(2).unbind(2)], 2
             )
@@ -230,7 +231,7 @@ def _is_end(node: Any) -> bool:
 
 
 def _value(node: Node, values: dict[Node, Any]) -> Any:
-    """What a node of a plan gives, by the leaf itself."""
+    """The value of a node of a plan, computed by the leaf itself."""
     args, kwargs = filled(node.args, values.__getitem__), filled(node.kwargs, values.__getitem__)
     ways: dict[str, Callable[..., Any]] = {PROJECT: steps.project, FIRE: steps.fire, POOL: steps.pool}
     if node.op in ways:
@@ -241,7 +242,7 @@ def _value(node: Node, values: dict[Node, Any]) -> Any:
 
 
 def _flattened(node: Node) -> tuple[int, int] | None:
-    """The first and the last axis that a layer or a call flattens to one."""
+    """The first and the last axis that a layer or call flattens into one."""
     if isinstance(node.target, nn.Flatten):
         return node.target.start_dim, node.target.end_dim
     if node.target not in ("flatten", torch.flatten):
@@ -279,7 +280,7 @@ def _numbers(value: Tensor) -> np.ndarray:
 
 
 def _simulated(nir: Any, name: str, node: Any, x: Tensor, dt: float) -> Tensor:
-    """What one node gives for the whole sequence."""
+    """The output of one node for the whole sequence."""
 
     def tensor(values: Any) -> Tensor:
         return torch.as_tensor(np.asarray(values)).to(x)

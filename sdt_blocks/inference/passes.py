@@ -1,4 +1,4 @@
-"""What the executors ask of a plan: pure functions of its nodes."""
+"""Properties of a plan that its forms need: pure functions of its nodes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from .. import steps
 from ..neuron import IntegerNeuron
 from .plan import ADD, CALL, CHECK, FIRE, INPUT, MIX, OUTPUT, POOL, PRESENT, PROJECT, Node, Plan, convolution, is_neuron
-from .written import writes
+from .written import called, writes
 
 SPIKES, LEVELS, COUNTS, REAL = "spikes", "levels", "counts", "real"
 
@@ -24,9 +24,9 @@ _EACH = "add sub mul truediv div neg abs relu clamp float to size dim getattr wi
 
 
 def kinds(plan: Plan) -> dict[Node, str]:
-    """For every node whether it holds spikes, zeros and ones alone, levels of integer neurons, or real values.
+    """For every node, whether it holds spikes (only zeros and ones), levels of integer neurons, counts or real values.
 
-    Sums of spikes, as shortcuts make them, are counts; how large they are, `most_counted` says.
+    Counts are sums of spikes, as shortcuts make them; `most_counted` says how large they can be.
     """
     if changes_in_place(plan):
         return dict.fromkeys(plan.nodes, REAL)
@@ -37,16 +37,16 @@ def kinds(plan: Plan) -> dict[Node, str]:
         if node.op == FIRE:
             spikes = _fires_spikes(node.target)
         elif node.op == MIX:
-            # A mixer says what it makes of spikes.
+            # A mixer says what it emits.
             spikes = emits_spikes(node.target.mixer) and all(map(_fires_spikes, node.target.neurons))
         elif node.op == POOL or (node.op == CALL and isinstance(node.target, nn.MaxPool2d)):
             spikes = all_spikes and steps.is_plain(node.target, nn.MaxPool2d) and not node.target.return_indices
         elif node.op == CALL and isinstance(node.target, nn.Module):
             spikes = emits_spikes(node.target)
         elif node.op == CALL:
-            # Spikes times a constant are spikes of another height.
+            # A product of spikes is spikes; spikes times a constant have another height.
             masks = node.target in (operator.mul, torch.mul) and all(isinstance(one, Node) for one in node.args)
-            spikes = all_spikes and (_name(node) in _MOVES.split() or masks)
+            spikes = all_spikes and (called(node) in _MOVES.split() or masks)
         else:
             spikes = False
         levels = node.op == FIRE and steps.is_plain(node.target, IntegerNeuron)
@@ -56,7 +56,7 @@ def kinds(plan: Plan) -> dict[Node, str]:
 
 
 def most_counted(plan: Plan) -> dict[Node, int]:
-    """For every node that holds counts the largest that there can be."""
+    """For every node that holds counts, the largest possible one."""
     found, of = dict[Node, int](), kinds(plan)
     for node in plan.nodes:
         if of[node] == COUNTS:
@@ -65,7 +65,7 @@ def most_counted(plan: Plan) -> dict[Node, int]:
 
 
 def emits_spikes(leaf: Any) -> bool:
-    """Whether a leaf says that it emits zeros and ones, and nobody changes what it emits."""
+    """Whether a leaf says that it emits zeros and ones, and no hook could change that."""
     return steps.tells(leaf, "emits") and leaf.emits == "spikes" and not steps.has_hooks(leaf)
 
 
@@ -75,7 +75,7 @@ def _fires_spikes(neuron: Any) -> bool:
 
 
 class Epilogue(NamedTuple):
-    """What becomes of a product at once: the shortcut it is added to, and the neuron on the sum."""
+    """What directly follows a product: the shortcut that it is added to, and the neuron on the sum."""
 
     total: Node
     """The sum with the shortcut, or the product itself."""
@@ -83,11 +83,11 @@ class Epilogue(NamedTuple):
     fire: Node | None
     """The one neuron on the sum."""
     keep: bool
-    """Whether anything but that neuron takes the sum."""
+    """Whether anything else than that neuron uses the sum."""
 
 
 def epilogues(plan: Plan) -> dict[Node, Epilogue]:
-    """For every product what follows it, whoever's block it stands in."""
+    """For every product, what follows it, also across blocks."""
     users, place = plan.users(), {node: i for i, node in enumerate(plan.nodes)}
     found = {}
     for node in plan.nodes:
@@ -111,12 +111,12 @@ def _values(nodes: list[Node]) -> list[Node]:
 
 
 def last_uses(plan: Plan) -> dict[Node, Node]:
-    """For every node the last one that takes its value."""
+    """For every node, the last one that takes its value."""
     return {given: node for node in plan.nodes for given in node.inputs()}
 
 
 def once(plan: Plan) -> set[Node]:
-    """The nodes that give the same at every step of a still image, however often it is shown."""
+    """The nodes whose value is the same at every step of a still image."""
     found: set[Node] = set()
     for node in plan.nodes:
         known = node.op == INPUT or node.op in (PRESENT, PROJECT, POOL, ADD)
@@ -126,10 +126,10 @@ def once(plan: Plan) -> set[Node]:
 
 
 def of_samples(plan: Plan) -> list[Node]:
-    """The nodes that treat every sample `[:, b]` of `[T, B, ...]` by itself, whose batch may be cut into parts."""
+    """The nodes that treat every sample `[:, b]` of `[T, B, ...]` by itself, so that a batch may be split."""
     users = plan.users()
     found: dict[Node, None] = {}
-    frames: set[Node] = set()  # which are known to be [T, B, C, H, W]
+    frames: set[Node] = set()  # those known to be [T, B, C, H, W]
     for node in plan.nodes:
         given = node.inputs()
         if node.op in (PRESENT, PROJECT, POOL, MIX) or (node.op in (FIRE, ADD) and frames.issuperset(given)):
@@ -138,7 +138,7 @@ def of_samples(plan: Plan) -> list[Node]:
             takers = users[node]
             own = bool(takers) and all(taker.op in (PROJECT, FIRE, MIX, POOL, CHECK) for taker in takers)
         elif node.op == PRESENT:
-            own = all(one.op == INPUT for one in given)  # not where the number of steps is computed
+            own = all(one.op == INPUT for one in given)  # not if the number of steps is computed
         elif node.op == FIRE:
             own = (is_neuron(node.target) or steps.is_plain(node.target, IntegerNeuron)) and given[0] in found
         elif node.op in (PROJECT, POOL, ADD, CHECK):
@@ -166,13 +166,13 @@ def _independent(leaf: nn.Module) -> bool:
 
 
 def over_places(node: Node) -> bool:
-    """Whether a mean is taken over height and width alone."""
+    """Whether a mean is taken over exactly height and width."""
     axes = node.args[1] if len(node.args) == 2 else None
     return not node.kwargs and isinstance(axes, list | tuple) and sorted(axes) in ([-2, -1], [3, 4])
 
 
 def axes_of_mean(node: Node) -> list[int] | None:
-    """The axes that a call of `mean` names, and does not keep; None where it does not, or asks for something else."""
+    """The axes over which a call of `mean` averages and which it removes; None for any other form of call."""
     axes: Any = node.args[1] if len(node.args) == 2 else node.kwargs.get("dim")
     if set(node.kwargs) - {"dim"} or len(node.args) + len(node.kwargs) != 2:
         return None
@@ -181,14 +181,10 @@ def axes_of_mean(node: Node) -> list[int] | None:
 
 
 def keeps_values_apart(node: Node) -> bool:
-    """Whether a call moves values, or computes every one by itself: it has no sums whose order matters."""
-    return _name(node) in (*_MOVES.split(), *_EACH.split())
-
-
-def _name(node: Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    """Whether a call only moves values or computes each by itself, so that it has no sums whose order matters."""
+    return called(node) in (*_MOVES.split(), *_EACH.split())
 
 
 def changes_in_place(plan: Plan) -> bool:
-    """Whether a call writes into a value, which others may take too."""
+    """Whether a call writes into a value that others may use too."""
     return any(map(writes, plan.nodes))

@@ -1,6 +1,6 @@
-"""What a network computes, as one list of nodes: the data of a plan, and what its leaves are.
+"""Plans: what a network computes, as one list of nodes whose targets are its leaves.
 
-`trace` makes plans; the executors, and the passes that serve them, read them.
+`trace` makes plans; the forms (`dense`, `events`, `bytes`) and the `passes` that serve them read them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import steps
 from ..ops.dispatch import exporting
+from .frozen import times_written
 
 INPUT, PRESENT, CHECK, PROJECT, FIRE, MIX, POOL, ADD, CALL, OUTPUT = (
     "input",
@@ -32,11 +33,11 @@ INPUT, PRESENT, CHECK, PROJECT, FIRE, MIX, POOL, ADD, CALL, OUTPUT = (
 
 @dataclass(eq=False)
 class Node:
-    """One value of a plan and how it comes about.
+    """One value of a plan and how it is computed.
 
-    `op` is one of the names above. `target` is the leaf (a unit, a neuron, a pooling, a `Mixing`), or what is called:
-    a module, a function or the name of a method. `args` and `kwargs` hold nodes and constants, nested as the call has
-    them. `name` is that of the leaf in the model, or of the call.
+    `op` is one of the names above. `target` is the leaf (a unit, a neuron, a pooling, a `Mixing`) or whatever is
+    called: a module, a function or the name of a method. `args` and `kwargs` hold nodes and constants, nested as in the
+    call. `name` is that of the leaf in the model, or of the call.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Mixing:
-    """q, k and v of an attention and what mixes them: units and neurons in the mixer's order, and the unit's names."""
+    """q, k and v of an attention and the mixer: units and neurons are in the order in which it takes their spikes."""
 
     units: tuple[Any, ...]
     neurons: tuple[Any, ...]
@@ -69,7 +70,7 @@ class Plan:
     nodes: list[Node]
 
     def users(self) -> dict[Node, list[Node]]:
-        """For every node those that take its value."""
+        """For every node, the nodes that take its value."""
         found: dict[Node, list[Node]] = {node: [] for node in self.nodes}
         for node in self.nodes:
             for given in dict.fromkeys(node.inputs()):
@@ -81,18 +82,18 @@ class Plan:
 
 
 class Form(nn.Module):
-    """A network as its plan is computed: input and output are those of the network in eval mode.
+    """A network that computes a plan: input and output are those of the network in eval mode.
 
-    There is no training mode, and gradients do not flow. Real values are of `real_dtype`, which was chosen when the
-    form was made: autocast around a call changes nothing, and a cast to another dtype is refused.
+    There is no training mode, and there are no gradients. Real values are in `real_dtype`, which is chosen when the
+    form is made: autocast around a call changes nothing, and a cast to another dtype is refused.
     """
 
     rebuilt = True
-    """Layers are computed together: there is nothing for a hook to see."""
+    """Layers are computed together, so there is nothing for a hook to see."""
 
     still: dict[Node, Tensor] | None = None
-    """Where the same images come again and again, for one time step each time: what the first layers make of them,
-    `[1, B, H, W, C]`, filled in as they are computed."""
+    """If the same images come in every call, one time step each: the outputs of the first layers, `[1, B, H, W, C]`,
+    filled in as they are computed."""
 
     def __init__(self, plan: Plan, real_dtype: torch.dtype) -> None:
         super().__init__()
@@ -115,7 +116,7 @@ class Form(nn.Module):
         raise NotImplementedError
 
     def foreign(self) -> set[Node]:
-        """The nodes that code of other make computes, which may write into what it is given."""
+        """The nodes that are computed by code not known to the kit, which may write into its inputs."""
         forms: dict[Node, Any] = self.forms  # type: ignore[assignment]
         rest = (node for node in self.plan.nodes if forms.get(node) is None)
         return {node for node in rest if any(map(_may_write, leaves(node.target)))}
@@ -123,17 +124,17 @@ class Form(nn.Module):
     def watched(
         self, node: Node, values: dict[Node, Any], plain: Callable[[Any], Any], run: Callable[[dict[Node, Any]], Any]
     ) -> Any:
-        """What `run` makes of the values, those of the node's inputs as a network's own modules take them.
+        """The result of `run`, with the node's inputs as a network's own modules take them.
 
-        What it writes into them is theirs from then on.
+        If `run` writes into them, the values change accordingly.
         """
         taken = {one: plain(values[one]) for one in node.inputs()}
         for one, x in taken.items():
             if not isinstance(values[one], Tensor) and x.movedim(2, -1).is_contiguous():
-                taken[one] = x.clone()  # of one place or one channel it lies where others still look
-        before = {one: _version(x) for one, x in taken.items()}
+                taken[one] = x.clone()  # with one place or one channel it shares memory that others still read
+        before = {one: times_written(x) for one, x in taken.items()}
         result = run({**values, **taken})
-        values.update({one: x for one, x in taken.items() if _version(x) != before[one]})
+        values.update({one: x for one, x in taken.items() if times_written(x) != before[one]})
         return result
 
     def _cast(self, x: Any) -> Any:
@@ -158,7 +159,7 @@ class Form(nn.Module):
 
 
 def refuse_export() -> None:
-    """Raises `RuntimeError` while a form of a network is exported: it runs what this machine alone has."""
+    """Raises `RuntimeError` while a form of a network is exported: it runs kernels of this machine."""
     if exporting():
         raise RuntimeError(
             "an optimised network runs kernels of this machine and cannot be exported: export the plain model, the one "
@@ -166,16 +167,22 @@ def refuse_export() -> None:
         )
 
 
+def no_frames(node: Node, x: Any) -> TypeError:
+    """The error for a layer that gets anything but a sequence of frames."""
+    given = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+    return TypeError(f"{node.name} expects floating-point [T, B, C, H, W] with nothing empty, got {given}")
+
+
 # ---- what leaves are
 
 
 def is_neuron(module: Any) -> bool:
-    """Whether a leaf is a neuron whose steps the executors know."""
+    """Whether a leaf is a neuron that the forms can compute themselves."""
     return isinstance(module, nn.Module) and steps.is_neuron(module)
 
 
 def evaluated(leaf: Any) -> Any:
-    """What computes a leaf's value in evaluation: its `evaluate` where it has one and nobody looks on, else itself."""
+    """The function that computes a leaf in evaluation: its `evaluate` if it has one and no hooks, else itself."""
     own = (
         isinstance(leaf, nn.Module) and steps.tells(leaf, "evaluate") and not any(map(steps.has_hooks, leaf.modules()))
     )
@@ -183,25 +190,20 @@ def evaluated(leaf: Any) -> Any:
 
 
 def _may_write(leaf: nn.Module) -> bool:
-    """Whether a leaf has code that is not known to leave alone what it is given."""
+    """Whether a leaf has code that might write into its inputs."""
     known = ("torch.nn.", "snntorch._neurons.", __name__.partition(".")[0] + ".")
     parts = list(leaf.modules())
     return any(getattr(part, "inplace", False) or not type(part).__module__.startswith(known) for part in parts)
 
 
-def _version(x: Any) -> int:
-    """How often a tensor has been written into, as far as that is counted."""
-    return x._version if isinstance(x, Tensor) and not x.is_inference() else 0
-
-
 def leaves(target: Any) -> list[nn.Module]:
-    """The modules that a node's target is made of."""
+    """The modules that a node's target consists of."""
     parts = (*target.units, *target.neurons, target.mixer) if isinstance(target, Mixing) else (target,)
     return [part for part in parts if isinstance(part, nn.Module)]
 
 
 def convolution(unit: Any) -> tuple[nn.Conv2d, nn.BatchNorm2d | None] | None:
-    """The convolution of a unit, or of a bare `nn.Conv2d`, and its norm; `None` where a unit has to run as it is."""
+    """The convolution of a unit, or a bare `nn.Conv2d`, and its norm; `None` if the unit has to run as it is."""
     if isinstance(unit, nn.Conv2d):
         conv, norm = unit, None
     elif steps.is_unit(unit) and not any(map(steps.has_hooks, unit.modules())):
@@ -217,7 +219,7 @@ def convolution(unit: Any) -> tuple[nn.Conv2d, nn.BatchNorm2d | None] | None:
 
 
 def chain(unit: Any) -> list[nn.Conv2d] | None:
-    """The convolutions of a unit that `convolution` has as one, one after the other, its norm behind the last."""
+    """The convolutions of a unit that `convolution` merges into one, in their order; its norm follows the last."""
     layers: list[nn.Conv2d] | None = unit.chain() if isinstance(unit, steps.Unit) else None
     if layers is None:
         return None
@@ -253,7 +255,7 @@ def _nodes(nested: Any) -> Iterator[Node]:
 
 
 def filled(nested: Any, value: Callable[[Node], Any]) -> Any:
-    """The arguments of a node with values in the place of nodes."""
+    """The arguments of a node with every node replaced by its value."""
     if isinstance(nested, Node):
         return value(nested)
     if isinstance(nested, dict):

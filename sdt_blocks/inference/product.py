@@ -1,4 +1,4 @@
-"""The products of an optimised model: weights times frames, by whichever way is fastest on this machine."""
+"""The products of an optimised model: weights times frames, in the way that is fastest on this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SLICE_BYTES = 5 << 20
 
 
 class Geometry(NamedTuple):
-    """How a convolution's windows lie."""
+    """The geometry of a convolution: `Windows` and the number of groups."""
 
     stride: tuple[int, ...] = (1, 1)
     padding: tuple[int, ...] = (0, 0)
@@ -31,10 +31,9 @@ class Geometry(NamedTuple):
         assert not isinstance(conv.padding, str)
         return Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
 
-    def size(self, frame: torch.Size, kernel: torch.Size) -> list[int]:
-        """Height and width of the result for a frame's."""
-        axes = zip(frame, kernel, self.stride, self.padding, self.dilation, strict=False)
-        return [(n + 2 * around - gap * (k - 1) - 1) // step + 1 for n, k, step, around, gap in axes]
+    @property
+    def windows(self) -> Windows:
+        return Windows(self.stride, self.padding, self.dilation)
 
 
 class Convolution:
@@ -49,7 +48,7 @@ class Convolution:
 
     @staticmethod
     def input_dtype(product: Product, shape: torch.Size) -> torch.dtype:
-        """What the neuron in front should emit, in frames of this shape."""
+        """The dtype in which the neuron before it should emit frames of this shape."""
         return product.weight.dtype
 
     def __call__(self, frames: Tensor) -> Tensor:
@@ -58,7 +57,7 @@ class Convolution:
 
 
 class Linear(Convolution):
-    """A 1x1 convolution as a matrix product, one a group."""
+    """A 1x1 convolution as a matrix product for each group."""
 
     @staticmethod
     def applies(product: Product) -> bool:
@@ -76,11 +75,10 @@ class Linear(Convolution):
 
 
 class Integers(Convolution):
-    """Spikes times weights that are written as three 8-bit integers a channel, `s (q1 + q2 / 254 + q3 / 254^2)`.
+    """Spikes times weights that are split into three 8-bit integers each, `s (q1 + q2 / 254 + q3 / 254^2)`.
 
-    A spike is an integer already, and sums of integers are exact: with 24 bits of the weights kept, the result is as
-    near to the true sum as float32 additions input by input, while processors multiply 8-bit integers several times
-    faster.
+    A spike is an integer, and sums of integers are exact. With 24 bits of each weight, the result is as close to the
+    true sum as float32 additions input by input, while processors multiply 8-bit integers several times faster.
     """
 
     BASE = 254
@@ -117,11 +115,11 @@ class Integers(Convolution):
         return self._sliced(frames.permute(0, 3, 1, 2), out * frames.shape[1:3].numel()).permute(0, 2, 3, 1)
 
     def _sliced(self, x: Tensor, out: int) -> Tensor:
-        """Slices whose sums stay in the cache while the three pieces are added up."""
+        """The product in slices, whose sums stay in the cache while the three pieces are added."""
         parts = x.split(max(1, _SLICE_BYTES // (4 * out)))
         if len(parts) == 1:
             return self._sum(x)
-        size = self.product.geometry.size(x.shape[2:], self.product.weight.shape[2:])
+        size = self.product.geometry.windows.size(x.shape[2:], self.product.weight) if x.ndim == 4 else ()
         shape = (len(x), len(self.zeros), *size)
         total = torch.empty(shape, memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
         for part, into in zip(parts, total.split(len(parts[0])), strict=True):
@@ -152,7 +150,7 @@ class Integers(Convolution):
         return (*map(list, self.product.geometry[:3]), self.product.geometry.groups)
 
     def _multiply(self, x: Tensor, piece: int, total: Tensor | None = None) -> Tensor:
-        """x times one piece of the weights, plus the bias; or added in place to what was summed before."""
+        """x times one piece of the weights, plus the bias; with `total`, it is added to that in place instead."""
         op = torch.ops.onednn.qlinear_pointwise if x.ndim == 2 else torch.ops.onednn.qconv2d_pointwise
         geometry = () if x.ndim == 2 else self.geometry
         head = (x, 1.0, 0, self.packed[piece], self.scales[piece], self.zeros)
@@ -164,10 +162,9 @@ class Integers(Convolution):
 
 
 class Digits(Convolution):
-    """The same weights as whole numbers of three digits of 8 bits, in one pass of the kit's kernel (`ops.integers`).
+    """The same weights as whole numbers of three 8-bit digits, in one pass of the kit's kernel (`ops.integers`).
 
-    The library needs three passes over memory for `Integers`: without matrix units for bytes they take as long as one
-    in float32, or nearly.
+    `Integers` needs three passes over memory: without matrix units for bytes they take about as long as one in float32.
     """
 
     def __init__(self, product: Product) -> None:
@@ -185,11 +182,11 @@ class Digits(Convolution):
         return torch.uint8
 
     def __call__(self, frames: Tensor) -> Tensor:
-        return byte_product(frames, self.weight, self.epilogue, windows=Windows(*self.product.geometry[:3]))
+        return byte_product(frames, self.weight, self.epilogue, windows=self.product.geometry.windows)
 
 
 class Chain(Convolution):
-    """The layers that a unit is trained as, where they are fewer multiply-adds than the one convolution."""
+    """The layers that a unit is trained as, which may need fewer multiply-adds than the one convolution."""
 
     @staticmethod
     def applies(product: Product) -> bool:
@@ -218,13 +215,13 @@ PATHS: dict[str, type[Convolution]] = {
 
 
 class Product(nn.Module):
-    """A convolution with its bias on contiguous channels-last frames; without a `geometry` it keeps the frame's size.
+    """A convolution with bias on contiguous channels-last frames; without a `geometry` it keeps the frame's size.
 
-    Every product of an optimised model goes through here. `path` names the way in `PATHS`; "auto" takes the one that
-    was fastest when a shape was first met. `spikes` says that frames hold zeros and ones alone; the products of `chain`
-    compute the same one after the other.
+    Every product of an optimised model is one of these. `path` is a key of `PATHS`; "auto" takes the one that was
+    fastest when a shape was first seen. `spikes` says that frames hold only zeros and ones; the products of `chain`,
+    one after another, compute the same.
 
-    Shapes: frames `[N, H, W, in] -> [N, H', W', out]`, in the dtype that `input_dtype` names.
+    Shapes: frames `[N, H, W, in] -> [N, H', W', out]`, in the dtype that `input_dtype` returns.
 
     Raises `ValueError` for a path that is unknown or cannot compute this product.
     """
@@ -256,7 +253,7 @@ class Product(nn.Module):
         self._chosen: dict[tuple[int, int], str] = {}
 
     def input_dtype(self, shape: torch.Size) -> torch.dtype:
-        """What the neuron in front should emit for frames of the shape `[N, H, W, in]`."""
+        """The dtype in which the neuron before it should emit frames of the shape `[N, H, W, in]`."""
         return PATHS[self._choose(shape)].input_dtype(self, shape)
 
     def forward(self, frames: Tensor) -> Tensor:
@@ -265,7 +262,7 @@ class Product(nn.Module):
     def _choose(self, shape: torch.Size) -> str:
         if len(self.paths) == 1:
             return self.paths[0]
-        # Shapes of about the same size share a choice, so that odd last batches need no trial of their own.
+        # Shapes of about the same size share a choice, so that a smaller last batch is not measured again.
         size = (shape[:-1].numel().bit_length(), torch.get_num_threads())
         if size not in self._chosen:
             costs = timings().of(self._timed_as(size[0]), lambda: self._compare(shape))
@@ -281,7 +278,7 @@ class Product(nn.Module):
         return f"{', '.join(self.paths)}: {windows} groups {groups} {weight.dtype} {where} 2^{size}{chain}"
 
     def _compare(self, shape: torch.Size) -> Costs:
-        """Seconds of each path; one that fails here, or answers differently, is out."""
+        """Seconds of each path; one that fails on this machine, or gives another result, is left out."""
         spikes = torch.zeros(shape, device=self.weight.device, dtype=self.weight.dtype)
         spikes.flatten()[::7] = 1
         expected = self._way(self.paths[0])(spikes)
@@ -294,7 +291,7 @@ class Product(nn.Module):
                 continue
             if error <= 1e-4 * expected.abs().max() or self.weight.dtype != torch.float32:
                 frames[name] = taken
-        # The best of several rounds: what disturbs a run only makes it longer, and disturbs all paths in turn.
+        # The best of several rounds: a disturbance only makes a run longer, and hits all paths in turn.
         seconds = [{name: self._seconds(name, taken) for name, taken in frames.items()} for _ in range(_ROUNDS)]
         return {name: min(times[name] for times in seconds) for name in frames}
 

@@ -1,4 +1,4 @@
-"""What a way to compute costs on this machine: measured once, then read from memory or from the machine's file."""
+"""The costs of ways to compute on this machine: measured once, then read from memory or from the machine's file."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ..files import write_atomically
 from ..ops.cpu.build import cache_folder, processor
 
 Costs = dict[str, float]
-"""Seconds, or what they follow from, by what costs them."""
+"""Seconds, or numbers that they are computed from, by name."""
 
 _RUNS = 5
 _MEASURED = ("product.py", "choice.py")
-"""The files of this folder whose code is timed: when it changes, so may what it costs."""
+"""The files of this folder whose code is timed: when they change, costs are measured again."""
 
 
 class Timings:
     """Costs by the name of what was measured, in memory and in a file that other processes read.
 
-    A file that cannot be read or written is no obstacle: each process then measures for itself.
+    If the file cannot be read or written, each process measures for itself.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,10 +35,10 @@ class Timings:
         self._known = self._read()
 
     def of(self, name: str, measure: Callable[[], Costs]) -> Costs:
-        """The costs of that name; measured, and kept, where nobody has so far."""
+        """The costs of that name, measured and kept if they are not known yet."""
         if name not in self._known:
             found = measure()
-            # Others may have written since.
+            # Other processes may have written since.
             self._known = {**self._read(), **self._known, name: found}
             text = json.dumps(self._known, indent=1) + "\n"
             with contextlib.suppress(OSError):
@@ -54,7 +54,7 @@ class Timings:
 
 
 def timings() -> Timings:
-    """Those of this machine, its number of threads and its PyTorch."""
+    """The timings of this machine, for its number of threads and version of PyTorch."""
     return _of_threads(torch.get_num_threads())
 
 
@@ -66,7 +66,7 @@ def _of_threads(threads: int) -> Timings:
 
 
 def best_seconds(compute: Callable[[], object], runs: int = _RUNS, warmup: int = 1) -> float:
-    """The best of a few runs: what disturbs a run only makes it longer."""
+    """The time of the fastest of a few runs: a disturbance only makes a run longer."""
     best = math.inf
     for run in range(warmup + runs):
         start = time.perf_counter()

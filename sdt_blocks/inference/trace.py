@@ -1,8 +1,8 @@
-"""The plan of a network: a coarse trace of `forward` at the altitude of the steps.
+"""Makes the plan of a network: a coarse trace of `forward` at the level of the steps.
 
-Units, neurons, mixers and torch's own layers are leaves, which a node keeps whole; blocks, containers and a user's own
-modules are looked through. A module whose forward cannot be traced (it branches on a tensor, or asks for a shape in
-Python) becomes one opaque node, and one warning names it; all else keeps its forms.
+Units, neurons, mixers and torch's own layers are leaves, each kept whole as one node; the trace enters blocks,
+containers and a user's own modules. A module whose forward cannot be traced (it branches on a tensor, or asks for a
+shape in Python) becomes one opaque node, and one warning names it; everything else is optimised.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from .written import AUGMENTED, without_writing
 def plan(model: nn.Module) -> Plan:
     """The plan of a frozen copy of the model in eval mode, as a function of its required inputs.
 
-    Raises `TypeError` for what is no module.
+    One warning names the modules that could not be traced. Raises `TypeError` if the model is not a module.
     """
     traced = trace(model)
     if traced.opaque:
@@ -56,7 +56,7 @@ def plan(model: nn.Module) -> Plan:
 
 
 class Traced(NamedTuple):
-    """A plan, the frozen copy of the network that its leaves stand in, and by name what is opaque, with the reason."""
+    """A plan, the frozen copy of the network with its leaves, and the opaque modules by name with the reason."""
 
     plan: Plan
     network: nn.Module
@@ -64,9 +64,9 @@ class Traced(NamedTuple):
 
 
 def trace(model: nn.Module) -> Traced:
-    """The plan of a model and what it was made from; tells nobody what is opaque.
+    """The plan of a model and what it was made from, without a warning about opaque modules.
 
-    Raises `TypeError` for what is no module, and `ValueError` for one that requires more than four inputs.
+    Raises `TypeError` if the model is not a module, and `ValueError` if it requires more than four inputs.
     """
     model = unwrap(model)
     opaque: dict[str, str] = {}
@@ -87,7 +87,7 @@ def trace(model: nn.Module) -> Traced:
         if not stateful and not _is_known(root):
             stateful = _grown(root, graph, opaque, before)
         if not stateful and _UNLIKE in opaque.values() and any(holds_proxies(one, 4) for one in root.modules()):
-            stateful = [_NETWORK]  # what is kept as it is would find what the trace has left
+            stateful = [_NETWORK]  # an opaque module would find traced values that the trace has left behind
         if not stateful or _NETWORK in opaque:
             break
         part = next((name for name in reversed(stateful) if name not in opaque), _NETWORK)
@@ -107,12 +107,12 @@ def _is_known(module: nn.Module) -> bool:
 
 
 def _grown(root: nn.Module, graph: fx.Graph, opaque: dict[str, str], before: Any) -> list[str]:
-    """The modules with a state that a second call would find, and go on from, other than the first."""
-    # A state may be reset at every call, and a counter change nothing: then a second trace is like the first.
+    """The modules with a state that makes a second call differ from the first."""
+    # If a state is reset at every call, or a counter has no effect, a second trace is like the first.
     seen, left, again = changed_since(before, root) != [], attributes(root), _Tracer(opaque)
     try:
         other = again.trace(root)
-    except Exception:  # of a value, say, that the first trace has left in a list
+    except Exception:  # for example because of a value that the first trace has left in a list
         return [again.failed or _NETWORK]
     changed, unlike = changed_since(left, root), first_unlike(graph, other, root)
     if unlike is None:
@@ -120,13 +120,13 @@ def _grown(root: nn.Module, graph: fx.Graph, opaque: dict[str, str], before: Any
         return [path.rpartition(".")[0] for path in changed] if held else []
     if changed:
         return [path.rpartition(".")[0] for path in changed]
-    # What changes is out of sight: in a list, in another object, or a generator of its own.
+    # The state is somewhere else: in a list, in another object, or in a generator.
     within = list(unlike.meta.get("nn_module_stack", {}).values())
     return [within[-1][0] if within else _NETWORK]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile` and data-parallel wrappers. Raises `TypeError` for what is no module."""
+    """The module inside `torch.compile` and data-parallel wrappers. Raises `TypeError` if it is not a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     while True:
@@ -142,7 +142,7 @@ _PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
 def _frozen(model: nn.Module) -> nn.Module:
-    """A copy in eval mode without gradients, also of what a backward pass has left in a neuron's state."""
+    """A copy in eval mode without gradients, including any state of neurons that is part of an autograd graph."""
     values = (value for module in model.modules() for value in (*vars(module).values(), *module._buffers.values()))
     held = [value for value in values if isinstance(value, Tensor) and not value.is_leaf]
     memo: Any = {id(value): value.detach().clone() for value in held}
@@ -154,7 +154,7 @@ _UNLIKE = "it is another one from call to call"
 
 
 class _Root(nn.Module):
-    """The network as a function of its required inputs: what is optional keeps its default."""
+    """The network as a function of its required inputs; optional ones keep their defaults."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ def _short(name: str) -> str:
 
 
 class _Value(fx.Proxy):
-    """A traced value, which is no tensor yet: code of the network's that asks what it is would take another way."""
+    """A traced value, which is not a tensor: code that asks for its type would take another branch, so it raises."""
 
     @property
     def __class__(self) -> type:
@@ -222,7 +222,7 @@ class _Value(fx.Proxy):
 
 
 class _Attribute(_Value, fx.proxy.Attribute):
-    """An attribute of a traced value, or what its method gives when it is called."""
+    """An attribute of a traced value, or the result of its method when called."""
 
 
 def _written_by(function: Callable[[Any, Any], Any]) -> Callable[[_Value, Any], fx.Proxy]:
@@ -230,21 +230,18 @@ def _written_by(function: Callable[[Any, Any], Any]) -> Callable[[_Value, Any], 
 
 
 for _function in AUGMENTED:
-    # Without them Python would take the sum in the place of the value, and leave the value as it was.
+    # Without these methods Python would rebind the name to a sum, and leave the value itself unchanged.
     setattr(_Value, f"__{_function.__name__}__", _written_by(_function))
 
 
 def _asks(frame: Any, words: tuple[str, ...] = ("isinstance", "__class__")) -> bool:
-    """Whether it is code that is not PyTorch's or the kit's, and none that is called there, which asks in these words.
-
-    A type may be asked for by a match too.
-    """
+    """Whether a frame's current line, outside of PyTorch and the kit, uses one of these words, or a class pattern."""
     while frame.f_globals.get("__name__") in ("abc", "typing"):
         frame = frame.f_back
     code, package = frame.f_code, str(frame.f_globals.get("__name__")).partition(".")[0]
     if package in ("torch", __name__.partition(".")[0]):
         return bool(code.co_name == "is_tensor")
-    # PyTorch's own functions ask too, from where they are called.
+    # PyTorch's own functions ask too, from within such a line: look at what the line itself says.
     here = [range(start, end) for start, end, line in code.co_lines() if line == frame.f_lineno]
     line = [one for one in dis.get_instructions(code) if any(one.offset in places for places in here)]
     return any(one.argval in words or one.opname == "MATCH_CLASS" for one in line)
@@ -278,7 +275,7 @@ class _Tracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         except Exception:
             path = self.path_of_module(m)
-            # A leaf is not to blame for where it is called.
+            # A leaf is not the cause of an error in the code that calls it.
             if self.failed is None and path not in self.opaque and not is_leaf(m):
                 self.failed = path
             raise
@@ -291,7 +288,7 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, nn.Module):
             path = self.path_of_module(a)
-            # A step's leaf is none of the tracer's own calls.
+            # The leaf of a step is not a call of the tracer, so hooks are looked for here.
             self.is_leaf_module(a, path)
             return self.create_node("get_attr", path, (), {})
         return super().create_arg(a)
@@ -302,14 +299,14 @@ def _autocast() -> list[tuple[bool, torch.dtype]]:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is kept whole by what it is: torch's own layers, units, neurons, mixers."""
+    """Whether a module is kept whole because of its type: torch's own layers, units, neurons, mixers."""
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict, *_PARALLEL)
     of_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(module, containers)
     return of_torch or isinstance(module, steps.Unit | Streamed) or hasattr(module, "emits")
 
 
 class Constant(nn.Module):
-    """A tensor that the network holds by itself, such as a position embedding."""
+    """A tensor of the network itself, such as a position embedding."""
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
@@ -321,7 +318,7 @@ class Constant(nn.Module):
 
 
 class _Lowering:
-    """From the nodes of `torch.fx` to those of a plan: steps taken apart, what does nothing in eval mode left out."""
+    """Turns the nodes of `torch.fx` into those of a plan: splits steps, drops what does nothing in eval mode."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network

@@ -1,9 +1,9 @@
-"""What a network writes into its values: where nobody could tell, a new value takes the place of the written one.
+"""Writing in place: where it makes no difference, a new value replaces the one that a network writes into.
 
-    x += y        becomes x' = x + y, and all that follows takes x' for x
+    x += y        becomes x' = x + y, and everything that follows uses x' for x
 
-That holds where no view of x, nor any other name for its memory, is wanted afterwards. What remains writes (`writes`),
-and is computed one call after the other, as the network itself computes it.
+This is possible if no view of x, nor any other name for its memory, is used afterwards. A network that still writes
+(`writes`) is computed one call after another, in its own order.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ AUGMENTED = {
     operator.ior: operator.or_,
     operator.ixor: operator.xor,
 }
-"""Python's augmented assignments, which write into a tensor, and what gives a new one."""
+"""Python's augmented assignments, which write into a tensor, and the operators that return a new one."""
 
-# Calls whose result is a tensor of its own, in memory of its own.
+# Calls that return a new tensor in memory of its own.
 _FRESH = """add sub mul truediv div floordiv mod pow neg abs relu leaky_relu elu gelu silu sigmoid tanh hardtanh
 softmax log_softmax clamp clamp_min clamp_max masked_fill where exp sqrt rsqrt log floor ceil round sign lerp addcmul
 addcdiv matmul bmm mm mean sum amax amin cumsum cat stack clone empty_like zeros_like ones_like full_like new_zeros
 new_ones new_empty conv1d conv2d conv3d linear batch_norm layer_norm group_norm instance_norm max_pool2d avg_pool2d
 eq ne lt le gt ge and_ or_ xor"""
 
-# Of those, the ones that have a form with a `_` behind which gives the same numbers.
+# Those of them that have an in-place form, named with a trailing `_`, with the same result.
 _WRITING = """add sub mul div pow neg abs relu leaky_relu elu sigmoid tanh hardtanh clamp clamp_min clamp_max
 masked_fill exp sqrt rsqrt log floor ceil round sign lerp addcmul addcdiv"""
 
-# What tells of a tensor, and is none.
+# Attributes and methods of a tensor that do not return a tensor.
 _NUMBERS = """shape ndim dtype device size dim numel nelement item tolist stride layout is_cuda is_contiguous
 requires_grad element_size storage_offset data_ptr get_device is_floating_point"""
 
@@ -60,15 +60,14 @@ _LAYERS += (nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm, nn.MaxPool2d, nn.AvgPool
 
 
 def writes(node: Node) -> bool:
-    """Whether a node of a plan writes into what it is given."""
+    """Whether a node of a plan writes into its inputs."""
     if node.op != CALL:
         return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return _names_writing(name, node.target, node.kwargs)
+    return _names_writing(called(node), node.target, node.kwargs)
 
 
 def without_writing(graph: fx.Graph, root: nn.Module) -> None:
-    """Puts new values in the place of those that are written into, where no other name for them is wanted later."""
+    """Replaces writing into values by new values, where no other name for their memory is used later."""
     _Rewriting(graph, root).run()
 
 
@@ -93,12 +92,12 @@ class _Rewriting:
         self.graph, self.root = graph, root
         self.place = {node: place for place, node in enumerate(graph.nodes)}
         self.memory: dict[fx.Node, set[fx.Node]] = {}
-        """For every node those that may lie in its memory."""
+        """For every node, the nodes that may share its memory."""
         self.same: dict[fx.Node, list[fx.Node]] = {}
-        """For every node the names of the very tensor that it is."""
+        """For every node, the nodes that are the same tensor."""
         self.tensors: set[fx.Node] = set()
         self.layers: dict[nn.Module, bool] = {}
-        """The layers that write, and whether new values take the place of all that they write into."""
+        """The layers that write, and whether everything that they write can be replaced by new values."""
 
     def run(self) -> None:
         if all(self._written(node) is None for node in self.graph.nodes):
@@ -130,11 +129,11 @@ class _Rewriting:
             self.memory[one] = together
 
     def _may_be_new(self, node: fx.Node, written: fx.Node) -> bool:
-        """Whether a call has a form that gives a new value, which nobody could tell from the written one."""
+        """Whether a call can return a new value instead of writing, without any difference to what follows."""
         if written not in self.tensors or self._new(node) is None:
             return False
         others = self.memory[written] - set(self.same[written])
-        # What the network holds by itself keeps what is written into it.
+        # A tensor that belongs to the network must keep what is written into it.
         held = any(one.op == "get_attr" for one in self.memory[written])
         return not held and not any(self.place[user] > self.place[node] for one in others for user in one.users)
 
@@ -153,8 +152,8 @@ class _Rewriting:
         self.tensors.add(node)
 
     def _new(self, node: fx.Node) -> tuple[Any, Any, Any] | None:
-        """Target and arguments of a call that gives a new value instead of writing into one; `None` where none does."""
-        target, name = node.target, _name(node)
+        """Target and arguments of a call that returns a new value instead of writing; `None` if there is none."""
+        target, name = node.target, called(node)
         kwargs = {key: value for key, value in node.kwargs.items() if key not in ("inplace", "out")}
         if node.op == "call_module":
             module = self._module(node)
@@ -174,14 +173,14 @@ class _Rewriting:
         return getattr(torch, plain, None) or getattr(F, plain), node.args, node.kwargs
 
     def _written(self, node: fx.Node) -> fx.Node | None:
-        """What a call writes into."""
+        """The node that a call writes into."""
         module = self._module(node)
         if node.op not in ("call_function", "call_method", "call_module"):
             return None
-        if not _names_writing(_name(node), node.target if module is None else module, node.kwargs):
+        if not _names_writing(called(node), node.target if module is None else module, node.kwargs):
             return None
         if isinstance(module, nn.modules.dropout._DropoutNd):
-            return None  # which does nothing in evaluation
+            return None  # dropout does nothing in evaluation
         into: Any = node.kwargs.get("out", node.args[0] if node.args else node.kwargs.get("input"))
         return into if isinstance(into, fx.Node) else None
 
@@ -193,13 +192,13 @@ class _Rewriting:
         return attribute(self.root, str(node.target)) if isinstance(node, fx.Node) else node
 
     def _is_fresh(self, node: fx.Node) -> bool:
-        """Whether a node's value is known to lie in memory of its own."""
+        """Whether a node's value is known to be in memory of its own."""
         module = self._module(node)
         if module is not None:
             return steps.is_plain(module, *_LAYERS) or _fires_anew(module)
         if node.target in _STEPS:
             return self._is_fresh_step(node)
-        return node.op in ("call_function", "call_method") and _name(node) in _FRESH.split()
+        return node.op in ("call_function", "call_method") and called(node) in _FRESH.split()
 
     def _is_fresh_step(self, node: fx.Node) -> bool:
         step, (leaf, *others) = node.target, node.args
@@ -214,8 +213,8 @@ class _Rewriting:
         return step is steps.shortcut
 
     def _is_tensor(self, node: fx.Node) -> bool:
-        """Whether a node's value is known to be a tensor: no number, tuple or anything else."""
-        module, name = self._module(node), _name(node)
+        """Whether a node's value is known to be a tensor."""
+        module, name = self._module(node), called(node)
         if module is not None:
             known = steps.is_plain(module, *_LAYERS) or is_neuron(module)
             return known or isinstance(module, steps.Unit | OverTime)
@@ -226,7 +225,7 @@ class _Rewriting:
             return bool(of) and node.args[1] not in _NUMBERS.split()
         if node.target is operator.getitem:
             whole: Any = node.args[0]
-            return bool(of) or _name(whole) in _PARTS.split()
+            return bool(of) or called(whole) in _PARTS.split()
         if node.op == "call_method":
             return hasattr(Tensor, name) and name not in _NUMBERS.split() and name not in _PARTS.split()
         if node.op != "call_function":
@@ -239,5 +238,6 @@ def _fires_anew(neuron: Any) -> bool:
     return is_neuron(neuron) or (type(neuron) is OverTime and not takes_sequence(neuron.neuron))
 
 
-def _name(node: fx.Node) -> str:
+def called(node: Node | fx.Node) -> str:
+    """The name of the function or method that a node calls, empty for anything else."""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -1,8 +1,8 @@
-"""Products of spikes with weights that are whole numbers: exact sums, hence the same by events, densely, in any order.
+"""Products of spikes with weights that are whole numbers: exact sums, the same by events, densely and in any order.
 
-A weight is `integers * scale` with one scale an output channel. Spikes and levels are whole numbers already, so a sum
-is one too, without any rounding; the epilogue multiplies it with the scale (see `Epilogue`). Beside them stands the
-product of real values in a fixed order, for layers that no spikes drive.
+A weight is `integers * scale` with one scale per output channel. Spikes and levels are whole numbers already, so a sum
+is one too, without any rounding; the epilogue multiplies it by the scale (see `Epilogue`). The product of real values
+in a fixed order is here as well, for layers whose input is not spikes.
 """
 
 from __future__ import annotations
@@ -17,28 +17,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cpu import bindings
-from .packed import Epilogue, PackedSpikes, Result, call, check_product, frames_of, outputs_of, tiled
+from .packed import MOST_INPUTS, Epilogue, PackedSpikes, Result, call, check_product, frames_of, outputs_of, tiled
 
 PIECES = {torch.int8: 1, torch.int32: 3}
-"""Digits of 8 bits that a whole number of a dtype is written in."""
+"""The number of 8-bit digits in a whole number of each dtype."""
 FEW_INPUTS = 256
-"""Real inputs of an output up to which a product is computed row by row of its result."""
+"""Number of real inputs per output up to which a product is computed row by row of its result."""
 MOST_PLANES = 128
-"""Levels up to which two products of one and an 8-bit weight stay within 16 bits."""
+"""Number of levels up to which the sum of two products of a level and an 8-bit weight fits 16 bits."""
 _LARGEST_SUM = 2**31 - 1
 
 
 def largest(pieces: int) -> int:
-    """The largest whole number of so many digits, each -127..127, to the base 256."""
+    """The largest whole number with so many digits, each -127..127, in base 256."""
     return 127 * sum(256**place for place in range(pieces))
 
 
 def quantize(weight: Tensor, pieces: int, planes: int = 1) -> tuple[Tensor, Tensor]:
-    """Whole numbers and a float32 scale an output channel, `weight` being near to `integers * scale`.
+    """Whole numbers and one float32 scale per output channel such that `integers * scale` is close to `weight`.
 
-    One piece makes int8, -127..127. Three make 24 bits, as int32; of a channel whose sums of so many `planes` of spikes
-    could leave 32 bits, so many fewer as it takes. Weights `[out, ...]`, scales `[out]`.
-
+    One piece gives int8, -127..127. Three give 24 bits, as int32, or fewer in channels whose sums over `planes` planes
+    of spikes could exceed 32 bits. Weights `[out, ...]`, scales `[out]`.
     >>> quantize(torch.tensor([[0.25, -1.0]]), pieces=1)[0]
     tensor([[  32, -127]], dtype=torch.int8)
     """
@@ -48,7 +47,7 @@ def quantize(weight: Tensor, pieces: int, planes: int = 1) -> tuple[Tensor, Tens
     # Each weight may be rounded away from zero by a half.
     room = _LARGEST_SUM - planes * rows.shape[1]
     scale = torch.maximum(rows.abs().amax(1) / largest(pieces), sums / room).clamp(min=1e-30)
-    # Upwards, so that rounding it to float32 leaves no weight outside.
+    # Upwards, so that rounding the scale to float32 leaves no weight outside.
     scale = torch.nextafter(scale.float(), torch.tensor(torch.inf))
     integers = (rows / scale.double().unsqueeze(1)).round().to(dtype)
     return integers.view(weight.shape), scale
@@ -57,7 +56,7 @@ def quantize(weight: Tensor, pieces: int, planes: int = 1) -> tuple[Tensor, Tens
 class IntegerWeight:
     """The whole numbers `[out, in, height, width]` of a convolution's weight, as the kernels take them.
 
-    int8 holds -127..127, int32 what three digits of 8 bits can say (see `quantize`). Their sums have to fit 32 bits.
+    int8 holds -127..127, int32 what three 8-bit digits can hold (see `quantize`). Their sums have to fit 32 bits.
 
     Raises `ValueError` for another dtype, or a value that is too large.
     """
@@ -82,11 +81,11 @@ class IntegerWeight:
 
     @cached_property
     def tiles(self) -> Tensor:
-        """Rows for events."""
+        """The rows that events select."""
         rows = self.weight.permute(2, 3, 1, 0).flatten(0, 2)
-        if self.weight.shape[2:] not in ((1, 1), (3, 3)) or len(rows) >= 1 << 16:
+        if self.weight.shape[2:] not in ((1, 1), (3, 3)) or len(rows) > MOST_INPUTS:
             raise ValueError(
-                f"events need weights [out, in, 1, 1] or [out, in, 3, 3] with at most {(1 << 16) - 1} inputs, got "
+                f"events need weights [out, in, 1, 1] or [out, in, 3, 3] with at most {MOST_INPUTS} inputs, got "
                 f"{list(self.weight.shape)}"
             )
         return tiled(F.pad(rows, (0, 0, 0, 1)))
@@ -115,7 +114,7 @@ class RealWeight:
 
     @property
     def by_rows(self) -> bool:
-        """Whether the inputs are few."""
+        """Whether an output has few inputs."""
         return self.weight[0].numel() <= FEW_INPUTS
 
 
@@ -128,7 +127,7 @@ class Windows(NamedTuple):
 
     @staticmethod
     def same(weight: Tensor) -> Windows:
-        """Those that keep the size of a frame, for an odd kernel."""
+        """The windows that keep the size of a frame, for an odd kernel."""
         return Windows(padding=tuple(size // 2 for size in weight.shape[2:]))
 
     def size(self, frame: Sequence[int], weight: Tensor) -> tuple[int, int]:
@@ -155,8 +154,8 @@ def spike_product_dense(
 ) -> Result:
     """`spike_product` with all inputs multiplied, active or not: the same sums, for any ungrouped convolution.
 
-    Spikes and levels are bytes, multiplied with 8-bit weights by the processor's dot products of bytes where it has
-    them. Without `windows` the result has the frame's size.
+    Spikes and levels are bytes, which the processor multiplies with 8-bit weights by its dot products of bytes, if it
+    has them. Without `windows` the result has the frame's size.
 
     >>> weight = IntegerWeight(torch.ones(8, 16, 1, 1, dtype=torch.int8))
     >>> spikes = PackedSpikes.pack(torch.ones(4, 1, 16, 2, 2))
@@ -189,8 +188,9 @@ def real_product(
 ) -> Result:
     """The convolution of real values `[T or 1, B, H, W, in]` in float32, summed in a fixed order, and its epilogue.
 
-    Every output is summed over taps, then channels, in ascending order, one rounding a product added. So an output has
-    the same bits for any batch, number of threads and processor. A single frame is shown at each of the `steps`.
+    Every output is summed over taps, then channels, in ascending order, with one rounding per product added. So an
+    output has the same bits for any batch size, number of threads and processor. A single frame is shown at each of the
+    `steps`.
     """
     windows = windows or Windows.same(weight.weight)
     size = _size_of(x, weight, epilogue, steps, windows)
@@ -204,7 +204,7 @@ def real_product(
 def pooled_product(
     x: Tensor, weight: RealWeight, epilogue: Epilogue, steps: int, *, windows: Windows | None = None
 ) -> PackedSpikes:
-    """`spike_pool` of the spikes of `real_product`, from rest, for few inputs: they never leave the cache."""
+    """`spike_pool` of the spikes of `real_product`, from rest, for few inputs: the spikes never leave the cache."""
     if epilogue.neuron is None or not weight.by_rows:
         raise ValueError(
             f"pooling needs a neuron and a weight of at most {FEW_INPUTS} inputs an output, got "
@@ -221,12 +221,12 @@ def pooled_product(
 
 
 def real_product_is_fast() -> bool:
-    """Whether this processor adds a product with one rounding in one instruction."""
+    """Whether this processor has an instruction that multiplies and adds with one rounding."""
     return bool(call("real_product_is_fast"))
 
 
 def byte_product(x: Tensor, weight: IntegerWeight, epilogue: Epilogue, *, windows: Windows | None = None) -> Tensor:
-    """The same with bytes 0..128 in the place of packed spikes: uint8 `[N, H, W, in]` -> float32 `[N, H', W', out]`."""
+    """`spike_product_dense` for bytes 0..128: uint8 `[N, H, W, in]` -> float32 `[N, H', W', out]`."""
     out, into = weight.weight.shape[:2]
     if x.ndim != 4 or x.shape[-1] != into or x.dtype != torch.uint8 or epilogue.channels != out:
         raise ValueError(
@@ -243,7 +243,7 @@ def byte_product(x: Tensor, weight: IntegerWeight, epilogue: Epilogue, *, window
 
 
 def depthwise_product(x: Tensor, weight: Tensor, *, windows: Windows | None = None) -> Tensor:
-    """The depthwise convolution of x `[N, H, W, C]` with a weight `[C, 1, height, width]`, in a fixed order as well."""
+    """The depthwise convolution of x `[N, H, W, C]` with a weight `[C, 1, height, width]`, also in a fixed order."""
     if x.ndim != 4 or x.shape[-1] != len(weight) or weight.shape[1] != 1 or x.dtype != torch.float32:
         raise ValueError(
             f"expected float32 [N, H, W, C] and a weight [C, 1, height, width], got {x.dtype} {list(x.shape)} and "
@@ -258,7 +258,7 @@ def depthwise_product(x: Tensor, weight: Tensor, *, windows: Windows | None = No
 
 
 def lanes() -> int:
-    """Output channels of a tile."""
+    """Number of output channels in a tile."""
     return bindings.call("packed.cpp", "spike_lanes")
 
 
@@ -275,7 +275,7 @@ class _Picture(ctypes.Structure):
 
 
 def _size_of(x: Tensor, weight: RealWeight, epilogue: Epilogue, steps: int, windows: Windows) -> tuple[int, int]:
-    """Height and width of the product of real values; raises `ValueError` where they do not fit the weight."""
+    """Height and width of the product of real values; raises `ValueError` if they do not fit the weight."""
     out, into = weight.weight.shape[:2]
     if x.ndim != 5 or x.shape[0] not in (1, steps) or x.shape[-1] != into or x.dtype != torch.float32:
         raise ValueError(f"expected float32 [{steps} or 1, B, H, W, {into}], got {x.dtype} {list(x.shape)}")

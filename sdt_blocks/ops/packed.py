@@ -1,6 +1,6 @@
-"""Event-driven inference on a CPU: spikes at one bit each, and ops that work only where there are some.
+"""Event-driven inference on a CPU: spikes at one bit each, and ops that only work where there are some.
 
-A product with spikes is a sum of weight rows, so a silent input costs nothing. Every op has its equation beside it as
+A product with spikes is a sum of weight rows, so a silent input costs nothing. Every op has its equations as
 `..._reference`, in PyTorch on unpacked spikes, with the same signature. There are no gradients.
 """
 
@@ -22,7 +22,9 @@ from .lif import lif_reference
 from .spec import NeuronSpec
 
 WORD = 64
-"""Spikes in a word."""
+"""Spikes per word."""
+MOST_INPUTS = (1 << 16) - 1
+"""Inputs that an output may have: the kernels count them in 16 bits."""
 
 Result = tuple[Any, Any]
 """The membrane `[T, B, H, W, out]` if it was asked for, else None; `PackedSpikes` if there is a neuron, else None."""
@@ -33,8 +35,8 @@ class PackedSpikes:
     """Spikes of `channels` channels at one bit each: words `[T, B, H, W, planes * ceil(channels / 64)]` of int64.
 
     Channel c is bit `c % 64` of word `c // 64` of a plane; the bits behind the last channel are zero. Several planes
-    stand for the values `(sum over planes) / norm`: the levels of an integer neuron as spikes of binary steps, or the
-    counts that sums of spikes are.
+    represent the values `(sum over planes) / norm`: the levels of an integer neuron as spikes in binary steps, or
+    counts, which are sums of spikes.
     """
 
     words: Tensor
@@ -58,7 +60,7 @@ class PackedSpikes:
 
     @staticmethod
     def pack_levels(steps: Tensor, norm: float) -> PackedSpikes:
-        """Packs the levels that zeros and ones `[planes, T, B, C, H, W]` sum up to, and which stand for level / norm.
+        """Pack zeros and ones `[planes, T, B, C, H, W]`, whose sums over planes are levels with the value level / norm.
 
         >>> PackedSpikes.pack_levels(torch.ones(4, 1, 1, 3, 2, 2), norm=8).unpack().unique()
         tensor([0.5000])
@@ -69,7 +71,7 @@ class PackedSpikes:
         return PackedSpikes(words, steps.shape[3], len(steps), norm)
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values `[T, B, C, H, W]`, of one plane in float32 or uint8, of several in float32 alone.
+        """The values `[T, B, C, H, W]`: of one plane in float32 or uint8, of several in float32 only.
 
         The channels are the innermost axis in memory.
         """
@@ -85,21 +87,21 @@ class PackedSpikes:
         return bits.flatten(-2)[..., : self.channels].sum(-2).movedim(-1, 2).float() / self.norm
 
     def images(self, first: int, last: int) -> PackedSpikes:
-        """The spikes of the images from `first` to before `last`: a view."""
+        """The spikes of the images `first` to `last - 1`, as a view."""
         return self.of(self.words[:, first:last])
 
     def of(self, words: Tensor) -> PackedSpikes:
-        """Spikes of other frames in the same arrangement."""
+        """Spikes with other frames in the same arrangement."""
         return replace(self, words=words)
 
     def fits(self, other: Any) -> bool:
-        """Whether `plus` takes the other."""
+        """Whether `plus` accepts the other."""
         if not isinstance(other, PackedSpikes) or self.words.shape[:4] != other.words.shape[:4]:
             return False
         return (self.channels, self.norm) == (other.channels, other.norm)
 
     def plus(self, other: PackedSpikes) -> PackedSpikes:
-        """The sum with spikes or counts of the same frames and norm: the planes of both.
+        """The sum with spikes or counts of the same frames and norm: the planes of both together.
 
         >>> spikes = PackedSpikes.pack(torch.ones(1, 1, 3, 2, 2))
         >>> spikes.plus(spikes).unpack().unique()
@@ -126,21 +128,21 @@ class PackedSpikes:
 class EventWeight:
     """The float32 weight `[out, in, k, k]` (k = 1, 3) of a convolution of stride 1 that keeps a frame's size, in tiles.
 
-    Raises `ValueError` for another kernel or more inputs than an entry of a list can name.
+    Raises `ValueError` for another kernel or for more inputs than an entry of a list can number.
     """
 
     def __init__(self, weight: Tensor) -> None:
         if weight.ndim != 4 or weight.shape[2:] not in ((1, 1), (3, 3)):
             raise ValueError(f"the weight must be [out, in, 1, 1] or [out, in, 3, 3], got {list(weight.shape)}")
         rows = weight.detach().float().permute(2, 3, 1, 0).flatten(0, 2)
-        if len(rows) >= 1 << 16:
-            raise ValueError(f"an output may have at most {(1 << 16) - 1} inputs, got {len(rows)}")
+        if len(rows) > MOST_INPUTS:
+            raise ValueError(f"an output may have at most {MOST_INPUTS} inputs, got {len(rows)}")
         self.weight = weight.detach().float()
-        # The row of zeros behind the last input is what shorter lists of a group are filled up with.
+        # Shorter lists of a group are filled up with the row of zeros behind the last input.
         self.tiles = tiled(F.pad(rows, (0, 0, 0, 1)))
 
     kind = 0
-    """What the rows of the tiles are to the kernel."""
+    """How the kernel reads the rows of the tiles."""
 
     @property
     def radius(self) -> int:
@@ -148,7 +150,7 @@ class EventWeight:
 
 
 class Epilogue:
-    """What becomes of the sums of a product: `u = residual + (sum + bias) * scale + shift`, and a neuron on u.
+    """What follows the sums of a product: `u = residual + (sum + bias) * scale + shift`, and a neuron on u.
 
     `bias`, `scale` and `shift` are `[channels]`; `inv_tau`, a number or `[channels]`, replaces that of `neuron`.
     Without a neuron there are no spikes. `(sum + bias) * scale + shift` is rounded as in PyTorch's batch normalization.
@@ -174,7 +176,7 @@ class Epilogue:
 
     @staticmethod
     def of(constants: Tensor, neuron: NeuronSpec | None) -> Epilogue:
-        """That of `constants`, the four rows `[4, channels]` in the order of the options."""
+        """The epilogue with these `constants`, the four rows `[4, channels]` in the order of the options."""
         bias, scale, shift, inv_tau = constants
         return Epilogue(constants.shape[1], bias=bias, scale=scale, shift=shift, inv_tau=inv_tau, neuron=neuron)
 
@@ -197,7 +199,7 @@ class Epilogue:
 
 
 class RowWeight(Protocol):
-    """A weight as products by events take it: `EventWeight`, or `IntegerWeight` of `ops.integers`."""
+    """A weight for products by events: `EventWeight`, or `IntegerWeight` of `ops.integers`."""
 
     @property
     def weight(self) -> Tensor:
@@ -205,7 +207,7 @@ class RowWeight(Protocol):
 
     @property
     def kind(self) -> int:
-        """What the rows of the tiles are to the kernel."""
+        """How the kernel reads the rows of the tiles."""
 
     @property
     def tiles(self) -> Tensor:
@@ -213,7 +215,7 @@ class RowWeight(Protocol):
 
     @property
     def radius(self) -> int:
-        """Of the kernel: 0 or 1."""
+        """The radius of the kernel: 0 or 1."""
 
 
 def spike_product(
@@ -225,12 +227,12 @@ def spike_product(
     membrane: bool | Tensor = False,
     standing: Tensor | None = None,
 ) -> Result:
-    """The convolution of spikes with a weight, and its epilogue: additions of the weights of active inputs alone.
+    """The convolution of spikes with a weight, and its epilogue: it only adds the weights of active inputs.
 
-    Of levels in several planes it is the convolution of level * norm, their whole numbers: the weight holds 1 / norm.
-    `residual` is `[T, B, H, W, out]`. `membrane` asks for u, and may be the tensor to write it to, even `residual`.
-    `standing`, `[B, H, W, out]`, is where the neurons stand: they go on from there, and leave there where they stop
-    (the membrane before its reset, as in `lif_reference`). Without it they start at rest.
+    For levels in several planes it is the convolution of level * norm, which are whole numbers: the weight includes the
+    factor 1 / norm. `residual` is `[T, B, H, W, out]`. `membrane` asks for u, and may be the tensor to write it to,
+    even `residual`. `standing`, `[B, H, W, out]`, is the neurons' state (the membrane before its reset, as in
+    `lif_reference`): they start from it, and leave their last one in it. Without it they start at rest.
 
     >>> weight, neuron = torch.rand(8, 16, 1, 1), NeuronSpec()
     >>> spikes = PackedSpikes.pack(torch.ones(4, 1, 16, 2, 2))
@@ -300,7 +302,7 @@ def spike_neuron_reference(
 
 
 def spike_pool(spikes: PackedSpikes) -> PackedSpikes:
-    """3x3 maximum, stride 2, padding 1, which for spikes is OR."""
+    """3x3 max pooling, stride 2, padding 1, which is OR for spikes."""
     return spikes.of(_pool("spike_pool", spikes.words.contiguous()))
 
 
@@ -311,7 +313,7 @@ def spike_pool_reference(spikes: PackedSpikes) -> PackedSpikes:
 
 
 def real_pool(x: Tensor) -> Tensor:
-    """3x3 maximum, stride 2, padding 1, of x `[T, B, H, W, C]` in float32."""
+    """3x3 max pooling, stride 2, padding 1, of x `[T, B, H, W, C]` in float32."""
     return _pool("real_pool", x.float().contiguous())
 
 
@@ -325,9 +327,9 @@ def spike_attention(
 ) -> PackedSpikes:
     """Spike-driven self-attention: `q AND neuron(number of tokens with k AND v)`.
 
-    qkv has `3 * channels` channels, q, k and v one after the other, with channels a multiple of 64 (`pad_to_words`
-    gives weights for that); inv_tau is a number or `[channels]`; `standing` `[B, channels]` as in `spike_product`. The
-    result has `channels` channels.
+    qkv has `3 * channels` channels, those of q, k and v in this order, with channels a multiple of 64 (`pad_to_words`
+    makes weights for that); inv_tau is a number or `[channels]`; `standing` `[B, channels]` is as in `spike_product`.
+    The result has `channels` channels.
     """
     channels = _attention_channels(qkv)
     words = qkv.words.contiguous()
@@ -362,12 +364,12 @@ def spike_attention_reference(qkv: PackedSpikes, neuron: NeuronSpec, inv_tau: Te
 
 
 def pad_to_words(x: Tensor) -> Tensor:
-    """x `[C, ...]` with zeros behind it, up to a multiple of 64 along the first axis."""
+    """x `[C, ...]` padded with zeros to a multiple of 64 along the first axis."""
     return torch.cat([x, x.new_zeros(-len(x) % WORD, *x.shape[1:])])
 
 
 def kernels_problem() -> str | None:
-    """Why the kernels cannot run on this machine, or None where they can."""
+    """Why the kernels cannot run on this machine, or None if they can."""
     try:
         _library()
     except build.BuildError as error:
@@ -406,7 +408,7 @@ class _Epilogue(ctypes.Structure):
 
 
 def frames_of(spikes: PackedSpikes) -> ctypes.Structure:
-    """What tells the kernels of spikes."""
+    """The kernels' description of spikes."""
     words = _frames(spikes.words)
     steps, images, height, width, _ = words.shape
     sizes = (steps, images, height, width, spikes.channels, spikes.planes)
@@ -422,7 +424,7 @@ def outputs_of(
     membrane: bool | Tensor,
     standing: Tensor | None,
 ) -> tuple[Tensor | None, PackedSpikes | None, ctypes.Structure]:
-    """Where results go, and what tells the kernels of it and of the epilogue."""
+    """The results, and the kernels' description of where they go and of the epilogue."""
     shape = (*places, epilogue.channels)
     kept = torch.empty(shape) if membrane is True else membrane if isinstance(membrane, Tensor) else None
     for name, real in (("residual", residual), ("membrane", kept)):
@@ -461,7 +463,7 @@ def _words(bits: Tensor) -> Tensor:
 
 
 def _frames(x: Tensor) -> Tensor:
-    """x itself where every frame `x[t]` lies without gaps, else a copy."""
+    """x itself if every frame `x[t]` has no gaps, else a copy."""
     return x if x.is_contiguous() or x[0].is_contiguous() else x.contiguous()
 
 
@@ -473,7 +475,7 @@ def _pool(kernel: str, x: Tensor) -> Tensor:
 
 
 def tiled(rows: Tensor) -> Tensor:
-    """Rows `[n, out]` -> `[tiles, n, lanes]`, zeros behind the last output."""
+    """Rows `[n, out]` -> `[tiles, n, lanes]`, with zeros behind the last output."""
     lanes = bindings.call("packed.cpp", "spike_lanes")
     padded = F.pad(rows, (0, -rows.shape[1] % lanes))
     return padded.unflatten(1, (-1, lanes)).transpose(0, 1).contiguous()
@@ -506,5 +508,5 @@ def _library() -> ctypes.CDLL:
 
 
 def call(name: str, *arguments: Any) -> int:
-    """Calls a kernel; behind its arguments goes the number of threads."""
+    """Call a kernel; the number of threads is added as its last argument."""
     return bindings.call("packed.cpp", name, *arguments, torch.get_num_threads())
