@@ -1,4 +1,4 @@
-"""Attention maps: where the output of a mixer lies (Yao et al., 2023, figure 3), and how it looks over the image."""
+"""Attention maps: where the output of a mixer is high (Yao et al., 2023, figure 3), and overlays on the image."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def attention_maps(
     per_step: bool = False,
     forward: Forward | None = None,
 ) -> Tensor:
-    """The mean of a mixer's output over channels and time steps, or with `per_step` over channels alone.
+    """The mean of a mixer's output over channels and time steps, or with `per_step` over channels only.
 
-    That is the firing rate of q * a where spikes are masked, and the mean of scale * q (k^T v) where they are counted.
-    `block` counts the mixers of the model that take part, from the end if negative; None stacks them all.
+    This is the firing rate of q * a in a `MaskMixer`, and the mean of scale * q (k^T v) in a `LinearSpikeMixer`.
+    `block` is the position among the mixers of the model that were called, from the end if negative; None stacks all.
 
-    Shapes: images `[B, C, H, W]` or frames `[B, T, C, H, W]` -> `[B, H', W']`; `per_step` puts T before that, and
-    `block=None` the number of blocks before all.
+    Shapes: images `[B, C, H, W]` or frames `[B, T, C, H, W]` -> `[B, H', W']`; `per_step` adds T in front, and
+    `block=None` the number of blocks in front of that.
 
-    Raises `ValueError` where there is no mixer with an output `[T, B, C, H', W']`, or the blocks have grids of
-    different sizes.
+    Raises `ValueError` if no mixer has an output `[T, B, C, H', W']`, or if the maps of the blocks have different
+    sizes.
 
     >>> maps = attention_maps(example_model(), example_images()[0], per_step=True)
     >>> maps.shape, bool(maps.any())
@@ -50,7 +50,7 @@ def attention_maps(
 
 
 def maps_of_blocks(model: nn.Module, images: Any, forward: Forward | None = None) -> list[Tensor]:
-    """A map `[T, B, H', W']` for each mixer that took part, in the order of the model's modules."""
+    """A map `[T, B, H', W']` for each mixer that was called, in the order of the model's modules."""
     with Probe(model, forward=forward) as probe:
         mixers = find_mixers(probe.model)
         calls: dict[str, list[Tensor]] = {name: [] for name in mixers}
@@ -79,9 +79,9 @@ def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
 def overlay(image: Tensor, attention: Tensor, *, strength: float = 0.6, colormap: str = "inferno") -> Tensor:
     """An attention map over its image: RGB in 0..1, `[H, W, 3]`.
 
-    `image` is `[C, H, W]`, or frames `[T, C, H, W]` which are averaged, of any range; with 3 channels it is taken as
-    RGB, else its channels are added up to grey. `attention` is `[H', W']`; its highest value gets the colormap's last
-    colour and covers the image with `strength`, and where it is zero the image stays as it is. Needs matplotlib.
+    `image` is `[C, H, W]`, or frames `[T, C, H, W]` which are averaged, with values in any range; 3 channels are taken
+    as RGB, otherwise channels are summed to grey. `attention` is `[H', W']`; its highest value gets the colormap's last
+    colour and covers the image with `strength`, and where it is zero the image is unchanged. Needs matplotlib.
     """
     from matplotlib import colormaps
 

@@ -1,4 +1,4 @@
-"""Is a network spike-driven? Every product of one forward pass, what it multiplies, and why that is allowed or not."""
+"""Is a network spike-driven? Every product of one forward pass, its operands, and why it is allowed or not."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ VERDICTS = {
     MULTIPLIES: "a real multiplication",
     MIXES: "values of several samples of the batch in one",
 }
-"""What a product can be found to be, or a module to do."""
+"""The verdicts on a product or module, with their meaning."""
 
 BREAKS = (MULTIPLIES, MIXES)
-"""What breaks the property: a device adds weights for the spikes of the one sample that it sees."""
+"""The verdicts that are violations: a device adds weights for the spikes of the one sample that it sees."""
 
 MEETING = "what it gives for one sample depends on others in the batch, which a device that sees one has not got"
 
@@ -37,15 +37,15 @@ _LISTED = 3
 
 
 class NotSpikeDrivenError(ValueError):
-    """Raised where a strict audit finds a real multiplication."""
+    """Raised by a strict audit of a network that is not spike-driven."""
 
 
 @dataclass
 class Audit:
-    """The products of one forward pass, and what mixes samples; `spike_driven` where none of them is a violation.
+    """The products of one forward pass, and what mixes samples; `spike_driven` if none of them is a violation.
 
-    `silence` says which neurons never fired; where none did, `spike_driven` tells of the construction alone. `form` is
-    what was judged, the network as it is "deployed" or as it is "trained".
+    `silence` says which neurons never fired; if none did, `spike_driven` describes only the construction. `form` is
+    the network that was judged, as it is "deployed" or as it is "trained".
     """
 
     products: list[Product]
@@ -83,7 +83,7 @@ class Audit:
 
     @property
     def finding(self) -> str:
-        """One sentence."""
+        """The result in one sentence."""
         if not self.spike_driven:
             merging = all(product.merges for product in self.violations)
             until = " until the layers of its units are merged, as they are when it is deployed" if merging else ""
@@ -96,8 +96,19 @@ class Audit:
         return f"The network is spike-driven{where}."
 
     @property
+    def judged(self) -> str:
+        """The form that was judged, as a sentence."""
+        return f"It is judged as it is {self.form}."
+
+    @property
+    def counts(self) -> list[tuple[int, str, str]]:
+        """For each verdict that was found: how many products have it, the verdict, and its meaning."""
+        found = [(len(self.of(verdict)), verdict, why) for verdict, why in VERDICTS.items()]
+        return [row for row in found if row[0]]
+
+    @property
     def reasons(self) -> list[str]:
-        """Why, in a few words each: what multiplies or mixes, and what only a closer look finds to be additions."""
+        """The reasons in a few words each: what multiplies or mixes, and what turns out to be additions."""
         sums = [product for product in self.of(MULTIPLIES) if COUNTS in product.operands]
         others = [product for product in self.of(MULTIPLIES) if COUNTS not in product.operands]
         adds = self.of(ADDS)
@@ -116,11 +127,9 @@ class Audit:
         return [*found[: bool(sums)], *listed, *more, *found[bool(sums) :]]
 
     def summary(self) -> list[str]:
-        """Neurons that never fired, if any; the finding; a line for each verdict with the number of its products."""
-        counts = [(len(self.of(verdict)), verdict, why) for verdict, why in VERDICTS.items()]
-        lines = [f"{n:4d} {verdict}: {why}" for n, verdict, why in counts if n]
-        form = f"It is judged as it is {self.form}."
-        return [*([self.silence] if self.silence else []), self.finding, form, *lines]
+        """The neurons that never fired, if any; the finding; the number of products for each verdict."""
+        lines = [f"{n:4d} {verdict}: {why}" for n, verdict, why in self.counts]
+        return [*([self.silence] if self.silence else []), self.finding, self.judged, *lines]
 
     def table(self) -> Table:
         """A table for rich, violations in red."""
@@ -152,23 +161,24 @@ def audit(
     """Follows the spikes through one forward pass and judges every product by what its operands are by construction.
 
     Neurons emit spikes. Max pooling, reshaping, selecting and products of spikes keep them spikes; a sum or a mean does
-    not, whatever values it happens to have. A convolution or matrix product with spikes only adds, and so does one with
-    the levels of an `IntegerNeuron`, which stand for as many spikes in binary steps; the first layer may multiply the
-    analog input; batch normalisation after a convolution folds into it; constant factors are absorbed.
-    Everything else is a violation: analog values in a later layer, softmax, layer normalisation, a product of two
-    analog values, and any operation that is not known to be free of multiplications. That the neurons really emit
-    zeros and one other value is checked on the batch. What happens inside of a neuron is listed, not judged.
+    not, whatever its values happen to be. A convolution or matrix product with spikes only adds, and so does one with
+    the levels of an `IntegerNeuron`, since a level l stands for l spikes in binary steps. The first layer may multiply
+    the analog input; batch normalisation after a convolution folds into it; constant factors are absorbed. Everything
+    else is a violation: analog values in a later layer, softmax, layer normalisation, a product of two analog values,
+    and any operation that is not known to be free of multiplications. That neurons really emit zeros and one other
+    value is checked on the batch. Operations inside a neuron are listed, not judged.
 
-    A violation is also what makes one value of several samples of the batch, which no device could that sees one at a
-    time: batch statistics, or a neuron that goes on from sample to sample. It is found by replacing samples in three
-    further passes, by what the values depend on, whatever computes them; a batch of one sample gets a second one.
+    It is also a violation to combine several samples of the batch into one value, which a device that sees one sample
+    at a time cannot do: batch statistics, or a neuron that carries its state from sample to sample. This is found by
+    replacing samples in three further passes and comparing values, however they are computed; a batch of one sample
+    gets a second one.
 
     The network is judged as it is deployed: a unit that is trained as several layers without a neuron in between is one
-    convolution of its input, so that every weight sees spikes. With `as_trained` its layers are judged one by one, of
-    which all but the first see sums of weights; the reason then says that merging puts it right.
+    convolution of its input, so that every weight sees spikes. With `as_trained` its layers are judged one by one; all
+    but the first see sums of weights, and the reason then says that merging removes the violation.
 
-    `neurons` names further types of neurons, which take `[T, B, ...]`; `forward` runs the batch where that is not
-    `model(x)`. With `strict`, raises `NotSpikeDrivenError` where the network is not spike-driven.
+    `neurons` names further types of neurons, which take `[T, B, ...]`; `forward(model, batch)` runs the batch if
+    `model(x)` does not. With `strict`, raises `NotSpikeDrivenError` if the network is not spike-driven.
 
     >>> found = audit(example_model(), example_images()[0])
     >>> found.spike_driven, found.silence

@@ -1,4 +1,4 @@
-"""Charts of the page as HTML and SVG, drawn by the browser alone: no script, nothing loaded, any width."""
+"""Charts of the page as HTML and SVG, drawn by the browser alone: no script, nothing to load, any width."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from html import escape
 from typing import NamedTuple
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 210, 52, 12, 12, 30
-"""Of a line chart, in its own units."""
+"""The size and margins of a line chart, in its own units."""
 
 
 class Bar(NamedTuple):
-    """A row of bars: its name as HTML, the parts of its bar by CSS class, and what is written behind it."""
+    """A row of bars: its name as HTML, the parts of its bar by CSS class, the text after it, and marks across it."""
 
     name: str
     parts: Mapping[str, float]
@@ -21,7 +21,7 @@ class Bar(NamedTuple):
 
 
 def bars(rows: Sequence[Bar], most: float | None = None) -> str:
-    """Stacked bars, one a row, all of one scale up to `most`; `marks` are lines across a bar, at the end if beyond."""
+    """Stacked bars, one per row, on one scale up to `most`; `marks` are lines across a bar, at its end if beyond."""
     longest = most or max((sum(row.parts.values()) for row in rows), default=0.0) or 1.0
 
     def share(value: float) -> float:
@@ -39,7 +39,7 @@ def bars(rows: Sequence[Bar], most: float | None = None) -> str:
 
 
 def keys(names: Mapping[str, str]) -> str:
-    """What the colours mean: names by CSS class."""
+    """A legend: names by CSS class."""
     each = (f'<span class="key"><i class="{css}"></i>{escape(name)}</span>' for css, name in names.items())
     return f"<p>{''.join(each)}</p>"
 
@@ -52,9 +52,9 @@ def lines(
     label: str = "time step",
     band: Sequence[tuple[float, float, float]] = (),
 ) -> str:
-    """A line chart from zero up: points (whole number, value) by series, values printed by `shown`.
+    """A line chart starting at zero: points (whole number, value) by series, with values printed by `shown`.
 
-    `band` holds an interval, (whole number, low, high), of the first series.
+    `band` is an interval, (whole number, low, high), of the first series.
     """
     points = [point for one in series.values() for point in one]
     if not points:
@@ -90,7 +90,7 @@ def lines(
 
 
 def _scale(most: float) -> tuple[float, float]:
-    """The distance of the lines of a chart, and the highest of them, three to six lines up."""
+    """The distance between the grid lines of a chart, and the highest one, three to six lines up."""
     if most <= 0:
         return 1.0, 1.0
     rough = most / 4
@@ -100,7 +100,7 @@ def _scale(most: float) -> tuple[float, float]:
 
 
 def tabs(group: str, contents: Mapping[str, str]) -> str:
-    """Several contents of which one is seen, chosen by name; without a script."""
+    """Several contents of which one is visible, chosen by name; without a script."""
     inputs = "".join(
         f'<input type="radio" name="{group}" id="{group}{number}"{" checked" if not number else ""}>'
         f'<label for="{group}{number}">{escape(name)}</label>'

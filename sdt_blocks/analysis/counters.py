@@ -1,4 +1,4 @@
-"""Energy counters of this machine: Linux' powercap (RAPL) for processors and memory, NVML for a GPU of NVIDIA."""
+"""Energy counters of this machine: Linux' powercap (RAPL) for processors and memory, NVML for an NVIDIA GPU."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ UNIT_J = {"uj": 1e-6, "mj": 1e-3}
 
 
 class Counter(Protocol):
-    """Adds up the joules that a part of the machine, all of its programs together, takes."""
+    """Counts the joules used by a part of the machine, for all of its programs together."""
 
     name: str
 
     def joules(self) -> float:
-        """What was taken since the counter was made."""
+        """The joules used since the counter was created."""
 
 
 class PowercapZone:
     """One zone of powercap, such as a processor or its memory.
 
-    `energy_uj` counts microjoules and starts anew after `max_energy_range_uj`: each reading may be at most one such
-    round after the one before, minutes at a processor's power.
+    `energy_uj` counts microjoules and wraps after `max_energy_range_uj`: between two readings it may wrap at most once,
+    which takes minutes at a processor's power.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,7 +45,7 @@ class PowercapZone:
 
 
 class NvidiaGpu:
-    """NVML's counter of a CUDA device, millijoules since its driver was loaded; Volta and later have one."""
+    """NVML's counter of a CUDA device, in millijoules since its driver was loaded; Volta and later have one."""
 
     def __init__(self, device: torch.device) -> None:
         import pynvml
@@ -65,10 +65,10 @@ class NvidiaGpu:
 
 
 def find_counters(device: torch.device, powercap: Path = POWERCAP) -> tuple[list[Counter], str]:
-    """The counters that see a network on this device, and why there are no others ("" where none is missing).
+    """The counters that measure a network on this device, and why others are missing ("" if none is).
 
-    Of powercap: processors (`package-*`) and their memory (`dram`), which the processors' own figures do not hold;
-    cores are in the processor's figure, and `psys` and the copies under `intel-rapl-mmio` would count twice.
+    From powercap: processors (`package-*`) and their memory (`dram`), which the processors' figures do not include.
+    Cores are included in the processor's figure, and `psys` and the copies under `intel-rapl-mmio` would count twice.
     """
     counters, missing = _of_powercap(powercap)
     if device.type != "cuda":
@@ -77,7 +77,7 @@ def find_counters(device: torch.device, powercap: Path = POWERCAP) -> tuple[list
         return [*counters, NvidiaGpu(device)], missing
     except ImportError:
         reason = "the GPU's counter needs NVML's bindings (pip install nvidia-ml-py)"
-    except Exception as error:  # NVML's errors share no base with any other, and the module may be a stand-in
+    except Exception as error:  # NVML's errors have no common base class, and the module may be a stand-in
         reason = f"the GPU's counter cannot be read ({error})"
     return counters, "; ".join(part for part in (missing, reason) if part)
 

@@ -1,4 +1,4 @@
-"""What every tensor of a forward pass holds, from operation to operation: the input, spikes or analog values."""
+"""Follows what every tensor of a forward pass holds, from operation to operation: input, spikes or analog values."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ MIXES = "mixing"
 
 INPUT, SPIKES, SCALED, ANALOG, CONSTANT = "input", "spikes", "scaled spikes", "analog", "constant"
 LEVELS, COUNTS = "levels", "counts of spikes"
-"""Whole numbers: of a neuron whose level l stands for l spikes in binary steps, and of spikes added to spikes."""
+"""Whole numbers: the levels of a neuron, where l stands for l spikes in binary steps, and sums of spikes."""
 UNSEEN = "unseen"
 
 OUTER, SUMMED, FOREIGN = "outer", "sum of products", "foreign code"
-"""Names of what is no single operation: elementwise products that widen or are summed, and code out of sight."""
+"""Names for what is not a single operation: elementwise products that widen or are summed, and foreign code."""
 
 
 @dataclass
 class Product:
-    """One product in one module: operands and verdict (a key of `VERDICTS`), why, and how often it was called."""
+    """One product in one module: operands, verdict (a key of `VERDICTS`), reason, and how often it was called."""
 
     module: str
     operation: str
@@ -52,15 +52,15 @@ class Product:
     reason: str
     calls: int = 0
     merges: bool = False
-    """Whether it belongs to layers that are one convolution when the network is deployed, or is that convolution."""
+    """Whether its layer is one of several that are merged when deployed, or is the merged convolution."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """What a tensor holds, where it became so, and the layer whose weights it has just gone through, if any.
+    """What a tensor holds, where it came from, and the layer whose weights it has just passed through, if any.
 
-    `factors` are those of an elementwise product, which a sum over `axes` (None: any) makes a product of matrices.
-    `norm` is what levels, or the counts that came of them, are divided by, `levels` the largest level.
+    `factors` are those of an elementwise product, which a sum over `axes` (None: any) turns into a matrix product.
+    `norm` is the divisor of levels, or of counts made from them, `levels` the largest level.
     """
 
     kind: str
@@ -85,7 +85,7 @@ NOTHING = Value(CONSTANT)
 
 
 class Follower(TorchDispatchMode):
-    """Sees every tensor operation below the model's own code; a tensor it knows nothing of is a constant."""
+    """Sees every tensor operation below the model's own code; a tensor that it does not know is a constant."""
 
     def __init__(self, probe: Probe) -> None:
         super().__init__()
@@ -110,10 +110,10 @@ class Follower(TorchDispatchMode):
         """A module has been called."""
 
     def counts(self, name: str, args: Sequence[Any], output: Any) -> None:
-        """An operation on the input, or on what came of it, has been judged; outer products come as `OUTER`."""
+        """An operation on the input, or on values derived from it, has been judged; outer products come as `OUTER`."""
 
     def inside_neuron(self, name: str, args: Sequence[Any], output: Any) -> None:
-        """An operation inside of a neuron, where nothing is judged."""
+        """An operation inside a neuron, where nothing is judged."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -144,7 +144,7 @@ class Follower(TorchDispatchMode):
             self._seen(output)
 
     def _seen(self, tensors: Any) -> None:
-        """Notes tensors that are read although no operation wrote them: kernels and extensions did, out of sight."""
+        """Notes tensors that are read although no operation wrote them: a kernel or extension did, unseen."""
         for tensor in tensors_in(tensors):
             if self.value(tensor).kind == UNSEEN and tensor.numel():
                 self.note(FOREIGN, "", MULTIPLIES, "written by code that PyTorch does not see")
@@ -211,12 +211,12 @@ class Follower(TorchDispatchMode):
         return Value(ANALOG, f"{name} in {self._here()}", layer)
 
     def _merged(self) -> str:
-        """What the convolution whose code is running was trained as, where it stands for several layers."""
+        """What the convolution that is running was trained as, if it replaces several layers."""
         layers = getattr(self.probe.model.get_submodule(self.here()), "trained_as", ())
         return f"; trained as {', '.join(layers)}, which are this one convolution" if layers else ""
 
     def _merging(self) -> str:
-        """What the layer whose code is running becomes, where it is one of several that are merged."""
+        """What the layer that is running becomes, if it is one of several that are merged."""
         for name in reversed(self.probe.path):
             unit = self.probe.model.get_submodule(name)
             if isinstance(unit, Unit) and not isinstance(unit.conv, nn.Conv2d) and unit.kernel() is not None:
@@ -260,7 +260,7 @@ class Follower(TorchDispatchMode):
         return Value(ANALOG, f"{name} in {self._here()}", factors=factors)
 
     def _summed(self, args: Sequence[Any], value: Value, output: Tensor) -> None:
-        """A sum: of an elementwise product, over an axis on which its factors vary, it is a product of matrices."""
+        """A sum of an elementwise product, over an axis on which its factors vary, is a matrix product."""
         x = args[0]
         if not value.factors or x.numel() <= 1:
             return
@@ -294,7 +294,7 @@ class Follower(TorchDispatchMode):
             return Value(COUNTS, f"{name} of {known[0].kind} in {self._here()}", norm=known[0].norm)
         if all(value.binary for value in known):
             return Value(ANALOG, f"{name} of spikes in {self._here()}")
-        # A constant added to a layer's output is a bias; a second signal added makes it no layer's own output any more.
+        # A constant added to a layer's output is a bias; after adding a second signal it is no single layer's output.
         layer = known[0].layer if len(known) == 1 and name in ("add", "sub", "neg") else ""
         return Value(ANALOG, f"{name} in {self._here()}" if not layer else known[0].origin, layer)
 
@@ -344,7 +344,7 @@ class Follower(TorchDispatchMode):
                 self._seen_by_views(tensor, value)
 
     def _seen_by_views(self, written: Tensor, value: Value) -> None:
-        """Notes for other views of the memory that was written into what they hold now."""
+        """Updates what other views of the memory hold that was written into."""
         memory = written.untyped_storage()
         for other, before in list(self._values.items()):
             whole = other is written or other is written._base
@@ -368,7 +368,7 @@ class Follower(TorchDispatchMode):
 
 
 def _levels(name: str, neuron: IntegerNeuron, output: Tensor) -> Value:
-    """What a neuron of levels has emitted, which a hook on it may have changed."""
+    """What a neuron of levels has emitted; a hook on it may have changed that."""
     levels = output * neuron.norm
     nearest = levels.round().clamp(0, neuron.levels)
     if not output.is_meta and not bool(torch.isclose(levels, nearest, atol=1e-3).all()):
@@ -388,7 +388,7 @@ def tensors_in(nested: Any) -> list[Tensor]:
 
 
 def _joined(known: Sequence[Value], output: Any, constants: bool) -> Value:
-    """What holds where values come together unchanged; constants beside spikes must be zeros and ones."""
+    """What a tensor holds that joins values unchanged; constants next to spikes must be zeros and ones."""
     first = known[0]
     kinds = {value.kind for value in known}
     if kinds == {SPIKES} and constants and not all(_zeros_and_ones(tensor) for tensor in tensors_in(output)):
@@ -400,7 +400,7 @@ def _joined(known: Sequence[Value], output: Any, constants: bool) -> Value:
 
 
 def _as_found(value: Value, output: Any) -> Value:
-    """What holds of spikes that numbers may have come among: zeros and one other value, or real values."""
+    """What a tensor of spikes holds after constants may have been written into it: spikes, scaled or analog values."""
     for x in tensors_in(output) if value.binary else ():
         if x.is_meta or not x.is_floating_point() or not x.numel():
             continue
@@ -414,7 +414,7 @@ def _as_found(value: Value, output: Any) -> Value:
 def _share_written(view: Tensor, written: Tensor) -> float:
     """The share of a view's values that lie where those of another view of the same memory do."""
     if view.is_meta or view.itemsize != written.itemsize:
-        return 0.5  # nobody knows
+        return 0.5  # unknown
     places = torch.zeros(written.untyped_storage().nbytes() // written.itemsize, dtype=torch.bool)
     places.as_strided(written.shape, written.stride(), written.storage_offset()).fill_(True)
     return places.as_strided(view.shape, view.stride(), view.storage_offset()).double().mean().item()
@@ -431,13 +431,13 @@ def _all_ones(constant: Any) -> bool:
 
 
 def _varying(constant: Any) -> frozenset[int]:
-    """The axes, counted from the last, on which a constant factor is not one and the same number."""
+    """The axes, counted from the last, along which a constant factor varies."""
     shape = constant.shape if isinstance(constant, Tensor) else ()
     return frozenset(-axis for axis, size in enumerate(reversed(shape), 1) if size > 1)
 
 
 def _widens(a: Any, b: Any, product: Any) -> bool:
-    """Whether an elementwise product is larger than both of its factors, as every pair of their entries is."""
+    """Whether an elementwise product is larger than both of its factors, like an outer product."""
     return all(isinstance(factor, Tensor) and factor.numel() < product.numel() for factor in (a, b))
 
 

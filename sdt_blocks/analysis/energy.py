@@ -29,14 +29,14 @@ from .energy_models import (
     with_rates,
 )
 from .operations import LayerOperations, NotCounted, Operations, count_operations
-from .probe import Batches, Forward, check_weights, unwrap
+from .probe import Batches, Forward, check_weights, is_within, unwrap
 from .silence import as_text, warn_if_dead
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 CONVENTION = "A rate is the share of a layer's inputs that are not zero: after pooling, over all samples, at each step."
-"""What every rate of a report means, stated once."""
+"""The meaning of every rate in a report."""
 
 Rates = float | Sequence[float]
 
@@ -45,8 +45,8 @@ Rates = float | Sequence[float]
 class LayerEnergy:
     """One row of the energy table: `energy_mj = E * macs * sum(rate)`, with E of a MAC or an AC, for one sample.
 
-    `once_mj` counts a layer that sees the same still image at every step once. `bound_mj` (attention alone) is the
-    mixer's estimate; for a mask the paper's `E_AC * N * D * sum(R)`, R being the rates of k and v added up.
+    `once_mj` charges a layer that sees the same still image at every step only once. `bound_mj` (attention only) is the
+    mixer's estimate; for a mask it is the paper's `E_AC * N * D * sum(R)`, where R is the sum of the rates of k and v.
     """
 
     name: str
@@ -65,8 +65,8 @@ class AttentionEnergy:
     """All spike-driven attention of a model against softmax attention of the same size, for one sample, in millijoules.
 
     `sdsa_mj` and `vanilla_mj` are the operators alone (the latter `2 N^2 D` multiply-accumulates, `N^2` for the scale
-    and `2 N^2` for softmax); the `whole` figures add the four projections, `4 N D^2` multiply-accumulates if vanilla.
-    `bound_mj` is None where a mixer has no such estimate.
+    and `2 N^2` for softmax); the `whole` figures add the four projections, `4 N D^2` multiply-accumulates for softmax
+    attention. `bound_mj` is None if a mixer has no such estimate.
     """
 
     sdsa_mj: float
@@ -82,7 +82,7 @@ class EnergyReport:
 
     `ann_mj` charges every layer once, as multiply-accumulates, and softmax attention instead of the spike-driven one.
     `not_counted` are operations that may multiply but have no rule, so that all totals lack them; `silence` says which
-    neurons never fired, "" where all did. `estimates` are the energies by each model, `operations` what they charge.
+    neurons never fired, "" if all did. `estimates` are the energies by each model, `operations` what they charge.
     """
 
     layers: list[LayerEnergy]
@@ -98,7 +98,7 @@ class EnergyReport:
     operations: Operations = field(default_factory=lambda: Operations([], 0, 0), repr=False)
 
     def estimate(self, model: EnergyModel) -> Estimate:
-        """The energy by one model more, from the operations that have been counted; tables and files show it as well.
+        """The energy by a further model, from the operations that were counted; tables and files then include it.
 
         >>> from dataclasses import replace
         >>> report = energy(example_model(), example_images()[0])
@@ -111,7 +111,7 @@ class EnergyReport:
 
     @property
     def verdict(self) -> str:
-        """In one sentence, whether the spiking network would win against its ANNs, and by which models."""
+        """In one sentence, by which models the spiking network would win against its ANNs."""
         bits = next(iter(self.estimates.values())).bits
         against = {
             "the same ANN": {name: (found.ann, found.cost) for name, found in self.estimates.items()},
@@ -127,7 +127,7 @@ class EnergyReport:
 
     @property
     def total_once_mj(self) -> float:
-        """The total with the layers that see a still image computed once instead of at every step."""
+        """The total if layers that see a still image are computed once instead of at every step."""
         return sum(layer.once_mj for layer in self.layers)
 
     @property
@@ -142,7 +142,7 @@ class EnergyReport:
         raise KeyError(f"there is no layer {name!r}; the layers are {', '.join(layer.name for layer in self.layers)}")
 
     def to_json(self, path: str | Path | None = None, confidence: float = 0.95) -> str:
-        """The report as JSON text, also written to `path` if given; intervals are those of `confidence`."""
+        """The report as JSON text, also written to `path` if given, with intervals at the level `confidence`."""
         attention = None
         if self.attention is not None:
             attention = {
@@ -234,21 +234,21 @@ def energy(
     """Energy of one inference: the operations of each layer times the rates of its real input, after any pooling.
 
         MAC layers (analog input)   E_MAC * macs * T; for frames that change, times their non-zero share
-        AC layers (spikes)          E_AC * macs * sum over t of rate[t]; a level, or a count of spikes, is as many
-        mixers of an attention      E_AC for each of their `additions`: a coincidence of k and v where a mask is made
-                                    of them; in q (k^T v) also a row of counts for each spike of q
+        AC layers (spikes)          E_AC * macs * sum over t of rate[t]; a level or count of n is charged n times
+        mixers of an attention      E_AC for each of their `additions`: for a mask, each coincidence of k and v;
+                                    in q (k^T v) also a row of counts for each spike of q
 
     A unit that is trained as several layers is charged as the one convolution that it is when deployed; with
     `as_trained` its layers are charged one by one.
 
-    These are the papers' figures, those of the report itself. `report.estimates` holds an `Estimate` for each of
-    `ENERGY_MODELS` by its name, with the ANNs beside it and the rates at which they break even;
-    `report.estimate(model)` adds one more.
+    These are the papers' figures, and those of the report itself. `report.estimates` has an `Estimate` for each of
+    `ENERGY_MODELS` by name, with the ANNs and the break-even rates; `report.estimate(model)` adds another.
 
-    `e_mac` and `e_ac` are in picojoules, for the papers' formula and the operations executed. Batch normalisation folds
-    into the convolution before it and costs nothing, folded or not. The other arguments are as for `count_operations`.
+    `e_mac` and `e_ac` are in picojoules, for the papers' formula and the executed operations. Batch normalisation folds
+    into the convolution before it and costs nothing, folded or not. The other arguments are those of
+    `count_operations`.
 
-    Raises `ValueError` where there is no batch, or the weights are on the meta device.
+    Raises `ValueError` if there is no batch, or if the weights are on the meta device.
 
     >>> report = energy(example_model(), example_images()[0])
     >>> report.total_mj < report.ann_mj, report["head"].synaptic_operations > 0, report.not_counted
@@ -276,10 +276,10 @@ def energy_from_rates(
     """The energy table for given rates, such as a paper's: without data, and on the meta device without weights.
 
     `rates` is one number for all layers fed by spikes, or a mapping from layer names or patterns (`"blocks.*.mlp.*"`;
-    the first that fits counts) to a number or one number a step. MAC layers that it does not name are charged in full.
-    Neuron layers are named alike; one that nothing names fires at the mean rate of all inputs that are spikes. The
-    bound of an attention follows from the rates of the neurons whose spikes it gets. `input_shape` is that of one
-    sample, `[C, H, W]` or `[T, C, H, W]`.
+    the first that matches counts) to a number or one number per step. MAC layers that it does not name are charged in
+    full. Neuron layers are named the same way; one that nothing names fires at the mean rate of all inputs that are
+    spikes. The bound of an attention follows from the rates of the neurons whose spikes it gets. `input_shape` is that
+    of one sample, `[C, H, W]` or `[T, C, H, W]`.
 
     Raises `ValueError` for a rate outside 0..1, a wrong number of steps, a layer without a rate, a key without a layer.
 
@@ -322,7 +322,7 @@ def energy_from_rates(
 
 
 def _key(name: str, rates: Mapping[str, Rates]) -> str | None:
-    """The key under which a layer's rate is given: its own name, or the first pattern that fits."""
+    """The key under which a layer's rate is given: its own name, or the first pattern that matches."""
     return name if name in rates else next((key for key in rates if fnmatchcase(name, key)), None)
 
 
@@ -380,7 +380,7 @@ def _layer(layer: LayerOperations, formula: EnergyModel) -> LayerEnergy:
 
 
 def _outcome(ann: str, costs: Mapping[str, tuple[Cost, Cost]]) -> str:
-    """Where the spiking network wins against an ANN, and where it loses, by model and by how many times."""
+    """The models by which the spiking network wins against an ANN, and by which it loses, with the factors."""
     ratios = {name: _ratio(other.total_mj, own.total_mj) for name, (other, own) in costs.items()}
     told = []
     for verb, names in (
@@ -398,7 +398,8 @@ def _attention(operations: Operations, rows: list[LayerEnergy], mac_mj: float) -
     if not attention:
         return None
     by_name = {row.name: row for row in rows}
-    inside = sum(row.energy_mj for row in rows if any(_within(row.name, layer.name) for layer in attention))
+    names = [layer.name for layer in attention]
+    inside = sum(row.energy_mj for row in rows if row.name in names or any(is_within(row.name, one) for one in names))
     bounds = [by_name[layer.name].bound_mj for layer in attention]
     softmax = sum(vanilla(layer) for layer in attention) * mac_mj
     projections = sum(4 * layer.tokens * layer.channels**2 for layer in attention) * mac_mj
@@ -411,12 +412,8 @@ def _attention(operations: Operations, rows: list[LayerEnergy], mac_mj: float) -
     )
 
 
-def _within(name: str, module: str) -> bool:
-    return name == module or not module or name.startswith(f"{module}.")
-
-
 def suitable_unit(millijoule: float) -> tuple[str, float]:
-    """The unit in which an energy given in mJ reads well, and how many of it are one mJ."""
+    """A suitable unit for an energy given in mJ, and how many of that unit are one mJ."""
     for unit, factor in (("mJ", 1.0), ("µJ", 1e3), ("nJ", 1e6)):
         if millijoule * factor >= 1:
             return unit, factor
@@ -430,5 +427,5 @@ def millijoules(value: float) -> str:
 
 
 def _ratio(reference: float, value: float) -> Any:
-    """`reference / value`, or None where nothing was spent."""
+    """`reference / value`, or None if value is zero."""
     return reference / value if value else None

@@ -1,7 +1,7 @@
 """Energy models: what a network is charged for, by constants with a source, and when an ANN would need less.
 
-A model is a table of constants, `EnergyModel`; the equations are the functions below it, of the records that
-`count_operations` makes. One equation serves all models, the spiking network and both of its ANNs.
+A model is a table of constants, `EnergyModel`; the functions below are its equations, applied to the records of
+`count_operations`. The same equations serve all models, the spiking network and both of its ANNs.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ E_AC = 0.9
 PJ_IN_MJ = 1e-9
 
 WORD = 32
-"""Bits of a word of the memories whose price goes by their size."""
+"""Bits in a word of memories that are priced by their size."""
 
 Record = LayerOperations | NeuronOperations
 
 
 @dataclass(frozen=True)
 class EnergyModel:
-    """What is charged, and for how much. Energies are in picojoules: of an operation, or of a bit that is moved.
+    """What is charged, and how much. Energies are in picojoules: per operation, or per bit that is moved.
 
-    Compute: `mac` and `ac`, an operation; `update`, a state and step; `reset`, a spike that a neuron emits.
-    `addressing`: an addition more for each operation that a spike causes and two `mac` for each spike into a
+    Compute: `mac` and `ac`, an operation; `update`, a state at each step; `reset`, a spike that a neuron emits.
+    `addressing`: one more addition for each operation that a spike causes and two `mac` for each spike into a
     convolution; for analog inputs an addition for each input and output.
 
-    Memory: `weight`, each time that a weight or bias is used; `weight_once`, each weight once an inference; `state`,
-    each number that a neuron keeps, when it is read and when it is written, once each a step, with
-    `state_per_operation` a membrane also at each addition;
-    `spike`, a spike that is read by a layer or written by a neuron; `activation`, an analog value in its place. The
-    `_bits` say how wide each is. `stationary`: a layer of analog values keeps its weights in place and fetches an input
-    at each operation, where spikes fetch a weight. With `buffers`, pairs of a memory's size in bytes and the price of a
-    word of 32 bits, linear in between, the size of what holds the values replaces the prices but `weight_once`; spikes
-    wait in `queue` bytes, and a convolution of analog values reads its input at each operation.
+    Memory: `weight`, each use of a weight or bias; `weight_once`, each weight once per inference; `state`, each number
+    that a neuron keeps, once when it is read and once when it is written at each step, with `state_per_operation` a
+    membrane also at each addition; `spike`, a spike that is read by a layer or written by a neuron; `activation`, an
+    analog value instead of a spike. The `_bits` are their widths. `stationary`: a layer of analog values keeps its
+    weights in place and fetches an input for each operation, where spikes fetch a weight. `buffers` are pairs of a
+    memory's size in bytes and the price of a word of 32 bits, linear in between; the size of the memory that holds the
+    values then determines all prices except `weight_once`. Spikes wait in `queue` bytes, and a convolution of analog
+    values reads its input for each operation.
 
-    What is counted: `padding`, the operations of a convolution on its padding; `every_step`, a still image's first
+    What is counted: `padding`, a convolution's operations on its padding; `every_step`, a still image's first
     layer at every step although it is computed once; `biases`, an addition for each output of a layer that has one.
     """
 
@@ -86,7 +86,7 @@ class EnergyModel:
             raise ValueError(f"{self.name}: buffers must grow in size and cost no less than nothing: {self.buffers}")
 
     def price(self, flat: float, size: float) -> float:
-        """Picojoules a bit of a memory of `size` bytes: `flat`, or what the buffers say."""
+        """Picojoules per bit of a memory of `size` bytes: `flat`, or the price from `buffers`."""
         if not self.buffers:
             return flat
         sizes, prices = np.array(self.buffers).T
@@ -138,12 +138,12 @@ YAN = EnergyModel(
 )
 
 ENERGY_MODELS = {model.name: model for model in (FORMULA, EXECUTED, STEP, LEMAIRE, YAN)}
-"""The models by name: two of operations alone, three with memory."""
+"""The models by name: two that charge only operations, three with memory."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Millijoules of operations, and of moving weights, membranes, and spikes or what stands in their place."""
+    """Millijoules of operations, and of moving weights, membranes, and spikes (or activations, in an ANN)."""
 
     compute_mj: float = 0.0
     weights_mj: float = 0.0
@@ -171,10 +171,10 @@ class RowEstimate:
     """One layer, or one neuron layer (type "neuron"), by one model, for one sample.
 
     `steps` are the costs of the spiking network step by step; `ann` and `quantised` those of the ANNs, which run once.
-    `rate` is the mean over the steps of the share of its inputs that count (of a neuron: of its outputs).
-    `break_even` is the rate at which the spiking layer would cost as much as the ANN's, None where none would matter
-    (analog inputs; neurons, whose rate is no input's): above 1 it wins at any rate, below 0 it loses at any.
-    `std_mj` is the standard deviation of its cost over `samples`, None of fewer than two.
+    `rate` is the mean over the steps of the share of its inputs that count (for a neuron: of its outputs).
+    `break_even` is the rate at which the spiking layer would cost as much as the ANN's: above 1 it wins at any rate,
+    below 0 it loses at any. It is None for analog inputs and for neurons. `std_mj` is the standard deviation of its
+    cost over `samples`, None for fewer than two.
     """
 
     name: str
@@ -189,7 +189,7 @@ class RowEstimate:
     samples: int = 0
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
-        """The confidence interval of the mean cost in mJ; None of fewer than two samples. Raises outside of 0..1."""
+        """The confidence interval of the mean cost in mJ; None for fewer than two samples. Raises outside of 0..1."""
         return interval(self.cost.total_mj, self.std_mj, self.samples, confidence)
 
     @property
@@ -200,13 +200,13 @@ class RowEstimate:
 
 @dataclass
 class Estimate:
-    """The energy of one inference by one model: `rows` are the layers, then the neuron layers; for one sample.
+    """The energy of one inference by one model, for one sample: `rows` are the layers, then the neuron layers.
 
-    `ann` is the same network as an ANN: each layer once, in full, softmax attention for the spike-driven one.
+    `ann` is the same network as an ANN: each layer once, in full, softmax attention instead of the spike-driven one.
     `quantised` is the ANN whose activations have as many values as a neuron has over all steps, `bits` wide; a product
-    with one costs `bits` additions, or a multiplication where that is less. `break_even` is the rate of all spikes at
-    which the whole network would cost as much as the ANN; `std_mj` the standard deviation of the spiking network's cost
-    over `samples`, `steps_std_mj` that of its first 1, 2, ... steps; None and empty of fewer than two.
+    with one costs `bits` additions, or a multiplication if that is less. `break_even` is the common rate of all spikes
+    at which the whole network would cost as much as the ANN; `std_mj` the standard deviation of the spiking network's
+    cost over `samples`, `steps_std_mj` that of its first 1, 2, ... steps; None and empty for fewer than two samples.
     """
 
     model: EnergyModel
@@ -222,9 +222,9 @@ class Estimate:
         return self.steps_std_mj[-1] if self.steps_std_mj else None
 
     def interval(self, confidence: float = 0.95, *, steps: int | None = None) -> tuple[float, float] | None:
-        """The confidence interval of the mean cost in mJ, of the first `steps` alone where given.
+        """The confidence interval of the mean cost in mJ, or of that of the first `steps`.
 
-        None of fewer than two samples. Raises `ValueError` for a confidence outside of 0..1.
+        None for fewer than two samples. Raises `ValueError` for a confidence outside of 0..1.
         """
         if steps is None or not self.steps_std_mj:
             return interval(self.cost.total_mj, self.std_mj, self.samples, confidence)
@@ -250,7 +250,7 @@ class Estimate:
         return Cost.sum(row.quantised for row in self.rows)
 
     def to_dict(self, confidence: float = 0.95) -> dict[str, Any]:
-        """All of it as JSON takes it; energies in millijoules, those of the spiking network with one number a step."""
+        """Everything as JSON data; energies in millijoules, those of the spiking network also step by step."""
         rows = [
             {
                 "name": row.name,
@@ -310,7 +310,7 @@ def _row(record: Record, model: EnergyModel, bits: int) -> RowEstimate:
 
 
 def step_costs(record: Record, model: EnergyModel) -> list[Cost]:
-    """What one layer or neuron layer of the spiking network costs at each step."""
+    """The cost of one layer or neuron layer of the spiking network at each step."""
     if isinstance(record, NeuronOperations):
         return [_neuron_cost(record, model, spikes) for spikes in record.spikes]
     costs = []
@@ -326,7 +326,7 @@ def step_costs(record: Record, model: EnergyModel) -> list[Cost]:
 
 
 def ann_cost(record: Record, model: EnergyModel, bits: int | None = None) -> Cost:
-    """What the same layer costs in an ANN, once; with activations of `bits` bits where given."""
+    """The cost of the same layer in an ANN, once; with activations of `bits` bits if given."""
     width = model.activation_bits if bits is None else bits
     if isinstance(record, NeuronOperations):
         price = model.price(model.activation, record.neurons * WORD / 8)
@@ -349,7 +349,7 @@ def _product_cost(
     spikes: bool,
     width: float | None = None,
 ) -> Cost:
-    """The one equation of all products: `operations` at `price`, `moved` inputs, spikes or values of `width` bits."""
+    """The equation for all products: `operations` at `price`, and `moved` inputs, spikes or values of `width` bits."""
     biases = layer.biases if model.biases else 0.0
     compute = price * operations + model.ac * biases
     convolution = layer.type == "conv"
@@ -371,7 +371,7 @@ def _product_cost(
 
 
 def _loaded(layer: LayerOperations, model: EnergyModel) -> Cost:
-    """The weights of a layer, fetched once an inference."""
+    """Fetching the weights of a layer once per inference."""
     return _mj(weights=layer.weights * model.weight_bits * model.weight_once)
 
 
@@ -391,9 +391,9 @@ def vanilla(layer: LayerOperations) -> float:
 
 
 def at_rates(record: Record, rates: Sequence[float]) -> Any:
-    """The record as if these shares of its inputs counted, one a step; of a neuron layer, if that much of it fired.
+    """The record as if these shares of its inputs counted, one per step; for a neuron layer, as if that share fired.
 
-    Analog inputs keep what is charged of them.
+    Layers on analog inputs are unchanged.
     """
     if isinstance(record, NeuronOperations):
         return replace(record, spikes=[record.neurons * rate for rate in rates])
@@ -403,9 +403,9 @@ def at_rates(record: Record, rates: Sequence[float]) -> Any:
 
 
 def with_rates(layer: LayerOperations, rates: Sequence[float]) -> LayerOperations:
-    """A layer, fed by spikes or not, as if these shares of its inputs counted, one a step.
+    """A layer, fed by spikes or not, as if these shares of its inputs counted, one per step.
 
-    Of levels they are shares of all binary steps.
+    For levels they are shares of all binary steps.
     """
     numbers = [layer.levels * rate for rate in rates]
     return replace(
@@ -417,9 +417,9 @@ def with_rates(layer: LayerOperations, rates: Sequence[float]) -> LayerOperation
 
 
 def read_energy_models(path: str | Path) -> dict[str, EnergyModel]:
-    """Energy models of one's own from YAML: constants of `EnergyModel` by the model's name, upon those of `base`.
+    """Your own energy models from YAML: constants of `EnergyModel` by the model's name, on top of those of `base`.
 
-    Raises `ValueError` for a base that is not known, a constant that no model has, or a value that is no number.
+    Raises `ValueError` for an unknown base or constant, or a value that is not a number.
 
         chip:
           base: step
@@ -462,7 +462,7 @@ def _rates(record: Record) -> list[float]:
 
 
 def _shares(record: Record, model: EnergyModel) -> dict[Hashable, float]:
-    """What one more of each value that samples differ in costs, in mJ: costs are linear in them."""
+    """The cost in mJ of one more unit of each value that differs between samples: costs are linear in them."""
     none = at_rates(record, [0.0] * len(_rates(record)))
     one = [1.0] + [0.0] * (len(_rates(record)) - 1)
     if isinstance(record, NeuronOperations):
@@ -485,7 +485,7 @@ def _total(record: Record, model: EnergyModel) -> float:
 
 
 def _break_even(ann: float, none: float, all_fire: float) -> float | None:
-    """Where the line through the energies at the rates 0 and 1 meets the ANN's."""
+    """Where the line through the energies at the rates 0 and 1 meets the ANN's energy."""
     return (ann - none) / (all_fire - none) if all_fire != none else None
 
 

@@ -1,4 +1,4 @@
-"""Whether every sample of a batch is answered for itself, and where samples meet if they do."""
+"""Whether every sample of a batch is answered independently, and if not, where samples meet."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..inference.frozen import times_written
 from .dataflow import tensors_in
-from .probe import Forward, Probe
+from .probe import Forward, Probe, is_within
 
 Changes = tuple[Tensor | None, Tensor | None]
-"""Where a tensor differs from that of the first run in either of two others; None where nobody can tell."""
+"""Where a tensor differs from that of the first run in each of two other runs; None if that is unknown."""
 
 Keep = Callable[[str, list[Tensor], list[Tensor]], None]
-"""Called with the name of a module, what it was given and what it gave."""
+"""Called with the name of a module, its inputs and its outputs."""
 
 
 def where_samples_meet(
@@ -27,11 +28,11 @@ def where_samples_meet(
     neurons: Sequence[type[nn.Module]] = (),
     forward: Forward | None = None,
 ) -> list[str]:
-    """The innermost modules that make one value of two samples of the batch x, which lie on `axis`; [] if none does.
+    """The innermost modules that combine samples of the batch x, which are on `axis`; [] if there are none.
 
-    One sample is replaced by another one, and then its neighbour instead: what changes both times depends on both. It
-    is looked for in the output first. What stands behind such a module is not named, as it is given such values. On the
-    meta device there are no values to look at, and nothing is found.
+    One sample is replaced by another one, then its neighbour instead: a value that changes both times depends on both.
+    The output is checked first. Modules after such a module are not named, since their inputs already depend on both.
+    On the meta device there are no values to look at, and nothing is found.
     """
     batches = _replaced(x, axis)
     if batches is None or any(parameter.is_meta for parameter in model.parameters()):
@@ -56,7 +57,7 @@ def where_samples_meet(
     if x.shape[axis] == 1:
         try:
             run(batches[0])
-        except Exception:  # whatever a network raises that takes one sample alone: none can meet there
+        except Exception:  # the network takes one sample only, and may raise anything: then none can meet
             return []
     first, *others = (run(batch) for batch in batches)
     if not _meet([_changed(*both) for both in zip(first, *others, strict=False)], size):
@@ -67,13 +68,13 @@ def where_samples_meet(
         run(batch, calls.comparing(changes))
     meeting = (name for name, given, made in calls.compared() if _apart(given, size) and _meet(made, size))
     found = list(dict.fromkeys(meeting))
-    return [name for name in found if not any(_within(other, name) for other in found)] or [""]
+    return [name for name in found if not any(is_within(other, name) for other in found)] or [""]
 
 
 class _Calls:
-    """What the modules are given and give in one run, and where that changes in two others.
+    """The inputs and outputs of modules in one run, and where they change in two others.
 
-    Tensors are kept as they are, not copied: one that is written to later is not looked at.
+    Tensors are kept as they are, not copied: one that is written to later is not compared.
     """
 
     def __init__(self) -> None:
@@ -84,10 +85,10 @@ class _Calls:
     def keep(self, name: str, given: list[Tensor], made: list[Tensor]) -> None:
         self.base.setdefault(name, []).append((given, made))
         for tensor in (*given, *made):
-            self.versions.setdefault(id(tensor), _version(tensor))
+            self.versions.setdefault(id(tensor), times_written(tensor))
 
     def comparing(self, changes: dict[int, Tensor | None]) -> Keep:
-        """What keeps, of another run, where it differs from the first one."""
+        """A function that records where another run differs from the first one."""
         places: Counter[str] = Counter()
 
         def keep(name: str, given: list[Tensor], made: list[Tensor]) -> None:
@@ -96,13 +97,13 @@ class _Calls:
             for before, after in zip(calls[place], (given, made), strict=True) if place < len(calls) else ():
                 for old, new in zip(before, after, strict=False):
                     if id(old) not in changes:
-                        same = _version(old) == self.versions[id(old)]
+                        same = times_written(old) == self.versions[id(old)]
                         changes[id(old)] = _differ(old, new) if same else None
 
         return keep
 
     def compared(self) -> Iterator[tuple[str, list[Changes], list[Changes]]]:
-        """For every call the module's name, and where its inputs and its outputs differ in either run."""
+        """For every call the module's name, and where its inputs and outputs differ in each of the two runs."""
         one, other = self.changes
         for name, calls in self.base.items():
             for call in calls:
@@ -111,7 +112,7 @@ class _Calls:
 
 
 def _replaced(x: Tensor, axis: int) -> list[Tensor] | None:
-    """The batch, of two samples at least, and twice with one of the first two replaced; None where no two differ."""
+    """The batch, with at least two samples, and twice with one of the first two replaced; None if all are alike."""
     if x.is_meta or x.ndim < axis + 2:
         return None
     first = x.select(axis, 0)
@@ -133,19 +134,14 @@ def _replaced(x: Tensor, axis: int) -> list[Tensor] | None:
     return batches
 
 
-def _version(tensor: Tensor) -> int:
-    """How often a tensor has been written to, as far as it counts."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def _watch(probe: Probe, keep: Keep) -> None:
-    """Shows every module's calls, but for those within a neuron, which may be called with anything."""
+    """Watches every module's calls, except those inside a neuron, which may be called with anything."""
 
     def watcher(name: str) -> Any:
         return lambda module, inputs, output: keep(name, tensors_in(inputs), tensors_in(output))
 
     for name, module in probe.model.named_modules():
-        if not any(_within(name, neuron) for neuron in probe.neurons):
+        if not any(is_within(name, neuron) for neuron in probe.neurons):
             probe.watch(module, watcher(name))
 
 
@@ -158,7 +154,7 @@ def _meet(tensors: Sequence[Changes], size: int) -> bool:
 
 
 def _apart(tensors: Sequence[Changes], size: int) -> bool:
-    """Whether no sample of any tensor changes in both runs, wherever its samples lie."""
+    """Whether no sample of any tensor changes in both runs, wherever its samples are."""
     return all(one is not None and other is not None and _one_each(one, other, size) for one, other in tensors)
 
 
@@ -175,12 +171,12 @@ def _changed(first: Tensor, *others: Tensor) -> Changes:
 
 
 def _differ(a: Tensor, b: Tensor) -> Tensor | None:
-    """Where two tensors differ; None where their shapes do."""
+    """Where two tensors differ; None if their shapes do."""
     return (a != b) & ~(a.isnan() & b.isnan()) if a.shape == b.shape else None
 
 
 def _layouts(shape: Sequence[int], size: int) -> list[tuple[int, int]]:
-    """Where the samples may lie: an axis, and whether they are the inner or the outer part of what is folded in it."""
+    """Where the samples may be: an axis, and whether they are the inner or the outer part of a folded axis."""
     if len(shape) == 1:
         return [(0, 1)] if shape[0] == size else []
     axes = [axis for axis in (0, 1) if len(shape) > 1 and shape[axis] % size == 0]
@@ -188,12 +184,7 @@ def _layouts(shape: Sequence[int], size: int) -> list[tuple[int, int]]:
 
 
 def _of_samples(changed: Tensor, layout: tuple[int, int], size: int) -> Tensor:
-    """Whether anything of each sample has changed, `[size]`."""
+    """Whether any value of each sample has changed, `[size]`."""
     axis, place = layout
     folded = changed.movedim(axis, 0).unflatten(0, (-1, size) if place else (size, -1))
     return folded.movedim(place, 0).flatten(1).any(1)
-
-
-def _within(name: str, owner: str) -> bool:
-    """Whether a module stands within another one."""
-    return name != owner and (not owner or name.startswith(f"{owner}."))

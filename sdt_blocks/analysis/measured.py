@@ -1,4 +1,4 @@
-"""What a network really takes on this machine: latency, throughput, and joules where there are energy counters."""
+"""What a network really costs on this machine: latency, throughput, and joules if there are energy counters."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from .probe import evaluating, input_of, unwrap
 DENSE, EVENTS, ANN = "dense", "event-driven", "ANN"
 
 LEAST_RUNS = 5
-"""Runs behind a latency, however long they take."""
+"""The least number of runs for a latency, however long they take."""
 
 MOST_SWEPT = 8
-"""Numbers of time steps whose latency is measured; of more, those that double."""
+"""Up to this many time steps the latency of each number is measured; for more, only powers of two and the last."""
 
 Run = Callable[[], object]
 Key = TypeVar("Key", bound=Hashable)
@@ -36,7 +36,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass
 class Energy:
-    """Joules of one inference by counter, and what the machine takes meanwhile when it does nothing."""
+    """Joules of one inference by counter, and what an idle machine uses in the same time."""
 
     joules: dict[str, float]
     idle_joules: dict[str, float]
@@ -52,10 +52,10 @@ class Energy:
 
 @dataclass
 class Form:
-    """One form of a network as measured: the median latency of a single sample, and samples a second in a batch.
+    """The measurements of one form of a network: median latency of a single sample, and samples per second in a batch.
 
-    `energy` is that of a sample of the batch, None where there are no counters; `missing` says why a form could not be
-    measured at all.
+    `energy` is per sample of the batch, None without counters; `missing` says why a form could not be measured at
+    all.
     """
 
     name: str
@@ -67,9 +67,9 @@ class Form:
 
 @dataclass
 class Measured:
-    """What was measured on `machine`; `counters` says what the joules are of, or why there are none.
+    """The measurements on `machine`; `counters` says what the joules include, or why there are none.
 
-    `latency_ms` is the dense form's by number of time steps, `latency_missing` why it lacks some or all of them.
+    `latency_ms` is the dense form's by number of time steps, `latency_missing` says why some or all are missing.
     """
 
     machine: str
@@ -80,7 +80,7 @@ class Measured:
     latency_missing: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON takes it."""
+        """Everything as JSON data."""
         forms = [
             {
                 "name": form.name,
@@ -108,9 +108,9 @@ def measure(
 ) -> Measured:
     """Latency, throughput and joules of a model on a batch, as it is deployed.
 
-    Measured are the dense and the event-driven form of `optimize_for_inference`, and the same layers as an ANN: clipped
-    rectifiers for the neurons, one step. `axis` is the one of the inputs on which the samples lie; each figure takes
-    `seconds`, those of the counters at least a second. `missing` says why there are no (more) counters.
+    The dense and the event-driven form of `optimize_for_inference` are measured, and the same layers as an ANN: clipped
+    rectifiers for the neurons, one step. `axis` is that of the samples in the inputs; each figure takes `seconds`,
+    those of the counters at least one second. `missing` says why there are no (more) counters.
 
     >>> found = measure(example_model(), example_images()[0], seconds=0.01)
     >>> [form.name for form in found.forms], found.forms[0].latency_ms > 0
@@ -146,7 +146,7 @@ def latencies(
 ) -> dict[str, list[Form]]:
     """The dense and the event-driven form of each model with the latency of its inputs, by the model's name.
 
-    The calls take turns, so that what disturbs the machine hits all of them; `tick` is told what is being done.
+    The calls take turns, so that a disturbance of the machine hits all of them; `tick` is called with a progress text.
     """
     found: dict[str, list[Form]] = {}
     runs: dict[tuple[str, str], Run] = {}
@@ -155,7 +155,7 @@ def latencies(
         for name in (DENSE, EVENTS):
             tick(f"{model_name}: {name}")
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what is not rebuilt runs as it is, and is timed so
+                warnings.simplefilter("ignore")  # parts that are not rebuilt run as they are, and are timed like that
                 form, why = _built(name, model)
                 why = why if form is None else _fails(form, inputs[model_name])
             found[model_name].append(Form(name, missing=why))
@@ -172,7 +172,7 @@ def latencies(
 def as_ann(model: nn.Module) -> nn.Module:
     """A copy of the model whose neurons are clipped rectifiers, for one step.
 
-    Raises `ValueError` where the model's own forward says how many steps there are.
+    Raises `ValueError` if the model has no `time_steps` to set to one.
     """
     copied = cast(Any, copy.deepcopy(model))
     if not hasattr(copied, "time_steps"):
@@ -182,7 +182,7 @@ def as_ann(model: nn.Module) -> nn.Module:
 
 
 class _ClippedRectifier(nn.Module):
-    """Between the 0 and 1 of a spike: an unclipped one may overflow in weights that were trained for spikes."""
+    """Clips to 0..1, like a spike: an unclipped rectifier may overflow with weights that were trained for spikes."""
 
     def forward(self, membrane: Tensor) -> Tensor:
         return membrane.clamp(0, 1)
@@ -196,7 +196,7 @@ _FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def _built(name: str, model: nn.Module) -> tuple[nn.Module | None, str]:
-    """One form of a network, or None and why there is none."""
+    """One form of a network, or None and the reason."""
     try:
         return _FORMS[name](model), ""
     except (ValueError, TypeError, RuntimeError) as error:
@@ -242,7 +242,7 @@ def _measured(
 
 
 def _times(form: nn.Module, x: Tensor, seconds: float, *, warm: bool = True) -> list[float]:
-    """Seconds of each of the runs that fill the time given."""
+    """The duration in seconds of each run, for as many runs as fill the given time."""
     return _times_in_turns({"": partial(_run, form, x)}, seconds=seconds, warm=warm)[""]
 
 
@@ -254,9 +254,9 @@ def _times_in_turns(
     warm: bool = True,
     tick: Callable[[str], None] = lambda _: None,
 ) -> dict[Key, list[float]]:
-    """Seconds of the runs, which take turns for so many rounds at least, and until they have filled the time given.
+    """The durations of the runs, in turns, for at least that many rounds and until they have filled the given time.
 
-    With `warm` two rounds before count nowhere: shapes are seen, ways are measured, memory is touched.
+    With `warm` two rounds are run before and not counted: shapes are seen, ways are measured, memory is touched.
     """
     for run in list(runs.values()) * (2 if warm else 0):
         run()
@@ -287,7 +287,7 @@ def _idle_watts(counters: Sequence[Counter], seconds: float) -> dict[str, float]
 
 
 def _latency_by_steps(model: nn.Module, one: Tensor, axis: int, seconds: float) -> tuple[dict[int, float], str]:
-    """The dense form's latency of a single sample for 1, 2, ... steps, and why others are missing ("": none are)."""
+    """The dense form's latency of a single sample for 1, 2, ... steps, and why others are missing ("" if none is)."""
     frames = one.ndim == 5
     if not frames and not hasattr(model, "time_steps"):
         return {}, f"{type(model).__name__} has no time_steps to set, and its inputs are no frames [B, T, C, H, W]"
@@ -302,12 +302,12 @@ def _latency_by_steps(model: nn.Module, one: Tensor, axis: int, seconds: float) 
         try:
             found[count] = 1e3 * statistics.median(_times(optimize_for_inference(copied), given, seconds))
         except (ValueError, TypeError, RuntimeError) as error:
-            return found, f"with {count} step(s), {' '.join(str(error).split())}"
+            return found, f"with {count} step(s), {_words(error)}"
     return found, ""
 
 
 def machine(device: torch.device) -> str:
-    """The processor or GPU by its name, and how many threads a processor is used with."""
+    """The name of the processor or GPU, and the number of threads used on a processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")

@@ -1,4 +1,4 @@
-"""How much figures differ from sample to sample, from sums that batches and processes add up."""
+"""How much figures differ from sample to sample, from sums that are added over batches and processes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 class Moments:
     """Means and products of deviations `[F, F]` of F values that each sample has, over `samples`.
 
-    They give the standard deviation of any weighted sum of the values, and do not grow with the samples. Parts are
-    merged as Chan, Golub and LeVeque do (1979), without the loss of sums of squares.
+    They give the standard deviation of any weighted sum of the values, and do not grow with the number of samples.
+    Parts are merged as in Chan, Golub and LeVeque (1979), without the loss of precision of sums of squares.
     """
 
     names: list[Hashable] = field(default_factory=list)
@@ -32,7 +32,7 @@ class Moments:
         return cls(list(values), len(table), mean, (table - mean).T @ (table - mean))
 
     def add(self, other: Moments) -> None:
-        """Takes in the samples of another batch or process; what only one of them knows is 0 in the other."""
+        """Adds the samples of another batch or process; a value that only one of them has is 0 in the other."""
         names = list(dict.fromkeys([*self.names, *other.names]))
         (a, a_products), (b, b_products) = self._spread(names), other._spread(names)
         samples = self.samples + other.samples
@@ -52,7 +52,7 @@ class Moments:
         return mean, products
 
     def std(self, weights: Mapping[Any, float]) -> float | None:
-        """The standard deviation over the samples of a weighted sum; None of fewer than two."""
+        """The standard deviation over the samples of a weighted sum; None for fewer than two."""
         if self.samples < 2:
             return None
         chosen = np.array([weights.get(name, 0.0) for name in self.names])
@@ -68,9 +68,9 @@ def merged(parts: Iterable[Moments]) -> Moments:
 
 
 def of_first_steps(values: Mapping[Any, np.ndarray]) -> list[Moments]:
-    """The moments of one batch after the first 1, 2, ... steps, each value `[T, B]` being added up over the steps.
+    """The moments of one batch after the first 1, 2, ... steps, where each value `[T, B]` is a cumulative sum.
 
-    What has fewer steps than another value keeps its last.
+    A value with fewer steps than another keeps its last.
     """
     steps = max((len(value) for value in values.values()), default=0)
     return [
@@ -79,14 +79,14 @@ def of_first_steps(values: Mapping[Any, np.ndarray]) -> list[Moments]:
 
 
 def merged_steps(parts: Iterable[Sequence[Moments]]) -> list[Moments]:
-    """The moments of all parts together, each those of the first 1, 2, ... steps; what ends sooner keeps its last."""
+    """The moments of all parts together, for the first 1, 2, ... steps; a shorter part keeps its last."""
     known = [part for part in parts if part]
     steps = max(map(len, known), default=0)
     return [merged(part[min(step, len(part) - 1)] for part in known) for step in range(steps)]
 
 
 def interval(mean: float, std: float | None, samples: int, confidence: float) -> tuple[float, float] | None:
-    """The confidence interval of a mean over samples, by Student's distribution; None where there is no spread.
+    """The confidence interval of a mean over samples, by Student's distribution; None if there is no spread.
 
     Raises `ValueError` for a confidence that is not between 0 and 1.
     """
@@ -103,7 +103,7 @@ def interval(mean: float, std: float | None, samples: int, confidence: float) ->
 
 
 def share_interval(share: float, samples: int, confidence: float) -> tuple[float, float] | None:
-    """The confidence interval of a share of so many samples, such as an accuracy (Wilson, 1927); None of no sample.
+    """The confidence interval of a share of `samples`, such as an accuracy (Wilson, 1927); None without samples.
 
     Raises `ValueError` for a confidence that is not between 0 and 1.
     """

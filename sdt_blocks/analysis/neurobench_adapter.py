@@ -15,15 +15,15 @@ from .record import trajectory
 def neurobench_model(model: nn.Module) -> Any:
     """The model as NeuroBench's `Benchmark` takes it. Needs `pip install neurobench`.
 
-    NeuroBench's own wrapper for snnTorch expects one step a call and keeps only the first step of a neuron that takes a
-    whole sequence; here every neuron layer hands over all its steps, spikes and membranes, under its full name.
+    NeuroBench's own wrapper for snnTorch expects one step per call and keeps only the first step of a neuron that takes
+    a whole sequence; here every neuron layer reports all its steps, spikes and membranes, under its full name.
 
-    Of its metrics, Footprint, ParameterCount, ConnectionSparsity, ActivationSparsity and MembraneUpdates mean what they
-    say. SynapticOperations counts what reaches a weight: for 1x1 convolutions and linear layers that is
-    `synaptic_operations` of `energy`; for 3x3 convolutions it leaves out the padding, which the paper's formula counts;
-    and a first layer that is computed once for a still image it counts once. It does not see the sums of k * v.
+    Of its metrics, Footprint, ParameterCount, ConnectionSparsity, ActivationSparsity and MembraneUpdates mean what
+    their names say. SynapticOperations counts what reaches a weight: for 1x1 convolutions and linear layers that is
+    `synaptic_operations` of `energy`; for 3x3 convolutions it excludes the padding, which the paper's formula includes.
+    A first layer that is computed once for a still image is counted once. The sums of k * v are not counted.
 
-    Raises `ImportError` where NeuroBench is not installed.
+    Raises `ImportError` if NeuroBench is not installed.
 
     >>> benchmark = Benchmark(neurobench_model(model), loader, [], [lambda logits: logits.argmax(-1)],
     ...     [[Footprint, ConnectionSparsity], [ActivationSparsity, SynapticOperations]])  # doctest: +SKIP

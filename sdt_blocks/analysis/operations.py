@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,19 +29,19 @@ class LayerOperations:
     """The work of one layer for one sample.
 
     `macs` are the multiply-accumulates of one step if every input counted, and `rate` the share of them that is charged
-    at each step. `kind` is "AC" where the input is spikes, which only add, else "MAC". `repeated`: the layer sees the
+    at each step. `kind` is "AC" if the input is spikes, which only add, else "MAC". `repeated`: the layer sees the
     same analog input at every step. For the mixer of an attention of `tokens` and `channels`, `macs` are the additions
     if all of q, k and v fired, `rate` the share of them that happens, and `bound_rate` the mixer's estimate of it.
 
-    `executed` are the operations that are really done at each step, those on the padding of a convolution left out, and
+    `executed` are the operations that are really done at each step, without those on the padding of a convolution, and
     `executed_macs` those of one step if every input counted. `inputs` and `outputs` are the entries of one step,
     `moved` the inputs that are not zero at each step, `biases` the outputs of one step to which a bias is added,
-    `weights` the parameters that are multiplied. Of a mixer, `sources` are the neurons that its inputs come from and
-    `bound_shares` how much of its `macs` its estimate takes for each of them if it always fires. `varies`: what
-    is charged depends on the sample.
+    `weights` the parameters that are multiplied. For a mixer, `sources` are the neurons that its inputs come from, and
+    `bound_shares` the part of its `macs` that its estimate has for each of them if it always fires. `varies`: the
+    charges depend on the sample.
 
-    Inputs that are whole numbers, levels or counts of spikes, are charged as so many additions: `rate` is the mean
-    number. `levels` is the largest level, of a mixer how often its `macs` are done if q, k and v all have that.
+    Inputs that are whole numbers, levels or counts of spikes, are charged as that many additions: `rate` is their mean.
+    `levels` is the largest level, for a mixer how often its `macs` are done if q, k and v all have that level.
     """
 
     name: str
@@ -68,9 +68,9 @@ class LayerOperations:
 
 @dataclass
 class NeuronOperations:
-    """The work of one neuron layer for one sample: its size, how often it emits anything at each step, its memory.
+    """The work of one neuron layer for one sample: its size, its spikes at each step, its memory.
 
-    `states` is how many numbers each neuron keeps from step to step: none where it has no memory.
+    `states` is how many numbers each neuron keeps from step to step: 0 if it has no memory.
     """
 
     name: str
@@ -81,7 +81,7 @@ class NeuronOperations:
 
 @dataclass
 class NotCounted:
-    """An operation of a module that may multiply, but is left out of the count, and how often it was called."""
+    """An operation of a module that may multiply but is not counted, and how often it was called."""
 
     module: str
     operation: str
@@ -95,9 +95,9 @@ class NotCounted:
 class Operations:
     """The layers' work in the order of the forward pass, for the mean of `samples`.
 
-    `not_counted` are operations that may multiply and that no rule counts; `silence` names neurons that never fired.
-    `moments` are those of what each sample is charged in the first 1, 2, ... steps: of a layer `(name, "charged")`,
-    `"executed"` and `"moved"`, of a neuron layer `(name, "spikes")`.
+    `not_counted` are operations that may multiply and for which there is no rule; `silence` names neurons that never
+    fired. `moments` are those of the charges of each sample in the first 1, 2, ... steps: for a layer
+    `(name, "charged")`, `"executed"` and `"moved"`, for a neuron layer `(name, "spikes")`.
     """
 
     layers: list[LayerOperations]
@@ -146,10 +146,10 @@ class _Site:
 
 @dataclass
 class _Call:
-    """One call of a layer: non-zero inputs by row, the entries of a row, and the call's cost if all of them count.
+    """One call of a layer: non-zero inputs by row, the entries of a row, and the cost of the call if all count.
 
-    `executed` and `executed_dense` are the same costs without what falls on a padding; `moved` the non-zero inputs by
-    row where `nonzero` counts something else.
+    `executed` and `executed_dense` are the same costs without operations on a padding; `moved` are the non-zero inputs
+    by row if `nonzero` counts something else.
     """
 
     type: str
@@ -183,10 +183,10 @@ def count_operations(
 ) -> Operations:
     """The operations of every convolution, linear layer, matrix product and attention of the model, over all batches.
 
-    Counts are summed in float64 over batches and processes. What comes before the first neuron is analog (kind "MAC")
+    Counts are summed in float64 over batches and processes. Everything before the first neuron is analog (kind "MAC")
     unless `spike_input` says that the data are spikes; any other layer is "AC" if its inputs are zeros and one positive
-    value in every batch. For `neurons`, `forward` and `as_trained` see `firing_rates`. One warning names what may
-    multiply and is not counted. Raises `ValueError` where there is no batch.
+    value in every batch. For `neurons`, `forward` and `as_trained` see `firing_rates`. One warning names operations
+    that may multiply and are not counted. Raises `ValueError` if there is no batch.
     """
     sites: dict[str, _Site] = {}
     samples = steps = 0
@@ -217,7 +217,7 @@ def count_operations(
 
 
 class _Recorder(Follower):
-    """Notes the work of every product of a forward pass, as the dispatcher sees it."""
+    """Records the work of every product of a forward pass, as the dispatcher sees it."""
 
     def __init__(self, probe: Probe) -> None:
         super().__init__(probe)
@@ -234,7 +234,7 @@ class _Recorder(Follower):
         self.numbers.pop(name, None)
 
     def not_counted(self) -> Counter[tuple[str, str]]:
-        """How often modules called operations that may multiply and that no rule counts."""
+        """How often modules called operations that may multiply and for which there is no rule."""
         found: Counter[tuple[str, str]] = Counter()
         for product in self.products.values():
             whole = () if product.operation in RULES else (product.operation,)
@@ -251,7 +251,7 @@ class _Recorder(Follower):
             self._count(factors, outputs, biased)
 
     def inside_neuron(self, name: str, args: Sequence[Any], output: Any) -> None:
-        # The membrane's own decay is free of charge, the weights of a recurrent neuron are not.
+        # The membrane's own decay is free of charge, but the weights of a recurrent neuron are not.
         if name in FREE or not any(self._weight(arg) and arg.ndim > 1 for arg in args if isinstance(arg, Tensor)):
             return
         if name in RULES:
@@ -268,7 +268,7 @@ class _Recorder(Follower):
                 return  # constants of the model: the same for every sample, so computed once
             constant = weights
         if not any(constant) and self.mixers.keys() & set(self.probe.path):
-            return  # what a mixer adds is its own row
+            return  # the additions of a mixer are a row of their own
         if constant[0] == constant[1]:
             a_adds, b_adds = (bool(_is_spikes(x, x.count_nonzero())) for x in (a, b))
             constant = [b_adds and not a_adds, False]
@@ -290,7 +290,7 @@ class _Recorder(Follower):
         self.calls.setdefault(name, []).append(call)
 
     def _weight(self, factor: Tensor) -> str:
-        """The name of the parameter that a factor is, whole, in part or transposed."""
+        """The name of the parameter that a factor is, whole, in part or transposed; "" if it is none."""
         whole = factor if factor._base is None else factor._base
         return self.weights.get(id(factor), "") or self.weights.get(id(whole), "")
 
@@ -314,11 +314,11 @@ class _Recorder(Follower):
         )
 
     def _arranged(self, rows: Tensor) -> Tensor:
-        """Rows as `[d0, k]` or `[d0, d1, k]`, where the axes before the last tell time, samples and positions apart."""
+        """Rows as `[d0, k]` or `[d0, d1, k]`, where the axes before the last separate time, samples and positions."""
         rows = rows[0] if rows.ndim == 3 and len(rows) == 1 else rows
         leading = self.probe.shapes[-1][:-1] if self.probe.shapes else ()
         if rows.ndim == 2 and len(leading) > 1 and math.prod(leading) == len(rows):
-            # A linear layer takes its rows flat; they lay as the module that it stands in got them.
+            # A linear layer takes its rows flat; restore the axes that the module around it got.
             rows = rows.reshape(*leading, -1)
         return rows.flatten(2) if rows.ndim > 2 else rows
 
@@ -334,8 +334,8 @@ class _Recorder(Follower):
             values = [self.value(x) for x in spikes]
             whole = [_whole(value, x) for value, x in zip(values, spikes, strict=True)]
             entries = [(x != 0).float() if given is None else given for given, x in zip(whole, spikes, strict=True)]
-            added = _by_frame(mixer.additions, entries)
-            bound = _by_frame(mixer.bound, entries) if tells(mixer, "bound") else None
+            added = _summed(mixer.additions(*entries))
+            bound = _summed(mixer.bound(*entries)) if tells(mixer, "bound") else None
             binary = [x for given, x in zip(whole, spikes, strict=True) if given is None]
             adds = torch.tensor(all(bool(_is_spikes(x, x.count_nonzero())) for x in binary))
             size = (math.prod(spikes[0].shape[3:]), spikes[0].shape[2])
@@ -358,13 +358,8 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _by_frame(additions: Callable[..., Tensor], spikes: Sequence[Tensor]) -> Tensor:
-    """A mixer's additions `[T * B]` for so many spikes in each place."""
-    return _summed(additions(*spikes))
-
-
 def _summed(x: Tensor) -> Tensor:
-    """The sums of the frames of `[T, B, ...]` as `[T * B]`; zeros of meta tensors, which have no values."""
+    """The sums of the frames of `[T, B, ...]` as `[T * B]`; zeros for meta tensors, which have no values."""
     summed = x.flatten(0, 1).flatten(1).sum(1, dtype=torch.float64)
     return torch.zeros(summed.shape, dtype=torch.float64) if summed.is_meta else summed
 
@@ -375,7 +370,7 @@ def _nonzero(rows: Tensor) -> Tensor:
 
 
 def _whole(value: Value, x: Tensor) -> Tensor | None:
-    """Levels or counts of spikes as the numbers of additions that they are; None for all else."""
+    """Levels or counts of spikes as the numbers of additions that they stand for; None for anything else."""
     if value.kind not in (LEVELS, COUNTS) or x.is_meta:
         return None
     whole = (x * value.norm).round()
@@ -383,7 +378,7 @@ def _whole(value: Value, x: Tensor) -> Tensor | None:
 
 
 def _is_spikes(x: Tensor, nonzero: Tensor) -> Tensor:
-    """Whether all entries are 0 or one and the same positive number; `nonzero` holds counts of the non-zero ones."""
+    """Whether all entries are 0 or the same positive number; `nonzero` holds counts of the non-zero ones."""
     if x.is_meta:
         return torch.tensor(True)
     top = x.amax()
@@ -442,7 +437,7 @@ def _sum(name: str, calls: list[_Call], clock: Clock, x: Tensor) -> _Site:
 
 
 def _first_steps(value: Tensor, steps: int) -> np.ndarray:
-    """What each sample has at each step `[T or 1, B]`, added up over the first 1, 2, ... steps."""
+    """The values of each sample at each step `[T or 1, B]`, summed over the first 1, 2, ... steps."""
     return value.double().expand(steps, value.shape[1]).cumsum(0).cpu().numpy()
 
 

@@ -1,4 +1,4 @@
-"""PyTorch's operations as the dispatcher names them, by what they do to spikes; what is not listed may multiply."""
+"""PyTorch's operations as the dispatcher names them, by their effect on spikes; one that is not listed may multiply."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Operations that move values keep spikes spikes; so do those that choose among them.
+# Operations that move values keep spikes spikes; so do those that select among them.
 MOVES = _names(
     """view _unsafe_view _reshape_alias reshape t transpose permute expand expand_as squeeze unsqueeze select slice
     narrow index index_select gather take clone detach alias contiguous _to_copy to unfold unbind split
@@ -23,7 +23,7 @@ CHOOSES = _names(
     max_pool3d_with_indices adaptive_max_pool2d relu clamp clamp_min clamp_max sort topk cummax bitwise_and
     bitwise_or"""
 )
-# Of both, those that may put a number among spikes, apart from the ones that choose.
+# Those of MOVES that may put a number among spikes.
 FILLS = _names("constant_pad_nd pad index_put scatter select_scatter slice_scatter")
 COMPARES = _names("ge gt le lt eq ne logical_and logical_or logical_xor logical_not heaviside isfinite isnan")
 ADDITIONS = _names("add sub rsub sum cumsum neg abs sign round floor ceil trunc diff argmax argmin count_nonzero")
@@ -31,7 +31,7 @@ MEANS = _names(
     """mean avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool2d _adaptive_avg_pool2d _adaptive_avg_pool3d
     upsample_bilinear2d upsample_bicubic2d"""
 )
-# The two factors' places among the arguments.
+# The positions of the two factors among the arguments.
 WEIGHTED = {
     **dict.fromkeys(_names("mm bmm mv dot vdot matmul linear convolution conv1d conv2d conv3d"), (0, 1)),
     **dict.fromkeys(_names("addmm baddbmm addbmm addmv addr"), (1, 2)),
@@ -40,12 +40,12 @@ BATCH_NORMS = _names(
     """native_batch_norm cudnn_batch_norm miopen_batch_norm batch_norm _native_batch_norm_legit
     _native_batch_norm_legit_no_training _batch_norm_no_update"""
 )
-# Operations that only ask about a tensor, or make one from nothing but its shape.
+# Operations that only ask about a tensor, or make one from nothing but a shape.
 SHAPES = _names(
     """zeros_like ones_like full_like rand_like randn_like new_zeros new_ones new_full is_same_size _local_scalar_dense
     item equal zero fill bernoulli arange size sym_size dim numel _linalg_check_errors _assert_async"""
 )
-# Memory that nobody has written yet: where it is read without an operation that wrote it, foreign code did.
+# Memory that has not been written yet: if it is read and no operation wrote it, foreign code did.
 UNWRITTEN = _names("empty empty_like empty_strided empty_permuted new_empty new_empty_strided")
 FREE = MOVES | CHOOSES | COMPARES | ADDITIONS | MEANS | SHAPES | UNWRITTEN
 """Operations that multiply by nothing but constants."""
@@ -59,9 +59,9 @@ REASONS = {
 
 
 def operation(func: Any) -> tuple[str, bool]:
-    """The name of an operation and whether it writes in place; one of another library than PyTorch's keeps its prefix.
+    """The name of an operation and whether it writes in place; operations of other libraries keep their prefix.
 
-    A custom operation may be called "mul" as well and is no multiplication that this kit knows.
+    A custom operation may also be called "mul" without being a multiplication.
     """
     name = func.overloadpacket.__name__
     if func.namespace != "aten":

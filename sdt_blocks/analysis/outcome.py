@@ -15,11 +15,11 @@ from .probe import Batches, Probe, gather, input_of
 
 @dataclass
 class Outcome:
-    """Accuracy of a network, and the samples to draw.
+    """Accuracy of a network, and samples to draw.
 
-    `accuracy[t]` is the share of samples that the mean of the logits of the steps up to t gets right; one number where
-    the steps' logits cannot be had, none where the batches have no classes. `drawn` are samples of this process, of
-    different classes as far as there are, with their classes and answers, -1 where they are not known.
+    `accuracy[t]` is the share of samples for which the mean of the logits of the steps up to t is right; a single
+    number if the logits of the steps are not available, none if the batches have no classes. `drawn` are samples of
+    this process, of different classes if possible, with their classes and answers, -1 if unknown.
     """
 
     accuracy: list[float] = field(default_factory=list)
@@ -30,9 +30,9 @@ class Outcome:
 
 
 def look(model: nn.Module, batches: Batches, images: int, axis: int = 0) -> Outcome:
-    """Runs all batches, and keeps up to `images` samples, which lie on that axis of the inputs.
+    """Runs all batches and keeps up to `images` samples, which are on that axis of the inputs.
 
-    Samples with a negative class count nowhere.
+    Samples with a negative class are not counted.
     """
     right: Tensor | None = None
     samples = 0
@@ -67,7 +67,7 @@ def look(model: nn.Module, batches: Batches, images: int, axis: int = 0) -> Outc
 
 
 class _Pool:
-    """Up to so many samples: the first of each class, and others only as long as there is room."""
+    """Up to `size` samples: the first of each class, and others only as long as there is room."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -96,7 +96,7 @@ class _Pool:
 
 @contextmanager
 def _every_step(model: Any) -> Iterator[None]:
-    """The logits of every step, where the model can give them."""
+    """A context in which the model returns the logits of every step, if it can."""
     before = getattr(model, "per_step", None)
     if not isinstance(before, bool):
         yield
@@ -109,7 +109,7 @@ def _every_step(model: Any) -> Iterator[None]:
 
 
 def _logits(output: Any, batch: int) -> Tensor | None:
-    """Logits `[T, B, K]` of an output, or None where it holds nothing of the kind."""
+    """The logits `[T, B, K]` in an output, or None if there are none."""
     first = output[0] if isinstance(output, Sequence) and output else output
     if not isinstance(first, Tensor) or not first.is_floating_point() or first.ndim not in (2, 3):
         return None

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of an analysis: opens from disk, asks for nothing over the network."""
+"""One self-contained HTML page of an analysis: opens from disk, loads nothing over the network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from . import charts
-from .audit import BREAKS, VERDICTS, Audit
+from .audit import BREAKS, Audit
 from .energy import CONVENTION, EnergyReport, millijoules
 from .energy_models import Estimate, RowEstimate
 from .measured import Measured
@@ -24,7 +24,7 @@ from .tables import HIGH, LOW
 
 
 class Extras(NamedTuple):
-    """What a page may show beside rates, energy and audit."""
+    """Optional content of a page, in addition to rates, energy and audit."""
 
     parameters: int = 0
     outcome: Outcome | None = None
@@ -43,7 +43,7 @@ def write_page(
     figures: Mapping[str, Sequence[tuple[str | Path, str]]],
     extras: Extras | None = None,
 ) -> None:
-    """Writes the page. `figures` holds PNG files and their captions by section heading; the page takes them in."""
+    """Writes the page. `figures` holds PNG files and their captions by section heading; the page embeds them."""
     extras = extras or Extras()
     body = [
         f"<h1>{escape(title)}</h1>",
@@ -118,7 +118,7 @@ def _energy(report: EnergyReport) -> str:
 
 
 def _by_model(found: Estimate, kinds: Mapping[str, str]) -> str:
-    """All layers by one energy model: compute and memory, and the totals beside the ANNs'."""
+    """All layers by one energy model: compute and memory, and the totals with the ANNs'."""
 
     def bar(row: RowEstimate) -> charts.Bar:
         kind = kinds.get(row.name, "AC") if row.type != "neuron" else "AC"
@@ -223,7 +223,7 @@ def _steps(rates: FiringRates, report: EnergyReport, extras: Extras) -> str:
 
 
 def level(extras: Extras) -> str:
-    """How sure the intervals are."""
+    """The confidence level as text."""
     return f"{extras.confidence * 100:g} %"
 
 
@@ -312,7 +312,7 @@ def _figures(images: Sequence[tuple[str | Path, str]]) -> str:
     parts = []
     for path, caption in images:
         content = Path(path).read_bytes()
-        # Where the PNG format keeps them.
+        # The position of width and height in a PNG file.
         width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
         image = f'<img src="data:image/png;base64,{base64.b64encode(content).decode("ascii")}" alt="{escape(caption)}">'
         css = ' class="wide"' if width > 1.6 * height else ""
@@ -321,11 +321,9 @@ def _figures(images: Sequence[tuple[str | Path, str]]) -> str:
 
 
 def _audit(audit: Audit) -> str:
-    counts = [(len(audit.of(verdict)), verdict, why) for verdict, why in VERDICTS.items()]
     listed = "".join(
         f"<tr{_bad(verdict)}><td class=number>{n}</td><td>{escape(verdict)}</td><td>{escape(why)}</td></tr>"
-        for n, verdict, why in counts
-        if n
+        for n, verdict, why in audit.counts
     )
     rows = "".join(
         f"<tr{_bad(p.verdict)}><td>{_name(p.module)}</td><td>{escape(p.operation)}</td>"
@@ -336,12 +334,12 @@ def _audit(audit: Audit) -> str:
     details = (
         f'<details><summary>every product</summary><div class="scroll"><table>{head}{rows}</table></div></details>'
     )
-    form = f"It is judged as it is {audit.form}."
-    return f'<p>{escape(audit.finding)} {form}</p><div class="scroll"><table>{listed}</table></div>{details}'
+    head = f"<p>{escape(audit.finding)} {audit.judged}</p>"
+    return f'{head}<div class="scroll"><table>{listed}</table></div>{details}'
 
 
 def _name(layer: str) -> str:
-    """A layer's name that can be broken at its dots and underscores."""
+    """A layer's name that can be wrapped at its dots and underscores."""
     return escape(short(layer)).replace(".", ".<wbr>").replace("_", "_<wbr>")
 
 
@@ -350,7 +348,7 @@ def _bad(verdict: str) -> str:
 
 
 def quantity(value: float) -> str:
-    """A large number in short."""
+    """A large number in short form."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""Plots of what the other modules find; each returns a matplotlib `Figure`, drawn without any window system."""
+"""Plots of the findings of the other modules; each returns a matplotlib `Figure`, drawn without a window system."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ RATE_COLORMAP = "viridis"
 
 
 LONGEST_NAME = 48
-"""Characters of a layer's name that a picture has room for."""
+"""The longest name of a layer, in characters, for which a picture has room."""
 
 
 def short(name: str) -> str:
-    """A layer's name without the parts that say nothing."""
+    """A layer's name without the parts that carry no information."""
     return name.replace(".branch", "") or "model"
 
 
 def label(name: str) -> str:
-    """A layer's name as matplotlib prints it as it stands, long ones without their middle."""
+    """A layer's name escaped for matplotlib, long ones without their middle."""
     name = short(name)
     if len(name) > LONGEST_NAME:
         name = f"{name[: LONGEST_NAME // 2 - 1]}…{name[-LONGEST_NAME // 2 :]}"
@@ -58,7 +58,7 @@ def energy_bars(report: EnergyReport) -> Figure:
 
 
 def rate_map(rates: FiringRates) -> Figure:
-    """Firing rate of every layer at every step, as colours with the numbers written in where they fit."""
+    """Firing rate of every layer at every step, as colours, with numbers if there is room."""
     layers = list(rates.layers.values())
     figure, axes = _figure(4.2 + 0.5 * rates.steps, 1.2 + 0.22 * len(layers))
     values = np.full((len(layers), rates.steps), np.nan)
@@ -79,7 +79,7 @@ def rate_map(rates: FiringRates) -> Figure:
 
 
 def rate_histogram(rates: FiringRates, layer: str) -> Figure:
-    """How the firing rates of one layer's channels are spread."""
+    """The distribution of the firing rates of one layer's channels."""
     figure, axes = _figure(5, 3.4)
     found = rates[layer]
     axes.hist(found.channel_rate, bins=np.linspace(0, 1, 41).tolist(), color=COLORS["AC"])
@@ -92,7 +92,7 @@ def rate_histogram(rates: FiringRates, layer: str) -> Figure:
 
 
 def raster(recording: Recording, sample: int = 0, neurons: int = 200) -> Figure:
-    """The spikes of up to that many neurons of one sample, a mark for each."""
+    """The spikes of up to `neurons` neurons of one sample, a mark for each."""
     figure, axes = _figure(5, 3.4)
     spikes = recording.spikes[:, sample].float().cpu().flatten(1)[:, :neurons]
     step, neuron = spikes.nonzero(as_tuple=True)
@@ -106,7 +106,7 @@ def raster(recording: Recording, sample: int = 0, neurons: int = 200) -> Figure:
 
 
 def membrane_trace(recording: Recording, sample: int = 0, units: Sequence[int] | None = None) -> Figure:
-    """Membranes of a few neurons of one sample, a dot for each spike; by default four that fire half of the time."""
+    """Membranes of a few neurons of one sample, a dot for each spike; by default four that fire about half the time."""
     figure, axes = _figure(5, 3.4)
     membrane = recording.membrane[:, sample].float().cpu().flatten(1)
     spikes = recording.spikes[:, sample].float().cpu().flatten(1)
@@ -133,10 +133,10 @@ def attention_figure(
     by_step: bool = False,
     names: Sequence[str] = (),
 ) -> Figure:
-    """Images in rows; beside each the overlays of its maps `[K, B, H', W']`, such as one a step or one a block.
+    """Images in rows, each followed by the overlays of its maps `[K, B, H', W']`, such as one per step or per block.
 
-    Of frames `[B, T, C, H, W]` the overlays show the mean, or with `by_step` each the frame of its own step. `names`
-    stand above the images. Each overlay has its own scale, from zero to its highest value.
+    For frames `[B, T, C, H, W]` the overlays show their mean, or with `by_step` each the frame of its own step. `names`
+    are printed above the images. Each overlay has its own scale, from zero to its highest value.
     """
     rows, columns = len(images), 1 + len(maps)
     figure, _ = _figure(1.25 * columns + 0.9, (1.55 if names else 1.35) * rows + 0.3, axes=False)
@@ -169,7 +169,7 @@ def overlay_figure(image: Tensor, attention: Tensor, title: str = "") -> Figure:
 
 
 def _color_scale(figure: Figure, axes: list[Any], highest: str = "its highest value") -> None:
-    """What the colours of the overlays mean."""
+    """A scale for the colours of the overlays."""
     from matplotlib.cm import ScalarMappable
 
     scale = figure.colorbar(ScalarMappable(cmap="inferno"), ax=axes, fraction=0.04, shrink=0.6, pad=0.02, aspect=20)
@@ -179,7 +179,7 @@ def _color_scale(figure: Figure, axes: list[Any], highest: str = "its highest va
 
 
 def _wrapped(name: str) -> str:
-    """A class and an answer in lines that fit above a small picture."""
+    """A class and an answer, wrapped to fit above a small picture."""
     import textwrap
 
     return "\n".join(textwrap.wrap(name, 22)[:3]).replace("$", r"\$")

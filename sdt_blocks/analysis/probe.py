@@ -1,4 +1,4 @@
-"""What every analysis shares: batches through a model under hooks, time steps told apart, processes added up."""
+"""Shared by all analyses: runs batches through a model with hooks, separates time steps, sums over processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..neuron import clear_hidden, find_neurons, spikes_of, takes_sequence
 from ..steps import tells
 
 Forward = Callable[[nn.Module, Tensor], Any]
-"""How one batch goes through the model, where it is not just `model(x)`: a loop over steps outside it, for instance."""
+"""How one batch runs through the model if that is not just `model(x)`, such as a loop over steps outside it."""
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 """Called with a module, its inputs and its output."""
@@ -30,7 +30,7 @@ T_ = TypeVar("T_")
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raises `ValueError` where the weights are on the meta device: nothing fires there."""
+    """Raises `ValueError` if the weights are on the meta device, where nothing fires."""
     name = next((name for name, weight in unwrap(model).named_parameters() if weight.is_meta), None)
     if name is not None:
         raise ValueError(
@@ -44,8 +44,13 @@ def find_mixers(model: nn.Module) -> dict[str, Any]:
     return {name: m for name, m in model.named_modules() if hasattr(m, "emits") and tells(m, "additions")}
 
 
+def is_within(name: str, owner: str) -> bool:
+    """Whether a module is inside another one, by their names."""
+    return name != owner and (not owner or name.startswith(f"{owner}."))
+
+
 class Clock:
-    """How many time steps and samples one forward pass had, told from the neurons' own tensors.
+    """How many time steps and samples one forward pass had, found from the neurons' own tensors.
 
     `split` then sorts the calls of a layer that knows nothing of time: one call with `T * B` rows, T calls with B rows,
     or one call with B rows (a still image's first layer, computed once for all steps).
@@ -71,7 +76,7 @@ class Clock:
         self._batches[spikes.shape[1] if sequence and spikes.ndim > 1 else spikes.shape[0] if spikes.ndim else 1] += 1
 
     def stop(self, x: Tensor) -> None:
-        """Fixes `steps`, `batch` and `looped` once the forward pass of the input x has ended."""
+        """Sets `steps`, `batch` and `looped` once the forward pass of the input x has ended."""
         steps = self._steps + Counter(self._calls.values())
         self.steps = steps.most_common(1)[0][0] if steps else 1
         self.looped = bool(self._calls)
@@ -80,7 +85,7 @@ class Clock:
         self.batch = leading if known else self._batches.most_common(1)[0][0]
 
     def split(self, calls: Sequence[Tensor], name: str) -> Tensor:
-        """Values per row, one tensor a call, as sums per step and sample `[T, B]`; `[1, B]` for what ran only once."""
+        """Values per row, one tensor per call, as sums per step and sample `[T, B]`; `[1, B]` if it ran only once."""
         flat = [self._rows(call) for call in calls]
         per_step = len(flat) % self.steps == 0 and all(len(rows) % self.batch == 0 for rows in flat)
         if per_step and (self.looped or self.steps == 1):
@@ -103,7 +108,7 @@ class Clock:
         return torch.stack([rows.view(self.batch, -1).sum(1) for rows in calls])
 
     def _rows(self, call: Tensor) -> Tensor:
-        """`[d0]`, or `[d0, d1]` of a layer that acts on the last axis, as one row for each frame."""
+        """`[d0]`, or `[d0, d1]` for a layer that acts on the last axis, as one row for each frame."""
         if call.ndim < 2:
             return call.reshape(-1)
         if call.shape[:2] == (self.steps, self.batch):
@@ -112,7 +117,7 @@ class Clock:
 
 
 class Probe:
-    """Hooks on a model for the length of a `with` block; batches run through it in eval mode, without gradients.
+    """Hooks on a model during a `with` block; batches run through it in eval mode, without gradients.
 
     Unless `as_trained`, the block sees the network as it is deployed: norms folded, chains of layers merged.
     """
@@ -146,7 +151,7 @@ class Probe:
 
     def __enter__(self) -> Probe:
         if not self.as_trained:
-            # Before there are hooks, which fold with nothing.
+            # Before there are hooks, since a layer with a hook is not folded.
             self._form.enter_context(folded(self.model))
         for name, neuron in self.neurons.items():
             self.watch(neuron, self._clocked(name))
@@ -175,7 +180,7 @@ class Probe:
     def watch(self, module: nn.Module, hook: Hook) -> None:
         """Calls `hook(module, inputs, output)` after each call of the module, until the block ends.
 
-        Meanwhile `looking` is true: what the hook itself computes is none of the model's own work.
+        Meanwhile `looking` is true: what the hook computes itself is not part of the model's work.
         """
 
         def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -190,9 +195,9 @@ class Probe:
         self._handles.append(module.register_forward_hook(call, with_kwargs=True))
 
     def follow(self, entered: Callable[[str], Any], left: Callable[[str, Any], Any]) -> None:
-        """Keeps `path`, the names of the modules being run, outermost first, and `shapes`, those of their inputs.
+        """Keeps `path`, the names of the running modules, outermost first, and `shapes`, those of their inputs.
 
-        Calls `entered(name)` and `left(name, output)` at each.
+        Calls `entered(name)` and `left(name, output)` for each.
         """
 
         def enter(name: str) -> Callable[..., None]:
@@ -209,7 +214,7 @@ class Probe:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             if self.looking:
                 return
-            # Within the module still, for what is noted of its output.
+            # Still within the module, for anything that is noted about its output.
             left(self.path[-1], output)
             self.path.pop()
             self.shapes.pop()
@@ -219,7 +224,7 @@ class Probe:
             self._handles.append(module.register_forward_hook(leave, always_call=True))
 
     def run(self, batches: Batches) -> Iterator[Tensor]:
-        """Runs each batch and yields its input, with the hooks' findings and a stopped `clock` at hand."""
+        """Runs each batch and yields its input; the hooks have run and `clock` is stopped by then."""
         where = next(self.model.parameters(), None)
         with evaluating(self.model):
             for batch in [batches] if isinstance(batches, Tensor) else batches:
@@ -249,9 +254,9 @@ def batch_axis(
     *,
     clock: Clock | None = None,
 ) -> int:
-    """The axis of the input on which the samples lie: 1 where the model takes `[T, B, ...]`, else 0.
+    """The axis of the samples in the input: 1 if the model takes `[T, B, ...]`, else 0.
 
-    `clock` is that of a pass of x, where there has been one.
+    `clock` is that of an earlier pass of x, if there was one.
     """
 
     def clock_of(part: Tensor) -> Clock:
@@ -263,7 +268,7 @@ def batch_axis(
     clock = clock or clock_of(x)
     if x.ndim < 3 or x.shape[:2] != (clock.steps, clock.batch):
         return 0
-    # As many steps as samples: what one slice of the first axis is shows when it runs alone.
+        # There are as many steps as samples: run one slice of the first axis alone to see which it is.
     alone = clock_of(x[:1]) if clock.steps == clock.batch else clock
     return 1 if alone.batch == clock.batch else 0
 
@@ -280,10 +285,10 @@ def input_of(batch: Any) -> Tensor:
 
 @contextmanager
 def _watchable() -> Iterator[None]:
-    """A pass without gradients in which every operation is seen.
+    """A pass without gradients in which every operation is visible.
 
-    PyTorch's attention is computed from its products, not by one operation that shows none of them. Compiled code
-    would run past hooks that came after its compilation, and inference mode past the dispatcher.
+    PyTorch's attention is computed from its products, not by one fused operation. Compiled code would bypass hooks that
+    were added after its compilation, and inference mode the dispatcher.
     """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -296,7 +301,7 @@ def _watchable() -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, each module's own mode again afterwards."""
+    """A context in eval mode; afterwards each module has its own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -307,13 +312,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def add_at(total: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """The sum of two arrays of any lengths, the shorter one filled up with zeros."""
+    """The sum of two arrays of any lengths, the shorter one padded with zeros."""
     longest = max(len(total), len(value))
     return np.pad(total, (0, longest - len(total))) + np.pad(value, (0, longest - len(value)))
 
 
 def gather(value: T_) -> list[T_]:
-    """`value` of every process, in order of rank, where `torch.distributed` runs; else of this one."""
+    """`value` of every process, in order of rank, if `torch.distributed` is running; else only this one's."""
     if not _distributed() or torch.distributed.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()

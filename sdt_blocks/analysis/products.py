@@ -1,4 +1,4 @@
-"""Products of two tensors: which of PyTorch's operations are some, of which rows, and how much they multiply."""
+"""Products of two tensors: which of PyTorch's operations compute one, of which rows, and how much they multiply."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .dataflow import OUTER, SUMMED
 
 
 class Window(NamedTuple):
-    """Where the kernel of a convolution lies: for each axis, how many products each input takes part in."""
+    """How a convolution's kernel covers its input: for each axis, how many products each input takes part in."""
 
     uses: tuple[Tensor, ...]
     fan_out: int
@@ -20,7 +20,7 @@ class Window(NamedTuple):
     def executed(self, x: Tensor, *, whole: bool) -> tuple[Tensor, float]:
         """Products of the non-zero entries of each row of x `[N, C, ...]`, and those of all rows if all counted.
 
-        Entries that are `whole` numbers of additions count as many times.
+        If entries are `whole` numbers of additions, they count that many times.
         """
         dense = float(x.shape[0] * x.shape[1] * self.fan_out)
         for uses in self.uses:
@@ -36,7 +36,7 @@ class Window(NamedTuple):
 def window(x: Tensor, weight: Tensor, output: Tensor, convolution: Sequence[Any]) -> Window:
     """The window of a call of PyTorch's `convolution`, whose arguments are given from the strides on."""
     strides, paddings, dilations, transposed, _, groups = convolution[:6]
-    # A transposed convolution spreads its input over its output as the other one gathers its output from its input.
+    # A transposed convolution spreads its input over its output, where a plain one gathers its output from its input.
     inner, outer = (output, x) if transposed else (x, output)
     uses = []
     for axis, kernel in enumerate(weight.shape[2:]):
@@ -52,7 +52,7 @@ def window(x: Tensor, weight: Tensor, output: Tensor, convolution: Sequence[Any]
 class Factors(NamedTuple):
     """A product of two tensors, its multiply-accumulates, and each factor as the rows that are multiplied.
 
-    `window` is that of a convolution of a, which does not multiply what falls on its padding.
+    `window` is that of a convolution of a, which does not multiply on its padding.
     """
 
     a: Tensor
@@ -91,7 +91,7 @@ def _linear(args: Sequence[Any], output: Tensor) -> list[Factors]:
 
 
 def _softmax_attention(args: Sequence[Any], output: Any) -> list[Factors]:
-    """Both products of a fused softmax attention; what the second multiplies by V is no spike."""
+    """Both products of a fused softmax attention; the factor of V in the second is not spikes."""
     q, k, v = args[:3]
     first = q.numel() * k.shape[-2]
     second = first // q.shape[-1] * v.shape[-1]
@@ -126,7 +126,7 @@ FUSED_ATTENTION = (
 )
 
 UNCOUNTED = {**dict.fromkeys(FUSED_ATTENTION, ("_softmax",)), "mkldnn_rnn_layer": ("sigmoid", "tanh", "mul")}
-"""What operations do within, beside the products that a rule counts: named as where they stand alone."""
+"""Operations inside others, besides the products that a rule counts, under the names that they have alone."""
 
 RULES: dict[str, Callable[[Sequence[Any], Any], list[Factors]]] = {
     **dict.fromkeys(("mm", "bmm", "matmul"), lambda args, output: _matrices(*args[:2])),
@@ -141,9 +141,9 @@ RULES: dict[str, Callable[[Sequence[Any], Any], list[Factors]]] = {
     "_trilinear": _bilinear,
     "mkldnn_rnn_layer": _recurrent,
 }
-"""Operations whose work is counted, and how; what else may multiply is named as not counted."""
+"""How the work of each operation is counted; any other that may multiply is reported as not counted."""
 
 
 def _analog(like: Tensor) -> Tensor:
-    """Rows of another factor's arrangement that hold no spikes."""
+    """Rows like those of another factor, but not spikes."""
     return torch.full_like(like, -1.0)

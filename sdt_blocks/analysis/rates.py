@@ -1,4 +1,4 @@
-"""Firing rates: for each neuron layer and time step the share of its outputs that are spikes."""
+"""Firing rates: for each neuron layer and time step, the share of its outputs that are spikes."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from ..neuron import IntegerNeuron, spikes_of, takes_sequence
 from .moments import Moments, interval, merged
 from .probe import Batches, Clock, Forward, Hook, Probe, add_at, check_weights, find_mixers, gather
 from .silence import as_text, merge_fired, silence, warn_if_dead
+from .tables import csv_cell
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 SATURATED = 0.95
-"""A channel that fires at this share of its chances or more says nothing any more."""
+"""A channel that fires at this share of its chances or more carries no information any more."""
 
 
 @dataclass
 class LayerRates:
     """The firing rates of one layer.
 
-    `rate` holds one value a step; `silent` and `saturated` are the shares of its channels that never fired, and that
-    fired at 95 % of all positions, steps and samples or more. `neurons` is its size for one sample, 0 where the layer
-    is a product of spikes. `std` is the standard deviation over `samples` of a sample's mean over the steps, None of
-    fewer than two samples.
+    `rate` has one value per step; `silent` and `saturated` are the shares of its channels that never fired, and that
+    fired at 95 % or more of all positions, steps and samples. `neurons` is its size for one sample, 0 if the layer is a
+    product of spikes. `std` is the standard deviation over `samples` of a sample's mean over the steps, None for fewer
+    than two samples.
     """
 
     name: str
@@ -42,7 +43,7 @@ class LayerRates:
     samples: int = 0
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
-        """The confidence interval of the mean, over samples; None of fewer than two. Raises outside of 0..1."""
+        """The confidence interval of the mean, over samples; None for fewer than two. Raises outside of 0..1."""
         return interval(self.mean, self.std, self.samples, confidence)
 
     @property
@@ -63,8 +64,8 @@ class LayerRates:
 class FiringRates:
     """Firing rates of a model by layer name, in the order of the forward pass; `rates["head_neuron"].rate[0]`.
 
-    `silence` says which neurons never fired, "" where all did. `std` is the standard deviation over the samples of
-    `mean`, None of fewer than two.
+    `silence` says which neurons never fired, "" if all did. `std` is the standard deviation over the samples of
+    `mean`, None for fewer than two.
     """
 
     layers: dict[str, LayerRates]
@@ -73,7 +74,7 @@ class FiringRates:
     std: float | None = None
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
-        """The confidence interval of `mean`, over samples; None of fewer than two. Raises outside of 0..1."""
+        """The confidence interval of `mean`, over samples; None for fewer than two. Raises outside of 0..1."""
         return interval(self.mean, self.std, self.samples, confidence)
 
     def __getitem__(self, name: str) -> LayerRates:
@@ -83,26 +84,25 @@ class FiringRates:
 
     @property
     def steps(self) -> int:
-        """The most time steps any layer had."""
+        """The largest number of time steps of any layer."""
         return max((len(layer.rate) for layer in self.layers.values()), default=0)
 
     @property
     def mean(self) -> float:
-        """The share of all neurons that fire at a step, a mean over steps and samples."""
+        """The share of all neurons that fire at a step, averaged over steps and samples."""
         neurons = sum(layer.neurons for layer in self.layers.values())
         return sum(layer.neurons * layer.mean for layer in self.layers.values()) / neurons
 
     def to_csv(self, path: str | Path, confidence: float = 0.95) -> None:
-        """Writes one line a layer: mean, deviation, interval, silent and saturated channels, the rate at every step."""
+        """Writes a line per layer: mean, deviation, interval, silent and saturated channels, the rate of every step."""
         header = ["layer", "mean", "std", "low", "high", "silent", "saturated"]
         header += [f"step_{t}" for t in range(self.steps)]
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(header)
             for layer in self.layers.values():
-                # A spreadsheet would compute a cell that starts like a formula.
-                name = f"'{layer.name}" if layer.name.startswith(("=", "+", "-", "@")) else layer.name
                 low, high = layer.interval(confidence) or ("", "")
+                name = csv_cell(layer.name)
                 writer.writerow([name, layer.mean, layer.std, low, high, layer.silent, layer.saturated, *layer.rate])
 
     def table(self) -> Table:
@@ -126,7 +126,7 @@ class FiringRates:
 
 @dataclass
 class Counts:
-    """Spikes and chances to spike, per step and per channel, in float64."""
+    """Spikes, and positions where there could be one, per step and per channel, in float64."""
 
     spikes: np.ndarray = field(default_factory=lambda: np.zeros(0))
     chances: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -141,9 +141,9 @@ class Counts:
 
 
 class SpikeCounts:
-    """What layers emit, noted while a probe runs: `totals` by layer, added up by `end_batch` after each batch.
+    """Counts the spikes of layers while a probe runs: `totals` by layer, updated by `end_batch` after each batch.
 
-    A level is that many spikes of one step, or with `unfold` a spike in as many steps of their own.
+    A level l counts as l spikes of one step, or with `unfold` as a spike in l steps of its own.
     """
 
     def __init__(self, probe: Probe, layers: Mapping[str, nn.Module], *, unfold: bool = False) -> None:
@@ -167,7 +167,7 @@ class SpikeCounts:
     def end_batch(self) -> dict[str, np.ndarray]:
         """Adds the calls of the batch that has run, and returns the spikes of each of its samples `[T, B]`.
 
-        They are added up over the first 1, 2, ... steps.
+        They are cumulative sums over the first 1, 2, ... steps.
         """
         by_sample = {}
         for name, calls in self._calls.items():
@@ -178,7 +178,7 @@ class SpikeCounts:
 
 
 def merge_counts(parts: Iterable[Mapping[str, Counts]]) -> dict[str, Counts]:
-    """The counts of several processes, added up by layer."""
+    """The counts of several processes, summed by layer."""
     merged: dict[str, Counts] = {}
     for part in parts:
         for name, counts in part.items():
@@ -188,7 +188,7 @@ def merge_counts(parts: Iterable[Mapping[str, Counts]]) -> dict[str, Counts]:
 
 @dataclass
 class _Call:
-    """One call of a layer: spikes by step and channel `[t, c]`, their chances, and spikes by step and sample."""
+    """One call of a layer: spikes by step and channel `[t, c]`, positions for one, and spikes by step and sample."""
 
     sequence: bool
     spikes: Tensor
@@ -204,21 +204,22 @@ def firing_rates(
     forward: Forward | None = None,
     as_trained: bool = False,
 ) -> FiringRates:
-    """Firing rates of every neuron layer at every time step, a mean over all samples of all batches and processes.
+    """Firing rates of every neuron layer at every time step, averaged over all samples of all batches and processes.
 
-    Counts are summed in float64 and divided at the end: a short last batch weighs what it holds, and memory does not
-    grow with the number of batches. Beside the neurons, `coincidences` (k * v) and `masked` (q * a) of a spike-driven
+    Counts are summed in float64 and divided at the end: a short last batch counts by its samples, and memory does not
+    grow with the number of batches. Besides the neurons, `coincidences` (k * v) and `masked` (q * a) of a spike-driven
     self-attention are layers, and with event pooling `k_pool` and `v_pool`. A rate is the share of non-zero entries.
     An `IntegerNeuron` has as many steps as levels for each frame: in step i it fires where its level is above i.
 
-    `model` runs in eval mode; `neurons` are further types of modules to count, called with `[T, B, ...]`; `forward`
-    runs one batch where that is not `model(x)`. The network is judged as it is deployed, with norms folded and chains
-    of layers merged, unless `as_trained`. Under `torch.distributed` each process calls this with its own share.
+    `model` runs in eval mode; `neurons` are further types of modules to count, called with `[T, B, ...]`;
+    `forward(model, batch)` runs one batch if `model(x)` does not. The network is judged as it is deployed, with norms
+    folded and chains of layers merged, unless `as_trained`. Under `torch.distributed` each process calls this with its
+    own share.
 
-    Raises `ValueError` where there is no neuron layer or no batch, or the weights are on the meta device.
+    Raises `ValueError` if there is no neuron layer or no batch, or if the weights are on the meta device.
 
     >>> rates = firing_rates(example_model(), example_images()[0])
-    >>> [rate > 0.4 for rate in rates["head_neuron"].rate]  # one value a step
+    >>> [rate > 0.4 for rate in rates["head_neuron"].rate]  # one value per step
     [True, True, True, True]
     """
     check_weights(model)
@@ -248,7 +249,7 @@ def _watched(probe: Probe) -> dict[str, nn.Module]:
 
 
 def _binary_steps(levels: Tensor, most: int) -> Tensor:
-    """Levels `[T, ...]` as spikes `[T * most, ...]`: step i of a frame has one where the level is above i."""
+    """Levels `[T, ...]` as spikes `[T * most, ...]`: step i of a frame has a spike where the level is above i."""
     steps = torch.arange(most, device=levels.device).view(1, -1, *[1] * (levels.ndim - 1))
     return (levels.unsqueeze(1) > steps).flatten(0, 1)
 
@@ -269,7 +270,7 @@ def _count(spikes: Tensor, sequence: bool, *, whole: bool = False) -> _Call:
 
 
 def _sum(calls: list[_Call], clock: Clock) -> Counts:
-    """The calls of one forward pass. A neuron called step by step has one call a step, or more if it is shared."""
+    """The calls of one forward pass. A neuron that is called step by step has one call per step, or more if shared."""
     result = Counts()
     for call, offset in _placed(calls, clock):
         counts = call.spikes.cpu().numpy().astype(np.float64)
@@ -293,7 +294,7 @@ def _by_sample(calls: list[_Call], clock: Clock) -> np.ndarray:
 
 
 def _placed(calls: list[_Call], clock: Clock) -> Iterator[tuple[_Call, int]]:
-    """Each call and the step that it begins at."""
+    """Each call and the step at which it starts."""
     steps = clock.steps if len(calls) % clock.steps == 0 else len(calls)
     for i, call in enumerate(calls):
         yield call, 0 if call.sequence else i * steps // len(calls)

@@ -15,7 +15,7 @@ from .probe import Forward, Probe
 
 @dataclass
 class Recording:
-    """`membrane` and `spikes` of one neuron layer, `[T, B, ...]`; the membrane before its reset, as in snnTorch."""
+    """`membrane` (before its reset, as in snnTorch) and `spikes` of one neuron layer, `[T, B, ...]`."""
 
     name: str
     membrane: Tensor
@@ -24,9 +24,9 @@ class Recording:
 
 
 def record(model: nn.Module, batch: Any, layer: str, *, forward: Forward | None = None) -> Recording:
-    """Runs one batch and keeps membrane and spikes of the neuron layer of that name, one of the kit's or snnTorch's.
+    """Runs one batch and keeps membrane and spikes of the neuron layer with that name, one of the kit's or snnTorch's.
 
-    Raises `ValueError` where there is no such neuron layer, or where its membrane cannot be seen.
+    Raises `ValueError` if there is no such neuron layer, or if its membrane is not visible.
 
     >>> recording = record(example_model(), example_images()[0], "head_neuron")
     >>> recording.membrane.shape, bool((recording.membrane >= 1).eq(recording.spikes).all()), recording.spikes.any()
@@ -64,11 +64,11 @@ def record(model: nn.Module, batch: Any, layer: str, *, forward: Forward | None 
 
 @torch.no_grad()
 def trajectory(neuron: LIF, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The layer run over its input again, step by step, each going on from the membrane before."""
+    """Runs the layer over its input again, step by step: membranes and spikes `[T, B, ...]`."""
     membrane: Tensor | None = None
     membranes, spikes = [], []
     for x_t in x.split(1):
-        # `forward` itself: hooks have seen this input already.
+        # `forward` itself, since hooks have seen this input already.
         fired, membrane = neuron.forward(x_t, membrane, return_membrane=True)  # type: ignore[misc]
         membranes.append(membrane)
         spikes.append(fired[0])

@@ -33,11 +33,11 @@ from .summary import NO_LATENCY, joules, layer_tables, sweep, sweep_table
 
 
 class ReportOptions(NamedTuple):
-    """What else an analysis does.
+    """Further options of an analysis.
 
-    `class_names` stand beside the samples drawn (by default those of the model's card). For `seconds` each latency and
-    throughput is measured, with `counters` also the joules of an inference, where the machine has energy counters.
-    `energy_models` are charged beside the kit's. Intervals are those of `confidence`.
+    `class_names` are printed next to the samples drawn (by default those of the model's card). Each latency and
+    throughput is measured for `seconds`, with `counters` also the joules of an inference, if the machine has energy
+    counters. `energy_models` are added to the kit's. Intervals are those of `confidence`.
     """
 
     class_names: Sequence[str] = ()
@@ -48,7 +48,7 @@ class ReportOptions(NamedTuple):
 
 
 class _Asked(NamedTuple):
-    """What the folder of an analysis shows, and of which form of the network."""
+    """What the folder of an analysis shows, and for which form of the network."""
 
     folder: Path
     title: str
@@ -73,16 +73,16 @@ def analyze_model(
 ) -> tuple[FiringRates, EnergyReport]:
     """Analyses a model on batches of (inputs, targets) and writes the folder; returns the rates and the energy.
 
-    Every process calls this with its own share of the samples, `batches` being read more than once; the first one
-    writes. `layer` is the neuron layer to draw (the last by default), `images` the number of overlays. The samples lie
-    on the first axis of the inputs, or on the second one where the network takes time first. The network is judged as
+    Every process calls this with its own share of the samples; `batches` are read more than once, and the first process
+    writes. `layer` is the neuron layer to draw (the last by default), `images` the number of overlays. The samples are
+    on the first axis of the inputs, or on the second if the network takes time first. The network is judged as
     it is deployed, with norms folded and chains of layers merged, unless `as_trained`.
 
-    Where the targets are classes `[B]`, accuracy is given after each time step and the overlays are of different
-    classes; a negative class is an unknown one. The first process alone measures.
+    If the targets are classes `[B]`, accuracy is given after each time step and the overlays are of different
+    classes; a negative class is unknown. Only the first process measures.
 
-    Raises `TypeError` for batches that can be read only once, and `ValueError` for a layer that is not there, a
-    negative number of images, a confidence outside of 0..1, no batch, or a model without neurons.
+    Raises `TypeError` for batches that can be read only once, and `ValueError` for an unknown layer, a negative number
+    of images, a confidence outside of 0..1, no batch, or a model without neurons.
     """
     model, options = unwrap(model), options or ReportOptions()
     if isinstance(batches, Iterator):
@@ -95,12 +95,12 @@ def analyze_model(
         raise ValueError(f"no neuron layer is called {layer!r}; there are {', '.join(neurons) or 'none'}")
     form = "trained" if as_trained else "deployed"
     first = next(iter([batches] if isinstance(batches, Tensor) else batches), None)
-    # A process may have no share of few samples; where none has any, the rates say so.
+    # With few samples a process may have none; if no process has any, the rates raise an error.
     axis = 0 if first is None else batch_axis(model, input_of(first))
     measured = None
     if options.seconds > 0 and first is not None and is_first_process():
         measured = _measure(model, input_of(first), axis, options)
-    # One form for all that is asked of the network, and one warning of what has none.
+    # One form for all analyses of the network, and one warning about parts that have none.
     with nullcontext() if as_trained else folded(model):
         rates = firing_rates(model, batches, as_trained=True)
         report = energy(model, batches, as_trained=True)
@@ -135,7 +135,7 @@ def _write(
     (folder / "overlays").mkdir(parents=True, exist_ok=True)
     one = first.narrow(axis, 0, 1)
     found = audit(model, first.narrow(axis, 0, min(2, first.shape[axis])), as_trained=True)
-    found.silence, found.form = rates.silence, asked.form  # of all samples, not of two
+    found.silence, found.form = rates.silence, asked.form  # from all samples, not from two
     rates.to_csv(folder / "rates.csv", asked.confidence)
     report.to_json(folder / "energy.json", asked.confidence)
     _write_tables(report, outcome, measured, asked)
@@ -163,7 +163,7 @@ def _write(
 
 
 def _write_tables(report: EnergyReport, outcome: Outcome, measured: Measured | None, asked: _Asked) -> None:
-    """Layers and time steps as CSV, Markdown and LaTeX; what was measured as JSON."""
+    """Layers and time steps as CSV, Markdown and LaTeX; measurements as JSON."""
     steps = sweep_table(sweep(report, outcome, measured, asked.confidence), measured, asked.confidence)
     for name, texts in (("layers", layer_tables(report, asked.confidence)), ("time_steps", steps)):
         tables.write(texts, asked.folder / name)
@@ -173,9 +173,9 @@ def _write_tables(report: EnergyReport, outcome: Outcome, measured: Measured | N
 
 
 def draw_attention(model: nn.Module, outcome: Outcome, asked: _Asked) -> list[tuple[Path, str]]:
-    """Overlays of the last block by step, and of all blocks; one PNG for each image too. Empty without mixers.
+    """Overlays of the last block by step, and of all blocks, and a PNG for each image. Empty without mixers.
 
-    Blocks of different grids are drawn at the largest one's size.
+    Maps of different sizes are drawn at the largest size.
     """
     folder = asked.folder
     if not outcome.drawn or outcome.drawn[0].ndim not in (3, 4):
@@ -203,7 +203,7 @@ def draw_attention(model: nn.Module, outcome: Outcome, asked: _Asked) -> list[tu
 
 
 def _caption(target: int, answer: int, names: Sequence[str]) -> str:
-    """The class of a sample, and what the network takes it for."""
+    """The class of a sample, and the network's answer."""
 
     def name(index: int) -> str:
         return names[index] if index < len(names) else f"class {index}"
@@ -217,7 +217,7 @@ def _caption(target: int, answer: int, names: Sequence[str]) -> str:
 def draw_neurons(
     model: nn.Module, inputs: Tensor, layer: str, rates: FiringRates, folder: Path
 ) -> list[tuple[Path, str]]:
-    """Raster and membranes of one neuron layer for one sample, where they can be had, and its spread of rates."""
+    """Raster and membranes of one neuron layer for one sample, if they are visible, and its distribution of rates."""
     plots.rate_histogram(rates, layer).savefig(folder / "rate_histogram.png", dpi=120)
     drawn = [(folder / "rate_histogram.png", f"{layer}: firing rates of its channels over all samples")]
     try:

@@ -1,4 +1,4 @@
-"""Whether the neurons of a model fired at all: a silent network computes zeros, and every finding on it is empty."""
+"""Whether the neurons of a model fired at all: a silent network computes zeros, and no finding about it means much."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 DEAD = "no neuron fired"
-"""How a sentence on a network starts in which not one neuron fired."""
+"""How a sentence starts about a network in which no neuron fired."""
 
 
 def silence(model: nn.Module, fired: Mapping[str, bool]) -> str:
-    """A sentence on the neuron layers that never fired, "" where all did; `fired` tells by name which ones did."""
+    """A sentence on the neuron layers that never fired, "" if all did; `fired` says by name which ones did."""
     silent = [name for name, any_spike in fired.items() if not any_spike]
     if not silent:
         return ""
@@ -39,7 +39,7 @@ def _cause(model: nn.Module) -> str:
 
 
 def merge_fired(parts: Iterable[Mapping[str, bool]]) -> dict[str, bool]:
-    """Which layers fired on any process."""
+    """Which layers fired in any process."""
     merged: dict[str, bool] = {}
     for part in parts:
         for name, fired in part.items():
@@ -48,13 +48,13 @@ def merge_fired(parts: Iterable[Mapping[str, bool]]) -> dict[str, bool]:
 
 
 def warn_if_dead(sentence: str) -> None:
-    """Warns where no neuron fired at all."""
+    """Warns if no neuron fired at all."""
     if sentence.startswith(DEAD):
         warnings.warn(sentence, stacklevel=3)
 
 
 def as_text(lines: Iterable[str], table: Table) -> str:
-    """The lines, then the table as it is printed."""
+    """The lines, then the printed table."""
     from rich.console import Console
 
     text = io.StringIO()

@@ -1,4 +1,4 @@
-"""How the page of an analysis looks, in light and dark, on a phone and on a desk."""
+"""The style of an analysis page, for light and dark mode, phones and desktops."""
 
 from __future__ import annotations
 

@@ -24,12 +24,12 @@ NO_LATENCY = "Latency by number of steps is not given in full:"
 
 
 def note(confidence: float) -> str:
-    """What the figures of a table mean."""
+    """The explanation below a table."""
     return f"{CONVENTION} In brackets: the {confidence * 100:g} % confidence interval of the mean over samples."
 
 
 def layer_tables(report: EnergyReport, confidence: float = 0.95) -> dict[str, str]:
-    """A row a layer and neuron layer, with its rate and its energy by each model: CSV, Markdown and LaTeX by ending."""
+    """A row for each layer and neuron layer, with its rate and its energy by each model; CSV, Markdown and LaTeX."""
     columns = [Column("layer", "layer"), Column("type", "type"), Column("rate", "rate", ".4f")]
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for name, found in report.estimates.items():
@@ -55,9 +55,9 @@ def _with_interval(key: str, value: float, ends: tuple[float, float] | None) -> 
 def sweep(
     report: EnergyReport, outcome: Outcome | None, measured: Measured | None, confidence: float = 0.95
 ) -> list[dict[str, Any]]:
-    """Accuracy, energy and latency with the first 1, 2, ... steps, what is not known left out.
+    """Accuracy, energy and latency with the first 1, 2, ... steps, without what is unknown.
 
-    Accuracy and energy have the ends of their intervals beside them, where there are samples enough.
+    If there are enough samples, accuracy and energy come with the ends of their intervals.
     """
     accuracy = outcome.accuracy if outcome is not None else []
     latency = measured.latency_ms if measured is not None else {}
@@ -77,7 +77,7 @@ def sweep(
 
 
 def sweep_table(rows: Sequence[Row], measured: Measured | None = None, confidence: float = 0.95) -> dict[str, str]:
-    """What `sweep` found: CSV, Markdown and LaTeX by ending."""
+    """The rows of `sweep` as CSV, Markdown and LaTeX, by ending."""
     known = [column for column in SWEEP if any(row.get(column.key) is not None for row in rows)]
     missing = f" {NO_LATENCY} {measured.latency_missing}." if measured is not None and measured.latency_missing else ""
     return as_files(rows, known, note(confidence) + missing)

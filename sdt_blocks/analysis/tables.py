@@ -17,18 +17,18 @@ _LATEX |= {ABSENT: "--", "µ": r"\textmu{}", "±": r"$\pm$", "\n": " "}
 
 
 LOW, HIGH = "_low", "_high"
-"""Behind a column's key: the ends of the interval around its value, which CSV has as columns of their own."""
+"""Suffixes of a column's key: the ends of the interval around its value, which are columns of their own in CSV."""
 
 
 class Column(NamedTuple):
-    """One column: the key of its values, its heading, and how numbers are printed; None where it holds text."""
+    """One column: the key of its values, its heading, and the format of its numbers; None if it holds text."""
 
     key: str
     heading: str
     format: str | None = None
 
     def shown(self, row: Row) -> str:
-        """A cell of the printed tables; a deviation (key with `_std`) or an interval stands behind its mean."""
+        """A cell of the printed tables; a deviation (key with `_std`) or an interval follows its mean."""
         value, deviation = row.get(self.key), row.get(f"{self.key}_std")
         if value is None or self.format is None:
             return ABSENT if value is None else str(value)
@@ -45,14 +45,14 @@ def as_files(rows: Sequence[Row], columns: Sequence[Column], note: str = "") -> 
 
 
 def write(texts: Mapping[str, str], stem: Path) -> None:
-    """Writes texts as `stem` with their endings, into a folder that is made if it is missing."""
+    """Writes texts as `stem` with their endings; the folder is created if it is missing."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     for ending, text in texts.items():
         stem.with_name(f"{stem.name}.{ending}").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def markdown(rows: Sequence[Row], columns: Sequence[Column], note: str = "") -> str:
-    """The rows as a Markdown table, numbers to the right, and the note below."""
+    """The rows as a Markdown table, with numbers aligned to the right, and the note below."""
     cells = [[column.shown(row).replace("|", "\\|").replace("\n", " ") for column in columns] for row in rows]
     sides = ["---" if column.format is None else "---:" for column in columns]
     lines = [[column.heading for column in columns], sides, *cells]
@@ -61,7 +61,7 @@ def markdown(rows: Sequence[Row], columns: Sequence[Column], note: str = "") -> 
 
 
 def latex(rows: Sequence[Row], columns: Sequence[Column], note: str = "") -> str:
-    """The rows as a LaTeX tabular with booktabs' rules, the note as a comment above it."""
+    """The rows as a LaTeX tabular with booktabs' rules, with the note as a comment above it."""
 
     def line(cells: Sequence[str]) -> str:
         return " & ".join("".join(_LATEX.get(c, c) for c in cell) for cell in cells) + r" \\"
@@ -74,18 +74,18 @@ def latex(rows: Sequence[Row], columns: Sequence[Column], note: str = "") -> str
 
 
 def as_csv(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    """The rows as CSV under their keys, numbers in full."""
+    """The rows as CSV under their keys, with numbers in full precision."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     ends = [(column.key, f"{column.key}{LOW}", f"{column.key}{HIGH}") for column in columns]
     keys = [key for of in ends for key in of if key == of[0] or any(row.get(key) is not None for row in rows)]
     table.writerow(keys)
-    table.writerows([_cell(row.get(key)) for key in keys] for row in rows)
+    table.writerows([csv_cell(row.get(key)) for key in keys] for row in rows)
     return text.getvalue()
 
 
-def _cell(value: Any) -> Any:
-    """A spreadsheet would compute a cell that starts like a formula."""
+def csv_cell(value: Any) -> Any:
+    """A value as a cell of a CSV file; text that a spreadsheet would compute as a formula is quoted."""
     if value is None:
         return ""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
