@@ -1,4 +1,4 @@
-"""What every model of the kit has: maps of its stages, a head that can be changed, what training loops ask for."""
+"""The base class of the models: maps of their stages, a replaceable head, and the methods that training loops need."""
 
 from __future__ import annotations
 
@@ -11,38 +11,51 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..blocks.units import statistics_aside
-from ..neuron import find_neurons
-from ..steps import fire
+from ..neuron import Stream, find_neurons
+from ..steps import fire, present
 from .card import DataCard
 from .hub import HubModel
 
 WEIGHT_STD = 0.02
-"""Of the normal distribution that weights start from."""
+"""The standard deviation of the normal distribution of initial weights."""
 
 
 class Backbone(HubModel, nn.Module):
     """A model that computes its membranes stage by stage, each at a lower resolution or with more channels.
 
-    A subclass has `forward_stages`, `feature_info` and a `head` (`nn.Identity` without classes), and runs its blocks by
-    `run_blocks`. The head sees the means over tokens, or the spikes that a `head_neuron` makes of them; a
-    `distillation_head` sees the same, or what its own `distillation_neuron` makes of the means. Methods are called as
-    in timm, and what is written for timm's models takes these.
+    A subclass has `forward_stages`, `feature_info` and a `head` (`nn.Identity` without classes), and runs its blocks
+    with `run_blocks`. The head gets the means over tokens, or the spikes of a `head_neuron` on them; a
+    `distillation_head` gets the same, or the spikes of its own `distillation_neuron`. The methods have timm's names and
+    arguments, so that code written for timm's models works.
     """
 
     config: dict[str, Any]
     card: DataCard | None
+    in_channels: int
     num_classes: int
+    time_steps: int
     head: nn.Module
     grad_checkpointing = False
 
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
-        """What the stages give, one after the other, `[T, B, C, H, W]` each; whoever stops early computes no more."""
+        """The results of the stages one after another, `[T, B, C, H, W]` each; a caller may stop early."""
         raise NotImplementedError(f"{type(self).__name__} has no forward_stages")
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
-        """For each stage, as in timm: `num_chs`, `reduction` (image size over map size), `module` (what gives it)."""
+        """For each stage, as in timm: `num_chs`, `reduction` (image size over map size), `module` (its name)."""
         raise NotImplementedError(f"{type(self).__name__} has no feature_info")
+
+    def run_stages(self, x: Tensor, before: nn.ModuleList, stages: nn.ModuleList) -> Iterator[Tensor]:
+        """`forward_stages` for images or frames x, where each stage is a module of `before` and then its blocks."""
+        x = present(x, self.time_steps, self.in_channels)
+        for first, blocks in zip(before, stages, strict=True):
+            x = self.run_blocks(blocks, first(x))
+            yield x
+
+    def stream(self) -> Stream:
+        """This model for frames that come chunk by chunk: `stream(chunk)` continues where the last chunk ended."""
+        return Stream(self)
 
     # ---- features and head
 
@@ -50,15 +63,15 @@ class Backbone(HubModel, nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """What the last stage gives, `[T, B, C, H', W']`."""
+        """The result of the last stage, `[T, B, C, H', W']`."""
         for membrane in self.forward_stages(x):  # noqa: B007
             pass
         return membrane
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """What the model answers to the result x of `forward_features`.
+        """The model's output for the result x of `forward_features`.
 
-        With `pre_logits` what the head would see instead, its mean over time, `[B, num_features]`.
+        With `pre_logits` it is the input of the head instead, averaged over time, `[B, num_features]`.
         """
         tokens = x.mean((-2, -1))
         neuron = getattr(self, "head_neuron", None)
@@ -79,9 +92,9 @@ class Backbone(HubModel, nn.Module):
     def features(self, x: Tensor, stages: Sequence[int] | None = None) -> list[Tensor]:
         """The mean over time of every stage, or of those numbered in `stages`, `[B, C, H, W]` each.
 
-        Images or frames are those of the model. Height and width are the image's divided by `reduction`, rounded up.
+        Input is that of the model. Height and width are the image's divided by `reduction`, rounded up.
 
-        Raises `ValueError` for a stage that is not there, one that comes twice, or none at all.
+        Raises `ValueError` for a stage that does not exist, a stage that is given twice, or none at all.
 
         >>> model = create_model("sdt_v2_15m", dims=(16, 32, 48, 64), depths=(1, 1, 1, 1, 1))
         >>> [list(feature.shape) for feature in model.features(torch.rand(2, 3, 64, 48), stages=(1, 4))]
@@ -104,13 +117,14 @@ class Backbone(HubModel, nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """`(what the last stage gives, maps)`, or with `intermediates_only` the maps alone, as timm asks for them.
+        """`(result of the last stage, maps)`, or with `intermediates_only` only the maps, as timm asks for them.
 
-        The maps are those of `features`: of the stages `indices`, negative ones counted from the end, of the last
-        `indices` if it is a number, of all without it. What the last stage gives is what `forward_head` takes; with
-        `stop_early` it is that of the last stage asked for. There is no norm behind the stages that `norm` could apply.
+        The maps are those of `features`: for the stages `indices` (negative ones counted from the end), for the last
+        `indices` stages if it is a number, by default for all. The result of the last stage is the input of
+        `forward_head`; with `stop_early` it is that of the last stage asked for. `norm` has no effect, since there is
+        no norm after the stages.
 
-        Raises `ValueError` for stages that are not there and another format.
+        Raises `ValueError` for stages that do not exist and for another format.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"maps are [B, C, H, W], output_fmt='NCHW', got {output_fmt!r}")
@@ -118,7 +132,7 @@ class Backbone(HubModel, nn.Module):
         return maps if intermediates_only else (last, maps)
 
     def stages_of(self, indices: int | Sequence[int] | None = None) -> list[int]:
-        """The numbers of stages that timm's `indices` stand for. Raises `ValueError` where there are none such."""
+        """The stage numbers that timm's `indices` stand for. Raises `ValueError` if they do not exist."""
         count = len(self.feature_info)
         if indices is None or isinstance(indices, int):
             last = count if indices is None else indices
@@ -131,7 +145,7 @@ class Backbone(HubModel, nn.Module):
         return [index % count for index in indices]
 
     def _maps(self, x: Tensor, wanted: Sequence[int], *, stop: bool) -> tuple[list[Tensor], Tensor]:
-        """The maps of the wanted stages, and what the last stage that was computed gives."""
+        """The maps of the wanted stages, and the result of the last stage that was computed."""
         found: dict[int, Tensor] = {}
         for stage, membrane in enumerate(self.forward_stages(x)):
             if stage in wanted:
@@ -143,9 +157,9 @@ class Backbone(HubModel, nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] | None = None, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Leaves the head out where features alone are wanted; gives the numbers of the stages of `indices`.
+        """Removes the head if only features are needed; returns the stage numbers of `indices`.
 
-        Stages behind the last of them stay and are not computed. There is no norm to prune.
+        Later stages stay but are not computed. There is no norm to prune.
         """
         stages = self.stages_of(indices)
         if prune_head:
@@ -156,25 +170,25 @@ class Backbone(HubModel, nn.Module):
 
     @property
     def num_features(self) -> int:
-        """Channels of the last stage, and of what the head sees."""
+        """Channels of the last stage, and of the head's input."""
         return int(self.feature_info[-1]["num_chs"])
 
     @property
     def head_hidden_size(self) -> int:
-        """Channels of what the head sees."""
+        """Channels of the head's input."""
         return self.num_features
 
     def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
-        """The head, or where there are two `(head, distillation_head)`."""
+        """The head, or `(head, distillation_head)` if there are two."""
         second = getattr(self, "distillation_head", None)
         return self.head if second is None else (self.head, second)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Puts new heads for `num_classes` in the place of the old ones; 0 leaves them out, for good if there are two.
+        """Replaces the heads by new ones for `num_classes`; 0 removes them, a second head for good.
 
-        The model's options follow, so that it can be saved; of its card the names of the classes go.
+        The model's options are updated, so that it can be saved; the class names are removed from its card.
 
-        Raises `ValueError` for a negative number, and for another pooling than "avg", the mean over tokens.
+        Raises `ValueError` for a negative number, or a pooling other than "avg", the mean over tokens.
 
         >>> model = create_model("sdt_2_256")
         >>> model.reset_classifier(7)
@@ -208,16 +222,16 @@ class Backbone(HubModel, nn.Module):
     # ---- training
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether training keeps of each block its input alone, and computes the rest anew in the backward pass.
+        """Whether training keeps only the input of each block, and recomputes the rest in the backward pass.
 
         Gradients are the same, and the running statistics of norms count a batch once.
         """
         self.grad_checkpointing = enable
 
     def run_blocks(self, blocks: Any, membrane: Tensor) -> Tensor:
-        """The blocks of a stage, an `nn.Sequential`, one after the other."""
+        """Runs the blocks of a stage, an `nn.Sequential`, one after another."""
         again = self.grad_checkpointing and self.training and torch.is_grad_enabled()
-        # What is traced is planned anew by whoever traces it.
+        # Whoever traces the model decides for itself what to keep.
         if not again or isinstance(membrane, fx.Proxy) or torch.compiler.is_compiling():
             result: Tensor = blocks(membrane)
             return result
@@ -226,13 +240,13 @@ class Backbone(HubModel, nn.Module):
         return membrane
 
     def no_weight_decay(self) -> set[str]:
-        """The names of what neurons learn: time constants, which decay would draw to 2 steps."""
+        """The names of the neurons' parameters: time constants, which decay would draw towards 2 steps."""
         return {f"{name}.{key}" for name, neuron in find_neurons(self).items() for key, _ in neuron.named_parameters()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns of names for the groups of layer decay, as timm has them: stem, blocks in their order (or stages).
+        """Name patterns for the groups of layer decay, as in timm: stem, blocks in their order (or stages).
 
-        The heads, which none of them matches, are the last group, the neurons in front of them among it.
+        The heads and the neurons before them match no pattern, and are the last group.
         """
         blocks: list[tuple[str, tuple[int] | None]]
         if coarse:
@@ -247,7 +261,7 @@ class Backbone(HubModel, nn.Module):
 
 
 def initialize(module: nn.Module, *kinds: type[nn.Module]) -> None:
-    """Normally distributed weights and biases of 0, for linear layers and modules of `kinds`."""
+    """Sets normally distributed weights and zero biases, for linear layers and modules of `kinds`."""
     if isinstance(module, (nn.Linear, *kinds)):
         nn.init.trunc_normal_(module.weight, std=WEIGHT_STD)  # type: ignore[arg-type]
         if module.bias is not None:
@@ -269,7 +283,7 @@ def _copied(norm: nn.Module) -> dict[str, Tensor | None]:
 
 
 def stage_info(channels: Sequence[int], halved: Sequence[bool], modules: Sequence[str]) -> list[dict[str, Any]]:
-    """`feature_info` of stages with so many channels, which halve height and width or not."""
+    """The `feature_info` of stages with these channels, which halve height and width or not."""
     reduction, found = 1, []
     for width, halves, module in zip(channels, halved, modules, strict=True):
         reduction *= 2 if halves else 1

@@ -1,4 +1,4 @@
-"""What a trained model is given and what it answers: how its inputs were prepared, what its classes are called."""
+"""Data cards: how a trained model's inputs were prepared, and the names of its classes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PREPARATION = ("mean", "std", "interpolation", "crop_pct")
 
 @dataclass(frozen=True)
 class ImageNetClasses(Sequence[str]):
-    """The identifiers of ImageNet's 1000 classes (n01440764, ...); timm is asked for them when one is looked at."""
+    """The identifiers of ImageNet's 1000 classes (n01440764, ...), taken from timm when one is needed."""
 
     def __len__(self) -> int:
         return _IMAGENET_CLASSES
@@ -32,7 +32,7 @@ class ImageNetClasses(Sequence[str]):
 
 
 def _read_names(names: Any) -> Sequence[str] | None:
-    """Class names as a card keeps them. Raises `TypeError` or `ValueError`."""
+    """Class names in the form that a card keeps. Raises `TypeError` or `ValueError`."""
     if names is None or isinstance(names, ImageNetClasses):
         return names
     if names == IMAGENET:
@@ -48,9 +48,9 @@ def _read_names(names: Any) -> Sequence[str] | None:
 
 @dataclass(frozen=True)
 class DataCard:
-    """What a model's inputs were and what its classes are called; it is kept as `model.card` and saved with the model.
+    """How a model's inputs are prepared and what its classes are called; kept as `model.card` and saved with the model.
 
-    Of images, `mean`, `std`, `interpolation` and `crop_pct` say how they are prepared (`transform_of` does it); event
+    `mean`, `std`, `interpolation` and `crop_pct` describe the preparation of images (`transform_of` does it); event
     frames have none of the four. Raises `TypeError` or `ValueError` naming the value.
 
     >>> card = DataCard(class_names=["cat", "dog"], input_size=(32, 32))
@@ -63,13 +63,13 @@ class DataCard:
     input_size: Annotated[Sequence[int] | None, Option(least=1, most=65536)] = None
     """Height and width in pixels."""
     mean: Annotated[Sequence[float] | None, Option()] = None
-    """Of values in 0 ... 1: one for all channels, one for each, or three for the luma of an RGB image."""
+    """Of values in 0..1: one for all channels, one for each, or three for the luma of an RGB image."""
     std: Annotated[Sequence[float] | None, Option(above=0)] = None
     interpolation: str | None = None
     crop_pct: Annotated[float | None, Option(above=0, most=1)] = None
     """The shorter side is resized to `input_size / crop_pct`, then the centre is cropped."""
     note: str | None = None
-    """What whoever uses the weights has to know besides, in a sentence."""
+    """Anything else that a user of the weights has to know, in a sentence."""
 
     def __post_init__(self) -> None:
         for name, keyword in options_of(DataCard).items():
@@ -82,27 +82,33 @@ class DataCard:
 
     @property
     def labels(self) -> list[str] | None:
-        """The class names for people: ImageNet's identifiers in words, any other as it is."""
+        """The class names for people: words for ImageNet's identifiers, any other name unchanged."""
         return None if self.class_names is None else words_of(self.class_names)
 
     @property
     def preparation(self) -> dict[str, Any]:
-        """`mean`, `std`, `interpolation` and `crop_pct`; empty where the inputs are no images."""
+        """`mean`, `std`, `interpolation` and `crop_pct`; empty if the inputs are not images."""
         return {} if self.mean is None else {name: getattr(self, name) for name in _PREPARATION}
 
     def written(self) -> dict[str, Any]:
-        """What a config.json holds of it."""
+        """The card as plain data for a config.json."""
         names = IMAGENET if isinstance(self.class_names, ImageNetClasses) else self.class_names
         values = {**{item.name: getattr(self, item.name) for item in fields(self)}, "class_names": names}
         return {name: value for name, value in values.items() if value is not None}
 
     def without_names(self) -> DataCard:
-        """The same data for classes of which nothing is known."""
+        """The same card without class names."""
         return replace(self, class_names=None)
 
 
+def imagenet_card(crop_pct: float, note: str | None = None) -> DataCard:
+    """The card of a model of ImageNet at 224 x 224 pixels, cropped to this share of the shorter side."""
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return DataCard(IMAGENET, (224, 224), mean=mean, std=std, interpolation="bicubic", crop_pct=crop_pct, note=note)
+
+
 def read_card(content: Any) -> DataCard | None:
-    """The card that `DataCard.written` gave. Raises `TypeError` or `ValueError`."""
+    """The card from the data that `DataCard.written` returned. Raises `TypeError` or `ValueError`."""
     if content is None:
         return None
     if not isinstance(content, dict):
@@ -114,7 +120,7 @@ def read_card(content: Any) -> DataCard | None:
 
 
 def check_card(card: Any, num_classes: int) -> None:
-    """Raises `TypeError` for what is no card, `ValueError` where it names more or fewer classes than the model has."""
+    """Raises `TypeError` if it is not a card, `ValueError` if it names more or fewer classes than the model has."""
     if card is not None and not isinstance(card, DataCard):
         raise TypeError(f"model.card must be a DataCard or None, got {type(card).__name__}")
     if card is not None and card.class_names is not None and num_classes not in (0, len(card.class_names)):
@@ -122,7 +128,7 @@ def check_card(card: Any, num_classes: int) -> None:
 
 
 def words_of(names: Iterable[str]) -> list[str]:
-    """Class names for people: ImageNet's identifiers in words, any other as it is."""
+    """Class names for people: words for ImageNet's identifiers, any other name unchanged."""
     listed = list(names)
     words = _imagenet() if any(map(_IDENTIFIER.fullmatch, listed)) else {}
     return [words.get(name, name) for name in listed]
@@ -130,7 +136,7 @@ def words_of(names: Iterable[str]) -> list[str]:
 
 @cache
 def _imagenet() -> dict[str, str]:
-    """ImageNet's 1000 classes in order: identifier, and what it stands for. Raises `ImportError`."""
+    """ImageNet's 1000 classes in order: identifiers, and their words. Raises `ImportError`."""
     try:
         from timm.data import ImageNetInfo
     except ImportError as error:
@@ -142,10 +148,10 @@ def _imagenet() -> dict[str, str]:
 
 
 def transform_of(model: nn.Module) -> Callable[[Image], Tensor]:
-    """The evaluation transform of a model's images, as its card says: an image of PIL -> float32 `[C, H, W]`.
+    """The evaluation transform of a model's images, according to its card: a PIL image -> float32 `[C, H, W]`.
 
-    Grey, 16-bit and transparent images become RGB first. Raises `ValueError` for a model that has no card of images,
-    `ImportError` where torchvision or timm is missing.
+    Grey, 16-bit and transparent images become RGB first. Raises `ValueError` for a model without a card for images, and
+    `ImportError` without torchvision or timm.
 
     >>> from PIL import Image
     >>> model = example_model()

@@ -1,7 +1,7 @@
 """E-SpikeFormer (Spike-Driven Transformer V3): its base and its large family, and their published variants.
 
-The masked pre-training that the large family's authors start from is out of scope: neither its decoder nor its masked
-stem is here, and files of it are not read.
+The masked pre-training from which the authors start the large family is out of scope: neither its decoder nor its
+masked stem is here, and its files are not read.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from ..blocks.integer import (
 from ..blocks.sizes import check_heads, check_multiple
 from ..blocks.units import ConvNorm
 from ..neuron import IntegerNeuron, NeuronFactory
-from ..steps import present
 from .backbone import Backbone, initialize, stage_info
-from .card import IMAGENET, DataCard
-from .family import ReleasedKeys, count_blocks, shape_of
+from .card import imagenet_card
+from .family import ReleasedKeys, count_blocks, count_classes, shape_of
 from .options import (
     Channels,
     Classes,
@@ -49,7 +48,7 @@ from .options import (
 from .registry import register
 
 BASE_DEPTHS, LARGE_DEPTHS = (1, 1, 2, 6, 2), (1, 1, 2, 12)
-"""Blocks of each stage; the first three have convolution blocks."""
+"""The number of blocks in each stage; the first three stages have convolution blocks."""
 
 CONVOLUTION_STAGES = 3
 
@@ -58,12 +57,12 @@ class ESpikeFormer(Backbone):
     """The base family of E-SpikeFormer (Yao et al., TPAMI 2025, https://arxiv.org/abs/2411.16061).
 
     Five stages, each a downsampling and its blocks: convolution blocks at 1/2, 1/4 and 1/8 of the image's size,
-    attention blocks (separable convolution, attention, MLP) at 1/16; then mean over tokens, a neuron whose levels reach
-    the linear head, mean over frames. Neurons emit integer levels, 0 to `levels`, which stand for so many spikes in
-    `levels` binary steps ("1x4", "1x8"; the released weights do not say which: their file names do). Frames meet in
-    the last mean alone. The models of events have two things more: levels are divided by `level_norm`, which else is
-    `levels` (the last neuron's are not divided), and with `layer_scale` a learnt factor for each channel stands behind
-    the three branches of the attention blocks.
+    attention blocks (separable convolution, attention, MLP) at 1/16; then mean over tokens, a neuron whose levels go to
+    the linear head, mean over frames. Neurons emit integer levels l, 0 to `levels`, which stand for l spikes in
+    `levels` binary steps ("1x4", "1x8"; the released weights do not say which, but their file names do). Frames are
+    combined only in the last mean. The models for events differ in two ways: levels are divided by `level_norm` instead
+    of `levels` (those of the last neuron are not divided), and with `layer_scale` each of the three branches of the
+    attention blocks ends in a learnt factor for each channel.
 
     Input: images `[B, in_channels, H, W]` of any size, shown `time_steps` times (1, as all of them are the same), or
     frames `[B, T, in_channels, H, W]`. Output: logits `[B, num_classes]`; `num_classes=0` leaves the head out.
@@ -127,11 +126,8 @@ class ESpikeFormer(Backbone):
         self.apply(initialize)
 
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
-        """Membranes of the stages."""
-        membrane: Tensor = present(x, self.time_steps, self.in_channels)
-        for downsampling, blocks in zip(self.downsamplings, self.stages, strict=True):
-            membrane = self.run_blocks(blocks, downsampling(membrane))
-            yield membrane
+        """Membranes of the stages, `[T, B, C, H, W]` each."""
+        return self.run_stages(x, self.downsamplings, self.stages)
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
@@ -141,9 +137,9 @@ class ESpikeFormer(Backbone):
 
 
 class LargeIntegerBlock(nn.Module):
-    """Block of the large family: linear chains for q, k, v and the projection, branches scaled by channel.
+    """A block of the large family: linear chains for q, k, v and the projection, branches scaled by channel.
 
-    With `rep_conv` a linear chain comes first, in a shortcut of its own.
+    With `rep_conv` a linear chain comes first, within a shortcut of its own.
 
     Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
     """
@@ -181,8 +177,8 @@ class ESpikeFormerLarge(Backbone):
     """The large family of E-SpikeFormer (Yao et al., TPAMI 2025, https://arxiv.org/abs/2411.16061).
 
     Four stages, each a downsampling and its blocks: convolution blocks at 1/2, 1/4 and 1/8 of the image's size, and
-    `LargeIntegerBlock`s at 1/16; then mean over tokens, linear head on the membrane itself, mean over frames. With
-    `distillation` a second head behind a neuron learns from a teacher: in training the output is `(logits, logits of
+    `LargeIntegerBlock`s at 1/16; then mean over tokens, a linear head on the membrane itself, mean over frames. With
+    `distillation` a second head, after a neuron, learns from a teacher: in training the output is `(logits, logits of
     the second head)`, in evaluation their mean. Its neurons round halves up, those of the base family to even.
 
     Input and output are otherwise those of `ESpikeFormer`. `drop_path` is the rate of the last block.
@@ -239,16 +235,13 @@ class ESpikeFormerLarge(Backbone):
         self.apply(initialize)
 
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
-        """Membranes of the stages."""
-        membrane: Tensor = present(x, self.time_steps, self.in_channels)
-        for downsampling, blocks in zip(self.downsamplings, self.stages, strict=True):
-            membrane = self.run_blocks(blocks, downsampling(membrane))
-            yield membrane
+        """Membranes of the stages, `[T, B, C, H, W]` each."""
+        return self.run_stages(x, self.downsamplings, self.stages)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns of names for layer decay as the released fine-tuning has it: the attention blocks, and the heads.
+        """Name patterns for layer decay as in the released fine-tuning: the attention blocks, and the heads.
 
-        All that stands before the attention blocks is one group.
+        Everything before the attention blocks is one group.
         """
         if coarse:
             return super().group_matcher(coarse)
@@ -263,7 +256,7 @@ class ESpikeFormerLarge(Backbone):
 
 
 def _downsamplings(in_channels: int, widths: Sequence[int], neuron: NeuronFactory) -> nn.ModuleList:
-    """The first sees the image; the last keeps the size where there are five."""
+    """The first one sees the image; if there are five, the last one keeps the size."""
     first = Downsampling(in_channels, widths[0], kernel_size=7, neuron=None)
     strides = (2, 2, 2, 1)
     others = (Downsampling(*sizes, stride=strides[i], neuron=neuron) for i, sizes in enumerate(pairwise(widths)))
@@ -291,7 +284,7 @@ BASE: dict[str, dict[str, Any]] = {
     "sdt_v3_19m_har_dvs": {**_EVENTS, "depths": (1, 1, 2, 6, 2), "level_norm": 1, "num_classes": 300},
     "sdt_v3_6m_gesture": {**_EVENTS, "depths": (1, 1, 2, 1, 0), "level_norm": 8, "num_classes": 11},
 }
-"""Published variants of the base family, those of events last: what differs from the defaults of `ESpikeFormer`."""
+"""Published variants of the base family, those for events last: what differs from the defaults of `ESpikeFormer`."""
 
 LARGE: dict[str, dict[str, Any]] = {
     "sdt_v3_83m": {"dims": (128, 256, 512), "rep_conv": True},
@@ -341,7 +334,7 @@ BASE_KEYS: Keys = [
     ),
     (r"block([34])\.(\d+)\.layer_scale([123])", lambda m: f"stages.{m[1]}.{m[2]}.{int(m[3]) - 1}.scale"),
 ]
-"""Released prefixes of the base family, and what they are called here."""
+"""Released prefixes of the base family, and the names here."""
 
 LARGE_KEYS: Keys = [
     *_SHARED,
@@ -368,14 +361,14 @@ LARGE_KEYS: Keys = [
         lambda m: f"stages.3.{m[1]}.{('attention', 'mlp')[int(m[2]) - 1]}.scale",
     ),
 ]
-"""Released prefixes of the large family, and what they are called here."""
+"""Released prefixes of the large family, and the names here."""
 
 NEVER_CALLED = r"block3\.\d+\.rep_conv\..*"
-"""What a released file holds of layers that no model could run: their norms are of another width (see `weed`)."""
+"""Released keys of layers that no model could run, since their norms have another width (see `weed`)."""
 
 
 def weed(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without `rep_conv` where its first norm is not of its first convolution's width: it was never called."""
+    """Removes `rep_conv` if its first norm does not have the width of its first convolution: it was never called."""
     conv, norm = (state_dict.get(f"block3.0.rep_conv.conv1.{layer}.weight") for layer in (0, 1))
     if conv is None or norm is None or norm.shape[0] == conv.shape[0]:
         return dict(state_dict)
@@ -389,7 +382,7 @@ def _options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any], last: in
         "dims": dims,
         "depths": [*BASE_DEPTHS[:CONVOLUTION_STAGES], *attention],
         "in_channels": shape_of(state_dict, "downsample1_1.encode_conv.weight")[1],
-        "num_classes": state_dict["head.weight"].shape[0] if "head.weight" in state_dict else 0,
+        "num_classes": count_classes(state_dict),
     }
     if attention[0]:
         options["mlp_ratio"] = shape_of(state_dict, "block3.0.mlp.fc1_conv.weight")[0] / dims[2]
@@ -412,17 +405,12 @@ def read_large_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]
     }
 
 
-CARD = DataCard(
-    IMAGENET,
-    (224, 224),
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
-    interpolation="bicubic",
+CARD = imagenet_card(
     crop_pct=224 / 232,
     note="The weights do not say how many levels their neurons have: 4 in files named 1x4, 8 in those named 1x8 "
     "(levels=8). Files of 384 pixels see the whole image: input_size 384, crop_pct 1.",
 )
-"""What the released ImageNet models were evaluated on."""
+"""How the released ImageNet models were evaluated."""
 
 FAMILY = register(
     ESpikeFormer, BASE, keys=ReleasedKeys(BASE_KEYS, read_base_options, "E-SpikeFormer, base family"), card=CARD

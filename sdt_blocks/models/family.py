@@ -1,4 +1,4 @@
-"""What the kit knows of a family of models: the class, its published variants, how its authors' files are read."""
+"""What the kit knows about a family of models: its class, published variants, and how to read its authors' files."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class ReleasedKeys:
     """How the authors of a family named its weights."""
 
     renames: Sequence[tuple[str, str | Callable[[Any], str]]]
-    """Prefixes of the released state_dict (patterns) and what they are called here (as `re.sub` takes it)."""
+    """Prefixes of the released state_dict (patterns) and their replacements here (as in `re.sub`)."""
     read_options: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Any]]
-    """Options of the class from a released state_dict and the training arguments; `ValueError` where it is not one."""
+    """Options of the class from a released state_dict and the training arguments; raises `ValueError` if unknown."""
     title: str
-    """The family in words."""
+    """The name of the family in messages."""
     unused: str = ""
-    """A pattern of whole keys that are released, but never used in the forward pass."""
+    """A pattern of whole keys that are released but never used in the forward pass."""
     weed: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
-    """Leaves out of a released state_dict what no pattern of keys could tell."""
+    """Removes from a released state_dict what cannot be recognised by a pattern of keys."""
 
     def renamed(self, key: str) -> str | None:
-        """What a released key is called here: "" if nothing uses it, `None` if it is not one of the family's."""
+        """The name here of a released key: "" if nothing uses it, `None` if it does not belong to the family."""
         if re.fullmatch(self.unused, key):
             return ""
         for pattern, ours in self.renames:
@@ -40,18 +40,18 @@ class ReleasedKeys:
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of model."""
+    """A class of models with its variants."""
 
     model: type[nn.Module]
     variants: Mapping[str, Mapping[str, Any]]
     """Published variants: what differs from the defaults of the class."""
     keys: ReleasedKeys | None
     card: DataCard | None = None
-    """Of the released files that tell as many classes apart as it names."""
+    """The card of released files that have as many classes as it names."""
 
     @property
     def name(self) -> str:
-        """The name of the class, as `config.json` has it."""
+        """The name of the class, as in `config.json`."""
         return self.model.__name__
 
     @property
@@ -68,10 +68,15 @@ def shape_of(state_dict: Mapping[str, Tensor], key: str) -> Sequence[int]:
 
 
 def count_blocks(state_dict: Mapping[str, Tensor], prefix: str) -> int:
-    """How many blocks `{prefix}0.`, `{prefix}1.`, ... there are. Raises `ValueError` where a number is left out."""
+    """The number of blocks `{prefix}0.`, `{prefix}1.`, ... Raises `ValueError` if a number is missing."""
     found = {key.removeprefix(prefix).split(".")[0] for key in state_dict if key.startswith(prefix)}
     missing = [number for number in range(len(found)) if str(number) not in found]
     if missing:
         last = max(found, key=lambda number: (len(number), number))
         raise ValueError(f"the blocks are not numbered 0 to {len(found) - 1}: {prefix}{last} is there")
     return len(found)
+
+
+def count_classes(state_dict: Mapping[str, Tensor]) -> int:
+    """The number of classes of a released head, 0 without one."""
+    return state_dict["head.weight"].shape[0] if "head.weight" in state_dict else 0

@@ -16,14 +16,14 @@ Model = TypeVar("Model", bound="HubModel")
 
 MODEL_CARD = "README.md"
 _SHOWN = 20
-"""So many class names the model card lists."""
+"""How many class names the model card lists."""
 
 
 class HubModel:
-    """A model that is saved for, sent to and loaded from the Hugging Face Hub.
+    """A model that can be saved for, uploaded to and loaded from the Hugging Face Hub.
 
-    The files are those of `save_model`, `model.safetensors` and `config.json`, with a model card beside them. Only what
-    talks to the Hub needs the package huggingface_hub.
+    The files are those of `save_model`, `model.safetensors` and `config.json`, and a model card. The package
+    huggingface_hub is needed only to access the Hub.
     """
 
     def save_pretrained(
@@ -36,12 +36,12 @@ class HubModel:
         push_to_hub: bool = False,
         **push_options: Any,
     ) -> None:
-        """Writes the model and its card into a folder, and with `push_to_hub` to the Hub as well.
+        """Writes the model and its model card into a folder, and with `push_to_hub` to the Hub as well.
 
-        The card says how inputs are prepared and what the classes are called (`model.card`), and the `metrics` on the
-        `dataset`, such as `{"accuracy": 0.98}`. A README.md that is there stays.
+        The model card says how inputs are prepared and what the classes are called (`model.card`), and the `metrics` on
+        the `dataset`, such as `{"accuracy": 0.98}`. An existing README.md is kept.
 
-        Raises what `save_model` raises, and `TypeError` for metrics that are no numbers.
+        Raises what `save_model` raises, and `TypeError` for metrics that are not numbers.
         """
         text = _model_card(self, metrics or {}, dataset, repo_id)
         save_model(self, save_directory)  # type: ignore[arg-type]
@@ -63,7 +63,7 @@ class HubModel:
         token: str | None = None,
         **upload_options: Any,
     ) -> str:
-        """Sends what `save_pretrained` writes to the Hub, and gives the address of the commit.
+        """Uploads what `save_pretrained` writes to the Hub, and returns the address of the commit.
 
         `upload_options` are those of `huggingface_hub.HfApi.upload_folder`, such as `revision` or `create_pr`.
         """
@@ -88,12 +88,13 @@ class HubModel:
         new_head: bool = False,
         **overrides: Any,
     ) -> Model:
-        """The model of a folder or of a repository of the Hub, in eval mode, as `load_model` gives it.
+        """The model in a folder or in a repository of the Hub, in eval mode, like `load_model`.
 
-        `new_head` and `overrides` are those of `load_model`; the rest is `huggingface_hub.snapshot_download`'s, and
-        nothing to a folder. Weights are safetensors; nothing is unpickled.
+        `new_head` and `overrides` are those of `load_model`; the other options are those of
+        `huggingface_hub.snapshot_download`, and are ignored for a folder. Weights are safetensors; nothing is
+        unpickled.
 
-        Raises what `load_model` raises, `FileNotFoundError` where there is neither folder nor repository, and
+        Raises what `load_model` raises, `FileNotFoundError` if there is neither folder nor repository, and
         `TypeError` for a model of another class.
         """
         folder = Path(name_or_path)
@@ -149,7 +150,7 @@ def _model_card(model: Any, metrics: Mapping[str, float], dataset: str | None, r
             "metrics": [{"type": key, "value": value} for key, value in metrics.items()],
         }
         head["model-index"] = [{"name": repo_id or name, "results": [measured]}]
-    # What is JSON is YAML.
+    # JSON is also YAML.
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
     options = ", ".join(f"{key}={value!r}" for key, value in model.config.items())
     sections = [

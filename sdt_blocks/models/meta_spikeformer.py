@@ -10,19 +10,18 @@ from torch import Tensor, nn
 
 from ..blocks import ConvolutionBlock, Downsampling, LinearSpikeAttention, MembraneShortcut, SpikingMLP
 from ..blocks.sizes import check_heads, check_multiple
-from ..neuron import LIF, NeuronLike, Stream, make_neuron
-from ..steps import present
+from ..neuron import LIF, NeuronLike, make_neuron
 from .backbone import Backbone, initialize, stage_info
-from .card import IMAGENET, DataCard
-from .family import ReleasedKeys, count_blocks, shape_of
+from .card import imagenet_card
+from .family import ReleasedKeys, count_blocks, count_classes, shape_of
 from .options import Channels, Classes, Depths, Heads, Neuron, PerStep, Ratio, SecondHead, Steps, Widths, keeps_options
 from .registry import register
 
 DEPTHS = (1, 1, 2, 6, 2)
-"""Blocks of each stage, the same in every published variant."""
+"""The number of blocks in each stage, the same in every published variant."""
 
 CONVOLUTION_STAGES = 3
-"""The first stages have convolution blocks, the others attention."""
+"""The first stages have convolution blocks, the others attention blocks."""
 
 
 class LinearAttentionBlock(nn.Module):
@@ -51,8 +50,8 @@ class MetaSpikeFormer(Backbone):
     Input: images `[B, in_channels, H, W]` of any size, shown `time_steps` times, or frames `[B, T, in_channels, H, W]`
     with any T >= 1. Output: logits `[B, num_classes]`, or with `per_step` (TET training, Deng et al., 2022) `[T, B,
     num_classes]`. With `distillation` a second head learns from a teacher: in training the output is `(logits, logits
-    of the second head)`, in evaluation their mean. `num_classes=0` leaves the head out: the output is the mean of the
-    head neuron's spikes.
+    of the second head)`, in evaluation their mean. With `num_classes=0` there is no head, and the output is the mean of
+    the head neuron's spikes.
 
     Raises `ValueError` for dimensions that do not fit each other, and for input of another shape.
 
@@ -107,21 +106,14 @@ class MetaSpikeFormer(Backbone):
         self.apply(initialize)
 
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
-        """Membranes of the five stages; the released segmentation takes 0, 1, 2 and 4."""
-        membrane: Tensor = present(x, self.time_steps, self.in_channels)
-        for downsampling, blocks in zip(self.downsamplings, self.stages, strict=True):
-            membrane = self.run_blocks(blocks, downsampling(membrane))
-            yield membrane
+        """Membranes of the five stages, `[T, B, C, H, W]` each; the released segmentation uses 0, 1, 2 and 4."""
+        return self.run_stages(x, self.downsamplings, self.stages)
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
         dims = self.config["dims"]
         names = [f"stages.{stage}" for stage in range(len(self.stages))]
         return stage_info((dims[0] // 2, *dims), (True,) * 4 + (False,), names)
-
-    def stream(self) -> Stream:
-        """This model for frames that come chunk by chunk: `stream(chunk)` goes on where the chunk before ended."""
-        return Stream(self)
 
 
 def _check(dims: Sequence[int], depths: Sequence[int], num_heads: int, num_classes: int, distillation: bool) -> None:
@@ -183,7 +175,7 @@ KEYS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"head\.", "head."),
     (r"head_kd\.", "distillation_head."),
 ]
-"""Released prefixes, and what they are called here."""
+"""Released prefixes, and the names here."""
 
 
 def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,7 +186,7 @@ def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> d
         "dims": dims,
         "depths": [*DEPTHS[:CONVOLUTION_STAGES], *attention],
         "in_channels": shape_of(state_dict, "downsample1_1.encode_conv.weight")[1],
-        "num_classes": state_dict["head.weight"].shape[0] if "head.weight" in state_dict else 0,
+        "num_classes": count_classes(state_dict),
         "distillation": "head_kd.weight" in state_dict,
     }
     if attention[0]:
@@ -204,10 +196,8 @@ def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> d
     return options
 
 
-CARD = DataCard(
-    IMAGENET, (224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic", crop_pct=0.875
-)
-"""What the released ImageNet models were evaluated on."""
+CARD = imagenet_card(crop_pct=0.875)
+"""How the released ImageNet models were evaluated."""
 
 FAMILY = register(
     MetaSpikeFormer, VARIANTS, keys=ReleasedKeys(KEYS, read_options, "Spike-Driven Transformer V2"), card=CARD

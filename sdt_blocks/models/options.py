@@ -1,4 +1,4 @@
-"""The options that a model is built with: what each may be stands in the constructor's annotations and nowhere else."""
+"""The options of models: their types and bounds are in the annotations of a constructor and nowhere else."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..neuron import NeuronLike, neuron_spec
 Init = TypeVar("Init", bound=Callable[..., None])
 
 MOST = 10**9
-"""What no number exceeds where its annotation says nothing."""
+"""The largest number that is allowed if the annotation has no upper bound."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """What an annotation says of a number beside its type, and in words what it is."""
+    """Bounds and a description for an annotation of an option."""
 
     help: str = ""
     least: float | None = None
@@ -30,10 +30,10 @@ class Option:
     above: float | None = None
     below: float | None = None
     read: Callable[[Any], Any] | None = None
-    """Makes of the value what a config.json holds of it."""
+    """Converts the value to the plain data that is kept in a config.json."""
 
     def bounds(self) -> dict[str, float]:
-        """Those that are set, by name."""
+        """The bounds that are set, by name."""
         named = {"least": self.least, "above": self.above, "most": self.most, "below": self.below}
         return {name: bound for name, bound in named.items() if bound is not None}
 
@@ -81,7 +81,7 @@ Neuron = Annotated[NeuronLike, Option("spiking neuron: lif or plif", read=neuron
 
 @dataclass(frozen=True)
 class Keyword:
-    """A keyword of a constructor; its default is `inspect.Parameter.empty` where it has none."""
+    """A keyword of a constructor; its default is `inspect.Parameter.empty` if it has none."""
 
     kind: Any
     option: Option
@@ -94,7 +94,7 @@ def options_of(model: type) -> dict[str, Keyword]:
     keywords = {}
     for name, parameter in inspect.signature(model).parameters.items():
         hint = hints.get(name, Any)
-        # Python 3.10 makes an Optional of what is None where it is not given.
+        # Python 3.10 wraps the type of an argument whose default is None in Optional.
         hint = next((one for one in typing.get_args(hint) if typing.get_origin(one) is Annotated), hint)
         kind, *said = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
         option = next((one for one in said if isinstance(one, Option)), Option())
@@ -103,9 +103,9 @@ def options_of(model: type) -> dict[str, Keyword]:
 
 
 def keeps_options(init: Init) -> Init:
-    """A constructor whose arguments are held to their annotations first, and kept as `self.config`.
+    """Decorates a constructor: its arguments are first checked against their annotations, and kept as `self.config`.
 
-    Raises `TypeError` or `ValueError` that names the option, what it was given and what is expected.
+    Raises `TypeError` or `ValueError` that names the option, the value and what is expected.
     """
     signature = inspect.signature(init)
     _, *parameters = signature.parameters.values()
@@ -128,7 +128,7 @@ def keeps_options(init: Init) -> Init:
 
 
 def check_option(name: str, value: Any, keyword: Keyword) -> Any:
-    """The value as plain Python has it. Raises `TypeError` or `ValueError` where the keyword does not allow it."""
+    """The value as plain Python data. Raises `TypeError` or `ValueError` if the keyword does not allow it."""
     return _read(name, value, keyword.kind, keyword.option)
 
 
@@ -159,7 +159,7 @@ def _read(name: str, value: Any, kind: Any, option: Option) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A value with its type as an error shows them."""
+    """A value and its type for an error message."""
     if isinstance(value, int) and abs(value) > 10**30:
         return "a whole number of more than 30 digits"
     text = repr(value)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from ..blocks.sizes import check_heads, check_multiple
 from ..blocks.spike_level import QKAttention, SpikeLevelMLP, SpikeShortcut, SpikingSelfAttention
 from ..blocks.units import ConvNorm
-from ..neuron import LIF, NeuronLike, Stream, make_neuron
-from ..steps import check_sequence, fire, pool, present, project, project_and_fire, shortcut
+from ..neuron import LIF, NeuronLike, make_neuron
+from ..steps import check_sequence, fire, pool, project, project_and_fire, shortcut
 from .backbone import Backbone, initialize
-from .card import IMAGENET, DataCard
-from .family import ReleasedKeys, count_blocks, shape_of
+from .card import imagenet_card
+from .family import ReleasedKeys, count_blocks, count_classes, shape_of
 from .options import (
     Channels,
     Classes,
@@ -34,12 +34,12 @@ from .registry import register
 
 
 class Stem(NamedTuple):
-    """A patch embedding: the layers' widths as shares of its own, those that pool, and where its shortcut begins."""
+    """A patch embedding: widths of its layers as divisors of its own, those that pool, the start of its shortcut."""
 
     shares: tuple[int, ...]
     pools: tuple[bool, ...]
     after: int
-    """The shortcut starts behind so many layers."""
+    """The number of layers before the shortcut starts."""
 
 
 FORMS: dict[str, tuple[Stem, ...]] = {
@@ -47,15 +47,15 @@ FORMS: dict[str, tuple[Stem, ...]] = {
     "cifar": (Stem((2, 1), (False, False), 1), *[Stem((1, 1), (False, True), 0)] * 2),
     "events": (Stem((8, 4, 2, 1), (False, True, True, True), 2), Stem((1, 1), (False, True), 0)),
 }
-"""The stems of each form, one a stage. All stages but the last have token attention."""
+"""The stems of each form, one per stage. All stages but the last have token attention."""
 
 
 class ShortcutEmbedding(nn.Module):
-    """Patch embedding with a shortcut that is deformed to the new width and size (SPEDS), whose poolings see membranes.
+    """Patch embedding with a shortcut that is projected to the new width and size (SPEDS); its poolings see membranes.
 
         layers:   x = LIF(pool(BN(conv3x3(x))));   result = x + LIF(BN(conv1x1(y)))
 
-    `y` is what the layer `stem.after` gets; the 1x1 convolution has the stride of the poolings behind it.
+    `y` is the input of the layer `stem.after`; the 1x1 convolution has the stride of all poolings from there on.
 
     Shapes: x `[T, B, in_channels, H, W]` to sums of spikes, 0 to 2, `[T, B, dim, H', W']`.
     """
@@ -85,7 +85,7 @@ class ShortcutEmbedding(nn.Module):
 
 
 class QKFormerBlock(nn.Module):
-    """Token attention, or with `full` spiking self-attention, and MLP, each within a shortcut that adds spikes.
+    """Token attention, or spiking self-attention if `full`, and MLP, each within a shortcut that adds spikes.
 
     Shapes: sums of spikes `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
     """
@@ -115,18 +115,19 @@ class QKFormerBlock(nn.Module):
 class QKFormer(Backbone):
     """QKFormer (Zhou et al., NeurIPS 2024, https://arxiv.org/abs/2403.16552).
 
-    Stages of twice the width each, the last `dim`: a patch embedding and `depths` blocks, with token attention in all
-    stages but the last, which has spiking self-attention. Then mean over tokens, linear head, mean over time steps.
-    `form` says which stems: "imagenet" (stages at 1/4, 1/8, 1/16 of the image's size), "cifar" (1, 1/2, 1/4) or
-    "events" (two stages at 1/8 and 1/16). Shortcuts add spikes, so that it is not spike-driven.
+    Each stage has twice the width of the one before, the last has `dim`: a patch embedding and `depths` blocks, with
+    token attention in all stages but the last, which has spiking self-attention. Then mean over tokens, linear head,
+    mean over time steps. `form` chooses the stems: "imagenet" (stages at 1/4, 1/8, 1/16 of the image's size), "cifar"
+    (1, 1/2, 1/4) or "events" (two stages at 1/8 and 1/16). Shortcuts add spikes, so the model is not spike-driven.
 
-    `mixes_images=True` is the model as released: in the last stage a neuron goes on from image to image of a batch
-    (see `AcrossImages`), and answers depend on the batch. The published accuracies were measured so; on the released
-    ImageNet weights a user found 78.7 % so and 74.2 % without, for images sorted by class. Train without it.
+    `mixes_images=True` is the model as released: in the last stage a neuron carries its state from image to image of a
+    batch (see `AcrossImages`), and answers depend on the batch. The published accuracies were measured like this; with
+    the released ImageNet weights a user found 78.7 % with it, for images sorted by class, and 74.2 % without. Train
+    without it.
 
     Input: images `[B, in_channels, H, W]`, shown `time_steps` times, or frames `[B, T, in_channels, H, W]` with any T
-    >= 1. Output: logits `[B, num_classes]`, or with `per_step` `[T, B, num_classes]`. `num_classes=0` leaves the head
-    out: the output is the mean of the sums of spikes.
+    >= 1. Output: logits `[B, num_classes]`, or with `per_step` `[T, B, num_classes]`. With `num_classes=0` there is no
+    head, and the output is the mean of the sums of spikes.
 
     Raises `ValueError` for dimensions that do not fit each other, and for input of another shape.
 
@@ -175,11 +176,8 @@ class QKFormer(Backbone):
         self.apply(lambda module: initialize(module, nn.Conv2d))
 
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
-        """Sums of spikes of the stages."""
-        x = present(x, self.time_steps, self.in_channels)
-        for embedding, blocks in zip(self.embeddings, self.stages, strict=True):
-            x = self.run_blocks(blocks, embedding(x))
-            yield x
+        """Sums of spikes of the stages, `[T, B, C, H, W]` each."""
+        return self.run_stages(x, self.embeddings, self.stages)
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
@@ -189,10 +187,6 @@ class QKFormer(Backbone):
             width = self.config["dim"] // 2 ** (len(stems) - 1 - stage)
             found.append({"num_chs": width, "reduction": reduction, "module": f"stages.{stage}"})
         return found
-
-    def stream(self) -> Stream:
-        """This model for frames that come chunk by chunk: `stream(chunk)` goes on where the chunk before ended."""
-        return Stream(self)
 
 
 def _widths(form: str, depths: Sequence[int], dim: int, num_heads: int) -> list[int]:
@@ -228,8 +222,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qkformer_2_256_dvs": {**_EVENTS, "num_classes": 10},
     "qkformer_2_256_gesture": {**_EVENTS, "num_classes": 11},
 }
-"""Published variants: what differs from the defaults of `QKFormer`. The MLP of the Gesture model has the ratio that its
-published size means; the released file has 4."""
+"""Published variants: what differs from the defaults of `QKFormer`. The MLP ratio of the Gesture model is the one that
+gives the published size; the released file has 4."""
 
 _KINDS = {"conv": "conv", "bn": "norm"}
 
@@ -243,7 +237,7 @@ def _embedding(m: re.Match[str]) -> str:
     owner = f"embeddings.{stage}"
     if name == "proj_res":
         return _part(owner, "residual", kind, "residual_neuron")
-    # The released names start anew with "proj3" or "proj" behind the first stage.
+    # After the first stage the released names start again with "proj3" or "proj".
     number = int(name.removeprefix("proj") or 0) if stage == 0 else int(name == "proj4")
     return _part(owner, f"layers.{number}", kind, f"neurons.{number}")
 
@@ -265,7 +259,7 @@ KEYS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     ),
     (r"head\.", "head."),
 ]
-"""Released prefixes, and what they are called here."""
+"""Released prefixes, and the names here."""
 
 
 def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
@@ -279,7 +273,7 @@ def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> d
         "depths": depths,
         "dim": dim,
         "in_channels": shape_of(state_dict, "patch_embed1.proj_conv.weight")[1],
-        "num_classes": state_dict["head.weight"].shape[0] if "head.weight" in state_dict else 0,
+        "num_classes": count_classes(state_dict),
         "form": form,
         "num_heads": {"events": 16, "cifar": 8}.get(form, max(dim // 64, 1)),
         "neuron": "plif" if "patch_embed1.proj_lif.w" in state_dict else "lif",
@@ -290,23 +284,18 @@ def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> d
         options["mlp_ratio"] = shape_of(state_dict, found)[0] / dim
     if args.get("time_steps") is not None:
         options["time_steps"] = args["time_steps"]
-    # The event and CIFAR models have their heads written into the code, whatever the argument says.
+    # The heads of the event and CIFAR models are fixed in the released code, whatever the argument says.
     if form == "imagenet" and args.get("num_heads") is not None:
         options["num_heads"] = args["num_heads"]
     return options
 
 
-CARD = DataCard(
-    IMAGENET,
-    (224, 224),
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
-    interpolation="bicubic",
+CARD = imagenet_card(
     crop_pct=0.875,
     note="The released weights were trained and evaluated with mixes_images=True: a neuron of the last stage goes on "
     "from image to image of a batch, and the published accuracies are those of batches of images sorted by class. "
     "mixes_images=False, the default, answers each image for itself, and with these weights less well.",
 )
-"""What the released ImageNet models were trained and evaluated on, and how."""
+"""How the released ImageNet models were trained and evaluated."""
 
 FAMILY = register(QKFormer, VARIANTS, keys=ReleasedKeys(KEYS, read_options, "QKFormer"), card=CARD)

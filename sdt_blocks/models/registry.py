@@ -1,4 +1,4 @@
-"""Model families: what is known of each, and models by name."""
+"""The registry of model families, and models by name."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def register(
 ) -> Family:
     """Makes a class of models known to `create_model`, `list_models`, `save_model`, `load_model` and the recipes.
 
-    The constructor takes keywords alone, has `@keeps_options`, and knows at least `num_classes`. `variants` are options
-    by name; `keys` say how released files name the weights, `card` what those that tell as many classes apart were
-    trained on.
+    The constructor takes only keywords, including `num_classes`, and has `@keeps_options`. `variants` are options by
+    name; `keys` say how released files name the weights, and `card` describes the data of those released files that
+    have as many classes as it names.
 
-    Raises `TypeError` for a class whose constructor does not keep its options, and `ValueError` where a name is taken.
+    Raises `TypeError` for a class whose constructor does not keep its options, and `ValueError` if a name is taken.
     """
     if not hasattr(vars(model).get("__init__"), "keeps_options"):
         raise TypeError(f"the constructor of {model.__name__} needs @keeps_options, so that a model can be built anew")
@@ -55,7 +55,7 @@ def family_with(variant: str) -> Family | None:
 
 
 def list_models(family: str | None = None) -> list[str]:
-    """The names that `create_model` knows, of all families or of one, named by its class.
+    """The names that `create_model` knows, of all families or of the one with this class name.
 
     >>> list_models("SpikeDrivenTransformer")[:2]
     ['sdt_8_384', 'sdt_10_384']
@@ -68,8 +68,8 @@ def list_models(family: str | None = None) -> list[str]:
 def create_model(name: str, **overrides: Any) -> Any:
     """A published variant by name; keyword arguments of its class override its values.
 
-    Raises `ValueError` for an unknown name (the message lists the near ones) and for a value out of bounds, `TypeError`
-    for an unknown option and for a value of another type.
+    Raises `ValueError` for an unknown name (the message suggests similar ones) and for a value out of bounds,
+    `TypeError` for an unknown option and for a value of another type.
 
     >>> create_model("sdt_2_256", num_classes=100).num_classes
     100
@@ -84,7 +84,7 @@ def create_model(name: str, **overrides: Any) -> Any:
 
 
 def check_names(options: Iterable[str], model: type, owner: str = "") -> None:
-    """Raises `TypeError` unless each is a keyword of the model's constructor."""
+    """Raises `TypeError` unless each of the options is a keyword of the model's constructor."""
     known = options_of(model)
     unknown = sorted(str(name)[:80] for name in options if name not in known)
     if unknown:

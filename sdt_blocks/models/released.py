@@ -1,4 +1,4 @@
-"""The files that the papers' authors released, and what training loops make of them. None is unpickled in full."""
+"""Reads the files that the papers' authors released, and those of training loops. None is fully unpickled."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from .weights import build_filled, listed, load_safely
 
 _WEIGHTS = ("state_dict", "model", "model_state_dict")
 _AVERAGED = ("state_dict_ema", "model_ema", "ema", "ema_state_dict")
-"""Where training loops keep weights and their moving average."""
+"""The keys under which training loops keep weights and their moving average."""
 
 _PREFIX = re.compile(r"((module|_orig_mod|model)\.)+")
-"""What distributed training, torch.compile and Lightning put before every name."""
+"""The prefixes that distributed training, torch.compile and Lightning add to every name."""
 
 _OWN = re.compile(r"(patch|blocks|downsamplings|embeddings|stages|head|distillation_head|head_neuron)\.")
-"""Names of weights as this kit saves them."""
+"""Names of weights saved by this kit."""
 
 
 def convert_released_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The released models' state_dict under this kit's names, without never-used entries.
+    """A released model's state_dict under this kit's names, without entries that are never used.
 
-    The prefixes of distributed training, torch.compile and Lightning are left out. Names that several families know,
-    such as those of a Spike-Driven Transformer's gradients, are converted where these agree on what they become. Raises
-    `ValueError` that lists every key that is not of a released model, and `TypeError` for what is no name of a tensor.
+    The prefixes of distributed training, torch.compile and Lightning are removed. Names that fit several families, such
+    as those of a Spike-Driven Transformer's gradients, are converted if the families agree on the result. Raises
+    `ValueError` listing every key that does not belong to a released model, and `TypeError` for entries that are not
+    named tensors.
     """
     released = _plain_names(state_dict)
     found = _families(released)
@@ -44,7 +45,7 @@ def convert_released_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, T
 
 
 def _plain_names(state_dict: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Without prefixes. Raises `TypeError` or `ValueError`."""
+    """The state_dict without prefixes. Raises `TypeError` or `ValueError`."""
     plain: dict[str, Tensor] = {}
     for key, value in state_dict.items():
         if not isinstance(key, str):
@@ -55,13 +56,13 @@ def _plain_names(state_dict: Mapping[Any, Any]) -> dict[str, Tensor]:
         if name in plain:
             raise ValueError(f"{name} stands there twice, once as {key}")
         plain[name] = value
-    # What an averaged model counts beside its weights.
+    # The counter of an averaged model.
     plain.pop("n_averaged", None)
     return plain
 
 
 def _family(released: Mapping[str, Tensor]) -> Family:
-    """The family that most names are of. Raises `ValueError` for names of this kit, or where two know every name."""
+    """The family that most names fit. Raises `ValueError` for names of this kit, or if all names fit two families."""
     found = _families(released)
     if len(found) > 1:
         raise _alike(found)
@@ -69,7 +70,7 @@ def _family(released: Mapping[str, Tensor]) -> Family:
 
 
 def _families(released: Mapping[str, Tensor]) -> list[Family]:
-    """All families that know every name, or else the one that knows most. Raises `ValueError` for names of this kit."""
+    """All families that all names fit, or else the one that most names fit. Raises `ValueError` for the kit's names."""
     if not released:
         raise ValueError("there are no weights to convert: the state_dict is empty")
     if all(_OWN.match(key) for key in released):
@@ -105,7 +106,7 @@ def _converted(released: Mapping[str, Tensor], family: Family) -> dict[str, Tens
 
 
 def _over_planes(name: str, value: Tensor) -> Tensor:
-    """A linear layer, or a 1-D convolution over the tokens, as the 1x1 convolution over the plane that it is."""
+    """A linear layer, or a 1-D convolution over the tokens, as the equivalent 1x1 convolution over the plane."""
     flat = value.ndim == 3 or (value.ndim == 2 and name.endswith("conv.weight"))
     return value[(...,) + (None,) * (4 - value.ndim)] if flat else value
 
@@ -121,17 +122,17 @@ def _read_options(family: Family, released: Mapping[str, Tensor], args: Mapping[
 def load_released_checkpoint(
     path: str | os.PathLike[str], *, ema: bool = False, new_head: bool = False, **overrides: Any
 ) -> Any:
-    """The model of a released `.pth.tar`, or of a state_dict in a file of torch or safetensors, in eval mode.
+    """The model in a released `.pth.tar`, or in a state_dict of torch or safetensors, in eval mode.
 
     The family, the architecture and a second head are read from the weights and the file's training arguments;
-    `overrides` (options of the model's class, such as `time_steps=4` or `event_pooling=True`) win. The weights may lie
-    under "state_dict", "model" or "model_state_dict"; `ema=True` takes their moving average. Prefixes of distributed
-    training, torch.compile and Lightning are left out. `new_head=True` leaves the head as it is initialised, for
-    `num_classes` of other data; `num_classes=0` leaves it out. A model of ImageNet's 1000 classes has their names and
-    the preparation of its images in `model.card`.
+    `overrides` (options of the model's class, such as `time_steps=4` or `event_pooling=True`) take precedence. The
+    weights may be under "state_dict", "model" or "model_state_dict"; `ema=True` uses their moving average. Prefixes of
+    distributed training, torch.compile and Lightning are removed. `new_head=True` leaves the head newly initialised,
+    for `num_classes` of other data; `num_classes=0` removes it. The `model.card` of a model with ImageNet's 1000
+    classes has their names and the preparation of images.
 
     Only tensors and one `argparse.Namespace` are unpickled. Raises `FileNotFoundError`; `ValueError` naming the file
-    and the cause where it is damaged, wants another class, or does not match the architecture.
+    and the cause if it is damaged, needs another class, or does not match the architecture.
     """
     path = Path(path)
     content = _load_weights_only(path)
@@ -151,7 +152,7 @@ def load_released_checkpoint(
 
 
 def _find_weights(content: Any, *, averaged: bool) -> tuple[Mapping[Any, Any], Mapping[str, Any]]:
-    """The weights in a file's content, and the arguments of the training. Raises `ValueError`."""
+    """The weights in a file's content, and the training arguments. Raises `ValueError`."""
     if not isinstance(content, Mapping):
         raise ValueError(f"expected a checkpoint or a state_dict, found {type(content).__name__}")
     args = content.get("args")

@@ -23,13 +23,13 @@ _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Writes `model.safetensors` and `config.json` into the folder, each whole or not at all.
+    """Writes `model.safetensors` and `config.json` into the folder, each completely or not at all.
 
-    `model.card`, a `DataCard`, goes with it: the names of the classes and how images are prepared.
+    `model.card`, a `DataCard` with the names of the classes and the preparation of images, is saved as well.
 
     Raises `TypeError` for anything but a model of a registered class, such as a compiled or averaged one in its
-    wrapper, and `ValueError` where `load_model` would give another model: the neuron is a factory that cannot be
-    written down, or the model was changed after it was built.
+    wrapper, and `ValueError` if `load_model` would return another model: because the neuron is a factory that cannot be
+    saved, or the model was changed after it was built.
     """
     _check_class(model)
     config: dict[str, Any] = model.config  # type: ignore[assignment]
@@ -49,7 +49,7 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # Clones: what shares one storage without overlapping, such as slices of a flat vector, is written apart.
+    # Clones: tensors that share one storage without overlapping, such as slices of a flat vector, are saved separately.
     layout = torch.contiguous_format
     weights = {key: value.detach().cpu().clone(memory_format=layout) for key, value in model.state_dict().items()}
     write_atomically(folder / WEIGHTS, lambda temporary: save_file(weights, temporary, {"format": "pt"}))
@@ -59,7 +59,7 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def _check_class(model: Any) -> None:
-    """Raises `TypeError` unless the model is of a registered class itself."""
+    """Raises `TypeError` unless the model's own class is registered."""
     known = {name: family.model for name, family in families().items()}
     name = type(model).__name__
     if type(model) in known.values():
@@ -77,7 +77,7 @@ def _check_class(model: Any) -> None:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether JSON gives the value back."""
+    """Whether a value survives JSON."""
     if isinstance(value, Mapping):
         return all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
     if isinstance(value, list | tuple):
@@ -86,7 +86,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _tied(model: nn.Module) -> list[str]:
-    """Entries of the state_dict that share memory, which two files' worth of numbers cannot say."""
+    """Entries of the state_dict that share memory, which a file of separate tensors cannot express."""
     found, spans = [], []
     for key, value in model.state_dict().items():
         if value.is_meta or value.numel() == 0:
@@ -102,7 +102,7 @@ def _tied(model: nn.Module) -> list[str]:
 
 
 def _changes(model: nn.Module) -> list[str]:
-    """What differs between the model and a new one with its config, weights apart."""
+    """What differs between the model and a new one with its config, apart from weights."""
     with torch.device("meta"):
         new = type(model)(**model.config)  # type: ignore[arg-type]
     ours, theirs = (dict(one.named_modules(remove_duplicate=False)) for one in (model, new))
@@ -128,7 +128,7 @@ def _module_changes(name: str, one: nn.Module, other: nn.Module) -> Iterator[str
         return
     if any(vars(one)[kind] for kind in _FORWARD_HOOKS):
         yield f"{name} has a forward hook, which is not saved (remove it by its handle)"
-    # accelerate puts a forward with autocast in the class's place, and keeps that.
+    # accelerate replaces the class's forward by one with autocast, and keeps the original.
     if "forward" in vars(one) and "_original_forward" not in vars(one):
         yield f"{name} has another forward than its class"
     before = _settings(other)
@@ -138,19 +138,19 @@ def _module_changes(name: str, one: nn.Module, other: nn.Module) -> Iterator[str
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers, those too that a state_dict leaves out."""
+    """Parameters and buffers, including those that a state_dict leaves out."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """The plain attributes that a result in eval mode depends on."""
+    """The plain attributes that can affect results in eval mode."""
     values = {
         key: value
         for key, value in vars(module).items()
         if not key.startswith("_") and key not in ("training", "momentum")
     }
-    # snnTorch notes the reset in a tensor once it is set anew.
+    # snnTorch stores the reset as a tensor once it is changed.
     single = {key: value for key, value in values.items() if isinstance(value, Tensor) and value.numel() == 1}
     values |= {key: value.item() for key, value in single.items() if not value.is_meta}
     kept = {key: value for key, value in values.items() if isinstance(value, int | float | str | tuple | None)}
@@ -158,10 +158,10 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 
 def load_model(folder: str | os.PathLike[str], *, new_head: bool = False, **overrides: Any) -> Any:
-    """The model that `save_model` wrote, in eval mode. A recipe's run folder gives its best model, else its last.
+    """The model that `save_model` wrote, in eval mode. From a recipe's run folder, its best model, or else its last.
 
-    `overrides` are options of the model's class; `new_head=True` leaves the head as it is initialised, for
-    `num_classes` of other data, and `num_classes=0` leaves it out. `model.card` is what it was saved with. Raises
+    `overrides` are options of the model's class; `new_head=True` leaves the head newly initialised, for `num_classes`
+    of other data, and `num_classes=0` removes it. `model.card` is the one it was saved with. Raises
     `FileNotFoundError` or `ValueError` naming file and cause.
     """
     found = find_saved(folder)
@@ -170,7 +170,7 @@ def load_model(folder: str | os.PathLike[str], *, new_head: bool = False, **over
         check_names(overrides, kind)
         with torch.device("meta"):
             built = kind(**{**options, **overrides})
-            # Where the overrides change them, the names of the classes are left out.
+            # If the overrides change their number, the names of the classes are left out.
             check_card(card, options.get("num_classes", built.config["num_classes"]))  # type: ignore[index]
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{found / CONFIG}: {error}") from None
@@ -182,7 +182,7 @@ def load_model(folder: str | os.PathLike[str], *, new_head: bool = False, **over
 
 
 def find_saved(folder: str | os.PathLike[str]) -> Path:
-    """The folder of the model that `load_model` gives. Raises `FileNotFoundError`, also for half a model on the way."""
+    """The folder of the model that `load_model` loads. Raises `FileNotFoundError`, also for an incomplete model."""
     folder = Path(folder)
     if folder.is_file():
         raise FileNotFoundError(
@@ -200,9 +200,9 @@ def find_saved(folder: str | os.PathLike[str]) -> Path:
 
 
 def _read(config: Any) -> tuple[type[nn.Module], dict[str, Any], DataCard | None]:
-    """Class, options and card of a config.json's content. Raises `ValueError` or `TypeError`.
+    """Class, options and card from a config.json's content. Raises `ValueError` or `TypeError`.
 
-    The class checks the values of the options.
+    The values of the options are checked by the class.
     """
     if not isinstance(config, dict):
         raise ValueError(f"expected a JSON object, found {type(config).__name__}")

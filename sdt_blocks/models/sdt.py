@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from ..blocks import MembraneShortcut, SpikeDrivenSelfAttention, SpikingMLP, SpikingPatchSplitting
 from ..blocks.patch import WIDTHS
 from ..blocks.sizes import check_heads
-from ..neuron import LIF, NeuronLike, Stream, make_neuron
+from ..neuron import LIF, NeuronLike, make_neuron
 from ..steps import present
 from .backbone import Backbone, initialize, stage_info
-from .card import IMAGENET, DataCard
-from .family import ReleasedKeys, count_blocks, shape_of
+from .card import imagenet_card
+from .family import ReleasedKeys, count_blocks, count_classes, shape_of
 from .options import (
     Channels,
     Classes,
@@ -72,7 +72,7 @@ class SpikeDrivenTransformer(Backbone):
 
     Input: images `[B, in_channels, H, W]`, shown `time_steps` times, or frames `[B, T, in_channels, H, W]` with any T
     >= 1. Output: logits `[B, num_classes]`, or with `per_step` (TET training, Deng et al., 2022) `[T, B,
-    num_classes]`. `num_classes=0` leaves the head out: the output is the mean of the head neuron's spikes.
+    num_classes]`. With `num_classes=0` there is no head, and the output is the mean of the head neuron's spikes.
     `drop_path` is the rate of the last block; it grows linearly from 0 at the first.
 
     Raises `ValueError` for dimensions that do not fit each other, and for input of another shape.
@@ -128,9 +128,9 @@ class SpikeDrivenTransformer(Backbone):
         return self.run_blocks(self.blocks, self.patch(present(x, self.time_steps, self.in_channels)))
 
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
-        """Spikes behind the pooling of the first three stages of the patch splitting, and the membranes of the tokens.
+        """Spikes after the pooling of the first three stages of the patch splitting, then the membranes of the tokens.
 
-        The spikes' mean over time is a firing rate: their membranes are not at hand, norm and neuron are one op.
+        The spikes' mean over time is a firing rate; there are no membranes of them, since norm and neuron are one op.
         """
         stages = self.patch.forward_stages(present(x, self.time_steps, self.in_channels))
         for stage, result in enumerate(stages, start=1):
@@ -141,10 +141,6 @@ class SpikeDrivenTransformer(Backbone):
         dim, flags = self.config["dim"], str(self.config["pooling"])
         names = (*(f"patch.pools.{stage}" for stage in range(3)), "blocks")
         return stage_info([dim // width for width in WIDTHS], [flag == "1" for flag in flags], names)
-
-    def stream(self) -> Stream:
-        """This model for frames that come chunk by chunk: `stream(chunk)` goes on where the chunk before ended."""
-        return Stream(self)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -195,7 +191,7 @@ KEYS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"head_lif\.", "head_neuron."),
     (r"head\.", "head."),
 ]
-"""Released prefixes, and what they are called here."""
+"""Released prefixes, and the names here."""
 
 UNUSED = r"block\.\d+\.attn\.(talking_heads\.weight|attn_lif\.w)|patch_embed\.rpe_lif\.w"
 
@@ -208,7 +204,7 @@ def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> d
         "depth": depth,
         "dim": dim,
         "in_channels": shape_of(state_dict, "patch_embed.proj_conv.weight")[1],
-        "num_classes": state_dict["head.weight"].shape[0] if "head.weight" in state_dict else 0,
+        "num_classes": count_classes(state_dict),
         "neuron": "plif" if "head_lif.w" in state_dict else "lif",
     }
     if depth:
@@ -226,10 +222,8 @@ def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> d
     return options
 
 
-CARD = DataCard(
-    IMAGENET, (224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic", crop_pct=0.95
-)
-"""What the released ImageNet models were evaluated on."""
+CARD = imagenet_card(crop_pct=0.95)
+"""How the released ImageNet models were evaluated."""
 
 FAMILY = register(
     SpikeDrivenTransformer,

@@ -13,11 +13,11 @@ from ..blocks.patch import WIDTHS, pools_of
 from ..blocks.sizes import check_multiple
 from ..blocks.spike_level import SpikeLevelMLP, SpikeShortcut, SpikingSelfAttention
 from ..blocks.units import ConvNorm
-from ..neuron import LIF, NeuronLike, Stream, make_neuron
+from ..neuron import LIF, NeuronLike, make_neuron
 from ..steps import check_sequence, pool, present, project_and_fire, shortcut
 from .backbone import Backbone, initialize
-from .card import IMAGENET, DataCard
-from .family import ReleasedKeys, count_blocks, shape_of
+from .card import imagenet_card
+from .family import ReleasedKeys, count_blocks, count_classes, shape_of
 from .options import (
     Channels,
     Classes,
@@ -43,7 +43,7 @@ class SpikePatchSplitting(nn.Module):
 
     Shapes: x `[T, B, in_channels, H, W]` to sums of spikes, 0 to 2, `[T, B, dim, H', W']`.
 
-    Raises `ValueError` where dim is no multiple of 8, pooling is not four flags, or x does not fit.
+    Raises `ValueError` if dim is not a multiple of 8, pooling is not four flags, or x does not fit.
     """
 
     def __init__(self, dim: int, *, in_channels: int = 3, pooling: str = "1111", neuron: NeuronLike = LIF) -> None:
@@ -94,11 +94,11 @@ class Spikformer(Backbone):
     """Spikformer (Zhou et al., ICLR 2023, https://arxiv.org/abs/2209.15425).
 
     Patch splitting, `depth` encoder blocks, mean over tokens, linear head, mean over time steps. Shortcuts add spikes,
-    so that inner layers and the head see sums of them: it is not spike-driven, as `sdt_blocks.analysis.audit` says.
+    so inner layers and the head see sums of them: the model is not spike-driven, as `sdt_blocks.analysis.audit` shows.
 
     Input: images `[B, in_channels, H, W]`, shown `time_steps` times, or frames `[B, T, in_channels, H, W]` with any T
-    >= 1. Output: logits `[B, num_classes]`, or with `per_step` `[T, B, num_classes]`. `num_classes=0` leaves the head
-    out: the output is the mean of the sums of spikes.
+    >= 1. Output: logits `[B, num_classes]`, or with `per_step` `[T, B, num_classes]`. With `num_classes=0` there is no
+    head, and the output is the mean of the sums of spikes.
 
     Raises `ValueError` for dimensions that do not fit each other, and for input of another shape.
 
@@ -148,10 +148,6 @@ class Spikformer(Backbone):
         reduction = 2 ** self.config["pooling"].count("1")
         return [{"num_chs": self.config["dim"], "reduction": reduction, "module": "blocks"}]
 
-    def stream(self) -> Stream:
-        """This model for frames that come chunk by chunk: `stream(chunk)` goes on where the chunk before ended."""
-        return Stream(self)
-
 
 _CIFAR: dict[str, Any] = {"num_heads": 12, "pooling": "0011", "qkv_bias": True, "num_classes": 10}
 _EVENTS: dict[str, Any] = {"depth": 2, "dim": 256, "scale": 0.25, "in_channels": 2, "time_steps": 16}
@@ -168,8 +164,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "spikformer_2_256_dvs": {**_EVENTS, "num_heads": 16, "num_classes": 10},
     "spikformer_2_256_gesture": {**_EVENTS, "num_heads": 8, "num_classes": 11},
 }
-"""Published variants: what differs from the defaults of `Spikformer`. The heads of all but 8-512, 4-384 and the event
-models are not published; nor is the code of the Gesture model, which by the paper has a pooling that is not here."""
+"""Published variants: what differs from the defaults of `Spikformer`. The numbers of heads are published only for
+8-512, 4-384 and the event models. The Gesture model's code is not published; in the paper it has a pooling that is not
+here."""
 
 _KINDS = {"conv": "conv", "linear": "conv", "bn": "norm"}
 _BLOCK = r"block\.(\d+)\."
@@ -199,7 +196,7 @@ KEYS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     ),
     (r"head\.", "head."),
 ]
-"""Released prefixes, and what they are called here."""
+"""Released prefixes, and the names here."""
 
 UNUSED = r"block\.\d+\.(norm[12]\.(weight|bias)|attn\.res_lif\.w)|norm\.(weight|bias)|pos_embed"
 
@@ -213,7 +210,7 @@ def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> d
         "depth": depth,
         "dim": dim,
         "in_channels": shape_of(state_dict, "patch_embed.proj_conv.weight")[1],
-        "num_classes": state_dict["head.weight"].shape[0] if "head.weight" in state_dict else 0,
+        "num_classes": count_classes(state_dict),
         "pooling": "0011" if cifar else "1111",
         "scale": 0.25 if events else 0.125,
         "qkv_bias": "block.0.attn.q_linear.bias" in state_dict or "block.0.attn.q_conv.bias" in state_dict,
@@ -229,9 +226,7 @@ def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> d
     return options
 
 
-CARD = DataCard(
-    IMAGENET, (224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic", crop_pct=1.0
-)
-"""What the published ImageNet models were trained and evaluated on."""
+CARD = imagenet_card(crop_pct=1.0)
+"""How the published ImageNet models were trained and evaluated."""
 
 FAMILY = register(Spikformer, VARIANTS, keys=ReleasedKeys(KEYS, read_options, "Spikformer", UNUSED), card=CARD)

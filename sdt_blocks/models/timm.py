@@ -1,7 +1,7 @@
 """The models of the kit in timm: importing this module makes their names known to `timm.create_model`.
 
-timm is optional (`pip install 'sdt_blocks[timm]'`); `import sdt_blocks` imports neither. For timm's own scripts the
-names are known where they are started as `python -m sdt_blocks.models.timm train.py --model sdt_8_384 ...`.
+timm is optional (`pip install 'sdt_blocks[timm]'`); `import sdt_blocks` does not import it. timm's own scripts know the
+names if they are started as `python -m sdt_blocks.models.timm train.py --model sdt_8_384 ...`.
 
 >>> import timm, sdt_blocks.models.timm
 >>> model = timm.create_model("sdt_2_256", num_classes=7, in_chans=1, drop_path_rate=0.1)
@@ -32,7 +32,7 @@ from .registry import create_model, families
 _OURS = {"in_chans": "in_channels", "drop_path_rate": "drop_path"}
 """timm's names of options, and the kit's."""
 _NEUTRAL = {"drop_rate": (0,), "drop_block_rate": (0,), "drop_path_rate": (0,), "global_pool": ("", "avg")}
-"""What timm's scripts hand to every model, and the values that change nothing where a family has no such option."""
+"""Options that timm's scripts pass to every model, with the values that are ignored if a family has no such option."""
 
 _IMAGENET_CLASSES, _IMAGENET_SIZE, _CIFAR_SIZE, _EVENT_SIZE, _EVENT_CHANNELS = 1000, 224, 32, 128, 2
 
@@ -41,10 +41,10 @@ __all__ = ["register_models"]
 
 
 def register_models() -> list[str]:
-    """Makes the variants of all registered families known to timm, and gives the names that were not known before.
+    """Makes the variants of all registered families known to timm, and returns the names that are new.
 
-    Importing the module does it; call it again after `sdt_blocks.models.register`. A name that timm has already is
-    left to timm.
+    Importing the module does this; call it again after `sdt_blocks.models.register`. A name that timm already uses is
+    not overwritten.
     """
     names = []
     for family in families().values():
@@ -57,9 +57,9 @@ def register_models() -> list[str]:
 
 
 def _default_cfg(family: Family, name: str) -> dict[str, Any]:
-    """What timm prepares images by, and the names of the layers that fine-tuning replaces.
+    """How timm prepares images, and the names of the layers that fine-tuning replaces.
 
-    Of other data than images of ImageNet the configurations of the recipes say more.
+    For data other than ImageNet's images, the recipes' configurations say more.
     """
     options = {key: keyword.default for key, keyword in family.options.items()} | dict(family.variants[name])
     channels, classes = options["in_channels"], options["num_classes"]
@@ -84,7 +84,7 @@ def _default_cfg(family: Family, name: str) -> dict[str, Any]:
 
 @functools.cache
 def _first_convolution(family: str) -> str:
-    """The name of the convolution that sees the image, in every variant of a family."""
+    """The name of the convolution that sees the image, the same in every variant of a family."""
     known = families()[family]
     with torch.device("meta"):
         built = known.model(**next(iter(known.variants.values())))
@@ -108,7 +108,7 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
 
 
 class _Built:
-    """`create_model` of one name, with options as timm calls them."""
+    """`create_model` for one name, with timm's names of options."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -1,4 +1,4 @@
-"""Models as the Trainer of Hugging Face's transformers calls them."""
+"""Wraps models for the Trainer of Hugging Face's transformers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 
 class ForTrainer(nn.Module):
-    """A model called with `pixel_values` and `labels`, which gives `{"loss": ..., "logits": ...}`.
+    """A model that is called with `pixel_values` and `labels` and returns `{"loss": ..., "logits": ...}`.
 
-    `transformers.Trainer` calls its models so. `loss` takes what the model gives and the labels; in training that are
-    two tensors of logits where the model has two heads. The model itself is trained in place; it is saved by its own
-    `save_pretrained`, and Trainer's checkpoints hold its weights as `model.*`. transformers is not needed here.
+    This is how `transformers.Trainer` calls a model. `loss` gets the model's output and the labels; in training a model
+    with two heads returns two tensors of logits. The model itself is trained in place; save it with its own
+    `save_pretrained`. Trainer's checkpoints contain its weights as `model.*`. transformers is not needed here.
 
-    Shapes: images `[B, C, H, W]` or frames `[B, T, C, H, W]`, labels `[B]`; logits as the model gives them.
+    Shapes: images `[B, C, H, W]` or frames `[B, T, C, H, W]`, labels `[B]`; logits as the model returns them.
 
     >>> ForTrainer(create_model("sdt_2_256", dim=32))(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]))["logits"].shape
     torch.Size([2, 10])
@@ -34,7 +34,7 @@ class ForTrainer(nn.Module):
         return {"logits": logits} if labels is None else {"loss": self.loss(logits, labels), "logits": logits}
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
-        """What Trainer's `gradient_checkpointing=True` asks for. Raises `ValueError` for options of its own."""
+        """For Trainer's `gradient_checkpointing=True`. Raises `ValueError` for options that a model does not have."""
         usual = {"every_n_layers": 1, "offload": False}
         other = {key: value for key, value in options.items() if value is not None and value != usual.get(key)}
         if other:

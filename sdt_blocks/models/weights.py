@@ -1,4 +1,4 @@
-"""Weights from a file into a model: what does not fit is named, before anything large is built."""
+"""Puts the weights of a file into a model; names what does not fit before anything large is built."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def build_filled(
     new_head: bool = False,
     card: DataCard | None = None,
 ) -> nn.Module:
-    """A model of these options, overridden, with these weights in their own dtypes.
+    """A model of these options, with overrides, and with these weights in their own dtypes.
 
-    `new_head=True` leaves the head as it is initialised. Weights may be called as they once were (see `blocks.names`).
-    `card` says what the weights were trained on; of other classes
-    it names none. Raises `ValueError` or `TypeError` where the options are
-    impossible, the weights do not fit, or are of another number of classes and nothing says what becomes of the head.
+    `new_head=True` leaves the head newly initialised. Weights may also have the names in `blocks.names`. `card`
+    describes the data that the weights were trained on; its class names are dropped for other classes. Raises
+    `ValueError` or `TypeError` if the options are impossible, the weights do not fit, or they have another number of
+    classes and neither `new_head` nor `num_classes=0` is given.
     """
     wanted = {**options, **overrides}
     built = _without_memory(kind, wanted)
@@ -72,7 +72,7 @@ def build_filled(
 
 
 def _without_memory(kind: type[nn.Module], options: Mapping[str, Any]) -> nn.Module:
-    """A model of names and shapes alone."""
+    """A model on the meta device, with names and shapes but no memory."""
     with torch.device("meta"):
         return kind(**options)
 
@@ -96,6 +96,6 @@ def check_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> 
 
 
 def listed(names: Iterable[Any], most: int = 12) -> str:
-    """The first of some names."""
+    """The first `most` names as text, and how many more there are."""
     words = [str(name)[:200] for name in names]
     return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
