@@ -27,9 +27,9 @@ def example_model() -> SpikeDrivenTransformer:
 
 
 def example_images() -> tuple[Tensor, Tensor]:
-    """Twenty test images that `example_model` has not seen in training, two a digit, as its recipe prepares them.
+    """Twenty test images that `example_model` has not seen in training, two per digit, prepared as in its recipe.
 
-    Shapes: images `[20, 1, 16, 16]`, standardised; labels `[20]`, the digits.
+    Shapes: images `[20, 1, 16, 16]`, standardized; labels `[20]`, the digits.
 
     >>> [part.shape for part in example_images()]
     [torch.Size([20, 1, 16, 16]), torch.Size([20])]

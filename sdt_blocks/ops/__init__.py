@@ -1,4 +1,4 @@
-"""Functions without parameters: the equations beside their fused versions, one signature each."""
+"""Functions without parameters: the equations and their fused versions, both with one signature."""
 
 from .attention import attend, attend_reference
 from .levels import batch_norm_levels, batch_norm_levels_reference, levels, levels_reference

@@ -38,12 +38,12 @@ def attend_reference(x: Sequence[Tensor], norms: Sequence[Norm], neurons: Sequen
 
 
 def attend(x: Sequence[Tensor], norms: Sequence[Norm], neurons: Sequence[NeuronSpec]) -> Tensor:
-    """What `attend_reference` computes, in one pass over x.
+    """Compute `attend_reference` in one pass over x.
 
-    For the backward pass x is kept, and what fired at one byte for q, k and v together. In training it stays one op
-    under `torch.compile` too; in evaluation it is traced as its equations. Where q, k and v have unlike neurons (in a
-    graph: neurons that a schedule changes), norms of unlike modes or more than `MOST_TOKENS` tokens, their norms and
-    neurons are fused, each for itself.
+    For the backward pass it keeps x, and one byte per token and channel with the spikes of q, k and v. In training it
+    stays one op under `torch.compile` too; in evaluation it is traced as its equations. If q, k and v have different
+    neurons (in a graph: neurons that a schedule changes), norms in different modes or more than `MOST_TOKENS` tokens,
+    each norm is fused with its neurons separately.
 
     >>> x = [torch.randn(4, 2, 8, 5, 5) for _ in range(3)]
     >>> neurons = [NeuronSpec(threshold) for threshold in (1.0, 1.0, 1.0, 0.5)]
@@ -115,9 +115,9 @@ def attend_op(
     keep_bits: bool = False,
     group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The masked spikes; the codes of what fired, empty unless a gradient will need them; sums and mask; and the bits.
+    """The masked spikes; the codes of q, k and v, empty unless a gradient will need them; sums and mask; and the bits.
 
-    Those are of the masked spikes, see `Layout.empty_bits`; they are empty unless `keep_bits`.
+    The bits are those of the masked spikes, see `Layout.empty_bits`; they are empty unless `keep_bits`.
 
     `neurons` are four encoded `NeuronSpec`; inv_tau `[4, C]`; mean and inv_std `[3, C]`, weights and biases `[C]`, all
     or none.
@@ -220,7 +220,7 @@ def _equations(
     of_batch: bool,
     group: str,
 ) -> Tensor:
-    """The masked spikes from what the op is given."""
+    """The masked spikes, computed from the op's arguments by its equations."""
     if inv_tau is not None:
         specs = [spec._replace(inv_tau=inv_tau[i]) for i, spec in enumerate(specs)]
     mean, inv_std, *parameters = norm
@@ -233,7 +233,7 @@ def _equations(
 
 
 def _arranged(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Layout]:
-    """q, k and v in one order of memory, images outermost, copied where they lie otherwise."""
+    """q, k and v in one memory order, images outermost, copied if they are in another one."""
     channels_last = q.stride(2) == 1 and q.shape[2] > 1
     order = (0, 1, *range(3, q.ndim), 2) if channels_last else tuple(range(q.ndim))
     back = [order.index(axis) for axis in range(q.ndim)]
@@ -259,6 +259,6 @@ def _affine(mean: Tensor, inv_std: Tensor, parameters: Sequence[Tensor | None], 
 
 
 def _stack_taus(taus: Sequence[float | Tensor], like: Tensor) -> Tensor:
-    # A number is filled in on its device: a copy from the host would wait for it.
+    # A number is filled in on its device: a copy from the host would be waited for.
     filled = (tau.to(like) if isinstance(tau, Tensor) else like.new_full((), tau) for tau in taus)
     return torch.stack([tau.expand_as(like) for tau in filled])

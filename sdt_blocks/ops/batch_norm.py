@@ -1,4 +1,4 @@
-"""Batch normalization by itself, of a batch that several processes share: of one's own PyTorch has kernels enough."""
+"""Batch normalization alone, with a batch shared by several processes: for a single one PyTorch has fast kernels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .spec import Affine, Norm, arrange, state_dtype
 def batch_norm(x: Tensor, norm: Norm, *, time_steps: int | None = None) -> Tensor:
     """`nn.SyncBatchNorm` of the frames x `[T, B, C, ...]`, or of x `[1, B, C, ...]` shown `time_steps` times.
 
-    For a `norm` that trains. x alone is kept for the backward pass.
+    `norm` has to be in training mode. Only x is kept for the backward pass.
     """
     steps, dtype = time_steps or x.shape[0], state_dtype(x)
     mean, inv_std = statistics(x, norm, steps // x.shape[0])
@@ -29,7 +29,7 @@ def batch_norm(x: Tensor, norm: Norm, *, time_steps: int | None = None) -> Tenso
 def batch_norm_op(
     x: Tensor, mean: Tensor, inv_std: Tensor, weight: Tensor | None, bias: Tensor | None, group: str
 ) -> Tensor:
-    """The normalized x, like x; mean and inv_std are those of all processes' x."""
+    """The normalized x, shaped like x; mean and inv_std are those of the x of all processes."""
     x, layout = arrange(x, x.shape[0], per_channel=True)
     norm = Affine.of_one(mean, inv_std, weight, bias, True, group)
     scale, shift = (value.view(-1, *[1] * (x.ndim - 3)) for value in (norm.scale, norm.shift))
@@ -55,7 +55,7 @@ def batch_norm_backward_op(
     """Gradients of x, weight and bias."""
     x, layout = arrange(x, x.shape[0], per_channel=True)
     norm = Affine.of_one(mean, inv_std, weight, bias, True, group)
-    # As if mean and deviation did not depend on x: then the sums over channels are gradients of weight and bias.
+    # As if mean and deviation did not depend on x: the sums over channels are then the gradients of weight and bias.
     frames = grad.flatten(0, 1), x.flatten(0, 1)
     settings = (None, mean, inv_std**-2, None, None, False, 0.0, [False, True, True])
     _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(*frames, *settings)

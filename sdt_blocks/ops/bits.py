@@ -1,4 +1,4 @@
-"""Spikes that are known as such, and kept for a gradient at one bit each."""
+"""Tensors that are known to be spikes, and are kept for a gradient at one bit each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .dispatch import exporting, kernels
 
 @dataclass
 class _Packed:
-    """Spikes as bits, how many gradients still want them, and between two of these the spikes unpacked."""
+    """Spikes as bits, how many gradients still need them, and between two of these the unpacked spikes."""
 
     bits: Tensor
     wanted: int = 0
@@ -24,22 +24,22 @@ class _Packed:
 
 @dataclass
 class _Known:
-    """What is known of a tensor of spikes: which version of it was seen, and its bits once they are made."""
+    """What is known about a tensor of spikes: the version that was seen, and its bits once they are made."""
 
     version: int
     packed: _Packed | None = None
 
 
-# By the tensor itself: what a hook, a mixer or a layer makes of spikes is another tensor, of which nothing is known.
+# Keyed by the tensor itself: what a hook, a mixer or a layer makes of spikes is another tensor, with nothing known.
 _known = WeakIdKeyDictionary()
 
 
 def wants_bits(x: Tensor, *others: Any) -> bool:
-    """Whether a kernel that makes spikes of x and `others` shall write their bits too: it alone decides that.
+    """Whether a kernel that makes spikes from x and `others` should write their bits too; only this function decides.
 
-    It shall on a GPU where gradients will run through the spikes: then the next convolution keeps them as bits, which a
-    kernel of its own would else read all spikes for. Of spikes that nobody convolves they take 1/8 byte each while
-    these are there. What torch.compile traces knows of no bits but those that a convolution asks for (see
+    It should on a GPU if gradients will run through the spikes: the next convolution keeps them as bits, and would
+    otherwise need a kernel of its own that reads all spikes. If no convolution follows, the bits cost 1/8 byte a spike
+    for as long as the spikes live. While torch.compile traces, only the bits that a convolution asks for are known (see
     `convolution`).
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -51,16 +51,16 @@ def wants_bits(x: Tensor, *others: Any) -> bool:
 
 
 def as_spikes(result: Tensor, *of: Tensor, bits: Tensor | None = None) -> Tensor:
-    """Notes that `result` holds zeros and ones alone, if all that it was made `of` is known to; and its `bits`, if any.
+    """Note that `result` holds only zeros and ones, if that is known of all tensors `of` it is made; and its `bits`.
 
-    The caller must know it from how `result` is computed: values are not looked at, which would wait for the device.
-    Without gradients, and in what is exported, nothing is noted.
+    The caller must know it from how `result` is computed: values are not checked, which would wait for the device.
+    Without gradients, and in an export, nothing is noted.
     """
     if torch.is_grad_enabled() and not exporting() and all(are_spikes(tensor) for tensor in of):
         if torch.compiler.is_compiling():
             note_spikes_op(result)
         else:
-            # What comes with a place for bits is new.
+            # A result that comes with a place for bits is new.
             packed = None if bits is not None and not bits.numel() else _packed(result)
             if packed is None and bits is not None and bits.numel():
                 packed = _Packed(bits)
@@ -69,7 +69,7 @@ def as_spikes(result: Tensor, *of: Tensor, bits: Tensor | None = None) -> Tensor
 
 
 def are_spikes(tensor: Tensor) -> bool:
-    """Whether it is known that a tensor holds zeros and ones alone; a change in place since makes it unknown."""
+    """Whether a tensor is known to hold only zeros and ones, and has not been changed in place since."""
     if not torch.is_grad_enabled() or exporting():
         return False
     if torch.compiler.is_compiling():
@@ -83,7 +83,7 @@ def _are_known(tensor: Tensor) -> bool:
 
 
 def bits_of(spikes: Tensor) -> Tensor | None:
-    """The bits of spikes, if they have been made: those of each tensor that holds the same in this order."""
+    """The bits of spikes, if they have been made, also for another tensor with the same elements in the same order."""
     packed = None if torch.compiler.is_compiling() else _packed(spikes)
     return None if packed is None else packed.bits
 
@@ -93,13 +93,13 @@ def _packed(tensor: Tensor) -> _Packed | None:
 
 
 # While torch.compile traces, the tensors are stand-ins with versions of their own, which only an op's `register_fake`
-# is shown. What it knows of them is told by the size of an empty result, the one thing that tracing can branch on. Of
-# what comes into a graph nothing is known, and nothing of this is left in what is compiled.
+# gets to see. What it knows of them is passed on as the size of an empty result, the only thing that tracing can branch
+# on. Nothing is known of a graph's inputs, and nothing of this remains in the compiled code.
 
 
 @torch.library.custom_op("sdt_blocks::note_spikes", mutates_args=())
 def note_spikes_op(tensor: Tensor) -> Tensor:
-    """`as_spikes` while a graph is traced; gives nothing."""
+    """`as_spikes` while a graph is traced; returns an empty tensor."""
     return tensor.new_empty(0)
 
 
@@ -111,7 +111,7 @@ def _(tensor):
 
 @torch.library.custom_op("sdt_blocks::are_spikes", mutates_args=())
 def are_spikes_op(tensor: Tensor) -> Tensor:
-    """`are_spikes` while a graph is traced: a result of the size 1 says yes, of the size 0 no."""
+    """`are_spikes` while a graph is traced: a result of size 1 means yes, of size 0 no."""
     return tensor.new_empty(int(_are_known(tensor)))
 
 
@@ -121,9 +121,10 @@ def _(tensor):
 
 
 class SpikesAsBits(saved_tensors_hooks):
-    """Within it, what autograd keeps of `spikes` takes one bit an element, not a float; all else stays as it is.
+    """Within it, autograd keeps `spikes` at one bit an element instead of a float; all else is kept as usual.
 
-    It gives a copy of the spikes in `dtype`, the tensors themselves without one, whose bits are made once for all uses.
+    Entering returns copies of the spikes in `dtype`, or the tensors themselves if none is given; their bits are made
+    once for all uses.
 
     Raises `ValueError` for a tensor that is not known to be spikes (see `as_spikes`).
 
@@ -134,7 +135,7 @@ class SpikesAsBits(saved_tensors_hooks):
 
     def __init__(self, *spikes: Tensor, dtype: torch.dtype | None = None) -> None:
         if not all(map(are_spikes, spikes)):
-            raise ValueError("only what is known to be spikes can be kept as bits; see as_spikes")
+            raise ValueError("only tensors known to be spikes can be kept as bits; see as_spikes")
         super().__init__(self._pack, _unpack)
         self.known = [_known[tensor] for tensor in spikes]
         self.spikes = [tensor if dtype is None else tensor.to(dtype) for tensor in spikes]
@@ -189,10 +190,10 @@ def _unpack(kept: _Bits | _Kept) -> Tensor:
         if spikes is None or (spikes.shape, spikes.stride(), spikes.dtype) != kept[1:]:
             spikes = packed.bits.new_empty_strided(kept.shape, kept.strides, dtype=kept.dtype)
             kernels(spikes).unpack_bits(packed.bits, spikes)
-        # Of q, k and v one gradient comes after the other.
+        # The gradients of q, k and v come one after the other.
         packed.spikes = spikes if packed.wanted > 0 else None
         return spikes
-    # With hooks autograd leaves this check to them.
+    # With hooks, autograd leaves this check to them.
     if kept.tensor._version != kept.version:
         raise RuntimeError(
             f"a tensor of shape {list(kept.tensor.shape)} that the gradient needs was modified in place after the "
@@ -202,7 +203,7 @@ def _unpack(kept: _Bits | _Kept) -> Tensor:
 
 
 def gapless(tensor: Tensor) -> bool:
-    """Whether the elements fill a stretch of memory, each once."""
+    """Whether the elements fill one stretch of memory, each once."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1:

@@ -1,8 +1,8 @@
-"""Layers on spikes of a byte each with weights of 8 bits, in evaluation on a GPU: exact sums, and the neurons on them.
+"""Layers on spikes of one byte each with 8-bit weights, in evaluation on a GPU: exact sums, and the neurons on them.
 
-The numbers are those of `ops.integers`: a weight is `integers * scale`, one scale an output channel, and sums of whole
-numbers have no rounding. So the sums are the CPU's to the bit, and what follows them differs by the rounding of an
-epilogue at most.
+The numbers are those of `ops.integers`: a weight is `integers * scale` with one scale per output channel, and sums of
+whole numbers have no rounding. So the sums equal the CPU's to the bit, and the results differ at most by the rounding
+in the epilogue.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .lif import lif
 from .spec import ByteLayer
 
 LARGEST = 127
-"""The largest count or level in a byte."""
+"""The largest count or level that fits a byte."""
 Result = tuple[Tensor | None, Tensor | None]
 
 
@@ -30,12 +30,12 @@ def spike_layer(
     membrane: torch.dtype | None = None,
     neuron: Neuron | None = None,
 ) -> Result:
-    """`(u, spikes of u)` with `u = residual + sum * scale + shift`, each `None` where it is not asked for.
+    """`(u, spikes of u)` with `u = residual + sum * scale + shift`, each `None` if it is not asked for.
 
-    `sum` is the convolution of spikes, counts or levels x, int8 `[T, B, H, W, in]`. u `[T, B, H', W', out]` is float32,
-    as is `residual`, and is kept in the dtype `membrane`. Spikes are int8. Neurons start at rest.
+    `sum` is the convolution of spikes, counts or levels x, int8 `[T, B, H, W, in]`. u `[T, B, H', W', out]` is computed
+    in float32, as is `residual`, and returned in the dtype `membrane`. Spikes are int8. Neurons start at rest.
 
-    Where Triton's kernels run, the sums are those of tensor cores; elsewhere float64's.
+    If Triton's kernels run, the sums are computed by tensor cores, otherwise in float64.
 
     Raises `ValueError` for another dtype or shape.
 
@@ -54,7 +54,7 @@ def spike_layer(
 
 
 def check(x: Tensor, layer: ByteLayer, residual: Tensor | None, neuron: Neuron | None) -> tuple[int, int]:
-    """Height and width of the result; raises `ValueError` for what does not fit."""
+    """Height and width of the result; raises `ValueError` for arguments that do not fit."""
     weight, scale, shift, windows = layer
     if x.dtype != torch.int8 or weight.dtype != torch.int8 or x.ndim != 5 or weight.ndim != 4 or 0 in x.shape:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A convolution of spikes as ops that torch.compile traces: what they keep for the gradient is one bit a spike.
+"""A convolution of spikes as ops that torch.compile traces: for the gradient they keep one bit per spike.
 
 In eager code `bits.SpikesAsBits` does the same for any layer.
 """
@@ -24,9 +24,9 @@ def convolve_spikes(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """`F.conv2d` of frames `[N, C, H, W]` that are known to hold zeros and ones alone (see `bits.as_spikes`).
+    """`F.conv2d` of frames `[N, C, H, W]` that are known to hold only zeros and ones (see `bits.as_spikes`).
 
-    Layers that take the same frames keep the same bits.
+    Layers that take the same frames share their bits.
     """
     channels_last = frames.is_contiguous(memory_format=torch.channels_last) and not frames.is_contiguous()
     bits = pack_op(frames.detach(), channels_last)
@@ -38,11 +38,11 @@ def convolve_spikes(
 
 @registered("sdt_blocks::pack")
 def pack_op(frames: Tensor, channels_last: bool) -> Tensor:
-    """One bit for each of the frames' spikes, in this order of memory."""
+    """One bit for each of the frames' spikes, in the given memory order."""
     frames = frames.contiguous(memory_format=_order(channels_last))
     bits = kernels(frames).pack_bits(frames)
     if bits is None:
-        raise RuntimeError("frames that were noted as spikes hold other values than 0 and 1")
+        raise RuntimeError("frames that were noted as spikes hold values other than 0 and 1")
     return bits
 
 
@@ -63,7 +63,7 @@ def convolve_op(
     groups: int,
     channels_last: bool,
 ) -> Tensor:
-    """The convolution of frames, which are not kept but as `bits`."""
+    """The convolution of frames; for the gradient only `bits` are kept, not the frames."""
     return torch.conv2d(frames, weight, bias, stride, padding, dilation, groups)
 
 
@@ -86,7 +86,7 @@ def convolve_backward_op(
     channels_last: bool,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of frames of this shape, of the weight and of the `biases`; empty ones that are not wanted."""
+    """The gradients of frames `[N, C, H, W]` of this shape, of the weight and of the bias; empty if not wanted."""
     frames = torch.empty(shape, dtype=weight.dtype, device=grad.device, memory_format=_order(channels_last))
     kernels(frames).unpack_bits(bits, frames)
     geometry = (list(stride), list(padding), list(dilation), False, [0, 0], groups)

@@ -1,12 +1,12 @@
-"""What stands between two products in evaluation: neurons fused with addition, pooling and the attention's mask.
+"""The operations between two products in evaluation: neurons fused with addition, pooling and the attention's mask.
 
-Every function takes frames in channels-last order, `[T, B, H, W, C]`, in float32 or bfloat16, or spikes in int8 (see
-`as_it_is`), and returns spikes in a dtype of choice: that of the product they are for. Membranes are float32.
-`lif_reference` holds the neuron's equations.
+Every function takes channels-last frames `[T, B, H, W, C]`, in float32 or bfloat16, or spikes in int8 (see
+`as_it_is`), and returns spikes in the dtype that the next product needs. Membranes are float32. `lif_reference` has the
+neuron's equations.
 
-With `compiled` the C++ kernels of `cpu/dense.cpp` run on a CPU and the Triton kernels of `triton/dense.py` on a CUDA
-device, where streams and an attention with pooling take the equations with the neurons' own kernel; elsewhere, what
-`torch.compile` makes of the equations.
+With `compiled`, the C++ kernels of `cpu/dense.cpp` run on a CPU, and the Triton kernels of `triton/dense.py` on a CUDA
+device; there, streams and an attention with pooling use the equations with the neurons' own kernel. Elsewhere
+`torch.compile` compiles the equations.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from .spec import LevelSpec, NeuronSpec, state_dtype
 
 
 class Neuron(NamedTuple):
-    """A layer of neurons: `inv_tau` is one float32 number or one a channel; the rest as in `lif_reference`."""
+    """A layer of neurons: `inv_tau` is one float32 number or one per channel; the rest as in `lif_reference`."""
 
     inv_tau: Tensor
     threshold: float
     reset: str
     strict: bool
     before: Tensor | None = None
-    """Where the neurons stand before the first step, in the order of their input; `None` at rest."""
+    """The membrane before the first step, in the memory order of the input; `None` at rest."""
     after: Tensor | None = None
-    """A tensor to be filled with where they stand after the last step."""
+    """A tensor that is filled with the membrane after the last step."""
 
 
 def spec_of(neuron: Neuron) -> NeuronSpec:
-    """What a kernel is told beside the time constant."""
-    # No property of the named tuple: a graph of PyTorch 2.6 would find none of its values.
+    """The neuron's constants without the time constant, which kernels take separately."""
+    # Not a property of the named tuple: a graph of PyTorch 2.6 would find none of its values.
     return NeuronSpec(neuron.threshold, neuron.reset, strict=neuron.strict)
 
 
@@ -75,7 +75,7 @@ def fire(
 def fire_levels(
     x: Tensor, neuron: LevelSpec, dtype: torch.dtype, *, shortcut: Tensor | None = None, compiled: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """As `fire`, for integer neurons: `(u, l / norm of u)`, by their own kernel also where nothing is `compiled`."""
+    """Like `fire`, for integer neurons: `(u, l / norm of u)`; their own kernel runs even without `compiled`."""
     if compiled and by_triton(x):
         total, values = of_triton("levels").fire_levels(x.contiguous(), neuron, dtype, shortcut)
         return x if shortcut is None else total, values
@@ -84,7 +84,7 @@ def fire_levels(
 
 
 def fire_and_pool(x: Tensor, neuron: Neuron, dtype: torch.dtype, *, compiled: bool = False) -> Tensor:
-    """Spikes of x after a 3x3 maximum of stride 2, `[T, B, H, W, C] -> [T, B, ceil(H / 2), ceil(W / 2), C]`."""
+    """Spikes of x after 3x3 max pooling of stride 2, `[T, B, H, W, C] -> [T, B, ceil(H / 2), ceil(W / 2), C]`."""
     if compiled and _by_triton(x, neuron):
         if len(x) > of_triton("dense").BITS:
             spikes: Tensor = pool(fire(x, neuron, dtype, compiled=True)[1])
@@ -120,30 +120,30 @@ def attend(
         shape = _sizes(steps, batch, height * width, channels // 3)
         _call("attend", qkv, out, shape, qkv, _layers(tuple(neurons)))
         return out
-    # The pooling of an attention, and very many steps and tokens, are left to the equations, with fused neurons.
+    # An attention with pooling, and very many steps and tokens, use the equations with fused neurons.
     run = _traced(_attend) if compiled and not by_triton(qkv) and not _native(qkv) else _attend
     masked: Tensor = run(qkv, neurons, dtype, heads)
     return masked
 
 
 def as_it_is(device: torch.device | str) -> Neuron:
-    """A neuron that gives the spikes it is given: with it, `fire_and_pool` and `attend` take spikes of a byte each."""
+    """A neuron that returns its input spikes: with it, `fire_and_pool` and `attend` take spikes of one byte each."""
     return Neuron(torch.ones((), device=device), 0.5, "none", False)
 
 
 def pool(x: Tensor) -> Tensor:
-    """3x3 maximum of stride 2, `[T, B, H, W, C] -> [T, B, ceil(H / 2), ceil(W / 2), C]`."""
+    """3x3 max pooling of stride 2, `[T, B, H, W, C] -> [T, B, ceil(H / 2), ceil(W / 2), C]`."""
     pooled = F.max_pool2d(x.flatten(0, 1).permute(0, 3, 1, 2), 3, stride=2, padding=1)
     return pooled.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
 
 
 def _by_triton(x: Tensor, *neurons: Neuron) -> bool:
-    """Whether one of the Triton kernels does it, which start at rest; else the equations, with the neurons' own."""
+    """Whether a Triton kernel runs, which starts at rest; otherwise the equations with the neurons' own kernel."""
     return by_triton(x) and all(neuron.before is None and neuron.after is None for neuron in neurons)
 
 
 def _attend_by_triton(qkv: Tensor, neurons: Sequence[Neuron], dtype: torch.dtype) -> Tensor | None:
-    """`None` where q, k and v have unlike neurons, or the kernel has no room for so many steps and tokens."""
+    """`None` if q, k and v have different neurons, or the kernel has no room for so many steps and tokens."""
     specs = [spec_of(neuron) for neuron in neurons]
     if not specs[0] == specs[1] == specs[2]:
         return None
@@ -243,7 +243,7 @@ def _native(x: Tensor) -> bool:
 
 
 def _frames(x: Tensor) -> Tensor:
-    """x with every frame contiguous; one frame expanded along T stays one frame in memory."""
+    """x with every frame contiguous; one frame expanded along T remains one frame in memory."""
     return x.contiguous() if x.stride(0) or len(x) == 1 else x[:1].contiguous().expand(x.shape)
 
 
@@ -256,7 +256,7 @@ def _warn_uncompiled(error: Exception) -> None:
 
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.int8: 2}
-# Elements from which a second thread pays.
+# Number of elements from which a second thread pays.
 _WORTH_SHARING = 1 << 14
 
 

@@ -24,17 +24,17 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def fused(x: Tensor, *, even_traced: bool = False) -> bool:
-    """Whether a fused kernel runs for x, or the reference.
+    """Whether a fused kernel runs for x; otherwise the reference runs.
 
-    `SDT_BLOCKS_BACKEND` forces a backend: "reference", "compiled" (CPU tensors) or "triton" (CUDA tensors; under
-    `TRITON_INTERPRET=1` CPU tensors too). Without it CUDA tensors take Triton and CPU tensors the compiled kernels.
-    Where these cannot run, one warning says why and the reference runs. While `torch.compile` traces CPU code it is
-    shown the reference, which it fuses with what stands beside it, unless `even_traced`. What `torch.export`,
-    `torch.onnx` and `torch.jit` make is for other runtimes: they are shown nothing but the reference, as are, with a
-    warning, the transforms of `torch.func` and forward-mode gradients.
+    `SDT_BLOCKS_BACKEND` forces a backend: "reference", "compiled" (CPU tensors) or "triton" (CUDA tensors; with
+    `TRITON_INTERPRET=1` CPU tensors too). Without it, CUDA tensors use Triton and CPU tensors the compiled kernels. If
+    these cannot run, one warning says why and the reference runs. While `torch.compile` traces CPU code it sees the
+    reference, which it fuses with the code around it, unless `even_traced`. What `torch.export`, `torch.onnx` and
+    `torch.jit` produce is for other runtimes, so they always see the reference. So do the transforms of `torch.func`
+    and forward-mode gradients, with a warning.
 
-    Raises `ValueError` for an unknown backend or one that does not run on the tensor's device, and `RuntimeError` where
-    a forced backend cannot run.
+    Raises `ValueError` for an unknown backend or one that does not run on the tensor's device, and `RuntimeError` if a
+    forced backend cannot run.
     """
     if exporting():
         return False
@@ -47,31 +47,31 @@ def fused(x: Tensor, *, even_traced: bool = False) -> bool:
 
 
 def kernels(x: Tensor) -> Kernels:
-    """The kernels for x, where `fused(x)`."""
+    """The kernels for x, if `fused(x)`."""
     found: Kernels = _module(_backend(x.device.type, x.dtype), "training")
     return found
 
 
 def level_kernels(x: Tensor) -> LevelKernels:
-    """The kernels of integer neurons for x, where `fused(x)`."""
+    """The kernels of integer neurons for x, if `fused(x)`."""
     found: LevelKernels = _module(_backend(x.device.type, x.dtype), "levels")
     return found
 
 
 def by_triton(x: Tensor) -> bool:
-    """Whether the Triton kernels run for x, whole numbers included; a CPU's own need not be built to know it."""
+    """Whether the Triton kernels run for x, whole numbers included; does not build a CPU's own kernels to find out."""
     asked = x.device.type == "cuda" or os.environ.get("SDT_BLOCKS_BACKEND") == "triton"
     return asked and _backend(x.device.type, x.dtype if x.is_floating_point() else torch.float32) == "triton"
 
 
 def of_triton(name: str) -> Any:
-    """A module of Triton kernels, where `by_triton(x)`."""
+    """A module of Triton kernels, if `by_triton(x)`."""
     return _module("triton", name)
 
 
 @contextmanager
 def forced(backend: str) -> Iterator[None]:
-    """Within it `SDT_BLOCKS_BACKEND` is this backend."""
+    """Within it, `SDT_BLOCKS_BACKEND` is this backend."""
     before = os.environ.get("SDT_BLOCKS_BACKEND")
     os.environ["SDT_BLOCKS_BACKEND"] = backend
     try:
@@ -84,18 +84,18 @@ def forced(backend: str) -> Iterator[None]:
 
 
 def exporting() -> bool:
-    """Whether torch.export, torch.onnx or torch.jit is looking on."""
+    """Whether torch.export, torch.onnx or torch.jit is running."""
     if torch.jit.is_tracing():
         return True
     if hasattr(torch.compiler, "is_exporting"):
         return torch.compiler.is_exporting()
-    # PyTorch 2.6 cannot tell an export by way of TorchDynamo, its strict one, from torch.compile.
+    # PyTorch 2.6 cannot tell a strict export, which goes through TorchDynamo, from torch.compile.
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 @torch.compiler.assume_constant_result
 def fall_back(reason: str) -> None:
-    """One visible warning for each reason to run the reference."""
+    """One visible warning for each reason why the reference runs."""
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(f"the unfused reference runs instead of a fused kernel: {reason}", stacklevel=4)

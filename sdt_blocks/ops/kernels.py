@@ -1,4 +1,4 @@
-"""What the training ops ask of a runtime: modules of kernels, `training.py` and `levels.py`, in `cpu` and `triton`."""
+"""The kernels that the training ops need: modules `training.py` and `levels.py`, each in `cpu` and in `triton`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .spec import Affine, Arriving, Layout, LevelSpec, Masks, NeuronSpec, Norm, 
 
 
 class Kernels(Protocol):
-    """The kernels for the tensors of one device; a module's functions.
+    """The kernels for the tensors of one device: the functions of a module.
 
-    `NeuronSpec` has numbers alone here; an `inv_tau` that is given stands in its place, a 0-d tensor or `[channels]`.
+    Here `NeuronSpec` has numbers only; an `inv_tau` argument, a 0-d tensor or `[channels]`, replaces its value.
     """
 
     def lif_forward(
@@ -28,9 +28,9 @@ class Kernels(Protocol):
         keep_membrane: bool = False,
         bits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Spikes `[steps, ...]` for the input x, normalized, and the last membrane.
+        """Spikes `[steps, ...]` for the normalized input x, and the last membrane.
 
-        Fills bits (see `Layout.empty_bits`), if given, with what `pack_bits` makes of the spikes.
+        Fills bits (see `Layout.empty_bits`), if given, with the result of `pack_bits` for the spikes.
         """
         ...
 
@@ -44,10 +44,10 @@ class Kernels(Protocol):
         inv_tau: Tensor | None,
         membrane: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Gradients of the neurons' input (like x), of the first membrane, and sums `[1, 3, n, channels]`.
+        """Gradients of the neurons' input (like x) and of the first membrane, and sums `[1, 3, n, channels]`.
 
-        These are over all neurons of a channel and all steps, in n parts, of the gradient of the input times: what
-        multiplies it in the gradient of `inv_tau`, if one is given; and where there is a norm, 1 and `x - mean`.
+        The sums are over all neurons of a channel and all steps, in n parts, of the gradient of the input times three
+        factors: the one in the gradient of `inv_tau`, if given; and, if there is a norm, 1 and `x - mean`.
         """
         ...
 
@@ -64,14 +64,14 @@ class Kernels(Protocol):
     ) -> None:
         """Fills out with the masked spikes of q, for the inputs x of q, k and v; and sums, `[2, T, B, C]`.
 
-        These are the sums over tokens, and then what their neurons fired. All else is dense `[T, B, C, ...]`, B
-        outermost in a frame. `neurons` are those of q, k and v, alike, and of the sum; inv_tau `[4, C]`. `codes`, if
-        given, gets what fired: q, k and v as bits 0, 1 and 2.
+        `sums` are the sums over tokens, followed by the spikes of their neurons. All other tensors are dense
+        `[T, B, C, ...]` with B outermost in a frame. `neurons` are those of q, k and v, which are equal, and of the
+        sum; inv_tau `[4, C]`. `codes`, if given, is filled with the spikes of q, k and v as bits 0, 1 and 2.
         """
         ...
 
     def mask_gradient(self, grad: Tensor, codes: Tensor, result: Tensor, layout: Layout) -> None:
-        """Fills result `[T, B, C]` with `(grad * q).sum(tokens)`, for the codes of `attend` and grad in their order."""
+        """Fills result `[T, B, C]` with `(grad * q).sum(tokens)`; codes are those of `attend`, grad has their order."""
         ...
 
     def attend_backward(
@@ -84,7 +84,7 @@ class Kernels(Protocol):
         norm: Affine,
         inv_tau: Tensor | None,
     ) -> tuple[Sequence[Tensor], Tensor]:
-        """Gradients of the neurons' inputs of q, k and v, and sums `[3, 3, n, channels]` as `lif_backward` has them."""
+        """Gradients of the neurons' inputs of q, k and v, and sums `[3, 3, n, channels]` as in `lif_backward`."""
         ...
 
     def channel_statistics(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -95,11 +95,11 @@ class Kernels(Protocol):
     def batch_statistics(
         self,
     ) -> Callable[[Sequence[Tensor], Layout, Sequence[Norm], int, Tensor, Tensor], None] | None:
-        """Fills mean and inv_std from x, layout, norms, repeats, updates running statistics and counts.
+        """Fills mean and inv_std from x, layout, norms and repeats, updates running statistics and counts.
 
-        That is what `norm_lif.statistics` does, for a momentum that is a number; `None` where launches cost nothing
-        that one kernel would save. x are one input or three that lie alike, with norms that differ in their tensors
-        alone, and mean and inv_std `[channels]` or `[3, channels]`.
+        The same as `norm_lif.statistics`, for a momentum that is a number; `None` on devices where a launch costs too
+        little for one kernel to save time. x are one input or three with the same memory layout, whose norms differ in
+        their tensors only; mean and inv_std are `[channels]` or `[3, channels]`.
         """
         ...
 
@@ -114,18 +114,18 @@ class Kernels(Protocol):
         of_weight: Tensor,
         of_bias: Tensor,
     ) -> None:
-        """From the gradient of the normalized x, in place, to that of x; fills those of weight and bias, like the mean.
+        """Turns the gradient of the normalized x into that of x, in place; fills those of weight and bias, like mean.
 
-        x are one input or three that lie alike; `sums` are those of `lif_backward`; `count` is the number of values of
-        a channel where mean and deviation are theirs, `None` where these do not depend on x.
+        x are one input or three with the same memory layout; `sums` are those of `lif_backward`; `count` is the number
+        of values of a channel that mean and deviation are computed from, `None` if these do not depend on x.
         """
         ...
 
     def max_pool(self, x: Tensor, out: Tensor, places: Tensor | None, bits: Tensor | None = None) -> None:
-        """Fills out with the 3x3 maxima of stride 2 of x `[N, C, H, W]`, and places with where in its window each lies.
+        """Fills out with the 3x3 maxima of stride 2 of x `[N, C, H, W]`, and places with their places in the windows.
 
-        All are contiguous, or all are channels-last. Bits, if given, gets what `pack_bits` makes of out, whose channels
-        or, contiguous, whose columns are a multiple of 8.
+        All are contiguous, or all are channels-last. `bits`, if given, gets the result of `pack_bits` for out; the
+        number of its channels (if contiguous, of its columns) is then a multiple of 8.
         """
         ...
 
@@ -135,41 +135,41 @@ class Kernels(Protocol):
 
     @property
     def writes_bits(self) -> bool:
-        """Whether bits cost less where spikes are made than by `pack_bits`: what `bits.wants_bits` goes by."""
+        """Whether writing bits along with the spikes costs less than `pack_bits`; used by `bits.wants_bits`."""
         ...
 
     def pack_bits(self, x: Tensor) -> Tensor | None:
-        """One bit for each element of x in the order of memory, `[ceil(n / 8)]`.
+        """One bit for each element of x in memory order, `[ceil(n / 8)]`.
 
-        x must be all 0 and 1: `None` tells where it is not, but on a GPU, where that is not checked.
+        x must hold only 0 and 1: otherwise the result is `None`, except on a GPU, where this is not checked.
         """
         ...
 
     def unpack_bits(self, bits: Tensor, x: Tensor) -> None:
-        """Fills x with the elements that `pack_bits` packed."""
+        """Fills x with the elements that `pack_bits` has packed."""
         ...
 
 
 class LevelKernels(Protocol):
-    """The kernels of integer neurons for the tensors of one device; a module's functions."""
+    """The kernels of integer neurons for the tensors of one device: the functions of a module."""
 
     def levels(self, x: Tensor, neuron: LevelSpec, values: Tensor, inside: Tensor | None) -> None:
-        """Fills values from x, and inside with where the gradient passes, one bit an element, `[ceil(n / 8)]`.
+        """Fills values from x, and inside with where the gradient passes, one bit per element, `[ceil(n / 8)]`.
 
-        x and values lie alike, without gaps.
+        x and values have the same memory layout, without gaps.
         """
         ...
 
     def levels_backward(self, grad: Tensor, inside: Tensor, neuron: LevelSpec, grad_x: Tensor) -> None:
-        """Fills grad_x from the gradient of the values; both lie as x did."""
+        """Fills grad_x from the gradient of the values; both have the memory layout of x."""
         ...
 
     def norm_levels(self, x: Tensor, layout: Layout, neuron: LevelSpec, norm: Affine, values: Tensor) -> None:
-        """Fills the values of the normalized x."""
+        """Fills values with those of the normalized x."""
         ...
 
     def norm_levels_backward(
         self, grad: Tensor, x: Tensor, layout: Layout, neuron: LevelSpec, norm: Affine, grad_x: Tensor
     ) -> Tensor:
-        """Fills the gradient of the normalized x, and gives the sums that `norm_gradients` takes."""
+        """Fills grad_x with the gradient of the normalized x, and returns the sums that `norm_gradients` takes."""
         ...

@@ -1,6 +1,7 @@
 """Integer neurons, with or without a batch normalization in front of them.
 
-For the backward pass a neuron alone keeps one bit an element: where the gradient passes. Behind a norm x alone is kept.
+For the backward pass, neurons alone keep one bit per element: whether the gradient passes. Behind a norm, only x is
+kept.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class _Levels(torch.autograd.Function):
 
 
 class _ForwardLevels(_Levels):
-    """With the rule of forward-mode gradients, which torch.compile takes no function with."""
+    """With a rule for forward-mode gradients, which torch.compile does not accept in a function."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -55,17 +56,17 @@ class _ForwardLevels(_Levels):
 
 
 def _inside(x: Tensor, levels: int, rounding: str) -> Tensor:
-    """Where the gradient passes: an open window has none at its ends, where silent neurons lie."""
+    """Where the gradient passes: the ends of an open window, where silent neurons are, are left out."""
     return (x >= 0) & (x <= levels) if rounding == "even" else (x > 0) & (x < levels)
 
 
 def levels_reference(x: Tensor, neuron: LevelSpec) -> Tensor:
-    """The equations, each in the dtype of x; the definition of truth for every fused version.
+    """The equations, each in the dtype of x; the reference for every fused version.
 
         l = round(clamp(x / threshold, 0, levels));   y = l / norm
 
-    The gradient is passed straight through where `x / threshold` is within `[0, levels]`, without the ends where halves
-    are rounded up. Shapes: any, the same.
+    The gradient is passed straight through where `x / threshold` is within `[0, levels]`, excluding the ends if halves
+    are rounded up. The result has the shape of x, which may be any.
     """
     x = x if neuron.threshold == 1 else x / neuron.threshold
     function = _ForwardLevels if transformed() else _Levels
@@ -74,7 +75,7 @@ def levels_reference(x: Tensor, neuron: LevelSpec) -> Tensor:
 
 
 def levels(x: Tensor, neuron: LevelSpec) -> Tensor:
-    """What `levels_reference` computes, to the bit; kept for the backward pass is one bit an element.
+    """Compute `levels_reference`, equal to the bit, and keep one bit per element for the backward pass.
 
     >>> levels(torch.tensor([-1.0, 0.6, 2.5, 9.0]), LevelSpec(levels=4, norm=4.0))
     tensor([0.0000, 0.2500, 0.5000, 1.0000])
@@ -87,7 +88,7 @@ def levels(x: Tensor, neuron: LevelSpec) -> Tensor:
 
 @registered("sdt_blocks::levels")
 def levels_op(x: Tensor, neuron: Sequence[float], keep: bool = False) -> tuple[Tensor, Tensor]:
-    """Values in the order of x; and with `keep` where the gradient passes, one bit an element of memory, else empty."""
+    """Values in the order of x; with `keep` also where the gradient passes, one bit per element, else empty."""
     x = _without_gaps(x)
     values, inside = _results(x, keep)
     level_kernels(x).levels(x, LevelSpec.decode(neuron), values, inside if keep else None)
@@ -101,7 +102,7 @@ def _(x, neuron, keep=False):
 
 @registered("sdt_blocks::levels_backward")
 def levels_backward_op(grad: Tensor, inside: Tensor, strides: Sequence[int], neuron: Sequence[float]) -> Tensor:
-    """The gradient of x from that of the values, which lie as `strides` say."""
+    """The gradient of x from that of the values, whose memory layout is `strides`."""
     grad = _laid_out(grad, strides)
     grad_x = torch.empty_like(grad)
     level_kernels(grad).levels_backward(grad, inside, LevelSpec.decode(neuron), grad_x)
@@ -123,7 +124,7 @@ def _keep_inside(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None]:
     (inside,) = ctx.saved_tensors
     if torch.is_grad_enabled():
-        # By operations with a gradient of their own.
+        # By operations that have a gradient themselves.
         neuron, passes = LevelSpec.decode(ctx.neuron), grad.new_empty_strided(grad.shape, ctx.strides)
         kernels(passes).unpack_bits(inside, passes)
         return grad / neuron.norm * passes / neuron.threshold, None, None
@@ -142,7 +143,7 @@ def _results(x: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
 
 
 def _laid_out(grad: Tensor, strides: Sequence[int]) -> Tensor:
-    """grad with these strides, copied only where an axis of more than one element lies otherwise."""
+    """grad with these strides, copied only if an axis of more than one element has another stride."""
     if all(a == b or size == 1 for a, b, size in zip(grad.stride(), strides, grad.shape, strict=True)):
         return grad
     return grad.new_empty_strided(grad.shape, strides).copy_(grad)
@@ -152,15 +153,15 @@ def _laid_out(grad: Tensor, strides: Sequence[int]) -> Tensor:
 
 
 def batch_norm_levels_reference(x: Tensor, norm: Norm, neuron: LevelSpec, *, time_steps: int | None = None) -> Tensor:
-    """`levels` of the normalized frames of x `[T, B, C, ...]`, as `batch_norm_lif_reference` takes them."""
+    """`levels` of the normalized frames of x `[T, B, C, ...]`; arguments as in `batch_norm_lif_reference`."""
     return levels_reference(batch_norm_reference(x, norm, time_steps), neuron)
 
 
 def batch_norm_levels(x: Tensor, norm: Norm, neuron: LevelSpec, *, time_steps: int | None = None) -> Tensor:
-    """What `batch_norm_levels_reference` computes; x alone is kept for the backward pass.
+    """Compute `batch_norm_levels_reference`, keeping only x for the backward pass.
 
-    In half precision the values are rounded once, at the end. As with `batch_norm_lif`, what takes the statistics of
-    the batch stays one op under `torch.compile`. A frame that is shown `time_steps` times is computed once.
+    In half precision the values are rounded once, at the end. As with `batch_norm_lif`, with the statistics of the
+    batch it stays one op under `torch.compile`. A frame shown `time_steps` times is computed once.
 
     >>> batch_norm_levels(torch.randn(1, 2, 8, 5, 5), Norm(training=True), LevelSpec()).shape
     torch.Size([1, 2, 8, 5, 5])
@@ -193,7 +194,7 @@ def norm_levels_op(
     of_batch: bool,
     group: str = "",
 ) -> Tensor:
-    """Values `[T, B, C, ...]` of the normalized x; the normalization as in `lif_op`."""
+    """Values `[T, B, C, ...]` of the normalized x; the normalization is given as in `lif_op`."""
     x, layout = _frames(x)
     values = layout.empty(x, layout.steps)
     norm = Affine.of_one(mean, inv_std, weight, bias, of_batch, group)

@@ -1,6 +1,6 @@
 """Leaky integrate-and-fire over a whole sequence, with or without a batch normalization in front of it.
 
-Nothing but the inputs is kept for the backward pass, which computes the membranes anew.
+Only the inputs are kept for the backward pass, which computes the membranes again.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from .spec import RESETS, Affine, Arriving, Layout, NeuronSpec, arrange, check_t
 
 
 def lif_reference(x: Tensor, neuron: NeuronSpec, membrane: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The equations, one time step after the other; the definition of truth for every fused version.
+    """The equations, one time step after the other; the reference for every fused version.
 
-        r[t] = s[t-1]                                      what fired, resets
+        r[t] = s[t-1]                                      resets where it fired
         u[t] = h[t-1] * (1 - r[t])        (reset "zero"),  else h[t-1]
         h[t] = u[t] + (x[t] - u[t]) / tau - r[t] * threshold (reset "subtract" only)
         s[t] = 1 if h[t] >= threshold else 0               (`>` if strict)
 
-    As in snnTorch, the membrane that is handed in and out is `h`, before its reset, and `r` is recomputed from it: so
-    two halves of a sequence give what the whole gives, and snnTorch's own step can go on from it. The state is
-    float32 for half-precision input, else of the input's dtype.
+    As in snnTorch, the membrane argument and result are `h`, before its reset, and `r` is recomputed from it: so two
+    halves of a sequence give the same as the whole, and snnTorch's own step can continue from it. The state is float32
+    for half-precision input, otherwise it has the input's dtype.
 
-    Shapes: x `[T, ...]`, `[T, B, C, ...]` where `neuron.inv_tau` is `[C]`; membrane `x.shape[1:]`.
+    Shapes: x `[T, ...]`, or `[T, B, C, ...]` if `neuron.inv_tau` is `[C]`; membrane `x.shape[1:]`.
     Returns spikes like x, and the last membrane `x.shape[1:]` in the state's dtype.
     """
     threshold, reset, surrogate, detach_reset, strict, inv_tau = neuron
@@ -104,9 +104,9 @@ def lif(
 
 
 def constants(neuron: NeuronSpec) -> NeuronSpec | None:
-    """What a fused kernel is told of the neurons; `None`, with a warning, for a surrogate that no kernel knows.
+    """The neurons' constants as a fused kernel takes them; `None`, with a warning, if no kernel knows the surrogate.
 
-    Raises `TypeError` for a tensor as threshold, to which no gradient flows.
+    Raises `TypeError` for a tensor as threshold, which would get no gradient.
     """
     threshold, reset, surrogate, detach_reset, strict, inv_tau = neuron
     if isinstance(threshold, Tensor):
@@ -124,10 +124,10 @@ def constants(neuron: NeuronSpec) -> NeuronSpec | None:
 
 
 _NO_NORM = (None, None, None, None, False)
-"""A `lif_op` of neurons alone: mean, inv_std, weight, bias and of_batch."""
+"""The arguments mean, inv_std, weight, bias and of_batch of a `lif_op` without a norm."""
 
-# A registered op takes tensors, numbers and lists of numbers, no tuples of its own: its schema is flat, and its
-# arguments as many as the tuples' fields. Its body puts them together again.
+# A registered op takes tensors, numbers and lists of numbers, but no tuples of our own: its schema is flat, with an
+# argument for each field of the tuples. Its body puts them together again.
 
 
 @registered("sdt_blocks::lif")
@@ -147,14 +147,14 @@ def lif_op(
     scheduled: Tensor | None = None,
     group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Spikes `[steps, ...]` of x `[steps or 1, ...]`; the last membrane, empty unless `keep_membrane`; the bits.
+    """Spikes `[steps, ...]` of x `[steps or 1, ...]`; the last membrane, empty unless `keep_membrane`; and the bits.
 
-    Those are the ones of `Layout.empty_bits`, empty unless `keep_bits`.
+    The bits are those of `Layout.empty_bits`, empty unless `keep_bits`.
 
-    `neuron` is an encoded `NeuronSpec`; `inv_tau`, `membrane` and the normalization's values are of the state's dtype.
+    `neuron` is an encoded `NeuronSpec`; `inv_tau`, `membrane` and the normalization's values have the state's dtype.
     With `mean` the input of the neurons is `(x - mean) * inv_std * weight + bias`, per channel; `of_batch` says that
-    mean and inv_std are those of x, through which the gradient flows too, `group` that they are those of all processes'
-    x. What is `scheduled` (see `Scheduled`) stands in the place of the neuron's own numbers.
+    mean and inv_std are computed from x, so that the gradient flows through them too, and `group` that they are
+    computed from the x of all its processes. `scheduled` numbers (see `Scheduled`) replace the neuron's own.
     """
     x, layout = _arranged(x, steps, inv_tau, mean)
     norm, spec = _affine(mean, inv_std, weight, bias, of_batch, group), _spec(neuron, scheduled)
@@ -191,11 +191,11 @@ def lif_backward_op(
     scheduled: Tensor | None,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, inv_tau, membrane, weight and bias; those of what was not given are empty."""
+    """Gradients of x, inv_tau, membrane, weight and bias, empty for arguments that were not given."""
     x, layout = _arranged(x, steps, inv_tau, mean)
     arriving, norm = Arriving(grad, grad_last), _affine(mean, inv_std, weight, bias, of_batch, group)
     gradients = lif_gradients(arriving, x, layout, _spec(neuron, scheduled), norm, inv_tau, membrane)
-    # A registered op returns tensors only, none of them twice.
+    # A registered op returns only tensors, and none of them twice.
     of_x, of_inv_tau, of_membrane, of_weight, of_bias = (
         x.new_empty(0, dtype=state_dtype(x)) if gradient is None else gradient for gradient in gradients
     )
@@ -211,7 +211,7 @@ def lif_gradients(
     inv_tau: Tensor | None,
     membrane: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, inv_tau, membrane and the norm's weight and bias; `None` for what was not given."""
+    """Gradients of x, inv_tau, membrane and the norm's weight and bias; `None` for arguments that were not given."""
     grad_x, grad_membrane, sums = kernels(x).lif_backward(arriving, x, layout, neuron, norm, inv_tau, membrane)
     grad_inv_tau = grad_weight = grad_bias = None
     if norm is not None:
@@ -224,7 +224,7 @@ def lif_gradients(
 def gradients_of_norm(
     grad: Sequence[Tensor], x: Sequence[Tensor], layout: Layout, norm: Affine, sums: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """From the gradients of the normalized x, in place, to those of x; gives those of weight and bias, like the mean.
+    """Turn the gradients of the normalized x into those of x, in place; returns those of weight and bias, like mean.
 
     x are one input or three, see `Kernels.norm_gradients`.
     """
@@ -238,7 +238,7 @@ def gradients_of_norm(
         sums = torch.cat([own[:, :1], total * (count / counts)], 1)
     kernels(x[0]).norm_gradients(grad, x, frames, norm, sums, count, of_weight, of_bias)
     if own is not None:
-        # Whoever trains in several processes adds these up.
+        # Training code for several processes adds these up.
         of_bias.copy_(own[:, 1, 0].view_as(of_bias))
         of_weight.copy_(own[:, 2, 0].view_as(of_weight) * norm.inv_std)
     return of_weight, of_bias
@@ -303,9 +303,9 @@ def normalized(
     of_batch: bool,
     group: str = "",
 ) -> Tensor:
-    """`(x - mean) * inv_std * weight + bias` per channel, x without a mean; mean and inv_std again as functions of x.
+    """`(x - mean) * inv_std * weight + bias` per channel, with mean and inv_std as functions of x; x if mean is `None`.
 
-    In the state's dtype where there is a mean. Raises `RuntimeError` for a batch of several processes.
+    In the state's dtype if there is a mean. Raises `RuntimeError` for a batch of several processes.
     """
     if mean is None or inv_std is None:
         return x
@@ -329,9 +329,9 @@ def normalized(
 def gradients_of_equations(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor | None], arriving: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """The gradients of the inputs, as functions that can be differentiated again: kernels have no such form.
+    """The gradients of the inputs, computed by functions that can be differentiated again, which kernels cannot.
 
-    Says so once.
+    The first call warns of it.
     """
     fall_back("gradients of gradients (create_graph=True) are computed from the equations")
     wanted = [i for i, value in enumerate(inputs) if value is not None and value.requires_grad]

@@ -26,7 +26,7 @@ def batch_norm_lif_reference(
     time_steps: int | None = None,
     return_membrane: bool = False,
 ) -> Any:
-    """`lif(F.batch_norm(x, ...), neuron)` over the frames x `[T, B, C, ...]`, for what `norm` says of it.
+    """`lif(F.batch_norm(x, ...), neuron)` of the frames x `[T, B, C, ...]`, with the arguments in `norm`.
 
     With `time_steps`, x `[1, B, C, ...]` is shown at every step.
     """
@@ -54,7 +54,7 @@ def batch_norm_lif(
     time_steps: int | None = None,
     return_membrane: bool = False,
 ) -> Any:
-    """What `batch_norm_lif_reference` computes; x alone is kept for the backward pass.
+    """Compute `batch_norm_lif_reference`, keeping only x for the backward pass.
 
     With the statistics of the batch it stays one op under `torch.compile` too, where its own equations would keep three
     times as much; with running statistics it is traced as its equations.
@@ -93,7 +93,7 @@ def batch_norm_lif(
 
 @torch.no_grad()
 def statistics(x: Tensor, norm: Norm, repeats: int = 1) -> tuple[Tensor, Tensor]:
-    """Mean and inverse deviation to normalize by; when training updates the running statistics and counts the batch."""
+    """Mean and inverse deviation for normalization; training also updates running statistics and counts the batch."""
     if fill := _at_once(x, norm):
         mean, inv_std = (x.new_empty(x.shape[2], dtype=state_dtype(x)) for _ in range(2))
         x, layout = arrange(x, x.shape[0], per_channel=True)
@@ -107,7 +107,7 @@ def statistics(x: Tensor, norm: Norm, repeats: int = 1) -> tuple[Tensor, Tensor]
 
 
 def _of_batch(x: Sequence[Tensor], norms: Sequence[Norm], repeats: int) -> list[tuple[Tensor, Tensor]]:
-    """`statistics` of inputs of one shape, for norms that train in one group of processes, which is asked once."""
+    """`statistics` of inputs of one shape, for norms that train in one group of processes, with one exchange."""
     found, count, group = [channel_statistics(part) for part in x], x[0].numel() // x[0].shape[2], norms[0].group
     number: Any = count
     if group:
@@ -120,9 +120,9 @@ def _of_batch(x: Sequence[Tensor], norms: Sequence[Norm], repeats: int) -> list[
 
 
 def _update(norm: Norm, mean: Tensor, variance: Tensor, count: Any) -> None:
-    """Counts the batch, of so many values a channel, and updates the running statistics.
+    """Count the batch, with `count` values per channel, and update the running statistics.
 
-    A frame shown again and again changes the unbiased variance alone.
+    A frame that is shown repeatedly changes only the unbiased variance.
     """
     norm.count_batch()
     if norm.running_mean is not None and norm.running_var is not None:
@@ -134,7 +134,7 @@ def _update(norm: Norm, mean: Tensor, variance: Tensor, count: Any) -> None:
 
 @torch.no_grad()
 def stacked_statistics(x: Sequence[Tensor], norms: Sequence[Norm]) -> tuple[Tensor, Tensor]:
-    """`statistics` of three inputs `[3, C]`, in the state's dtype; their norms are in one mode and one group."""
+    """`statistics` of three inputs, `[3, C]`, in the state's dtype; their norms are in one mode and one group."""
     dtype = state_dtype(x[0])
     if fill := _at_once(x[0], *norms):
         mean, inv_std = (x[0].new_empty(len(x), x[0].shape[2], dtype=dtype) for _ in range(2))
@@ -154,7 +154,7 @@ def stacked_statistics(x: Sequence[Tensor], norms: Sequence[Norm]) -> tuple[Tens
 
 
 def _settled_alike(norms: Sequence[Norm]) -> bool:
-    """Whether norms differ in their tensors alone, and none changes what another one does too."""
+    """Whether norms differ in their tensors only, and no two of them change the same one."""
     kept = [norm.running_mean for norm in norms]
     settings = {(norm.momentum, norm.eps, norm.batches is None) for norm in norms}
     if all(mean is None for mean in kept):
@@ -164,7 +164,7 @@ def _settled_alike(norms: Sequence[Norm]) -> bool:
 
 
 def _at_once(x: Tensor, *norms: Norm) -> Callable[..., None] | None:
-    """The kernels' `batch_statistics`, where nobody need see the steps."""
+    """The kernels' `batch_statistics`, unless something has to see the single steps."""
     plain = all(norm.training and not isinstance(norm.momentum, Tensor) and not norm.group for norm in norms)
     return kernels(x).batch_statistics if plain and not watched() else None
 

@@ -1,4 +1,4 @@
-"""The max pooling between spiking layers, with one byte a result for its gradient."""
+"""The max pooling between spiking layers, which keeps one byte per result for its gradient."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .registered import registered
 
 
 def max_pool_reference(x: Tensor) -> Tensor:
-    """3x3 maximum, stride 2, padding 1: `[N, C, H, W] -> [N, C, ceil(H / 2), ceil(W / 2)]`."""
+    """3x3 max pooling, stride 2, padding 1: `[N, C, H, W] -> [N, C, ceil(H / 2), ceil(W / 2)]`."""
     return F.max_pool2d(x, 3, stride=2, padding=1)
 
 
 def max_pool(x: Tensor, *, spikes: bool = False) -> Tensor:
-    """What `max_pool_reference` computes; for the gradient it keeps where in its window each maximum lies.
+    """Compute `max_pool_reference`, keeping the place of each maximum in its window for the gradient.
 
-    Of equal ones the first takes the whole gradient, as in PyTorch, which keeps x and an 8-byte index a result. Where a
-    gradient will be wanted it stays one op under `torch.compile` too. The maxima of `spikes`, zeros and ones alone, are
-    such, and known as such (see `bits.as_spikes`).
+    Of equal values the first takes the whole gradient, as in PyTorch, which keeps x and an 8-byte index per result. If
+    a gradient will be needed, it stays one op under `torch.compile` too. With `spikes`, x holds only zeros and ones;
+    then so do the maxima, and are known to (see `bits.as_spikes`).
 
     >>> max_pool(torch.rand(2, 8, 7, 7)).shape
     torch.Size([2, 8, 4, 4])
@@ -37,9 +37,9 @@ def max_pool(x: Tensor, *, spikes: bool = False) -> Tensor:
 
 @registered("sdt_blocks::max_pool")
 def max_pool_op(x: Tensor, keep: bool, keep_bits: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """The maxima, and where `keep` is set their places within the windows, 0 to 8 row by row, else empty.
+    """The maxima, and with `keep` their places in the windows, 0 to 8 row by row, else empty.
 
-    Where `keep_bits` is set, x is spikes, and a byte is of one position or row, their bits too, else empty.
+    With `keep_bits`, if x is spikes and no byte crosses a position or row, their bits too, else empty.
     """
     x = _dense(x)
     out, places, bits = _results(x, keep, keep_bits)
@@ -83,7 +83,7 @@ max_pool_op.register_autograd(_gradient, keep=_keep)
 
 
 def _scattered(grad: Tensor, places: Tensor, height: int, width: int) -> Tensor:
-    """What `max_pool_backward_op` computes, by operations with a gradient of their own."""
+    """`max_pool_backward_op` by operations that have a gradient themselves."""
     down, right = (torch.arange(size, device=grad.device) * 2 - 1 for size in grad.shape[2:])
     rows, columns = down[:, None] + places // 3, right + places % 3
     index = (rows * width + columns).flatten(2)

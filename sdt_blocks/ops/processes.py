@@ -1,4 +1,4 @@
-"""What the processes of a group know together, where a norm's batch is that of them all."""
+"""What the processes of a group exchange if a norm's batch is shared by all of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _(values, group):
 
 
 def _named(group: Any) -> distributed.ProcessGroup:
-    """A group by its name, under which registered ops, which take no groups, are told of it."""
+    """A group by its name: registered ops cannot take a group itself."""
     return distributed.distributed_c10d._resolve_process_group(group)
 
 
@@ -33,7 +33,7 @@ def _size(group: str) -> int:
 
 
 def merged_statistics(mean: Tensor, variance: Tensor, count: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance `[...]` and number of all processes' values, from those of the `count` values here."""
+    """Mean, biased variance `[...]` and number of the values of all processes, from those of the `count` here."""
     own = torch.cat([mean.flatten(), variance.flatten(), mean.new_full((1,), count)])
     found = gathered(own, group)
     means, variances = found[:, :-1].unflatten(1, (2, *mean.shape)).unbind(1)
@@ -45,6 +45,6 @@ def merged_statistics(mean: Tensor, variance: Tensor, count: int, group: str) ->
 
 
 def added_up(sums: Tensor, count: int, group: str) -> tuple[Tensor, Tensor]:
-    """Sums of the same shape and a count, over all processes."""
+    """Sums of the same shape and a count, added up over all processes."""
     found = gathered(torch.cat([sums.flatten(), sums.new_full((1,), count)]), group).sum(0)
     return found[:-1].view_as(sums), found[-1]

@@ -1,4 +1,4 @@
-"""Ops that PyTorch knows by name, and a short way past its registry where nothing needs the name."""
+"""Ops that PyTorch knows by name, and a shortcut past its registry for calls that do not need the name."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from ..surrogate import transformed
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list}
-"""Arguments that no one has given a meaning of their own."""
+"""The types of arguments whose behaviour nobody has overridden."""
 
 
 class RegisteredOp:
     """An op `sdt_blocks::name` of PyTorch, called by position.
 
-    What traces, compiles, transforms or records PyTorch's calls is shown the op, as are tensors of a subclass. All
-    others, that is almost every call, get the same function and the same gradient without the registry, whose layers
-    take longer than the kernels of a small layer: then `gradients` belongs to an autograd function of the op's own.
+    Whatever traces, compiles, transforms or records PyTorch's calls sees the op, and so do tensors of a subclass. All
+    other calls, which is almost every one, use the same function and the same gradient without the registry, whose
+    layers take longer than the kernels of a small layer: `gradients` then belongs to an autograd function of the op.
     """
 
     def __init__(self, name: str, compute: Callable[..., Any]) -> None:
@@ -33,12 +33,12 @@ class RegisteredOp:
         self.function: Any = None
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
-        """Shapes and dtypes of the results without data, as for any op."""
+        """Compute shapes and dtypes of the results without data, as for any op."""
         self.op.register_fake(fake)
         return fake
 
     def register_autograd(self, gradients: Callable[..., Any], *, keep: Callable[..., None]) -> None:
-        """`keep(ctx, inputs, output)` saves what `gradients(ctx, *arriving)` takes; one gradient for every argument."""
+        """`keep(ctx, inputs, output)` saves what `gradients(ctx, *arriving)` needs; one gradient for every argument."""
         self.op.register_autograd(gradients, setup_context=keep)
         compute = self.compute
 
@@ -60,7 +60,7 @@ class RegisteredOp:
 
 
 def registered(name: str) -> Callable[[Callable[..., Any]], RegisteredOp]:
-    """Makes a function of tensors, numbers and lists of numbers a `RegisteredOp`."""
+    """Make a function of tensors, numbers and lists of numbers a `RegisteredOp`."""
     return lambda compute: RegisteredOp(name, compute)
 
 
@@ -69,7 +69,7 @@ def _has_gradient(argument: Any) -> bool:
 
 
 def watched() -> bool:
-    """Whether a compiler, a mode, a transform or the profiler looks at the calls of PyTorch's ops."""
+    """Whether a compiler, a mode, a transform or the profiler is watching the calls of PyTorch's ops."""
     return (
         torch.compiler.is_compiling()
         or transformed()

@@ -1,4 +1,4 @@
-"""What the ops and their kernels are told, in small tuples, and how a sequence lies in memory."""
+"""The arguments of the ops and their kernels as small tuples, and the memory layout of a sequence."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..surrogate import KINDS, Scheduled, Surrogate, sigmoid
 
 RESETS = ("zero", "subtract", "none")
 ROUNDINGS = ("even", "up")
-"""Of a level and a half: to the even neighbour, as `torch.round`, or up."""
+"""How a level and a half is rounded: to the even neighbour, as in `torch.round`, or up."""
 SIGMOID = sigmoid()
 
-# Shorter runs of consecutive elements are copied into place instead of read where they are.
+# Shorter runs of consecutive elements are copied first instead of being read in place.
 SHORTEST_CHUNK = 16
 
 # Tokens of an image that one program of the attention holds in its registers.
@@ -32,9 +32,9 @@ def state_dtype(x: Tensor) -> torch.dtype:
 class NeuronSpec(NamedTuple):
     """A layer of neurons: the constants of `lif_reference`.
 
-    `inv_tau`, `1 / tau`, is a number, a 0-d tensor or one value a channel `[C]`; `surrogate` may be any callable like
-    a snnTorch `spike_grad`. What a kernel is told (see `lif.constants`) has numbers and a `Surrogate` alone: tensors
-    go beside it.
+    `inv_tau`, `1 / tau`, is a number, a 0-d tensor or one value per channel `[C]`; `surrogate` may be any callable like
+    a snnTorch `spike_grad`. The constants for a kernel (see `lif.constants`) have only numbers and a `Surrogate`:
+    tensors are passed separately.
     """
 
     threshold: float = 1.0
@@ -45,7 +45,7 @@ class NeuronSpec(NamedTuple):
     inv_tau: float | Tensor = 0.5
 
     def encode(self) -> list[float]:
-        """As numbers, which is what a registered op can take."""
+        """The constants as numbers, which a registered op can take."""
         assert not isinstance(self.inv_tau, Tensor)
         kind, alpha = self.gradient()
         return [
@@ -70,15 +70,15 @@ class NeuronSpec(NamedTuple):
 
 
 def schedule_of(neuron: NeuronSpec) -> Tensor | None:
-    """The numbers that a graph takes for inputs, where a schedule changes them."""
-    # No property: in PyTorch 2.6 a graph finds the property itself in a named tuple, and no value.
+    """The numbers that a graph takes as inputs because a schedule changes them."""
+    # Not a property: in PyTorch 2.6 a graph finds the property itself in a named tuple, and no value.
     return neuron.surrogate.numbers if isinstance(neuron.surrogate, Scheduled) else None
 
 
 def in_evaluation(neuron: NeuronSpec, channels: int) -> tuple[NeuronSpec, Tensor]:
-    """The constants without those of a gradient, and `1 / tau` float32 `[channels]`, as kernels of evaluation take it.
+    """The constants without those of a gradient, and `1 / tau` as float32 `[channels]`, for the kernels of evaluation.
 
-    Raises `ValueError` for time constants of another number of channels.
+    Raises `ValueError` if the number of time constants is not that of the channels.
     """
     inv_tau = torch.as_tensor(neuron.inv_tau, dtype=torch.float32).detach()
     check_time_constants(inv_tau, (channels,))
@@ -86,7 +86,7 @@ def in_evaluation(neuron: NeuronSpec, channels: int) -> tuple[NeuronSpec, Tensor
 
 
 def check_time_constants(inv_tau: float | Tensor, channels: Sequence[int]) -> None:
-    """Raises `ValueError` where `1 / tau` is neither one number nor one for each of the `channels`."""
+    """Raise `ValueError` if `1 / tau` is neither one number nor one for each of the `channels`."""
     if isinstance(inv_tau, Tensor) and inv_tau.ndim and inv_tau.shape != torch.Size(channels):
         raise ValueError(
             f"a time constant per channel must have one value for each channel of [T, B, C, ...]; got "
@@ -110,7 +110,7 @@ class LevelSpec(NamedTuple):
     threshold: float = 1.0
 
     def encode(self) -> list[float]:
-        """As numbers, which is what a registered op can take."""
+        """The constants as numbers, which a registered op can take."""
         return [self.levels, self.norm, ROUNDINGS.index(self.rounding), self.threshold]
 
     @staticmethod
@@ -123,9 +123,9 @@ class LevelSpec(NamedTuple):
 class Norm(NamedTuple):
     """A batch normalization: the arguments of `F.batch_norm`, in its order, and how many batches it has seen.
 
-    While `training`, running statistics that are given change in place, and `batches`, a 0-d tensor of integers, counts
-    one more. `momentum` may be a 0-d tensor, which need not be read back from its device. With the name of
-    a `group` of processes the batch is that of them all, as in `nn.SyncBatchNorm`; of these there is no reference.
+    While `training`, running statistics are updated in place if given, and `batches`, a 0-d integer tensor, is
+    increased by one. `momentum` may be a 0-d tensor, which need not be read back from its device. With the name of a
+    `group` of processes the batch is shared by all of them, as in `nn.SyncBatchNorm`; for this there is no reference.
     """
 
     running_mean: Tensor | None = None
@@ -139,7 +139,7 @@ class Norm(NamedTuple):
     group: str = ""
 
     def count_batch(self) -> None:
-        """Counts a batch."""
+        """Count one more batch."""
         if self.training and self.batches is not None:
             self.batches.add_(1)
 
@@ -148,7 +148,7 @@ class Norm(NamedTuple):
 class Affine:
     """A normalization, `(x - mean) * inv_std * weight + bias`, or those of q, k and v.
 
-    All tensors are in the state's dtype: mean and inv_std `[C]`, or `[3, C]`; weight and bias `[C]`, one for each.
+    All tensors have the state's dtype: mean and inv_std `[C]`, or `[3, C]`; weight and bias `[C]`, one for each.
     """
 
     mean: Tensor
@@ -156,9 +156,9 @@ class Affine:
     weight: Sequence[Tensor] | None
     bias: Sequence[Tensor] | None
     of_batch: bool
-    """Whether mean and inv_std are those of x, through which the gradient flows too."""
+    """Whether mean and inv_std are computed from x, so that the gradient flows through them too."""
     group: str = ""
-    """The processes whose x they are of, where it is not this one alone."""
+    """The processes that share the batch, if there are several."""
 
     @staticmethod
     def of_one(
@@ -169,7 +169,7 @@ class Affine:
 
     @functools.cached_property
     def scale(self) -> Tensor:
-        """With `shift`: the same as `x * scale + shift`."""
+        """Together with `shift`, the same as `x * scale + shift`."""
         return self.inv_std if self.weight is None else self.inv_std * _rows(self.weight)
 
     @functools.cached_property
@@ -177,7 +177,7 @@ class Affine:
         return -self.mean * self.scale if self.bias is None else _rows(self.bias) - self.mean * self.scale
 
     def row(self, i: int) -> Affine:
-        """That of q, k or v."""
+        """The normalization of q, k or v."""
         weight, bias = (None if values is None else (values[i],) for values in (self.weight, self.bias))
         return Affine(self.mean[i], self.inv_std[i], weight, bias, self.of_batch, self.group)
 
@@ -199,11 +199,11 @@ class ByteLayer(NamedTuple):
 
 
 class Spikes(NamedTuple):
-    """Where a kernel puts spikes and, if there is room for them, their bits."""
+    """Where a kernel writes spikes and, if there is room for them, their bits."""
 
     values: Tensor
     bits: Tensor | None = None
-    """See `Layout.empty_bits`; what `Kernels.pack_bits` makes of the values."""
+    """See `Layout.empty_bits`; the result of `Kernels.pack_bits` for the values."""
 
 
 class Arriving(NamedTuple):
@@ -212,23 +212,23 @@ class Arriving(NamedTuple):
     spikes: Tensor | None = None
     """`[T, ...]`, like the spikes."""
     last: Tensor | None = None
-    """Of the last membrane, `x.shape[1:]`."""
+    """The gradient of the last membrane, `x.shape[1:]`."""
 
 
 class Masks(NamedTuple):
-    """What becomes of a gradient on its way to the spikes of q, k and v."""
+    """The factors of a gradient on its way to the spikes of q, k and v."""
 
     of_q: Tensor
-    """Multiplies the gradient that q gets, `[T, B, C]` in the state's dtype."""
+    """Multiplies the gradient of q, `[T, B, C]` in the state's dtype."""
     of_sums: Tensor
-    """The gradient of the sums of `k * v`: that of k wherever v fired, and the other way round; like `of_q`."""
+    """The gradient of the sums of `k * v`, like `of_q`: it is that of k where v fired, and that of v where k fired."""
     codes: Tensor
-    """What fired, see `Kernels.attend`."""
+    """The spikes, see `Kernels.attend`."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How x `[T, ...]` and the results lie in memory.
+    """The memory layout of x `[T, ...]` and of the results.
 
     Neuron i of a frame is the element `i // chunk * chunk_stride + i % chunk` of that frame of x, and element i of a
     frame of the results, which have the same order of axes without gaps. Its channel is `i // inner % channels`.
@@ -239,22 +239,22 @@ class Layout:
     chunk: int
     chunk_stride: int
     x_step: int
-    """From one time step of x to the next."""
+    """Distance from one time step of x to the next, in elements."""
     repeat: bool
-    """Whether x is one frame `[1, ...]`, shown at every step."""
+    """Whether x is one frame `[1, ...]` that is shown at every step."""
     channels: int
     inner: int
     frame_strides: tuple[int, ...]
 
     @property
     def dense(self) -> bool:
-        """Whether the neurons of a frame of x lie side by side."""
+        """Whether the neurons of a frame of x are contiguous in memory."""
         return self.chunk == self.size or self.chunk_stride == self.chunk
 
     def has_groups(self, of: int, images: int = 1) -> bool:
-        """Whether so many neurons at a time lie side by side in x, within one channel, or are a position's channels.
+        """Whether groups of `of` neurons are contiguous in x, and within one channel or all channels of one position.
 
-        Where all channels are one, a group is within one of `images` parts of a frame.
+        If all channels are one, a group lies within one of `images` parts of a frame.
         """
         innermost = self.inner == 1 and self.channels > 1
         run = self.channels if innermost else self.inner if self.channels > 1 else self.size // images
@@ -262,9 +262,9 @@ class Layout:
         return all(number % of == 0 for number in (run, self.x_step, *gaps))
 
     def empty_bits(self, x: Tensor, wanted: bool) -> Tensor:
-        """Uninitialized, one bit for each element of `empty(x, steps)`; empty where a byte would not be of one group.
+        """An uninitialized bit for each element of `empty(x, steps)`; empty if not `wanted`.
 
-        And where it is not `wanted`.
+        Also empty if a byte would not be of one group.
         """
         return x.new_empty(self.steps * self.size // 8 if wanted and self.has_groups(8) else 0, dtype=torch.uint8)
 
@@ -277,20 +277,20 @@ class Layout:
         return x.new_empty_strided(x.shape[1:], self.frame_strides, dtype=dtype)
 
     def frame(self, frame: Tensor) -> Tensor:
-        """`frame` (of `x.shape[1:]`) in this order of axes, copied only where it lies otherwise."""
+        """`frame` (of `x.shape[1:]`) in this order of axes, copied only if it has another one."""
         if frame.stride() == self.frame_strides:
             return frame
         return frame.new_empty_strided(frame.shape, self.frame_strides).copy_(frame)
 
     def frames(self, frames: Tensor) -> Tensor:
-        """Like `frame`, for `[T, ...]`; the time steps may lie any distance apart."""
+        """Like `frame`, for `[T, ...]`; the time steps may be any distance apart."""
         if frames.stride()[1:] == self.frame_strides:
             return frames
         return frames.new_empty_strided(frames.shape, (self.size, *self.frame_strides)).copy_(frames)
 
 
 def arrange(x: Tensor, steps: int, per_channel: bool) -> tuple[Tensor, Layout]:
-    """The layout of x `[T or 1, ...]`, and x itself, copied where its gaps or overlaps have no layout.
+    """The layout of x `[T or 1, ...]`, and x itself, copied if a layout cannot describe its gaps or overlaps.
 
     With `per_channel` the channels are the third axis of x.
     """

@@ -1,4 +1,4 @@
-"""How Python calls the C++ kernels: structures as in their files, and one call for all."""
+"""How Python calls the C++ kernels: structures as in their files, and one function for all calls."""
 
 from __future__ import annotations
 
@@ -49,22 +49,22 @@ def neurons(*specs: NeuronSpec) -> Any:
 
 
 def call(source: str, name: str, *arguments: Any) -> int:
-    """Calls the kernel `name` of a C++ file beside this one, and gives what it returns, if anything.
+    """Call the kernel `name` of a C++ file in this folder, and return its result, if it has one.
 
-    Tensors go as their addresses, `None` as no address, numbers and truth values in 64 bits; what ctypes knows goes as
-    it is, arrays and structures by reference.
+    Tensors are passed as addresses, `None` as a null address, numbers and truth values as 64 bits, arrays and
+    structures by reference, and other ctypes values unchanged.
     """
     result: int = _function(source, name)(*map(_argument, arguments))
     return result
 
 
 def threads(elements: int, worth_sharing: int) -> int:
-    """PyTorch's number of threads, from so many elements on that a second one pays."""
+    """PyTorch's number of threads, or 1 if there are too few elements for a second thread to pay."""
     return torch.get_num_threads() if elements > worth_sharing else 1
 
 
 def built(source: str) -> ctypes.CDLL:
-    """The kernels of a C++ file beside this one; raises `BuildError` where they cannot be built."""
+    """The kernels of a C++ file in this folder; raises `BuildError` if they cannot be built."""
     return library(Path(__file__).with_name(source))
 
 

@@ -1,4 +1,4 @@
-"""Builds the C++ kernels with the compiler of the machine, once: a few seconds, then read from a cache."""
+"""Builds the C++ kernels with the machine's compiler, once: it takes a few seconds, afterwards a cache is read."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ FLAGS = (
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
-    # Compilers shun 512-bit vectors for the sake of the clock; these kernels wait for memory.
+    # Compilers avoid 512-bit vectors to keep the clock high; these kernels wait for memory.
     *(["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []),
 )
-# Without OpenMP (a macOS clang, say) the kernels run on one thread, still vectorized.
+# Without OpenMP (for example a macOS clang) the kernels run on one thread, still vectorized.
 THREADING = ("-fopenmp", "-fopenmp-simd")
 
 
@@ -42,12 +42,12 @@ class BuildError(RuntimeError):
 def library(source: Path = SOURCE) -> ctypes.CDLL:
     """The built kernels of one C++ file.
 
-    The compiler is `$CXX`, or the first of c++, g++ and clang++ on the path, and `$CXXFLAGS` comes behind the kit's own
+    The compiler is `$CXX`, or the first of c++, g++ and clang++ on the path; `$CXXFLAGS` are added to the package's own
     options. The result is kept in `$SDT_BLOCKS_CACHE` (default: `sdt_blocks` in `$XDG_CACHE_HOME` or `~/.cache`) under
-    a name made of the source, the compiler, its options and the processor, so that one folder can serve several
-    machines.
+    a name made from the source, the compiler, its options and the processor, so that several machines can share a
+    folder.
 
-    Raises `BuildError` where there is no compiler or it fails, and on Windows.
+    Raises `BuildError` if there is no compiler or it fails, and on Windows.
     """
     compiler = _compiler()
     version = _run([compiler, "--version"]).stdout
@@ -87,7 +87,7 @@ def _compiler() -> str:
 
 
 def processor() -> str:
-    """What tells processors apart whose kernels differ."""
+    """A string that differs between processors that need different kernels."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))
@@ -96,7 +96,7 @@ def processor() -> str:
 
 
 def _model_name() -> str:
-    """Where the system shows no flags, the processor by its name, which macOS calls "arm" in Python."""
+    """The processor's name, for systems that show no flags; Python calls all of macOS's "arm"."""
     if platform.system() == "Darwin":
         with contextlib.suppress(OSError):
             return _run(["sysctl", "-n", "machdep.cpu.brand_string"]).stdout.strip()
@@ -104,7 +104,7 @@ def _model_name() -> str:
 
 
 def cache_folder() -> Path:
-    """Where this machine keeps what it has built and measured."""
+    """The folder where this machine keeps what it has built and measured."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdt_blocks"
     folder = Path(os.environ.get("SDT_BLOCKS_CACHE") or default)
     try:
@@ -118,7 +118,7 @@ def cache_folder() -> Path:
 
 @functools.cache
 def _folder_of_this_process() -> Path:
-    # A shared temporary one could hold somebody else's code.
+    # A shared temporary folder could hold somebody else's code.
     return Path(tempfile.mkdtemp(prefix="sdt_blocks-"))
 
 
@@ -129,7 +129,7 @@ def _build(compiler: str, source: Path, target: Path) -> None:
         command = [compiler, *_flags(), threading, str(source), "-o", str(partial)]
         result = _run(command)
         if result.returncode == 0:
-            # Processes that build at the same time each put a whole file in place.
+            # Processes that build at the same time each put a complete file in place.
             os.replace(partial, target)
             return
     partial.unlink(missing_ok=True)
