@@ -13,3 +13,7 @@ class DataError(ValueError):
 
 class UnreadableError(DataError):
     """A sample cannot be read or does not fit; the message names its file."""
+
+
+class LeftOutWarning(UserWarning):
+    """A sample cannot be read and is left out; each process says it of the samples that it has met."""

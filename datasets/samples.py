@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sdt_datasets.errors import IGNORED, UnreadableError
+from sdt_datasets.errors import IGNORED, LeftOutWarning, UnreadableError
 
 
 def first(targets: np.ndarray, samples: int, *, by_class: bool) -> np.ndarray:
@@ -108,7 +108,7 @@ class SampleDataset(Dataset[tuple[Tensor, int]]):
                     hint = "replace or remove the file, or set data.on_error=skip to go on without it"
                     raise UnreadableError(f"{error}; {hint}") from error
                 if not self._unreadable[position]:
-                    warnings.warn(f"{error}; it is left out", stacklevel=2)
+                    warnings.warn(f"{error}; it is left out", LeftOutWarning, stacklevel=2)
                 self._unreadable[position] = True
                 if not self.training:
                     return self._blank(), IGNORED

@@ -23,7 +23,7 @@ import torch
 import torch.distributed.run
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
-from common.cpu_processes import exit_as_processes
+from common.cpu_processes import exit_as_processes, say_ended
 
 DEFAULTS = "The following values were not passed to `accelerate launch`"
 
@@ -43,6 +43,8 @@ def main(arguments: Sequence[str]) -> None:
             else:
                 launch_command(options)
     except subprocess.CalledProcessError as ended:
+        if ended.returncode < 0:
+            say_ended("the recipe", ended.returncode)
         sys.exit(ended.returncode if ended.returncode > 0 else 128 - ended.returncode)
     except ValueError as error:  # Accelerate's word for options that contradict each other
         print(f"error: {error}", file=sys.stderr)

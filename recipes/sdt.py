@@ -36,6 +36,15 @@ EXTRAS = {"tonic": "events", "aedat": "events", "datasets": "data", "mlxtend": "
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the recipe that the command line names. Exit codes are the recipe's, and 2 for a command that is unknown."""
     command, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
+    try:
+        start(command, rest)
+    except KeyboardInterrupt:  # amid the imports of a recipe, which says itself what a Ctrl-C has stopped
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def start(command: str, rest: Sequence[str]) -> None:
+    """Runs the recipe that `command` names, or lists what there is."""
     if command in ("-h", "--help", "help"):
         print(__doc__)
     elif command == "configs":
@@ -85,6 +94,9 @@ def run(name: str, arguments: Sequence[str]) -> None:
 
 def show_configs(names: Sequence[str]) -> None:
     """Lists the configurations, each with the command that runs it, or prints those that are named."""
+    if {"-h", "--help"} & set(names):
+        print(__doc__)
+        return
     files = {path.stem: path for path in sorted((FOLDER / "configs").glob("*.yaml"))}
     for name in names:
         if name not in files:

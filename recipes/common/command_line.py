@@ -5,15 +5,26 @@ from __future__ import annotations
 import io
 import logging
 import os
+import shutil
 import signal
 import sys
+import textwrap
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from typing import Any
 
-from .config import ConfigError, RunError, check_meant, check_of_use, help_text, load_config, to_yaml
-from .cpu_processes import join_processes
+from sdt_datasets.errors import LeftOutWarning
+
+from .config import ConfigError, RunError, check_meant, check_of_use, help_text, load_config, one_paragraph, to_yaml
+from .cpu_processes import has_lost_another, join_processes
 from .options import own_help
+
+INTERRUPTED = "stopped: the same command goes on from the last checkpoint, or begins where there is none"
+"""What a Ctrl-C says before training begins and after it has ended; within, the run says itself how far it is."""
+
+LOST = "another process has ended or is out of reach; the same command goes on, in training from the last checkpoint"
 
 
 def main(default: str) -> None:
@@ -22,7 +33,7 @@ def main(default: str) -> None:
     Exit codes: 0 done, 1 the run failed, 2 the configuration or the data is unfit, 128 + N stopped by signal N.
     """
     arguments = sys.argv[1:]
-    with short_errors():
+    with short_errors(INTERRUPTED):
         if print_help(arguments, default, training=True):
             print(
                 "Beside the keys: seeds=0,1,2 trains once with each; --print-config prints the configuration and ends."
@@ -89,12 +100,32 @@ def print_help(
     wanted = bool({"-h", "--help"} & set(arguments))
     if wanted:
         print_anything()
-        print(sys.modules["__main__"].__doc__)
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+        print(fitted(sys.modules["__main__"].__doc__ or "", width))
         if default is not None:
-            print(help_text(default, training=training))
+            print(fitted(help_text(default, training=training), width))
         if options is not None:
-            print(own_help(options))
+            print(fitted(own_help(options), width))
     return wanted
+
+
+def fitted(text: str, width: int) -> str:
+    """The paragraphs of a text within the width of a terminal, an indented line for itself; 0 leaves all as it is.
+
+    So a file, or a reader such as grep, has a key with all that is said of it in one line.
+    """
+    if width < 20 or max(map(len, text.splitlines()), default=0) <= width:
+        return text
+    parts: list[str] = []
+    for line in text.splitlines():
+        if parts and line and parts[-1] and not line.startswith(" ") and not parts[-1].startswith(" "):
+            parts[-1] += f" {line}"
+        else:
+            parts.append(line)
+    wrap: dict[str, Any] = {"width": width - 1, "break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(
+        textwrap.fill(part, subsequent_indent="      " if part.startswith(" ") else "", **wrap) for part in parts
+    )
 
 
 def print_anything() -> None:
@@ -104,22 +135,26 @@ def print_anything() -> None:
 
 
 @contextmanager
-def short_errors() -> Iterator[None]:
+def short_errors(interrupted: str = "stopped") -> Iterator[None]:
     """Ends the process with the message and the exit code of a `ConfigError` (2) or a `RunError` (1).
 
-    A reader of the output that has gone is no traceback either, nor is a character that the output cannot show.
+    `interrupted` is what Ctrl-C says where nothing else hears it. A reader of the output that has gone is no traceback
+    either, nor is a character that the output cannot show. What all processes say alike, the first one says.
     """
     print_anything()
     tell = logging.StreamHandler(sys.stderr)  # what is printed may be JSON
     log = logging.getLogger("sdt_blocks")
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if first:
         log.setLevel(logging.INFO)
         log.addHandler(tell)
     try:
-        yield
+        with short_warnings(first=first):
+            yield
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("stopped before training began", file=sys.stderr, flush=True)
+        if first:
+            print(interrupted, file=sys.stderr, flush=True)
         sys.exit(130)
     except BrokenPipeError:
         # Whoever read the output has gone, as `| head` does; Python would write the rest of it once more at the end.
@@ -128,8 +163,37 @@ def short_errors() -> Iterator[None]:
         sys.exit(128 + getattr(signal, "SIGPIPE", 13))  # which Windows does not name
     except (ConfigError, RunError) as error:
         # All processes refuse a configuration alike; one of them says so. A run may fail on any.
-        if isinstance(error, RunError) or os.environ.get("LOCAL_RANK", "0") == "0":
+        if isinstance(error, RunError) or first:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except RuntimeError as error:
+        if not has_lost_another(error):
+            raise
+        # The first two say it: one of them may be what is gone.
+        if os.environ.get("LOCAL_RANK", "0") in ("0", "1"):
+            print(f"error: {LOST} ({one_paragraph(error)[-120:]})", file=sys.stderr, flush=True)
+        sys.exit(1)
     finally:
         log.removeHandler(tell)
+
+
+@contextmanager
+def short_warnings(*, first: bool) -> Iterator[None]:
+    """Has Python's warnings for users as `warning: ...`, once each, without the line of code that they come from.
+
+    Processes but the `first` tell those alone that each has for itself.
+    """
+    said, as_python = set(), warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *place: Any, **options: Any) -> None:
+        if not first and not issubclass(category, LeftOutWarning):
+            return
+        if not issubclass(category, UserWarning):
+            as_python(message, category, *place, **options)
+        elif str(message) not in said:
+            said.add(str(message))
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield

@@ -310,7 +310,11 @@ def check_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> None:
 
 def _range(bounds: Mapping[str, Any]) -> str:
     words = {"least": "of at least", "above": "above", "most": "at most", "below": "below"}
-    return " and ".join(f"{word} {bounds[name]:g}" for name, word in words.items() if name in bounds)
+    return " and ".join(f"{word} {_shortest(bounds[name])}" for name, word in words.items() if name in bounds)
+
+
+def _shortest(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 # What a resumed run may change: it moves, watches, ends or divides the run. `run_state.tell_changes` warns of what

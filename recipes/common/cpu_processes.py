@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,11 +47,32 @@ def exit_as_processes() -> Iterator[None]:
     except SignalException as stop:
         sys.exit(128 + stop.sigval)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        # One that refuses the configuration has said why.
-        if failure.exitcode != 2:
-            print(f"error: process {rank} ended with code {failure.exitcode}", file=sys.stderr)
-        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+        # Those that lost one that was killed fail as well, or are ended by the launcher's SIGTERM.
+        by_rank = sorted((rank, failure.exitcode) for rank, failure in error.failures.items())
+        killed = [(rank, code) for rank, code in by_rank if code < 0 and code != -signal.SIGTERM]
+        first, failure = error.get_first_failure()
+        rank, code = killed[0] if killed else (first, failure.exitcode)
+        say_ended(f"process {rank}", code)
+        sys.exit(code if code > 0 else 128 - code)
+
+
+def say_ended(what: str, code: int) -> None:
+    """A line on a process that ended with this code, negative for a signal; one of code 2 has said why itself."""
+    if code < 0:
+        memory = ", as where memory runs out" if -code == getattr(signal, "SIGKILL", 9) else ""
+        ended = (
+            f"was ended by {signal.Signals(-code).name}{memory}; the same command goes on, in training from the last "
+        )
+        print(f"error: {what} {ended}checkpoint", file=sys.stderr)
+    elif code != 2:
+        print(f"error: {what} ended with code {code}", file=sys.stderr)
+
+
+def has_lost_another(error: RuntimeError) -> bool:
+    """Whether an operation over several processes failed since one of them has ended or is out of reach."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def use_cores(*, processes: int, on_cpu: bool, loaders: int, threads: int | None) -> int:

@@ -81,7 +81,7 @@ def set_up(config: Config) -> Run:
     of_data = describe_data(config, train_set, test_set)
     model, plain, ema, optimizer, position = prepare(config, derived, accelerator, plain, checkpoint, of_data)
     if accelerator.is_main_process:
-        bring_into_line(folder, checkpoint, position, plain.card, to_yaml(config, derived))
+        bring_into_line(folder, checkpoint, position, plain.card, to_yaml(from_anywhere(config), derived))
     start_tracker(config, derived, accelerator)
     display = Display(derived.total_steps, position.step, active=accelerator.is_main_process)
     display.say(describe(config, derived, accelerator, plain, note))
@@ -107,6 +107,12 @@ def set_up(config: Config) -> Run:
         display=display,
         lock=lock,
     )
+
+
+def from_anywhere(config: Config) -> Config:
+    """The configuration with its data where they are found from any working directory."""
+    root = config.data.root
+    return config if root is None else changed(config, {"data.root": os.path.abspath(root)})
 
 
 def bring_into_line(folder: Path, checkpoint: Path | None, position: Position, card: DataCard, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -134,9 +135,14 @@ def other_settings(checkpoint: Path, config: Config, arguments: Sequence[str]) -
     written = run_config(checkpoint)
     named = [argument for argument in arguments if argument.startswith("config=")]
     source = named if written is None else [f"config={written}"]
-    own = flatten(load_config([*source, *AS_ASKED], default="imagenet_8_384"))
-    passed = _NO_MATTER | ({"data.root"} if own["data.root"] is None else set())
-    return {key: value for key, value in flatten(config).items() if key not in passed and value != own[key]}
+    own = load_config([*source, *AS_ASKED], default="imagenet_8_384")
+    passed = _NO_MATTER | ({"data.root"} if own.data.root is None or _same_place(own, config) else set())
+    before = flatten(own)
+    return {key: value for key, value in flatten(config).items() if key not in passed and value != before[key]}
+
+
+def _same_place(one: Config, other: Config) -> bool:
+    return os.path.realpath(one.data.root or "") == os.path.realpath(other.data.root or "")
 
 
 def default_folder(checkpoint: Path, name: str, settings: Mapping[str, Any] | None = None) -> Path:

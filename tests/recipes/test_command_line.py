@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 from common.config import load_config
@@ -158,7 +159,7 @@ def test_a_recipe_that_is_killed_gives_its_code_through_the_launcher(launcher, t
     (recipe,) = launcher.started[-1].children()
     recipe.kill()
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 137 and "Traceback" not in err
+    assert process.returncode == 137 and err.startswith("error: the recipe was ended by SIGKILL, as where memory runs")
 
 
 def test_help_says_how_to_start_and_names_the_keys(launcher):
@@ -230,3 +231,44 @@ def test_seeds_that_are_none_are_refused(argument):
     with pytest.raises(ConfigError, match="seed"):
         for seed in take_seeds([argument])[0]:
             load_config([*seed], default="digits")
+
+
+def test_warnings_are_said_once_and_by_the_first_process_unless_each_has_its_own(capsys):
+    from common.command_line import short_warnings
+
+    from sdt_datasets.errors import LeftOutWarning
+
+    for first in (True, False):
+        with short_warnings(first=first):
+            for _ in range(2):
+                warnings.warn("no neuron fired", stacklevel=1)
+            warnings.warn("no neuron fired", stacklevel=1)
+            warnings.warn(f"{first} cannot be read; it is left out", LeftOutWarning, stacklevel=1)
+    lines = ["no neuron fired", "True cannot be read; it is left out", "False cannot be read; it is left out"]
+    assert capsys.readouterr().err.splitlines() == [f"warning: {line}" for line in lines]
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "stopped\n"), ("1", "")])
+def test_a_ctrl_c_is_one_word_and_a_code(rank, said, monkeypatch, capsys):
+    from common.command_line import short_errors
+
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(SystemExit) as end, short_errors():
+        raise KeyboardInterrupt
+    assert end.value.code == 130 and capsys.readouterr().err == said
+
+
+def test_help_fits_a_terminal_and_keeps_a_line_a_key_elsewhere():
+    import evaluate
+    from common.command_line import fitted
+    from common.config import help_text
+    from common.options import own_help
+
+    for text in (evaluate.__doc__, help_text("digits", training=True), own_help(evaluate.Options)):
+        assert fitted(text, 0) == text and fitted(text, 1000) == text
+        narrow = fitted(text, 80)
+        too_long = [line for line in narrow.splitlines() if len(line) > 79]
+        assert all(" " not in line.strip() for line in too_long), "words alone are longer"
+        assert narrow.split() == text.split() and max(map(len, text.splitlines())) > 80
+        keys = [line for line in narrow.splitlines() if re.match(r"  \w[\w.]*=", line)]
+        assert len(keys) == len(re.findall(r"^  \w[\w.]*=", text, re.MULTILINE))

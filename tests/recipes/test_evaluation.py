@@ -414,11 +414,11 @@ def test_a_compiled_model_fires_in_every_evaluation():
         assert (found.firing_rate, found.silence) == (expected.firing_rate, "")
 
 
-def test_event_folders_are_matched_by_name_and_keep_the_sensor_of_training(evaluate_here, train, tmp_path):
+def test_event_folders_are_matched_by_name_and_keep_the_sensor_of_training(evaluate_here, train, tmp_path, monkeypatch):
     data, renamed = tmp_path / "shapes", tmp_path / "renamed"
     write_recordings(data, train=4, test=2)
     run = train(
-        f"data.root={data}", "events.cache=null", "train.max_steps=2", "train.batch_size=4", "model.dim=16",
+        "data.root=shapes", "events.cache=null", "train.max_steps=2", "train.batch_size=4", "model.dim=16",
         "data.workers=0", "tracker=none", "threads=1", "output_dir=run", default="events_demo",
     )  # fmt: skip
     side = run.test_loader.dataset.dataset.frame_size[0]
@@ -426,6 +426,10 @@ def test_event_folders_are_matched_by_name_and_keep_the_sensor_of_training(evalu
         load_config([f"config={tmp_path / 'run' / 'config.yaml'}"], default="digits").events.sensor_size == [side] * 2
     )
     assert f"8 recordings at {side} x {side}" in evaluate_here("checkpoint=run")
+    monkeypatch.chdir(tmp_path / "run")  # from where the data are found as well, and are still the run's own
+    assert "are in ../run/evaluation\n" in evaluate_here("checkpoint=../run", "data.root=../shapes")
+    assert "are in ../run/evaluation\n" in evaluate_here("checkpoint=../run")
+    monkeypatch.chdir(tmp_path)
     shutil.copytree(data, renamed)
     for path in renamed.rglob("*.npy"):  # events in a corner only, which say nothing of the sensor's size
         events = np.load(path)

@@ -68,12 +68,32 @@ def test_a_process_that_dies_ends_the_run_which_resumes_exactly(launcher, tmp_pa
     second = next(worker for worker in workers if worker.environ()["LOCAL_RANK"] == "1")
     second.kill()
     _, err = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "error: process 1 ended with code -9" in err
+    assert process.returncode == 137 and "Traceback" not in err
+    assert "error: process 1 was ended by SIGKILL, as where memory runs out; the same command goes on" in err
     assert not any(worker.is_running() for worker in workers)
     resumed = launcher.train("digits", *SHARED, "output_dir=run", launch=TWO)
     assert resumed["weights_sha256"] == read_summary(two_processes)["weights_sha256"]
     assert len(read_lines(run)) == 3
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 1), ("2", 0)])
+def test_who_has_lost_another_process_says_so_in_a_line(rank, lines, monkeypatch, capsys):
+    from common.command_line import short_errors
+
+    def stop(error):
+        with pytest.raises((SystemExit, RuntimeError)) as end, short_errors():
+            raise error
+        return end.value
+
+    lost = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Connection reset by peer")
+    assert stop(lost) is lost, "no processes, no words on them"
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert stop(lost).code == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == lines and said.count("error: another process has ended or is out of reach") == lines
+    assert stop(torch.distributed.DistNetworkError("no route")).code == 1
+    assert isinstance(stop(RuntimeError("shapes differ")), RuntimeError)
 
 
 def test_a_stopped_launcher_stops_both_processes_which_save(launcher, tmp_path):

@@ -84,3 +84,19 @@ def test_a_recipe_runs_by_it():
     command = [sys.executable, str(RECIPES / "sdt.py"), "train", "digits", "--print-config", "seed=7"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "seed: 7" in done.stdout, done.stderr
+
+
+def test_a_ctrl_c_amid_the_imports_of_a_recipe_is_no_traceback(sdt, monkeypatch):
+    import sdt as command
+
+    def interrupted(path, run_name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.runpy, "run_path", interrupted)
+    assert sdt("train", "digits") == sdt("evaluate", "checkpoint=x") == (130, "stopped\n")
+
+
+def test_every_command_has_help(sdt):
+    for command in ("configs", "train", "help"):
+        arguments = [command] if command == "help" else [command, "--help"]
+        assert "sdt COMMAND --help" in sdt(*arguments)[1]
