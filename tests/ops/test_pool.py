@@ -62,6 +62,23 @@ def test_nan_and_infinity(backend, device, memory_format):
     assert worst(x.to(device).contiguous(memory_format=memory_format)) <= TAKEN[x.dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_signs_of_nan_and_zero(backend, device, memory_format, dtype):
+    """NaN of either sign is above infinity; of zeros of either sign, and of infinities, the first has the gradient."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 8, 9, 12).to(dtype)
+    x[:, 0] = torch.where(torch.rand(9, 12) < 0.5, -0.0, 0.0)
+    x[:, 1] = -torch.inf
+    x[:, 2:4] = x[:, 2:4].masked_fill(torch.rand(2, 9, 12) < 0.5, torch.inf)
+    # One in a window: which of several has the gradient is not said.
+    x[:, 3::2, ::4, ::4] = torch.nan
+    bits = x.view(torch.int32 if dtype == torch.float32 else torch.int16)
+    bits[:, 5, ::4, ::4] |= torch.iinfo(bits.dtype).min
+    assert x[0, 3::2, 0, 0].isnan().all() and torch.signbit(x[0, 3::2, 0, 0]).tolist() == [False, True, False]
+    assert worst(x.to(device).contiguous(memory_format=memory_format)) <= TAKEN[x.dtype]
+
+
 def test_a_view_with_gaps(backend, device):
     torch.manual_seed(0)
     assert worst(torch.randn(2, 4, 9, 9, 2, device=device)[..., 0]) <= TAKEN[torch.float32]

@@ -17,10 +17,8 @@ from torch import Tensor
 from .tiles import LINE, THREADS, WIDEST, grid_of, index, second_axis
 
 SIZES = ("strips", "per_plane", "height", "width", "rows", "columns", "channels")
-ORDER = tl.constexpr(0x7FFFE000)
-"""The bits of a float32, but its sign, that a half-precision value has."""
-KEPT = tl.constexpr(ORDER.value - 0x80000000)
-"""And with its sign, as an integer with one."""
+MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+"""All bits but the sign's."""
 STRIPS = (8, 7, 4)
 """Rows of windows of a strip: the first that leaves no rest, or the last."""
 
@@ -72,6 +70,8 @@ def cut(x: Tensor, out: Tensor, pack: bool = False) -> Cut:
         "channels": channels,
         "INNERMOST": innermost,
         "STRIP": strip,
+        # Whether each strip has all its rows, and each window two by two inputs of its own.
+        "WHOLE": rows % strip == 0 and height % 2 == 0 and width % 2 == 0,
         "A": a,
         "B": b,
         "V": group,
@@ -84,7 +84,7 @@ def cut(x: Tensor, out: Tensor, pack: bool = False) -> Cut:
 
 @triton.jit
 def _place(strips, per_plane, columns, channels, INNERMOST: tl.constexpr, STRIP, A, B, V, INDEX):
-    """Plane, first row and group of columns of a program's windows; their columns and channels; which exist.
+    """Plane, first row and group of columns of a program's windows; columns; what is innermost; which exist.
 
     Channels-last a group is one column, of V channels: `[A, B, V]`; else it has V columns: `[A, V]`.
     """
@@ -99,30 +99,31 @@ def _place(strips, per_plane, columns, channels, INNERMOST: tl.constexpr, STRIP,
         n = (tl.program_id(0).to(INDEX) * A + tl.arange(0, A))[:, None]
         group = n % columns
         column = group * V + tl.arange(0, V)[None, :]
-        k = column * 0
+        k = tl.arange(0, V)[None, :]
         there = n // columns < strips
     strip = n // columns
     return strip // per_plane, strip % per_plane * STRIP, group, column, k, there
 
 
 @triton.jit
-def _three(x, plane, y, group, column, k, there, height, width, channels, INNERMOST: tl.constexpr, A, V, U, STATE):
-    """The columns of one row of windows, -inf beyond the edges; the left ones may be the first alone."""
+def _three(x, at, inside, group, column, width, channels, INNERMOST: tl.constexpr, A, V, U, WHOLE: tl.constexpr):
+    """The columns of one row of windows, -inf beyond the edges; the left ones may be the first alone.
+
+    Channels-last `at` is where their middle is, else where the first's is.
+    """
     low = float("-inf")
-    inside = there & (y >= 0) & (y < height)
+    x += at
     if INNERMOST:
-        middle = x + ((plane * height + y) * width + 2 * column) * (channels * V) + k
-        left = tl.load(middle - channels * V, mask=inside & (column > 0), other=low)
-        right = tl.load(middle + channels * V, mask=inside & (2 * column + 1 < width), other=low)
-        return left.to(STATE), tl.load(middle, mask=inside, other=low).to(STATE), right.to(STATE)
+        across = channels * V
+        left = tl.load(x - across, mask=inside & (column > 0), other=low)
+        right = tl.load(x + across, mask=inside if WHOLE else inside & (2 * column + 1 < width), other=low)
+        return left, tl.load(x, mask=inside, other=low), right
     else:
-        row = x + (plane * height + y) * width * U + group * (2 * V)
         lane = tl.arange(0, 2 * V)[None, :]
         # Only an odd width, of groups of one, ends within a pair.
-        pairs = tl.load(row + lane, mask=inside & (group * (2 * V) + lane < width * U), other=low)
-        middle, right = tl.split(tl.reshape(pairs, [A, V, 2]))
-        first = tl.load(row - 1, mask=inside & (group > 0), other=low)
-        return first.to(STATE), middle.to(STATE), right.to(STATE)
+        within = inside if U > 1 else inside & (group * (2 * V) + lane < width * U)
+        middle, right = tl.split(tl.reshape(tl.load(x + lane, mask=within, other=low), [A, V, 2]))
+        return tl.load(x - 1, mask=inside & (group > 0), other=low), middle, right
 
 
 @triton.jit
@@ -142,54 +143,75 @@ def _better(v, best):
 
 
 @triton.jit
-def _key(v, code, SIGNED_NAN: tl.constexpr):
-    """A half-precision value, by way of float32, as an integer of the same order, with a code in its idle bits."""
-    # -0 counts for 0, and NaN takes all; NVIDIA's sums make every NaN positive.
-    bits = (v + 0.0).to(tl.int32, bitcast=True)
-    if SIGNED_NAN:
-        bits = tl.where(v != v, 0x7FC00000, bits)
-    return ((bits ^ ((bits >> 31) & ORDER)) & KEPT) | code
+def _least(DTYPE: tl.constexpr):
+    """The bits of a half-precision -inf, as an integer with a sign, where a key has them."""
+    return (-128 if DTYPE == tl.bfloat16 else -1024) * 65536  # noqa: SIM300
 
 
 @triton.jit
-def _of_key(key):
-    """The value of a key, and the place in its window."""
-    bits = key & KEPT
-    return (bits ^ ((bits >> 31) & ORDER)).to(tl.float32, bitcast=True), 8 - (key & 15)
+def _key(v, code):
+    """A half-precision value as an integer of the same order, with a code of 15 bits below it.
+
+    Of zeros both are 0. From -inf on they count, so that what would be below it, negative NaN, is above all instead.
+    """
+    bits = v.to(tl.uint16, bitcast=True).to(tl.int32) << 16
+    # The low half of what is negative is full now, and carries.
+    return (bits ^ ((bits >> 31) & MAGNITUDE)) + (2 * code + 1 + _least(v.dtype))
+
+
+@triton.jit
+def _of_key(key, DTYPE: tl.constexpr):
+    """The value of a key, its code, and whether it is another than 0."""
+    bits = key - _least(DTYPE)
+    sign = bits >> 31
+    half = (bits + (sign << 16)) ^ (sign & MAGNITUDE)
+    return (half >> 16).to(tl.int16).to(DTYPE, bitcast=True), (key & 65535) >> 1, bits >> 16 != 0
+
+
+@triton.jit
+def _last_code(UP: tl.constexpr, INNERMOST: tl.constexpr, V: tl.constexpr):
+    """The code of the right column of windows in the row that is UP rows above the strip's last one.
+
+    It grows by one a column to the left and by three a row upwards, as places in a window become less: so the largest
+    key says value and place of the maximum to every window that it is in.
+    """
+    return 3 * UP + (0 if INNERMOST else 2 * (V - 1 - tl.arange(0, V))[None, :])
 
 
 @triton.jit
 def _of_row(
     x,
-    plane,
-    y,
+    at,
+    inside,
     group,
     column,
-    k,
-    there,
-    height,
     width,
     channels,
+    UP: tl.constexpr,
+    TOP: tl.constexpr,
     INNERMOST: tl.constexpr,
     A,
     V,
     U,
     STATE,
-    KEYED,
-    SIGNED_NAN,
+    WHOLE,
 ):
-    """Maximum and its column of one row of windows, or both as one key."""
-    left, middle, right = _three(
-        x, plane, y, group, column, k, there, height, width, channels, INNERMOST, A, V, U, STATE
-    )
-    if KEYED:
-        # Beyond the edge is -inf, which the middle comes before.
-        left = _key(left, tl.where((column if INNERMOST else group) > 0, 2, 0), SIGNED_NAN)
-        right = _key(right, 0, SIGNED_NAN)
-        left = left if INNERMOST else _to_the_right(left, right + 2, A, V)
-        best = tl.maximum(tl.maximum(left, _key(middle, 1, SIGNED_NAN)), right)
+    """Maximum and its column of one row of windows, or both as one key; it is UP rows above the strip's last one."""
+    left, middle, right = _three(x, at, inside, group, column, width, channels, INNERMOST, A, V, U, WHOLE)
+    begins = column if INNERMOST else group
+    if x.dtype.element_ty.primitive_bitwidth == 16:
+        # Beyond an edge is -inf, which all that is inside comes before.
+        last = _last_code(UP, INNERMOST, V)
+        of_left = tl.where(begins > 0, last + 2 if INNERMOST else 3 * UP + 2 * V, 0)
+        if TOP:
+            last = tl.where(inside, last, 0)
+            of_left = tl.where(inside, of_left, 0)
+        right = _key(right, last)
+        left = _key(left, of_left) if INNERMOST else _to_the_right(_key(left, of_left), right, A, V)
+        best = tl.maximum(tl.maximum(left, _key(middle, last + 1)), right)
         return best, best
     else:
+        left, middle, right = left.to(STATE), middle.to(STATE), right.to(STATE)
         best = left if INNERMOST else _to_the_right(left, right, A, V)
         place = tl.where(column > 0, 0, 1) + tl.zeros(best.shape, tl.int32)
         better = _better(middle, best)
@@ -200,17 +222,30 @@ def _of_row(
 
 
 @triton.jit
-def _of_window(above, of_above, middle, of_middle, below, of_below, row, KEYED: tl.constexpr):
-    """Maximum and its place of windows, from those of their rows."""
-    if KEYED:
-        best = tl.maximum(above + tl.where(row > 0, 6, 0), middle + 3)
-        return _of_key(tl.maximum(best, below))
+def _of_window(
+    above,
+    of_above,
+    middle,
+    of_middle,
+    below,
+    of_below,
+    row,
+    UP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    INNERMOST: tl.constexpr,
+    V: tl.constexpr,
+):
+    """Maxima of windows, their places, and which are not 0, from those of their rows, the first of which is UP up."""
+    if DTYPE.primitive_bitwidth == 16:
+        best, code, fired = _of_key(tl.maximum(tl.maximum(above, middle), below), DTYPE)
+        return best, _last_code(UP, INNERMOST, V) + 2 - code, fired
     else:
         better = _better(middle, above)
         best = tl.where(better, middle, above)
         place = tl.where(better, of_middle + 3, of_above + tl.where(row > 0, 0, 3))
         better = _better(below, best)
-        return tl.where(better, below, best), tl.where(better, of_below + 6, place)
+        best = tl.where(better, below, best)
+        return best.to(DTYPE), tl.where(better, of_below + 6, place), best != 0
 
 
 @triton.jit
@@ -272,10 +307,10 @@ def max_pool(
     channels,
     KEEP: tl.constexpr,
     PACK: tl.constexpr,
-    SIGNED_NAN: tl.constexpr,
     STATE: tl.constexpr,
     INNERMOST: tl.constexpr,
     STRIP: tl.constexpr,
+    WHOLE: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
     V: tl.constexpr,
@@ -285,83 +320,91 @@ def max_pool(
     plane, first, group, column, k, there = _place(
         strips, per_plane, columns, channels, INNERMOST, STRIP, A, B, V, INDEX
     )
-    KEYED: tl.constexpr = x.dtype.element_ty.primitive_bitwidth == 16
+    across, down = channels * V, width * channels * U
+    at = (plane * height + 2 * first) * down + group * (2 * across)
+    at += k if INNERMOST else 0
+    to = ((plane * rows + first) * columns + group) * across + k
     above, of_above = _of_row(
         x,
-        plane,
-        2 * first - 1,
+        at - down,
+        there & (first > 0),
         group,
         column,
-        k,
-        there,
-        height,
         width,
         channels,
+        2 * STRIP,
+        True,
         INNERMOST,
         A,
         V,
         U,
         STATE,
-        KEYED,
-        SIGNED_NAN,
+        WHOLE,
     )
     fired = tl.zeros(above.shape, tl.int32)
     for step in tl.static_range(STRIP):
         row = first + step
+        inside = there if WHOLE else there & (row < rows)
         middle, of_middle = _of_row(
             x,
-            plane,
-            2 * row,
+            at,
+            inside,
             group,
             column,
-            k,
-            there,
-            height,
             width,
             channels,
+            2 * (STRIP - step) - 1,
+            False,
             INNERMOST,
             A,
             V,
             U,
             STATE,
-            KEYED,
-            SIGNED_NAN,
+            WHOLE,
         )
         below, of_below = _of_row(
             x,
-            plane,
-            2 * row + 1,
+            at + down,
+            there if WHOLE else there & (2 * row + 1 < height),
             group,
             column,
-            k,
-            there,
-            height,
             width,
             channels,
+            2 * (STRIP - step) - 2,
+            False,
             INNERMOST,
             A,
             V,
             U,
             STATE,
-            KEYED,
-            SIGNED_NAN,
+            WHOLE,
         )
-        best, place = _of_window(above, of_above, middle, of_middle, below, of_below, row, KEYED)
-        if INNERMOST:
-            at = ((plane * rows + row) * columns + column) * (channels * V) + k
-        else:
-            at = ((plane * rows + row) * columns + group) * V + tl.arange(0, V)[None, :]
-        tl.store(out + at, best.to(out.dtype.element_ty), mask=there & (row < rows))
+        best, place, is_one = _of_window(
+            above,
+            of_above,
+            middle,
+            of_middle,
+            below,
+            of_below,
+            row,
+            2 * (STRIP - step),
+            x.dtype.element_ty,
+            INNERMOST,
+            V,
+        )
+        tl.store(out + to, best, mask=inside)
         if KEEP:
-            tl.store(places + at, place.to(tl.uint8), mask=there & (row < rows))
+            tl.store(places + to, place.to(tl.uint8), mask=inside)
         if PACK:
-            fired |= tl.where(best != 0, 1 << (8 * (step % 4)), 0)
+            fired |= tl.where(is_one, 1 << (8 * (step % 4)), 0)
             if step % 4 == 3 or step == STRIP - 1:
                 _store_bits(
                     bits, fired, step, strips, per_plane, rows, columns, channels, INNERMOST, STRIP, A, B, V, INDEX
                 )
                 fired = tl.zeros(above.shape, tl.int32)
         above, of_above = below, of_below
+        at += 2 * down
+        to += columns * across
 
 
 @triton.jit
@@ -386,6 +429,7 @@ def max_pool_backward(
     STATE: tl.constexpr,
     INNERMOST: tl.constexpr,
     STRIP: tl.constexpr,
+    WHOLE: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
     V: tl.constexpr,
@@ -397,48 +441,48 @@ def max_pool_backward(
         strips, per_plane, columns, channels, INNERMOST, STRIP, A, B, V, INDEX
     )
     across = channels * V if INNERMOST else 1
-    down = columns * (channels * V) if INNERMOST else columns * V
-    if INNERMOST:
-        at = ((plane * rows + first) * columns + column) * (channels * V) + k
-        right = there & (column + 1 < columns)
-    else:
-        at = ((plane * rows + first) * columns + group) * V + tl.arange(0, V)[None, :]
-        right = there & (column + 1 < columns * V)
-    here, of_here = _windows(grad, places, at, there & (first < rows), STATE)
-    beside, of_beside = _windows(grad, places, at + across, right & (first < rows), STATE)
+    down = columns * channels * V
+    right = there & (column + 1 < (columns if INNERMOST else columns * V))
+    at = ((plane * rows + first) * columns + group) * (channels * V) + k
+    row_of_x = width * channels * U
+    to = (plane * height + 2 * first) * row_of_x + group * (2 * channels * V)
+    to += k if INNERMOST else 0
+    here, of_here = _windows(grad, places, at, there if WHOLE else there & (first < rows), STATE)
+    beside, of_beside = _windows(grad, places, at + across, right if WHOLE else right & (first < rows), STATE)
     for step in tl.static_range(STRIP):
         row = first + step
         at += down
-        below, of_below = _windows(grad, places, at, there & (row + 1 < rows), STATE)
-        diagonal, of_diagonal = _windows(grad, places, at + across, right & (row + 1 < rows), STATE)
+        goes_on = WHOLE and step + 1 < STRIP
+        below, of_below = _windows(grad, places, at, there if goes_on else there & (row + 1 < rows), STATE)
+        diagonal, of_diagonal = _windows(
+            grad, places, at + across, right if goes_on else right & (row + 1 < rows), STATE
+        )
         even = tl.where(of_here == 4, here, 0.0)
         odd = tl.where(of_here == 5, here, 0.0) + tl.where(of_beside == 3, beside, 0.0)
-        _store_pair(
-            grad_x, even, odd, plane, 2 * row, group, column, k, there, height, width, channels, INNERMOST, A, V, U
-        )
+        inside = there if WHOLE else there & (row < rows)
+        _store_pair(grad_x + to, even, odd, inside, group, column, width, channels, INNERMOST, A, V, U, WHOLE)
         even = tl.where(of_here == 7, here, 0.0) + tl.where(of_below == 1, below, 0.0)
         odd = tl.where(of_here == 8, here, 0.0) + tl.where(of_beside == 6, beside, 0.0)
         odd = odd + tl.where(of_below == 2, below, 0.0) + tl.where(of_diagonal == 0, diagonal, 0.0)
-        _store_pair(
-            grad_x, even, odd, plane, 2 * row + 1, group, column, k, there, height, width, channels, INNERMOST, A, V, U
-        )
+        inside = there if WHOLE else there & (2 * row + 1 < height)
+        below_to = grad_x + (to + row_of_x)
+        _store_pair(below_to, even, odd, inside, group, column, width, channels, INNERMOST, A, V, U, WHOLE)
         here, of_here = below, of_below
         beside, of_beside = diagonal, of_diagonal
+        to += 2 * row_of_x
 
 
 @triton.jit
 def _store_pair(
-    grad_x, even, odd, plane, y, group, column, k, there, height, width, channels, INNERMOST: tl.constexpr, A, V, U
+    to, even, odd, inside, group, column, width, channels, INNERMOST: tl.constexpr, A, V, U, WHOLE: tl.constexpr
 ):
     """The gradient of the columns 2 c and 2 c + 1 of a row."""
-    inside = there & (y < height)
     if INNERMOST:
-        to = grad_x + ((plane * height + y) * width + 2 * column) * (channels * V) + k
-        tl.store(to, even.to(grad_x.dtype.element_ty), mask=inside)
-        tl.store(to + channels * V, odd.to(grad_x.dtype.element_ty), mask=inside & (2 * column + 1 < width))
+        tl.store(to, even.to(to.dtype.element_ty), mask=inside)
+        right = inside if WHOLE else inside & (2 * column + 1 < width)
+        tl.store(to + channels * V, odd.to(to.dtype.element_ty), mask=right)
     else:
         lane = tl.arange(0, 2 * V)[None, :]
-        to = grad_x + (plane * height + y) * width * U + group * (2 * V) + lane
         pairs = tl.reshape(tl.join(even, odd), [A, 2 * V])
-        inside = inside & (group * (2 * V) + lane < width * U)
-        tl.store(to, pairs.to(grad_x.dtype.element_ty), mask=inside)
+        within = inside if U > 1 else inside & (group * (2 * V) + lane < width * U)
+        tl.store(to + lane, pairs.to(to.dtype.element_ty), mask=within)

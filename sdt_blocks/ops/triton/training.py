@@ -6,7 +6,6 @@ Under `TRITON_INTERPRET=1` they run on CPU tensors too.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 
 import torch
@@ -38,8 +37,6 @@ logging.getLogger(__name__).info(
 )
 BLOCK = 1024
 writes_bits = True
-# Whether a sum with NaN may be a negative NaN: NVIDIA's are all positive.
-SIGNED_NAN = torch.version.hip is not None or os.environ.get("TRITON_INTERPRET") == "1"
 # A program that adds up what others wrote for each channel has so many channels, and takes so many runs at once.
 FEW = 8
 RUNS = 128
@@ -371,7 +368,6 @@ def max_pool(x: Tensor, out: Tensor, places: Tensor | None, bits: Tensor | None 
             **cut.arguments,
             KEEP=places is not None,
             PACK=bits is not None,
-            SIGNED_NAN=SIGNED_NAN,
             STATE=STATES[state_dtype(x)],
         )
 
