@@ -255,27 +255,25 @@ def _before(kept, segment, frame, mask, first, threshold, STRICT: tl.constexpr, 
 
 
 @triton.jit
-def _arriving(
-    grad,
-    masks,
-    codes,
-    n,
-    t,
-    grad_step,
-    mask_step,
-    frame,
-    mask,
-    MASK: tl.constexpr,
-    STATE: tl.constexpr,
-):
-    """The gradient of step t's spikes: what is given, for q times its mask; of k theirs where v fired, and so of v."""
+def _arriving(grad, masks, codes, n, t, grad_step, mask_step, frame, mask, MASK: tl.constexpr):
+    """Of step t what the gradient of the spikes is made of, as it lies in memory: see `_of_spikes`."""
     if not MASK:
-        return tl.load(grad + t * grad_step, mask=mask, other=0.0).to(STATE)
+        given = tl.load(grad + t * grad_step, mask=mask, other=0.0)
+        return given, given, given
     else:
-        values = tl.load(masks + t * mask_step, mask=mask, other=0.0)
-        given = tl.load(grad + t * grad_step, mask=mask & (n == 0), other=0.0).to(STATE)
+        given = tl.load(grad + t * grad_step, mask=mask & (n == 0), other=0.0)
         code = tl.load(codes + t * frame, mask=mask & (n != 0), other=0)
-        return tl.where(n == 0, values * given, tl.where((code >> (3 - n)) & 1 != 0, values, 0.0))
+        return given, code, tl.load(masks + t * mask_step, mask=mask, other=0.0)
+
+
+@triton.jit
+def _of_spikes(given, code, values, n, MASK: tl.constexpr, STATE: tl.constexpr):
+    """The gradient of spikes: what is given, for q times its mask; of k theirs where v fired, and so of v."""
+    if not MASK:
+        return given.to(STATE)
+    else:
+        # A branch: a program is for one of them alone, and to compute both and choose takes a tenth longer.
+        return values * given.to(STATE) if n == 0 else tl.where((code >> (3 - n)) & 1 != 0, values, 0.0)
 
 
 @triton.jit
@@ -429,15 +427,18 @@ def backward(
         if GRAD:
             t = (t0 + SEGMENT - 1).to(tl.int64)
             there_is = mask & (t < STEPS)
-            coming = _arriving(given, masked, fired_at, n, t, step_of, mask_step, frame, there_is, MASK, STATE)
+            arrived, code, values = _arriving(given, masked, fired_at, n, t, step_of, mask_step, frame, there_is, MASK)
         for T in tl.static_range(SEGMENT - 1, -1, -1):
             t = (t0 + T).to(tl.int64)
             there_is = mask & (t < STEPS) if STEPS % SEGMENT != 0 else mask
             if GRAD:
+                coming = _of_spikes(arrived, code, values, n, MASK, STATE)
                 of_s += tl.where(there_is, coming, 0.0) if STEPS % SEGMENT != 0 else coming
                 if T > 0:
                     # Behind the store it would wait for it.
-                    coming = _arriving(given, masked, fired_at, n, t - 1, step_of, mask_step, frame, mask, MASK, STATE)
+                    arrived, code, values = _arriving(
+                        given, masked, fired_at, n, t - 1, step_of, mask_step, frame, mask, MASK
+                    )
             h = _pick(T + 1, h0, h1, h2, h3, h4, h5, h6, h7, h8)
             previous = _pick(T, h0, h1, h2, h3, h4, h5, h6, h7, h8)
             fired = s0 if T == 0 else fires(previous, threshold, STRICT)
