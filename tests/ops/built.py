@@ -154,6 +154,17 @@ def options(dtype):
     Layer((1, 2, 24, 7, 9), dtype, channels_last=True).pool(keep=False)
 
 
+def long(dtype):
+    """Sequences with time constants learnt a channel: what takes the most registers."""
+    for steps in (8, 11, 16):
+        for channels_last in (False, True):
+            layer = Layer((steps, 32, 384, 14, 14), dtype, channels_last)
+            inv_tau = torch.empty(4, 384, dtype=state_dtype(layer.x))
+            layer.attention(inv_tau=inv_tau)
+            layer.forward(inv_tau=inv_tau[0])
+            layer.backward(inv_tau=inv_tau[0])
+
+
 def evaluation(dtype, batch=32, size=224):
     """What stands between the products of sdt_8_384 in evaluation; and one image, long sequences, odd channels."""
     tau, taus = torch.empty(()), torch.empty(4, 384)
@@ -198,6 +209,7 @@ def facts(launch, capability):
     return {
         "kernel": launch.name,
         "norm": launch.arguments.get("AFFINE", False),
+        "masked": bool(launch.arguments.get("MASK", False)),
         "bits": bool(launch.arguments.get("PACK", False)),
         # Whether a byte is of more than one thread's elements.
         "joined": min(vector, 16 // next(iter(launch.tensors().values())).element_size()) < 8,
@@ -235,7 +247,7 @@ def main():
             launches += recorded(evaluation, dtype, **sizes)
             print(json.dumps(sorted({str(offline.key(launch, capability)) for launch in launches})))
         return
-    of_name = {"usual": usual, "options": options, "evaluation": evaluation, "bytes": in_bytes}
+    of_name = {"usual": usual, "options": options, "long": long, "evaluation": evaluation, "bytes": in_bytes}
     launches = recorded(of_name[cases], dtype)
     distinct = {offline.key(launch, capability): launch for launch in launches}
     for launch in distinct.values():

@@ -120,6 +120,18 @@ def test_fit_on_every_gpu(built, capability, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("capability", [80, 86, 90, 120])
+def test_long_sequences_fit_the_registers(built, capability, dtype):
+    found = built(capability, dtype, "long")
+    assert {facts["kernel"] for facts in found} == {"forward", "backward", "attend", "mask_gradient"}
+    assert {facts["masked"] for facts in found if facts["kernel"] == "backward"} == {False, True}
+    for facts in found:
+        assert facts["spilled"] == 0 and facts["divisions"] == 0, facts
+        assert_rounded_as_the_equations(facts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_builds_for_amd(built, dtype):
     pytest.importorskip("triton.backends.amd", reason="Triton with its AMD backend builds them")
     found = built("gfx942", dtype, "usual")

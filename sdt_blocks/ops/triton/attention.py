@@ -37,6 +37,8 @@ NUMBERS = ("inv_tau_number", "threshold_number", "mask_inv_tau_number", "mask_th
 FEWEST = 8
 # Chunks times steps: what has fired is held as one bit each.
 BITS = 64
+# What the memory hands out at once, in bytes: less of a row of a chunk would be read twice.
+SECTOR = 32
 
 
 class Cut(NamedTuple):
@@ -69,8 +71,11 @@ def cut(x: Tensor, layout: Layout, *strides: int) -> Cut:
     while rounds * layout.steps > BITS and rounds > 1:
         chunk *= 2
         rounds = triton.cdiv(tokens, chunk)
+    bits = BITS // 2 if rounds * layout.steps <= BITS // 2 else BITS
     if innermost:
-        a, b = chunk, max(1, min(b, 2 * THREADS // chunk))
+        # Bits of two registers an element leave none for as many threads.
+        fewer = bits == BITS and THREADS // chunk * group * x.element_size() >= SECTOR
+        a, b = chunk, max(1, min(b, (1 if fewer else 2) * THREADS // chunk))
         blocks = triton.cdiv(channels, b)
     else:
         a, b = min(triton.next_power_of_2(channels), max(1, THREADS // chunk)), chunk
@@ -86,7 +91,7 @@ def cut(x: Tensor, layout: Layout, *strides: int) -> Cut:
         "V": group,
         "INDEX": index(layout.size + 2 * a * b * group * layout.channels),
         "num_warps": max(1, min(a * b, 2 * THREADS) // 32),
-        "BITS": tl.int32 if rounds * layout.steps <= BITS // 2 else tl.int64,
+        "BITS": tl.int64 if bits == BITS else tl.int32,
     }
     return Cut(grid_of(images, blocks), group, rounds * layout.steps <= BITS, arguments)
 
@@ -222,7 +227,6 @@ def attend(
     k_q = of_channel(inv_tau, c, there, STATE) if TAU else number(inv_tau_number, STATE)
     k_k = of_channel(inv_tau + row, c, there, STATE) if TAU else k_q
     k_v = of_channel(inv_tau + 2 * row, c, there, STATE) if TAU else k_q
-    k_mask = of_channel(inv_tau + 3 * row, c, there, STATE) if TAU else number(mask_inv_tau_number, STATE)
     threshold = number(threshold_number, STATE)
     one = tl.full([1, 1, 1], 1, BITS)
     fired = tl.zeros([A, B, V], BITS)
@@ -249,6 +253,7 @@ def attend(
             fired |= tl.where(q_fires, bit, 0)
             # The padding beyond the tokens may fire too.
             both |= tl.where(k_fires & v_fires & mask, bit, 0)
+    k_mask = of_channel(inv_tau + 3 * row, c, there, STATE) if TAU else number(mask_inv_tau_number, STATE)
     mask_threshold = number(mask_threshold_number, STATE)
     allowed = tl.zeros(c.shape, BITS)
     h = tl.zeros(c.shape, STATE)

@@ -19,6 +19,8 @@ THREADS = 128
 WIDEST = 16
 # Channels-last, one program's share of a position in bytes: a line of the caches.
 LINE = 128
+# Values of 4 bytes that a thread has at once of one kind, as membranes: with what it needs besides, registers are full.
+MOST_HELD = 32
 # The second and third axis of a grid.
 MOST_PROGRAMS = 65535
 PACKED_STEPS = 4
@@ -62,22 +64,32 @@ class Tile(NamedTuple):
 
 
 def tile(
-    x: Tensor, layout: Layout, *strides: int, images: int = 1, times: int = 1, least: int = 1, inputs: int = 1
+    x: Tensor,
+    layout: Layout,
+    *strides: int,
+    images: int = 1,
+    times: int = 1,
+    least: int = 1,
+    inputs: int = 1,
+    held: int = 1,
 ) -> Tile:
     """The tiles of a frame of x; `strides` are other distances between frames, which a group must divide as well.
 
     It has `least` elements or more, which the caller knows the layout to allow; what is wider than a thread's share is
-    then read by several.
+    then read by several. A thread's share is what it reads at once, or less where it has `held` values of each element.
 
     They are `times` as large as usual, a power of two: where little is done with an element, what a program does
     besides counts. Of several `inputs` that lie alike each has its own programs, see `which`.
     """
     innermost = layout.inner == 1 and layout.channels > 1
     single = layout.channels == 1
-    group = max(WIDEST // x.element_size(), least)
+    share = WIDEST // x.element_size()
+    while share > 1 and share * held > MOST_HELD:
+        share //= 2
+    group = max(share, least)
     while not layout.has_groups(group, images) or any(stride % group for stride in strides):
         group //= 2
-    elements = THREADS * WIDEST // x.element_size() * times
+    elements = THREADS * share * times
     positions = layout.size // layout.channels
     channels, inner = layout.channels, layout.inner // group
     if innermost:

@@ -127,8 +127,9 @@ def _backward(
     grad_x = [layout.empty(part, part.shape[0]) for part in x]
     grad_step = 0 if grad is None else grad.stride(0)
     images = 1 if masks is None else masks.of_q.shape[1]
-    cut = tile(q, layout, grad_step, images=images, times=2 if layout.repeat else 1, inputs=len(x))
     segment = _segment(layout.steps)
+    times, held = 2 if layout.repeat else 1, segment * dtype.itemsize // 4
+    cut = tile(q, layout, grad_step, images=images, times=times, inputs=len(x), held=held)
     kept = q.new_empty(len(x), triton.cdiv(layout.steps, segment) - 1, layout.size, dtype=dtype)
     summed = inv_tau is not None or norm is not None
     sums = q.new_empty((len(x), 3, cut.runs, layout.channels) if summed else 0, dtype=dtype)
