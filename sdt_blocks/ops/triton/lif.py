@@ -398,7 +398,7 @@ def backward(
         )
         # Every thread reads what it wrote itself, unless the compiler lays loads and stores out differently.
         tl.debug_barrier()
-    given, fired_at = grad + i, codes + i
+    given, coded = grad + i, codes + i
     masked = one_of(n, mask_of_q, mask_of_others, mask_of_others, N) + image * row + c
     of_h = tl.load(grad_last + i, mask=mask, other=0.0).to(STATE) if LAST else zeros
     of_s, of_tau, of_shift, of_scale = zeros, zeros, zeros, zeros
@@ -427,18 +427,16 @@ def backward(
         if GRAD:
             t = (t0 + SEGMENT - 1).to(tl.int64)
             there_is = mask & (t < STEPS)
-            arrived, code, values = _arriving(given, masked, fired_at, n, t, step_of, mask_step, frame, there_is, MASK)
+            got, code, values = _arriving(given, masked, coded, n, t, step_of, mask_step, frame, there_is, MASK)
         for T in tl.static_range(SEGMENT - 1, -1, -1):
             t = (t0 + T).to(tl.int64)
             there_is = mask & (t < STEPS) if STEPS % SEGMENT != 0 else mask
             if GRAD:
-                coming = _of_spikes(arrived, code, values, n, MASK, STATE)
+                coming = _of_spikes(got, code, values, n, MASK, STATE)
                 of_s += tl.where(there_is, coming, 0.0) if STEPS % SEGMENT != 0 else coming
                 if T > 0:
                     # Behind the store it would wait for it.
-                    arrived, code, values = _arriving(
-                        given, masked, fired_at, n, t - 1, step_of, mask_step, frame, mask, MASK
-                    )
+                    got, code, values = _arriving(given, masked, coded, n, t - 1, step_of, mask_step, frame, mask, MASK)
             h = _pick(T + 1, h0, h1, h2, h3, h4, h5, h6, h7, h8)
             previous = _pick(T, h0, h1, h2, h3, h4, h5, h6, h7, h8)
             fired = s0 if T == 0 else fires(previous, threshold, STRICT)
