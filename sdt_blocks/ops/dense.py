@@ -27,7 +27,7 @@ from .cpu.build import BuildError
 from .dispatch import by_triton, of_triton
 from .levels import levels
 from .lif import lif, lif_reference
-from .spec import LevelSpec, NeuronSpec, state_dtype
+from .spec import SIGMOID, LevelSpec, NeuronSpec, state_dtype
 
 
 class Neuron(NamedTuple):
@@ -157,7 +157,8 @@ def _attend_by_triton(qkv: Tensor, neurons: Sequence[Neuron], dtype: torch.dtype
 
 def _spikes(x: Tensor, neuron: Neuron) -> Tensor:
     x = x if x.is_floating_point() else x.float()
-    spec = spec_of(neuron)._replace(inv_tau=neuron.inv_tau)
+    # All by name: a graph of PyTorch 2.6 takes neither a surrogate for a default nor `_replace`.
+    spec = NeuronSpec(neuron.threshold, neuron.reset, SIGMOID, strict=neuron.strict, inv_tau=neuron.inv_tau)
     before = None if neuron.before is None else neuron.before.reshape(x.shape[1:])
     if torch.compiler.is_compiling():
         spikes, last = lif_reference(x, spec, before)

@@ -183,6 +183,18 @@ def test_what_torch_compile_makes_of_the_equations(monkeypatch: pytest.MonkeyPat
     assert not dense._uncompiled
 
 
+@pytest.mark.parametrize("name", ["fire", "fire_and_pool", "attend"])
+def test_the_equations_are_one_graph(name: str) -> None:
+    cells, x = dense.Neuron(*NEURONS["LIF"]), membranes(4, 2, 3, 5, 6)
+    given = ([cells] * 4, torch.float32, None) if name == "attend" else (cells, torch.float32)
+    given = (*given, None) if name == "fire" else given
+    equations = getattr(dense, f"_{name}")
+    torch.compiler.reset()
+    graph = torch.compile(equations, backend="eager", fullgraph=True)
+    torch.testing.assert_close(graph(x, *given), equations(x, *given), atol=0, rtol=0)
+    assert equations(membranes(4, 2, 3, 5, 6), *given)[-1].any()
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("neuron", NEURONS)
 @pytest.mark.parametrize("name", ["fire", "fire with a shortcut", "fire_and_pool", "attend"])
