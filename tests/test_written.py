@@ -165,6 +165,52 @@ def test_what_is_written_is_seen_in_every_form(kind: type[Network], size: tuple[
         torch.testing.assert_close(optimize_for_inference(model, exact=True)(x), expected, atol=1e-4, rtol=1e-4)
 
 
+class OfAView(Opaque):
+    def change(self, membrane, spikes):
+        self.part(membrane.flatten(0, 1))
+        return membrane
+
+
+class OfAPart(Opaque):
+    def change(self, membrane, spikes):
+        self.part(membrane[:, :, 1:3])
+        return membrane
+
+
+class OfSpikes(Opaque):
+    def change(self, membrane, spikes):
+        return self.part(spikes)
+
+
+class OfSpikesSeen(Opaque):
+    def change(self, membrane, spikes):
+        self.part(spikes.flatten(0, 1))
+        return spikes
+
+
+class OfACopy(Opaque):
+    def change(self, membrane, spikes):
+        return self.part(spikes.transpose(0, 1).contiguous()).transpose(0, 1)
+
+
+@pytest.mark.filterwarnings("ignore:kept as it is")
+@pytest.mark.parametrize("kind", [OfAView, OfAPart, OfSpikes, OfSpikesSeen, OfACopy])
+@torch.no_grad()
+def test_no_write_out_of_sight_is_lost_without_a_word(kind: type[Network]) -> None:
+    torch.manual_seed(1)
+    model, x, refused = kind(), torch.rand(4, 5, 2, 6, 5), 0
+    calibrate_norms(model, [x])
+    expected = model.eval()(x)
+    for options in ({}, {"compile": False}, {"sparse": True}):
+        fast = optimize_for_inference(model, **options)
+        try:
+            torch.testing.assert_close(fast(x), expected, atol=1e-5, rtol=1e-5)
+        except RuntimeError as error:
+            assert "part writes " in str(error) and "or write into a clone" in str(error)
+            refused += 1
+    assert (kind is OfACopy) == (refused == 0)
+
+
 def test_a_sum_in_place_is_a_shortcut() -> None:
     form = Dense(plan(Kept()))
     assert [node.op for node in form.plan.nodes].count("add") >= 1 and form.together

@@ -37,6 +37,7 @@ from .plan import (
     no_frames,
 )
 from .product import Geometry, Product
+from .written import sharing_memory
 
 _PASS_BYTES = 48 << 20
 """About how large the first layer's output may be when a batch is computed in parts."""
@@ -176,6 +177,7 @@ class Dense(Form):
         for node in plan.nodes:
             self.forms[node] = self._form(node, paths)
         self.watched_nodes = self.foreign()
+        self.aliases = sharing_memory(plan.nodes, self.watched_nodes)
         self.together = [] if self.in_place else self._in_time(of_samples(plan))
         self.apart = [node for node in plan.nodes if node not in set(self.together)]
         crossing = {given for node in self.apart for given in node.inputs()}
@@ -189,7 +191,8 @@ class Dense(Form):
         place = {node: i for i, node in enumerate(self.plan.nodes)}
         had: dict[Node, int] = {}
         for node in self.watched_nodes:
-            had.update({one: min(place[node], had.get(one, place[node])) for one in node.inputs()})
+            seen = set().union(*({one} | self.aliases[one] for one in node.inputs()))
+            had.update({one: min(place[node], had.get(one, place[node])) for one in seen})
         found: dict[Node, None] = {}
         of = set(nodes)
         for node in nodes:

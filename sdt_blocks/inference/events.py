@@ -51,6 +51,7 @@ from .plan import (
     no_frames,
 )
 from .trace import Constant
+from .written import sharing_memory
 
 
 class Events(Form):
@@ -111,6 +112,7 @@ class Events(Form):
         if exact:
             _refuse_unordered(plan, self.forms)
         self.watched_nodes = self.foreign()
+        self.aliases = sharing_memory(plan.nodes, self.watched_nodes)
         self.train(False)
 
     def mean_of_steps(self, x: Tensor) -> Tensor:

@@ -10,10 +10,27 @@ from torch import nn
 
 from .. import steps
 from ..neuron import IntegerNeuron
-from .plan import ADD, CALL, CHECK, FIRE, INPUT, MIX, OUTPUT, POOL, PRESENT, PROJECT, Node, Plan, convolution, is_neuron
+from .plan import (
+    ADD,
+    CALL,
+    CHECK,
+    COUNTS,
+    FIRE,
+    INPUT,
+    LEVELS,
+    MIX,
+    OUTPUT,
+    POOL,
+    PRESENT,
+    PROJECT,
+    REAL,
+    SPIKES,
+    Node,
+    Plan,
+    convolution,
+    is_neuron,
+)
 from .written import called, writes
-
-SPIKES, LEVELS, COUNTS, REAL = "spikes", "levels", "counts", "real"
 
 # Calls that move values without changing them.
 _MOVES = """flatten unflatten reshape view permute transpose movedim contiguous clone squeeze unsqueeze expand getitem

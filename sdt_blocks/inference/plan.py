@@ -31,6 +31,10 @@ INPUT, PRESENT, CHECK, PROJECT, FIRE, MIX, POOL, ADD, CALL, OUTPUT = (
 )
 
 
+SPIKES, LEVELS, COUNTS, REAL = "spikes", "levels", "counts", "real"
+"""What the value of a node may be."""
+
+
 @dataclass(eq=False)
 class Node:
     """One value of a plan and how it is computed.
@@ -91,6 +95,13 @@ class Form(nn.Module):
     rebuilt = True
     """Layers are computed together, so there is nothing for a hook to see."""
 
+    aliases: dict[Node, set[Node]]
+    """For every node those that may be views of its value, or its value one of them."""
+    kinds: dict[Node, str]
+    """For every node what its value is."""
+    last: dict[Node, Node]
+    """For every node the last one that takes its value."""
+
     still: dict[Node, Tensor] | None = None
     """If the same images come in every call, one time step each: the outputs of the first layers, `[1, B, H, W, C]`,
     filled in as they are computed."""
@@ -126,7 +137,8 @@ class Form(nn.Module):
     ) -> Any:
         """The result of `run`, with the node's inputs as a network's own modules take them.
 
-        If `run` writes into them, the values change accordingly.
+        If `run` writes into them, the values change accordingly. Raises `RuntimeError` if they should change for other
+        nodes too, whose values lie elsewhere than in the network: the write would be lost.
         """
         taken = {one: plain(values[one]) for one in node.inputs()}
         for one, x in taken.items():
@@ -134,8 +146,25 @@ class Form(nn.Module):
                 taken[one] = x.clone()  # with one place or one channel it shares memory that others still read
         before = {one: times_written(x) for one, x in taken.items()}
         result = run({**values, **taken})
-        values.update({one: x for one, x in taken.items() if times_written(x) != before[one]})
+        written = {one: x for one, x in taken.items() if times_written(x) != before[one]}
+        values.update(written)
+        order = {one: place for place, one in enumerate(self.plan.nodes)} if written else {}
+        for one, x in written.items():
+            for other in ({one} | self.aliases[one]) & values.keys():
+                if other in self.last and order[self.last[other]] > order[node]:
+                    self._check_written(node, other, values[other], x)
         return result
+
+    def _check_written(self, node: Node, other: Node, value: Any, x: Tensor) -> None:
+        """Raises `RuntimeError` where what was written into x changes another node's value otherwise than it should."""
+        if not _same_memory(value, x):
+            lost = f"into a view of {other.name}, which an optimised network keeps elsewhere"
+        elif self.kinds[other] == SPIKES and not bool(((value == 0) | (value == 1)).all()):
+            lost = f"other values than 0 and 1 into the spikes of {other.name}, which other layers take for spikes"
+        else:
+            return
+        name = node.name or "the network"
+        raise RuntimeError(f"{name} writes {lost}: let it return a new value, or write into a clone")
 
     def _cast(self, x: Any) -> Any:
         return x.to(self.real_dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
@@ -194,6 +223,15 @@ def _may_write(leaf: nn.Module) -> bool:
     known = ("torch.nn.", "snntorch._neurons.", __name__.partition(".")[0] + ".")
     parts = list(leaf.modules())
     return any(getattr(part, "inplace", False) or not type(part).__module__.startswith(known) for part in parts)
+
+
+def _same_memory(value: Any, x: Tensor) -> bool:
+    """Whether a value lies in the memory of a tensor, or is none that could."""
+    if isinstance(value, tuple | list):
+        return all(_same_memory(part, x) for part in value)
+    if isinstance(value, Tensor):
+        return value.untyped_storage()._cdata == x.untyped_storage()._cdata
+    return isinstance(value, bool | int | float | str | torch.device | torch.dtype | None)
 
 
 def leaves(target: Any) -> list[nn.Module]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -50,6 +51,9 @@ masked_fill exp sqrt rsqrt log floor ceil round sign lerp addcmul addcdiv"""
 _NUMBERS = """shape ndim dtype device size dim numel nelement item tolist stride layout is_cuda is_contiguous
 requires_grad element_size storage_offset data_ptr get_device is_floating_point"""
 
+# Views that are not contiguous.
+_TURNS = "transpose permute movedim swapaxes mT"
+
 _PARTS = "chunk split unbind tensor_split"
 
 _STEPS: tuple[Any, ...] = (steps.present, steps.project, steps.fire, steps.project_and_fire, steps.project_and_mix)
@@ -64,6 +68,23 @@ def writes(node: Node) -> bool:
     if node.op != CALL:
         return False
     return _names_writing(called(node), node.target, node.kwargs)
+
+
+def sharing_memory(nodes: Iterable[Node], writers: Container[Node]) -> dict[Node, set[Node]]:
+    """For every node the others whose values the network may keep in its memory, as views of them.
+
+    `writers` are the nodes of code of other make, which may give back what it was given.
+    """
+    found: dict[Node, set[Node]] = {}
+    for node in nodes:
+        found[node] = {node}
+        copies = called(node) == "contiguous" and all(called(one) in _TURNS.split() for one in node.inputs())
+        fresh = isinstance(node.target, nn.Module) or called(node) in _FRESH.split() or copies
+        if node in writers or (node.op == CALL and not fresh):
+            together = set().union(found[node], *(found[one] for one in node.inputs()))
+            for one in together:
+                found[one] = together
+    return {node: together - {node} for node, together in found.items()}
 
 
 def without_writing(graph: fx.Graph, root: nn.Module) -> None:
