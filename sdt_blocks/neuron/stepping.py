@@ -159,8 +159,9 @@ class OverTime(nn.Module, Streamed):
     @staticmethod
     def _run(neuron: nn.Module, x: Tensor) -> Tensor:
         if takes_sequence(neuron):
-            return spikes_of(neuron(x))
-        return torch.stack([spikes_of(neuron(x_t)) for x_t in x.unbind(0)])
+            return spikes_of(neuron(x)).to(x.dtype)
+        # snnTorch's spikes are float32 whatever the membrane is.
+        return torch.stack([spikes_of(neuron(x_t)) for x_t in x.unbind(0)]).to(x.dtype)
 
 
 def _fires_as_snntorch(neuron: Any) -> bool:
