@@ -409,6 +409,44 @@ def test_what_asks_for_a_type_is_kept_as_it_is(ask: Callable[[object], bool]) ->
     torch.testing.assert_close(fast(x), model(x))
 
 
+def is_tensor(x: object) -> bool:
+    return type(x) is Tensor
+
+
+class AskingItself(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if type(x) in (Tensor, nn.Parameter) else x - 1
+
+
+class AskingByAFunction(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.answer(x)
+
+    def answer(self, x: Tensor) -> Tensor:
+        return x + 1 if is_tensor(x) else x - 1
+
+
+class AskingOfItself(nn.Module):
+    """Which a trace knows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if type(self) is AskingOfItself else x - 1
+
+
+@pytest.mark.parametrize("kind", [AskingItself, AskingByAFunction, AskingOfItself])
+@torch.no_grad()
+def test_comparing_the_type_of_a_value_is_asking_for_it(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(ConvNorm(2, 4), kind(), nn.Conv2d(4, 3, 1)).eval(), torch.rand(2, 2, 3, 3)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fast = optimize_for_inference(model, compile=False)
+    torch.testing.assert_close(fast(x), model(x))
+    assert ["it asks for the type of a value" in str(one.message) for one in told] == [True] * (
+        kind is not AskingOfItself
+    )
+
+
 @pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), nn.DataParallel])
 @torch.no_grad()
 def test_wrappers_are_looked_through(wrap: Callable[[nn.Module], nn.Module]) -> None:

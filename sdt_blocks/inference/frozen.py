@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dis
+import functools
 import itertools
 import random
 from collections import deque
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -95,6 +98,40 @@ def _held_alike(node: fx.Node, its: fx.Node, root: nn.Module) -> bool:
 def takes(graph: fx.Graph, paths: list[str]) -> bool:
     """Whether a trace reads one of these attributes."""
     return not {str(node.target) for node in graph.nodes if node.op == "get_attr"}.isdisjoint(paths)
+
+
+@functools.cache
+def compares_types(kind: type) -> bool:
+    """Whether the code of a class of modules compares `type(x)` of a local x, for which a traced value has another.
+
+    That of `forward`, and of methods and functions of the same package that it names; PyTorch's and the kit's is known.
+    """
+    package = kind.__module__.partition(".")[0]
+    functions, seen = [vars(kind).get("forward", kind.forward)], set[Any]()  # type: ignore[attr-defined]
+    if package in ("torch", __name__.partition(".")[0]):
+        return False
+    while functions:
+        function = functions.pop()
+        code = getattr(function, "__code__", None)
+        if code is None or code in seen or str(function.__module__).partition(".")[0] != package:
+            continue
+        seen.add(code)
+        if any(map(_compares, (code, *(one for one in code.co_consts if isinstance(one, CodeType))))):
+            return True
+        functions += [getattr(kind, name, None) or function.__globals__.get(name) for name in code.co_names]
+    return False
+
+
+def _compares(code: CodeType) -> bool:
+    idle = ("PUSH_NULL", "PRECALL", "CACHE")
+    found = [one for one in dis.get_instructions(code) if one.opname not in idle]
+    for place, (one, given) in enumerate(itertools.pairwise(found)):
+        asks = one.argval == "type" and one.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+        if asks and given.opname.startswith("LOAD_FAST") and given.argval != "self":
+            after = found[place + 2 : place + 8]
+            if any(each.opname in ("IS_OP", "COMPARE_OP", "CONTAINS_OP") for each in after):
+                return True
+    return False
 
 
 def holds_proxies(module: nn.Module, depth: int = 1) -> bool:

@@ -23,7 +23,7 @@ from torch.fx.node import map_arg
 from .. import steps
 from ..neuron import Streamed
 from .frames import on_sequences
-from .frozen import Chance, attribute, attributes, changed_since, first_unlike, holds_proxies, takes
+from .frozen import Chance, attribute, attributes, changed_since, compares_types, first_unlike, holds_proxies, takes
 from .plan import (
     ADD,
     CALL,
@@ -194,13 +194,16 @@ def _short(name: str) -> str:
     return name.removeprefix(_NETWORK).removeprefix(".")
 
 
+_TYPES = "it asks for the type of a value, which a trace does not know"
+
+
 class _Value(fx.Proxy):
     """A traced value, which is not a tensor: code that asks for its type would take another branch, so it raises."""
 
     @property
     def __class__(self) -> type:
         if _asks(sys._getframe(1)):
-            raise TypeError("it asks for the type of a value, which a trace does not know")
+            raise TypeError(_TYPES)
         return _Value
 
     @__class__.setter
@@ -272,6 +275,9 @@ class _Tracer(fx.Tracer):
             inner = getattr(m, "_orig_mod", None)
             if isinstance(inner, nn.Module) and not m._forward_hooks and not m._forward_pre_hooks:
                 return inner(*args, **kwargs)
+            kind: Any = type(m)
+            if not is_leaf(m) and self.path_of_module(m) not in self.opaque and compares_types(kind):
+                raise TypeError(_TYPES)
             return super().call_module(m, forward, args, kwargs)
         except Exception:
             path = self.path_of_module(m)
