@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from .dataflow import ADDS, COUNTS, FIRST, FOLDS, LEAKS, LEVELS, MASKS, MIXES, MULTIPLIES, SCALES, Follower, Product
+from .dataflow import (
+    ADDS,
+    COUNTS,
+    FIRST,
+    FOLDS,
+    LEAKS,
+    LEVELS,
+    MASKS,
+    MIXES,
+    MULTIPLIES,
+    NOTHING,
+    SCALES,
+    Follower,
+    Product,
+)
 from .independence import where_samples_meet
 from .probe import Forward, Probe, batch_axis, input_of
 from .silence import DEAD, as_text, silence, warn_if_dead
@@ -40,17 +56,43 @@ class NotSpikeDrivenError(ValueError):
     """Raised by a strict audit of a network that is not spike-driven."""
 
 
+_READS = ("item", "tolist", "numpy", "__array__", "__float__")
+
+
+class Readings(TorchFunctionMode):
+    """Sees which modules read real values of the network as numbers, of which nothing below sees what becomes."""
+
+    def __init__(self, follower: Follower) -> None:
+        super().__init__()
+        self.follower = follower
+        self.modules: dict[str, None] = {}
+        follower.probe.modes.append(self)
+
+    def start(self, x: Tensor) -> None:
+        """A pass begins."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        probe = self.follower.probe
+        unseen = probe.looking or probe.neurons.keys() & set(probe.path)
+        reads = getattr(func, "__name__", "") in _READS and not unseen and args[0].is_floating_point()
+        if reads and self.follower.value(args[0]) is not NOTHING:
+            self.modules[self.follower.here() or "the model"] = None
+        return func(*args, **(kwargs or {}))
+
+
 @dataclass
 class Audit:
     """The products of one forward pass, and what mixes samples; `spike_driven` if none of them is a violation.
 
     `silence` says which neurons never fired; if none did, `spike_driven` describes only the construction. `form` is
-    the network that was judged, as it is "deployed" or as it is "trained".
+    the network that was judged, as it is "deployed" or as it is "trained". `reads` names the modules that read numbers
+    from values of the network: what Python computes with them is not judged.
     """
 
     products: list[Product]
     silence: str = ""
     form: str = "deployed"
+    reads: list[str] = field(default_factory=list)
 
     @property
     def violations(self) -> list[Product]:
@@ -101,6 +143,12 @@ class Audit:
         return f"It is judged as it is {self.form}."
 
     @property
+    def unjudged(self) -> str:
+        """What is not judged, as a sentence; "" if all is."""
+        where = ", ".join(self.reads)
+        return f"Not judged is what Python computes with numbers read from values, in {where}." if where else ""
+
+    @property
     def counts(self) -> list[tuple[int, str, str]]:
         """For each verdict that was found: how many products have it, the verdict, and its meaning."""
         found = [(len(self.of(verdict)), verdict, why) for verdict, why in VERDICTS.items()]
@@ -129,7 +177,8 @@ class Audit:
     def summary(self) -> list[str]:
         """The neurons that never fired, if any; the finding; the number of products for each verdict."""
         lines = [f"{n:4d} {verdict}: {why}" for n, verdict, why in self.counts]
-        return [*([self.silence] if self.silence else []), self.finding, self.judged, *lines]
+        told = (self.silence, self.finding, self.judged, self.unjudged)
+        return [*filter(None, told), *lines]
 
     def table(self) -> Table:
         """A table for rich, violations in red."""
@@ -177,6 +226,9 @@ def audit(
     convolution of its input, so that every weight sees spikes. With `as_trained` its layers are judged one by one; all
     but the first see sums of weights, and the reason then says that merging removes the violation.
 
+    What Python computes with numbers that the network's code reads from its values (`item`, `tolist`, `numpy`) is out
+    of sight: a factor that is such a number is a violation, and a warning names the modules that read any.
+
     `neurons` names further types of neurons, which take `[T, B, ...]`; `forward(model, batch)` runs the batch if
     `model(x)` does not. With `strict`, raises `NotSpikeDrivenError` if the network is not spike-driven.
 
@@ -187,14 +239,18 @@ def audit(
     x = input_of(batch)
     with Probe(model, neurons, forward, as_trained=as_trained) as probe:
         follower = Follower(probe)
+        readings = Readings(follower)
         for _ in probe.run([batch]):
             pass
     products = list(follower.products.values())
     axis = batch_axis(probe.model, x, neurons, forward, clock=probe.clock)
     for name in where_samples_meet(probe.model, x, axis, neurons=neurons, forward=forward):
         products.append(Product(name, "batch", "several samples", MIXES, MEETING, 1))
-    result = Audit(products, silence(probe.model, probe.fired), "trained" if as_trained else "deployed")
+    form = "trained" if as_trained else "deployed"
+    result = Audit(products, silence(probe.model, probe.fired), form, list(readings.modules))
     warn_if_dead(result.silence)
+    if result.unjudged:
+        warnings.warn(result.unjudged, stacklevel=2)
     if strict:
         result.raise_for_violations()
     return result

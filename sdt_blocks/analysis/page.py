@@ -334,7 +334,7 @@ def _audit(audit: Audit) -> str:
     details = (
         f'<details><summary>every product</summary><div class="scroll"><table>{head}{rows}</table></div></details>'
     )
-    head = f"<p>{escape(audit.finding)} {audit.judged}</p>"
+    head = f"<p>{escape(audit.finding)} {audit.judged} {escape(audit.unjudged)}</p>"
     return f'{head}<div class="scroll"><table>{listed}</table></div>{details}'
 
 

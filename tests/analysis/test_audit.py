@@ -140,6 +140,22 @@ def _by_another_view(spikes):
     return view, second
 
 
+READERS = {
+    "item": lambda s: s * (2 * s.cumsum(1).mean().item()),
+    "float": lambda s: s * (2 * float(s.cumsum(1).mean())),
+    "tolist": lambda s: s * torch.tensor([2 * row for row in s.mean((1, 2, 3)).tolist()]).view(-1, 1, 1, 1),
+    "numpy": lambda s: s * float(s.numpy().mean()) * 2,
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_numbers_that_python_computes_with_are_said(name):
+    with pytest.warns(UserWarning, match="Not judged is what Python computes with numbers read from values, in part"):
+        result = run(Function(READERS[name]))
+    assert result.reads == ["part"] and result.unjudged in result.summary()
+    assert not run(Function(lambda s: s if s.any() else -s)).reads
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_blocks(name):
     part, where, why = BROKEN[name]
