@@ -1,11 +1,11 @@
-"""Looks inside a model: firing rates, energy in millijoules, what multiplies and what only adds, attention maps.
+"""Analyzes a model: firing rates, energy in millijoules, which operations multiply or only add, attention maps.
 
     accelerate launch recipes/analyze.py checkpoint=runs/digits
     accelerate launch recipes/analyze.py checkpoint=8_512.pth.tar data.root=DIR samples=1024
 
 It writes a folder (output_dir=, by default `analysis` in the run's): rates.csv, energy.json, layers and time_steps as
-.csv, .md and .tex, measured.json, audit.txt, plots as PNG, and index.html, one page that shows it all. For a run folder
-the data is the run's own unless said otherwise, else that of config=imagenet_8_384. Keys of its own: samples,
+.csv, .md and .tex, measured.json, audit.txt, plots as PNG, and index.html, one page with all of it. For a run folder
+the data is the run's own unless set otherwise, else that of config=imagenet_8_384. This recipe's own keys: samples,
 batch_size, images, layer, output_dir, as_trained, measure, seconds, energy_models, confidence, neurobench (see the
 end).
 """
@@ -35,7 +35,7 @@ from sdt_blocks.neuron import find_neurons
 
 @dataclass
 class Options:
-    """What this recipe adds to the keys of a training run."""
+    """The keys of this recipe, in addition to those of a training run."""
 
     checkpoint: str | None = option(None, "a run folder, a saved model, or a released .pth.tar", path=True)
     samples: int = option(256, "how many samples of the evaluation set are looked at, at most", least=1)
@@ -54,7 +54,7 @@ class Options:
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
-    """This recipe's options, and the arguments that `load_config` takes. Raises `ConfigError`."""
+    """This recipe's options, and the arguments for `load_config`. Raises `ConfigError`."""
     options, rest = split_options(Options, arguments)
     if options.checkpoint is None:
         raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar")
@@ -70,7 +70,7 @@ def read_own_models(path: str | None) -> list[EnergyModel]:
 
 
 def run_neurobench(model: nn.Module, batches: Any, folder: Path) -> None:
-    """NeuroBench's view of the same model, on this process's samples, into neurobench.json."""
+    """Write NeuroBench's metrics of the same model, on this process's samples, to neurobench.json."""
     from neurobench import metrics
     from neurobench.benchmarks import Benchmark
 

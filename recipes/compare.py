@@ -1,10 +1,10 @@
-"""Several runs side by side: one table and one picture.
+"""Compares several runs in one table and one picture.
 
     python recipes/compare.py RUN RUN... [output_dir=comparison]
 
 It prints the table in Markdown, writes it as comparison.md, .csv and .tex, and the learning curves as comparison.png.
-Accuracy is that of the last model, as in summary.json, beside the best; a run that is not finished shows how far it is.
-The energy is that of `analyze.py` or `analyze=true`, where it has been computed for weights that the run still has.
+Accuracy is that of the last model, as in summary.json, next to the best; for an unfinished run the table shows its
+progress. The energy is that of `analyze.py` or `analyze=true`, if it was computed for weights that the run still has.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COLUMNS = (
     Column("firing_rate", "firing rate", ".4f"),
     Column("seconds", "time (s)", ".0f"),
 )
-"""What the table shows of a run: the keys are those of summary.json."""
+"""The columns of the table: the keys are those of summary.json."""
 
 NUMBERS = [column.key for column in COLUMNS if column.format]
 
@@ -51,7 +51,7 @@ def read_run(folder: Path, name: str) -> dict[str, Any]:
     if stale:
         warn(stale)
     finished = summary.get("steps", lines[-1]["step"]) == lines[-1]["step"]
-    if not finished:  # it was, and goes on
+    if not finished:  # it was, and continues
         summary = {key: value for key, value in summary.items() if key in ("model", "data", "params")}
     accuracies = [line[key] for line in lines for key in ("test_top1", "ema_test_top1") if line.get(key) is not None]
     last = {"epochs": lines[-1].get("epoch"), "seconds": lines[-1].get("seconds")}
@@ -65,7 +65,7 @@ def read_run(folder: Path, name: str) -> dict[str, Any]:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of the paths that tell the runs apart."""
+    """The last parts of the paths, as many as are needed to tell the runs apart."""
     paths = [folder.resolve() for folder in folders]
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-depth:]) for path in paths]

@@ -1,16 +1,16 @@
-"""A small model of each family, trained alike and set side by side.
+"""Trains a small model of each family in the same way and compares them.
 
     python recipes/compare_families.py
     python recipes/compare_families.py families=V1,V2 rates=1e-3,3e-3 seeds=1,2 train.epochs=10
 
-All have the data, the schedule and the epochs of config=digits_families, and the same search: each learning rate of
+All use the data, the schedule and the epochs of config=digits_families, and the same search: each learning rate of
 `rates` trains once on the training images without `validation_samples` of them and is judged on those. The best one
 trains with each of `seeds` on all training images, and those runs are judged on the test images.
 
-It prints the table of `compare_models.py`, which says what the figures are, and writes it as families.md, .csv and
-.tex, and as bars in families.png. What has been trained is not trained again, and the same command goes on where it was
-stopped. Keys of the runs (train.epochs=..., data.name=...) and config=... are those of the other recipes; the keys of
-this one stand at the end of --help.
+It prints the table of `compare_models.py`, which explains the figures, and writes it as families.md, .csv and .tex, and
+as bars in families.png. Finished runs are not trained again, and the same command continues after a stop. Keys of the
+runs (train.epochs=..., data.name=...) and config=... are those of the other recipes; the keys of this one are at the
+end of --help.
 """
 
 from __future__ import annotations
@@ -40,16 +40,17 @@ SMALL: dict[str, tuple[str, ...]] = {
     "Spikformer": ("model.name=spikformer_8_384", "model.depth=2", "model.dim=64", *_SPIKES),
     "QKFormer": ("model.name=qkformer_10_384", "model.depths=[1,1,1]", "model.dim=64", *_SPIKES),
 }
-"""The families' models with about as many parameters, of which a CPU trains dozens. With 2 x 2 tokens and few branches
-that add up, V2's attention in eight heads or at a threshold of 1 does not fire, and the three norms in a row behind it,
-which see nothing but zeros, blow the gradient of all that lies before up by as much as ten million times."""
+"""The families' models with a similar number of parameters, small enough to train dozens of them on a CPU. With 2 x 2
+tokens and few branches that add up, V2's attention with eight heads or a threshold of 1 does not fire, and the three
+norms in a row behind it, which then see only zeros, amplify the gradient of all earlier layers up to ten million times.
+"""
 
 SEARCHED = (Column("lr", "learning rate", "g"), Column("validation_top1", "validation (%)", ".2f"))
 
 
 @dataclass
 class Search(Options):
-    """What this recipe can be told."""
+    """The keys of this recipe."""
 
     output_dir: str = option("runs/families", "the folder to write, with a folder for each family", path=True)
     families: str = option(",".join(SMALL), "which are compared, separated by commas")
@@ -61,7 +62,7 @@ class Search(Options):
 
 
 def listed(text: str, kind: type, name: str) -> list[Any]:
-    """The values of a list that is separated by commas. Raises `ConfigError`."""
+    """The values of a comma-separated list. Raises `ConfigError`."""
     try:
         values = [kind(part.strip()) for part in text.split(",")]
     except ValueError:
@@ -72,16 +73,16 @@ def listed(text: str, kind: type, name: str) -> list[Any]:
 
 
 JUDGED = ("train.batch_size", "train.accumulate", "train.max_steps", "train.init_checkpoint", "data.test_samples")
-"""What a run may be resumed with otherwise, but its figures depend on all the same."""
+"""Keys that may change when a run is resumed, although its figures depend on them."""
 
 
 def ready(folder: Path, config: Config) -> bool:
-    """Whether the folder holds the finished run of this configuration. Raises `ConfigError` for one that is alike."""
+    """Whether the folder has the finished run of this configuration. Raises `ConfigError` if the run had another."""
     if not (folder / "summary.json").is_file():
         return False
     done = load_config([f"config={folder / RUN_CONFIG}"], default="")
     asked, before = flatten(config), flatten(done)
-    # What the data decides, such as the number of classes, is not asked for.
+    # Values that the data determines, such as the number of classes, are not compared.
     if any(value not in (None, before[key]) for key, value in asked.items() if key in trajectory(config)):
         return False
     if other := [f"{key} is {asked[key]} and was {before[key]}" for key in JUDGED if asked[key] != before[key]]:
@@ -93,7 +94,7 @@ def ready(folder: Path, config: Config) -> bool:
 
 
 def train_once(config: Config) -> dict[str, Any]:
-    """What is known of the run of a configuration, which is trained unless it has been."""
+    """What is known of the run of a configuration, which is trained if it has not been."""
     from accelerate.state import AcceleratorState, GradientState
 
     folder = Path(config.output_dir)
@@ -108,28 +109,28 @@ def train_once(config: Config) -> dict[str, Any]:
 
 
 def train_family(name: str, arguments: Sequence[str], search: Search) -> dict[str, Any]:
-    """Searches and trains one family, in folders of its own; what was searched for and found."""
+    """Search and train one family, in its own folders; returns what was searched and found."""
     rates, seeds = listed(search.rates, float, "rates"), listed(search.seeds, int, "seeds")
 
     def run(rate: float, seed: int, where: str, *extra: str) -> dict[str, Any]:
         folder = Path(search.output_dir) / name / where
         asked = [*SMALL[name], *arguments, f"optim.lr={rate}", f"seed={seed}", f"output_dir={folder}", *extra]
         config = load_config(asked, default=DEFAULT)
-        # Looked at once, at the end: the best of several evaluations would be a choice by them.
+        # Evaluated once, at the end: the best of several evaluations would be a choice by them.
         config = changed(config, {"train.eval_every": config.train.epochs + config.train.cooldown_epochs})
         print(f"{name}: learning rate {rate:g}, seed {seed}, in {folder}", flush=True)
         return train_once(config)
 
     held = f"data.validation_samples={search.validation_samples}"
     found = {rate: run(rate, search.search_seed, f"search/{rate:g}", held)["top1"] for rate in rates}
-    best = max(rates, key=lambda rate: found[rate])  # of equals the first
+    best = max(rates, key=lambda rate: found[rate])  # the first of equal ones
     for seed in seeds:
         run(best, seed, f"seed_{seed}")
     return {"lr": best, "validation_top1": found[best], "searched": found}
 
 
 def told(searches: Mapping[str, Mapping[str, Any]], config: Config, search: Search) -> str:
-    """How the models were trained, below the table."""
+    """The text below the table on how the models were trained."""
     train, optim = config.train, config.optim
     length = f"{train.epochs} epochs" if train.max_steps is None else f"at most {train.max_steps} updates"
     lines = [

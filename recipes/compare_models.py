@@ -1,18 +1,18 @@
-"""Models side by side, of any family: size, operations, energy, firing rate, spike-driven or not and why, latency.
+"""Compares models of any family: size, operations, energy, firing rate, spike-driven or not and why, latency.
 
     python recipes/compare_models.py
     python recipes/compare_models.py sdt_8_512 spikformer_8_512 qkformer_10_512 img_size=224
     python recipes/compare_models.py runs/digits_sdt runs/digits_spikformer runs/saved_model 8_512.pth.tar
 
 A model is a published variant by its name, a run folder, a folder of runs with several seeds, a saved model, or a
-released checkpoint; without any, one of each family. A variant has random weights and norms settled on images, so that
-it fires: its rate says nothing of a trained one. A run is judged by its last model, on images of its own data, beside
-its accuracy, and several seeds by mean and standard deviation.
+released checkpoint; by default one of each family. A variant has random weights and norms calibrated on images, so that
+it fires: its rate says nothing about a trained one. A run is judged by its last model, on images of its own data, next
+to its accuracy, and several seeds by mean and standard deviation.
 
 It prints the table in Markdown and writes it as models.md, .csv and .tex, and as bars in models.png. Energy is by the
-papers' formula: 4.6 pJ where real values are multiplied, 0.9 pJ an addition; a level or a count of spikes is as many
-additions. Latency is of one image, dense and event-driven, measured in turns, a median. The keys stand at the end of
---help.
+papers' formula: 4.6 pJ where real values are multiplied, 0.9 pJ per addition; a level or a count of spikes is as many
+additions. Latency is that of one image, dense and event-driven, measured in alternation, a median. The keys are at the
+end of --help.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from common.side_by_side import Options, compare, notes, read_model, write_table
 
 @dataclass
 class Models(Options):
-    """What this recipe can be told."""
+    """The keys of this recipe."""
 
     img_size: int = option(224, "side of the images of variants, in pixels", least=16)
     seed: int = option(0, "of the random weights of variants", least=0)
 
 
 ONE_OF_EACH = ("sdt_8_384", "sdt_v2_15m", "spikformer_8_384", "qkformer_10_384", "sdt_v3_19m")
-"""Variants of about the same size, one of each family."""
+"""Variants of similar size, one of each family."""
 
 
 def main(arguments: Sequence[str]) -> None:

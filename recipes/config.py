@@ -1,4 +1,4 @@
-"""The configuration of a run, for scripts of one's own: `from config import load_config`."""
+"""The configuration of a run, for your own scripts: `from config import load_config`."""
 
 from common.config import ConfigError, RunError, all_keys, load_config, to_yaml
 

@@ -1,13 +1,13 @@
-"""Early answers of a trained model: accuracy against the mean number of time steps and the time an image takes.
+"""Early answers of a trained model: accuracy against the mean number of time steps and the time per image.
 
     accelerate launch recipes/digits.py config=fashion_mnist data.root=DIR
     python recipes/early_answers.py checkpoint=runs/fashion_mnist
 
-Still images are answered step by step, and each leaves when it is sure (`sdt_blocks.EarlyAnswers`). Half of the
-evaluation set, drawn by chance (fit_samples=N: so many), chooses the threshold for each tolerated loss of accuracy; the
-rest is what the table shows, each row measured by running it: accuracy, mean steps, milliseconds an image in batches,
-against all steps and against the model's own forward pass. It is written as early_answers.md, .csv and .tex with a
-picture, early_answers.png. The keys stand at the end of --help; all others are those of a training run.
+Still images are answered step by step, and each leaves when its answer is certain (`sdt_blocks.EarlyAnswers`). Half of
+the evaluation set, drawn at random (or fit_samples=N samples), is used to choose the threshold for each tolerated loss
+of accuracy; the rest is what the table shows, each row measured by running it: accuracy, mean steps, milliseconds per
+image in batches, compared with all steps and with the model's own forward pass. It is written as early_answers.md, .csv
+and .tex with a picture, early_answers.png. The keys are at the end of --help; all others are those of a training run.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ WHOLE, ALL_STEPS = "the whole model", "never: all steps"
 
 @dataclass
 class Options:
-    """What this recipe adds to the keys of a training run."""
+    """The keys of this recipe, in addition to those of a training run."""
 
     checkpoint: str | None = option(None, "a run folder or a saved model of still images", path=True)
     measure: str = option(
@@ -63,7 +63,7 @@ class Options:
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[float], list[str]]:
-    """This recipe's options, the tolerances, and the arguments that `load_config` takes. Raises `ConfigError`."""
+    """This recipe's options, the tolerances, and the arguments for `load_config`. Raises `ConfigError`."""
     options, rest = split_options(Options, arguments)
     if options.checkpoint is None:
         raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar")
@@ -96,7 +96,7 @@ def split(test_set: Any, options: Options) -> tuple[list[Any], list[Any]]:
 
 
 def rows_of(model: Any, fitting: list[Any], judged: list[Any], allowed: list[float], options: Options) -> list[Any]:
-    """The rows of the table: the whole model, all steps one by one, and each tolerance, of each form."""
+    """The rows of the table, for each form: the whole model, all steps one by one, and each tolerance."""
     from sdt_blocks import EarlyAnswers, optimize_for_inference
 
     rows: list[dict[str, Any]] = []
@@ -119,7 +119,7 @@ def rows_of(model: Any, fitting: list[Any], judged: list[Any], allowed: list[flo
 
 
 def judge(answer: Any, batches: list[Any]) -> tuple[int, float | None]:
-    """How many answers are right, and the mean number of steps."""
+    """The number of right answers, and the mean number of steps."""
     import torch
 
     right, steps, samples = 0, 0.0, 0
@@ -135,7 +135,7 @@ def judge(answer: Any, batches: list[Any]) -> tuple[int, float | None]:
 
 
 def seconds_of(answer: Any, batches: list[Any]) -> float:
-    """The time in which all batches are answered."""
+    """The time for answering all batches, in seconds."""
     import torch
 
     start = time.perf_counter()

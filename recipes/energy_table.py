@@ -1,10 +1,10 @@
-"""The energy column of the Spike-Driven Transformer's ImageNet table, computed anew: one table and what disagrees.
+"""The energy column of the Spike-Driven Transformer's ImageNet table, computed again: one table and what disagrees.
 
     python recipes/energy_table.py
     accelerate launch recipes/energy_table.py data.root=DIR 8_384.pth.tar 8_512.pth.tar
 
-Without weights: for each row of the paper the one firing rate that gives its Power column, and the formula with such
-rates as have been published layer by layer. With weights (released files, saved models or runs) and a data set, each
+Without weights: for each row of the paper, the one firing rate that gives its Power column, and the formula with the
+rates that have been published layer by layer. With weights (released files, saved models or runs) and a data set, each
 gets a row of its own: its accuracy, and the energy at the rates measured on that data (samples=N takes the first N).
 It prints the table and writes it as energy_table.md, .csv and .tex into output_dir= (by default `energy_table`).
 """
@@ -26,7 +26,7 @@ from sdt_blocks.analysis.energy_models import STEP
 from sdt_blocks.analysis.tables import Column, as_files, markdown, write
 
 RATES = Path(__file__).parent / "data" / "published_rates.csv"
-"""Firing rates of layers' inputs that were published or measured on published weights, one number or one a step."""
+"""Firing rates of layers' inputs that were published, or measured on published weights: one number, or one per step."""
 
 IMAGE = (3, 224, 224)
 
@@ -80,21 +80,21 @@ def report_of(model: Any, rates: Any) -> Any:
     from sdt_blocks.analysis import energy_from_rates
 
     if isinstance(rates, Mapping):
-        # Where a mean over the steps is all that is known, each step gets it: the sum is the same.
+        # If only a mean over the steps is known, each step gets it: the sum is the same.
         steps = model.time_steps
         rates = {layer: one * steps if len(one) == 1 else one for layer, one in rates.items()} | {"*": 0.0}
     return energy_from_rates(model, rates, IMAGE)
 
 
 def fitted_rate(all_fire: Any, published_mj: float, *, once: bool) -> float:
-    """The rate that, given to all layers fed by spikes, makes the formula's total the published one."""
+    """The rate that gives the published total if all layers fed by spikes have it."""
     total = all_fire.total_once_mj if once else all_fire.total_mj
     spikes = sum(layer.energy_mj for layer in all_fire.layers if layer.kind == "AC")
     return (published_mj - (total - spikes)) / spikes  # type: ignore[no-any-return]
 
 
 def row_of(network: str, rates: str, model: Any, report: Any, paper: Published | None) -> dict[str, Any]:
-    """A row of the table: what a report says beside what was published."""
+    """A row of the table: the values of a report next to the published ones."""
     fed = [layer for layer in report.layers if layer.kind == "AC" and layer.type != "attention"]
     work = sum(layer.macs for layer in fed)
     mean = sum(layer.macs * sum(layer.rate) / len(layer.rate) for layer in fed) / work if work else None
@@ -114,7 +114,7 @@ def row_of(network: str, rates: str, model: Any, report: Any, paper: Published |
 
 
 def paper_rows() -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows that need no weights, and where paper and formula disagree, in sentences."""
+    """The rows that need no weights, and sentences on where paper and formula disagree."""
     import torch
 
     from sdt_blocks import create_model
@@ -180,7 +180,7 @@ def measured_rows(checkpoints: Sequence[Path], arguments: Sequence[str]) -> Iter
 
 
 def variant_of(model: Any) -> str | None:
-    """The name under which `create_model` makes such a model, where there is one in the paper's table."""
+    """The name under which `create_model` makes such a model, if the paper's table has one."""
     import torch
 
     from sdt_blocks import create_model
@@ -195,7 +195,7 @@ def variant_of(model: Any) -> str | None:
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str], Path]:
-    """The trained models, the arguments that `load_config` takes, and the folder to write. Raises `ConfigError`."""
+    """The trained models, the arguments for `load_config`, and the output folder. Raises `ConfigError`."""
     output = "energy_table"
     checkpoints, rest = [], []
     for argument in arguments:

@@ -4,13 +4,13 @@
     accelerate launch recipes/evaluate.py checkpoint=runs/digits
 
 It prints the accuracy and writes a folder (output_dir=, by default `evaluation` in the run's): the accuracy of each
-class (classes.csv), the confusion matrix (confusion.csv, confusion.png), and all figures (evaluation.json). Settings
-other than the run's own have a folder of their own, named by them: `evaluation,data.img_size=288`. Classes are matched
-by name, in whatever order the data has them; `match=position` goes by the order alone.
+class (classes.csv), the confusion matrix (confusion.csv, confusion.png), and all figures (evaluation.json). With
+settings other than the run's own, the folder is named after them: `evaluation,data.img_size=288`. Classes are matched
+by name, whatever their order in the data; `match=position` matches them by order only.
 
-For a run folder the data is the run's own unless said otherwise, else that of config=imagenet_8_384. `img_size=288`
-resizes to 320 and crops 288, as published; `ema=true` takes the averaged weights; `model.time_steps=6` and the like
-override what the checkpoint says. Keys of its own: see the end.
+For a run folder the data is the run's own unless set otherwise, else that of config=imagenet_8_384. `img_size=288`
+resizes to 320 and crops 288, as published; `ema=true` uses the averaged weights; `model.time_steps=6` and similar keys
+override the checkpoint. This recipe's own keys: see the end.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ PUBLISHED_CROP = {288: 0.9}
 MATCHES = ("name", "position")
 
 MOST_CLASSES = 20
-"""Classes up to which the accuracy of each is printed; of more, the worst ones are."""
+"""Number of classes up to which the accuracy of each is printed; if there are more, only the worst are."""
 
 
 @dataclass
 class Options:
-    """What this recipe adds to the keys of a training run."""
+    """The keys of this recipe, in addition to those of a training run."""
 
     checkpoint: str | None = option(None, "a run folder, a saved model, or a released .pth.tar", path=True)
     ema: bool = option(False, "the averaged weights")
@@ -56,7 +56,7 @@ class Options:
 
 
 def read_arguments(arguments: list[str]) -> tuple[Options, list[str]]:
-    """This recipe's options, and the arguments that `load_config` takes. Raises `ConfigError`."""
+    """This recipe's options, and the arguments for `load_config`. Raises `ConfigError`."""
     options, rest = split_options(Options, arguments)
     if options.checkpoint is None:
         raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar")
@@ -107,7 +107,7 @@ def main(arguments: list[str]) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """The folder, ready for writing. Raises `ConfigError`."""
+    """Make the folder ready for writing. Raises `ConfigError`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -127,7 +127,7 @@ def describe(result: Evaluation, kind: str) -> str:
 
 
 def describe_classes(result: Evaluation, names: Sequence[str]) -> list[str]:
-    """A line for each class that has samples, or for the worst ones: accuracy, samples, and what it is taken for."""
+    """A line for each class that has samples, or for the worst: accuracy, samples, and what it is mistaken for."""
     from sdt_blocks.models.card import words_of
 
     counts = result.confusion.sum(1).tolist()
@@ -148,9 +148,9 @@ def describe_classes(result: Evaluation, names: Sequence[str]) -> list[str]:
 
 
 def write(result: Evaluation, names: Sequence[str], folder: Path, unreadable: int, settings: Mapping[str, Any]) -> None:
-    """evaluation.json, classes.csv, confusion.csv and confusion.png. Raises `RunError`.
+    """Write evaluation.json, classes.csv, confusion.csv and confusion.png. Raises `RunError`.
 
-    `settings` are those that are not the run's own.
+    `settings` are those that differ from the run's own.
     """
     from common.pictures import draw_confusion
 

@@ -1,10 +1,10 @@
-"""Trains on recordings of moving shapes that it writes itself, then shows events, frames and spikes in one picture.
+"""Trains on recordings of moving shapes, which it writes itself, then shows events, frames and spikes in one picture.
 
     accelerate launch recipes/events_demo.py [key=value ...]
 
-The directions of the shapes are told apart by time alone (recipes/common/moving_shapes.py). The picture,
-events_demo.png in the run folder, has one of these recordings and a real one of a DAVIS346 camera (recipes/data): the
-events of each time step, the frame that counts them, and the share of the first layer's channels that spike.
+The directions of the shapes differ in time only (recipes/common/moving_shapes.py). The picture, events_demo.png in the
+run folder, has one of these recordings and a real one of a DAVIS346 camera (recipes/data): the events of each time
+step, the frame that counts them, and the share of the first layer's channels that spike.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from sdt_datasets.events import EventsToFrames
 from sdt_datasets.recordings import read_events
 
 TRAIN, TEST = 200, 50
-"""Recordings of each direction."""
+"""Number of recordings of each direction."""
 REAL = Path(__file__).with_name("data") / "davis346_crop.npz"
 DEFAULT = "events_demo"
 
 
 def draw(config: Config) -> Path:
-    """Writes the picture of a finished run and returns its path."""
+    """Write the picture of a finished run and return its path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -63,7 +63,7 @@ def draw(config: Config) -> Path:
 
 
 def _draw_steps(axes: Any, events: np.ndarray, frames: np.ndarray, spikes: np.ndarray) -> None:
-    """One column a time step: the events `[N]`, the frames `[T, 2, H, W]` and the share of spikes `[T, H, W]`."""
+    """One column per time step: the events `[N]`, the frames `[T, 2, H, W]` and the share of spikes `[T, H, W]`."""
     ends = frames.sum((1, 2, 3)).cumsum().astype(int)
     height, width = frames.shape[-2:]
     bright = np.quantile(frames[frames > 0], 0.9)
@@ -81,7 +81,7 @@ def _draw_steps(axes: Any, events: np.ndarray, frames: np.ndarray, spikes: np.nd
 
 
 def prepare(arguments: list[str]) -> list[Config]:
-    """Writes the recordings that are not there yet; the configuration of each run. Raises `ConfigError`."""
+    """Write the recordings that are missing; returns the configuration of each run. Raises `ConfigError`."""
     seeds, rest = take_seeds(arguments)
     config = load_config(rest, default=DEFAULT)
     if config.data.root is not None:
@@ -93,7 +93,7 @@ def prepare(arguments: list[str]) -> list[Config]:
 
 
 def finish(configs: list[Config]) -> None:
-    """The picture of each run. Raises `RunError`."""
+    """Draw the picture of each run. Raises `RunError`."""
     for config in configs:
         try:
             print(f"events, frames and spikes: {draw(config)}", flush=True)

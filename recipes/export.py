@@ -1,12 +1,13 @@
-"""Writes a model for other runtimes, and holds what was written to the model's own answers.
+"""Exports a model for other runtimes, and compares the exported model's answers with the model's own.
 
     python recipes/export.py checkpoint=runs/digits format=onnx
     python recipes/export.py checkpoint=8_384.pth.tar format=pt2 output=sdt_8_384.pt2 model.time_steps=2
 
-`onnx` is for ONNX Runtime and the like, `pt2` is torch.export's program, which torch.export.load reads and
+`onnx` is for ONNX Runtime and similar runtimes, `pt2` is torch.export's program, which torch.export.load reads and
 AOTInductor compiles, `nir` a graph for neuromorphic simulators and chips, which have no attention. Any number of images
-may be given at a time (batch=N: N alone); the number of time steps is fixed. A NIR graph takes one sample, frame by
-frame, as many as come; the mean of its outputs over time is the model's answer. Keys of its own: see the end.
+may be given at a time (with batch=N exactly N); the number of time steps is fixed. A NIR graph takes one sample, frame
+by frame, any number of frames; the mean of its outputs over time is the model's answer. This recipe's own keys: see the
+end.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from sdt_blocks.files import write_atomically
 
 FORMATS = ("onnx", "pt2", "nir")
 CLOSE = 1e-4
-"""What logits of another runtime may differ by, which sums in another order."""
+"""Tolerance for the logits of another runtime, which adds in another order."""
 CHECKED = 8
-"""Images that the model and what was written of it are compared on."""
+"""Number of images on which the model and its export are compared."""
 EXTRA = "pip install 'sdt_blocks[export]'"
 
 
 @dataclass
 class Options:
-    """This recipe's own arguments."""
+    """The keys of this recipe."""
 
     checkpoint: str | None = option(None, "a run folder, a saved model, or a released .pth.tar", path=True)
     format: str = option("onnx", "for ONNX Runtime, for torch.export, or for neuromorphic tools", choices=FORMATS)
@@ -45,7 +46,7 @@ class Options:
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
-    """This recipe's options, and the arguments that `load_config` takes. Raises `ConfigError`."""
+    """This recipe's options, and the arguments for `load_config`. Raises `ConfigError`."""
     options, rest = split_options(Options, arguments)
     if options.checkpoint is None:
         raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar")
@@ -53,7 +54,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
 
 
 def frame_shape(model: Any, config: Config, arguments: Sequence[str]) -> tuple[int, int, int]:
-    """Number, height and width of the frames that a model of events takes: as asked for, else as in its training."""
+    """Number, height and width of the frames for a model of events: as the arguments say, else as in its training."""
     from sdt_datasets.event_data import RELEASED_SIZE
 
     events = config.events
@@ -70,7 +71,7 @@ def frame_shape(model: Any, config: Config, arguments: Sequence[str]) -> tuple[i
 
 
 def example_inputs(model: Any, config: Config, count: int, arguments: Sequence[str]) -> Any:
-    """Images or, for a model of events, frames of the configured size, at random: `[count, ...]`."""
+    """Random images or, for a model of events, random frames of the configured size: `[count, ...]`."""
     import torch
 
     data, generator = config.data, torch.Generator().manual_seed(0)
@@ -78,25 +79,25 @@ def example_inputs(model: Any, config: Config, count: int, arguments: Sequence[s
         steps, height, width = frame_shape(model, config, arguments)
         return (3 * torch.rand(count, steps, 2, height, width, generator=generator)).floor()
     images = torch.rand(count, model.in_channels, data.img_size, data.img_size, generator=generator)
-    # Blurred, as photographs are: noise alone would silence the deeper layers.
+    # Blurred, as photographs are: with noise the deeper layers would be silent.
     images = torch.nn.functional.avg_pool2d(images, 5, stride=1, padding=2)
     low, high = images.amin((-2, -1), keepdim=True), images.amax((-2, -1), keepdim=True)
     return ((images - low) / (high - low) - sum(data.mean) / len(data.mean)) / (sum(data.std) / len(data.std))
 
 
 def write_pt2(model: Any, x: Any, path: Path, *, any_batch: bool) -> Callable[[Any], Any]:
-    """torch.export's program of the model. Returns what answers by the file."""
+    """Write torch.export's program of the model. Returns a function that answers by the file."""
     import torch
 
     shapes = ({0: torch.export.Dim("batch")},) if any_batch else None
-    with torch.no_grad():  # with gradients what a model computes without them is a graph of its own, which is not saved
+    with torch.no_grad():  # with gradients, parts that the model computes without them become graphs that are not saved
         program = torch.export.export(model, (x,), dynamic_shapes=shapes)
     torch.export.save(program, str(path))
     return torch.export.load(str(path)).module()  # type: ignore[no-any-return]
 
 
 def write_onnx(model: Any, x: Any, path: Path, *, any_batch: bool) -> Callable[[Any], Any]:
-    """An ONNX graph with input `x` and output `logits`. Returns what answers by the file."""
+    """Write an ONNX graph with input `x` and output `logits`. Returns a function that answers by the file."""
     import torch
 
     try:
@@ -114,9 +115,9 @@ def write_onnx(model: Any, x: Any, path: Path, *, any_batch: bool) -> Callable[[
 
 
 def write_nir(model: Any, x: Any, path: Path, *, any_batch: bool) -> Callable[[Any], Any]:
-    """A NIR graph, which takes one sample at a time (`any_batch` says nothing). Returns what answers by the file.
+    """Write a NIR graph, which takes one sample at a time, whatever `any_batch`. Returns a function that answers by it.
 
-    Raises `ConfigError` for what NIR cannot hold.
+    Raises `ConfigError` for a model that NIR cannot represent.
     """
     from sdt_blocks.inference import export_to_nir, simulate_nir
     from sdt_blocks.steps import present
@@ -139,7 +140,7 @@ def write_nir(model: Any, x: Any, path: Path, *, any_batch: bool) -> Callable[[A
 
 
 def check(model: Any, answers: Callable[[Any], Any], x: Any) -> str:
-    """A sentence on how near the written model is to the model itself. Raises `RunError` where it is another."""
+    """A sentence on how close the exported model is to the model itself. Raises `RunError` if it differs too much."""
     import torch
 
     with torch.no_grad():
@@ -158,7 +159,7 @@ def check(model: Any, answers: Callable[[Any], Any], x: Any) -> str:
 
 
 def run(options: Options, rest: Sequence[str]) -> str:
-    """Writes the file and says what it is. Raises `ConfigError` or `RunError`."""
+    """Write the file and return a description of it. Raises `ConfigError` or `RunError`."""
     checkpoint = Path(options.checkpoint or "")
     config = load_config(list(rest), default="imagenet_8_384")
     from common.progress import warn
@@ -180,7 +181,7 @@ def run(options: Options, rest: Sequence[str]) -> str:
     said: list[str] = []
 
     def written(draft: str) -> None:
-        """Only what answers as the model does gets its name."""
+        """Give the file its name only if it answers as the model does."""
         said.append(check(model, write(model, x, Path(draft), any_batch=options.batch is None), x))
 
     try:

@@ -1,10 +1,10 @@
-"""Starts a recipe in as many processes as `accelerate launch` would, and adds nothing to what the recipe says.
+"""Starts a recipe in as many processes as `accelerate launch` would, without any output besides the recipe's.
 
     python recipes/launch.py [options of accelerate launch] recipes/NAME.py [key=value ...]
 
-Accelerate does the starting, and torchrun that of several processes on a CPU, of which Accelerate starts one. Its list
-of defaults before and its traceback after an error are left out; the exit code is that of the recipe, or of the first
-process that failed, and a SIGTERM is passed on.
+Accelerate starts the processes, except for several on a CPU, of which it would start only one: these are started by
+torchrun. Its list of defaults before the run and its traceback after an error are left out; the exit code is that of
+the recipe, or of the first process that failed, and a SIGTERM is passed on.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ DEFAULTS = "The following values were not passed to `accelerate launch`"
 
 def main(arguments: Sequence[str]) -> None:
     options = launch_command_parser().parse_args(arguments)
-    options.quiet = False  # it means an exit code of 1, whatever the recipe's
-    # The first line of a run says what the values have come to.
+    options.quiet = False  # otherwise the exit code is 1, whatever the recipe's
+    # The first line of a run shows the resulting values.
     logging.getLogger(launch_command.__module__).addFilter(lambda record: DEFAULTS not in record.getMessage())
     signal.signal(signal.SIGTERM, pass_on)
     signal.signal(signal.SIGINT, wait)
@@ -46,13 +46,13 @@ def main(arguments: Sequence[str]) -> None:
         if ended.returncode < 0:
             say_ended("the recipe", ended.returncode)
         sys.exit(ended.returncode if ended.returncode > 0 else 128 - ended.returncode)
-    except ValueError as error:  # Accelerate's word for options that contradict each other
+    except ValueError as error:  # raised by Accelerate for options that contradict each other
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 def processes_on_cpu(options: argparse.Namespace) -> int:
-    """How many processes the options, or their file, ask for on a CPU; 1 where Accelerate is to start them."""
+    """How many processes the options, or their file, ask for on a CPU; 1 if Accelerate is to start them."""
     try:
         file = load_config_from_file(options.config_file)
     except (OSError, ValueError):
@@ -65,24 +65,24 @@ def processes_on_cpu(options: argparse.Namespace) -> int:
 
 
 def torchrun(processes: int, options: argparse.Namespace) -> None:
-    """Starts the recipe in so many processes and waits for them."""
+    """Start the recipe in this number of processes and wait for them."""
     os.environ["ACCELERATE_USE_CPU"] = "true"
     if options.num_cpu_threads_per_process:
         os.environ["OMP_NUM_THREADS"] = str(options.num_cpu_threads_per_process)
-    logging.disable(logging.ERROR)  # torch's words on processes that end: the recipe has said why, or we do
+    logging.disable(logging.ERROR)  # torch's messages on processes that end: the recipe has said why, or we do
     torch.distributed.run.main(
         ["--standalone", f"--nproc-per-node={processes}", options.training_script, *options.training_script_args]
     )
 
 
 def pass_on(number: int, _: FrameType | None) -> None:
-    """The recipe saves and ends, and the launcher with it."""
+    """Pass the signal on: the recipe saves and ends, and then the launcher."""
     for child in psutil.Process().children():
         child.send_signal(number)
 
 
 def wait(_number: int, _: FrameType | None) -> None:
-    """A terminal sends its Ctrl-C to the recipe as well."""
+    """Only wait: a terminal sends its Ctrl-C to the recipe as well."""
 
 
 if __name__ == "__main__":

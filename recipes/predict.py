@@ -1,14 +1,14 @@
-"""What a model sees in images or event recordings: labels with probabilities.
+"""Classifies images or event recordings: labels with probabilities.
 
     python recipes/predict.py checkpoint=runs/digits IMAGE... [FOLDER...] [top=5] [--json]
     python recipes/predict.py checkpoint=8_512.pth.tar photo.jpg
     python recipes/predict.py checkpoint=runs/gesture recording.aedat4
 
 It takes a run folder, a saved model or a released checkpoint, and files as well as folders, which are searched for
-images (or, where the model takes event frames, for recordings). Each is prepared as in the evaluation of the run. A
-saved model says how its images are prepared, and a released file of 1000 classes takes ImageNet's; for any other, and
-for recordings, config=NAME says it. With `--json` or `json=true` nothing but JSON goes to standard output;
-`data.on_error=skip` leaves out what cannot be read. Keys of its own: see the end.
+images (or for recordings, if the model takes event frames). Each is prepared as in the evaluation of the run. A saved
+model knows how its images are prepared, and a released file with 1000 classes uses ImageNet's preparation; for any
+other, and for recordings, set config=NAME. With `--json` or `json=true` only JSON is written to standard output;
+`data.on_error=skip` leaves out files that cannot be read. This recipe's own keys: see the end.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EVENT_CHANNELS = 2
-"""A model with so many input channels takes event frames."""
+"""A model with this number of input channels takes event frames."""
 
 
 @dataclass
 class Options:
-    """What this recipe adds to the keys of a training run."""
+    """The keys of this recipe, in addition to those of a training run."""
 
     checkpoint: str | None = option(None, "a run folder, a saved model, or a released .pth.tar", path=True)
     top: int = option(5, "how many classes are named, the most probable first", least=1)
@@ -46,9 +46,9 @@ class Options:
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str], list[str]]:
-    """This recipe's options, the files and folders, and the arguments that `load_config` takes. Raises `ConfigError`.
+    """This recipe's options, the files and folders, and the arguments for `load_config`. Raises `ConfigError`.
 
-    What reads `key=value` and names no file is a setting, all else is an input.
+    An argument `key=value` that names no file is a setting, all others are inputs.
     """
     names = {item.name for item in fields(Options)}
     own, inputs, rest = [], [], []
@@ -100,7 +100,7 @@ class Listed:
 
 
 def find_files(inputs: Sequence[str], *, events: bool) -> list[str]:
-    """The files named, and those of the folders named, in order. Raises `ConfigError` where one holds none."""
+    """The named files, and those in the named folders, in order. Raises `ConfigError` if a folder has none."""
     from common.progress import warn
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -126,7 +126,7 @@ def find_files(inputs: Sequence[str], *, events: bool) -> list[str]:
 
 
 def build_dataset(files: Sequence[str], model: Any, config: Config) -> Any:
-    """The files, prepared as the evaluation of the configuration prepares them. Raises `ValueError`."""
+    """The files, prepared as in the evaluation of the configuration. Raises `ValueError`."""
     data, events = config.data, config.events
     if model.in_channels != EVENT_CHANNELS:
         from sdt_datasets.image_transforms import build_evaluation
@@ -161,9 +161,9 @@ def build_dataset(files: Sequence[str], model: Any, config: Config) -> Any:
 
 
 def load_for(options: Options, rest: Sequence[str], config: Config) -> tuple[Any, Config]:
-    """The model, overridden as asked, and the configuration of its data.
+    """The model, overridden by the arguments, and the configuration of its data.
 
-    Raises `ConfigError` where nothing says how the data were prepared.
+    Raises `ConfigError` if it is not known how the data were prepared.
     """
     model, config = load(Path(options.checkpoint or ""), config, rest, averaged=options.ema)
     said = any(argument.startswith("config=") for argument in rest)
@@ -178,7 +178,7 @@ def load_for(options: Options, rest: Sequence[str], config: Config) -> tuple[Any
 def predict(model: Any, dataset: Any, config: Config, device: Any) -> dict[int, Tensor]:
     """The probabilities `[K]` of the samples that could be read, by index. Raises `RunError`.
 
-    They add up to 1 but for a model trained with binary cross entropy (train.loss=bce), which judges each class alone.
+    They sum to 1 except for a model trained with binary cross entropy (train.loss=bce), which judges each class alone.
     """
     import torch
     from common.loading import ShardBatches, build_loader, closing, fetch
@@ -200,7 +200,7 @@ def predict(model: Any, dataset: Any, config: Config, device: Any) -> dict[int, 
 
 
 def best(answer: Tensor, names: Sequence[str], top: int) -> list[dict[str, Any]]:
-    """The most probable classes, the first first."""
+    """The most probable classes, in descending order."""
     from sdt_blocks.models.card import words_of
 
     values, indices = answer.topk(min(top, len(names)))
@@ -212,7 +212,7 @@ def best(answer: Tensor, names: Sequence[str], top: int) -> list[dict[str, Any]]
 
 
 def as_table(found: Sequence[dict[str, Any]]) -> str:
-    """A line a file: its name, then the classes with their probabilities in percent."""
+    """One line per file: its name, then the classes with their probabilities in percent."""
     rows = [
         [one["file"], *(f"{100 * p['probability']:5.1f} %  {p['label']}" for p in one["predictions"])] for one in found
     ]
@@ -250,7 +250,7 @@ def run(options: Options, inputs: Sequence[str], rest: Sequence[str]) -> list[di
 
 
 class Spikes:
-    """Whether any neuron of a model has fired since."""
+    """Records whether any neuron of a model has fired."""
 
     def __init__(self, model: Any) -> None:
         from sdt_blocks.neuron import find_neurons

@@ -1,4 +1,4 @@
-"""The run folder, for scripts of one's own: `from run_state import open_folder`."""
+"""The run folder, for your own scripts: `from run_state import open_folder`."""
 
 from common.run_state import Position, open_folder, save_checkpoint
 

@@ -7,10 +7,10 @@
     sdt analyze checkpoint=PATH ...            firing rates, energy, what multiplies, on one page
     sdt export checkpoint=PATH format=onnx     for other runtimes
     sdt compare RUN...                         runs side by side; compare_models, compare_families: models
-    sdt energy_table ...                       the energy column of the paper; and what else recipes/README.md tells of
+    sdt energy_table ...                       the energy column of the paper; more commands in recipes/README.md
     sdt configs [NAME]                         the configurations by name, or one of them
 
-`sdt COMMAND --help`, and `sdt train NAME --help`, tell the keys.
+`sdt COMMAND --help`, and `sdt train NAME --help`, list the keys.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ OTHERS = tuple(
     for path in sorted(FOLDER.glob("*.py"))
     if path.stem not in (*TRAINING, "sdt", "launch", "config", "run_state")
 )
-"""Those that train nothing, or more than one model."""
+"""Configurations that train nothing, or more than one model."""
 EXTRAS = {"tonic": "events", "aedat": "events", "datasets": "data", "mlxtend": "data", "webdataset": "data"}
-"""The extra that a package comes with; what is not named here comes with `recipes`."""
+"""The extra that installs each package; packages that are not listed come with `recipes`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the recipe that the command line names. Exit codes are the recipe's, and 2 for a command that is unknown."""
+    """Run the recipe that the command line names. Exit codes are the recipe's, and 2 for an unknown command."""
     command, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
     try:
         start(command, rest)
-    except KeyboardInterrupt:  # amid the imports of a recipe, which says itself what a Ctrl-C has stopped
+    except KeyboardInterrupt:  # during the imports of a recipe, which reports a Ctrl-C itself later
         print("stopped", file=sys.stderr)
         sys.exit(130)
 
 
 def start(command: str, rest: Sequence[str]) -> None:
-    """Runs the recipe that `command` names, or lists what there is."""
+    """Run the recipe that `command` names, or list the commands or configurations."""
     if command in ("-h", "--help", "help"):
         print(__doc__)
     elif command == "configs":
@@ -58,7 +58,7 @@ def start(command: str, rest: Sequence[str]) -> None:
 
 
 def train(arguments: Sequence[str]) -> None:
-    """The recipe that the first name among the arguments says; what stands before it is accelerate's."""
+    """Run the recipe given by the first name among the arguments; the arguments before it are accelerate's."""
     place = next((i for i, word in enumerate(arguments) if word in TRAINING), None)
     first = arguments[0] if arguments else ""
     if place is None and {"-h", "--help"} & set(arguments):
@@ -77,7 +77,7 @@ def train(arguments: Sequence[str]) -> None:
 
 
 def run(name: str, arguments: Sequence[str]) -> None:
-    """Runs a script of this folder as Python would."""
+    """Run a script of this folder as Python would."""
     path = str(FOLDER / f"{name}.py")
     if sys.path[0] != str(FOLDER):
         sys.path.insert(0, str(FOLDER))
@@ -93,7 +93,7 @@ def run(name: str, arguments: Sequence[str]) -> None:
 
 
 def show_configs(names: Sequence[str]) -> None:
-    """Lists the configurations, each with the command that runs it, or prints those that are named."""
+    """List the configurations, each with the command that runs it, or print the named ones."""
     if {"-h", "--help"} & set(names):
         print(__doc__)
         return
@@ -109,13 +109,13 @@ def show_configs(names: Sequence[str]) -> None:
 
 
 def near(word: str, known: Sequence[str] | dict[str, Path]) -> str:
-    """The nearest known words, or all of them."""
+    """The most similar known words, or all of them."""
     close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.5)
     return f"; did you mean {' or '.join(close)}?" if close else f"; known: {', '.join(known)}"
 
 
 def fail(message: str) -> None:
-    """Ends the process as a recipe does that cannot do what it was asked for."""
+    """End the process as a recipe does that cannot do what it was asked."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 

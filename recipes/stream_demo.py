@@ -1,13 +1,13 @@
-"""Plays an event recording to a model as a camera would: frames as events come, one answer after the other, live.
+"""Plays an event recording to a model as a camera would: frames are filled as events come, with a live answer to each.
 
     accelerate launch recipes/events_demo.py
     python recipes/stream_demo.py checkpoint=runs/events_demo [recording=FILE]
 
-The model keeps its membranes from frame to frame (`sdt_blocks.Stream`), so that each answer is that of all frames up
-to there, at the cost of one. A terminal shows rate, latency of a frame, the probabilities, and the label over time;
-without one, or with live=false, a line a frame is printed. A frame holds so many events (by default as many as it would
-if the recording were cut into the time steps of the training), or those of so many milliseconds (frame_ms). The keys
-stand at the end of --help; all others are those of a training run.
+The model keeps its membranes from frame to frame (`sdt_blocks.Stream`), so that each answer is that for all frames so
+far, at the cost of one. A terminal shows rate, latency of a frame, the probabilities, and the label over time; without
+one, or with live=false, one line per frame is printed. A frame has a fixed number of events (by default as many as if
+the recording were cut into the time steps of the training), or those of a number of milliseconds (frame_ms). The keys
+are at the end of --help; all others are those of a training run.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ RECORDING = Path(__file__).with_name("data") / "davis346_crop.npz"
 """A crop of a DAVIS346 camera's recording, and its sensor's size."""
 SENSOR = (128, 128)
 REMEMBERED, LISTED = 60, 8
-"""Labels of the past that are shown, and classes with their probabilities."""
+"""Number of past labels that are shown, and of classes with their probabilities."""
 
 
 @dataclass
 class Options:
-    """What this recipe adds to the keys of a training run."""
+    """The keys of this recipe, in addition to those of a training run."""
 
     checkpoint: str | None = option(None, "a run folder or a saved model that takes event frames", path=True)
     recording: str | None = option(
@@ -57,7 +57,7 @@ class Options:
 
 @dataclass
 class Played:
-    """What has been seen so far: frames, milliseconds that each took, and the labels."""
+    """The playback so far: number of frames, milliseconds that each took, and the labels."""
 
     frames: int = 0
     seconds: float = 0.0
@@ -67,12 +67,12 @@ class Played:
 
     @property
     def rate(self) -> float:
-        """Frames a second, of the playback."""
+        """Frames per second of the playback."""
         return self.frames / self.seconds if self.seconds else 0.0
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
-    """This recipe's options, and the arguments that `load_config` takes. Raises `ConfigError`."""
+    """This recipe's options, and the arguments for `load_config`. Raises `ConfigError`."""
     options, rest = split_options(Options, arguments)
     if options.checkpoint is None:
         raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, such as runs/events_demo")
@@ -102,7 +102,7 @@ def read_recording(options: Options, config: Any) -> tuple[Any, tuple[int, int]]
 
 
 def build_stream(model: Any, events: Any, sensor: tuple[int, int], options: Options, config: Any) -> Any:
-    """The stream that takes raw events, once it has run: what is built or measured then is no latency.
+    """A stream that takes raw events, after a first run, so that building and measuring do not count as latency.
 
     Raises `ConfigError`.
     """
@@ -135,20 +135,20 @@ def build_stream(model: Any, events: Any, sensor: tuple[int, int], options: Opti
 
 
 def pieces(events: Any, milliseconds: float) -> Iterator[tuple[float, Any]]:
-    """The events in pieces of so many milliseconds, each with the second at which it has come."""
+    """The events in pieces of this length, each with the second at which it is complete."""
     import numpy as np
 
     times = (events["t"] - events["t"][0]).astype(np.float64) / 1e6
     ends = np.arange(1, int(times[-1] / (milliseconds / 1000)) + 2) * milliseconds / 1000
     start, stops = 0, np.searchsorted(times, ends)
-    stops[-1] = len(events)  # whatever rounding makes of a last event at the end of a piece
+    stops[-1] = len(events)  # however rounding places a last event at the end of a piece
     for end, stop in zip(ends, stops, strict=True):
         yield float(end), events[start:stop]
         start = stop
 
 
 def play(stream: Any, events: Any, names: Sequence[str], options: Options) -> Iterator[Played]:
-    """Gives the playback as it stands after each piece that finished a frame."""
+    """Yield the playback after each piece that finished a frame."""
     played, begun = Played(), time.perf_counter()
     for end, part in pieces(events, options.chunk_ms):
         if options.speed:
@@ -203,7 +203,7 @@ COLORS = ("cyan", "magenta", "yellow", "green", "red", "blue")
 
 
 def show(playing: Iterator[Played], names: Sequence[str], title: str, console: Console, *, live: bool) -> Played | None:
-    """Shows the playback until its end and gives the last of it; None where no frame was finished."""
+    """Show the playback until its end and return its last state; None if no frame was finished."""
     played = None
     if not (live and console.is_terminal):
         for played in playing:

@@ -1,1 +1,1 @@
-"""What the recipes share: configuration, data loading, the training loop, the run folder."""
+"""Code that the recipes share: configuration, data loading, the training loop, the run folder."""

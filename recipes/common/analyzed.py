@@ -1,4 +1,4 @@
-"""The analysis in a run folder, and whether it is of weights that the run still has."""
+"""The analysis in a run folder, and whether it was made of the weights that the run has now."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ ANALYSIS, ENERGY, ANALYZED = "analysis", "energy.json", "analyzed.json"
 
 
 def note_analyzed(folder: Path, weights: Path) -> None:
-    """Writes into the folder of an analysis of which weights it is."""
+    """Write into the folder of an analysis which weights it was made of."""
     text = json.dumps({"weights_sha256": sha256(weights)}) + "\n"
     write_atomically(folder / ANALYZED, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
 
 def energy_of(run: Path) -> tuple[dict[str, Any], str]:
-    """The run's analysis/energy.json, and a sentence where it is of weights that the run has no more.
+    """The run's analysis/energy.json, and a sentence if it was made of weights that the run no longer has.
 
-    Empty where there is none. Raises `ValueError` for a damaged file.
+    Empty if there is none. Raises `ValueError` for a damaged file.
     """
     folder = run / ANALYSIS
     analyzed = read_mapping(folder / ANALYZED).get("weights_sha256")
@@ -34,7 +34,7 @@ def energy_of(run: Path) -> tuple[dict[str, Any], str]:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; empty where there is no file. Raises `ValueError`."""
+    """The content of a JSON file; empty if there is no file. Raises `ValueError`."""
     if not path.is_file():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""`best/` of a run folder, and whether it still holds the model whose accuracy the run counts as its best."""
+"""`best/` of a run folder, and whether it still has the model whose accuracy the run counts as its best."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ BEST = "best"
 
 
 def restore_best(folder: Path, checkpoint: Path, position: Position) -> None:
-    """Makes `best/` the model that `position` speaks of, where a run goes on from a checkpoint.
+    """Make `best/` the model that `position` refers to, when a run continues from a checkpoint.
 
-    It is another one, or none, where the run goes back behind the epoch of its best, goes on in a new folder, or was
-    killed before the checkpoint that knows of a better one. The right one is then taken from the run that wrote the
-    checkpoint or from a checkpoint of that epoch. Where neither has it, a warning says so, and the model of the
-    checkpoint is the best, if it was evaluated, until a better one comes.
+    The folder has another model, or none, if the run goes back to before the epoch of its best, continues in a new
+    folder, or was killed before the checkpoint that knows of a better one. The right one is then taken from the run
+    that wrote the checkpoint or from a checkpoint of that epoch. If neither has it, a warning says so, and the model of
+    the checkpoint, if it was evaluated, is the best until a better one comes.
     """
     if not position.best_sha256 or _has(folder / BEST, position.best_sha256):
         return
@@ -58,7 +58,7 @@ def _find(digest: str, checkpoint: Path, folder: Path) -> Path | None:
 
 
 def _listed(checkpoint: Path, place: Path) -> str | None:
-    """The digest of a model's weights in the manifest of a checkpoint; None where that says nothing of it."""
+    """The digest of a model's weights in the manifest of a checkpoint; None if the manifest does not list it."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         written: str = manifest[(place / WEIGHTS).relative_to(checkpoint).as_posix()]["sha256"]

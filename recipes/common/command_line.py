@@ -1,4 +1,4 @@
-"""How every recipe starts and ends: arguments in, one-paragraph errors and conventional exit codes out."""
+"""How every recipe starts and ends: it reads arguments, and reports errors in a paragraph with usual exit codes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .cpu_processes import has_lost_another, join_processes
 from .options import own_help
 
 INTERRUPTED = "stopped: the same command goes on from the last checkpoint, or begins where there is none"
-"""What a Ctrl-C says before training begins and after it has ended; within, the run says itself how far it is."""
+"""The message for a Ctrl-C before training begins and after it has ended; in between, the run reports its progress."""
 
 LOST = "another process has ended or is out of reach; the same command goes on, in training from the last checkpoint"
 
 
 def main(default: str) -> None:
-    """Trains with the configuration of the command line, on top of the named one.
+    """Train with the configuration of the command line, on top of the default one.
 
     Exit codes: 0 done, 1 the run failed, 2 the configuration or the data is unfit, 128 + N stopped by signal N.
     """
@@ -47,7 +47,7 @@ def main(default: str) -> None:
             print(to_yaml(configs[0]), end="")
             return
         join_processes()
-        # Imported late: what is wrong with the arguments is said within a moment.
+        # Imported late, so that errors in the arguments are reported at once.
         from .engine import train
         from .set_up import set_up
 
@@ -74,15 +74,15 @@ def take_seeds(arguments: list[str]) -> tuple[list[tuple[str, ...]], list[str]]:
 
 
 def run_name(seed: str) -> str:
-    """The folder, in `output_dir`, of the run with what `take_seeds` has added: `seed_0` of `seed=0`."""
+    """The folder, in `output_dir`, of the run with an addition of `take_seeds`: `seed_0` for `seed=0`."""
     return seed.replace("=", "_")
 
 
 def command(script: Callable[[list[str]], None], *, default: str | None = None, options: type | None = None) -> None:
-    """Any recipe but training: calls it with the arguments, or for `--help` prints what it says of itself.
+    """Run any recipe except training: call it with the arguments, or print its description for `--help`.
 
-    `default` names the configuration whose keys it takes, but for those of training alone, `options` the dataclass of
-    its own keys. Exit codes as above.
+    `default` names the configuration whose keys it takes, except those that only concern training; `options` is the
+    dataclass of its own keys. Exit codes as in `main`.
     """
     arguments = sys.argv[1:]
     with short_errors():
@@ -96,7 +96,7 @@ def command(script: Callable[[list[str]], None], *, default: str | None = None, 
 def print_help(
     arguments: list[str], default: str | None, options: type | None = None, *, training: bool = False
 ) -> bool:
-    """Prints what the recipe says of itself and every key with its meaning, where `--help` is asked for."""
+    """If `--help` is among the arguments, print the recipe's description and every key with its meaning."""
     wanted = bool({"-h", "--help"} & set(arguments))
     if wanted:
         print_anything()
@@ -110,9 +110,9 @@ def print_help(
 
 
 def fitted(text: str, width: int) -> str:
-    """The paragraphs of a text within the width of a terminal, an indented line for itself; 0 leaves all as it is.
+    """A text wrapped to the width of a terminal, paragraph by paragraph, indented lines separately; 0 wraps nothing.
 
-    So a file, or a reader such as grep, has a key with all that is said of it in one line.
+    A file, or a reader such as grep, then has a key and its whole description in one line.
     """
     if width < 20 or max(map(len, text.splitlines()), default=0) <= width:
         return text
@@ -129,17 +129,17 @@ def fitted(text: str, width: int) -> str:
 
 
 def print_anything() -> None:
-    """Lets the output show what its encoding lacks as `\\u...`: a file's is not UTF-8 on Windows."""
+    """Let the output show characters that its encoding lacks as `\\u...`: files are not UTF-8 on Windows."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
 def short_errors(interrupted: str = "stopped") -> Iterator[None]:
-    """Ends the process with the message and the exit code of a `ConfigError` (2) or a `RunError` (1).
+    """End the process with the message and the exit code of a `ConfigError` (2) or a `RunError` (1).
 
-    `interrupted` is what Ctrl-C says where nothing else hears it. A reader of the output that has gone is no traceback
-    either, nor is a character that the output cannot show. What all processes say alike, the first one says.
+    `interrupted` is the message for a Ctrl-C that nothing else handles. There is no traceback either if the output is
+    closed by its reader or cannot show a character. Messages that all processes share are printed by the first one.
     """
     print_anything()
     tell = logging.StreamHandler(sys.stderr)  # what is printed may be JSON
@@ -157,19 +157,19 @@ def short_errors(interrupted: str = "stopped") -> Iterator[None]:
             print(interrupted, file=sys.stderr, flush=True)
         sys.exit(130)
     except BrokenPipeError:
-        # Whoever read the output has gone, as `| head` does; Python would write the rest of it once more at the end.
+        # The reader of the output has closed it, as `| head` does; Python would write the rest again at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print("stopped: nobody reads the output any more; the same command goes on", file=sys.stderr, flush=True)
         sys.exit(128 + getattr(signal, "SIGPIPE", 13))  # which Windows does not name
     except (ConfigError, RunError) as error:
-        # All processes refuse a configuration alike; one of them says so. A run may fail on any.
+        # All processes refuse a configuration in the same way; one of them reports it. A run may fail on any.
         if isinstance(error, RunError) or first:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except RuntimeError as error:
         if not has_lost_another(error):
             raise
-        # The first two say it: one of them may be what is gone.
+        # The first two report it: one of them may be the lost one.
         if os.environ.get("LOCAL_RANK", "0") in ("0", "1"):
             print(f"error: {LOST} ({one_paragraph(error)[-120:]})", file=sys.stderr, flush=True)
         sys.exit(1)
@@ -179,9 +179,9 @@ def short_errors(interrupted: str = "stopped") -> Iterator[None]:
 
 @contextmanager
 def short_warnings(*, first: bool) -> Iterator[None]:
-    """Has Python's warnings for users as `warning: ...`, once each, without the line of code that they come from.
+    """Print Python's user warnings as `warning: ...`, once each, without the line of code that they come from.
 
-    Processes but the `first` tell those alone that each has for itself.
+    Processes other than the `first` print only warnings that differ between processes.
     """
     said, as_python = set(), warnings.showwarning
 

@@ -2,7 +2,7 @@
 
     config = load_config(["config=cifar10_2_256", "optim.lr=1e-3"], default="digits")
 
-The keys stand in `schema.py`; `--help` of any recipe prints the same list.
+The keys are in `schema.py`; `--help` of any recipe prints the same list.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 class ConfigError(ValueError):
-    """What the user asked for cannot be done; the message is one paragraph that says why and what would work."""
+    """The user's request cannot be fulfilled; the message is one paragraph that says why and what would work."""
 
     def __init__(self, message: str) -> None:
         super().__init__(one_paragraph(message))
 
 
 class RunError(RuntimeError):
-    """A run cannot go on; the message is one paragraph that says why and what is safe."""
+    """A run cannot continue; the message is one paragraph that says why and what is safe."""
 
     def __init__(self, message: str) -> None:
         super().__init__(one_paragraph(message))
 
 
 def cannot_write(folder: Path, error: Exception) -> ConfigError:
-    """What is said of an output folder where no files can be written."""
+    """The error for an output folder where no files can be written."""
     return ConfigError(
         f"output_dir={folder}: no files can be written there ({error}); make room or allow it, or choose another "
         f"output_dir"
@@ -52,7 +52,7 @@ def load_config(arguments: Sequence[str], *, default: str) -> Config:
     """The configuration of a command line.
 
     `config=NAME` (a file of recipes/configs) or `config=FILE.yaml` replaces the recipe's `default`; any `key=value`
-    overrides what it says. Raises `ConfigError`.
+    overrides a value of it. Raises `ConfigError`.
     """
     overrides: list[tuple[str, str]] = []
     source = default
@@ -79,7 +79,7 @@ def load_config(arguments: Sequence[str], *, default: str) -> Config:
 
 
 def changed(config: Config, values: Mapping[str, Any]) -> Config:
-    """The configuration with other values, by dotted key."""
+    """The configuration with some values replaced, by dotted key."""
     sections: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         section, _, name = key.rpartition(".")
@@ -106,7 +106,7 @@ def _find(source: str) -> Path:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds. Raises `ConfigError`."""
+    """The mapping in a YAML file. Raises `ConfigError`."""
     try:
         content = read_yaml(path.read_bytes())
     except (yaml.YAMLError, OSError, ValueError) as error:
@@ -136,7 +136,7 @@ def _leaves(content: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any
 
 
 def _lookup(key: str) -> Any:
-    """The type of a dotted key. Raises `ConfigError` that lists the valid ones."""
+    """The type of a dotted key. Raises a `ConfigError` that lists the valid ones."""
     kind: Any = Config
     *sections, last = key.split(".")
     for depth, part in enumerate([*sections, last]):
@@ -152,7 +152,7 @@ def _lookup(key: str) -> Any:
 
 
 def _converted(key: str, value: Any) -> Any:
-    """A value as the type of its key. Raises `ConfigError`."""
+    """A value converted to the type of its key. Raises `ConfigError`."""
     if key.partition(".")[0] == "derived":
         raise ConfigError(f"{key} is computed and cannot be set; set optim.lr, train.batch_size or train.epochs")
     kind = _lookup(key)
@@ -183,7 +183,7 @@ def _walk(kind: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
 
 
 def validate(config: Config) -> None:
-    """Checks each value against its bounds and the values against each other. Raises `ConfigError`."""
+    """Check each value against its bounds, and the values against each other. Raises `ConfigError`."""
     for key, _, item in _walk(Config):
         value = _get(config, key)
         for single in value if isinstance(value, list) else [value]:
@@ -233,9 +233,9 @@ def validate(config: Config) -> None:
 
 
 def check_meant(config: Config, arguments: Sequence[str]) -> None:
-    """Raises `ConfigError` for an argument that the data of the configuration has no use for.
+    """Raise `ConfigError` for an argument that does not apply to the data of the configuration.
 
-    A file may hold such keys: that of a run has all there are.
+    A file may contain such keys: a run's file has all keys.
     """
     of_images = {key for key, _, item in _walk(Config) if item.metadata.get("images")}
     for key in (argument.partition("=")[0] for argument in arguments):
@@ -246,13 +246,13 @@ def check_meant(config: Config, arguments: Sequence[str]) -> None:
 
 
 def of_training(key: str, metadata: Mapping[str, Any]) -> bool:
-    """Whether a key changes how a model is trained, and nothing of what is asked of a trained one."""
+    """Whether a key only changes how a model is trained, and nothing that can be asked of a trained one."""
     said: bool = metadata.get("training", key.startswith(("optim.", "train.")))
     return said
 
 
 def check_of_use(arguments: Sequence[str], own: Sequence[str]) -> None:
-    """Raises `ConfigError` for an argument that says how to train, but for the recipe's `own`."""
+    """Raise `ConfigError` for an argument that only concerns training, except the recipe's `own`."""
     useless = {key for key, _, item in _walk(Config) if of_training(key, item.metadata)}.difference(own)
     for key in (argument.partition("=")[0] for argument in arguments):
         if key in useless:
@@ -260,7 +260,7 @@ def check_of_use(arguments: Sequence[str], own: Sequence[str]) -> None:
 
 
 def model_keywords(config: Config) -> dict[str, Any]:
-    """What the configuration sets of the model's keywords, the neuron with its options. Raises `ConfigError`."""
+    """The model's keywords that the configuration sets, the neuron with its options. Raises `ConfigError`."""
     options = {key: value for key, value in dataclasses.asdict(config.model).items() if value is not None}
     name = options.pop("name")
     neuron = {key: value for key, value in dataclasses.asdict(config.neuron).items() if value is not None}
@@ -290,7 +290,7 @@ def _get(config: Any, key: str) -> Any:
 
 
 def check_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` for a value that an `option` does not allow."""
+    """Raise `ConfigError` for a value that an `option` does not allow."""
     if value is None:
         return
     choices = bounds.get("choices")
@@ -317,8 +317,8 @@ def _shortest(bound: float) -> str:
     return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
-# What a resumed run may change: it moves, watches, ends or divides the run. `run_state.tell_changes` warns of what
-# changes batch statistics or rounding.
+# Keys that may change when a run is resumed: they move, watch, end or divide it. `run_state.tell_changes` warns of
+# those that change batch statistics or rounding.
 _FREE = {
     "data.root", "data.workers", "data.download", "data.on_error", "data.test_samples", "data.crop_pct", "events.cache",
     "train.batch_size", "train.accumulate", "train.max_steps", "train.init_checkpoint", "train.skip_nonfinite",
@@ -340,7 +340,7 @@ def trajectory(config: Config) -> dict[str, Any]:
 def help_text(default: str, *, training: bool) -> str:
     """Every key with its meaning and its value in the configuration `default`, for `--help`.
 
-    Without `training`, those that a trained model has no use for are left out.
+    Without `training`, keys that do not matter for a trained model are left out.
     """
     lines = [
         f"config=NAME takes another file of recipes/configs, config=FILE.yaml any file. The keys, with their values in "
@@ -354,7 +354,7 @@ def help_text(default: str, *, training: bool) -> str:
 
 
 def help_line(key: str, value: Any, metadata: Mapping[str, Any]) -> str:
-    """One key of `--help`: its value as it would be typed, its meaning, and what it may be."""
+    """One key of `--help`: its value as it would be typed, its meaning, and its allowed values."""
     choices = f" ({', '.join(metadata['choices'])})" if "choices" in metadata else ""
     return f"  {key}={typed(value)}: {metadata['help']}{choices}"
 
@@ -366,11 +366,11 @@ def typed(value: Any) -> str:
 
 
 def to_yaml(config: Config, derived: Derived | None = None) -> str:
-    """The whole tree as YAML, with what is derived from it; `load_config` reads it again, but for the latter."""
+    """The whole tree as YAML, with the values derived from it, which `load_config` ignores when it reads the text."""
     content = dataclasses.asdict(config) | ({} if derived is None else {"derived": dataclasses.asdict(derived)})
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def one_paragraph(error: object) -> str:
-    """The message of an error without its line breaks."""
+    """The message of an error without line breaks."""
     return " ".join(str(error).split())

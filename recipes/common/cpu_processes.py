@@ -16,16 +16,16 @@ _RANKED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZ
 
 
 def join_processes() -> None:
-    """Has the CPU processes that torchrun has started know of each other: Accelerate asks for its own word for that.
+    """Make the CPU processes that torchrun has started known to each other, in the way that Accelerate expects.
 
-    Raises `ConfigError` where Accelerate was asked for several and has started this one alone: it leaves them to MPI
+    Raises `ConfigError` if Accelerate was asked for several and has started only this one: it leaves them to MPI
     (https://github.com/huggingface/accelerate/issues/2741).
     """
     if os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true" and torch.accelerator.is_available():
         return
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    # Accelerate sets the port where it was asked for more than one process, and a rank where it started them itself.
+    # Accelerate sets the port if it was asked for more than one process, and a rank if it started them itself.
     launched = "MASTER_PORT" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
     if launched and not any(name in os.environ for name in _RANKED):
         script = sys.argv[0]
@@ -38,7 +38,7 @@ def join_processes() -> None:
 
 @contextmanager
 def exit_as_processes() -> Iterator[None]:
-    """Ends this process as those ended that torch's launcher started within: with a signal, or as the first failed."""
+    """End this process as the processes ended that torch's launcher started: by the signal, or as the first failed."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -47,7 +47,7 @@ def exit_as_processes() -> Iterator[None]:
     except SignalException as stop:
         sys.exit(128 + stop.sigval)
     except ChildFailedError as error:
-        # Those that lost one that was killed fail as well, or are ended by the launcher's SIGTERM.
+        # If a process is killed, those that lose it fail as well, or are ended by the launcher's SIGTERM.
         by_rank = sorted((rank, failure.exitcode) for rank, failure in error.failures.items())
         killed = [(rank, code) for rank, code in by_rank if code < 0 and code != -signal.SIGTERM]
         first, failure = error.get_first_failure()
@@ -57,7 +57,7 @@ def exit_as_processes() -> Iterator[None]:
 
 
 def say_ended(what: str, code: int) -> None:
-    """A line on a process that ended with this code, negative for a signal; one of code 2 has said why itself."""
+    """Print how a process ended, by its exit code, negative for a signal; one with code 2 has said why itself."""
     if code < 0:
         memory = ", as where memory runs out" if -code == getattr(signal, "SIGKILL", 9) else ""
         ended = (
@@ -69,17 +69,17 @@ def say_ended(what: str, code: int) -> None:
 
 
 def has_lost_another(error: RuntimeError) -> bool:
-    """Whether an operation over several processes failed since one of them has ended or is out of reach."""
+    """Whether an operation over several processes failed because one of them has ended or is out of reach."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def use_cores(*, processes: int, on_cpu: bool, loaders: int, threads: int | None) -> int:
-    """Shares the cores of a machine among its training processes, and on a CPU between arithmetic and loading.
+    """Share the cores of a machine among its training processes, and on a CPU between arithmetic and loading.
 
-    Sets the threads of this process and returns how many loader processes it may have, at most `loaders`. `threads`,
-    or else an OMP_NUM_THREADS above 1 (1 is what the launcher sets by itself), decides where given.
+    Sets the threads of this process and returns how many loader processes it may have, at most `loaders`. If given,
+    `threads` decides, or else an OMP_NUM_THREADS above 1 (1 is what the launcher sets by itself).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(1, cores // processes)

@@ -1,4 +1,4 @@
-"""The teacher of a second head: any image model of timm, which sees the images that the student sees."""
+"""The teacher of a second head: any image model of timm, which sees the same images as the student."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Teacher:
 def build_teacher(config: Config, accelerator: Accelerator, sample: Tensor, num_classes: int) -> Teacher | None:
     """The teacher that `train.teacher` names, or None.
 
-    Raises `ConfigError` where timm does not know it, its weights cannot be had, or it does not fit the data: the number
+    Raises `ConfigError` if timm does not know it, its weights cannot be loaded, or it does not fit the data: the number
     of classes, the size, or the mean and standard deviation that it was trained with.
     """
     name = config.train.teacher
@@ -61,7 +61,7 @@ def build_teacher(config: Config, accelerator: Accelerator, sample: Tensor, num_
 
 
 def fill(model: nn.Module, path: Path) -> None:
-    """Loads a safetensors file, or a torch file of tensors alone, into the model. Raises `ConfigError`."""
+    """Load a safetensors file, or a torch file with only tensors, into the model. Raises `ConfigError`."""
     try:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
@@ -77,7 +77,7 @@ def fill(model: nn.Module, path: Path) -> None:
 
 
 def check_fit(name: str, model: Any, config: Config, num_classes: int) -> None:
-    """Raises `ConfigError` where the teacher was trained for other classes or other images."""
+    """Raise `ConfigError` if the teacher was trained for other classes or other images."""
     if model.num_classes != num_classes:
         raise ConfigError(
             f"train.teacher={name} knows {model.num_classes} classes, the data has {num_classes}; give weights of "

@@ -1,4 +1,4 @@
-"""The training loop of every recipe: update by update, evaluate at each epoch's end, save, sum up."""
+"""The training loop of every recipe: train by updates, evaluate at the end of each epoch, save, summarize."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ from .stop_request import StopRequest
 from .update import Clock, learning_rate_at, update
 
 ANALYZED = 256
-"""Samples of each process that `analyze=true` looks at."""
+"""Samples of each process that `analyze=true` uses."""
 
 
 @dataclass
 class Run:
-    """All that the loop works with; `set_up.set_up` makes it."""
+    """Everything that the loop works with; made by `set_up.set_up`."""
 
     config: Config
     derived: Derived
@@ -58,7 +58,7 @@ class Run:
     ema: Any
     optimizer: Any
     loss: Callable[[Any, Any], Tensor]
-    """Of logits and targets; with a teacher of both heads' logits, and of targets and the teacher's logits."""
+    """Takes logits and targets; with a teacher, the logits of both heads, targets and the teacher's logits."""
     teacher: Teacher | None
     mixer: BatchMixer | None
     batches: EpochBatches
@@ -67,15 +67,15 @@ class Run:
     position: Position
     display: Display
     lock: RunLock | None = None
-    """The right to write into the folder, on the first process."""
+    """The right to write into the folder, held by the first process."""
     stop: StopRequest = field(default_factory=StopRequest)
     stopping: bool = False
-    """Some process was asked to stop: all of them know, and stop at this step."""
+    """Whether a process was asked to stop: all of them know, and stop at this step."""
     started: float = field(default_factory=time.monotonic)
 
     @property
     def epoch(self) -> int:
-        """The epoch under way, from 0."""
+        """The current epoch, from 0."""
         return self.position.closed // self.batches.updates
 
     @property
@@ -84,9 +84,9 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Trains from the run's position to its end and sums up.
+    """Train from the run's position to its end and write the summary.
 
-    Raises `RunError` where it cannot go on; exits with 128 + N where signal N asked for a stop, after saving.
+    Raises `RunError` if it cannot continue; exits with 128 + N after saving if signal N asked for a stop.
     """
     try:
         train_to_the_end(run)
@@ -97,7 +97,7 @@ def train(run: Run) -> None:
 
 
 def train_to_the_end(run: Run) -> None:
-    """`train`, but for the loaders' processes, which it leaves running."""
+    """`train`, except that it leaves the loaders' processes running."""
     total = run.derived.total_steps
     if run.position.closed >= total:
         run.display.say("the run is complete; nothing is left to train")
@@ -124,7 +124,7 @@ def train_to_the_end(run: Run) -> None:
 
 
 def train_epoch(run: Run) -> Clock:
-    """The updates from the run's position to the end of the epoch, to the last step of the run, or to a stop."""
+    """Do the updates from the run's position to the end of the epoch, to the last step of the run, or to a stop."""
     config, position, epoch = run.config, run.position, run.epoch
     first = epoch * run.batches.updates
     last = min(first + run.batches.updates, run.derived.total_steps)
@@ -150,7 +150,7 @@ def train_epoch(run: Run) -> Clock:
 
 
 def close_epoch(run: Run, clock: Clock) -> None:
-    """Evaluation, a line of metrics, best model and checkpoint at the end of an epoch."""
+    """At the end of an epoch: evaluate, write a line of metrics, save the best model and a checkpoint."""
     config, position, accelerator = run.config, run.position, run.accelerator
     at_end = position.step >= run.derived.total_steps
     number = -(-position.step // run.batches.updates)
@@ -159,7 +159,7 @@ def close_epoch(run: Run, clock: Clock) -> None:
         "step": position.step,
         "lr": learning_rate_at(run, position.step - 1),
         "train_loss": position.loss_sum / position.loss_count if position.loss_count else None,
-        # A run that was stopped in an evaluation goes on with it: nothing was trained that could be timed.
+        # A run that was stopped during an evaluation continues with it: no training has happened that could be timed.
         "images_per_second": round(clock.updates * run.derived.total_batch / clock.total, 1) if clock.updates else None,
         "data_wait": round(clock.waited / clock.total, 4) if clock.updates else None,
         "peak_memory_mib": peak_memory(accelerator.device),
@@ -183,7 +183,7 @@ def close_epoch(run: Run, clock: Clock) -> None:
             silent = is_silent(line, prefix)
             if at_end and result.silence and not silent:
                 partly = result.silence
-            # Chance may beat what a network has learnt so far; it is no better model.
+            # Before a network has learnt anything, chance may beat it; that is not a better model.
             if (not silent, measured["top1"]) > (not position.best_silent, position.best_top1):
                 position.best_top1, position.best_epoch, position.best_silent = measured["top1"], number, silent
                 save_weights(run, BEST, model)
@@ -200,7 +200,7 @@ def close_epoch(run: Run, clock: Clock) -> None:
         append_metrics(run.folder, line)
     log(run, line)
     run.display.say(describe(line, config.train.epochs + config.train.cooldown_epochs))
-    if partly:  # what lies behind such a layer sees zeros, and may have kept what lies before it from learning
+    if partly:  # layers behind such a layer see zeros, and may have kept those before it from learning
         run.display.say(partly)
     every = config.train.checkpoint_steps
     if at_end or number % config.train.checkpoint_every == 0 or (every and position.step % every == 0):
@@ -208,7 +208,7 @@ def close_epoch(run: Run, clock: Clock) -> None:
 
 
 def evaluate_or_save(run: Run, model: Any) -> Evaluation | None:
-    """`evaluate`; where samples cannot be read, what has been trained is saved first, if one process trains alone."""
+    """`evaluate`; if samples cannot be read, the model is saved first, if a single process trains."""
     try:
         return evaluate(model, run.test_loader, run.accelerator, stop=run.stop)
     except (UnreadableSample, ValueError) as error:
@@ -218,7 +218,7 @@ def evaluate_or_save(run: Run, model: Any) -> Evaluation | None:
 
 
 def log(run: Run, line: dict[str, Any]) -> None:
-    """The line to the tracker; one that fails is left out from there on, with a warning: training does not need it."""
+    """Send the line to the tracker; if it fails, it is dropped with a warning: training does not need it."""
     numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
     try:
         run.accelerator.log(numbers, step=run.position.step)
@@ -231,7 +231,7 @@ def log(run: Run, line: dict[str, Any]) -> None:
 
 
 def end(run: Run) -> None:
-    """Closes the tracker and the group of processes."""
+    """Close the tracker and the group of processes."""
     try:
         run.accelerator.end_training()
     except Exception as error:
@@ -258,28 +258,28 @@ STILL_SILENT = "no neuron fires: norms settle with more updates, by train.epochs
 
 
 def conclusion(summary: dict[str, Any]) -> str:
-    """What a run came to: the accuracy, or that no neuron fired and there is none to speak of."""
+    """The result of a run in words: the accuracy, or that no neuron fired, so that there is none worth mentioning."""
     if is_silent(summary):
         return f"evaluation is still silent ({STILL_SILENT})"
     return f"test top-1 {summary['test_top1']:.2f} %"
 
 
 def count_unreadable(run: Run) -> int:
-    """Samples that no process could read so far, one that two processes met counting twice."""
+    """Number of samples that no process could read so far; one that two processes met counts twice."""
     here = sum(len(loader.dataset.unreadable) for loader in (run.train_loader, run.test_loader))  # type: ignore
     count: Tensor = run.accelerator.reduce(torch.tensor(here, device=run.accelerator.device), "sum")  # type: ignore
     return int(count)
 
 
 def broadcast_buffers(accelerator: Accelerator, model: Any) -> None:
-    """The first process's batch statistics to all, as the next forward pass would do: all evaluate the same model."""
+    """Send the first process's batch statistics to all, as the next forward pass would: all evaluate the same model."""
     if accelerator.num_processes > 1:
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, 0)
 
 
 def save(run: Run) -> None:
-    """A checkpoint of the position reached."""
+    """Save a checkpoint of the position reached."""
     model = whole_model(run.accelerator, run.config, run.model)
     state = optimizer_state(run.accelerator, run.model, run.optimizer)
     if run.accelerator.is_main_process:
@@ -299,7 +299,7 @@ def save(run: Run) -> None:
 
 
 def save_weights(run: Run, name: str, model: Any) -> None:
-    """The model into a folder of the run folder that `sdt_blocks.load_model` reads."""
+    """Save the model into a subfolder of the run folder that `sdt_blocks.load_model` reads."""
     if run.accelerator.is_main_process:
         try:
             save_model(model, run.folder / name)
@@ -308,7 +308,7 @@ def save_weights(run: Run, name: str, model: Any) -> None:
 
 
 def finish(run: Run) -> None:
-    """Final weights, summary.json and curves; checks that all processes hold the same weights."""
+    """Write final weights, summary.json and curves; check that all processes have the same weights."""
     accelerator, config, folder = run.accelerator, run.config, run.folder
     model = whole_model(accelerator, config, run.model).eval()
     digests = gather_object([state_digest(model)])

@@ -24,30 +24,30 @@ from .loading import fetch
 from .stop_request import StopRequest
 
 TOP_K = 5
-"""Beside top-1, where there are at least twice as many classes."""
+"""Reported next to top-1 if there are at least twice as many classes."""
 
 RATED, RATED_BATCHES = 1024, 8
-"""Samples over all processes, and batches of each, that firing rates are counted of at least, where there are so many:
-neurons that are counted are not fused with what is around them."""
+"""Minimum number of samples over all processes, and of batches of each process, for firing rates, if there are so many.
+Neurons that are counted are not fused with the operations around them."""
 
 
 @dataclass
 class Evaluation:
-    """What a model answers on a data set. Accuracies are in percent."""
+    """The results of a model on a data set. Accuracies are in percent."""
 
     loss: float
     accuracies: dict[str, float]
-    """`top1`, and `top5` where that is not nearly all classes."""
+    """`top1`, and `top5` if there are clearly more classes than five."""
     confusion: Tensor
     """Samples by true and by predicted class, int64 `[K, K]`."""
     firing_rate: float
     """Spikes of a neuron in a time step, mean over all neurons and the `rated` samples."""
     rated: int
-    """How many samples the firing rate is of: all, or those of batches at equal distances."""
+    """The number of samples in the firing rate: all, or those of evenly spaced batches."""
     input_size: tuple[int, int]
     """Height and width of the images or frames."""
     silence: str
-    """The neuron layers that never fired, in a sentence; "" where all did."""
+    """A sentence that names the neuron layers that never fired; "" if all did."""
 
     @property
     def samples(self) -> int:
@@ -55,7 +55,7 @@ class Evaluation:
 
     @property
     def class_accuracy(self) -> Tensor:
-        """Percent of each class's samples that are recognised, float64 `[K]`; NaN for a class without samples."""
+        """Percentage of each class's samples that are classified correctly, float64 `[K]`; NaN if there are none."""
         return 100 * self.confusion.diag().double() / self.confusion.sum(1).double()
 
 
@@ -63,10 +63,10 @@ class Evaluation:
 def evaluate(
     model: Any, loader: DataLoader[Any], accelerator: Accelerator, *, stop: StopRequest | None = None
 ) -> Evaluation | None:
-    """The model's answers over the loaders of all processes. None where a stop was requested meanwhile, on any process.
+    """Evaluate over the loaders of all processes. None if a stop was requested meanwhile, on any process.
 
     Each sample counts once, so the processes may have shares of different sizes; samples with a negative target
-    (unreadable ones) count nowhere. Raises `ValueError` where not one sample could be read.
+    (unreadable ones) do not count. Raises `ValueError` if not one sample could be read.
     """
     model.eval()
     metrics = build_metrics(model.num_classes, accelerator.device)
@@ -89,7 +89,7 @@ def evaluate(
     requests = torch.tensor(float(stop is not None and stop.signal > 0), device=accelerator.device)
     if accelerator.reduce(requests, "sum") > 0:  # type: ignore[operator]
         return None
-    # Every process takes part, with samples or without: this is where their counts are added up.
+    # Every process takes part, with samples or without: here their counts are added up.
     found = {name: metric.compute().cpu() for name, metric in metrics.items()}
     firing.add_up(accelerator)
     confusion, loss = found.pop("confusion"), float(found.pop("loss"))
@@ -112,7 +112,7 @@ def describe_accuracies(accuracies: Mapping[str, float | None], between: str = "
 
 
 def build_metrics(num_classes: int, device: torch.device) -> dict[str, Metric]:
-    """`loss`, `confusion`, and the counts of the accuracies; torchmetrics adds them up over the processes."""
+    """`loss`, `confusion`, and the counts for the accuracies; torchmetrics adds them up over the processes."""
     options: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
     metrics: dict[str, Metric] = {
         "loss": MeanMetric(nan_strategy="disable"),
@@ -127,32 +127,32 @@ def build_metrics(num_classes: int, device: torch.device) -> dict[str, Metric]:
 
 
 class Firing:
-    """Which neuron layers of a model fire while it is watched, and how often.
+    """Records which neuron layers of a model fire while it is watched, and how often.
 
-    A block that looks at any runs without `torch.compile`, which does not see hooks that come and go.
+    A block that is watched runs without `torch.compile`, which does not see hooks that come and go.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.neurons = find_neurons(model)
         self.fired: dict[str, bool] = {}
-        """Of the layers that were called."""
+        """For the layers that were called."""
         self.samples, self.spikes, self.chances = 0, 0.0, 0.0
-        """What was rated: samples, spikes, and neurons times their time steps."""
+        """Totals that were counted: samples, spikes, and neurons times their time steps."""
 
     @property
     def rate(self) -> float:
-        """Spikes of a neuron in a time step, mean over all neurons and the samples that were rated."""
+        """Spikes of a neuron in a time step, mean over all neurons and the counted samples."""
         return self.spikes / self.chances if self.chances else 0.0
 
     @contextmanager
     def watched(self, *, rated: int) -> Iterator[None]:
-        """A forward pass of `rated` samples; of 0 only to see whether layers fire that have not done so yet."""
+        """Watch a forward pass of `rated` samples; 0 only checks whether layers fire that have not done so yet."""
         calls: dict[str, list[tuple[Tensor, int]]] = {}
 
         def counter(name: str) -> Callable[..., None]:
             def count(_module: nn.Module, _inputs: Any, output: Any) -> None:
                 spikes = spikes_of(output)
-                # In half precision, as under autocast, a sum ends at 65504, or counts to two digits.
+                # In half precision, as under autocast, a sum overflows at 65504, or has only two exact digits.
                 calls.setdefault(name, []).append((spikes.sum(dtype=torch.float32), spikes.numel()))
 
             return count
@@ -176,7 +176,7 @@ class Firing:
             self.chances += sum(number for of_layer in calls.values() for _, number in of_layer)
 
     def add_up(self, accelerator: Accelerator) -> None:
-        """Makes of this process's findings those of all, on each of them; all call this."""
+        """Combine the findings of all processes, on each of them; all have to call this."""
         seen = [[name in self.fired, self.fired.get(name, False)] for name in self.neurons]
         counts = [self.samples, self.spikes, self.chances]
         exact = torch.float32 if accelerator.device.type == "mps" else torch.float64

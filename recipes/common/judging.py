@@ -1,4 +1,4 @@
-"""What a model is judged by: its size, operations, energy, firing rate, the audit, and its latency in two forms."""
+"""The figures by which models are compared: size, operations, energy, firing rate, audit, and latency in two forms."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sdt_blocks.analysis.measured import DENSE, EVENTS, Form
 from .config import ConfigError
 
 CALIBRATION = 8
-"""Images on which the norms of an untrained model are settled, so that it fires."""
+"""Images for calibrating the norms of an untrained model, so that it fires."""
 
 LATENCIES = {DENSE: "dense_ms", EVENTS: "event_ms"}
 """The forms that are timed, and the columns of their latencies."""
@@ -27,9 +27,9 @@ EVENTS_A_PIXEL = 0.1
 
 
 def untrained(name: str, *, seed: int, img_size: int, count: int) -> tuple[Any, Tensor]:
-    """A published variant with random weights and settled norms, and the inputs that settled them.
+    """A published variant with random weights and calibrated norms, and the inputs that calibrated them.
 
-    Raises `ConfigError` for an unknown name, and where the images do not fit.
+    Raises `ConfigError` for an unknown name, or if the images do not fit.
     """
     torch.manual_seed(seed)
     try:
@@ -42,9 +42,9 @@ def untrained(name: str, *, seed: int, img_size: int, count: int) -> tuple[Any, 
 
 
 def sample_inputs(model: Any, count: int, img_size: int) -> Tensor:
-    """Crops of scikit-learn's two photographs, brought to mean 0 and deviation 1, as the model takes them.
+    """Crops of scikit-learn's two photographs, scaled to mean 0 and deviation 1, in the shape that the model takes.
 
-    Models with two channels get frames of events at random places, `[B, T, 2, H, W]`.
+    Models with two channels get event frames with events at random places, `[B, T, 2, H, W]`.
     """
     if model.in_channels == 2:
         shape = (count, model.time_steps, 2, img_size, img_size)
@@ -66,9 +66,9 @@ def sample_inputs(model: Any, count: int, img_size: int) -> Tensor:
 
 
 def judge(model: Any, inputs: Tensor) -> dict[str, Any]:
-    """What can be said of a model without a clock, of one inference of `inputs` on average."""
+    """The figures of a model that need no clock, per inference, as means over `inputs`."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is silent or not counted stands in the row
+        warnings.simplefilter("ignore")  # silent and uncounted layers are in the row
         report, rates, found = energy(model, inputs), firing_rates(model, inputs), audit(model, inputs[:2])
     not_counted = [f"not counted: {operation}" for operation in report.not_counted]
     return {
@@ -86,16 +86,16 @@ def judge(model: Any, inputs: Tensor) -> dict[str, Any]:
 
 
 def latency_row(forms: Sequence[Form]) -> dict[str, Any]:
-    """Milliseconds of a model's forms as a row has them: None for one that it does not have, and `missing` says why."""
+    """Milliseconds of a model's forms, as a row has them: None for a missing form, and `missing` says why."""
     row: dict[str, Any] = {LATENCIES[form.name]: None if form.missing else form.latency_ms for form in forms}
     missing = [f"no {form.name} form: {form.missing}" for form in forms if form.missing]
     return row | ({"missing": "; ".join(missing)} if missing else {})
 
 
 def mean_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One row of several seeds: means of what are numbers with a point, with `_std` beside; None where a seed has none.
+    """One row for several seeds: the means of non-integer numbers, with `_std` next to them; None if a seed has none.
 
-    The reasons are those of all seeds, the verdict is the worst one; what else differs is left out.
+    It has the reasons of all seeds and the worst verdict; other values that differ are left out.
     """
     merged = dict(rows[0])
     for key in dict.fromkeys(key for row in rows for key in row) if len(rows) > 1 else ():

@@ -22,9 +22,9 @@ from .stop_request import SIGNALS
 
 
 def build_datasets(config: Config, *, evaluation_only: bool = False) -> tuple[Any, Any]:
-    """The training and the evaluation set that `data.name` asks for: `[i]` is (float32 tensor, class index).
+    """The training and the evaluation set that `data.name` selects: `[i]` is (float32 tensor, class index).
 
-    With `evaluation_only` an image folder needs no training part, and the first of the two is of no use.
+    With `evaluation_only` an image folder needs no training part, and the first of the two must not be used.
     """
     data = config.data
     if data.name in EVENT_DATA_SETS:
@@ -74,11 +74,11 @@ def build_datasets(config: Config, *, evaluation_only: bool = False) -> tuple[An
 
 
 class EpochBatches:
-    """The batches of one process, as lists of sample indices, from any position on.
+    """The batches of one process, as lists of sample indices, starting at any position.
 
     The order of an epoch is a permutation drawn from (seed, epoch). An update takes the next `processes * accumulate *
-    batch_size` samples of it, forward pass by forward pass, process by process; what does not fill an update waits for
-    another epoch's order. So the position alone says which samples come next, and a resumed run needs no other state.
+    batch_size` samples of it, forward pass by forward pass, process by process; samples that do not fill an update are
+    left out of this epoch. So the position alone determines the next samples, and a resumed run needs no other state.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class EpochBatches:
             )
 
     def seek(self, epoch: int, update: int) -> None:
-        """The next iteration starts at this update of this epoch."""
+        """Let the next iteration start at this update of this epoch."""
         self.epoch, self.start = epoch, update
 
     def __len__(self) -> int:
@@ -128,7 +128,7 @@ class ShardBatches:
 
 
 class Quoting(Dataset[Any]):
-    """Hands an unreadable sample's message over as text, since a loader process would wrap it in its traceback."""
+    """Passes the message of an unreadable sample on as text, since a loader process would wrap it in its traceback."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -165,7 +165,7 @@ def build_loader(dataset: Any, batches: EpochBatches | ShardBatches, *, workers:
         pin_memory=pin,
         persistent_workers=workers > 0,
         worker_init_fn=_leave_signals_to_the_main_process,
-        # Its own generator: a loader draws a seed at each start, which would move the global one.
+        # Its own generator: a loader draws a seed at each start, which would advance the global one.
         generator=torch.Generator().manual_seed(0),
     )
 
@@ -185,7 +185,7 @@ def evaluation_loader(
 
 @contextmanager
 def closing(*loaders: DataLoader[Any]) -> Iterator[None]:
-    """Ends the loaders' processes after the block, where an unreadable sample becomes a `RunError`."""
+    """End the loaders' processes after the block; inside it an unreadable sample becomes a `RunError`."""
     try:
         yield
     except UnreadableSample as error:
@@ -206,9 +206,9 @@ def fetch(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class ReadableBatches:
-    """The batches of a loader without the samples that could not be read, as often as they are asked for.
+    """The batches of a loader without the samples that could not be read; can be iterated repeatedly.
 
-    All of them are of class -1, an unknown one, unless `labelled`.
+    All samples are of class -1, an unknown one, unless `labelled`.
     """
 
     def __init__(self, loader: DataLoader[Any], *, labelled: bool = True) -> None:
@@ -226,7 +226,7 @@ class ReadableBatches:
 
 
 def stop_loaders(*loaders: DataLoader[Any]) -> None:
-    """Ends the loaders' processes. They ignore the SIGTERM with which Python would end them at exit before it waits."""
+    """End the loaders' processes. They ignore the SIGTERM that Python sends at exit before it waits for them."""
     for loader in loaders:
         iterator = getattr(loader, "_iterator", None)
         if iterator is not None:
@@ -239,7 +239,7 @@ _running: weakref.WeakSet[Any] = weakref.WeakSet()
 
 @atexit.register
 def _stop_running() -> None:
-    # Registered after Python's own waiting for processes, and so called before it.
+    # Registered after Python's own waiting for processes, and therefore called before it.
     for iterator in list(_running):
         iterator._shutdown_workers()
 

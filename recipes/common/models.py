@@ -1,4 +1,4 @@
-"""The model of a configuration, its initial weights, and its state under each way of spreading it over processes."""
+"""The model of a configuration, its initial weights, and its state under each way of distributing it over processes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ HEAD, SECOND_HEAD = "head.", "distillation_head."
 
 
 def fit_to_data(config: Config, *, in_channels: int, num_classes: int) -> Config:
-    """The configuration of a model for data with so many channels and classes, and for the loss it is trained with.
+    """The configuration of a model for data with these channels and classes, and for the loss it is trained with.
 
-    Raises `ConfigError` where it says otherwise.
+    Raises `ConfigError` if it contradicts the data.
     """
     values: dict[str, Any] = {"model.in_channels": in_channels, "model.num_classes": num_classes}
     for key, of_data in values.items():
@@ -53,11 +53,11 @@ def build_model(config: Config) -> Any:
 
 
 def load_initial_weights(model: nn.Module, source: str, names: Sequence[str]) -> str:
-    """Fills the model from a run folder, a saved model or a released checkpoint; returns a sentence on what was taken.
+    """Fill the model from a run folder, a saved model or a released checkpoint; returns a sentence on what was loaded.
 
-    The head stays as initialised where its shape or its classes' names differ, as in fine-tuning for other classes. A
-    second head is taken where both models have one, and is new where the weights have none.
-    Raises `ConfigError` where anything else does not fit.
+    The head stays as initialized if its shape or its classes' names differ, as in fine-tuning for other classes. A
+    second head is loaded if both models have one, and is new if the weights have none.
+    Raises `ConfigError` if anything else does not fit.
     """
     path = Path(source)
     try:
@@ -96,9 +96,9 @@ def freeze_all_but_head(model: nn.Module) -> None:
 
 
 def whole_model(accelerator: Accelerator, config: Config, model: Any) -> Any:
-    """The model in one piece on this process: without its wrapper, and gathered where FSDP has divided it.
+    """The whole model on this process: without its wrapper, and gathered if FSDP has sharded it.
 
-    Evaluation and checkpoints use it; in evaluation the processes may so differ in their number of batches.
+    It is used for evaluation, where processes may then have different numbers of batches, and for checkpoints.
     """
     plain = accelerator.unwrap_model(model)
     if accelerator.distributed_type != DistributedType.FSDP:
@@ -113,7 +113,7 @@ def whole_model(accelerator: Accelerator, config: Config, model: Any) -> Any:
 
 
 def optimizer_state(accelerator: Accelerator, model: Any, optimizer: Any) -> dict[str, Any]:
-    """The optimiser's state, gathered where FSDP has divided it; all processes call this, one saves it."""
+    """The optimizer's state, gathered if FSDP has sharded it; all processes call this, and one saves the result."""
     if accelerator.distributed_type != DistributedType.FSDP:
         return optimizer.state_dict()  # type: ignore[no-any-return]
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
@@ -123,7 +123,7 @@ def optimizer_state(accelerator: Accelerator, model: Any, optimizer: Any) -> dic
 
 
 def restore_optimizer(accelerator: Accelerator, model: Any, optimizer: Any, state: dict[str, Any]) -> None:
-    """Puts what `optimizer_state` gave back, divided where the model is."""
+    """Restore the result of `optimizer_state`, sharded if the model is."""
     if accelerator.distributed_type != DistributedType.FSDP:
         optimizer.load_state_dict(state)
         return

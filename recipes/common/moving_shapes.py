@@ -1,4 +1,4 @@
-"""Recordings of shapes that move in one of four directions, which no single moment gives away."""
+"""Recordings of shapes that move in one of four directions, which a single moment does not reveal."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 DIRECTIONS = {"down": (1, 0), "left": (0, -1), "right": (0, 1), "up": (-1, 0)}
 """Rows and columns that a shape moves in one step."""
 SIDE = 32
-"""Of the sensor, in pixels."""
+"""Side length of the sensor, in pixels."""
 STEPS, STEP_MS = 8, 10
 SPEED = 2
-"""Pixels a step."""
+"""Pixels per step."""
 NOISE = 8
-"""Events of a step that belong to no shape."""
+"""Events per step that belong to no shape."""
 
 _GRID = np.stack(np.meshgrid(np.arange(-5, 6), np.arange(-5, 6), indexing="ij"))
 SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
@@ -32,9 +32,9 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 def draw_recording(rng: np.random.Generator, direction: str) -> np.ndarray:
     """Events of one moving shape, int64 `[N, 4]`: the columns x, y, p, t (us, whole milliseconds) of a `.npy`.
 
-    At each step the shape is `SPEED` pixels further, and every pixel of it fires once with either polarity, at a random
+    At each step the shape moves by `SPEED` pixels, and every pixel of it fires once with either polarity, at a random
     time within the step. The scene wraps around and the shape starts anywhere, so at every moment all places and all
-    polarities are equally likely in each direction: what tells the directions apart is the order of the moments alone.
+    polarities are equally likely in each direction: only the order of the moments distinguishes the directions.
     """
     inside = SHAPES[str(rng.choice(list(SHAPES)))]
     offsets = _GRID[:, inside(*_GRID)]
@@ -51,9 +51,10 @@ def draw_recording(rng: np.random.Generator, direction: str) -> np.ndarray:
 
 
 def write_recordings(root: Path, *, train: int, test: int, seed: int = 0) -> None:
-    """Writes so many `root/train/DIRECTION/N.npy` and `root/test/DIRECTION/N.npy`; leaves a root that is there alone.
+    """Write `train` files `root/train/DIRECTION/N.npy` and `test` files `root/test/DIRECTION/N.npy`.
 
-    Several processes may do so at once: the recordings appear in one piece, and are the same whoever wrote them.
+    An existing root is left as it is. Several processes may do so at once: the recordings appear all at once, and are
+    the same whichever process wrote them.
     """
     if root.exists():
         return

@@ -1,4 +1,4 @@
-"""Optimiser, learning-rate schedule, batch mixing and losses of the recipes."""
+"""Optimizer, learning-rate schedule, batch mixing and losses of the recipes."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """timm's "lamb", "adamw" or "sgd" over the parameters that require gradients.
 
-    Weight decay acts on weights of two dimensions and more: not on biases, norms, or `ParametricLIF`'s time constants.
-    SGD is Nesterov's with the first of `betas` as its momentum. LAMB divides by the global gradient norm where that
-    exceeds 1, as timm's does by default; with `trust_clip` no layer's trust ratio exceeds 1 either. With `layer_decay`
-    layer l of L learns at `layer_decay ** (L - l)` times the rate, the group's `lr_scale`; layers are those of the
-    model's `group_matcher`.
+    Weight decay applies to weights of two or more dimensions: not to biases, norms, or `ParametricLIF`'s time
+    constants. SGD is Nesterov's with the first of `betas` as its momentum. LAMB divides by the global gradient norm if
+    that exceeds 1, as timm's does by default; with `trust_clip` no layer's trust ratio exceeds 1 either. With
+    `layer_decay` layer l of L learns at `layer_decay ** (L - l)` times the rate, the group's `lr_scale`; layers are
+    those of the model's `group_matcher`.
 
-    Raises `ValueError` where no parameter requires gradients, or the model does not tell layers apart.
+    Raises `ValueError` if no parameter requires gradients, or the model does not define its layers.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model requires gradients: there is nothing to train")
@@ -66,11 +66,11 @@ def learning_rate(
     warmup_lr: float,
     warmup_prefix: bool = False,
 ) -> float:
-    """The learning rate of update `step` (0 is the first): a function of nothing else, so that a resumed run meets it.
+    """The learning rate of update `step` (0 is the first): it depends on nothing else, so a resumed run has the same.
 
-    With t = step / steps_per_epoch epochs done: a line from `warmup_lr` to `lr` over the warm-up; then
-    `min_lr + (lr - min_lr) (1 + cos(pi t / epochs)) / 2`, the warm-up counted in, as in timm's cosine schedule; and
-    `min_lr` from `epochs` on, the cool-down. With `warmup_prefix` the cosine starts where the warm-up ends.
+    With t = step / steps_per_epoch epochs done: a line from `warmup_lr` to `lr` during the warm-up; then
+    `min_lr + (lr - min_lr) (1 + cos(pi t / epochs)) / 2`, where t includes the warm-up, as in timm's cosine schedule;
+    and `min_lr` from `epochs` on, the cool-down. With `warmup_prefix` the cosine starts where the warm-up ends.
     """
     warmup, total = warmup_epochs * steps_per_epoch, epochs * steps_per_epoch
     if step < warmup:
@@ -82,13 +82,13 @@ def learning_rate(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of every parameter group, times its `lr_scale` where it has one."""
+    """Set the learning rate of every parameter group, times its `lr_scale` if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def batch_scale(total_batch: int, lr_batch: int | None) -> float:
-    """The factor of the linear scaling rule, `total_batch / lr_batch`; 1 where no reference batch is given.
+    """The factor of the linear scaling rule, `total_batch / lr_batch`; 1 if no reference batch is given.
 
     `total_batch` is samples in one update: batch size x accumulation x processes.
     """
@@ -96,11 +96,11 @@ def batch_scale(total_batch: int, lr_batch: int | None) -> float:
 
 
 class BatchMixer:
-    """timm's mixup and cutmix on a batch, with draws from (seed, step, process) and nothing else.
+    """timm's mixup and cutmix on a batch, with draws that depend only on (seed, step, process).
 
     `mixer(images, targets, step=, epoch=)` takes images `[B, C, H, W]` and class indices `[B]`, mixes the images in
-    place and returns them with smoothed, mixed targets `[B, num_classes]`. From `off_epoch` on (0: never) it smooths
-    only. `step` counts batches, not updates.
+    place and returns them with smoothed, mixed targets `[B, num_classes]`. From `off_epoch` on (0: never) it only
+    smooths. `step` counts batches, not updates.
 
     Raises `ValueError` for an odd batch: image i is mixed with image B - 1 - i.
     """
@@ -139,7 +139,7 @@ class BatchMixer:
 
 
 def check_even_batch(batch_size: int) -> None:
-    """Raises `ValueError` for a batch that mixup cannot pair."""
+    """Raise `ValueError` for a batch that mixup cannot pair."""
     if batch_size % 2:
         raise ValueError(
             f"mixup and cutmix pair the images of a batch: train.batch_size must be even, got {batch_size}"
@@ -156,14 +156,15 @@ def build_loss(
 ) -> Loss:
     """The training loss, called as `loss(logits, targets)`; computed in float32.
 
-    Logits are `[B, num_classes]`; targets are class indices `[B]`, smoothed here, or soft ones `[B, num_classes]`,
-    taken as they are (the mixer has smoothed them). "ce" is cross entropy, "bce" binary cross entropy averaged over
-    samples and classes. With `tet` (temporal efficient training, Deng et al., 2022, https://arxiv.org/abs/2202.11946)
+    Logits are `[B, num_classes]`; targets are class indices `[B]`, which are smoothed here, or soft ones `[B,
+    num_classes]`, which are not (the mixer has smoothed them). "ce" is cross entropy, "bce" binary cross entropy
+    averaged over samples and classes. With `tet` (temporal efficient training, Deng et al., 2022,
+    https://arxiv.org/abs/2202.11946)
     logits are `[T, B, num_classes]` and
 
         loss = (1 - tet_lambda) * mean_t ce(logits[t], targets) + tet_lambda * mean((logits - tet_means)^2)
 
-    Raises `ValueError` for an unknown name, or for logits without the shape said.
+    Raises `ValueError` for an unknown name, or for logits of another shape.
     """
     if name not in ("ce", "bce"):
         raise ValueError(f"loss {name!r} is unknown; choose ce or bce")
@@ -189,7 +190,7 @@ def build_loss(
 def distilled(loss: Loss, kind: str = "hard") -> Callable[[Any, Any], Tensor]:
     """The loss of a student with two heads, called as `loss((logits, second), (targets, teacher's logits))`.
 
-        0.5 * loss(logits, targets) + 0.5 * (cross entropy of the second head with what the teacher says)
+        0.5 * loss(logits, targets) + 0.5 * (cross entropy of the second head with the teacher's output)
 
     "hard": with the teacher's class. "soft": the divergence from the teacher's probabilities, mean over samples and
     classes (Touvron et al., 2021, https://arxiv.org/abs/2012.12877, at temperature 1).

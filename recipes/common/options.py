@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def read_options(kind: type[T], arguments: Sequence[str]) -> T:
-    """The options that the arguments set, each read as its type says; of a key that stands twice the last counts.
+    """The options that the arguments set, each read according to its type; of repeated keys the last counts.
 
     Raises `ConfigError` for a value of another type or out of bounds.
     """
@@ -36,14 +36,14 @@ def read_options(kind: type[T], arguments: Sequence[str]) -> T:
 
 
 def split_options(kind: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
-    """`read_options` of the arguments that are of that kind, and all others in their order. Raises `ConfigError`."""
+    """`read_options` of the arguments of this kind, and all others in their order. Raises `ConfigError`."""
     names = {item.name for item in fields(kind)}  # type: ignore[arg-type]
     own = [argument for argument in arguments if argument.partition("=")[0] in names]
     return read_options(kind, own), [argument for argument in arguments if argument not in own]
 
 
 def changed_options(options: Any, *names: str) -> dict[str, Any]:
-    """Those of the named options that are not as they are by default."""
+    """Those of the named options that differ from their defaults."""
     defaults = type(options)()
     return {name: getattr(options, name) for name in names if getattr(options, name) != getattr(defaults, name)}
 

@@ -1,4 +1,4 @@
-"""What the recipes draw: learning curves of one run or of several, confusion matrices."""
+"""The plots of the recipes: learning curves of one or several runs, confusion matrices, comparisons of models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sdt_blocks.files import write_atomically
 from .progress import read_metrics
 
 Lines = Sequence[Mapping[str, Any]]
-"""Of a metrics.jsonl."""
+"""The lines of a metrics.jsonl."""
 
 PANELS: dict[str, dict[str, str]] = {
     "loss": {"train_loss": "training", "test_loss": "test", "ema_test_loss": "test, averaged weights"},
@@ -21,14 +21,14 @@ PANELS: dict[str, dict[str, str]] = {
     "learning rate": {"lr": "learning rate"},
     "firing rate": {"firing_rate": "spikes of a neuron in a time step"},
 }
-"""The panels of a learning curve: the axis, and the keys of metrics.jsonl with what they are called."""
+"""The panels of a learning curve: the axis label, and the keys of metrics.jsonl with their names in the legend."""
 
 MOST_LABELS, MOST_COUNTS = 40, 15
-"""Classes up to which a confusion matrix has their names on its axes, and the numbers in its fields."""
+"""Number of classes up to which a confusion matrix shows their names on its axes, and the numbers in its fields."""
 
 
 def draw_curves(folder: Path) -> None:
-    """Loss, accuracy, learning rate and firing rate over the epochs of a run, to its curves.png."""
+    """Plot loss, accuracy, learning rate and firing rate over the epochs of a run into its curves.png."""
     metrics = read_metrics(folder)
     figure, panels = _panels([metrics])
     for axes, (label, keys) in zip(panels, PANELS.items(), strict=True):
@@ -41,7 +41,7 @@ def draw_curves(folder: Path) -> None:
 
 
 def draw_comparison(runs: Mapping[str, Lines], path: Path) -> None:
-    """Test loss, accuracy, learning rate and firing rate of several runs by name, one colour each."""
+    """Plot test loss, accuracy, learning rate and firing rate of several runs by name, in one colour each."""
     figure, panels = _panels(list(runs.values()))
     keys = ("test_loss", "test_top1", "lr", "firing_rate")
     for axes, key in zip(panels, keys, strict=True):
@@ -50,7 +50,7 @@ def draw_comparison(runs: Mapping[str, Lines], path: Path) -> None:
             _plot(axes, lines, key, label=name, **style)
     panels[0].set_ylabel("test loss")
     lines = panels[0].get_lines()
-    # Matplotlib would leave out a name that starts with an underscore, and set what stands between two $ as a formula.
+    # Matplotlib would leave out a name that starts with an underscore, and typeset text between two $ as a formula.
     names = [f" {line.get_label()}" for line in lines]
     legend = figure.legend(lines, names, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     for text in legend.get_texts():
@@ -70,7 +70,7 @@ VERDICT_COLORS = {"yes": "#00798c", "no": "#d1495b", "silent": "#999999"}
 
 
 def draw_models(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Bars of every figure of several models, coloured by whether they are spike-driven, deviations as whiskers."""
+    """Plot every figure of several models as bars, coloured by whether they are spike-driven, with deviations."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -107,7 +107,7 @@ def draw_models(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def draw_early(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Accuracy against mean steps, and against time, of each form of a model that answers early."""
+    """Plot accuracy against mean steps, and against time, for each form of a model that answers early."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
@@ -132,7 +132,7 @@ def draw_early(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def draw_confusion(confusion: np.ndarray, names: Sequence[str], path: Path) -> None:
-    """A confusion matrix `[K, K]`, counts by true and predicted class, coloured by the share of the true class."""
+    """Plot a confusion matrix `[K, K]`, counts by true and predicted class, coloured by the share of the true class."""
     from matplotlib.figure import Figure
 
     classes = len(names)

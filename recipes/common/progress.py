@@ -1,4 +1,4 @@
-"""What a run shows and records: a live bar on a terminal, plain lines elsewhere, metrics.jsonl."""
+"""What a run shows and records: a progress bar on a terminal, plain lines elsewhere, metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from .config import ConfigError, one_paragraph
 SECONDS_BETWEEN_LINES = 30
 METRICS, DAMAGED, CURVES = "metrics.jsonl", "metrics_damaged.jsonl", "curves.png"
 SILENT = 1e-4
-"""Spikes per neuron and time step below which a network's answers are those of its biases."""
+"""Spikes per neuron and time step below which a network's answers depend on its biases only."""
 
 
 class Display:
-    """Progress through the updates of a run; silent where `active` is false, as on all processes but the first.
+    """Progress through the updates of a run; silent if `active` is false, as on all processes except the first.
 
     Use it as a context manager: `with display: display.advance(...)`.
     """
@@ -62,24 +62,24 @@ class Display:
         self.bar.stop()
 
     def _report(self) -> None:
-        """A line every so often, however long a step, an evaluation or a compilation takes."""
+        """Write a line at regular intervals, however long a step, an evaluation or a compilation takes."""
         while not self.ended.wait(max(0.0, self.last_line + SECONDS_BETWEEN_LINES - time.monotonic())):
             self.last_line = time.monotonic()
             done = self.step - self.first
-            # Of the steps alone: an evaluation makes those that are left no longer.
+            # Only training steps count: an evaluation does not make the remaining ones slower.
             seconds = (self.advanced - self.started) / max(done, 1) * (self.total - self.step)
             left = f" | {_duration(seconds)} left" if done else ""
             self.say(f"{self.text} | step {self.step}/{self.total}{left}")
 
     def advance(self, step: int, *, epoch: int, loss: float, rate: float) -> None:
-        """One update done: `rate` is in images a second."""
+        """Count one update as done: `rate` is in images per second."""
         text = f"epoch {epoch + 1} | loss {loss:.4f} | {rate:.0f} images/s"
         self.text, self.step, self.advanced = text, step, time.monotonic()
         if self.live:
             self.bar.update(self.task, completed=step, description=text)
 
     def say(self, text: str) -> None:
-        """A line that stays, above the bar where there is one."""
+        """Write a line that stays, above the bar if there is one."""
         if self.live:
             self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
         elif self.active:
@@ -87,7 +87,7 @@ class Display:
 
 
 def warn(text: str) -> None:
-    """A line on standard error, from the first process of each machine."""
+    """Write a line to standard error, from the first process of each machine."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
@@ -98,7 +98,7 @@ def _duration(seconds: float) -> str:
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory this process has held so far, in MiB: of the GPU where there is one, else resident."""
+    """The most memory that this process has held so far, in MiB: of the GPU if it uses one, else resident."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     try:
@@ -110,7 +110,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def append_metrics(folder: Path, line: dict[str, Any]) -> None:
-    """One line of metrics.jsonl, on disk when this returns."""
+    """Write one line of metrics.jsonl, which is on disk when this returns."""
     with (folder / METRICS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
@@ -118,7 +118,7 @@ def append_metrics(folder: Path, line: dict[str, Any]) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; a damaged one is left out, see `restore_metrics`."""
+    """The complete lines of metrics.jsonl; a damaged one is left out, see `restore_metrics`."""
     parsed = [_parse_line(raw) for raw in _raw_lines(folder)]
     return [line for line in parsed if line is not None]
 
@@ -129,7 +129,7 @@ def _raw_lines(folder: Path) -> list[bytes]:
 
 
 def _parse_line(raw: bytes) -> dict[str, Any] | None:
-    """The line of an epoch, or None for what is none: no object, without its step and epoch, text for a number."""
+    """The line of an epoch, or None if it is not one: no object, no step or epoch, text instead of a number."""
 
     def refuse(constant: str) -> None:
         raise ValueError(constant)
@@ -143,15 +143,15 @@ def _parse_line(raw: bytes) -> dict[str, Any] | None:
 
 
 def is_silent(measured: dict[str, Any], prefix: str = "") -> bool:
-    """Whether the answers of a line of metrics, or of a summary, are those of the biases alone."""
+    """Whether the answers in a line of metrics, or in a summary, depend on the biases only."""
     rate = measured.get(f"{prefix}firing_rate")
     return rate is not None and rate < SILENT
 
 
 def restore_metrics(folder: Path, lines: list[dict[str, Any]], step: int) -> None:
-    """metrics.jsonl with the lines that a checkpoint at `step` knows of, or else the file's own up to there.
+    """Write metrics.jsonl with the lines that a checkpoint at `step` knows, or else the file's own up to there.
 
-    Lines of later epochs go, since a resumed run writes them again. What is damaged or stands twice is kept in
+    Lines of later epochs are removed, since a resumed run writes them again. Damaged or repeated lines are kept in
     metrics_damaged.jsonl, with a warning.
     """
     path = folder / METRICS
@@ -179,7 +179,7 @@ def restore_metrics(folder: Path, lines: list[dict[str, Any]], step: int) -> Non
 
 
 def choose_tracker(name: str) -> str | list[str] | None:
-    """The trackers for Accelerate's `log_with`. Raises `ConfigError` for one that cannot be had, and for no `all`."""
+    """The trackers for Accelerate's `log_with`. Raises `ConfigError` if one is missing, and if `all` finds none."""
     from accelerate import tracking
 
     if name == "none":
@@ -205,14 +205,14 @@ def choose_tracker(name: str) -> str | list[str] | None:
 
 
 def _import_tracker(wanted: str, *, asked: str) -> None:
-    """Raises `ConfigError` where the package of a tracker is not there, or cannot be imported."""
+    """Raise `ConfigError` if the package of a tracker is missing or cannot be imported."""
     remedy = f"pip install {wanted}, or tracker=none"
     try:
-        # A folder of that name, as wandb leaves one, is found as well, but is no package.
+        # A folder of that name, such as wandb creates, is found as well, but is no package.
         found = getattr(import_module(wanted), "__file__", None)
         if wanted == "tensorboard":
             import_module("torch.utils.tensorboard")
-    except Exception as error:  # an import runs whatever the package does
+    except Exception as error:  # an import runs any code of the package
         raise ConfigError(
             f"tracker={asked} needs the package {wanted}, which cannot be imported ({one_paragraph(error)}): {remedy}"
         ) from error

@@ -1,10 +1,10 @@
-"""One run a folder: `run.lock` names the process that writes there, and goes with it.
+"""One run per folder: `run.lock` names the process that writes there, and is removed when it ends.
 
     {"host": "node3", "pid": 4242, "since": "2026-11-24 10:00:00", "machine": "...", "started": 1763.5, "token": "..."}
 
 A lock whose process has ended on this machine is taken over at once. Of a process elsewhere (another host, another
-container) nothing is known but the file: its owner touches it every few seconds, and one that nobody touches is taken
-over after a while. So no clocks are compared, and a file system without locks of its own, as NFS may be, will do.
+container) only the file is known: its owner touches it every few seconds, and a file that nobody touches is taken over
+after a while. So no clocks are compared, and a file system without locks of its own, such as NFS, is enough.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from .progress import warn
 
 LOCK = "run.lock"
 HEARTBEAT, PATIENCE = 10.0, 60.0
-"""Seconds between two touches, and without one until the owner elsewhere counts as gone."""
+"""Seconds between two touches, and seconds without one after which an owner elsewhere counts as gone."""
 
 
 class RunLock:
-    """The right of this process to write into a run folder, from the making of the object to `release`.
+    """The right of this process to write into a run folder, from the creation of the object to `release`.
 
-    Raises `ConfigError` that names the owner and the remedy where another run has it.
+    Raises a `ConfigError` with the owner and the remedy if another run has it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,7 +46,7 @@ class RunLock:
         atexit.register(self.release)
 
     def check(self) -> None:
-        """Raises `RunError` where another run has taken the folder meanwhile."""
+        """Raise `RunError` if another run has taken the folder since."""
         found = _read(self.path)
         if found is None:
             self._create()
@@ -57,7 +57,7 @@ class RunLock:
             )
 
     def release(self) -> None:
-        """Gives the folder up."""
+        """Give the folder up."""
         self._ended.set()
         atexit.unregister(self.release)
         with contextlib.suppress(OSError, ConfigError):
@@ -72,13 +72,13 @@ class RunLock:
         try:
             with file:
                 file.write(self.content)
-        except OSError:  # a full disk: an empty lock would be taken for somebody's
+        except OSError:  # a full disk: an empty lock would look like somebody's
             self.path.unlink(missing_ok=True)
             raise
         return True
 
     def _judge(self) -> None:
-        """Takes the lock of a dead owner away, or raises `ConfigError` for a living one."""
+        """Remove the lock of a dead owner, or raise `ConfigError` for a living one."""
         found = _read(self.path)
         if found is None:
             return
@@ -97,7 +97,7 @@ class RunLock:
 
     def _is_touched(self) -> bool:
         def seen() -> tuple[bytes, int] | None:
-            with contextlib.suppress(OSError), self.path.open("rb") as file:  # opening asks a file server anew
+            with contextlib.suppress(OSError), self.path.open("rb") as file:  # opening asks a file server again
                 return file.read(), os.fstat(file.fileno()).st_mtime_ns
             return None
 
@@ -116,7 +116,7 @@ class RunLock:
             return
         if aside.read_bytes() == found:
             warn(f"{self.path} was left by {_owner(found)}, which has ended; this run takes the folder over")
-        else:  # another newcomer was faster, and this is its lock
+        else:  # another new process was faster, and this is its lock
             with contextlib.suppress(FileExistsError):
                 os.link(aside, self.path)
         aside.unlink()
@@ -129,7 +129,7 @@ class RunLock:
 
 
 def lock_folder(folder: Path) -> RunLock:
-    """Makes the folder where it is missing and locks it. Raises `ConfigError`."""
+    """Create the folder if it is missing and lock it. Raises `ConfigError`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         key = folder.resolve()
@@ -158,18 +158,18 @@ def _this_process() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """What processes share that see one another by their numbers: a start of the system and a name space of them."""
+    """Identifies the processes that see one another by number: one boot of the system, one name space of processes."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
-        return socket.gethostname()  # elsewhere a start's time is known to the second at best
+        return socket.gethostname()  # on other systems the boot time is only known to the second
 
 
 def _alive(owner: dict[str, Any]) -> bool:
     try:
         process = psutil.Process(owner["pid"])
-        # Another process may have got the number since.
+        # Another process may have got the same number since.
         return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - owner["started"]) < 5
     except psutil.NoSuchProcess:
         return False
@@ -187,7 +187,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _parse(content: bytes) -> dict[str, Any]:
-    """The owner that a lock names; empty where it is damaged."""
+    """The owner that a lock names; empty if the lock is damaged."""
     try:
         owner = json.loads(content)
         return owner if isinstance(owner["pid"], int) and isinstance(owner["started"], float) else {}

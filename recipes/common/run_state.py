@@ -1,9 +1,9 @@
-"""Checkpoints of a run: numbered, whole or absent, verified before they are read, and exact to resume from.
+"""Checkpoints of a run: numbered, complete or absent, verified before they are read, and exact to resume from.
 
     runs/digits/checkpoints/step_00000220/
         model.safetensors, config.json    the model, as `sdt_blocks.load_model` reads it
         ema/                              the averaged weights, likewise (train.ema_decay)
-        training.pt                       optimiser, gradient scaler, position
+        training.pt                       optimizer, gradient scaler, position
         manifest.json                     size and SHA-256 of each file above, and which step of which run this is
 
 No generator state is stored: every draw of a run (order, augmentation, mixing, stochastic depth, on each process) is
@@ -45,16 +45,16 @@ MODELS = ("best", "last", "ema")
 EPOCHS = "train.epochs"
 
 _STEP = re.compile(r"step_(\d{8,})")
-# While a checkpoint is written, and while the one of the same step waits for it: killed between, both are found.
+# While a checkpoint is written, and while the one of the same step waits for it: if killed in between, both are found.
 _WRITING, _REPLACED = ".writing_", ".replaced_"
 _FILES = (WEIGHTS, CONFIG, "config.yaml", SUMMARY, METRICS, DAMAGED, CURVES, "run.lock")
-# What `write_atomically` leaves where it is killed.
+# Left by `write_atomically` if it is killed.
 _TEMPORARY = re.compile(rf"\.({'|'.join(re.escape(name) for name in _FILES)})\.[a-z0-9_]{{8}}(\.\w+)?")
 
 
 @dataclass
 class Position:
-    """Where a run stands, and the sums that the next line of metrics.jsonl is made of."""
+    """The progress of a run, and the sums for the next line of metrics.jsonl."""
 
     step: int = 0
     """Updates done."""
@@ -64,32 +64,32 @@ class Position:
     best_top1: float = -1.0
     best_epoch: int = 0
     best_silent: bool = True
-    """No neuron fired in the evaluation that gave `best_top1`."""
+    """Whether no neuron fired in the evaluation that gave `best_top1`."""
     best_sha256: str = ""
-    """Digest of the weights in `best/`; "" where no run has said it."""
+    """Digest of the weights in `best/`; "" if it is not known."""
     nonfinite: int = 0
-    """Updates left out for a non-finite loss so far."""
+    """Updates skipped for a non-finite loss so far."""
     loss_sum: float = 0.0
     loss_count: int = 0
     total_batch: int = 0
     samples: int = 0
-    """Size of the training set: with `total_batch` it gives the step its meaning."""
+    """Size of the training set: together with `total_batch` it defines what a step is."""
     labels: str = ""
-    """Digest of the training samples' classes in their order; "" where no run has said it."""
+    """Digest of the training samples' classes in their order; "" if it is not known."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The settings that the trajectory depends on."""
     division: dict[str, Any] = field(default_factory=dict)
-    """How an update is divided and computed: what only rounding and batch statistics depend on."""
+    """How an update is divided and computed, which only affects rounding and batch statistics."""
     evaluation: dict[str, Any] = field(default_factory=dict)
     """What the accuracies are measured on."""
     lines: list[dict[str, Any]] = field(default_factory=list)
     """The lines of metrics.jsonl so far."""
     run: str = ""
-    """Names the run, so that it removes no checkpoints but its own."""
+    """Identifies the run, so that it only removes its own checkpoints."""
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Keys the global generators (Python, NumPy, torch on every device) by the position, for draws within a step."""
+    """Seed the global generators (Python, NumPy, torch on every device) by the position, for draws within a step."""
     set_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
@@ -103,9 +103,9 @@ def save_checkpoint(
     scaler_state: dict[str, Any] | None,
     keep: int,
 ) -> Path:
-    """Writes one checkpoint whole and then removes all but the `keep` newest. Called by the first process only.
+    """Write one complete checkpoint and then remove all but the `keep` newest. Called by the first process only.
 
-    Raises `RunError` where the weights are not finite or the disk refuses; earlier checkpoints stay as they are.
+    Raises `RunError` if the weights are not finite or the disk refuses; earlier checkpoints are left as they are.
     """
     check_finite(model, folder)
     parent = folder / CHECKPOINTS
@@ -162,7 +162,7 @@ def sha256(path: Path) -> str:
 
 
 def _numbered(folder: Path) -> list[Path]:
-    """The checkpoints of a run folder, the newest first; a folder of any other name is somebody's own."""
+    """The checkpoints of a run folder, the newest first; a folder with any other name belongs to somebody else."""
     paths = [path for path in (folder / CHECKPOINTS).glob("step_*") if _STEP.fullmatch(path.name) and path.is_dir()]
     return sorted(paths, key=_step, reverse=True)
 
@@ -172,7 +172,7 @@ def _step(path: Path) -> int:
 
 
 def _is_own(path: Path, run: str | None = None) -> bool:
-    """Whether a run wrote this step folder under this name: this run, where it is named."""
+    """Whether a run wrote this step folder under this name: this run, if it is given."""
     if path.is_symlink():
         return False
     try:
@@ -190,7 +190,7 @@ def last_good(folder: Path) -> str:
 
 
 def damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint; empty where every file is as it was written."""
+    """What is wrong with a checkpoint; empty if every file is as it was written."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         for name, written in manifest.items():
@@ -208,9 +208,9 @@ def damage(checkpoint: Path) -> str:
 
 
 def find_checkpoint(folder: Path, resume: str) -> Path | None:
-    """The checkpoint to start from: for "auto" the newest good one of the run folder; each damaged one gives a warning.
+    """The checkpoint to start from: for "auto" the newest good one of the run folder, with a warning for damaged ones.
 
-    Raises `ConfigError` where a named checkpoint is missing or damaged, and where "auto" finds damaged ones only.
+    Raises `ConfigError` if a named checkpoint is missing or damaged, and if "auto" finds only damaged ones.
     """
     if resume == "none":
         return None
@@ -228,7 +228,7 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
                 f"{CHECKPOINTS}/step_N, or take resume=auto or resume=none"
             )
         return path
-    # Another run's checkpoint that was whole when the run was killed is read where it lies.
+    # Another run's checkpoint that was complete when the run was killed is read in its place.
     waiting = _not_in_place(folder)
     candidates = sorted([*_numbered(folder), *waiting], key=_step, reverse=True)
     for target in candidates:
@@ -243,7 +243,7 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
 
 
 def set_aside_newer(folder: Path, step: int) -> None:
-    """Renames the checkpoints after `step`, damaged or gone back on, so that they never count as the newest."""
+    """Rename the checkpoints after `step`, damaged or abandoned, so that they never count as the newest."""
     for path in _numbered(folder):
         if _step(path) > step and (path / MANIFEST).is_file():
             _set_aside(path)
@@ -257,7 +257,7 @@ def _set_aside(path: Path) -> None:
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, ema: nn.Module | None) -> dict[str, Any]:
-    """Fills model and averaged model; returns `optimizer`, `scaler` and `position`. Only tensors are unpickled."""
+    """Fill model and averaged model; returns `optimizer`, `scaler` and `position`. Only tensors are unpickled."""
     try:
         model.load_state_dict(load_model(checkpoint).state_dict())
         if ema is not None:
@@ -270,10 +270,10 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, ema: nn.Module | None) -
 
 
 def add_cards(folder: Path, card: DataCard) -> None:
-    """Gives the run's models that were saved without a card theirs, since config.yaml no longer names the classes."""
+    """Add cards to the run's models that were saved without one, since config.yaml no longer names the classes."""
     for place in (folder / name for name in MODELS):
         if (place / CONFIG).is_file():
-            with contextlib.suppress(ValueError):  # what is damaged stays as it is
+            with contextlib.suppress(ValueError):  # a damaged model stays as it is
                 model = load_model(place)
                 if model.card is None:
                     model.card = card
@@ -283,7 +283,7 @@ def add_cards(folder: Path, card: DataCard) -> None:
 def check_settings(
     position: Position, settings: dict[str, Any], *, total_batch: int, samples: int, source: Path, labels: str = ""
 ) -> None:
-    """Raises `ConfigError` where the run that wrote the checkpoint would have gone on differently."""
+    """Raise `ConfigError` if the run that wrote the checkpoint would have continued differently."""
     keys = [key for key in {**position.settings, **settings} if settings.get(key) != position.settings.get(key)]
     if settings.get(EPOCHS, 0) > position.settings.get(EPOCHS, math.inf):
         keys.remove(EPOCHS)
@@ -309,7 +309,7 @@ def tell_changes(
     division: dict[str, Any],
     evaluation: dict[str, Any] | None = None,
 ) -> None:
-    """Says what `check_settings` lets pass and the weights, or what is measured of them, depend on all the same."""
+    """Warn of changes that `check_settings` allows although the weights, or their measurements, depend on them."""
     before = position.settings.get(EPOCHS)
     if before is not None and settings[EPOCHS] != before:
         warn(
@@ -335,22 +335,22 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def check_finite(model: nn.Module, folder: Path) -> None:
-    """Raises `RunError` where a weight or a batch statistic is NaN or infinite."""
+    """Raise `RunError` if a weight or a batch statistic is NaN or infinite."""
     if name := next(nonfinite(model.state_dict().items()), None):
         raise RunError(f"{name} is no longer finite; {last_good(folder)}. Lower optim.lr or set optim.clip_grad")
 
 
 def nonfinite(named: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
-    """The names of the tensors that hold a NaN or an infinity."""
+    """The names of the tensors that contain a NaN or an infinity."""
     return (name for name, value in named if value.is_floating_point() and not bool(value.isfinite().all()))
 
 
 def open_folder(folder: Path, resume: str, *, needed: int) -> Path | None:
-    """Makes the run folder ready for writing and returns the checkpoint to start from, if any.
+    """Prepare the run folder for writing and return the checkpoint to start from, if any.
 
-    Leftovers of interrupted writes go, and with `resume="none"` what an earlier run left. Raises `ConfigError` where
-    nothing can be written, where the disk has less than `needed` bytes, or where a finished run would be overwritten
-    unasked.
+    Leftovers of interrupted writes are removed, and with `resume="none"` also what an earlier run left. Raises
+    `ConfigError` if nothing can be written, if the disk has less than `needed` bytes, or if a finished run would be
+    overwritten without being asked to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -383,7 +383,7 @@ def open_folder(folder: Path, resume: str, *, needed: int) -> Path | None:
 
 
 def _put_in_place(folder: Path) -> None:
-    """Finishes what a kill between writing a checkpoint and renaming it has left: whole ones get their names."""
+    """Finish what a kill between writing a checkpoint and renaming it has left: complete ones get their names."""
     for target, path in _not_in_place(folder).items():
         path.chmod(0o755)
         os.replace(path, target)
@@ -391,7 +391,7 @@ def _put_in_place(folder: Path) -> None:
 
 
 def _not_in_place(folder: Path) -> dict[Path, Path]:
-    """Whole checkpoints that have not got their names, by these; of two of one step the one written last."""
+    """Complete checkpoints without their final name, by it; of two of the same step, the one written last."""
     found: dict[Path, Path] = {}
     for prefix in (_WRITING, _REPLACED):
         for path in sorted((folder / CHECKPOINTS).glob(f"{prefix}step_*")):
@@ -403,7 +403,7 @@ def _not_in_place(folder: Path) -> dict[Path, Path]:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes what interrupted writes left, and nothing that this kit does not write."""
+    """Remove what interrupted writes left, and nothing that the recipes do not write."""
     for prefix in (_WRITING, _REPLACED):
         for path in (folder / CHECKPOINTS).glob(f"{prefix}*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -414,7 +414,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Removes what an earlier run wrote; what somebody else put beside it stays."""
+    """Remove what an earlier run wrote; other files there are kept."""
     for path in (folder / CHECKPOINTS).glob("*step_*"):
         own = _STEP.fullmatch(path.name.removeprefix("set_aside_")[: len("step_") + 8])
         if own and (_is_own(path) if path.name.startswith("step_") else (path / MANIFEST).is_file()):
@@ -423,7 +423,7 @@ def _clear(folder: Path) -> None:
         for file in (WEIGHTS, CONFIG):
             (folder / name / file).unlink(missing_ok=True)
     for name in (CHECKPOINTS, *MODELS):
-        with contextlib.suppress(OSError):  # it holds something else
+        with contextlib.suppress(OSError):  # it contains something else
             (folder / name).rmdir()
     for name in (METRICS, DAMAGED, SUMMARY, CURVES):
         (folder / name).unlink(missing_ok=True)

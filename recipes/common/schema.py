@@ -1,4 +1,4 @@
-"""Every key of a run with its type, its meaning, its default and its bounds; `config.py` fills the tree."""
+"""Every key of a run with its type, meaning, default and bounds; `config.py` fills the tree."""
 
 # ruff: noqa: RUF009  `option` returns a dataclass field.
 
@@ -18,9 +18,9 @@ from sdt_blocks.surrogate import KINDS as SURROGATES
 def option(default: Any, help: str, **bounds: Any) -> Any:
     """A field with its help text and bounds: `choices`, `least`, `most`, `above`, `below`, `length`.
 
-    `path=True` has a `~` that no shell has expanded, as in a file, stand for the home folder.
-    `images=True` says that recordings of events have no use for it, and `training` whether a trained model has none: of
-    the sections `optim` and `train` it has none, unless they say otherwise.
+    With `path=True` a leading `~` that no shell has expanded, for example in a file, means the home folder.
+    `images=True` means that recordings of events do not use the key, `training` that a trained model does not: for the
+    sections `optim` and `train` this is the default.
     """
     metadata = {"help": help, **bounds}
     if isinstance(default, list):
@@ -115,7 +115,7 @@ class EventsConfig:
 
 
 def _model_keys() -> list[tuple[str, Any, Any]]:
-    """`name`, and the keywords of the registered classes within their bounds; null takes the named variant's value."""
+    """`name`, and the keywords of the registered classes with their bounds; null means the named variant's value."""
     name = option("sdt_8_384", "a published variant", choices=tuple(list_models()))
     keys: list[tuple[str, Any, Any]] = [("name", str, name)]
     for key, keyword in model_options().items():
@@ -136,7 +136,7 @@ else:
 
 @dataclass(frozen=True)
 class NeuronConfig:
-    """Options of `model.neuron`; null takes the neuron's own."""
+    """Options of `model.neuron`; null means the neuron's default."""
 
     tau: float | None = option(None, "time constant of lif, in time steps", least=1, most=1e6)
     init_tau: float | None = option(None, "time constant that plif starts from", above=1, most=1e6)
@@ -216,9 +216,9 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Derived:
-    """What follows from a configuration, the data and the number of processes.
+    """Values that follow from a configuration, the data and the number of processes.
 
-    Written beside the configuration into the run's config.yaml, and never read back.
+    They are written next to the configuration into the run's config.yaml, and never read back.
     """
 
     processes: int = 1
@@ -234,7 +234,7 @@ TRACKERS = (
     "auto", "none", "all", "tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab",
     "trackio",
 )  # fmt: skip
-"""Beside the first three, those that Accelerate knows, which are called as their packages are."""
+"""After the first three, the trackers that Accelerate knows, which have the names of their packages."""
 
 
 @dataclass(frozen=True)

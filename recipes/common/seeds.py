@@ -1,4 +1,4 @@
-"""One run for each of several seeds, one after another, and what they have in common."""
+"""One run for each of several seeds, one after another, and their common summary."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .set_up import set_up
 
 
 def train_seeds(configs: list[Config]) -> None:
-    """Trains each in the folder `seed_N` of its output_dir; the means go into summary.json of output_dir itself.
+    """Train each in the folder `seed_N` of its output_dir; the means go into summary.json of output_dir itself.
 
-    A run that is complete is not repeated, so the same command goes on after a stop.
+    A run that is complete is not repeated, so the same command continues after a stop.
     """
     folder, summaries = Path(configs[0].output_dir), []
     for config in configs:
@@ -42,7 +42,7 @@ def train_seeds(configs: list[Config]) -> None:
 
 
 def summarize(summaries: list[dict[str, Any]]) -> dict[str, Any]:
-    """The runs' common values, the mean of each number that differs, and beside it `_std` of a sample."""
+    """The values that all runs share, and the mean of each number that differs with its sample deviation, `_std`."""
     whole: dict[str, Any] = {}
     for key, first in summaries[0].items():
         values = [summary.get(key) for summary in summaries]

@@ -1,4 +1,4 @@
-"""From a configuration to a run that is ready to train: everything that can be refused is refused here."""
+"""From a configuration to a run that is ready to train: everything that can be rejected is rejected here."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 def set_up(config: Config) -> Run:
-    """The run of a configuration, at the position that `resume` says. Raises `ConfigError`."""
+    """The run of a configuration, at the position given by `resume`. Raises `ConfigError`."""
     folder = Path(config.output_dir)
     accelerator, config = build_accelerator(config)
     check_machine(config, accelerator)
@@ -49,7 +49,7 @@ def set_up(config: Config) -> Run:
     num_classes = len(train_set.classes)
     batches = build_batches(config, accelerator, len(train_set))
     derived = derive(config, accelerator, batches)
-    if sample.ndim == 4:  # frames bring their own number of time steps
+    if sample.ndim == 4:  # frames have their own number of time steps
         of_frames = {"model.time_steps": len(sample), "events.sensor_size": list(train_set.sensor_size[:2])}
         config = changed(config, of_frames)
     config = fit_to_data(config, in_channels=sample.shape[-3], num_classes=num_classes)
@@ -116,9 +116,9 @@ def from_anywhere(config: Config) -> Config:
 
 
 def bring_into_line(folder: Path, checkpoint: Path | None, position: Position, card: DataCard, text: str) -> None:
-    """Makes what lies in the run folder that of a run at this position, its config.yaml this text.
+    """Make the content of the run folder that of a run at this position, with this text as its config.yaml.
 
-    Raises `ConfigError` where it cannot be written.
+    Raises `ConfigError` if it cannot be written.
     """
     try:
         set_aside_newer(folder, position.step)
@@ -144,11 +144,11 @@ def build_loss_of(train: TrainConfig) -> Callable[[Any, Any], Tensor]:
 
 
 def start_tracker(config: Config, derived: Derived, accelerator: Accelerator) -> None:
-    """Opens the tracker's record of the run. Raises `ConfigError` that names the tracker."""
+    """Open the tracker's record of the run. Raises a `ConfigError` that names the tracker."""
     settings = flatten(config) | {f"derived.{key}": value for key, value in asdict(derived).items()}
     try:
         accelerator.init_trackers("sdt", config={key: str(value) for key, value in settings.items()})
-    except Exception as error:  # whatever the tracker's own code raises: no account, no network, no space
+    except Exception as error:  # the tracker's own code may raise anything: no account, no network, no space
         raise ConfigError(
             f"tracker={config.tracker}: the tracker cannot start ({type(error).__name__}: {error}); set it up, or "
             f"train without it: tracker=none"
@@ -162,14 +162,14 @@ def open_data(config: Config, accelerator: Accelerator) -> tuple[Any, Any]:
         def fetch() -> None:
             at_the_door(build_datasets, config)
 
-        agreed(accelerator, fetch)  # the first process fetches, the others find it there
+        agreed(accelerator, fetch)  # the first process downloads, the others find the files
     return at_the_door(build_datasets, config)
 
 
 def build_accelerator(config: Config) -> tuple[Accelerator, Config]:
-    """Accelerate's view of this process, and the configuration as it can be had here: cores are shared out.
+    """Accelerate's view of this process, and the configuration adapted to this machine, with its cores shared out.
 
-    fp16 on a CPU becomes float32, with a warning. Raises `ConfigError` for what cannot be had otherwise.
+    fp16 on a CPU becomes float32, with a warning. Raises `ConfigError` for other settings that are not possible here.
     """
     launcher_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
     if config.train.mixed_precision == "fp16" and (launcher_cpu or not torch.accelerator.is_available()):
@@ -196,7 +196,7 @@ def build_accelerator(config: Config) -> tuple[Accelerator, Config]:
 
 
 def check_machine(config: Config, accelerator: Accelerator) -> None:
-    """Raises `ConfigError` for what cannot be trained with here; a model that was trained so elsewhere is no matter."""
+    """Raise `ConfigError` for settings that cannot be trained with here; a model trained so elsewhere is fine."""
     if accelerator.device.type == "cpu" and config.train.sync_bn:
         raise ConfigError("train.sync_bn: synchronised batch norm runs on GPUs only; leave it out on a CPU")
     if config.train.ema_decay is not None and accelerator.distributed_type == DistributedType.FSDP:
@@ -218,7 +218,7 @@ def build_batches(config: Config, accelerator: Accelerator, samples: int) -> Epo
 
 
 def derive(config: Config, accelerator: Accelerator, batches: EpochBatches) -> Derived:
-    """What follows from the number of processes and samples, the learning rates scaled to the total batch among it."""
+    """Values that follow from the numbers of processes and samples, such as scaled learning rates."""
     total_batch = accelerator.num_processes * config.train.accumulate * config.train.batch_size
     scale = batch_scale(total_batch, config.optim.lr_batch)
     steps = (config.train.epochs + config.train.cooldown_epochs) * batches.updates
@@ -234,7 +234,7 @@ def derive(config: Config, accelerator: Accelerator, batches: EpochBatches) -> D
 
 
 def build_mixer(config: Config, accelerator: Accelerator, sample: Tensor, num_classes: int) -> BatchMixer | None:
-    """Mixup and cutmix, or None where both are off."""
+    """Mixup and cutmix, or None if both are off."""
     data = config.data
     if not (data.mixup or data.cutmix):
         return None
@@ -255,10 +255,10 @@ def build_mixer(config: Config, accelerator: Accelerator, sample: Tensor, num_cl
 
 
 def dry_run(model: nn.Module, sample: Tensor, device: torch.device) -> None:
-    """One sample through the model on the CPU: what does not fit together is said before training starts.
+    """Pass one sample through the model on the CPU, so that parts that do not fit are reported before training starts.
 
-    Where training is on another device it is by the equations: no kernel is built for the CPU, or missed there, and one
-    that is forced for the device is no matter.
+    If training is on another device, this uses the equations: no kernel is built for the CPU, or missed there, and a
+    backend that is forced for the device does not matter.
     """
     with nullcontext() if device.type == "cpu" else forced("reference"), torch.no_grad():
         model.eval()(sample[None])
@@ -272,7 +272,7 @@ def prepare(
     checkpoint: Path | None,
     of_data: dict[str, Any],
 ) -> tuple[Any, Any, Any, Any, Position]:
-    """Model, the same without its wrapper, averaged model, optimiser and position; all as the checkpoint has them."""
+    """Model, the same without its wrapper, averaged model, optimizer and position; all as in the checkpoint."""
     evaluation = of_data["evaluation"]
     settings: dict[str, Any] = {
         "total_batch": derived.total_batch,
@@ -329,7 +329,7 @@ def prepare(
 
 
 def describe_data(config: Config, train_set: Any, test_set: Any) -> dict[str, Any]:
-    """What a position says of the data: `samples` and `labels` of the training set, and what is evaluated on."""
+    """What a position records of the data: `samples` and `labels` of the training set, and what is evaluated on."""
     keys = {f"data.{key}": getattr(config.data, key) for key in ("test_samples", "crop_pct")}
     return {
         "samples": len(train_set),
@@ -350,7 +350,7 @@ def describe(config: Config, derived: Derived, accelerator: Accelerator, plain: 
 
 
 def at_the_door(make: Callable[..., T], *args: Any, **options: Any) -> T:
-    """`make(...)`, with what it refuses turned into a `ConfigError`."""
+    """Call `make(...)`, and turn its errors into `ConfigError`s."""
     try:
         return make(*args, **options)
     except (ValueError, OSError, ImportError) as error:
@@ -358,7 +358,7 @@ def at_the_door(make: Callable[..., T], *args: Any, **options: Any) -> T:
 
 
 def agreed(accelerator: Accelerator, decide: Callable[[], T]) -> T:
-    """What the first process decides, or its `ConfigError`, on all of them."""
+    """The result of `decide` on the first process, or its `ConfigError`, on all processes."""
     answer: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:

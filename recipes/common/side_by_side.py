@@ -1,4 +1,4 @@
-"""Models side by side: what is read by a name, judged, written as tables and drawn."""
+"""Comparison of models: each is read by its name, judged, written into tables and plotted."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ COLUMNS = (
     Column("dense_ms", "dense (ms)", ".3g"),
     Column("event_ms", "event-driven (ms)", ".3g"),
 )
-"""What all tables show."""
+"""The columns of all tables."""
 
 ALSO = tuple(Column(key, key) for key in ("family", "data", "multiplications", "why", "missing"))
-"""What the CSV file has besides, with the standard deviations."""
+"""Further columns of the CSV file, apart from the standard deviations."""
 
 
 @dataclass
 class Options:
-    """How models are looked at."""
+    """How models are judged."""
 
     output_dir: str = option("model_comparison", "the folder to write", path=True)
     samples: int = option(8, "inputs of each model that are looked at, at most", least=2)
@@ -49,14 +49,14 @@ class Options:
 
 
 Found = list[tuple[Any, Any, dict[str, Any]]]
-"""Models, one a seed, each with inputs and what is known of its run."""
+"""Models, one per seed, each with inputs and what is known of its run."""
 Reader = Callable[[str], Found]
 
 
 def read_model(name: str, *, samples: int, img_size: int = 224, seed: int = 0) -> Found:
-    """What a name on the command line stands for, with so many inputs at most.
+    """The models that a name on the command line refers to, with at most `samples` inputs.
 
-    A variant is seen at `img_size`, with random weights by `seed`. Raises `ConfigError`.
+    A variant is judged at `img_size`, with random weights by `seed`. Raises `ConfigError`.
     """
     from .judging import sample_inputs, untrained
 
@@ -73,7 +73,7 @@ def read_model(name: str, *, samples: int, img_size: int = 224, seed: int = 0) -
     for folder in seeds or [path]:
         arguments = with_run_config(folder, [])
         config = load_config(arguments, default="imagenet_8_384")
-        # A run's accuracy is that of its last model, which no choice by test images has touched.
+        # A run's accuracy is that of its last model, which was not chosen by test images.
         last = folder / "last"
         model, config = load(last if last.is_dir() else folder, config, arguments, averaged=False)
         of_a_run = arguments[0].startswith("config=")
@@ -84,7 +84,7 @@ def read_model(name: str, *, samples: int, img_size: int = 224, seed: int = 0) -
 
 
 def data_of(config: Any, samples: int) -> Any:
-    """The first inputs of a run's evaluation set, so many at most, as one tensor. Raises `ConfigError`."""
+    """The first inputs of a run's evaluation set, at most `samples`, as one tensor. Raises `ConfigError`."""
     import torch
 
     from .loading import build_datasets
@@ -102,7 +102,7 @@ def data_of(config: Any, samples: int) -> Any:
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
-    """The accuracy and the data of a run that is finished. Raises `ConfigError`."""
+    """The accuracy and the data of a finished run. Raises `ConfigError`."""
     path = folder / "summary.json"
     try:
         summary = read_mapping(path)
@@ -113,7 +113,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 
 def compare(names: Sequence[str], options: Options, read: Reader) -> list[dict[str, Any]]:
-    """A row for each model, which `read` gives by its name. Raises `ConfigError`."""
+    """A row for each model; `read` gets the model of a name. Raises `ConfigError`."""
     from sdt_blocks.analysis.measured import latencies
 
     from .judging import judge, latency_row, mean_row
@@ -142,7 +142,7 @@ def compare(names: Sequence[str], options: Options, read: Reader) -> list[dict[s
 
 
 def notes(rows: Sequence[Mapping[str, Any]], options: Options, machine: str) -> str:
-    """What stands below the table: why, and how it was measured."""
+    """The text below the table: reasons, and how it was measured."""
     lines = []
     for row in rows:
         verdict = {"yes": "spike-driven", "no": "not spike-driven", "silent": "no neuron fired"}[row["spike_driven"]]
@@ -154,7 +154,7 @@ def notes(rows: Sequence[Mapping[str, Any]], options: Options, machine: str) -> 
 
 
 def write_tables(rows: Sequence[Mapping[str, Any]], note: str, stem: Path, first: Sequence[Column] = COLUMNS) -> str:
-    """Writes the rows as `stem` with .md, .csv, .tex and .png; returns the table in Markdown. Raises `RunError`."""
+    """Write the rows as `stem` with .md, .csv, .tex and .png; returns the table in Markdown. Raises `RunError`."""
     from .pictures import draw_models
 
     written = [row | {"why": "; ".join(row["why"])} for row in rows]

@@ -9,19 +9,19 @@ from types import FrameType
 import psutil
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name)]
-"""What asks a run to stop; the last is Ctrl-Break of Windows, where another process can send nothing else."""
+"""The signals that ask a run to stop; the last is Ctrl-Break of Windows, the only one that another process can send."""
 
 
 def has_ended(parent: int) -> bool:
-    """Whether the process that started this one is no more. On Windows its number stays that of the parent."""
+    """Whether the process that started this one has ended. On Windows its number remains that of the parent."""
     return os.getppid() != parent or (os.name == "nt" and not psutil.pid_exists(parent))
 
 
 class StopRequest:
     """Turns `SIGNALS` into a request that the loop answers at its next step boundary.
 
-    `request.signal` is the number received, or 0. A launcher that has ended counts as SIGTERM: it would not pass one
-    on. A second signal ends the process at once. On exit the handlers are as they were.
+    `request.signal` is the number received, or 0. A launcher that has ended counts as SIGTERM, which it could not pass
+    on. A second signal ends the process at once. On exit the previous handlers are restored.
     """
 
     def __init__(self) -> None:

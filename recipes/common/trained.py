@@ -1,4 +1,4 @@
-"""A trained model as the recipes take it (`checkpoint=`): the model, how its data were prepared, its class names."""
+"""A trained model for the recipes (`checkpoint=`): the model, how its data were prepared, its class names."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 RUN_CONFIG = "config.yaml"
 AS_ASKED = ("train.mixed_precision=no", "tracker=none")
-"""How a trained model is asked unless said otherwise: in full precision, which published figures are in."""
+"""Settings for a trained model unless set otherwise: full precision, as in published figures."""
 _INSIDE_A_RUN = ("best", "last", "ema")
 _LISTED = 5
 _NO_MATTER = {
     "data.workers", "data.download", "data.on_error", "events.cache", "train.batch_size", "threads", "output_dir",
     "resume", "tracker", "analyze",
 }  # fmt: skip
-"""What may be said of a trained model without its answers, or the data they are of, being others."""
+"""Settings that change neither the answers of a trained model nor the data."""
 _LONGEST = 100
-"""Characters of a folder's name that says settings; more become a digest."""
+"""Maximum length of a folder name made of settings, in characters; longer ones become a digest."""
 
 
 def run_config(checkpoint: Path) -> Path | None:
@@ -40,9 +40,9 @@ def run_config(checkpoint: Path) -> Path | None:
 
 
 def with_run_config(checkpoint: Path, arguments: Sequence[str]) -> list[str]:
-    """`AS_ASKED` and the arguments, on top of the run's own configuration where there is one and no other is named.
+    """`AS_ASKED` and the arguments, on top of the run's own configuration if there is one and no other is named.
 
-    Raises `ConfigError` where that is empty.
+    Raises `ConfigError` if that is empty.
     """
     written = run_config(checkpoint)
     if written is None or any(argument.startswith("config=") for argument in arguments):
@@ -53,10 +53,10 @@ def with_run_config(checkpoint: Path, arguments: Sequence[str]) -> list[str]:
 
 
 def load(checkpoint: Path, config: Config, arguments: Sequence[str], *, averaged: bool) -> tuple[Any, Config]:
-    """The model in eval mode, overridden as the arguments ask, and the configuration with its channels.
+    """The model in eval mode, overridden by the arguments, and the configuration with its channels.
 
-    Where the model says how its images were prepared, the configuration says the same, but for what the arguments set.
-    Raises `ConfigError`.
+    If the model says how its images were prepared, the configuration is set accordingly, except for what the arguments
+    set. Raises `ConfigError`.
     """
     from sdt_blocks import load_model, load_released_checkpoint
 
@@ -99,7 +99,7 @@ def _prepared_alike(config: Config, card: DataCard, arguments: Sequence[str]) ->
 
 
 def card_of(config: Config, names: Sequence[str] | None, input_size: Sequence[int] | None) -> DataCard:
-    """What a model trained on the data of a configuration says of them."""
+    """The card of a model that was trained on the data of a configuration."""
     from sdt_blocks import DataCard
     from sdt_datasets.image_transforms import evaluation_interpolation
 
@@ -119,7 +119,7 @@ def card_of(config: Config, names: Sequence[str] | None, input_size: Sequence[in
 
 
 def asked_options(config: Config, arguments: Sequence[str]) -> dict[str, Any]:
-    """The model's keywords that the arguments set, which win over those of the trained model."""
+    """The model's keywords that the arguments set, which override those of the trained model."""
     keys = {argument.partition("=")[0] for argument in arguments}
     asked = {key.removeprefix("model.") for key in keys if key.startswith("model.")}
     if any(key.startswith("neuron.") for key in keys):
@@ -128,9 +128,10 @@ def asked_options(config: Config, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def other_settings(checkpoint: Path, config: Config, arguments: Sequence[str]) -> dict[str, Any]:
-    """The settings in which what is asked of a trained model differs from its run's configuration.
+    """The settings that differ from the configuration of the trained model's run.
 
-    Without a run, from the configuration that the arguments name; where the data lie is then no difference.
+    Without a run, they are compared with the configuration that the arguments name; the location of the data is then no
+    difference.
     """
     written = run_config(checkpoint)
     named = [argument for argument in arguments if argument.startswith("config=")]
@@ -146,10 +147,10 @@ def _same_place(one: Config, other: Config) -> bool:
 
 
 def default_folder(checkpoint: Path, name: str, settings: Mapping[str, Any] | None = None) -> Path:
-    """The folder `name` in a run folder or a saved model, or beside a released file under its name.
+    """The folder `name` in a run folder or a saved model, or next to a released file under its name.
 
-    What was found with other `settings` than the run's is no finding on the run: it has a folder of its own beside that
-    one, whose name says them: `evaluation,data.img_size=288`.
+    Results with `settings` other than the run's are not results of the run: they have a folder of their own next to
+    that one, named after the settings: `evaluation,data.img_size=288`.
     """
     name += _as_name(settings or {})
     if checkpoint.is_dir():
@@ -165,10 +166,10 @@ def _as_name(settings: Mapping[str, Any]) -> str:
 
 
 def class_names(checkpoint: Path, model: Any) -> list[str] | None:
-    """The names of the classes that the model tells apart, in the order of its logits; None where nothing says them.
+    """The names of the model's classes, in the order of its logits; None if they are not known.
 
-    They are saved with the model; before they were, the run's config.yaml had them. Those of a released ImageNet model
-    are its identifiers (n01440764, ...). Raises `ConfigError` where there are more or fewer of them than classes.
+    They are saved with the model; in older runs the config.yaml has them. Those of a released ImageNet model are its
+    identifiers (n01440764, ...). Raises `ConfigError` if their number is not that of the classes.
     """
     if model.card is not None and model.card.class_names is not None:
         return list(model.card.class_names)
@@ -183,7 +184,7 @@ def class_names(checkpoint: Path, model: Any) -> list[str] | None:
 
 
 def check_resumed_classes(checkpoint: Path, names: Sequence[str]) -> None:
-    """Raises `ConfigError` where a run goes on with data of other classes than those of its checkpoint."""
+    """Raise `ConfigError` if a run continues with data of other classes than those of its checkpoint."""
     from sdt_blocks import load_model
 
     try:
@@ -206,11 +207,11 @@ def _written_names(config: Path) -> list[str] | None:
 
 
 def match_classes(dataset: Any, names: Sequence[str] | None, model: Any, *, checkpoint: Path, by: str) -> str:
-    """Gives a data set the model's classes in the model's order; returns a sentence on how they were matched.
+    """Give a data set the model's classes in the model's order; returns a sentence on how they were matched.
 
-    Classes are the same where their names are, in whatever order; the data may lack some of the model's. With
-    `by="position"` the order alone counts. Raises `ConfigError` for a class that the model does not have, and where
-    the order has to do and the numbers differ.
+    Classes are the same if their names are, in any order; the data may lack some of the model's. With `by="position"`
+    only the order counts. Raises `ConfigError` for a class that the model does not have, and if classes are matched by
+    order and their numbers differ.
     """
     theirs, count = list(dataset.classes), model.num_classes
     if names is None or by == "position":

@@ -1,4 +1,4 @@
-"""One update: the passes of its batches, what is exchanged between processes, and what is left out."""
+"""One update: the passes of its batches, the exchange between processes, and how a bad update is skipped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Clock:
-    """Where the time of an epoch goes."""
+    """Measures where the time of an epoch goes."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -39,13 +39,13 @@ class Clock:
 
 
 def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]], clock: Clock, epoch: int) -> float | None:
-    """One step of the optimiser; the mean loss over its samples on all processes.
+    """Do one step of the optimizer; returns the mean loss over its samples on all processes.
 
-    None where a process that trains alone is asked to stop amid its passes: the step has then not been taken.
+    None if a process that trains alone is asked to stop between its passes: the step has then not been taken.
     """
     config, accelerator, step = run.config, run.accelerator, run.position.step
     set_learning_rate(run.optimizer, learning_rate_at(run, step))
-    # In linear probing the frozen part keeps its batch statistics as well.
+    # In linear probing the frozen part also keeps its batch statistics.
     run.model.train(not config.train.linear_probe)
     keep = config.train.skip_nonfinite or config.train.accumulate > 1
     before = [buffer.clone() for buffer in run.plain.buffers()] if keep else []
@@ -69,13 +69,13 @@ def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]], clock: Clock, epo
             run.stopping = True
             restore(run, before)
             return None
-    # Without a bound the norm is taken all the same: a spike hides a NaN from the loss, but not from the gradient.
+    # The norm is computed even without a bound: a spike hides a NaN from the loss, but not from the gradient.
     bound = math.inf if config.optim.clip_grad is None else config.optim.clip_grad
     norm = accelerator.clip_grad_norm_(run.model.parameters(), bound)
     largest = largest_buffer(run.plain)
     mean, norm, largest, stops = exchange(accelerator, total, norm, largest, float(run.stop.signal > 0))
     run.stopping = stops > 0
-    # With a gradient scaler an infinite gradient is no fault: the scaler leaves the update out and lowers its scale.
+    # With a gradient scaler an infinite gradient is no fault: the scaler skips the update and lowers its scale.
     judged = (mean, largest) if accelerator.scaler else (mean, largest, norm)
     if not all(map(math.isfinite, judged)):
         skip_update(run, before, fault(run, mean, norm, largest))
@@ -96,9 +96,9 @@ def exchange(accelerator: Accelerator, loss: Tensor, norm: Any, largest: Tensor,
 
 
 def largest_buffer(model: Any) -> Tensor:
-    """The largest magnitude in the model's buffers, NaN where one of them is, without waiting for the device.
+    """The largest magnitude in the model's buffers, NaN if one of them is, without waiting for the device.
 
-    Running statistics that overflow show nowhere else: a NaN gives no spike, so loss and weights stay finite.
+    Running statistics that overflow are not visible otherwise: a NaN gives no spike, so loss and weights stay finite.
     """
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point() and buffer.numel()]
     return torch.nn.utils.get_total_norm(buffers, math.inf) if buffers else torch.zeros(())
@@ -120,7 +120,7 @@ def learning_rate_at(run: Run, step: int) -> float:
 
 
 def fault(run: Run, loss: float, norm: float, largest: float) -> str:
-    """What an update shows that is not finite, and what helps."""
+    """Which value of an update is not finite, and what helps."""
     if not math.isfinite(loss):
         return f"the loss is {loss}"
     if math.isfinite(largest):
@@ -133,7 +133,7 @@ def fault(run: Run, loss: float, norm: float, largest: float) -> str:
 
 
 def skip_update(run: Run, buffers: list[Tensor], fault: str) -> None:
-    """Leaves a non-finite update out, or raises `RunError` where no more are allowed."""
+    """Skip a non-finite update, or raise `RunError` if no more may be skipped."""
     position = run.position
     position.nonfinite += 1
     allowed = run.config.train.skip_nonfinite
@@ -145,13 +145,13 @@ def skip_update(run: Run, buffers: list[Tensor], fault: str) -> None:
             f"train.skip_nonfinite=K"
         )
     if run.accelerator.scaler is not None:
-        run.accelerator.scaler.update()  # lower where the gradient overflowed; the update is left out either way
+        run.accelerator.scaler.update()  # lower if the gradient overflowed; the update is skipped either way
     restore(run, buffers)
     run.display.say(f"step {position.step} left out: {fault} ({position.nonfinite} of at most {allowed})")
 
 
 def restore(run: Run, buffers: list[Tensor]) -> None:
-    """Takes back what the passes of an update have left: gradients, and their batch statistics."""
+    """Undo the effects of an update's passes: gradients, and their batch statistics."""
     run.optimizer.zero_grad()
     for buffer, value in zip(run.plain.buffers(), buffers, strict=True):
         buffer.copy_(value)

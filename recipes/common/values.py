@@ -1,9 +1,10 @@
-"""What the values of a configuration are read as: the text of a command line or a YAML file, held to a type.
+"""Reads the values of a configuration: the text of a command line or a YAML file, by the type of the key.
 
     convert("3e-4", float)  # 0.0003
     convert("010", int)     # ValueError: expected a whole number, got '010'
 
-Text is read as the key's type says, never as it looks: a reader that guesses takes 010 for eight and "no" for false.
+Text is read according to the key's type, never by its look: a reader that guesses takes 010 for eight and "no" for
+false.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 def convert(value: Any, kind: Any) -> Any:
     """`value` as `kind`: bool, int, float, str, a list of these, or a union with None.
 
-    Text is read; anything else must be of the type already, but for a whole number where a number is expected. Raises
-    `ValueError` that says what was expected and what was given; Python's None is no text where null can be meant.
+    Text is parsed; anything else must have the type already, except that a whole number may stand for a number. Raises
+    `ValueError` with what was expected and what was given; the text "None" is refused where null could be meant.
     """
     kinds = alternatives(kind)
     if value is None or (isinstance(value, str) and value in _NULL):
@@ -87,12 +88,12 @@ def _convert_list(value: Any, wanted: Any, kind: Any) -> list[Any]:
 
 
 def expand_home(value: Any) -> Any:
-    """A path without `~` for the home folder: no shell expands it in a file, and not every one in `key=~/folder`."""
+    """A path with `~` replaced by the home folder: no shell does it in a file, and not every one in `key=~/folder`."""
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 class _Reader(yaml.BaseLoader):
-    """YAML whose every scalar stays the text that was written, and whose keys stand once."""
+    """YAML whose scalars all stay as text, and whose keys must be unique."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         mapping = super().construct_mapping(node, deep=deep)
@@ -104,12 +105,12 @@ class _Reader(yaml.BaseLoader):
 
 
 def read_yaml(text: str | bytes) -> Any:
-    """Mappings, lists and text. Raises `yaml.YAMLError`, or `RecursionError` where it is nested too deeply."""
+    """Mappings, lists and text. Raises `yaml.YAMLError`, or `RecursionError` if it is nested too deeply."""
     return yaml.load(text, _Reader)
 
 
 def alternatives(kind: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type alone."""
+    """The members of a union, or the type itself."""
     is_union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
     return typing.get_args(kind) if is_union else (kind,)
 
@@ -120,7 +121,7 @@ def describe(kind: Any) -> str:
 
 
 def shown(value: Any, most: int = 60) -> str:
-    """A value as an error shows it: what is long is cut in the middle."""
+    """A value as shown in an error: long ones are cut in the middle."""
     if isinstance(value, str):
         text = repr(value)
         cut = f"{text[: most // 2]}...{text[-most // 4 :]} ({len(value)} characters)"
