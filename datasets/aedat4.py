@@ -1,4 +1,4 @@
-"""AEDAT4: what a file announces is bounded before the decoder, which believes it all, sees it."""
+"""AEDAT4: the sizes that a file announces are checked before the decoder, which trusts them, sees the file."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _ZSTD_BLOCK = 1 << 17
 
 
 def read_aedat4(path: str | os.PathLike) -> Columns:
-    """The first stream of events of an AEDAT4 file: columns `[N]` t (us), x, y, p.
+    """The first event stream of an AEDAT4 file: columns `[N]` t (us), x, y, p.
 
-    Raises `ValueError` for a damaged file, and for one that asks for more memory than it may.
+    Raises `ValueError` for a damaged file, and for one that asks for more memory than allowed.
     """
     check_aedat4(path)
     with _no_panic():
@@ -49,7 +49,7 @@ def read_aedat4(path: str | os.PathLike) -> Columns:
 def aedat4_sensor_size(path: str | os.PathLike) -> tuple[int, int, int]:
     """`(W, H, 2)` from the header of an AEDAT4 file.
 
-    Raises `ValueError` where it has no events stream of such a size.
+    Raises `ValueError` if it has no event stream of such a size.
     """
     check_aedat4(path)
     with _no_panic():
@@ -76,7 +76,7 @@ def _events_stream(decoder: Any) -> tuple[int, dict[str, Any]]:
 
 @contextlib.contextmanager
 def _no_panic() -> Iterator[None]:
-    """The decoder panics on some damaged files, which is no Exception: `ValueError` instead."""
+    """The decoder panics on some damaged files, which is not an `Exception`: raise `ValueError` instead."""
     try:
         yield
     except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -86,9 +86,9 @@ def _no_panic() -> Iterator[None]:
 
 
 def check_aedat4(path: str | os.PathLike) -> None:
-    """Raises `ValueError` where an AEDAT4 file's header is damaged, or a packet holds more than it may, packed or not.
+    """Raise `ValueError` if an AEDAT4 file's header is damaged, or a packet is too large, compressed or not.
 
-    The decoder ends the process on some such headers, and allocates what a packet announces.
+    The decoder ends the process on some such headers, and allocates as much memory as a packet announces.
     """
     check_regular(path)
     size = os.path.getsize(path)
@@ -120,9 +120,9 @@ def check_aedat4(path: str | os.PathLike) -> None:
 
 
 def _header(header: bytes) -> tuple[int, int]:
-    """How packets are compressed, and where the index behind the last of them begins; -1 where there is none.
+    """The compression of the packets, and where the index behind the last of them begins, or -1 if there is none.
 
-    The header is a FlatBuffers table: compression, this place, and an XML text that describes the streams.
+    The header is a FlatBuffers table: compression, this position, and an XML text that describes the streams.
     """
     (table,) = struct.unpack_from("<I", header)
     (distance,) = struct.unpack_from("<i", header, table)
@@ -139,7 +139,7 @@ def _header(header: bytes) -> tuple[int, int]:
 
 
 def _most(file: IO[bytes], end: int, compression: int) -> int:
-    """The most bytes that what lies between the place in the file and `end` can unpack to, from its blocks' headers."""
+    """The most bytes that the file's content from its position to `end` can unpack to, from its blocks' headers."""
     if compression in _NONE:
         return end - file.tell()
     if compression not in _LZ4 | _ZSTD:
@@ -159,7 +159,7 @@ def _most(file: IO[bytes], end: int, compression: int) -> int:
 
 
 def _lz4_most(file: IO[bytes], end: int) -> int:
-    """Of an LZ4 frame: a block stands for at most 255 times its bytes, and the frame's own size of a block."""
+    """`_most` for an LZ4 frame: a block unpacks to at most 255 times its bytes, and to the frame's block size."""
     flags, sizes = _take("<BB", file)
     file.seek((8 if flags & 8 else 0) + (4 if flags & 1 else 0) + 1, os.SEEK_CUR)
     largest, total = 1 << 8 + 2 * max(sizes >> 4 & 7, 4), 0
@@ -175,9 +175,9 @@ def _lz4_most(file: IO[bytes], end: int) -> int:
 
 
 def _zstd_most(file: IO[bytes], end: int) -> int:
-    """Of a Zstandard frame (RFC 8878): 128 KiB for a compressed block, for any other what its header says.
+    """`_most` for a Zstandard frame (RFC 8878): 128 KiB for a compressed block, for others the size in its header.
 
-    The window, which the decoder allocates, counts where it is larger.
+    The window, which the decoder allocates, counts if it is larger.
     """
     (flags,) = _take("<B", file)
     single = flags >> 5 & 1

@@ -1,8 +1,8 @@
-"""Augmentations of event frames, one operation for all frames of a sample, and the names by which a recipe picks them.
+"""Augmentations of event frames, one operation for all frames of a sample, and their names for the recipes.
 
-Each is a callable `(frames, rng) -> frames` on float frames `[T, C, H, W]`; the generator alone decides what it
-does, so a sample's augmentation can be drawn again from its seed. The originals of the kind are Cutout
-(arXiv:1708.04552) and SNNAugment (Neuromorphic Data Augmentation, arXiv:2203.06145).
+Each is a callable `(frames, rng) -> frames` on float frames `[T, C, H, W]`; only the generator decides what it does, so
+a sample's augmentation can be repeated from its seed. The published originals are Cutout (arXiv:1708.04552) and
+SNNAugment (Neuromorphic Data Augmentation, arXiv:2203.06145).
 """
 
 import math
@@ -36,7 +36,7 @@ class HorizontalFlip:
 
 
 class Roll:
-    """Shifts by up to `max_shift` pixels each way, what leaves one border enters at the other.
+    """Shifts by up to `max_shift` pixels each way; pixels that leave at one border enter at the opposite one.
 
     `[T, C, H, W]` -> `[T, C, H, W]`.
     """
@@ -52,9 +52,9 @@ class Roll:
 
 
 class Cutout:
-    """Sets `holes` squares of `length` pixels to zero, their centres anywhere in the frame (arXiv:1708.04552).
+    """Sets `holes` squares of `length` pixels to zero, with centres anywhere in the frame (arXiv:1708.04552).
 
-    `[T, C, H, W]` -> `[T, C, H, W]`; a square that reaches over the border is clipped there.
+    `[T, C, H, W]` -> `[T, C, H, W]`; a square that extends over the border is clipped there.
     """
 
     def __init__(self, holes: int = 1, length: int = 16) -> None:
@@ -95,7 +95,7 @@ class RandomOperation:
 
 
 def transform_frames(frames: Tensor, operation: str, magnitude: float) -> Tensor:
-    """Applies one operation of `RandomOperation` at the given magnitude to all frames `[T, C, H, W]` alike.
+    """Apply one operation of `RandomOperation` with the given magnitude to all frames `[T, C, H, W]`.
 
     A positive magnitude turns counter-clockwise, moves right or down, and shears the upper half to the right.
     """
@@ -109,7 +109,7 @@ def transform_frames(frames: Tensor, operation: str, magnitude: float) -> Tensor
 
 
 def _cut_out(frames: Tensor, area: float, rng: np.random.Generator) -> Tensor:
-    """Zero in a square of this share of the frame's area, which lies within the frame."""
+    """Set a square with this share of the frame's area to zero; it lies within the frame."""
     height, width = frames.shape[-2:]
     side = min(max(round(math.sqrt(area * height * width)), 1), height, width)
     top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
@@ -136,7 +136,7 @@ FRAME_AUGMENTATIONS: dict[str, Callable[[], FrameAugmentation]] = {
 def build_augmentations(
     names: Sequence[str], sensor_size: tuple[int, int, int]
 ) -> tuple[list[EventAugmentation], list[FrameAugmentation]]:
-    """The named augmentations, those of events and those of frames, each group in the order given.
+    """The named augmentations of events, and those of frames, each group in the given order.
 
     Raises `ValueError` for a name that is in neither `EVENT_AUGMENTATIONS` nor `FRAME_AUGMENTATIONS`.
     """

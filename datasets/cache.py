@@ -1,4 +1,4 @@
-"""Arrays kept on disk under a key that holds everything they were made from."""
+"""Arrays kept on disk under a key that contains everything they were made from."""
 
 import contextlib
 import hashlib
@@ -16,12 +16,12 @@ import numpy as np
 from sdt_datasets.files import Archive
 
 _log = logging.getLogger(__name__)
-_ABANDONED = 24 * 3600  # seconds after which a temporary file is that of a writer that was killed
+_ABANDONED = 24 * 3600  # seconds after which a temporary file counts as left by a writer that was killed
 
 
 @dataclass(frozen=True)
 class CacheSize:
-    """What a cache folder holds."""
+    """The number of entries in a cache folder, and their total size."""
 
     entries: int
     bytes: int
@@ -31,13 +31,13 @@ class CacheSize:
 
 
 class ArrayCache:
-    """A folder of arrays, one file a key.
+    """A folder of arrays, one file per key.
 
-    An entry is written under a temporary name and moved into place, so that any number of processes may fill one cold
-    cache at once. It carries its key and a checksum: an entry that is damaged, no file, or belongs to another key is
-    made again, with a warning. A folder may be deleted at any time; nothing in it is ever unpickled.
+    An entry is written under a temporary name and moved into place, so that any number of processes may fill an empty
+    cache at once. It contains its key and a checksum: an entry that is damaged, not a file, or belongs to another key
+    is made again, with a warning. A folder may be deleted at any time; nothing in it is ever unpickled.
 
-    `folder` is made where it is missing. Raises `OSError`, whose message says what to do, where it cannot be made or
+    `folder` is created if it is missing. Raises `OSError`, whose message says what to do, if it cannot be created or
     written.
 
     >>> cache = ArrayCache("frames_cache")
@@ -64,9 +64,9 @@ class ArrayCache:
                     path.unlink()
 
     def get(self, key: Mapping[str, object], make: Callable[[], np.ndarray]) -> np.ndarray:
-        """The array of `key`, read from disk or else made by `make` and kept.
+        """The array of `key`: read from disk, or made by `make` and kept.
 
-        Float32 counts come back as float32, whatever narrower type they were kept in.
+        Float32 counts are returned as float32, even if they were kept in a narrower type.
         """
         text = json.dumps(key, sort_keys=True)
         path = self._path(text)

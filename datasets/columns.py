@@ -1,7 +1,7 @@
-"""The columns of an event recording, checked: a file's numbers become events here, or are refused with row and value.
+"""The columns of an event recording, checked: a file's numbers become events, or are rejected with row and value.
 
-Nothing is cast unchecked. What can be understood in one way only (times in seconds, a clock that wraps, events out of
-order) is converted and said; all else raises `ValueError`.
+Nothing is cast unchecked. Whatever can be understood in only one way (times in seconds, a clock that wraps, events out
+of order) is converted and reported; everything else raises `ValueError`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ EVENT_DTYPE = np.dtype([("t", np.int64), ("x", np.uint16), ("y", np.uint16), ("p
 """Events: time (microseconds in all data sets here), pixels, polarity (ON is True)."""
 
 LARGEST_SIDE = 8192
-"""Pixels; a coordinate beyond is no pixel of an event camera, and would ask for frames of gigabytes."""
+"""In pixels; a larger coordinate is no pixel of an event camera, and would need frames of gigabytes."""
 
 FIELD_NAMES = {
     "t": ("t", "ts", "time", "times", "timestamp", "timestamps"),
@@ -25,17 +25,17 @@ FIELD_NAMES = {
     "y": ("y", "ys"),
     "p": ("p", "ps", "pol", "pols", "polarity", "polarities", "on"),
 }
-"""What the columns are called in files, in any case of letters."""
+"""The names of the columns in files, in any case of letters."""
 
 _CLOCK_BITS = (16, 23, 24, 31, 32)
 _STRAY_SHARE, _GAP, _STRAY_DISTANCE = 1000, 2, 10
 
 Note = Callable[[str, str], None]
-"""Says what was understood: a kind of finding, and the sentence."""
+"""Reports a conversion: the kind of finding, and a sentence."""
 
 
 class Notes:
-    """Says each kind of finding once, as a warning that names the first recording it was met in."""
+    """Reports each kind of finding once, as a warning that names the first recording with it."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
@@ -53,10 +53,10 @@ def events_from_columns(
     """The columns `[N]` of a recording as structured events `[N]` of `EVENT_DTYPE`, in order of time.
 
     Times with fractions are seconds and become microseconds; a counter of 16, 23, 24, 31 or 32 bits that wraps is
-    unwrapped; single events out of order are sorted. Each is told to `note`. Polarity is 0/1, -1/1 or boolean.
+    unwrapped; single events out of order are sorted. Each is reported to `note`. Polarity is 0/1, -1/1 or boolean.
 
     Raises `ValueError`, with row and value, for columns of different lengths, for coordinates that are not whole pixels
-    below `LARGEST_SIDE`, for another polarity, for times that are not finite, jump back, or lie far from all others.
+    below `LARGEST_SIDE`, for another polarity, for times that are not finite, jump back, or are far from the others.
 
     >>> events_from_columns(np.array([0.5e-3, 1e-3]), np.array([0, 3]), np.array([1, 1]), np.array([-1, 1]))["t"]
     array([ 500, 1000])
@@ -80,9 +80,9 @@ def events_from_columns(
 
 
 def named_columns(arrays: Mapping[str, np.ndarray] | np.ndarray, names: tuple[str, ...]) -> list[np.ndarray]:
-    """The columns t, x, y, p out of arrays or fields that are called so, or by another of `FIELD_NAMES`.
+    """The columns t, x, y, p from arrays or fields with these names, or with others of `FIELD_NAMES`.
 
-    Raises `ValueError` where one is missing or there twice.
+    Raises `ValueError` if one is missing or present twice.
     """
     columns = []
     for column, known in FIELD_NAMES.items():
@@ -97,7 +97,7 @@ def named_columns(arrays: Mapping[str, np.ndarray] | np.ndarray, names: tuple[st
 def columns_of_table(table: np.ndarray) -> list[np.ndarray]:
     """The columns t, x, y, p of an array `[N, 4]` = x, y, p, t.
 
-    Raises `ValueError` for another shape, and where the values show another order.
+    Raises `ValueError` for another shape, and if the values show another order.
     """
     if table.ndim != 2 or table.shape[1] != 4 or table.dtype.kind not in "iuf":
         raise ValueError(f"expected the columns [N, 4] = x, y, p, t, found {table.dtype} of shape {table.shape}")
@@ -120,7 +120,7 @@ def columns_of_table(table: np.ndarray) -> list[np.ndarray]:
 
 
 def polarity_is_on(p: np.ndarray, *, first_row: int = 0) -> np.ndarray:
-    """Booleans `[N]`, True for ON, of polarities `[N]` coded 0/1, -1/1 or boolean; `ValueError` for any other.
+    """Polarities `[N]` coded 0/1, -1/1 or boolean as booleans `[N]`, True for ON; `ValueError` for others.
 
     Rows in the message are counted from `first_row`.
     """
@@ -140,7 +140,7 @@ def polarity_is_on(p: np.ndarray, *, first_row: int = 0) -> np.ndarray:
 
 
 def check_inside(x: np.ndarray, y: np.ndarray, sensor_size: tuple[int, int, int], *, first_row: int = 0) -> None:
-    """Raises `ValueError`, with row and value, where a pixel `x`, `y` `[N]` lies outside the sensor `(W, H, 2)`.
+    """Raise `ValueError`, with row and value, if a pixel `x`, `y` `[N]` lies outside the sensor `(W, H, 2)`.
 
     Rows are counted from `first_row`.
     """
@@ -222,7 +222,7 @@ def _microseconds(t: np.ndarray, note: Note) -> np.ndarray:
 
 
 def _in_order(events: np.ndarray, note: Note) -> np.ndarray:
-    """The events sorted by time; `ValueError` where the clock jumps back or a time lies far from all others."""
+    """The events sorted by time; `ValueError` if the clock jumps back or a time is far from all others."""
     t = np.ascontiguousarray(events["t"])
     back = np.flatnonzero(t[1:] < t[:-1])
     if len(back):
@@ -233,7 +233,7 @@ def _in_order(events: np.ndarray, note: Note) -> np.ndarray:
         else:
             span = int(t.max()) - int(t.min())
             jumps = back[t[back] - t[back + 1] > span * max(0.01, 20 / len(t))]
-            # A shuffled recording goes far back at every other row, a clock that was set anew only here and there.
+            # A shuffled recording goes far back at every other row, a clock that was reset only in a few places.
             if len(jumps) and 20 * len(jumps) <= len(t):
                 row = int(jumps[0])
                 raise ValueError(
@@ -249,7 +249,7 @@ def _in_order(events: np.ndarray, note: Note) -> np.ndarray:
 
 
 def _wrapped_bits(t: np.ndarray, back: np.ndarray) -> int | None:
-    """The width of a counter that runs over wherever the times go back."""
+    """The width of a counter that overflows wherever the times go back."""
     before, after = t[back], t[back + 1]
     for bits in _CLOCK_BITS:
         for least in (0, -(2 ** (bits - 1))):
@@ -265,7 +265,7 @@ def _wrapped_bits(t: np.ndarray, back: np.ndarray) -> int | None:
 
 
 def _check_strays(t: np.ndarray, rows: np.ndarray, note: Note) -> None:
-    """Tells of sorted times of which a few at one end lie far from all others; `ValueError` where they lie too far."""
+    """Report sorted times of which a few at one end are far from all others; `ValueError` if they are too far."""
     if len(t) < 10:
         return
     few = max(1, len(t) // _STRAY_SHARE)

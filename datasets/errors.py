@@ -1,10 +1,10 @@
-"""What all data sets share in saying that data are missing or unfit."""
+"""The errors of all data sets for missing or unfit data."""
 
 IGNORED = -1
-"""The label of an evaluation sample that could not be read: leave the sample out of the count."""
+"""The label of an evaluation sample that could not be read: do not count this sample."""
 
 NO_EVENT = "it holds no event"
-"""What is said of an empty recording."""
+"""The message for an empty recording."""
 
 
 class DataError(ValueError):

@@ -1,4 +1,4 @@
-"""Event data sets for the recipes: every sample, augmentation included, follows from (seed, epoch, index) alone."""
+"""Event data sets for the recipes: every sample, including its augmentation, depends only on (seed, epoch, index)."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ from sdt_datasets.samples import SampleDataset, first
 
 _log = logging.getLogger(__name__)
 RELEASED_SIZE = {"cifar10_dvs": 64, "cifar10_dvs_tet": 64}
-"""Side in pixels to which the released models' frames were resized; the other data sets keep the sensor's own."""
+"""Side in pixels to which the released models' frames were resized; the other data sets keep the sensor's size."""
 
 _CACHE_VERSION = 2
 
@@ -31,13 +31,13 @@ _CACHE_VERSION = 2
 class EventDataset(SampleDataset):
     """`dataset[i]` is (float32 frames `[T, 2, H, W]`, class index); OFF events are channel 0, ON events channel 1.
 
-    `part` holds the recordings; for `time_steps` and `split_by` see `EventsToFrames`. `size` is the side of the square
+    `part` has the recordings; for `time_steps` and `split_by` see `EventsToFrames`. `size` is the side of the square
     frames in pixels, None keeps the sensor's. `augment` are names of `EVENT_AUGMENTATIONS` and `FRAME_AUGMENTATIONS`;
-    for what they follow from, and for recordings that cannot be read, see `SampleDataset`. One without an event counts
-    among these. `cache` keeps the frames on disk, or the events where those are augmented.
+    for their random draws, and for recordings that cannot be read, see `SampleDataset`. A recording without an event
+    counts as unreadable. `cache` keeps the frames on disk, or the events if those are augmented.
 
-    Raises `DataError` for frames that would take more than `LARGEST_CONTENT` bytes, and for augmentations of events
-    where the recordings hold frames.
+    Raises `DataError` for frames that would take more than `LARGEST_CONTENT` bytes, and for augmentations of events if
+    the recordings contain frames.
     """
 
     kind = "recordings"
@@ -74,9 +74,9 @@ class EventDataset(SampleDataset):
             raise DataError(f"augment={list(augment)} drops events, but {self.source.data[0]} holds frames already")
 
     def _read(self, row: int) -> np.ndarray:
-        """The events of a recording where they are augmented, else its frames; from the cache if it has them."""
+        """The events of a recording if events are augmented, else its frames; from the cache if it has them."""
         array = self._decode(row) if self.cache is None else self.cache.get(self._key(row), lambda: self._decode(row))
-        if self._of_events:  # kept ones have met the sensor and the frames of another run
+        if self._of_events:  # cached events may be of a run with another sensor or other frames
             self._check_events(array)
         return array
 
@@ -158,7 +158,7 @@ def _check_size(time_steps: int, *sizes: Sequence[int]) -> None:
 
 
 def _say_passed_over(sensor_size: Sequence[int], frame_size: Sequence[int]) -> None:
-    """A warning where `resize_frames` does not look at every pixel."""
+    """Warn if `resize_frames` does not use every pixel."""
     width, height = sensor_size[:2]
     share = _looked_at(width, frame_size[1]) * _looked_at(height, frame_size[0])
     if share < 1:
@@ -170,7 +170,7 @@ def _say_passed_over(sensor_size: Sequence[int], frame_size: Sequence[int]) -> N
 
 
 def _looked_at(old: int, new: int) -> float:
-    """The share of `old` pixels in a row of which bilinear resizing makes `new` ones."""
+    """The share of `old` pixels in a row that are used when bilinear resizing makes `new` ones of them."""
     at = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
     return len(np.union1d(np.floor(at), np.ceil(at))) / old
 
@@ -178,8 +178,8 @@ def _looked_at(old: int, new: int) -> float:
 def resize_frames(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Bilinear, without antialiasing: float32 `[T, C, H, W]` -> `[T, C, *size]`.
 
-    From 128 to 64 pixels each new pixel is the mean of four, as in the frames of the released CIFAR10-DVS models; where
-    a side shrinks to less than half, the pixels between the nearest two are passed over.
+    From 128 to 64 pixels each new pixel is the mean of four, as in the frames of the released CIFAR10-DVS models; if a
+    side shrinks to less than half, all pixels but the nearest two are ignored.
     """
     if frames.shape[-2:] == tuple(size):
         return frames
@@ -201,24 +201,24 @@ def build_event_datasets(
     sensor_size: Sequence[int] | None = None,
     seed: int = 0,
 ) -> tuple[EventDataset, EventDataset]:
-    """The training and the validation set of an event data set, whichever of its layouts lies under `root`.
+    """The training and the validation set of an event data set, in whichever of its layouts is under `root`.
 
     `name` is `dvs128_gesture`, `cifar10_dvs`, `cifar10_dvs_tet`, `n_mnist` or `event_folder`. `root` is the folder that
     Tonic was given as `save_to`, or the data set's own folder, or one of the layouts of the original
     (`frames_number_T_split_by_number`, `events_np`, `train/N.pt`).
 
-    A recording is divided into `time_steps` frames of equal `"number"` of events or equal `"time"` (`split_by`), square
-    ones of `size` pixels a side; None takes 64 for CIFAR10-DVS, as released, else the sensor's own. `sensor_size` is
-    the `(W, H)` of an `event_folder`; None takes the AEDAT4 header's or the smallest that fits. `augment` names, in a
-    list or separated by commas, what is done in training, as `seed` decides: `hflip`, `roll`, `cutout`, `random_op`,
-    `random_op_wide`, `drop_by_time`, `drop_by_area`, `drop_at_random`, `event_drop`.
+    A recording is divided into `time_steps` frames with equal `"number"` of events or equal `"time"` (`split_by`), with
+    `size` x `size` pixels; None means 64 for CIFAR10-DVS, as released, else the sensor's own size. `sensor_size` is the
+    `(W, H)` of an `event_folder`; None takes the AEDAT4 header's or the smallest that fits. `augment` names, in a list
+    or separated by commas, the augmentations in training, which are drawn by `seed`: `hflip`, `roll`, `cutout`,
+    `random_op`, `random_op_wide`, `drop_by_time`, `drop_by_area`, `drop_at_random`, `event_drop`.
 
     `cache` True or `"auto"` keeps the frames in `root/.frames_cache`, a path in that folder, False or `"none"` nowhere.
-    `train_samples` and `test_samples` keep the first so many recordings, of each class in turn. For `on_error` see
+    `train_samples` and `test_samples` keep only that many recordings, taken from each class in turn. For `on_error` see
     `EventDataset`.
 
-    Gesture labels are Tonic's 0..10; in SpikingJelly's layout they are, as there, the positions of the folder names in
-    the alphabet (0, 1, 10, 2, ...). `classes` names them in either case.
+    Gesture labels are Tonic's 0..10; in SpikingJelly's layout they are the positions of the folder names in
+    alphabetical order (0, 1, 10, 2, ...), as there. `classes` names them in either case.
 
     Raises `DataError` (a `ValueError`) for missing or unfit data, `ValueError` for a setting out of range.
 
@@ -230,7 +230,7 @@ def build_event_datasets(
     if seed < 0:
         raise ValueError(f"seed must be >= 0, got {seed!r}")
     names = [part.strip() for part in augment.split(",") if part.strip()] if isinstance(augment, str) else augment or ()
-    # Settings are refused before anything is read.
+    # Settings are checked before anything is read.
     of_events, _ = build_augmentations(names, (1, 1, 2))
     EventsToFrames(sensor_size=(1, 1, 2), time_steps=time_steps, split_by=split_by)
     if name == "dvs128_gesture" and "hflip" in names:
@@ -272,13 +272,13 @@ def _open_cache(cache: bool | str | None, root: Path) -> ArrayCache | None:
 
 
 def _sensor_size(source: Source, rows: Sequence[int], time_steps: int) -> tuple[int, int, int]:
-    """`(W, H, 2)`; that of frames from the first that can be read, which must have as many steps as are asked for."""
+    """`(W, H, 2)`; for frames that of the first readable ones, which must have as many steps as requested."""
     if source.holds == "events":
         return tuple(source.sensor_size)
     for row in rows:
         try:
             frames = source[row][0]
-        except Exception:  # it is named where it is read for use
+        except Exception:  # it is reported where it is read for use
             continue
         if frames.ndim != 4 or frames.shape[:2] != (time_steps, 2):
             raise DataError(
@@ -290,7 +290,7 @@ def _sensor_size(source: Source, rows: Sequence[int], time_steps: int) -> tuple[
 
 
 def _first(part: Part, samples: int | None, key: str) -> Part:
-    """The first so many recordings, as `key` asks, taking the classes in turn."""
+    """That many first recordings, as `key` asks, taken from the classes in turn."""
     if samples is None:
         return part
     if not 1 <= samples <= len(part.rows):

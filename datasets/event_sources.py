@@ -1,9 +1,9 @@
-"""Event data sets on disk: one source a layout.
+"""Event data sets on disk: one source per layout.
 
 A source is a Tonic data set: `data` are the files and `targets` their class indices, both in an order that does not
 depend on the file system; `source[i]` reads one recording as `(array, target)`, where the array is a structured event
-array (`EVENT_DTYPE`) or, where `holds == "frames"`, float32 frames `[T, 2, H, W]`. Tonic's own classes look for the
-archive a data set came in and count its files; the ones here take what lies on disk and never download.
+array (`EVENT_DTYPE`) or, if `holds == "frames"`, float32 frames `[T, 2, H, W]`. Tonic's own classes look for the
+archive of a data set and count its files; the ones here use the files on disk and never download.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
-    """What a layout on disk offers; see the module's text."""
+    """The interface of a layout on disk; see the module's text."""
 
     data: list[str]
     targets: list[int]
@@ -38,23 +38,23 @@ class Source(Protocol):
     sensor_size: tuple[int, int, int]
     holds: str
     folders: list[Path]
-    """Where its files lie: what else lies there is passed over."""
+    """The folder with its files; other files there are ignored."""
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]: ...
 
 
 class ClassFolders(tonic.dataset.Dataset):
-    """Recordings in one folder a class, `folder/CLASS/**`, with any sensor.
+    """Recordings in one folder per class, `folder/CLASS/**`, with any sensor.
 
-    The classes are the folders in the order of their names, as torchvision's `DatasetFolder` has them; subfolders (of
-    sessions, say) belong to their class.
+    The classes are the folders in the order of their names, as in torchvision's `DatasetFolder`; subfolders (for
+    example of sessions) belong to their class.
 
-    Of the files in `folder` those that end in one of `suffixes` are taken, in capitals or not, all others are passed
-    over. `read` makes one array of a file, with `note` as in `read_events`; None reads events. What it gives are
-    `"events"` or `"frames"` (`holds`) of a sensor of the size `(W, H, 2)`. `names` gives the class of a folder's name,
-    where they differ.
+    Of the files in `folder`, those with one of the `suffixes` are used, in upper or lower case; all others are ignored.
+    `read` makes one array of a file, with `note` as in `read_events`; None reads events. The arrays are `"events"` or
+    `"frames"` (`holds`) of a sensor of the size `(W, H, 2)`. `names` gives the class for a folder's name, if they
+    differ.
 
-    Raises `DataError` where two class folders are one folder by two names.
+    Raises `DataError` if two class folders are the same folder under two names.
     """
 
     def __init__(
@@ -101,9 +101,9 @@ def _read_noted(path: str, note: Notes) -> np.ndarray:
 
 
 def read_recording_of(name: str, path: str, note: Notes) -> np.ndarray:
-    """The events of a recording as the data set `name` has them, with times in microseconds.
+    """The events of a recording of the data set `name`, with times in microseconds.
 
-    Tonic's `.npy` files of DVS128 Gesture keep milliseconds, whatever integer type they are of.
+    Tonic's `.npy` files of DVS128 Gesture have milliseconds, whatever their integer type.
     """
     events = _read_noted(path, note)
     if name == "dvs128_gesture" and path.lower().endswith(".npy"):
@@ -160,12 +160,12 @@ class DVSGestureFiles(tonic.datasets.DVSGesture):
 
 
 class DVSGestureRecordings(tonic.dataset.Dataset):
-    """One split of DVS128 Gesture as it was published: `userNN_LIGHT.aedat`, each of many gestures.
+    """One split of DVS128 Gesture as it was published: `userNN_LIGHT.aedat`, each with many gestures.
 
-    `trials` lists the recordings of the split; beside each lies `userNN_LIGHT_labels.csv` with the rows class (1..11),
-    first and last time (us, the last excluded), of which each makes a sample.
+    `trials` lists the recordings of the split; next to each is `userNN_LIGHT_labels.csv` with the rows class (1..11),
+    first and last time (us, the last excluded), each of which is a sample.
 
-    Raises `DataError` where a recording or its labels are missing, or the labels are damaged.
+    Raises `DataError` if a recording or its labels are missing, or the labels are damaged.
     """
 
     holds = "events"
@@ -197,7 +197,7 @@ class DVSGestureRecordings(tonic.dataset.Dataset):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         path = self.data[index]
-        if self._last[0] != path:  # the samples of a recording come one after another when a cache is filled
+        if self._last[0] != path:  # when a cache is filled, the samples of a recording come one after another
             self._last = path, _read_noted(path, self.note)
         events, (start, end) = self._last[1], self.segments[index]
         first, last = np.searchsorted(events["t"], (start, end))
@@ -234,8 +234,7 @@ class NMNISTFiles(tonic.datasets.NMNIST):
 class TETFrames(tonic.dataset.Dataset):
     """CIFAR10-DVS frames in the layout of TET: `folder/N.pt`, a tuple of frames `[2, H, W, T]` and a label.
 
-    Nothing but tensors is unpickled. A file whose label cannot be read has the target `IGNORED`, and fails when it
-    is read.
+    Only tensors are unpickled. A file whose label cannot be read has the target `IGNORED`, and fails when it is read.
     """
 
     holds = "frames"
@@ -271,7 +270,7 @@ class TETFrames(tonic.dataset.Dataset):
         try:
             try:
                 content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-            except RuntimeError:  # written by torch < 1.6, which knew no format to map
+            except RuntimeError:  # written by torch < 1.6, in a format that cannot be memory-mapped
                 content = torch.load(path, weights_only=True, map_location="cpu")
         except pickle.UnpicklingError as error:  # torch's advice here is to unpickle the file in full
             raise ValueError("it is damaged, or holds more than tensors and numbers") from error
@@ -281,7 +280,7 @@ class TETFrames(tonic.dataset.Dataset):
         number = float(torch.as_tensor(label))
         if frames.ndim != 4 or frames.shape[0] != 2 or number not in range(len(self.classes)):
             raise ValueError(f"expected frames [2, H, W, T] and a label 0..9, found {list(frames.shape)} and {label}")
-        # A tensor may be strided over less than it shows, and sparse ones are made whole by numpy().
+        # A tensor may have strides over less memory than it shows, and numpy() makes sparse ones dense.
         if frames.layout != torch.strided or frames.numel() * 4 > LARGEST_CONTENT:
             raise ValueError(f"its frames {list(frames.shape)} are sparse or hold over {LARGEST_CONTENT} bytes")
         return frames.float() if frames.dtype == torch.bfloat16 else frames, int(number)

@@ -1,8 +1,8 @@
 """Tonic-style transforms on structured event arrays: events to frames, and event-level augmentation.
 
 An event array is a one-dimensional structured NumPy array with the fields `t` (time), `x`, `y` (pixels) and
-`p` (polarity: 0/1, -1/1 or bool), as Tonic's data sets hand out. Every transform here is a callable that composes
-with Tonic's own in `tonic.transforms.Compose`.
+`p` (polarity: 0/1, -1/1 or bool), as in Tonic's data sets. Every transform here is a callable that can be combined with
+Tonic's own in `tonic.transforms.Compose`.
 """
 
 import bisect
@@ -15,7 +15,7 @@ from sdt_datasets.columns import check_inside, polarity_is_on
 
 SPLITS = ("number", "time")
 
-# A chunk of events is gathered, indexed and counted while it still lies in the processor's second-level cache.
+# A chunk of events is gathered, indexed and counted while it is still in the processor's second-level cache.
 _CHUNK = 1 << 16
 
 
@@ -23,18 +23,18 @@ _CHUNK = 1 << 16
 class EventsToFrames:
     """Counts the events of a recording into `time_steps` frames, per polarity and pixel.
 
-    By number (the frames that the released models were trained on), `N` events and `d = N // T`: frame `i`
+    By number (the frames that the released models were trained on), with `N` events and `d = N // T`: frame `i`
     counts the events `[i * d, (i + 1) * d)` in the order of the recording, the last frame runs to `N`. By time,
     with `d = (t_last - t_first) // T`: frame `i` counts the times `[t_first + i * d, t_first + (i + 1) * d)`,
-    and the last frame again takes all that is left. Both rules are SpikingJelly's; both put everything into the last
-    frame where `d` is 0. No event is dropped: the frames add up to `N`.
+    and the last frame again takes all the rest. Both rules are SpikingJelly's; both put everything into the last
+    frame if `d` is 0. No event is dropped: the frames add up to `N`.
 
     `sensor_size` is `(W, H, 2)` as in Tonic, `split_by` `"number"` or `"time"`.
 
     Shapes: structured events `[N]` -> float32 frames `[T, 2, H, W]`, OFF events in channel 0 and ON in channel 1.
     Counts are exact up to 2**24 events on one pixel of one frame.
 
-    Raises `ValueError` for a setting out of range, for events outside the sensor, and for a polarity that is none, and
+    Raises `ValueError` for a setting out of range, for events outside the sensor, and for an invalid polarity, and
     `TypeError` for an input that is not a structured event array with whole pixels and times.
 
     >>> to_frames = EventsToFrames(sensor_size=(128, 128, 2), time_steps=10)
@@ -72,11 +72,11 @@ class EventsToFrames:
 class FramesOfEvents:
     """Counts events into frames as they come, per polarity and pixel.
 
-    Each frame holds so many `events`, or those of `duration` microseconds from the first event on: one of the two. A
-    call takes the next events, in order of time, and gives the frames that they have finished, which may be none; what
-    is left waits for the next call, and `rest` gives it at the end. Frames of `N // T` events each are those of
-    `EventsToFrames` with T steps, but for the last, which takes what is left there. Frames of a duration in which
-    nothing happens are empty.
+    Each frame has a fixed number of `events`, or those of `duration` microseconds from the first event on: give one of
+    the two. A call takes the next events, in order of time, and returns the frames that are now complete, which may be
+    none; the remaining events wait for the next call, and `rest` returns them at the end. Frames of `N // T` events
+    each are those of `EventsToFrames` with T steps, except that there the last frame takes all the rest. Frames of a
+    duration without events are empty.
 
     `sensor_size` is `(W, H, 2)` as in Tonic.
 
@@ -92,7 +92,7 @@ class FramesOfEvents:
     def __init__(
         self, *, sensor_size: tuple[int, int, int], events: int | None = None, duration: int | None = None
     ) -> None:
-        # It checks the sensor.
+        # This checks the sensor size.
         self.sensor_size = EventsToFrames(sensor_size=sensor_size, time_steps=1).sensor_size
         if (events is None) == (duration is None):
             raise ValueError(f"give either events= or duration= of a frame, got {events!r} and {duration!r}")
@@ -119,14 +119,14 @@ class FramesOfEvents:
         return self._shaped(frames)
 
     def rest(self) -> np.ndarray:
-        """The frame `[1, 2, H, W]` that is not finished, `[0, 2, H, W]` where nothing waits; then it starts anew."""
+        """The incomplete frame `[1, 2, H, W]`, or `[0, 2, H, W]` if no event waits; the next call starts a new one."""
         waiting, self._waiting, self._start, self._now = self._waiting, None, None, None
         if waiting is None or len(waiting) == 0:
             return self._shaped([])
         return self._shaped([_counted(waiting, self.sensor_size, 0, len(waiting))])
 
     def _edges(self, events: np.ndarray, start: int | None) -> list[int]:
-        """Where the frames begin that the events finish, and where the rest does."""
+        """Where the frames begin that the events complete, and where the rest begins."""
         if self.events is not None:
             return list(range(0, len(events) + 1, self.events))
         if len(events) == 0 or start is None or self.duration is None:
@@ -146,11 +146,11 @@ class FramesOfEvents:
 
 
 MOST_EMPTY = 10_000
-"""Frames without events that `FramesOfEvents` makes at once: a time that jumps would make any number of them."""
+"""Frames without events that `FramesOfEvents` makes at once: a time that jumps could otherwise make any number."""
 
 
 def _counted(events: np.ndarray, sensor_size: tuple[int, int, int], start: int, stop: int) -> np.ndarray:
-    """How many of the events from `start` to before `stop` lie on each pixel, flat."""
+    """The number of events from `start` to before `stop` on each pixel, flat."""
     pixels = 2 * sensor_size[0] * sensor_size[1]
     chunks = (
         _pixel_index(events[first : min(first + _CHUNK, stop)], sensor_size, first)
@@ -160,7 +160,7 @@ def _counted(events: np.ndarray, sensor_size: tuple[int, int, int], start: int, 
 
 
 def check_events(events: np.ndarray, fields: tuple[str, ...]) -> None:
-    """Raises `TypeError` where `events` is not a one-dimensional structured array with these fields."""
+    """Raise `TypeError` if `events` is not a one-dimensional structured array with these fields."""
     names = getattr(getattr(events, "dtype", None), "names", None)
     if names is None or events.ndim != 1 or not set(fields) <= set(names):
         got = f"a {type(events).__name__} of dtype {getattr(events, 'dtype', None)}"
@@ -168,7 +168,7 @@ def check_events(events: np.ndarray, fields: tuple[str, ...]) -> None:
 
 
 def _pixel_index(events: np.ndarray, sensor_size: tuple[int, int, int], first_row: int) -> np.ndarray:
-    """The flat index `(p * H + y) * W + x` of each event; `ValueError` where one lies outside or has no polarity."""
+    """The flat index `(p * H + y) * W + x` of each event; `ValueError` if one lies outside or has no polarity."""
     x, y, polarity = (np.ascontiguousarray(events[field]) for field in ("x", "y", "p"))
     for name, values in (("x", x), ("y", y)):
         if values.dtype.kind not in "iu":
@@ -210,7 +210,7 @@ def _globally_seeded() -> np.random.Generator:
 
 
 class _Drop:
-    """What the event-level augmentations share: a ratio drawn from a range, and never an empty result."""
+    """The common part of the event-level augmentations: a ratio drawn from a range, and never an empty result."""
 
     def __init__(self, ratio: float | tuple[float, float]) -> None:
         low, high = (ratio, ratio) if isinstance(ratio, int | float) else ratio
@@ -237,7 +237,7 @@ class DropByTime(_Drop):
     """Drops the events of one random interval that lasts `ratio` of the recording (EventDrop, arXiv:2106.05836).
 
     Structured events `[N]` -> `[M]`, 1 <= M <= N; an empty recording stays empty. `ratio` is a number or a
-    `(low, high)` range to draw from. `rng` decides; without it NumPy's global generator does.
+    `(low, high)` range to draw from. `rng` makes the draws; without it NumPy's global generator does.
     """
 
     def __init__(self, ratio: float | tuple[float, float] = (0.1, 0.9)) -> None:
@@ -271,7 +271,7 @@ class DropByArea(_Drop):
 
 
 class DropAtRandom(_Drop):
-    """Drops `ratio` of the events, drawn at random; the order stays (EventDrop, arXiv:2106.05836).
+    """Drops `ratio` of the events, drawn at random; the order is kept (EventDrop, arXiv:2106.05836).
 
     Structured events `[N]` -> `[M]`, M = N - round(ratio * N).
     """
@@ -286,7 +286,7 @@ class DropAtRandom(_Drop):
 
 
 class EventDrop:
-    """Leaves a recording alone or drops events by time, by area or at random, each with equal chance.
+    """Leaves a recording unchanged or drops events by time, by area or at random, each with equal probability.
 
     The policy of EventDrop (arXiv:2106.05836): structured events `[N]` -> `[M]`, 1 <= M <= N.
     """

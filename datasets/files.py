@@ -1,4 +1,4 @@
-"""Files under a folder, and arrays out of files: nothing hangs, multiplies or asks for more memory than it may."""
+"""Files under a folder, and arrays from files: none can block, be found twice, or ask for more memory than allowed."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ _LISTED = 100_000
 
 
 def check_regular(path: str | os.PathLike) -> None:
-    """Raises `ValueError` for a folder, and for pipes, sockets and devices, whose opening or reading could hang."""
+    """Raise `ValueError` for a folder, and for pipes, sockets and devices, whose opening or reading could block."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("it is no regular file")
 
 
 def list_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """The files in `folder` that end so, in capitals or not, sorted by name; hidden files (of macOS, say) are none."""
+    """The files in `folder` with these suffixes, in upper or lower case, sorted by name, without hidden files."""
     found = (path for path in folder.iterdir() if path.name.lower().endswith(tuple(suffixes)))
     return sorted(path for path in found if not path.name.startswith(".") and path.is_file())
 
 
 def walk_files(folder: Path, seen: set[tuple[int, int]] | None = None) -> Iterator[tuple[str, str]]:
-    """The files under `folder` and its subfolders, as paths relative to it, each with "" or why it cannot be used.
+    """The files under `folder` and its subfolders, as relative paths, each with "" or the reason why it is unusable.
 
-    Hidden names are left out. A linked folder is entered unless it is one above, or in `seen`, the (device, inode)
-    pairs of the folders entered so far, to which this call adds: no file is met twice, and no loop is followed. Pipes,
-    devices and broken links are no regular files.
+    Hidden names are left out. A linked folder is entered unless it is a parent, or in `seen`, the (device, inode) pairs
+    of the folders entered so far, to which this call adds: no file is met twice, and no loop is followed. Pipes,
+    devices and broken links are not regular files.
     """
     seen = set() if seen is None else seen
     seen |= {folder_id(path) for path in (folder.resolve(), *folder.resolve().parents)}
@@ -56,9 +56,9 @@ def walk_files(folder: Path, seen: set[tuple[int, int]] | None = None) -> Iterat
         for entry in entries:
             name = os.path.join(inner, entry.name)
             try:
-                regular, is_folder = entry.is_file(), entry.is_dir()  # no call to the system but for links
+                regular, is_folder = entry.is_file(), entry.is_dir()  # a system call only for links
                 identity = folder_id(entry.path) if is_folder else None
-            except OSError:  # a link in circles
+            except OSError:  # a circular link
                 regular, identity = False, None
             if identity is None:
                 yield name, "" if regular else "no regular file"
@@ -71,18 +71,18 @@ def walk_files(folder: Path, seen: set[tuple[int, int]] | None = None) -> Iterat
 
 
 def folder_id(path: str | os.PathLike) -> tuple[int, int]:
-    """(device, inode): equal for two paths that lead to one folder."""
+    """(device, inode): equal for two paths to the same folder."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
 
 
 def class_folders(folder: Path) -> list[Path]:
-    """The folders in `folder`, of which each holds a class, in the order of their names; hidden ones are none."""
+    """The folders in `folder`, one per class, in the order of their names, without hidden ones."""
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def distinct_folders(folders: Sequence[Path]) -> set[tuple[int, int]]:
-    """The (device, inode) pairs of class folders; `DataError` where a link makes two classes of one folder."""
+    """The (device, inode) pairs of class folders; `DataError` if a link makes two classes of one folder."""
     by_id: dict[tuple[int, int], Path] = {}
     for path in folders:
         other = by_id.setdefault(folder_id(path), path)
@@ -92,9 +92,9 @@ def distinct_folders(folders: Sequence[Path]) -> set[tuple[int, int]]:
 
 
 def describe_files(found: Iterable[tuple[str, str]]) -> str:
-    """What `walk_files` gave, counted by ending: `3 files: 2 .mat (a/1.mat), 1 .txt (notes.txt)`; "" for nothing.
+    """The result of `walk_files` counted by suffix: `3 files: 2 .mat (a/1.mat), 1 .txt (notes.txt)`; "" if empty.
 
-    At most 100,000 are looked at.
+    At most 100,000 files are counted.
     """
     examples: dict[str, list[str]] = {}
     for path, kind in itertools.islice(found, _LISTED):
@@ -111,7 +111,7 @@ def describe_files(found: Iterable[tuple[str, str]]) -> str:
 def read_npy(path: str | os.PathLike) -> np.ndarray:
     """The array of a `.npy` file; never unpickled.
 
-    Raises `ValueError` where the file is not one, or announces more than it holds or than `LARGEST_CONTENT`.
+    Raises `ValueError` if the file is not one, or announces more than it has or than `LARGEST_CONTENT`.
     """
     check_regular(path)
     with open(path, "rb") as file:
@@ -126,8 +126,8 @@ def read_npy(path: str | os.PathLike) -> np.ndarray:
 class Archive:
     """The arrays of a `.npz` file by name, for use in `with`: `archive[name]`; never unpickled.
 
-    All arrays taken from it together hold at most `LARGEST_CONTENT`. Raises `ValueError` where one is missing,
-    announces more than that, or than its member holds.
+    All arrays read from it together have at most `LARGEST_CONTENT` bytes. Raises `ValueError` if one is missing,
+    announces more than that, or than its member has.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -156,9 +156,9 @@ class Archive:
 
 
 def _announced_bytes(file: IO[bytes]) -> int:
-    """The size of the array whose header comes next in `file`, which is left after that header."""
+    """The size of the array whose header is next in `file`, which is left after that header."""
     version = npy.read_magic(file)
-    # Version 3 differs from 2 in the encoding of field names alone.
+    # Version 3 differs from 2 only in the encoding of field names.
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, _, dtype = read(file)
     if dtype.hasobject:

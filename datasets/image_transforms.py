@@ -22,15 +22,15 @@ ERASING_MODES = ("const", "pixel")
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "random")
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
-"""What is read, whatever the ending says: pictures, and no document that another program would have to draw."""
+"""The formats that are read, whatever the file's name: only pictures, not documents that a program would render."""
 
 LARGEST_IMAGE = 89_478_485
-"""Pixels of an image as stored, and as resized for evaluation; Pillow's own bound, a quarter of a GiB in RGB."""
+"""Pixels of an image as stored, and as resized for evaluation; Pillow's own limit, a quarter of a GiB in RGB."""
 
 LUMA = (0.299, 0.587, 0.114)
-"""Weights of red, green and blue in a grey image (ITU-R BT.601), as Pillow's own conversion has them."""
+"""Weights of red, green and blue in a grey image (ITU-R BT.601), as in Pillow's own conversion."""
 
-# timm ignores a section it does not know, and stops inside on others; this is the grammar of what it understands.
+# timm ignores a section that it does not know, and fails inside on others; this is the grammar of those that it knows.
 _NUMBER = r"\d+(\.\d+)?"
 _AUTO_AUGMENT = re.compile(
     rf"rand(-(m\d+|n\d+|p{_NUMBER}|mstd{_NUMBER}|mmax\d+|inc[01]|t(weights|3a|3aw)))*"
@@ -39,14 +39,14 @@ _AUTO_AUGMENT = re.compile(
 )
 
 MAGNITUDES = 10
-"""The magnitude to which timm cuts any larger one, where no other is said to be the largest."""
+"""The magnitude to which timm limits any larger one, if no other limit is set."""
 
 Transform = Callable[[Image.Image], Tensor]
 
 
 @contextlib.contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Python's, NumPy's and torch's CPU generators drawn from `key` inside the block, and put back after it.
+    """Within it, Python's, NumPy's and torch's CPU generators are seeded by `key`; afterwards they are restored.
 
     timm's transforms draw from all three. Raises `ValueError` for a negative key.
     """
@@ -64,9 +64,9 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 class Finish:
-    """The end of every pipeline: an RGB image to a normalised tensor, `[3, H, W]` uint8 -> float32 `[C, H, W]`.
+    """The end of every pipeline: an RGB image to a normalized tensor, `[3, H, W]` uint8 -> float32 `[C, H, W]`.
 
-    One channel is the luma of the three. Random erasing, if asked for, sets a rectangle to 0, the mean ("const"), or to
+    One channel is the luma of the three. Random erasing, if enabled, sets a rectangle to 0, the mean ("const"), or to
     Gaussian noise ("pixel").
     """
 
@@ -124,10 +124,9 @@ def build_transforms(
 ) -> tuple[Transform, Transform]:
     """The training and the evaluation transform, RGB image -> float32 `[in_channels, img_size, img_size]`.
 
-    Training: a random crop of `scale` of the area and of aspect `ratio`, resized; flip; auto-augment, or where there is
-    none color jitter (timm's rule, and so the released models'; only 3a takes both); random erasing. Evaluation:
-    resize the shorter side to `img_size / crop_pct`, crop the centre. Each call draws from the global generators: see
-    `seeded`.
+    Training: a random crop of `scale` of the area and of aspect `ratio`, resized; flip; auto-augment or, without it,
+    color jitter (timm's rule, and so the released models'; only 3a uses both); random erasing. Evaluation: resize the
+    shorter side to `img_size / crop_pct`, crop the centre. Each call draws from the global generators: see `seeded`.
 
     Raises `ValueError` that names the value for anything out of range.
     """
@@ -138,7 +137,7 @@ def build_transforms(
     evaluation = build_evaluation(
         img_size=img_size, in_channels=in_channels, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation
     )
-    # Colour operations fill with the mean; they see RGB also where the network sees grey.
+    # Colour operations fill with the mean; they see RGB even if the network sees grey.
     fill_mean = tuple(mean) if len(mean) == 3 else (mean[0],) * 3
     posterize = {name: _posterize for name, operation in timm_ops.NAME_TO_OP.items() if operation is timm_ops.posterize}
     with mock.patch.dict(timm_ops.NAME_TO_OP, posterize):
@@ -161,7 +160,7 @@ def build_transforms(
     with seeded(0):
         try:
             train(Image.new("RGB", (img_size, img_size), (128, 64, 32)))
-        except Exception as error:  # whatever an option makes timm stumble over, said before training starts
+        except Exception as error:  # report any option that timm fails on before training starts
             raise ValueError(f"the augmentation cannot be applied (auto_augment={auto_augment!r}): {error}") from error
     return train, evaluation
 
@@ -175,7 +174,7 @@ def build_evaluation(
     crop_pct: float = 1.0,
     interpolation: str = "bicubic",
 ) -> Transform:
-    """The evaluation transform of `build_transforms` alone. Raises `ValueError` that names the value."""
+    """Only the evaluation transform of `build_transforms`. Raises `ValueError` that names the value."""
     if img_size < 1:
         raise ValueError(f"img_size must be a positive number of pixels, got {img_size}")
     if in_channels not in (1, 3):
@@ -192,12 +191,12 @@ def build_evaluation(
 
 
 def evaluation_interpolation(interpolation: str) -> str:
-    """How an image is resized for evaluation where training resizes by `interpolation`: nothing random is left."""
+    """How images are resized for evaluation if training uses `interpolation`, which may be random."""
     return "bicubic" if interpolation == "random" else interpolation
 
 
 def check_auto_augment(auto_augment: str | None) -> None:
-    """Raises `ValueError` for a string that timm would not understand, or would quietly read as something else."""
+    """Raise `ValueError` for a string that timm would not understand, or would silently misread."""
     if auto_augment and not _AUTO_AUGMENT.fullmatch(auto_augment):
         raise ValueError(
             f"auto_augment {auto_augment!r} is unknown; write rand followed by any of -m9 -n2 -p0.5 -mstd0.5 -mmax10 "
@@ -220,7 +219,7 @@ def check_auto_augment(auto_augment: str | None) -> None:
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
-    """timm's operation; where no bit is kept the image is black, as it was before Pillow refused to keep none."""
+    """timm's operation, except that the image is black if no bit is kept, as before Pillow refused this."""
     if bits_to_keep < 1:
         return Image.new(image.mode, image.size)
     result: Image.Image = timm_ops.posterize(image, bits_to_keep, **options)
@@ -230,8 +229,8 @@ def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.I
 def open_image(file: str | IO[bytes]) -> Image.Image:
     """The image in a file, in RGB: see `to_rgb`.
 
-    Raises `OSError` where the file is damaged or in none of `FORMATS`, `ValueError` for more than `LARGEST_IMAGE`
-    pixels, which is known before any of them is decoded.
+    Raises `OSError` if the file is damaged or in none of `FORMATS`, `ValueError` for more than `LARGEST_IMAGE` pixels,
+    which is known before any of them is decoded.
     """
     try:
         image = Image.open(file, formats=FORMATS)
@@ -243,16 +242,16 @@ def open_image(file: str | IO[bytes]) -> Image.Image:
 
 
 def check_pixels(what: str, width: int, height: int) -> None:
-    """Raises `ValueError` for more than `LARGEST_IMAGE` pixels; `what` begins the message."""
+    """Raise `ValueError` for more than `LARGEST_IMAGE` pixels; `what` begins the message."""
     if width * height > LARGEST_IMAGE:
         raise ValueError(f"{what} {width} x {height} pixels; at most {LARGEST_IMAGE} are read")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The decoded image in RGB: grey repeated, transparency dropped, 16 bits reduced to 8, and not turned as EXIF says.
+    """The decoded image in RGB: grey repeated, transparency dropped, 16 bits reduced to 8, EXIF orientation ignored.
 
-    Raises `OSError` where the file is damaged, `ValueError` for pixels without a fixed range, and `TypeError` for what
-    is no image.
+    Raises `OSError` if the file is damaged, `ValueError` for pixels without a fixed range, and `TypeError` if it is not
+    an image.
     """
     if not isinstance(image, Image.Image):
         raise TypeError(f"expected an image of PIL, got {type(image).__name__}; PIL.Image.open reads a file")

@@ -1,4 +1,4 @@
-"""Image data sets for the recipes: every sample, augmentation included, follows from (seed, epoch, index) alone."""
+"""Image data sets for the recipes: every sample, including its augmentation, depends only on (seed, epoch, index)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sdt_datasets.samples import SampleDataset, first
 from sdt_datasets.timm_sources import load_hub, load_shards
 
 NAMES = ("digits", "folder", "cifar10", "cifar100", "mnist", "fashion_mnist", "mnist_5k", "hfds/NAME", "wds/NAME")
-"""What `data.name` can be; digits and mnist_5k come out of packages, the others need `data.root`."""
+"""The values of `data.name`; digits and mnist_5k come with packages, the others need `data.root`."""
 LAYOUTS = {
     "folder": "train/CLASS/IMAGE.jpg and val/CLASS/IMAGE.jpg",
     "cifar10": "cifar-10-batches-py",
@@ -34,7 +34,7 @@ LAYOUTS = {
     "fashion_mnist": "FashionMNIST/raw",
     "wds": "the shards, *train*.tar and *val*.tar or those that _info.json lists",
 }
-"""What lies in `data.root`."""
+"""The content of `data.root`."""
 
 
 class ImageDataset(SampleDataset):
@@ -95,11 +95,11 @@ def build_image_datasets(
 ) -> tuple[ImageDataset, ImageDataset]:
     """The training and the evaluation set of a data set by name; `transforms` are the options of `build_transforms`.
 
-    `in_channels=None` takes the data's own: 1 for grey arrays, else 3. `train_samples` and `test_samples` keep the
-    first so many images; where the data lies class by class, the first of each class in turn. With `validation_samples`
-    so many training images, always the same ones and in the classes' shares, are the evaluation set, and the others the
-    training set: whoever chooses settings by it has not looked at the test images. With `evaluation_only` a folder
-    needs no training part; the first of the two sets is of no use then.
+    `in_channels=None` takes the data's own: 1 for grey arrays, else 3. `train_samples` and `test_samples` keep only
+    that many images, the first ones; if the data is sorted by class, the first of each class in turn. With
+    `validation_samples`, this number of training images, always the same ones and in the classes' shares, becomes the
+    evaluation set, and the others the training set: settings chosen by it have not used the test images. With
+    `evaluation_only` a folder needs no training part; the first of the two sets must then not be used.
 
     Raises `DataError` (a `ValueError`) for missing or unfit data, `ValueError` for a setting out of range; the message
     is one paragraph.
@@ -167,7 +167,7 @@ def _check_classes(train: Source, test: Source) -> None:
 
 
 def _first(source: Source, rows: np.ndarray, samples: int | None, key: str) -> np.ndarray:
-    """The first `samples` of the rows, as `key` asks; of each class in turn where the data lies class by class."""
+    """The first `samples` of the rows, as `key` asks; of each class in turn if the data is sorted by class."""
     if samples is None:
         return rows
     if not 1 <= samples <= len(rows):
@@ -187,5 +187,5 @@ def _held_out(source: Source, samples: int) -> np.ndarray:
     place = np.empty(available)
     for label in np.unique(source.targets):
         rows = np.flatnonzero(source.targets[order] == label)
-        place[rows] = (np.arange(len(rows)) + 0.5) / len(rows)  # evenly through the whole, whatever the class's size
+        place[rows] = (np.arange(len(rows)) + 0.5) / len(rows)  # evenly over the whole, whatever the class's size
     return np.sort(order[np.argsort(place, kind="stable")[:samples]])

@@ -1,4 +1,4 @@
-"""Which event data lie under a folder, and how they are divided into training and validation."""
+"""Which event data are under a folder, and how they are divided into training and validation."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -25,10 +25,10 @@ from sdt_datasets.recordings import READERS, read_frames_npz
 
 _log = logging.getLogger(__name__)
 NAMES = ("dvs128_gesture", "cifar10_dvs", "cifar10_dvs_tet", "n_mnist", "event_folder")
-"""The event data sets, as `build_event_datasets` names them."""
+"""The event data sets, as named in `build_event_datasets`."""
 
 _STRAY = 4
-"""Times the usual extent of a recording, beyond which a pixel is a stray where nothing says the sensor's size."""
+"""Multiple of the usual extent of a recording beyond which a pixel is a stray, if the sensor's size is not known."""
 
 _GESTURE = tonic.datasets.DVSGesture
 _CIFAR10_DVS = tonic.datasets.CIFAR10DVS
@@ -68,7 +68,7 @@ _WANTED = {
 
 @dataclass(frozen=True)
 class Part:
-    """The recordings of a source that train, or that validate: their positions in it, in order."""
+    """The recordings of a source for training, or for validation: their positions in it, in order."""
 
     source: Source
     rows: list[int]
@@ -76,7 +76,7 @@ class Part:
 
 @dataclass(frozen=True)
 class _Wish:
-    """What the caller asked for, so far as it decides which files are read."""
+    """The caller's settings, as far as they decide which files are read."""
 
     name: str
     root: Path
@@ -99,10 +99,10 @@ def open_layout(
     sensor_size: Sequence[int] | None = None,
     needs_events: bool = False,
 ) -> tuple[Part, Part]:
-    """The training and the validation part of a data set, in whichever of its layouts lies under `root`.
+    """The training and the validation part of a data set, in whichever of its layouts is under `root`.
 
-    What lies beside the recordings and is not read is counted in one warning. Raises `DataError` where the data are
-    missing, incomplete or there in two layouts; it says what to put where, and what was found.
+    Other files next to the recordings are counted in one warning. Raises `DataError` if the data are missing,
+    incomplete or present in two layouts; it says what is expected where, and what was found.
     """
     if name not in _OPENERS:
         raise DataError(f"data.name={name!r} is unknown; the event data sets are {', '.join(NAMES)}")
@@ -134,7 +134,7 @@ def _say_passed_over(*sources: Source) -> None:
 
 
 _Found = tuple[Path, Callable[[], tuple[Part, Part]]]
-"""Where a layout was found, and what opens it."""
+"""Where a layout was found, and a function that opens it."""
 
 
 def _whole(source: Source) -> Part:
@@ -142,7 +142,7 @@ def _whole(source: Source) -> Part:
 
 
 def _first_share(source: Source) -> tuple[Part, Part]:
-    """The first 90 % of each class train (rounded up, as the original does), but never all of them."""
+    """The first 90 % of each class are for training (rounded up, as in the original), but never all of them."""
     targets = np.array(source.targets)
     train: list[int] = []
     validation: list[int] = []
@@ -161,7 +161,7 @@ def _bases(root: Path, *names: str) -> list[Path]:
 
 
 def _only_one(wish: _Wish, found: list[_Found], looked: Sequence[Path]) -> tuple[Part, Part]:
-    """Opens the one layout found, and refuses to guess between several."""
+    """Open the only layout found; several are refused, not guessed between."""
     if not found:
         archives = [
             path for base in looked for ending in ("zip", "tar.gz") for path in sorted(base.glob(f"*.{ending}"))
@@ -191,7 +191,7 @@ def _open_gesture(wish: _Wish) -> tuple[Part, Part]:
             found.append((base, partial(_open_splits, wish, *splits, DVSGestureFiles)))
         if folder := _spikingjelly_folder(wish, base):
             found.append((folder, partial(_open_splits, wish, folder / "train", folder / "test", _spikingjelly)))
-    # What was made of the original often lies beside it, and comes first.
+    # Files made from the original are often next to it, and have precedence.
     for base in [] if found else _bases(wish.root, "DvsGesture", "extract/DvsGesture", "DVSGesture/DvsGesture"):
         if list_files(base, [".aedat"]):
             found.append((base, partial(_open_trials, wish, base)))
@@ -216,7 +216,7 @@ def _open_cifar10_dvs(wish: _Wish) -> tuple[Part, Part]:
         if folder := _spikingjelly_folder(wish, base):
             found.append((folder, partial(_open_and_divide, folder, _spikingjelly)))
     found += _find_tet(wish, bases)
-    # What was made of the original often lies beside it, and comes first.
+    # Files made from the original are often next to it, and have precedence.
     for base in [] if found else _bases(wish.root, "CIFAR10DVS", "extract"):
         if any(list_files(base / name, [".aedat"]) for name in _CIFAR10_DVS.classes if (base / name).is_dir()):
             found.append((base, partial(_open_and_divide, base, partial(CIFAR10DVSFiles, suffix=".aedat"))))
@@ -254,7 +254,7 @@ def _open_and_divide(folder: Path, source: Callable[[Path], Source]) -> tuple[Pa
 
 
 def _spikingjelly_folder(wish: _Wish, base: Path) -> Path | None:
-    """The folder of frames that were made with these settings, else that of events; both hold the same recordings."""
+    """The folder of frames that were made with these settings, else that of events; both have the same recordings."""
     frames = base / f"frames_number_{wish.time_steps}_split_by_{wish.split_by}"
     events = base / "events_np"
     for folder in (events, frames) if wish.needs_events else (frames, events):
@@ -267,7 +267,7 @@ def _spikingjelly_folder(wish: _Wish, base: Path) -> Path | None:
 
 
 def _spikingjelly(folder: Path) -> ClassFolders:
-    """Class indices are those of SpikingJelly: positions in the alphabet, where gesture 10 comes before gesture 2."""
+    """Class indices are SpikingJelly's: positions in alphabetical order, where gesture 10 comes before gesture 2."""
 
     def name(folder_name: str) -> str:
         return _GESTURE.classes[int(folder_name)] if folder_name in map(str, range(11)) else folder_name
@@ -300,11 +300,11 @@ def _open_folder(wish: _Wish) -> tuple[Part, Part]:
 
 
 def _find_sensor_size(sources: Sequence[ClassFolders]) -> tuple[int, int, int]:
-    """From the header of the first AEDAT4 file; failing that, the smallest that holds every event."""
+    """The size in the header of the first AEDAT4 file; if there is none, the smallest that contains every event."""
     for path in (path for source in sources for path in source.data if path.lower().endswith(".aedat4")):
         try:
             return aedat4_sensor_size(path)
-        except Exception as error:  # it is named again where it is read for use
+        except Exception as error:  # it is reported again where it is read for use
             _log.warning("the sensor size of %s cannot be read: %s", path, error)
     sizes: dict[str, tuple[int, int]] = {}
     failed: list[str] = []
@@ -315,7 +315,7 @@ def _find_sensor_size(sources: Sequence[ClassFolders]) -> tuple[int, int, int]:
                 if not len(events):
                     raise ValueError(NO_EVENT)
                 sizes[path] = int(events["x"].max()) + 1, int(events["y"].max()) + 1
-            except Exception as error:  # it is named again where it is read for use
+            except Exception as error:  # it is reported again where it is read for use
                 failed.append(f"{path} ({error or type(error).__name__})")
     if not sizes:
         raise DataError(f"none of the {len(failed)} recordings can be read; the first is {failed[0]}")

@@ -1,7 +1,7 @@
-"""Recordings in the binary formats that the data sets were published in, as columns t, x, y, p.
+"""Recordings in the binary formats in which the data sets were published, as columns t, x, y, p.
 
 AEDAT 2.0 and 3.1 are parsed here: Tonic 1.7's own readers of them cannot be called (they unpack two values of three),
-and what lies beneath takes every packet for polarity events and allocates what a packet announces.
+and the functions below them take every packet for polarity events and allocate as much memory as a packet announces.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _content(path: str | os.PathLike) -> bytes:
 
 
 def _header(content: bytes, mark: bytes, last: bytes = b"") -> tuple[list[bytes], int]:
-    """The lines at the beginning that start with `mark`, up to `last` where there is one, and where they end."""
+    """The lines at the beginning that start with `mark`, up to `last` if there is one, and where they end."""
     lines: list[bytes] = []
     start = 0
     while content[start : start + 1] == mark and (not last or not lines or lines[-1] != last):
@@ -39,9 +39,9 @@ def _header(content: bytes, mark: bytes, last: bytes = b"") -> tuple[list[bytes]
 
 
 def read_aedat(path: str | os.PathLike) -> Columns:
-    """AEDAT 2.0 of a DVS128 (CIFAR10-DVS, say) or AEDAT 3.1 (DVS128 Gesture, say): columns `[N]` t (us), x, y, p.
+    """AEDAT 2.0 of a DVS128 (such as CIFAR10-DVS) or AEDAT 3.1 (such as DVS128 Gesture): columns `[N]` t (us), x, y, p.
 
-    Pixels of a DVS128 are turned as in the data set's own readers. Raises `ValueError` for another version or camera,
+    Pixels of a DVS128 are flipped as in the data set's own readers. Raises `ValueError` for another version or camera,
     and for packets that are cut off.
     """
     content = _content(path)
@@ -58,7 +58,7 @@ def _aedat2(body: bytes) -> Columns:
     if len(body) % 8:
         raise ValueError(f"the {len(body)} bytes after its header are not a multiple of 8, the size of an event")
     address, t = np.frombuffer(body, dtype=">u4").astype(np.int64).reshape(-1, 2).T
-    # The highest of 16 bits marks triggers; higher ones are set by other cameras.
+    # The highest of 16 bits marks triggers; the bits above are set by other cameras.
     if len(address) and address.max() >= 1 << 16:
         row = int(np.argmax(address >= 1 << 16))
         raise ValueError(
@@ -92,13 +92,13 @@ def _aedat3(body: bytes) -> Columns:
 
 
 def read_bin(path: str | os.PathLike) -> Columns:
-    """N-MNIST and N-Caltech101, five bytes an event, through Tonic's reader: columns `[N]` t (us), x, y, p."""
+    """N-MNIST and N-Caltech101, five bytes per event, through Tonic's reader: columns `[N]` t (us), x, y, p."""
     from tonic.io import read_mnist_file
 
     content = np.frombuffer(_content(path), dtype=np.uint8)
     if len(content) % 5:
         raise ValueError(f"its {len(content)} bytes are not a multiple of 5, the size of an event")
-    # Tonic's reader goes through the rest of the file at each of these, which mark 8 ms.
+    # Tonic's reader scans the rest of the file at each of these, which mark 8 ms.
     overflows = np.count_nonzero(content[1::5] == 240)
     if overflows * len(content) > 10**10:
         raise ValueError(f"{overflows} of its events are overflows of the clock, which is no such recording")
@@ -107,7 +107,7 @@ def read_bin(path: str | os.PathLike) -> Columns:
 
 
 def read_dat(path: str | os.PathLike) -> Columns:
-    """Prophesee's DAT, version 1 or 2, with CD events (N-Cars, say): columns `[N]` t (us), x, y, p.
+    """Prophesee's DAT, version 1 or 2, with CD events (such as N-Cars): columns `[N]` t (us), x, y, p.
 
     Raises `ValueError` for another version or kind of events.
     """

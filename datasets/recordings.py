@@ -1,4 +1,4 @@
-"""Event recordings on disk: one reader a format; what they read is checked in `columns`, bounded in `files`."""
+"""Event recordings on disk: one reader per format; their content is checked in `columns`, its size in `files`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from sdt_datasets.raw_formats import Columns, read_aedat, read_bin, read_dat
 def read_events(path: str | os.PathLike, *, note: Note | None = None) -> np.ndarray:
     """Reads an event recording as structured events `[N]` of `EVENT_DTYPE`, in order of time.
 
-    The format follows from the ending, in capitals or not: `.aedat4`, `.aedat` (2.0 of a DVS128, or 3.1), `.bin`
+    The format follows from the suffix, in upper or lower case: `.aedat4`, `.aedat` (2.0 of a DVS128, or 3.1), `.bin`
     (N-MNIST, N-Caltech101), `.dat` (Prophesee), `.npy` (the columns `[N, 4]` = x, y, p, t, or a structured array) or
-    `.npz` (arrays t, x, y, p, or one array as in a `.npy`). `note` is told what is converted; see
+    `.npz` (arrays t, x, y, p, or one array as in a `.npy`). Conversions are reported to `note`; see
     `events_from_columns`.
 
-    Raises whatever the reader of a format raises, `ValueError` for contents that are no events, and for a file that is
-    no regular file or asks for more memory than it may.
+    Raises whatever the reader of a format raises, and `ValueError` for contents that are not events, for a path that is
+    not a regular file and for a file that asks for more memory than allowed.
 
     >>> events = read_events("recording.npz")
     >>> events["t"], events["x"], events["y"], events["p"]
@@ -69,13 +69,13 @@ READERS: dict[str, Callable[[str | os.PathLike], Columns | list[np.ndarray]]] = 
     ".npy": _read_npy,
     ".npz": _read_npz,
 }
-"""What reads the columns t, x, y, p `[N]` of a recording, by the ending of its name."""
+"""The readers of the columns t, x, y, p `[N]` of a recording, by the suffix of its name."""
 
 
 def read_frames_npz(path: str | os.PathLike) -> np.ndarray:
     """Reads SpikingJelly's frames, the array `frames` of a `.npz` file, as float32 `[T, 2, H, W]`.
 
-    Raises `ValueError` where there is none, or where it is no array of finite counts.
+    Raises `ValueError` if there is none, or if it is not an array of finite counts.
     """
     with Archive(path) as archive:
         return frames_from_counts(archive["frames"])

@@ -1,4 +1,4 @@
-"""What image and event data sets share: reproducible samples, and what to do with one that cannot be read."""
+"""The common part of image and event data sets: reproducible samples, and handling of samples that cannot be read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sdt_datasets.errors import IGNORED, LeftOutWarning, UnreadableError
 
 
 def first(targets: np.ndarray, samples: int, *, by_class: bool) -> np.ndarray:
-    """The positions of the first so many samples, in order; with `by_class` those of each class in turn."""
+    """The positions of the first `samples` samples, in order; with `by_class` those of each class in turn."""
     if not by_class:
         return np.arange(min(samples, len(targets)))
     turns = np.zeros(len(targets), dtype=np.int64)
@@ -28,19 +28,19 @@ def first(targets: np.ndarray, samples: int, *, by_class: bool) -> np.ndarray:
 class SampleDataset(Dataset[tuple[Tensor, int]]):
     """`dataset[i]` is (float32 tensor, class index); `.classes` are the names, `.targets` all indices, int64 `[N]`.
 
-    Training samples are augmented with draws from (seed, epoch, i) and from nothing else, so that neither the number of
-    loader processes nor a resumed run changes them; `set_epoch` reaches loader processes that are already running.
+    Training samples are augmented with draws that depend only on (seed, epoch, i), so that neither the number of loader
+    processes nor a resumed run changes them; `set_epoch` reaches loader processes that are already running.
 
-    A sample that cannot be read raises `UnreadableError` with the name of its file, or with `on_error="skip"` is named
-    in a warning and in `.unreadable`: in training the next readable sample stands in for it; in evaluation, where a
-    stand-in would be counted twice, it is blank and its label `IGNORED`.
+    A sample that cannot be read raises `UnreadableError` with the name of its file. With `on_error="skip"` it is named
+    in a warning and in `.unreadable`: in training the next readable sample replaces it; in evaluation, where a
+    replacement would be counted twice, it is blank and its label is `IGNORED`.
 
-    A data set fills in `_read`, `_sample`, `_blank` and `_name`; `rows` says which rows of its source it holds.
+    A data set implements `_read`, `_sample`, `_blank` and `_name`; `rows` are the rows of its source that it has.
     """
 
     kind = "samples"
     by_class = True
-    """The order goes class by class, so that the first samples do not stand for the whole."""
+    """Whether the order goes class by class, so that the first samples do not represent the whole."""
 
     def __init__(
         self,
@@ -56,16 +56,16 @@ class SampleDataset(Dataset[tuple[Tensor, int]]):
             raise ValueError(f"on_error must be raise or skip, got {on_error!r}")
         self._rows, self.targets, self.classes = np.asarray(rows, dtype=np.int64), targets, list(classes)
         self.training, self.seed, self.skip = training, seed, on_error == "skip"
-        # In shared memory, since persistent loader processes hold a copy of the rest of this object.
+        # In shared memory, since persistent loader processes have a copy of the rest of this object.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._unreadable = torch.zeros(len(self._rows), dtype=torch.bool).share_memory_()
 
     def _read(self, row: int) -> Any:
-        """What the file of a row holds; whatever it raises becomes an `UnreadableError`."""
+        """The content of a row's file; any error becomes an `UnreadableError`."""
         raise NotImplementedError
 
     def _sample(self, content: Any, key: tuple[int, int, int]) -> Tensor:
-        """The tensor of what was read; in training augmented with draws from `key`. `ValueError` for unfit contents."""
+        """The tensor for the content; in training augmented with draws from `key`. `ValueError` for unfit contents."""
         raise NotImplementedError
 
     def _blank(self) -> Tensor:
@@ -73,20 +73,20 @@ class SampleDataset(Dataset[tuple[Tensor, int]]):
         raise NotImplementedError
 
     def _name(self, row: int) -> str:
-        """The file that holds a row."""
+        """The file that contains a row."""
         raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def keep_first(self, samples: int) -> None:
-        """Keeps the first so many samples, or all where there are no more; call it before any is read."""
+        """Keep only the first `samples` samples, or all if there are fewer; call it before any is read."""
         chosen = first(self.targets, samples, by_class=self.by_class)
         self._rows, self.targets = self._rows[chosen], self.targets[chosen]
         self._unreadable = torch.zeros(len(chosen), dtype=torch.bool).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the augmentation of the samples drawn from now on."""
+        """Choose the augmentation of the samples that are drawn from now on."""
         self._epoch.fill_(epoch)
 
     @property

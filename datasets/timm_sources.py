@@ -1,4 +1,4 @@
-"""Images that timm's readers find: Hugging Face data sets (`hfds/NAME`) and WebDataset shards (`wds/NAME`)."""
+"""Images read through timm: Hugging Face data sets (`hfds/NAME`) and WebDataset shards (`wds/NAME`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sdt_datasets.image_sources import Source
 from sdt_datasets.image_transforms import open_image
 
 VALIDATION = ("validation", "val", "valid", "test")
-"""Names of the evaluation split, the first that exists is taken."""
+"""Names of the evaluation split; the first that exists is used."""
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
@@ -50,13 +50,13 @@ class HubImages:
 def load_hub(name: str, root: Path | None, download: bool) -> tuple[Source, Source]:
     """`hfds/NAME`: a name on the Hub, or a local folder of images; `root` is the cache folder.
 
-    Without `download` only what is local is used. Raises `DataError`.
+    Without `download` only local files are used. Raises `DataError`.
     """
     try:
         hub: Any = importlib.import_module("datasets")
     except ImportError:
         hub = None
-    if not hasattr(hub, "load_dataset"):  # in a clone of this repository the name may find the folder
+    if not hasattr(hub, "load_dataset"):  # in a clone of this repository the name may refer to the folder
         raise DataError(f"data.name={name} needs the package datasets: pip install datasets")
     from timm.data import create_dataset
 
@@ -73,7 +73,7 @@ def load_hub(name: str, root: Path | None, download: bool) -> tuple[Source, Sour
             train, test = HubImages(readers[0], f"{name} (train)"), HubImages(readers[1], f"{name} ({test_split})")
     except DataError:
         raise
-    except Exception as error:  # the libraries beneath raise their own kinds for missing, damaged and unreachable data
+    except Exception as error:  # these libraries raise their own kinds for missing, damaged and unreachable data
         hint = "" if download else "; only what is on this machine is used unless data.download=true"
         raise DataError(f"data.name={name} cannot be loaded ({' '.join(str(error).split())}){hint}") from error
     _check_labels(name, train, test)
@@ -113,7 +113,7 @@ def _columns(name: str, features: Any, hub: Any) -> tuple[str, str]:
 
 
 def _check_labels(name: str, train: HubImages | ShardImages, test: HubImages | ShardImages) -> None:
-    """Classes without names are called by their numbers. Raises `DataError` for a label outside the classes."""
+    """Give classes without names their numbers as names. Raises `DataError` for a label outside the classes."""
     if not train.classes:
         train.classes = test.classes = [str(label) for label in range(int(train.targets.max(initial=-1)) + 1)]
     for split, source in (("training", train), ("validation", test)):
@@ -128,8 +128,8 @@ def _check_labels(name: str, train: HubImages | ShardImages, test: HubImages | S
 class ShardImages:
     """The images of WebDataset shards, local tar files, by position.
 
-    timm reads shards as a stream; the positions of the images in the files, which are read here once, give what a
-    stream cannot: every sample exactly once in evaluation, and a resumed run that goes on where it stopped.
+    timm reads shards as a stream; this class reads the positions of the images in the files once, and can do what a
+    stream cannot: every sample exactly once in evaluation, and a resumed run that continues where it stopped.
     """
 
     channels, by_class = 3, True
@@ -188,9 +188,9 @@ def _index_shard(file: Path, label_key: str) -> Iterator[tuple[str, tuple[int, i
 
 
 def _check_end(file: Path, offset: int) -> None:
-    """Raises `ValueError` unless an archive ends with zeros here, where its last entry does.
+    """Raise `ValueError` unless an archive ends with zeros here, after its last entry.
 
-    What is cut off between two entries, or damaged in the head of one, looks like the end of an archive.
+    An archive that is cut off between two entries, or damaged in an entry's header, otherwise looks as if it ended.
     """
     with file.open("rb") as content:
         content.seek(offset)
@@ -213,7 +213,7 @@ def _class_index(label: Any) -> int:
 def load_shards(name: str, root: Path) -> tuple[Source, Source]:
     """`wds/NAME`: the shards in the folder `root`.
 
-    timm's `_info.json` there says which files a split has; without it they are `*train*.tar` and `*val*.tar`. Raises
+    timm's `_info.json` there lists the files of a split; without it they are `*train*.tar` and `*val*.tar`. Raises
     `DataError`.
     """
     sources = [ShardImages(files, label_key) for files, label_key in _shard_files(name, root)]
@@ -222,7 +222,7 @@ def load_shards(name: str, root: Path) -> tuple[Source, Source]:
 
 
 def _shard_files(name: str, root: Path) -> list[tuple[list[Path], str]]:
-    """The shards of the two splits, and the key of the label in a sample's .json ("" where it is its .cls)."""
+    """The shards of the two splits, and the key of the label in a sample's .json ("" if it is its .cls)."""
     info = root / "_info.json"
     if not info.is_file():
         found = [
@@ -245,7 +245,7 @@ def _shard_files(name: str, root: Path) -> list[tuple[list[Path], str]]:
             splits.append(([root / file for file in described.filenames], described.alt_label))
     except DataError:
         raise
-    except Exception as error:  # a file of any content, read by timm without checks
+    except Exception as error:  # a file with any content, which timm reads without checks
         raise DataError(f"{info} does not describe its shards as timm expects ({error!r})") from error
     missing = [str(file) for files, _ in splits for file in files if not file.is_file()]
     if missing:
