@@ -18,7 +18,7 @@ from sdt_blocks.steps import normalize_and_fire, per_frame
 
 ALLOCATORS = ["default", "reused"]
 TIES = 1e-5
-"""The share of an attention's spikes, and of its gradient, that may be others on a GPU, where a membrane is at its
+"""The share of an attention's spikes, and of its gradient, that may differ on a GPU, where a membrane is at its
 threshold: its kernels and the equations add in other orders. On a CPU all are equal."""
 
 
@@ -34,7 +34,7 @@ def run(bench: Bench) -> None:
 
 
 def unit(bench: Bench) -> None:
-    """What training keeps of one conv-BN-LIF unit, a byte count for an element of the convolution's output.
+    """What training keeps of one conv-BN-LIF unit, in bytes per element of the convolution's output.
 
     A convolution to one channel stands for the next layer, which keeps the spikes for the gradient of its weights.
     """
@@ -66,7 +66,7 @@ def unit(bench: Bench) -> None:
 
 
 def attention(bench: Bench, x: Tensor, setting: str) -> None:
-    """What stands between the products of the attention: norms and neurons of q, k, v, token sum, neuron, mask."""
+    """The part between the products of an attention: norms and neurons of q, k, v, token sum, neuron, mask."""
     channels = x.shape[2]
     inputs = [(x.roll(shift, 0) + 0.3).requires_grad_() for shift in range(3)]
     norms = [
@@ -138,8 +138,8 @@ def attention(bench: Bench, x: Tensor, setting: str) -> None:
 def whole(bench: Bench, name: str, part: nn.Module, x: Tensor, setting: str) -> None:
     """Forward and backward of one of our modules, and of its equations step by step.
 
-    Their parity on a GPU is that of one sample in float64: a membrane within rounding of its threshold makes other
-    spikes in all that follows.
+    On a GPU parity is checked on one sample in float64: a membrane within rounding of its threshold otherwise changes
+    all spikes that follow.
     """
     weights, checked, images, tolerance = torch.randn_like(x), part, None, 1e-3
     if bench.device.type == "cuda":
@@ -166,7 +166,7 @@ def whole(bench: Bench, name: str, part: nn.Module, x: Tensor, setting: str) -> 
 
 
 def backend(name: str | None) -> None:
-    """Forces the path of the fused ops, or leaves the choice to them."""
+    """Force the path of the fused ops, or leave the choice to them."""
     if name is None:
         os.environ.pop("SDT_BLOCKS_BACKEND", None)
     else:

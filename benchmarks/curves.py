@@ -1,4 +1,4 @@
-"""The plot of the suite `sparse`: time of an evaluation against the firing rate, a panel for each batch size."""
+"""The plot of the suite `sparse`: time of an evaluation against the firing rate, one panel per batch size."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def curves(rows: list[Row]) -> dict[str, dict[str, tuple[Points, Points]]]:
 
 
 def plot(rows: list[Row], path: Path) -> Path:
-    """Draws the curves of one machine to a PNG."""
+    """Draw the curves of one machine into a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -45,7 +45,7 @@ def plot(rows: list[Row], path: Path) -> Path:
         for contestant, (line, others) in contestants.items():
             style: dict[str, Any] = STYLES[contestant]
             axis.plot(*zip(*sorted(line), strict=True), marker=".", label=contestant, **style)
-            # What the other settings cost stands beside the curves, without a line.
+            # Other settings are drawn as points next to the curves, without a line.
             if others and contestant in list(STYLES)[-2:]:
                 axis.plot(*zip(*others, strict=True), "*", markersize=11, color=style["color"])
         axis.set(title=title, xlabel="mean firing rate of the products' inputs", ylabel="seconds", ylim=(0, None))

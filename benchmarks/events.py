@@ -1,4 +1,4 @@
-"""Event data: events a second into frames, and samples a second through the data sets, with and without their cache."""
+"""Event data: events per second into frames, and samples per second from the data sets, with and without cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEVICES = ["cpu"]
 RECORDINGS = 30
 """Recordings of each data set. They were just written, so the first epoch reads them from memory, not from a disk."""
 GESTURE_EVENTS, CIFAR10_DVS_EVENTS = 350_000, 200_000
-"""Events of a recording, about the mean of the real data sets."""
+"""Events per recording, about the mean of the real data sets."""
 
 
 def run(bench: Bench) -> None:
@@ -41,7 +41,7 @@ def run(bench: Bench) -> None:
 
 
 def draw_events(number: int, seed: int) -> np.ndarray:
-    """Events of a 128 x 128 sensor that crowd around its centre, as those of a moving object do."""
+    """Events of a 128 x 128 sensor, concentrated around its centre like those of a moving object."""
     rng = np.random.default_rng(seed)
     events = np.empty(number, dtype=EVENT_DTYPE)
     events["t"] = np.sort(rng.integers(0, 5_000_000, number))
@@ -54,7 +54,7 @@ def draw_events(number: int, seed: int) -> np.ndarray:
 def frames(bench: Bench) -> None:
     """Event array -> frames, in memory, on one core."""
     for number, time_steps in ((200_000, 10), (350_000, 16), (2_000_000, 16)):
-        # The peers' frames are the same where the frames divide the events: Tonic drops the rest.
+        # The peers' frames are the same if the number of events is a multiple of the frames': Tonic drops the rest.
         events = draw_events(number - number % time_steps, seed=0)
         sensor_size = (128, 128, 2)
         by_number = EventsToFrames(sensor_size=sensor_size, time_steps=time_steps)
@@ -134,7 +134,7 @@ def decoding(bench: Bench, root: Path) -> None:
 
 
 def pipeline(bench: Bench, name: str, root: Path, *, time_steps: int) -> None:
-    """Files -> batches: without a cache, filling it, and from it; the start of the loader's processes included."""
+    """Files -> batches: without a cache, filling it, and from it, including the start of the loader's processes."""
     setting = f"{name}, T={time_steps}, batches of 8"
     for workers in (0, 2):
         with tempfile.TemporaryDirectory() as folder:

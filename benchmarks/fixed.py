@@ -1,4 +1,4 @@
-"""What an event-driven evaluation costs before anything is added: sdt_8_384 silent, and at published low rates.
+"""The fixed cost of an event-driven evaluation before anything is added: sdt_8_384 silent, and at low published rates.
 
 A silent network's lists are empty, so its time is that of the first layer, of listing, of neurons and of stores.
 """

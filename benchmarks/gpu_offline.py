@@ -1,4 +1,4 @@
-"""The Triton kernels built for GPUs that need not be there, and a model's prediction: nothing is measured on a GPU.
+"""The Triton kernels built for GPUs that need not be present, and a model's prediction: nothing is measured on a GPU.
 
 `--with sm_80` and `--with sm_120` add targets to sm_90. The launches are those of a training step, of an evaluation and
 of a folded one of sdt_8_384, sdt_8_512 and sdt_v3_19m, recorded on tensors without data. Rows go to
@@ -64,7 +64,7 @@ Row = dict[str, Any]
 
 
 def run(bench: Bench) -> None:
-    """Builds, predicts and writes; `bench` says which targets besides sm_90."""
+    """Build, predict and write; `bench` names the targets besides sm_90."""
     for target in ["sm_90", *(name for name in TARGETS if name in bench.options and name != "sm_90")]:
         capability = int(target.removeprefix("sm_"))
         rows = [row for name in MODELS for row in of_model(name, capability)]
@@ -113,13 +113,13 @@ def of_model(name: str, capability: int) -> list[Row]:
     launches, products = record_bytes(name)
     settings["dtype"] = "int8"
     rows += distinct(launches, capability, settings)
-    # What real values drive.
+    # The layers with real inputs.
     rows += of_library(products, capability, settings)
     return rows
 
 
 def record_folded(name: str, dtype: torch.dtype) -> tuple[list[Launch], list[Convolution]]:
-    """The launches of one evaluation by what `optimize_for_inference` makes of a model, and the library's products."""
+    """The launches of one evaluation of a model after `optimize_for_inference`, and the library's products."""
     of_triton = mock.patch.object(dense, "by_triton", lambda x: True)
     with ours_run() as (launches, bodies), of_triton, torch.device("meta"):
         model = create_model(name).eval()
@@ -146,7 +146,7 @@ class Convolution(NamedTuple):
 
 
 def of_library(products: list[Convolution], capability: int, settings: Row) -> list[Row]:
-    """A row for products alike, under a run of their own: what they take at best, by memory and tensor cores."""
+    """One row for equal products, under a run of their own: their shortest time by memory and tensor cores."""
     gpu, rows = GPUS[capability], []
     for one, number in Counter(products).items():
         times = {"memory": one.moved / gpu.copy}
@@ -173,10 +173,10 @@ def of_library(products: list[Convolution], capability: int, settings: Row) -> l
 def record(name: str, dtype: torch.dtype, channels_last: bool, training_step: bool) -> list[Launch]:
     """The launches of one step of a model, in their order."""
     with FakeTensorMode(allow_non_fake_inputs=True), ours_run() as (launches, _):
-        # How weights are drawn depends on values, which there are none of.
+        # Drawing weights depends on values, which do not exist here.
         with mock.patch.object(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor):
             model = create_model(name).train(training_step)
-        # The order of the images is that of all that is made of them.
+        # All tensors made of the images have the images' memory order.
         order = torch.channels_last if channels_last else torch.contiguous_format
         images = torch.empty(BATCH, 3, 224, 224).contiguous(memory_format=order)
         with torch.set_grad_enabled(training_step), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -188,9 +188,9 @@ def record(name: str, dtype: torch.dtype, channels_last: bool, training_step: bo
 
 @contextlib.contextmanager
 def ours_run() -> Iterator[tuple[list[Launch], _Bodies]]:
-    """Within it the kernels' launchers are called for tensors without data, as if these were on an H100.
+    """Within it, the kernels' launchers are called for tensors without data, as if these were on an H100.
 
-    Gives their launches, and what PyTorch's own ops do besides.
+    Yields their launches, and the operations of PyTorch's own ops.
     """
     of_h100 = mock.patch.object(training, "_programs", lambda device: training._PROGRAMS * GPUS[90].multiprocessors)
     with (
@@ -205,9 +205,9 @@ def ours_run() -> Iterator[tuple[list[Launch], _Bodies]]:
 
 
 class _Bodies(TorchDispatchMode):
-    """Runs the bodies of our ops, of which tensors without data are shown the shapes of the results alone.
+    """Runs the bodies of our ops, of which tensors without data otherwise only see the shapes of the results.
 
-    It counts what PyTorch's own ops launch besides, convolutions aside.
+    It also counts the launches of PyTorch's own ops, except convolutions.
     """
 
     def __init__(self) -> None:
@@ -232,7 +232,7 @@ class _Bodies(TorchDispatchMode):
 
 
 def launches_of_block(dtype: torch.dtype, channels_last: bool) -> dict[str, dict[str, int]]:
-    """How many kernels a block of sdt_8_384 in training launches forward and backward, by kernel or PyTorch's op."""
+    """Number of kernels that a training block of sdt_8_384 launches forward and backward, by kernel or PyTorch op."""
     order = (0, 1, 3, 4, 2) if channels_last else (0, 1, 2, 3, 4)
     shape = [(4, BATCH, 384, 14, 14)[axis] for axis in order]
     with FakeTensorMode(allow_non_fake_inputs=True), ours_run() as (launches, bodies):
@@ -246,8 +246,8 @@ def launches_of_block(dtype: torch.dtype, channels_last: bool) -> dict[str, dict
             found.append(Counter(launch.name for launch in launches) + bodies.launches)
             grad = torch.empty_like(result)
             launches.clear(), bodies.launches.clear()
-            # As backward does where no gradient is there yet: autograd then takes what it is given without a copy, but
-            # for the tensors that a noted launch holds on to.
+            # As in a backward pass without an existing gradient: autograd then keeps the new one without a copy,
+            # except for tensors that a noted launch still holds.
             torch.autograd.grad(result, [x, *block.parameters()], grad)
             found.append(Counter(launch.name for launch in launches) + bodies.launches)
     return {"forward": dict(found[0]), "backward": dict(found[1])}
@@ -260,7 +260,7 @@ def _holds_all(tensor: Tensor, spikes: Tensor) -> bool:
 
 
 def distinct(launches: list[Launch], capability: int, settings: Row) -> list[Row]:
-    """A row for launches alike in build and size, with their number."""
+    """A row for launches of equal build and size, with their number."""
     counts: Counter[tuple[Any, ...]] = Counter()
     first: dict[tuple[Any, ...], Launch] = {}
     for launch in launches:
@@ -284,13 +284,13 @@ def work(launch: Launch) -> Work:
     if launch.name == "combine":
         moved += inputs * arguments["grad"].numel() * arguments["grad"].element_size()
     if arguments.get("MASK"):
-        # What fired is read for k and for v.
+        # The spikes are read for k and for v.
         moved += arguments["codes"].numel()
     steps = arguments.get("STEPS", 1)
     if launch.name == "spike_layer_kernel":
         return of_spike_layer(launch, moved)
     if scratch is not None:
-        # Membranes written and read twice; the input read again, unless it is one frame.
+        # Membranes are written once and read twice; the input is read again, unless it is one frame.
         again = 0 if arguments["REPEAT"] else arguments["x"].element_size()
         elements = arguments["size"] * steps
         return Work(elements, moved, elements * (3 * scratch.element_size() + again), steps, training._PROGRAMS)
@@ -341,7 +341,7 @@ def row(launch: Launch, of: Work, capability: int, settings: Row, number: int) -
 
 
 def title(launch: Launch) -> str:
-    """A kernel's name, with what of the neuron it is told besides."""
+    """A kernel's name, with its arguments that describe the neuron."""
     flags = {"AFFINE": "norm", "MASK": "mask", "REPEAT": "one frame", "KEEP": "kept"}
     told = [word for name, word in flags.items() if launch.arguments.get(name)]
     return launch.name + (f" ({', '.join(told)})" if told else "")
@@ -395,7 +395,7 @@ def of_spikingjelly(capability: int) -> list[Row]:
 
 
 def summary(rows: list[Row]) -> list[str]:
-    """Milliseconds of all of a step's launches, and how many times what their bytes take at the speed of a copy."""
+    """Milliseconds of all launches of a step, and the ratio to the time of copying their bytes."""
     lines = []
     for name, which, dtype, order in dict.fromkeys((r["model"], r["run"], r["dtype"], r["order"]) for r in rows):
         found = [r for r in rows if (r["model"], r["run"], r["dtype"], r["order"]) == (name, which, dtype, order)]

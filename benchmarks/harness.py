@@ -1,4 +1,4 @@
-"""Timing in turn, parity gates, and the rows every suite writes: what all suites share."""
+"""The common part of all suites: timing in alternation, parity checks, and the rows that every suite writes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ COLUMNS = [
     *("elsewhere", "device", "machine", "torch", "snntorch", "spikingjelly", "threads", "allocator", "date"),
 ]
 
-# Fresh pages cost more than a neuron's arithmetic: the process keeps large blocks instead of handing them back.
+# Fresh pages cost more than a neuron's arithmetic: the process keeps large blocks instead of returning them.
 REUSED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1099511627776", "MALLOC_TOP_PAD_": "268435456"}
 ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "reused": REUSED}
 """Environment of a suite's process: glibc's defaults, and freed memory kept for reuse."""
@@ -52,7 +52,7 @@ class ParityError(AssertionError):
 
 @dataclass
 class Sample:
-    """Seconds (or another unit) of one contestant, one value a round."""
+    """Seconds (or another unit) of one contestant, one value per round."""
 
     values: list[float]
 
@@ -67,7 +67,7 @@ class Sample:
 
 @dataclass
 class Bench:
-    """What a suite is handed: where it runs, how long it may take, and where its rows go."""
+    """The argument of a suite: the device, the time per figure, and the file of its rows."""
 
     suite: str
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -75,11 +75,11 @@ class Bench:
     seconds: float = 8.0
     options: frozenset[str] = frozenset()
     size: str = ""
-    """Whose sizes are measured, see `pick`: those of the device, if nothing is said."""
+    """Whose sizes are measured, see `pick`; by default those of the device."""
     path: Path | None = None
-    """The file of the rows; while they are fewer than all, they stand in `NAME.part.csv` beside it."""
+    """The file of the rows; until all are there, they are in `NAME.part.csv` next to it."""
     doubt: str = ""
-    """Why no row is to be trusted; stands before what a parity check has found."""
+    """Why no row can be trusted; precedes the result of a parity check."""
     rows: list[dict[str, str]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     elsewhere: float = 0.0
@@ -100,10 +100,10 @@ class Bench:
         rounds: int = 30,
         warmup: int = 2,
     ) -> dict[str, Sample]:
-        """Times the contestants in turn, round by round, so that a slow moment of the machine strikes all of them.
+        """Time the contestants in alternation, round by round, so that a slow moment of the machine affects all.
 
         `ratio` is the median over the rounds of time / `baseline`'s time in that round. `parity` maps a contestant to a
-        check that returns what it found ("equal") or raises `ParityError`; who fails, in whatever way, is not timed.
+        check that returns its finding ("equal") or raises `ParityError`; a contestant that fails is not timed.
         """
         if baseline not in contestants:
             raise ValueError(f"the baseline {baseline!r} is not among the contestants {', '.join(contestants)}")
@@ -127,7 +127,7 @@ class Bench:
 
     @contextlib.contextmanager
     def spared(self, figure: str, setting: str, contestant: str) -> Iterator[None]:
-        """What goes wrong within it fails the suite, with its traceback, but does not stop what comes behind it."""
+        """An error within it makes the suite fail, with its traceback, but does not stop what follows."""
         try:
             yield
         except ParityError as error:
@@ -135,7 +135,7 @@ class Bench:
         except Exception as error:
             traceback.print_exc(file=sys.stdout)
             self._fail(figure, setting, contestant, f"{type(error).__name__}: {str(error).split(chr(10))[0][:200]}")
-            # What it held must not be in the memory of those that come.
+            # Its memory must not be counted for those that follow.
             traceback.clear_frames(error.__traceback__)
             del error
             gc.collect()
@@ -145,7 +145,7 @@ class Bench:
     def time(
         self, contestants: dict[str, Callable[[], object]], *, rounds: int = 30, warmup: int = 2
     ) -> dict[str, Sample]:
-        """Seconds of each contestant, in turn, round by round, for about `seconds` and at least three rounds."""
+        """Seconds of each contestant, in alternation, round by round, for about `seconds` and at least three rounds."""
         for function in contestants.values():
             for _ in range(warmup):
                 function()
@@ -177,7 +177,7 @@ class Bench:
         ratio: float | None = None,
         parity: str = "not checked",
     ) -> None:
-        """Adds one row and prints it."""
+        """Add one row and print it."""
         sample = Sample([float(sample)]) if isinstance(sample, int | float) else sample
         row = {
             "figure": figure,
@@ -198,7 +198,7 @@ class Bench:
         print(f"  {figure:34} {contestant:38} {float(row['median']):11.5g} {unit:8}{against}", flush=True)
 
     def absent(self, figure: str, setting: str, contestant: str, reason: str) -> None:
-        """Adds a row for what this machine cannot measure, with the reason in the place of a parity."""
+        """Add a row for a figure that this machine cannot measure, with the reason in place of the parity."""
         self._add({"figure": figure, "setting": setting, "contestant": contestant, "parity": reason})
         print(f"  {figure:34} {contestant:38} not measured: {reason}", flush=True)
 
@@ -214,12 +214,12 @@ class Bench:
 
     @property
     def part(self) -> Path:
-        """Where the rows stand until all are there: a run that is cut keeps those."""
+        """The file of the rows until all are there: a run that is cut off keeps those."""
         assert self.path is not None
         return self.path.with_suffix(".part.csv")
 
     def finish(self) -> None:
-        """Puts the rows in their place."""
+        """Move the rows to their final file."""
         if self.path is not None and self.rows:
             self.part.replace(self.path)
 
@@ -230,10 +230,10 @@ class Bench:
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Convolutions on a GPU multiply float32 as it is.
+    """Within it, convolutions on a GPU multiply float32 in full precision.
 
-    By PyTorch's default, which is what is timed, they round it to the 10 bits of TF32: then two orders of the same
-    sums differ by more than any neuron's distance from its threshold.
+    PyTorch's default, which is what is timed, rounds it to the 10 bits of TF32: two orders of the same sums then differ
+    by more than any neuron's distance from its threshold.
     """
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
@@ -244,7 +244,7 @@ def full_precision() -> Iterator[None]:
 
 
 def busy_elsewhere() -> float:
-    """Core seconds that other processes have used so far; 0 where the system does not say."""
+    """Core seconds that other processes have used so far; 0 if the system does not say."""
     if not Path("/proc/stat").is_file():
         return 0.0
     ticks = [int(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
@@ -253,14 +253,14 @@ def busy_elsewhere() -> float:
 
 
 def resident_bytes(peak: bool = False) -> int:
-    """Memory of this process that is in RAM now, or was at most since `reset_peak`."""
+    """Memory of this process that is in RAM now, or the most since `reset_peak`."""
     wanted = "VmHWM" if peak else "VmRSS"
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(wanted))
 
 
 def reset_peak() -> None:
-    """Hands freed memory back to the system and forgets the peak so far."""
+    """Return freed memory to the system and forget the peak so far."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -268,9 +268,9 @@ def reset_peak() -> None:
 
 
 def measure_memory(device: torch.device, function: Callable[[], object]) -> tuple[int, int]:
-    """Bytes that `function` adds at its peak, and bytes that what it returns still holds afterwards.
+    """Bytes that `function` adds at its peak, and bytes that its result still occupies afterwards.
 
-    On a CPU this is the process's memory in RAM: run it with glibc's default allocator, which gives large blocks back.
+    On a CPU this is the process's memory in RAM: run it with glibc's default allocator, which returns large blocks.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -291,7 +291,7 @@ def measure_memory(device: torch.device, function: Callable[[], object]) -> tupl
 
 
 def facts(device: torch.device, allocator: str) -> dict[str, str]:
-    """Machine, versions, threads and allocator: what a figure means nothing without."""
+    """Machine, versions, threads and allocator, without which a figure means nothing."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {
         "device": device.type,
@@ -306,7 +306,7 @@ def facts(device: torch.device, allocator: str) -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor by its name, and the wide instructions it has: virtual machines often hide the model."""
+    """The name of the processor, and its vector instructions: virtual machines often hide the model."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     fields = dict(line.split("\t", 1) for line in info.splitlines() if "\t" in line)
     name = fields.get("model name", platform.processor()).lstrip("\t: ") or platform.machine()
@@ -327,7 +327,7 @@ def package_version(name: str) -> str:
 
 
 def write_rows(rows: Sequence[dict[str, str]], path: Path) -> None:
-    """Writes the rows of one suite as CSV."""
+    """Write the rows of one suite as CSV."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
@@ -341,7 +341,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def same_spikes(found: torch.Tensor, expected: torch.Tensor, most: float = 1e-6) -> str:
-    """Parity of spike tensors: the share that differs may be `most`, room for ties at the threshold alone."""
+    """Parity of spike tensors: a share of at most `most` may differ, for ties at the threshold."""
     if found.shape != expected.shape:
         raise ParityError(f"shape {list(found.shape)}, expected {list(expected.shape)}")
     share = (found.float() != expected.float()).float().mean().item()
@@ -353,8 +353,8 @@ def same_spikes(found: torch.Tensor, expected: torch.Tensor, most: float = 1e-6)
 def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float, most: float = 0.0) -> str:
     """Parity of real values: the largest difference, as a share of the largest expected value.
 
-    A share of `most` of the elements may lie further off: where a membrane is within rounding of its threshold, one
-    kit's neuron fires and the other's does not, and the gradients of its steps are others.
+    A share of `most` of the elements may differ more: if a membrane is within rounding of its threshold, the neuron of
+    one library fires and the other's does not, and the gradients of its steps differ.
     """
     if found.shape != expected.shape:
         raise ParityError(f"shape {list(found.shape)}, expected {list(expected.shape)}")

@@ -1,4 +1,4 @@
-"""Evaluation of sdt_8_384 at 224 x 224, T = 4, against its bare convolutions and other arrangements."""
+"""Evaluation of sdt_8_384 at 224 x 224, T = 4, compared with its bare convolutions and other arrangements."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ WHOLE_NUMBERS: dict[str, Build] = {
     "sdt_blocks, optimised, int8": lambda model: optimize_for_inference(model, torch.int8),
     "sdt_blocks, optimised, exact": lambda model: optimize_for_inference(model, exact=True),
 }
-"""On a CPU alone."""
+"""On a CPU only."""
 GRAPHS: dict[str, Build] = {
     "sdt_blocks, optimised, CUDA graph": lambda model: optimize_for_inference(model, cuda_graph=True),
     "sdt_blocks, optimised, bf16, CUDA graph": lambda model: optimize_for_inference(
         model, torch.bfloat16, cuda_graph=True
     ),
 }
-"""On a GPU alone."""
+"""On a GPU only."""
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def builds(bench: Bench) -> dict[str, Build]:
 
 
 def peers(bench: Bench) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Models of other kits: their own weights and settings, so no parity."""
+    """Models of other libraries: their own weights and settings, so no parity."""
     if not spikingjelly_installed():
         return {}
     call = spikingjelly_model(device=bench.device, compiled=False)
@@ -103,10 +103,11 @@ def agreement(
     images: int = 200,
     small: Callable[[Tensor], SpikeDrivenTransformer | MetaSpikeFormer] | None = None,
 ) -> str:
-    """Parity on a small model, image by image; in fewer bits as near to float32 as `torch.autocast` comes.
+    """Parity on a small model, image by image; with fewer bits as close to float32 as `torch.autocast` is.
 
-    A membrane within rounding of its threshold fires in one library's sums and not in another's, and its spike travels
-    on: so a few images may differ, in float32 too. In a model with millions of neurons every image has such a membrane.
+    A membrane within rounding of its threshold fires with one library's sums and not with another's, and its spike
+    travels on: so a few images may differ, even in float32. In a model with millions of neurons every image has such a
+    membrane.
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)

@@ -1,8 +1,8 @@
-"""One thread's way through a kernel's machine code for NVIDIA GPUs, as `nvdisasm` writes it.
+"""One thread's path through a kernel's machine code for NVIDIA GPUs, as `nvdisasm` prints it.
 
-How often a loop is gone round is computed, not assumed: what follows from the launch's numbers alone is known all along
-the way (counters and bounds, also of loops that the compiler has unrolled), and everything else is not. Where a
-condition is unknown, a branch forward is not taken, so that masked code counts as executed, and a loop is gone round as
+The number of iterations of a loop is computed, not assumed: values that follow from the launch's arguments alone are
+tracked along the path (counters and bounds, also of loops that the compiler has unrolled), all others are unknown. If a
+condition is unknown, a forward branch is not taken, so that masked code counts as executed, and a loop is repeated as
 often as the caller says.
 """
 
@@ -19,7 +19,7 @@ LABEL = re.compile(r"^\s*([.$\w]+):")
 PREDICATE = re.compile(r"U?P\d")
 REGISTER = re.compile(r"U?R(\d+|Z)")
 MOST_EXECUTED = 1 << 20
-"""Instructions after which a way is taken for one that does not end."""
+"""Number of instructions after which a path is taken to be endless."""
 WORD = (1 << 32) - 1
 
 COMPARE: dict[str, Callable[[int, int], bool]] = {
@@ -31,7 +31,7 @@ COMPARE: dict[str, Callable[[int, int], bool]] = {
     "NE": lambda a, b: a != b,
 }
 FROM_PREDICATES, TO_PREDICATES = ("P2R", "UP2UR"), ("R2P", "UR2UP")
-"""Between predicates and the bits of a register, where a kernel needs more predicates than there are."""
+"""Moves between predicates and the bits of a register, for kernels that need more predicates than there are."""
 COMBINE: dict[str, Callable[[bool, bool], bool]] = {
     "AND": lambda a, b: a and b,
     "OR": lambda a, b: a or b,
@@ -41,13 +41,13 @@ COMBINE: dict[str, Callable[[bool, bool], bool]] = {
 
 class Instruction(NamedTuple):
     guard: str
-    """The predicate that it hangs on, as `!P0`, or nothing."""
+    """The predicate of the instruction, such as `!P0`, or nothing."""
     op: str
     operands: list[str]
 
 
 class Code:
-    """Instructions, and where labels stand among them."""
+    """Instructions, and the positions of labels among them."""
 
     def __init__(self, assembly: str) -> None:
         self.lines: list[Instruction] = []
@@ -60,12 +60,12 @@ class Code:
                 self.labels[found[1]] = len(self.lines)
 
     def target(self, at: int) -> int | None:
-        """Where an instruction may jump to."""
+        """The position that an instruction may jump to."""
         name = re.search(r"`\((.+?)\)", ",".join(self.lines[at].operands))
         return self.labels[name[1]] if name else None
 
     def goes_round_a_call(self, at: int, end: int) -> bool:
-        """Whether a branch from `at` to `end` passes by a subroutine."""
+        """Whether a branch from `at` to `end` jumps over a subroutine."""
         lines = self.lines[at + 1 : min(end, at + 12)]
         return any(line.op.startswith("CALL") and "$" in line.operands[-1] for line in lines)
 
@@ -73,10 +73,10 @@ class Code:
 def executed(
     assembly: str, trips: int, outer: int | None = None, words: Mapping[int, int] | None = None
 ) -> Counter[str]:
-    """What one thread executes, by opcode.
+    """The instructions that one thread executes, by opcode.
 
-    `words` are the launch's numbers by their place in the constant bank. A loop of unknown length is gone round `trips`
-    times, one about other loops `outer` times, if that differs.
+    `words` are the launch's arguments by their place in the constant bank. A loop of unknown length is repeated `trips`
+    times, one that contains other loops `outer` times, if that differs.
     """
     code, known = Code(assembly), Known(words or {})
     back = {at: code.target(at) for at, line in enumerate(code.lines) if line.op.startswith("BRA")}
@@ -103,7 +103,7 @@ def executed(
         elif line.op.startswith(("BRA", "CALL")) and to is not None:
             if to == at - 1:
                 break
-            # Before Hopper a loop may be left by a call that does not return, round a jump back.
+            # Before Hopper a loop may be left by a call that does not return, around a jump back.
             leaves = line.op.startswith("CALL")
             if to >= at and not leaves:
                 taken = taken or (taken is None and code.goes_round_a_call(at - 1, to))
@@ -120,7 +120,7 @@ def executed(
 
 
 class Known:
-    """The registers and predicates of a thread that follow from a launch's numbers."""
+    """The registers and predicates of a thread that follow from a launch's arguments."""
 
     def __init__(self, words: Mapping[int, int]) -> None:
         self.words = words
@@ -156,7 +156,7 @@ class Known:
             value = None
         if value is None or not sign:
             return value
-        # -x as ~x + 1: only so are carries right.
+        # -x as ~x + 1, so that the carries are right.
         full = WORD << 32 | WORD if wide else WORD
         return (value ^ full) + (1 if sign == "-" else 0)
 
@@ -176,13 +176,13 @@ class Known:
         return None if low is None or high is None else high << 32 | low
 
     def note(self, line: Instruction, taken: bool | None) -> None:
-        """What an instruction changes; what is not computed here becomes unknown."""
+        """Record the results of an instruction; those that are not computed here become unknown."""
         if taken is False or not line.operands:
             return
         base, *parts = line.op.split(".")
         place = next((i for i, operand in enumerate(line.operands[:3]) if REGISTER.fullmatch(operand)), 2)
         to = line.operands[place] if place < len(line.operands) and REGISTER.fullmatch(line.operands[place]) else None
-        # Predicates before the first register are written, and carries right behind it.
+        # Predicates before the first register are written, and carries right after it.
         written = [operand for operand in line.operands[:place] if PREDICATE.fullmatch(operand)]
         if to is not None and not base.endswith("SETP"):
             behind = line.operands[place + 1 : place + 3]
@@ -217,7 +217,7 @@ class Known:
         if base == "ISETP":
             return None, self._compared(operands, parts)
         if base == "PLOP3":
-            # What is unknown may not matter.
+            # An unknown value may not matter.
             known = [self.predicate(operand) for operand in operands[2:5]]
             ways = itertools.product(*([False, True] if bit is None else [bit] for bit in known))
             found = {int(operands[5], 16) >> sum(4 >> i for i, bit in enumerate(way) if bit) & 1 for way in ways}
@@ -257,7 +257,7 @@ class Known:
         return None, {}
 
     def _gathered(self, line: Instruction) -> int | None:
-        """Predicates as bits of a register, among those of another."""
+        """Predicates as bits of a register, inserted into those of another."""
         bits = _bits_of_predicates(line)
         found, known = self.value(line.operands[2]), {i: self.predicate(name) for name, i in bits.items()}
         if found is None or None in known.values():
@@ -279,7 +279,7 @@ class Known:
             a, b = a - (a >> 31 << 32), b - (b >> 31 << 32)
         found: bool | None = COMPARE[how](a, b)
         if "EX" in parts:
-            # The high words, behind what the low ones gave.
+            # The high words, after the result of the low ones.
             low = self.predicate(operands[5])
             found = (found or low) if how == "NE" else low if a == b else found
         first = _joined(found, other, join)
@@ -312,7 +312,7 @@ class Known:
 
 
 def _next(name: str) -> str:
-    """The register behind one."""
+    """The next register."""
     letters = name.rstrip("0123456789")
     return f"{letters}{int(name[len(letters) :]) + 1}"
 
@@ -333,7 +333,7 @@ def _joined(found: bool | None, other: bool | None, join: str) -> bool | None:
 
 
 def _of_table(a: int, b: int, c: int, table: int) -> int:
-    """LOP3: bit by bit what the table says of three bits."""
+    """LOP3: bit by bit, the table's entry for three bits."""
     found = 0
     for i in range(8):
         if table >> i & 1:

@@ -1,4 +1,4 @@
-"""Networks that the kit has never seen, plain and by `optimize_for_inference`, dense and event-driven.
+"""Networks that are not part of the package, plain and after `optimize_for_inference`, dense and event-driven.
 
 Weights are random, with norms fitted to the input by `calibrate_norms`, so that all neurons fire; the rate of each
 network is printed. A form that is not faster than the plain network fails the suite.
@@ -72,7 +72,7 @@ class SoftmaxAttention(nn.Module):
 
 
 class Convolutional(nn.Module):
-    """A convolutional network of snnTorch's neurons and PyTorch's layers; its input is `[T, B, 2, H, W]`."""
+    """A convolutional network with snnTorch's neurons and PyTorch's layers; its input is `[T, B, 2, H, W]`."""
 
     def __init__(self, widths: tuple[int, ...] = (2, 64, 128, 256)) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Convolutional(nn.Module):
 
 
 class Gate(nn.Module):
-    """A part whose forward nobody can trace."""
+    """A part whose forward cannot be traced."""
 
     def forward(self, membrane: Tensor) -> Tensor:
         return membrane if membrane.mean() > -1e6 else -membrane
@@ -99,7 +99,7 @@ class Gate(nn.Module):
 
 @dataclass(frozen=True)
 class Subject:
-    """A network, its input, and how many times faster its best form has to be."""
+    """A network, its input, and the required speedup of its best form."""
 
     network: nn.Module
     inputs: Tensor
@@ -140,7 +140,7 @@ def run(bench: Bench) -> None:
 
 @torch.no_grad()
 def race_counts(bench: Bench, name: str) -> None:
-    """Times a network whose shortcuts sum spikes, with weights in float32 and in 8 bits."""
+    """Time a network whose shortcuts sum spikes, with weights in float32 and in 8 bits."""
     torch.manual_seed(0)
     network, images = create_model(name).eval(), torch.rand(BATCH, 3, SIDE, SIDE)
     for module in network.modules():
@@ -183,11 +183,11 @@ def inputs_of(form: Any, images: Tensor) -> tuple[float, float]:
 
 
 def race(bench: Bench, setting: str, subject: Subject) -> None:
-    """Times the forms of one network in turn."""
+    """Time the forms of one network in alternation."""
     network, inputs = subject.network, subject.inputs
     forms: dict[str, Callable[..., Any]] = {PLAIN: network}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="kept as it is")  # the opaque part, which is meant
+        warnings.filterwarnings("ignore", message="kept as it is")  # the opaque part, which is intended
         forms[DENSE] = optimize_for_inference(network)
         if bench.device.type == "cpu":
             forms[EVENTS] = optimize_for_inference(network, sparse=True)

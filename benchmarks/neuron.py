@@ -1,4 +1,4 @@
-"""One multi-step LIF layer against the memory traffic it cannot avoid, and against other kits' neurons."""
+"""One multi-step LIF layer compared with the memory traffic that it cannot avoid, and with other libraries' neurons."""
 
 from __future__ import annotations
 
@@ -87,12 +87,12 @@ def forward_backward(bench: Bench, setting: str, x: Tensor) -> None:
 
 
 def others(name: str, x: Tensor, most: float) -> float:
-    """The share of spikes that may be others: of kits that keep membranes in bfloat16, many ties of its eight bits."""
+    """The share of spikes that may differ: libraries with membranes in bfloat16 have many ties in its eight bits."""
     return most if x.dtype == torch.float32 or name.startswith("sdt_blocks") else 0.05
 
 
 def one_call(bench: Bench) -> None:
-    """What a call costs when there is next to nothing to compute: one time step of few neurons."""
+    """The cost of a call when there is next to nothing to compute: one time step of few neurons."""
     x = torch.randn(1, 2, 8, 4, 4, device=bench.device, requires_grad=True)
     weights, rest = torch.ones_like(x), torch.zeros_like(x[0])
     lif, norm = LIF(tau=TAU), torch.nn.BatchNorm2d(8, device=bench.device)
@@ -121,7 +121,7 @@ def one_call(bench: Bench) -> None:
 
 
 def contestants(bench: Bench) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Neurons of the same equations: input scaled by 1 / tau, hard and detached reset, sigmoid surrogate of alpha 4."""
+    """Neurons with the same equations: input scaled by 1 / tau, hard and detached reset, sigmoid surrogate, alpha 4."""
     found: dict[str, Callable[[Tensor], Tensor]] = {
         "sdt_blocks LIF": LIF(tau=TAU),
         "sdt_blocks reference": lambda x: lif_reference(x, NeuronSpec(inv_tau=1 / TAU))[0],

@@ -1,7 +1,7 @@
-"""What Triton kernels compile to for a GPU that need not be there, and how fast that can be at best: a model on paper.
+"""The machine code of Triton kernels for a GPU that need not be present, and a model of how fast it can be at best.
 
-Launches are recorded instead of run, built for a target with Triton's own specialisation of their arguments, and one
-thread's way through the machine code is followed (see `machine`). `predict` holds what is found against a GPU's
+Launches are recorded instead of run, built for a target with Triton's own specialization of their arguments, and one
+thread's path through the machine code is followed (see `machine`). `predict` compares the result with a GPU's
 datasheet. Nothing is measured.
 """
 
@@ -30,7 +30,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as its datasheet has it; `reached` is the share of the bandwidth that a copy gets, an assumption."""
+    """A GPU according to its datasheet; `reached` is the share of the bandwidth that a copy gets, an assumption."""
 
     name: str
     multiprocessors: int
@@ -43,9 +43,9 @@ class Gpu:
     """Bytes/s of the L2 cache, an assumption from published microbenchmarks."""
     float_lanes: int
     wide_conversions: int
-    """64-bit conversions a clock and multiprocessor, from the CUDA C++ Programming Guide's table of throughputs."""
+    """64-bit conversions per clock and multiprocessor, from the CUDA C++ Programming Guide's table of throughputs."""
     warps: int
-    """Resident warps of a multiprocessor; with `blocks` and `shared` from the guide's table of capabilities."""
+    """Resident warps per multiprocessor; with `blocks` and `shared` from the guide's table of capabilities."""
     blocks: int
     shared: int
     tensor: dict[str, float]
@@ -68,17 +68,17 @@ GPUS = {
 }
 """By compute capability."""
 BUSY = 0.75
-"""The share of its busiest pipe's throughput that a kernel is taken to reach."""
+"""The share of its busiest pipe's throughput that a kernel is assumed to reach."""
 REACHED = 0.6
-"""The share of the tensor cores' throughput that products are taken to reach, whoever's they are: an assumption."""
+"""The share of the tensor cores' throughput that any library's products are assumed to reach."""
 REGISTERS, WARP = 65536, 32
 PARAMETERS = {0: 0x160, 90: 0x210, 100: 0x380}
-"""Where a kernel's arguments begin in the bank of constants, by the compute capability from which on they do."""
+"""The position of a kernel's arguments in the constant bank, by the compute capability from which on it holds."""
 
 
 @dataclass
 class Launch:
-    """One launch of a kernel, as it was asked for."""
+    """One launch of a kernel, as requested."""
 
     kernel: JITFunction
     arguments: dict[str, Any]
@@ -94,7 +94,7 @@ class Launch:
         return math.prod(self.grid)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are given, each once: a stand-in for what is not read is one of the others."""
+        """The given tensors, each once: an argument that is not read has one of the others in its place."""
         found: dict[str, Tensor] = {}
         for name, value in self.arguments.items():
             if isinstance(value, Tensor) and all(value is not other for other in found.values()):
@@ -104,7 +104,7 @@ class Launch:
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Within it, launches of Triton kernels are noted in the list that it gives, and nothing runs."""
+    """Within it, launches of Triton kernels are recorded in the list that it yields, and nothing runs."""
     launches: list[Launch] = []
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -119,7 +119,7 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 class _Aligned:
-    """Stands in for a tensor where Triton asks for dtype and alignment."""
+    """Replaces a tensor where Triton asks for dtype and alignment."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -148,7 +148,7 @@ _of_amd: dict[tuple[Any, ...], str] = {}
 
 
 def key(launch: Launch, capability: int | str) -> tuple[Any, ...]:
-    """What decides which build a launch takes: arguments by their types, alignments and constants."""
+    """The values that determine which build a launch uses: arguments by their types, alignments and constants."""
     return _specialized(launch, capability)[0]
 
 
@@ -164,12 +164,12 @@ def build(launch: Launch, capability: int) -> Binary:
 
 
 def executed(launch: Launch, binary: Binary, trips: int, outer: int | None = None) -> Counter[str]:
-    """What one thread of a launch executes, by opcode; see `machine.executed`."""
+    """The instructions that one thread of a launch executes, by opcode; see `machine.executed`."""
     return machine.executed(binary.assembly, trips, outer, numbers(launch, binary.capability))
 
 
 def numbers(launch: Launch, capability: int) -> dict[int, int]:
-    """The integers of a launch, by their place in the bank of constants."""
+    """The integers of a launch, by their place in the constant bank."""
     signature = _specialized(launch, capability)[1][0]
     at = max((number, place) for number, place in PARAMETERS.items() if number <= capability)[1]
     found = {}
@@ -186,7 +186,7 @@ def numbers(launch: Launch, capability: int) -> dict[int, int]:
 
 
 def spilled_by_amd(launch: Launch, architecture: str) -> int:
-    """The registers that the launch's kernel spills on an AMD GPU, as `gfx942`."""
+    """The number of registers that the launch's kernel spills on an AMD GPU, such as `gfx942`."""
     return sum(map(int, re.findall(r"[sv]gpr_spill_count:\s+(\d+)", _by_amd(launch, architecture))))
 
 
@@ -209,7 +209,7 @@ def _target(of: int | str) -> GPUTarget:
 
 
 def _specialized(launch: Launch, of: int | str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The key of a build for a target, and what Triton's compiler is told for it."""
+    """The key of a build for a target, and the arguments of Triton's compiler for it."""
     target = _target(of)
     backend = make_backend(target)
     given = {
@@ -264,11 +264,11 @@ _INTEGER = """
     VIMNMX3 VIADDMNMX FCHK ISCADD SGXT BMSK F2FP HSETP2 HMNMX2
 """
 ALU = frozenset(_INTEGER.split())
-"""What goes through the integer pipe, half as wide as the issue."""
+"""Instructions of the integer pipe, which is half as wide as the issue."""
 
 
 def kinds(counts: Counter[str]) -> Counter[str]:
-    """Instructions by kind; what is not listed is integer arithmetic."""
+    """Instructions by kind; those that are not listed are integer arithmetic."""
     found: Counter[str] = Counter()
     for op, count in counts.items():
         found[_KIND.get(op.split(".")[0], "integer")] += count
@@ -288,7 +288,7 @@ def accesses(counts: Counter[str]) -> Counter[str]:
 
 
 def cycles(counts: Counter[str], gpu: Gpu) -> tuple[float, str]:
-    """Clocks of a multiprocessor that a thread takes on the busiest of its pipes, and which that is."""
+    """Clocks of a multiprocessor that a thread needs on the busiest of its pipes, and the name of that pipe."""
     lanes = {"issue": 128.0, "integer": 64.0, "float": gpu.float_lanes, "special": 16.0, "load/store": 32.0}
     lanes |= {"64-bit conversion": gpu.wide_conversions, "multiply": 64.0}
     used: Counter[str] = Counter()
@@ -312,7 +312,7 @@ def cycles(counts: Counter[str], gpu: Gpu) -> tuple[float, str]:
 
 
 def resident(binary: Binary, gpu: Gpu) -> int:
-    """Programs of a multiprocessor at once."""
+    """Number of programs that a multiprocessor runs at once."""
     warps = min(gpu.warps, REGISTERS // (math.ceil(max(binary.registers, 16) / 8) * 8 * WARP))
     blocks = min(gpu.blocks, warps // binary.warps)
     return min(blocks, gpu.shared // (binary.shared + 1024)) if binary.shared else blocks
@@ -320,44 +320,44 @@ def resident(binary: Binary, gpu: Gpu) -> int:
 
 @dataclass
 class Work:
-    """What a launch has to do."""
+    """The work of a launch."""
 
     elements: int
     """Elements and steps."""
     moved: int
-    """Bytes of memory that it cannot do without: each tensor once, twice where it is changed."""
+    """Bytes of memory that it has to move: each tensor once, twice if it is changed."""
     cached: int = 0
-    """Bytes that the cache carries besides."""
+    """Further bytes that the cache moves."""
     trips: int = 1
-    """How often its loops go round."""
+    """Number of iterations of its loops."""
     products: int = 0
     """Multiplications with an addition on the tensor cores, of 8 bits."""
     persistent: int = 0
-    """Programs for each multiprocessor of a launch whose programs do the work of several, block by block."""
+    """Programs per multiprocessor for a launch whose programs do the work of several, block by block."""
 
 
 @dataclass
 class Prediction:
-    """A launch on a GPU, on paper."""
+    """A launch on a GPU, as predicted."""
 
     seconds: float
     bound: str
     share: float
-    """Of the speed at which a copy moves `Work.moved`."""
+    """The share of the speed at which a copy moves `Work.moved`."""
     counts: Counter[str]
     divisions: int
-    """Of 64-bit integers, each a call in the code."""
+    """Number of divisions of 64-bit integers, each a call in the code."""
     per_element: float
-    """Threads for each element and step: what a thread executes times this is what an element takes."""
+    """Threads per element and step: with it, a thread's instructions become those of an element."""
 
 
 def predict(launch: Launch, work: Work, binary: Binary, gpu: Gpu, counts: Counter[str]) -> Prediction:
-    """The slowest of memory, cache and pipes, times the last wave's idle part where programs are persistent.
+    """The slowest of memory, cache and pipes, times the last wave's idle part if programs are persistent.
 
-    A program that has a multiprocessor for itself multiplies first, and finishes its sums then: its times on tensor
+    A program that has a multiprocessor for itself first multiplies, and then finishes its sums: its times on tensor
     cores and pipes add up, and whole waves count.
 
-    `counts` is what a thread executes, see `executed`.
+    `counts` are the instructions of a thread, see `executed`.
     """
     programs = launch.arguments["blocks"] if work.persistent else launch.programs
     threads = programs * binary.warps * WARP
@@ -382,9 +382,9 @@ def predict(launch: Launch, work: Work, binary: Binary, gpu: Gpu, counts: Counte
 
 
 def check(launch: Launch, work: Work, binary: Binary, found: Prediction) -> None:
-    """Raises `RuntimeError` where the way that was followed through a kernel moves too little.
+    """Raise `RuntimeError` if the path that was followed through a kernel moves too little.
 
-    Masked accesses count as made, so that the threads' bytes are no fewer than the work's.
+    Masked accesses count as made, so the threads' bytes are at least those of the work.
     """
     bits = sum(int(width[1:]) * count for width, count in accesses(found.counts).items())
     moved = bits // 8 * launch.programs * binary.warps * WARP

@@ -1,4 +1,4 @@
-"""What the models are measured against: the bare convolutions, the authors' arrangement, SpikingJelly's own model."""
+"""What the models are compared with: the bare convolutions, the authors' arrangement, SpikingJelly's own model."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def firing_model(name: str, images: Tensor, **options: Any) -> Any:
 class ConvolutionFloor:
     """The bare convolutions of a Spike-Driven Transformer: channels-last, every 1x1 as a convolution, the first once.
 
-    No norm, no neuron, no pooling, no mask, no head: what dense products in this dtype cost by themselves. Every layer
-    reads one buffer of its input's shape.
+    No norm, no neuron, no pooling, no mask, no head: only the cost of dense products in this dtype. Every layer reads
+    one buffer of its input's shape.
     """
 
     def __init__(self, model: SpikeDrivenTransformer, images: Tensor, dtype: torch.dtype = torch.float32) -> None:
@@ -71,8 +71,8 @@ class ConvolutionFloor:
 
 
 class AuthorsArrangement(nn.Module):
-    """The order of work of the released model, on SpikingJelly's neurons: frames `[T * B, C, H, W]` in PyTorch's
-    default layout, the image repeated T times before the first convolution, q, k and v apart, nothing folded.
+    """The order of work of the released model, with SpikingJelly's neurons: frames `[T * B, C, H, W]` in PyTorch's
+    default layout, the image repeated T times before the first convolution, q, k and v separate, nothing folded.
 
     Takes its layers from one of our models, so that both compute the same; `forward` takes images `[B, C, H, W]`.
     """
@@ -137,11 +137,11 @@ class AuthorsArrangement(nn.Module):
 
 
 class MetaArrangement(nn.Module):
-    """Meta-SpikeFormer on SpikingJelly's multi-step neurons, its layers on frames `[T * B, C, H, W]`.
+    """Meta-SpikeFormer with SpikingJelly's multi-step neurons, its layers on frames `[T * B, C, H, W]`.
 
-    As much as can be had without rewriting a layer: an image's first convolution is computed once, q, k and v read
-    frames that lie flat, the attention multiplies k and v first. Takes copies of one of our models' layers;
-    `forward` takes images `[B, C, H, W]`.
+    As efficient as possible without rewriting a layer: an image's first convolution is computed once, q, k and v read
+    flattened frames, the attention multiplies k and v first. Takes copies of one of our models' layers; `forward` takes
+    images `[B, C, H, W]`.
     """
 
     def __init__(self, model: MetaSpikeFormer) -> None:
@@ -222,7 +222,7 @@ def _spikingjelly_lif(threshold: float) -> nn.Module:
 def spikingjelly_model(
     *, device: torch.device, compiled: bool, training: bool = False, dim: int = 384
 ) -> Callable[[Tensor], Tensor]:
-    """SpikingJelly 2.0's own Spike-Driven Transformer of depth 8, freshly initialised; every call starts from rest."""
+    """SpikingJelly 2.0's own Spike-Driven Transformer of depth 8, freshly initialized; every call starts from rest."""
     from spikingjelly.activation_based import functional, model
 
     net = model.SpikeDrivenTransformer(embed_dims=dim).to(device).train(training)

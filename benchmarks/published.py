@@ -1,4 +1,4 @@
-"""Event-driven inference at the firing rates of published networks: which way wins for which of them.
+"""Event-driven inference at the firing rates of published networks: which form is faster for which of them.
 
 Profiles on an sdt_8_384 with random weights: the rates that the authors of a Spikingformer 8-512 measured layer by
 layer on ImageNet (recipes/data/published_rates.csv), and for two variants of the Spike-Driven Transformer the one rate
@@ -19,7 +19,7 @@ from sparse import race_models
 PUBLISHED = Path(__file__).parents[1] / "recipes" / "data" / "published_rates.csv"
 MEASURED, OPEN = "spikingformer_8_512", 0.7
 ENERGIES = {"sdt_8_384": 0.163, "sdt_8_512": 0.099}
-"""The uniform rates that give the Power column of the paper, as `python recipes/energy_table.py` prints them."""
+"""The uniform rates that give the Power column of the paper, as printed by `python recipes/energy_table.py`."""
 DEVICES = ["cpu"]
 
 
@@ -39,7 +39,7 @@ def run(bench: Bench) -> None:
 def published_profile(path: Path = PUBLISHED, network: str = MEASURED) -> dict[str, float]:
     """The rate of every seat of a network of 8 blocks, from published rates of the layers that it feeds.
 
-    q fires as often as the output projection's input, k and v so often that the mask lets nearly all of q pass.
+    q fires as often as the output projection's input, k and v so often that the mask passes nearly all of q.
     """
     with open(path, newline="", encoding="utf-8") as file:
         of = {row["layer"]: float(row["rates"]) for row in csv.DictReader(file) if row["network"] == network}

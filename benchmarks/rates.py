@@ -28,7 +28,7 @@ class Seat:
 
 
 def seats(model: SpikeDrivenTransformer | MetaSpikeFormer) -> Iterator[Seat]:
-    """The layers of neurons in the order in which they are computed, but for those behind a mixer and the head's."""
+    """The layers of neurons in computing order, except those behind a mixer and the head's."""
     nothing = nn.Identity()
     if isinstance(model, MetaSpikeFormer):
         for name, neuron, norm in _seats_of_stages(model):
@@ -75,7 +75,7 @@ def _seats_of_stages(model: MetaSpikeFormer) -> Iterator[tuple[str, nn.Module, n
 
 @torch.no_grad()
 def set_rates(model: SpikeDrivenTransformer | MetaSpikeFormer, images: Tensor, rates: dict[str, float]) -> None:
-    """Shifts the norms, layer after layer, until each layer of neurons fires at its rate (after its pooling)."""
+    """Shift the norms, layer after layer, until each layer of neurons fires at its rate (after its pooling)."""
     hooks = [seat.neuron.register_forward_pre_hook(partial(_shift, seat, rates[seat.name])) for seat in seats(model)]
     model(images)
     for hook in hooks:

@@ -1,4 +1,4 @@
-"""Plots and tables: `python benchmarks/report.py` rewrites what stands between markers in README and docs."""
+"""Plots and tables: `python benchmarks/report.py` rewrites the text between markers in README and docs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ HEADLINES = (
     ("inference", "evaluation, batch 8", "", "reused", "sdt_blocks, optimised", "SpikingJelly sdt_8_384, eager"),
     ("sparse", "evaluation, batch 8", "every layer at 10%", "reused", "event-driven, fp32", "optimised dense, fp32"),
 )
-"""The README's four rows: suite, figure, how the setting ends, allocator, and whom of ours stands beside whom."""
+"""The README's four rows: suite, figure, end of the setting, allocator, and which of our contestants is compared with
+which other."""
 Row = dict[str, str]
 ORIGIN = ("machine", "torch", "snntorch", "spikingjelly", "threads", "date")
 
@@ -37,7 +38,7 @@ def tables(rows: list[Row]) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: a table for each race, with a column for each allocator, one of what was not raced, and the origin."""
+    """Markdown: a table for each race, with a column for each allocator, one without races, and the origin."""
     lines = []
     for (device, figure, setting), group in groupby(sorted(raced(rows), key=_title), key=_title):
         found = list(group)
@@ -86,7 +87,7 @@ def headlines(rows: list[Row]) -> str:
 
 
 def predicted(rows: list[Row], model: str = "sdt_8_384", run: str = "training step") -> str:
-    """Markdown: for each kernel of a step the share of a copy's bandwidth that the suite gpu_offline predicts."""
+    """Markdown: for each kernel of a step, the share of a copy's bandwidth that the suite gpu_offline predicts."""
     found = [row for row in rows if (row["model"], row["run"]) == (model, run)]
     peers = [row for row in rows if row["model"].startswith("SpikingJelly")]
     columns = sorted({(row["dtype"], row["order"]) for row in found}, reverse=True)
@@ -122,7 +123,7 @@ def predicted(rows: list[Row], model: str = "sdt_8_384", run: str = "training st
 
 
 def launched(rows: list[Row]) -> str:
-    """Markdown: how many kernels a block launches in training, by the suite gpu_offline."""
+    """Markdown: the number of kernels that a block launches in training, by the suite gpu_offline."""
     lines = ["Launches of a training block, convolutions aside:", "", "| | forward | backward |", "|---|---|---|"]
     for column in dict.fromkeys((row["dtype"], row["order"]) for row in rows):
         own = [row for row in rows if (row["dtype"], row["order"]) == column]
@@ -139,7 +140,7 @@ def _microseconds(rows: list[Row]) -> float:
 
 
 def _share(rows: list[Row]) -> float:
-    """That of rows together."""
+    """The share of several rows together."""
     ideal = sum(float(row["microseconds"]) * float(row["share"]) * int(row["launches"]) for row in rows)
     return ideal / _microseconds(rows)
 
@@ -168,7 +169,7 @@ def _title(row: Row) -> tuple[str, str, str]:
 
 
 def value(row: Row) -> str:
-    """A median in a fitting unit, and its ratio."""
+    """A median in a suitable unit, and its ratio."""
     if not row["median"]:
         return "not timed"
     median, unit = float(row["median"]), row["unit"]
@@ -180,7 +181,7 @@ def value(row: Row) -> str:
 
 
 def rewrite(page: Path, content: str, markers: tuple[str, str] = (BEGIN, END)) -> None:
-    """Replaces what stands between the markers. Raises `ValueError` unless both are there once, in order."""
+    """Replace the text between the markers. Raises `ValueError` unless both are there once, in order."""
     begin, end = markers
     text = page.read_text(encoding="utf-8")
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
@@ -190,7 +191,7 @@ def rewrite(page: Path, content: str, markers: tuple[str, str] = (BEGIN, END)) -
 
 
 def plot(rows: list[Row], folder: Path = RESULTS) -> list[Path]:
-    """One PNG for each suite, device and allocator: bars of the ratios, or of the medians where there are none.
+    """One PNG for each suite, device and allocator: bars of the ratios, or of the medians if there are none.
 
     The suite `sparse` has curves instead.
     """

@@ -1,14 +1,14 @@
 """Runs benchmark suites, each in a process of its own: `python benchmarks/run.py [--device cuda] [suite ...]`.
 
-A suite is a file beside this one with a function `run(bench)` (see harness.Bench); an `ALLOCATORS` list in it names the
-allocator settings it is run under, a `DEVICES` list the devices it has something to say about. Rows go to
+A suite is a file in this folder with a function `run(bench)` (see harness.Bench); a list `ALLOCATORS` in it names the
+allocator settings it is run under, a list `DEVICES` the devices it is for. Rows go to
 results/SUITE-DEVICE-ALLOCATOR.csv; `benchmarks/report.py` plots them.
 
-On a GPU the tests of the ops come first: while one fails, no figure is taken, or with `--despite` each says so. For one
-that is rented by the minute (see CONTRIBUTING.md): `--trial` runs every line at small sizes and keeps no row; `--wheels
-FOLDER` installs what is missing from files that were brought along, no network is asked; with `--minutes` a suite gets
-at most half of the time that is left, and what it has found by then is kept; all that is printed, tracebacks too,
-stands in `--results FOLDER` beside the rows.
+On a GPU the tests of the ops run first: if one fails, nothing is measured, or with `--despite` every row says so. For a
+GPU that is rented by the minute (see CONTRIBUTING.md): `--trial` runs every line at small sizes and keeps no row;
+`--wheels FOLDER` installs missing packages from files, without a network; with `--minutes` a suite gets at most half of
+the remaining time, and keeps the rows it has by then; everything that is printed, tracebacks included, is also written
+to `--results FOLDER` next to the rows.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from typing import TextIO
 
 HERE = Path(__file__).parent
 FIRST = ["neuron", "training", "inference", "block", "two_processes", "short_trainings"]
-"""What is asked of a GPU before all else."""
+"""The tests that run first on a GPU."""
 GATES = "the tests of the ops"
 LEAST = 10.0
-"""Seconds below which no suite is begun."""
+"""Remaining seconds below which no suite is started."""
 WORKERS = 12
-"""Processes of the tests on a GPU, of which most of the time goes into building some thousand kernels."""
+"""Processes of the tests on a GPU, which spend most of the time building some thousand kernels."""
 
 
 class Log:
-    """What is printed, by this process and those it starts, and a file that gets all of it."""
+    """The output of this process and those it starts, and a file that gets all of it."""
 
     def __init__(self, file: TextIO | None) -> None:
         self.file = file
@@ -53,7 +53,7 @@ class Log:
     def call(
         self, command: Sequence[str], seconds: float, env: Mapping[str, str] | None = None, cwd: Path | None = None
     ) -> int:
-        """The exit code of a command; negative where it took longer, and was ended with all that it had started."""
+        """The exit code of a command; negative if it took longer, and was ended with all that it had started."""
         ended = []
 
         def end() -> None:
@@ -90,7 +90,7 @@ def find_suites() -> dict[str, str]:
 
 
 def declared(name: str, what: str, default: list[str]) -> list[str]:
-    """A list that stands in a suite's file, which is read only: what it imports may be missing here."""
+    """A list in a suite's file, which is read, not imported: packages that it imports may be missing here."""
     for node in ast.parse((HERE / f"{name}.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and any(isinstance(to, ast.Name) and to.id == what for to in node.targets):
             found: list[str] = ast.literal_eval(node.value)
@@ -108,7 +108,7 @@ def load_suite(name: str) -> ModuleType:
 
 
 def run_suite(arguments: argparse.Namespace, name: str) -> int:
-    """Runs one suite in this process; returns the number of contestants whose answers were wrong."""
+    """Run one suite in this process; returns the number of contestants whose answers were wrong."""
     import torch
     from harness import RESULTS, Bench
 
@@ -133,7 +133,7 @@ def run_suite(arguments: argparse.Namespace, name: str) -> int:
 
 
 def gates(log: Log, seconds: float) -> int:
-    """The exit code of the tests that a GPU runs: parity of every kernel before any of its times."""
+    """The exit code of the tests for a GPU: parity of every kernel before any of its times."""
     command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-m", "cuda and not slow"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
@@ -141,10 +141,10 @@ def gates(log: Log, seconds: float) -> int:
 
 
 def install(folder: Path) -> None:
-    """Installs the packages of a folder that are missing here, and the kit."""
+    """Install those packages of a folder that are missing here, and this package."""
     if not folder.is_dir():
         raise SystemExit(f"--wheels {folder}: no such folder; `pip download -d {folder} PACKAGES` makes one elsewhere")
-    # Nothing is resolved: what another package asks for must not change what is there, torch above all.
+    # Without dependency resolution: a package's requirements must not change what is installed, above all torch.
     missing = [str(path) for path in sorted(folder.glob("*.whl")) if not is_installed(path.name.split("-")[0])]
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
     if missing:
@@ -218,7 +218,7 @@ def main() -> int:
 
 
 def run_all(arguments: argparse.Namespace, suites: dict[str, str], log: Log, start: float) -> int:
-    """The gates, then suite after suite, in the minutes since `start`; 1 where something failed."""
+    """Run the tests, then suite after suite, in the minutes since `start`; 1 if something failed."""
     from harness import ALLOCATORS
 
     failed = []

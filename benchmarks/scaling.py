@@ -49,7 +49,7 @@ def grow(
     make: Callable[[int], Tensor],
     function: Callable[[Tensor], object],
 ) -> None:
-    """Time a unit of size; the ratio is to that of the size in the middle, 1 where time grows linearly."""
+    """Time per unit of size; the ratio is to that of the middle size, 1 if time grows linearly."""
     inputs = {size: make(size) for size in sizes}
     samples = bench.time({str(size): lambda x=x: function(x.detach()) for size, x in inputs.items()})
     middle = sizes[len(sizes) // 2]

@@ -17,7 +17,7 @@ DEVICES = ["cuda"]
 RECIPES = Path(__file__).parents[1] / "recipes"
 RUNS = {"digits": "a Spike-Driven Transformer on scikit-learn's digits", "events_demo": "moving shapes as events"}
 POINTS = 2.0
-"""By which accuracies may differ: other sums, other spikes."""
+"""By how much accuracies may differ: sums, and therefore spikes, are not the same."""
 
 
 def run(bench: Bench) -> None:

@@ -1,4 +1,4 @@
-"""Event-driven inference on the CPU against dense products: single products, sdt_8_384 whole, and the work counted.
+"""Event-driven inference on the CPU compared with dense products: single products, sdt_8_384, and the work counted.
 
 Firing rates of the whole model are set by shifting the norms in front of its neurons: to one rate for all layers, to a
 mixture, and layer by layer to those of a network of the same depth that is trained here on scikit-learn's digits.
@@ -55,7 +55,7 @@ SUMS_INT8, FIRED_INT8, DENSE_INT8 = (
     "dense to spikes, int8, neuron included",
 )
 FALLBACK = "event-driven, dense layers by call"
-"""What sparse=\"auto\" uses where it was calibrated on quieter images than these."""
+"""The path of sparse=\"auto\" if it was calibrated on quieter images than these."""
 DEVICES = ["cpu"]
 
 
@@ -76,7 +76,7 @@ def run(bench: Bench) -> None:
 
 
 def race_product(bench: Bench, inputs: int, outputs: int, kernel: int, side: int) -> None:
-    """Times one product at every rate, and finds the rates up to which events are the faster way."""
+    """Time one product at every rate, and find the rates up to which events are faster."""
     weight = torch.randn(outputs, inputs, kernel, kernel) / inputs**0.5
     tiles, plain, fires = EventWeight(weight), Epilogue(outputs), Epilogue(outputs, neuron=NeuronSpec())
     membrane = torch.empty(4, 8, side, side, outputs)
@@ -158,7 +158,7 @@ def same_sums(compute: Callable[[], Any], dense: Callable[[], Tensor]) -> str:
 
 
 def same_integers(spikes: PackedSpikes, weight: IntegerWeight) -> str:
-    """Both ways of whole numbers against float64, which holds such sums exactly."""
+    """Both forms with whole numbers compared with float64, which represents such sums exactly."""
     frames = spikes.unpack().double().flatten(0, 1)
     expected = F.conv2d(frames, weight.weight.double(), padding=weight.radius).movedim(1, -1)
     for product in (spike_product, spike_product_dense):
@@ -169,7 +169,7 @@ def same_integers(spikes: PackedSpikes, weight: IntegerWeight) -> str:
 
 
 def break_even(ratios: list[float]) -> float:
-    """The rate at which event-driven / dense reaches 1, between the measured ones; the highest where it never does."""
+    """The rate at which event-driven / dense reaches 1, between the measured ones; the highest if it never does."""
     points = list(zip(PRODUCT_RATES, ratios, strict=True))
     for (low, before), (high, after) in itertools.pairwise(points):
         if before <= 1 < after:
@@ -178,7 +178,7 @@ def break_even(ratios: list[float]) -> float:
 
 
 def race_models(bench: Bench, model: SpikeDrivenTransformer, images: Tensor, setting: str) -> None:
-    """Times the whole model for one image and for eight, and counts the additions."""
+    """Time the whole model for one image and for eight, and count the additions."""
     fast = optimize_for_inference(model, sparse=True)
     assert isinstance(fast, Events)
     expected = like_convolutions(model, images)
@@ -253,7 +253,7 @@ def same_bits(found: Tensor, expected: Tensor) -> str:
 
 
 def answers_of_a_trained_network(bench: Bench, train: int = 1500) -> dict[str, float]:
-    """Trains a network, compares its answers on every digit, and returns its firing rates on held-out ones."""
+    """Train a network, compare its answers on every digit, and return its firing rates on held-out ones."""
     model = train_on_digits(train, depth=8)
     images, labels = digits()
     expected = model(images)
@@ -285,7 +285,7 @@ def compare_answers(
 
 
 def count_work(bench: Bench, fast: Events, floor: ConvolutionFloor, images: Tensor, setting: str) -> None:
-    """Additions and multiply-adds an image, as energy at the costs a spiking network is charged, and by the meter."""
+    """Additions and multiply-adds per image, as energy at the prices of a spiking network, and by the meter."""
     spikes, neurons, additions = 0, 0, 0
 
     def note(product: Any, given: tuple[PackedSpikes, ...]) -> None:
@@ -320,7 +320,7 @@ def count_work(bench: Bench, fast: Events, floor: ConvolutionFloor, images: Tens
 
 
 def metered_joules(compute: Callable[[], object], runs: int = 5) -> float | None:
-    """Energy for one run by the counters that `perf stat` shows as energy-pkg, or None where there are none to read."""
+    """Energy for one run by the counters that `perf stat` shows as energy-pkg, or None if there are none to read."""
     counters = sorted(Path("/sys/class/powercap").glob("intel-rapl:[0-9]*/energy_uj"))
     counters = [counter for counter in counters if counter.parent.name.count(":") == 1]
     try:

@@ -1,4 +1,4 @@
-"""A frame of a stream, as it comes: neurons that go on from where they stood, in each form of the network."""
+"""The frames of a stream, one by one: neurons that continue from their last state, in each form of the network."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(bench: Bench) -> None:
 
 
 def checked(form: nn.Module, frames: Tensor) -> Callable[[], str]:
-    """Frame by frame against the whole sequence at once."""
+    """Compare frame by frame with the whole sequence at once."""
 
     def check() -> str:
         stream = Stream(form)

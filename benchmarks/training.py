@@ -1,6 +1,6 @@
-"""One training step of sdt_8_384 at 224 x 224, T = 4: time, and memory at its peak.
+"""One training step of sdt_8_384 at 224 x 224, T = 4: time, and peak memory.
 
-Weights and images are channels-last, which every convolution of ours takes as it comes; the peer runs in both orders.
+Weights and images are channels-last, which every convolution of ours uses as it is; the peer runs in both orders.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run(bench: Bench) -> None:
     for title, make in variants(bench).items():
         with bench.spared(figure, setting, title):
             step = make(name, images, labels)
-            # A step before takes the compiling and the optimiser's state out of the peak.
+            # A first step keeps compiling and the optimizer's state out of the peak.
             step()
             if bench.allocator == "default":
                 bench.record(figure, setting, title, measure_memory(bench.device, step)[0] / 1e9, unit="GB")
@@ -43,7 +43,7 @@ def run(bench: Bench) -> None:
 
 
 def variants(bench: Bench) -> dict[str, Callable[[str, Tensor, Tensor], Step]]:
-    """Training steps by title; what compiles takes minutes and is asked for by `--with compiled`."""
+    """Training steps by title; compiled ones take minutes and are added by `--with compiled`."""
     device = bench.device
 
     def ours(compiled: bool, reduced: bool, mode: str | None = None) -> Callable[[str, Tensor, Tensor], Step]:
@@ -66,9 +66,9 @@ def variants(bench: Bench) -> dict[str, Callable[[str, Tensor, Tensor], Step]]:
 
 
 def peers(bench: Bench) -> dict[str, Callable[[str, Tensor, Tensor], Step]]:
-    """SpikingJelly's model in both orders of memory; on a GPU in bfloat16 too, and with its savings of memory.
+    """SpikingJelly's model in both memory orders; on a GPU in bfloat16 too, and with its memory savings.
 
-    `--with memopt` has the levels from the second on, which search by the GPU's own count of its memory for minutes.
+    `--with memopt` adds the levels from the second on, which search for minutes by the GPU's own count of its memory.
     """
 
     def peer(
@@ -135,9 +135,9 @@ def training_step(
 
 
 def same_gradients(name: str, images: Tensor, labels: Tensor, small: Callable[[], Any] | None = None) -> str:
-    """Parity of the fused step: a small model's loss and gradients against those of the equations, step by step.
+    """Parity of the fused step: a small model's loss and gradients compared with those of the equations, step by step.
 
-    In float64: a membrane within rounding of its threshold would make a spike more or less, and another gradient.
+    In float64: a membrane within rounding of its threshold would change a spike, and with it the gradient.
     """
     from block import backend
 
@@ -148,13 +148,13 @@ def same_gradients(name: str, images: Tensor, labels: Tensor, small: Callable[[]
     results = []
     for forced in (None, "reference"):
         backend(forced)
-        # A pass of its own for each: running statistics, which a step changes, may be seen by the next.
+        # Each has its own pass: running statistics, which a step changes, may be seen by the next.
         model = copy.deepcopy(fresh)
         loss = F.cross_entropy(model(images[..., :64, :64].double()), labels.clamp(max=9))
         loss.backward()
         results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     backend(None)
-    # A bias in front of a norm has no gradient but noise: it is held to the scale of the others.
+    # A bias in front of a norm has no gradient but noise: it is compared on the scale of the others.
     least = 1e-4 * max(b.norm().item() for b in results[1])
     worst = max(((a - b).norm() / b.norm().clamp(min=least)).item() for a, b in zip(*results, strict=True))
     if worst > 1e-6:

@@ -1,4 +1,4 @@
-"""Two processes train one model, on one GPU where there is one: DistributedDataParallel by the gloo backend."""
+"""Two processes train one model, on one GPU if there is one: DistributedDataParallel with the gloo backend."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def judged(errors: dict[str, float]) -> str:
 
 
 def started(settings: Settings) -> dict[str, Any]:
-    """What the first of the processes found: seconds of a step, and how far its gradients are off."""
-    # By the file's own name, which another process can import: run.py gives the suite one of its own.
+    """The findings of the first process: seconds of a step, and the error of its gradients."""
+    # By the file's own name, which another process can import: run.py imports the suite under another name.
     import two_processes
 
     with tempfile.TemporaryDirectory() as folder:
@@ -63,13 +63,13 @@ def started(settings: Settings) -> dict[str, Any]:
 
 
 def work(rank: int, settings: Settings, folder: str) -> None:
-    """One process."""
+    """The work of one process."""
     dist.init_process_group(
         "gloo", init_method=PORTLESS.format(Path(folder) / "store"), rank=rank, world_size=PROCESSES
     )
     device = torch.device(settings["device"])
     errors = {"the mean of both processes' own": error_of_gradients(rank, settings, device)}
-    if device.type == "cuda":  # DistributedDataParallel has no other joined norms.
+    if device.type == "cuda":  # DistributedDataParallel supports no other joined norms.
         errors["the whole batch's, with joined norms"] = error_of_gradients(rank, settings, device, joined=True)
     found = {"errors": errors, "seconds": seconds_of_a_step(settings, device)}
     if rank == 0:
@@ -78,9 +78,9 @@ def work(rank: int, settings: Settings, folder: str) -> None:
 
 
 def error_of_gradients(rank: int, settings: Settings, device: torch.device, joined: bool = False) -> float:
-    """Of a small model in float64, relative to the norm of the mean of what each process has by itself.
+    """For a small model in float64, relative to the norm of the mean of each process's own gradients.
 
-    With `joined` norms take the processes' batches for one, and so does what the gradients are held to.
+    With `joined`, norms use the processes' batches as one, and so does the expected gradient.
     """
     torch.manual_seed(0)
     plain = create_model(settings["name"], depth=1, dim=16, num_classes=4).to(device, torch.float64)

@@ -1,7 +1,7 @@
 """Evaluation of sdt_v2_15m (Meta-SpikeFormer) at 224 x 224, T = 4, densely and by events, and layers without events.
 
-Beside it: the same network on SpikingJelly's neurons and the V1 network of about its size. Rates are set by shifting
-norms, as in `sparse`; the neurons behind the attention's sums and the head's fire as they do then.
+For comparison: the same network with SpikingJelly's neurons and the V1 network of about its size. Rates are set by
+shifting norms, as in `sparse`; the neurons behind the attention's sums and the head's fire as they then do.
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ def at_rate(name: str, images: Tensor, rate: float, **options: Any) -> MetaSpike
     """A model whose layers fire at this rate, and whose head fires at twice the rate."""
     model: MetaSpikeFormer = firing_model(name, images, **options)
     rates = {seat.name: rate for seat in seats(model)}
-    # Behind an attention's sums and the tokens' mean stands no norm to be shifted: a threshold is set instead.
+    # There is no norm to be shifted behind an attention's sums and the tokens' mean: a threshold is set instead.
     behind = {module.mixer_neuron: rate for module in model.modules() if isinstance(module, LinearSpikeAttention)}
     behind[model.head_neuron] = 2 * rate
     hooks = [neuron.register_forward_pre_hook(partial(_set_threshold, wanted)) for neuron, wanted in behind.items()]
-    # Norms behind neurons that were silent have seen no variance, and would magnify rounding: they take the statistics
+    # Norms behind neurons that were silent have seen no variance, and would amplify rounding: they take the statistics
     # of this pass, in which every layer before them fires.
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
@@ -89,7 +89,7 @@ def at_rate(name: str, images: Tensor, rate: float, **options: Any) -> MetaSpike
     set_rates(model, images, rates)
     for norm in norms:
         norm.eval()
-    # A still image's first membrane, one frame for all steps, takes its shift in the second pass.
+    # A still image's first membrane, one frame for all steps, is shifted in the second pass.
     for _ in range(2):
         set_rates(model, images, rates)
     for hook in hooks:
@@ -98,7 +98,7 @@ def at_rate(name: str, images: Tensor, rate: float, **options: Any) -> MetaSpike
 
 
 def _set_threshold(rate: float, neuron: Any, inputs: tuple[Tensor]) -> None:
-    """Bisects the threshold, never below what a single spike among the sums needs, until neurons fire at this rate."""
+    """Bisect the threshold, not below what a single spike among the sums needs, until neurons fire at this rate."""
     low, high = 1e-3, max(4 * inputs[0].max().item(), 2e-3)
     for _ in range(18):
         neuron.threshold = (low + high) / 2
@@ -118,9 +118,9 @@ def small_model(images: Tensor) -> MetaSpikeFormer:
 
 
 def by_layer(bench: Bench, fast: Any, images: Tensor, setting: str) -> None:
-    """Seconds of an event-driven evaluation that pass in layers which are computed densely, and the mean input rate.
+    """Seconds of an event-driven evaluation in layers that are computed densely, and the mean input rate.
 
-    They are what a kernel for such layers could gain at most.
+    They are an upper bound of what a kernel for such layers could gain.
     """
     assert isinstance(fast, Events)
     spent, spikes, inputs, begun = Counter[str](), 0, 0, 0.0

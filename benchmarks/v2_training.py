@@ -1,6 +1,6 @@
-"""One training step of sdt_v2_15m (Meta-SpikeFormer) at 224 x 224, T = 4: time, and memory at its peak.
+"""One training step of sdt_v2_15m (Meta-SpikeFormer) at 224 x 224, T = 4: time, and peak memory.
 
-Beside it: the same network on SpikingJelly's neurons, and the V1 network of about its size.
+For comparison: the same network with SpikingJelly's neurons, and the V1 network of about its size.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def run(bench: Bench) -> None:
     for title, make in variants(bench).items():
         with bench.spared(figure, setting, title):
             step = make(images, labels)
-            # A step before takes the compiling and the optimiser's state out of the peak.
+            # A first step keeps compiling and the optimizer's state out of the peak.
             step()
             peaks[title], steps[title] = measure_memory(bench.device, step)[0] / 1e9, step
     baseline = PEER if PEER in steps else OURS

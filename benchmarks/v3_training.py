@@ -1,6 +1,6 @@
 """One training step of sdt_v3_5m (E-SpikeFormer) at 224 x 224: integer neurons as one op and as separate operations.
 
-The second is `SDT_BLOCKS_BACKEND=reference`: PyTorch's norm, then each of the neuron's equations for itself.
+The second is `SDT_BLOCKS_BACKEND=reference`: PyTorch's norm, then each of the neuron's equations separately.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run(bench: Bench) -> None:
         with bench.spared(figure, setting, title):
             model = create_model("sdt_v3_5m").to(bench.device)
             step = wrap(training_step(model, model, images, labels, False))
-            # A step before takes the optimiser's state out of the peak.
+            # A first step keeps the optimizer's state out of the peak.
             step()
             peaks[title], steps[title] = measure_memory(bench.device, step)[0] / 1e9, step
     for title, peak in peaks.items():
@@ -43,7 +43,7 @@ def run(bench: Bench) -> None:
 
 
 def neurons(bench: Bench, x: Tensor) -> None:
-    """A layer of neurons by itself."""
+    """A layer of neurons alone."""
     neuron = IntegerNeuron()
     grad = torch.randn_like(x)
 
