@@ -70,25 +70,15 @@ class ConvolutionFloor:
         )
 
 
-class AuthorsArrangement(nn.Module):
-    """The order of work of the released model, with SpikingJelly's neurons: frames `[T * B, C, H, W]` in PyTorch's
-    default layout, the image repeated T times before the first convolution, q, k and v separate, nothing folded.
+class _OnSpikingJelly(nn.Module):
+    """A model's neurons as SpikingJelly's, on frames `[T * B, C, H, W]`."""
 
-    Takes its layers from one of our models, so that both compute the same; `forward` takes images `[B, C, H, W]`.
-    """
-
-    def __init__(self, model: SpikeDrivenTransformer) -> None:
+    def __init__(self, model: SpikeDrivenTransformer | MetaSpikeFormer) -> None:
         super().__init__()
-        if model.config["event_pooling"] or model.config["neuron"] != "lif":
-            raise ValueError("the authors' arrangement is written for images and LIF neurons without event pooling")
-        self.time_steps, self.per_step, self.heads = model.time_steps, model.per_step, model.config["num_heads"]
-        self.patch, self.blocks, self.head = model.patch, model.blocks, model.head
+        self.time_steps = model.time_steps
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, LIF)}
         self.neurons = nn.ModuleDict(
-            {
-                name.replace(".", "_"): _spikingjelly_lif(module.threshold)
-                for name, module in model.named_modules()
-                if hasattr(module, "threshold")
-            }
+            {name.replace(".", "_"): _spikingjelly_lif(layer.threshold) for name, layer in layers.items()}
         )
 
     def _fire(self, name: str, frames: Tensor) -> Tensor:
@@ -96,9 +86,27 @@ class AuthorsArrangement(nn.Module):
         spikes: Tensor = self.neurons[name.replace(".", "_")](sequence)
         return spikes.flatten(0, 1)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def _rest(self) -> None:
         for neuron in self.neurons.values():
             neuron.reset()
+
+
+class AuthorsArrangement(_OnSpikingJelly):
+    """The order of work of the released model, with SpikingJelly's neurons: frames `[T * B, C, H, W]` in PyTorch's
+    default layout, the image repeated T times before the first convolution, q, k and v separate, nothing folded.
+
+    Takes its layers from one of our models, so that both compute the same; `forward` takes images `[B, C, H, W]`.
+    """
+
+    def __init__(self, model: SpikeDrivenTransformer) -> None:
+        super().__init__(model)
+        if model.config["event_pooling"] or model.config["neuron"] != "lif":
+            raise ValueError("the authors' arrangement is written for images and LIF neurons without event pooling")
+        self.per_step, self.heads = model.per_step, model.config["num_heads"]
+        self.patch, self.blocks, self.head = model.patch, model.blocks, model.head
+
+    def forward(self, images: Tensor) -> Tensor:
+        self._rest()
         patch = self.patch
         x = images.unsqueeze(0).repeat(self.time_steps, 1, 1, 1, 1).flatten(0, 1)
         for stage in range(3):
@@ -136,7 +144,7 @@ class AuthorsArrangement(nn.Module):
         return x + mlp.fc2.norm(mlp.fc2.conv(self._fire(f"{name}.neuron2", hidden)))
 
 
-class MetaArrangement(nn.Module):
+class MetaArrangement(_OnSpikingJelly):
     """Meta-SpikeFormer with SpikingJelly's multi-step neurons, its layers on frames `[T * B, C, H, W]`.
 
     As efficient as possible without rewriting a layer: an image's first convolution is computed once, q, k and v read
@@ -145,30 +153,17 @@ class MetaArrangement(nn.Module):
     """
 
     def __init__(self, model: MetaSpikeFormer) -> None:
-        super().__init__()
+        super().__init__(model)
         if model.config["neuron"] != "lif" or model.distillation:
             raise ValueError("this arrangement is written for LIF neurons and one head")
-        self.layers, self.time_steps = copy.deepcopy(model), model.time_steps
+        self.layers = copy.deepcopy(model)
         for unit in self.layers.modules():
             # Autograd keeps what it needs of a chain, as it does in the authors' code.
             if isinstance(unit, RepConv):
                 unit.conv = nn.Sequential(OrderedDict(unit.conv.named_children()))
-        self.neurons = nn.ModuleDict(
-            {
-                name.replace(".", "_"): _spikingjelly_lif(module.threshold)
-                for name, module in model.named_modules()
-                if isinstance(module, LIF)
-            }
-        )
-
-    def _fire(self, name: str, frames: Tensor) -> Tensor:
-        sequence = frames.view(self.time_steps, -1, *frames.shape[1:])
-        spikes: Tensor = self.neurons[name.replace(".", "_")](sequence)
-        return spikes.flatten(0, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        for neuron in self.neurons.values():
-            neuron.reset()
+        self._rest()
         net = self.layers
         x = net.downsamplings[0].conv(images).repeat(self.time_steps, 1, 1, 1)
         for stage, blocks in enumerate(net.stages):

@@ -56,9 +56,7 @@ class Options:
 def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     """This recipe's options, and the arguments for `load_config`. Raises `ConfigError`."""
     options, rest = split_options(Options, arguments)
-    if options.checkpoint is None:
-        raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar")
-    return options, with_run_config(Path(options.checkpoint), rest)
+    return options, with_run_config(options.checkpoint, rest)
 
 
 def read_own_models(path: str | None) -> list[EnergyModel]:

@@ -65,8 +65,7 @@ class Options:
 def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[float], list[str]]:
     """This recipe's options, the tolerances, and the arguments for `load_config`. Raises `ConfigError`."""
     options, rest = split_options(Options, arguments)
-    if options.checkpoint is None:
-        raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar")
+    settings = with_run_config(options.checkpoint, rest)
     try:
         allowed = [float(one) for one in options.tolerances.strip("[]").split(",")]
     except ValueError:
@@ -75,7 +74,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[float], list
         raise ConfigError(
             f"tolerances={options.tolerances}: expected shares of the samples from 0 to 1, such as 0,0.01"
         )
-    return options, allowed, with_run_config(Path(options.checkpoint), rest)
+    return options, allowed, settings
 
 
 def split(test_set: Any, options: Options) -> tuple[list[Any], list[Any]]:

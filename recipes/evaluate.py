@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.command_line import command
-from common.config import ConfigError, RunError, cannot_write, check_meant, load_config
+from common.config import RunError, cannot_write, check_meant, load_config
 from common.cpu_processes import join_processes
 from common.options import changed_options, split_options
 from common.schema import option
@@ -58,12 +58,10 @@ class Options:
 def read_arguments(arguments: list[str]) -> tuple[Options, list[str]]:
     """This recipe's options, and the arguments for `load_config`. Raises `ConfigError`."""
     options, rest = split_options(Options, arguments)
-    if options.checkpoint is None:
-        raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar")
     if options.img_size is not None:
         crop = PUBLISHED_CROP.get(options.img_size)
         rest = [f"data.img_size={options.img_size}", *([f"data.crop_pct={crop}"] if crop else []), *rest]
-    return options, with_run_config(Path(options.checkpoint), rest)
+    return options, with_run_config(options.checkpoint, rest)
 
 
 def main(arguments: list[str]) -> None:

@@ -63,11 +63,10 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str], list[s
         else:
             rest.append(argument)
     options = read_options(Options, own)
-    if options.checkpoint is None:
-        raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar")
+    settings = with_run_config(options.checkpoint, rest)
     if not inputs:
         raise ConfigError("name the images or recordings to classify, or folders of them")
-    return options, inputs, with_run_config(Path(options.checkpoint), rest)
+    return options, inputs, settings
 
 
 class Listed:

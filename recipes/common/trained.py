@@ -39,12 +39,14 @@ def run_config(checkpoint: Path) -> Path | None:
     return next((folder / RUN_CONFIG for folder in folders if (folder / RUN_CONFIG).is_file()), None)
 
 
-def with_run_config(checkpoint: Path, arguments: Sequence[str]) -> list[str]:
+def with_run_config(checkpoint: Path | str | None, arguments: Sequence[str]) -> list[str]:
     """`AS_ASKED` and the arguments, on top of the run's own configuration if there is one and no other is named.
 
-    Raises `ConfigError` if that is empty.
+    Raises `ConfigError` if there is no checkpoint, or that configuration is empty.
     """
-    written = run_config(checkpoint)
+    if checkpoint is None:
+        raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar")
+    written = run_config(Path(checkpoint))
     if written is None or any(argument.startswith("config=") for argument in arguments):
         return [*AS_ASKED, *arguments]
     if not read_file(written):
