@@ -69,7 +69,7 @@ def table(rows: list[Row]) -> str:
 
 def headlines(rows: list[Row]) -> str:
     """Markdown: the rows of HEADLINES, and where they were measured."""
-    lines = ["| | | beside it | ratio |", "|---|---|---|---|"]
+    lines = ["| | | compared with | ratio |", "|---|---|---|---|"]
     shown = []
     for suite, figure, ending, allocator, ours, peer in HEADLINES:
         found = {
@@ -109,7 +109,7 @@ def predicted(rows: list[Row], model: str = "sdt_8_384", run: str = "training st
     times = (f"{_microseconds(own) / 1e3:.1f} ms ({1 / _share(own):.2f} of the bytes)" for own in totals)
     lines += [f"| all {sum(int(row['launches']) for row in totals[0])} launches | {' | '.join(times)} |", ""]
     if peers:
-        lines += ["SpikingJelly's neurons by the same arithmetic, beside ours at the same size:", ""]
+        lines += ["SpikingJelly's neurons by the same arithmetic, for a layer of the same size as ours:", ""]
         lines += ["| | bytes an element and step | predicted | ours |", "|---|---|---|---|"]
     for peer in peers:
         which = "backward" if "backward" in peer["kernel"] else "forward"

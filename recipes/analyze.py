@@ -38,14 +38,14 @@ class Options:
     """The keys of this recipe, in addition to those of a training run."""
 
     checkpoint: str | None = option(None, "a run folder, a saved model, or a released .pth.tar", path=True)
-    samples: int = option(256, "how many samples of the evaluation set are looked at, at most", least=1)
-    batch_size: int = option(32, "samples of a process in one forward pass", least=1)
-    images: int = option(4, "how many images get attention overlays", least=0)
-    layer: str | None = option(None, "the neuron layer whose membranes are drawn; null takes the last")
-    output_dir: str | None = option(None, "the folder to write; null makes `analysis` beside the checkpoint", path=True)
+    samples: int = option(256, "largest number of samples of the evaluation set", least=1)
+    batch_size: int = option(32, "samples per process in one forward pass", least=1)
+    images: int = option(4, "number of images with attention overlays", least=0)
+    layer: str | None = option(None, "the neuron layer whose membranes are drawn; null: the last")
+    output_dir: str | None = option(None, "the folder to write; null: `analysis` next to the checkpoint", path=True)
     as_trained: bool = option(False, "judge the network as it is trained, not as it is deployed: norms unfolded")
-    measure: bool = option(False, "joules of an inference by the machine's energy counters, where it has some")
-    seconds: float = option(0.5, "how long each latency and throughput is measured; 0 leaves out", least=0)
+    measure: bool = option(False, "measure joules per inference by the machine's energy counters, if it has any")
+    seconds: float = option(0.5, "duration of each latency and throughput measurement; 0: none", least=0)
     energy_models: str | None = option(None, "a YAML file of energy models of your own: their constants", path=True)
     confidence: float = option(
         0.95, "the level of the confidence intervals of energy, rates and accuracy", above=0, below=1

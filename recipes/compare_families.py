@@ -53,9 +53,9 @@ class Search(Options):
     """The keys of this recipe."""
 
     output_dir: str = option("runs/families", "the folder to write, with a folder for each family", path=True)
-    families: str = option(",".join(SMALL), "which are compared, separated by commas")
-    rates: str = option("2e-3,5e-3,1.25e-2,3e-2", "learning rates that each family is tried with")
-    seeds: str = option("1,2,3", "seeds that the best learning rate trains with")
+    families: str = option(",".join(SMALL), "families to compare, separated by commas")
+    rates: str = option("2e-3,5e-3,1.25e-2,3e-2", "learning rates to try for each family")
+    seeds: str = option("1,2,3", "seeds for training with the best learning rate")
     search_seed: int = option(0, "seed of the search", least=0)
     validation_samples: int = option(287, "training images on which learning rates are judged", least=1)
     samples: int = option(32, "test images on which rates and energy are measured", least=2)

@@ -34,7 +34,7 @@ class Models(Options):
     """The keys of this recipe."""
 
     img_size: int = option(224, "side of the images of variants, in pixels", least=16)
-    seed: int = option(0, "of the random weights of variants", least=0)
+    seed: int = option(0, "seed of the random weights of variants", least=0)
 
 
 ONE_OF_EACH = ("sdt_8_384", "sdt_v2_15m", "spikformer_8_384", "qkformer_10_384", "sdt_v3_19m")

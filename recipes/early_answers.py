@@ -49,16 +49,14 @@ class Options:
 
     checkpoint: str | None = option(None, "a run folder or a saved model of still images", path=True)
     measure: str = option(
-        "entropy", "how sure an answer is: by its entropy or its margin", choices=("entropy", "margin")
+        "entropy", "certainty of an answer: by its entropy or its margin", choices=("entropy", "margin")
     )
-    tolerances: str = option(
-        "0,0.005,0.01,0.02", "losses of accuracy on the fitting samples that are allowed, as shares"
-    )
-    fit_samples: int | None = option(None, "samples that choose the thresholds; null takes half of them", least=1)
-    batch_size: int = option(64, "images of a batch", least=1)
-    rounds: int = option(3, "measurements of each row's time, in turns", least=1)
+    tolerances: str = option("0,0.005,0.01,0.02", "allowed losses of accuracy on the fitting samples, as shares")
+    fit_samples: int | None = option(None, "samples for choosing the thresholds; null: half of them", least=1)
+    batch_size: int = option(64, "images per batch", least=1)
+    rounds: int = option(3, "measurements of each row's time, in alternation", least=1)
     output_dir: str | None = option(
-        None, "the folder to write; null makes `early_answers` beside the checkpoint", path=True
+        None, "the folder to write; null: `early_answers` next to the checkpoint", path=True
     )
 
 

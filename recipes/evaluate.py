@@ -47,12 +47,10 @@ class Options:
     """The keys of this recipe, in addition to those of a training run."""
 
     checkpoint: str | None = option(None, "a run folder, a saved model, or a released .pth.tar", path=True)
-    ema: bool = option(False, "the averaged weights")
+    ema: bool = option(False, "use the averaged weights")
     img_size: int | None = option(None, "data.img_size; 288 also sets data.crop_pct=0.9, as published", least=1)
-    match: str = option("name", "the data's classes with the model's: by name, or by position", choices=MATCHES)
-    output_dir: str | None = option(
-        None, "the folder to write; null makes `evaluation` beside the checkpoint", path=True
-    )
+    match: str = option("name", "match the data's classes with the model's by name, or by position", choices=MATCHES)
+    output_dir: str | None = option(None, "the folder to write; null: `evaluation` next to the checkpoint", path=True)
 
 
 def read_arguments(arguments: list[str]) -> tuple[Options, list[str]]:

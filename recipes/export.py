@@ -40,9 +40,9 @@ class Options:
 
     checkpoint: str | None = option(None, "a run folder, a saved model, or a released .pth.tar", path=True)
     format: str = option("onnx", "for ONNX Runtime, for torch.export, or for neuromorphic tools", choices=FORMATS)
-    output: str | None = option(None, "the file to write; null makes model.FORMAT beside the checkpoint", path=True)
+    output: str | None = option(None, "the file to write; null: model.FORMAT next to the checkpoint", path=True)
     batch: int | None = option(None, "images at a time; null: any number", least=1)
-    ema: bool = option(False, "the averaged weights of a run")
+    ema: bool = option(False, "use the averaged weights of a run")
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:

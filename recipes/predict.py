@@ -40,9 +40,9 @@ class Options:
     """The keys of this recipe, in addition to those of a training run."""
 
     checkpoint: str | None = option(None, "a run folder, a saved model, or a released .pth.tar", path=True)
-    top: int = option(5, "how many classes are named, the most probable first", least=1)
-    json: bool = option(False, "print JSON alone; --json says the same")
-    ema: bool = option(False, "the averaged weights")
+    top: int = option(5, "number of classes to show, the most probable first", least=1)
+    json: bool = option(False, "print only JSON; the same as --json")
+    ema: bool = option(False, "use the averaged weights")
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str], list[str]]:

@@ -44,15 +44,15 @@ class Options:
 
     checkpoint: str | None = option(None, "a run folder or a saved model that takes event frames", path=True)
     recording: str | None = option(
-        None, "an event recording; null takes the crop of a DAVIS346 camera in recipes/data", path=True
+        None, "an event recording; null: the crop of a DAVIS346 camera in recipes/data", path=True
     )
-    frame_events: int | None = option(None, "events of a frame; null divides the recording as in training", least=1)
-    frame_ms: float | None = option(None, "milliseconds of a frame, instead of a number of events", above=0)
-    chunk_ms: float = option(5.0, "events come in pieces of so many milliseconds", above=0)
-    speed: float = option(1.0, "of the playback; 0 plays as fast as the model answers", least=0)
-    window: int | None = option(None, "answer for the last frames alone; null for all since the start", least=1)
+    frame_events: int | None = option(None, "events per frame; null: divide the recording as in training", least=1)
+    frame_ms: float | None = option(None, "milliseconds per frame, instead of a number of events", above=0)
+    chunk_ms: float = option(5.0, "length of the pieces in which events come, in milliseconds", above=0)
+    speed: float = option(1.0, "speed of the playback; 0: as fast as the model answers", least=0)
+    window: int | None = option(None, "answer for this number of last frames; null: all since the start", least=1)
     form: str = option("events", "the network as it is, or optimised", choices=("plain", "dense", "events"))
-    live: bool = option(True, "a live view where there is a terminal; false prints lines")
+    live: bool = option(True, "a live view on a terminal; false: print lines")
 
 
 @dataclass

@@ -61,23 +61,23 @@ class DataConfig:
     )
     hflip: float = option(0.5, "probability of a horizontal flip", least=0, most=1, images=True, training=True)
     color_jitter: float = option(
-        0.4, "strength of color jitter (not used beside auto_augment)", least=0, most=1, images=True, training=True
+        0.4, "strength of color jitter (not used with auto_augment)", least=0, most=1, images=True, training=True
     )
     auto_augment: str | None = option(
         None, "timm's string: rand-m9-n1-mstd0.4-inc1, augmix-m5-w4, v0, ...", images=True, training=True
     )
     random_erasing: float = option(0.0, "probability of random erasing", least=0, most=1, images=True, training=True)
     erasing_mode: str = option(
-        "const", "what is erased becomes the mean, or noise", choices=("const", "pixel"), images=True, training=True
+        "const", "fill erased areas by mean or noise", choices=("const", "pixel"), images=True, training=True
     )
     mixup: float = option(0.0, "alpha of mixup; 0 turns it off", least=0, most=1000, training=True)
     cutmix: float = option(0.0, "alpha of cutmix; 0 turns it off", least=0, most=1000, training=True)
     mixup_prob: float = option(1.0, "probability that a batch is mixed at all", least=0, most=1, training=True)
-    mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on", least=0, most=1, training=True)
+    mixup_switch_prob: float = option(0.5, "probability of cutmix if both are on", least=0, most=1, training=True)
     mixup_off_epoch: int = option(
         0, "epoch from which mixup and cutmix are off; 0: never", least=0, most=10**6, training=True
     )
-    workers: int = option(4, "loader processes beside each training process; 0 loads within it", least=0, most=256)
+    workers: int = option(4, "loader processes per training process; 0 loads within it", least=0, most=256)
     download: bool = option(False, "fetch the data into data.root if it is not there", images=True)
     on_error: str = option(
         "raise", "an unreadable sample stops the run, or is skipped and counted", choices=("raise", "skip")
@@ -95,19 +95,19 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class EventsConfig:
-    time_steps: int = option(10, "frames a recording is divided into", least=1, most=4096)
+    time_steps: int = option(10, "number of frames per recording", least=1, most=4096)
     split_by: str = option("number", "equal frames by number of events or by time", choices=("number", "time"))
     size: int | None = option(
         None, "side of the square frame in pixels; null: 64 for CIFAR10-DVS, else the sensor's own", least=1, most=4096
     )
     augment: str | None = option(
         None,
-        "of the training samples, separated by commas: hflip, roll, cutout, random_op, random_op_wide, drop_by_time, "
+        "augmentations in training, separated by commas: hflip, roll, cutout, random_op, random_op_wide, drop_by_time, "
         "drop_by_area, drop_at_random, event_drop",
         training=True,
     )
     cache: str | None = option(
-        "auto", "folder that keeps the frames; auto: data.root/.frames_cache; null: none does", path=True
+        "auto", "folder for keeping the frames; auto: data.root/.frames_cache; null: do not keep them", path=True
     )
     sensor_size: list[int] | None = option(
         None, "width and height of the sensor of an event_folder; null: as the files say", length=2, least=1, most=4096
@@ -142,9 +142,9 @@ class NeuronConfig:
     init_tau: float | None = option(None, "time constant that plif starts from", above=1, most=1e6)
     channels: bool | None = option(None, "plif: a time constant for each channel")
     threshold: float | None = option(None, "factor of each layer's threshold", above=0, most=1e6)
-    reset: str | None = option(None, "of the membrane after a spike", choices=("zero", "subtract", "none"))
+    reset: str | None = option(None, "reset of the membrane after a spike", choices=("zero", "subtract", "none"))
     surrogate: str | None = option(None, "derivative of the spike", choices=SURROGATES)
-    alpha: float | None = option(None, "sharpness of the surrogate that is named", above=0, most=1e6)
+    alpha: float | None = option(None, "sharpness of the named surrogate", above=0, most=1e6)
     detach_reset: bool | None = option(None, "the reset carries no gradient")
     strict: bool | None = option(None, "a neuron at its threshold does not fire")
 
@@ -179,7 +179,7 @@ class TrainConfig:
     warmup_epochs: int = option(20, "epochs of linear warm-up", least=0, most=10**6)
     warmup_prefix: bool = option(False, "the cosine starts after the warm-up, not with it")
     cooldown_epochs: int = option(10, "epochs at min_lr after the cosine", least=0, most=10**6)
-    batch_size: int = option(64, "samples of a process in one forward pass", least=1, most=10**6, training=False)
+    batch_size: int = option(64, "samples per process in one forward pass", least=1, most=10**6, training=False)
     accumulate: int = option(1, "forward passes added up into one update", least=1, most=10**6)
     max_steps: int | None = option(None, "stop after this many updates", least=1, most=10**12)
     label_smoothing: float = option(0.1, "label smoothing", least=0, below=1)
@@ -193,7 +193,7 @@ class TrainConfig:
     teacher_weights: str | None = option(None, "file with the teacher's weights; null: timm fetches them", path=True)
     distillation: str = option("hard", "learn the teacher's class, or its probabilities", choices=("hard", "soft"))
     ema_decay: float | None = option(
-        None, "decay of the averaged weights, evaluated beside the model's", above=0, below=1
+        None, "decay of the averaged weights, evaluated in addition to the model's", above=0, below=1
     )
     mixed_precision: str = option(
         "no", "the neurons' state stays float32", choices=("no", "bf16", "fp16"), training=False
@@ -206,11 +206,11 @@ class TrainConfig:
         None, "start from these weights: a run folder, a saved model, a released .pth.tar", path=True
     )
     skip_nonfinite: int = option(
-        0, "updates with a non-finite loss that are left out before the run stops", least=0, most=10**9
+        0, "updates with a non-finite loss that are skipped before the run stops", least=0, most=10**9
     )
     checkpoint_every: int = option(1, "epochs between checkpoints", least=1, most=10**9)
     checkpoint_steps: int | None = option(None, "also a checkpoint every N updates", least=1, most=10**9)
-    keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept", least=1, most=10**9)
+    keep_checkpoints: int = option(2, "number of newest checkpoints to keep", least=1, most=10**9)
     eval_every: int = option(1, "epochs between evaluations", least=1, most=10**9)
 
 
@@ -245,14 +245,14 @@ class Config:
     neuron: NeuronConfig = field(default_factory=NeuronConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    seed: int = option(42, "every random draw follows from it", least=0, most=2**31 - 1)
+    seed: int = option(42, "seed of every random draw", least=0, most=2**31 - 1)
     output_dir: str = option("runs/run", "the run folder", path=True, training=True)
     resume: str = option(
         "auto",
-        "auto: the newest good checkpoint of output_dir; none: start anew; or the path of a checkpoint",
+        "auto: the newest good checkpoint of output_dir; none: start again; or the path of a checkpoint",
         path=True,
         training=True,
     )
-    tracker: str = option("auto", "auto: TensorBoard if installed; all: each that is", choices=TRACKERS, training=True)
-    threads: int | None = option(None, "CPU threads of a process; null divides the cores", least=1, most=1024)
+    tracker: str = option("auto", "auto: TensorBoard if installed; all: all installed", choices=TRACKERS, training=True)
+    threads: int | None = option(None, "CPU threads per process; null: share the cores", least=1, most=1024)
     analyze: bool = option(False, "firing rates and energy of the final model at the end", training=True)

@@ -42,10 +42,10 @@ class Options:
     """How models are judged."""
 
     output_dir: str = option("model_comparison", "the folder to write", path=True)
-    samples: int = option(8, "inputs of each model that are looked at, at most", least=2)
-    latency: bool = option(True, "measure how long an inference takes, dense and event-driven")
-    rounds: int = option(11, "measurements of each form, in turns", least=1)
-    threads: int | None = option(None, "CPU threads; null takes what PyTorch takes", least=1)
+    samples: int = option(8, "largest number of inputs of each model", least=2)
+    latency: bool = option(True, "measure the latency of an inference, dense and event-driven")
+    rounds: int = option(11, "measurements of each form, in alternation", least=1)
+    threads: int | None = option(None, "CPU threads; null: PyTorch's number", least=1)
 
 
 Found = list[tuple[Any, Any, dict[str, Any]]]
@@ -148,7 +148,7 @@ def notes(rows: Sequence[Mapping[str, Any]], options: Options, machine: str) -> 
         verdict = {"yes": "spike-driven", "no": "not spike-driven", "silent": "no neuron fired"}[row["spike_driven"]]
         reasons = [*row["why"], *([row["missing"]] if row.get("missing") else [])]
         lines.append(f"- {row['name']} ({row['family']}), {verdict}" + (f": {'; '.join(reasons)}." if reasons else "."))
-    measured = f"one image, the median of {options.rounds} calls in turns, on {machine}"
+    measured = f"one image, the median of {options.rounds} calls in alternation, on {machine}"
     lines += [f"\nLatency: {measured}."] if options.latency else []
     return "\n".join(lines)
 
