@@ -191,7 +191,7 @@ def test_what_does_not_fit_is_refused_at_the_door(make_small, on_gpu, monkeypatc
     layers.a = IntegerNeuron(levels=128, norm=8.0)
     with pytest.raises(ValueError, match=r"second takes values up to 128, and a byte holds 127; leave torch.int8 out"):
         on_gpu(in_bytes, layers.eval())
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"of .* have unlike windows"):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"of .* differ in their windows"):
         patch.setattr("sdt_blocks.inference.bytes.side_by_side", lambda units: None)
         on_gpu(in_bytes, copy.deepcopy(model))
     with pytest.raises(ValueError, match="cuda_graph=True is for dense products; leave sparse and exact out"):

@@ -98,7 +98,7 @@ def test_no_weights_are_no_model():
 
 
 def test_wrong_variant_and_wrong_shape(released_file):
-    with pytest.raises(ValueError, match=r"_format.pth.tar: the head is of 10 classes, num_classes=7 .*new_head=True"):
+    with pytest.raises(ValueError, match=r"_format.pth.tar: the head has 10 classes, but num_classes=7.*new_head=True"):
         load_released_checkpoint(released_file, num_classes=7)
     with pytest.raises(ValueError, match=r"missing: blocks\.2.attention"):
         load_released_checkpoint(released_file, depth=3)
@@ -116,11 +116,11 @@ def test_another_number_of_classes(released_file, tmp_path):
         anew = load(source, new_head=True)
         assert anew.num_classes == 10 and not torch.equal(anew.head.weight, released.head.weight)
         assert isinstance(load(source, num_classes=0).head, torch.nn.Identity)
-        with pytest.raises(ValueError, match=r"the head is of 10 classes, num_classes=7 .*new_head=True"):
+        with pytest.raises(ValueError, match=r"the head has 10 classes, but num_classes=7.*new_head=True"):
             load(source, num_classes=7)
     save_model(load_model(tmp_path, num_classes=0), tmp_path)
     assert load_model(tmp_path, num_classes=4, new_head=True).head.weight.shape == (4, 64)
-    with pytest.raises(ValueError, match=r"the head is of 0 classes"):
+    with pytest.raises(ValueError, match=r"the head has 0 classes"):
         load_model(tmp_path, num_classes=4)
 
 

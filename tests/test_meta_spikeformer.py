@@ -369,7 +369,7 @@ def test_wrong_and_mixed_files_are_named(v2_golden, static_golden, tmp_path):
     )
     refused({"model": state, "args": None}, "has no 'state_dict_ema' .*; it holds model, args", ema=True)
     refused({"model": [1], "args": None}, r"has no 'state_dict' \(nor model, .*it holds model, args")
-    refused(state, r"the head is of 10 classes.*new_head=True", num_classes=7)
+    refused(state, r"the head has 10 classes.*new_head=True", num_classes=7)
 
 
 def test_conversion_gives_exactly_the_weights_of_the_model(v2_golden):

@@ -326,7 +326,7 @@ def test_a_form_is_not_cast(options: dict[str, bool]) -> None:
     fast = optimize_for_inference(model, compile=False, **options)
     expected = fast(x)
     for cast in (fast.half, fast.double, lambda: fast.to(torch.bfloat16)):
-        with pytest.raises(TypeError, match=r"keeps its torch\.float32.* build it anew"):
+        with pytest.raises(TypeError, match=r"keeps its torch\.float32.* build it again"):
             cast()
     assert torch.equal(fast.to("cpu").float()(x), expected)
 

@@ -156,7 +156,7 @@ def test_neurons_that_the_network_could_not_call_are_refused(frames):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="no neuron that is known"):
+    with pytest.raises(ValueError, match="no known neuron"):
         replace_neurons(nn.Sequential(nn.ReLU()), LIF)
     with pytest.raises(ValueError, match="itself a neuron, LIF"):
         replace_neurons(LIF(), LIF)

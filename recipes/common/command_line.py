@@ -159,7 +159,7 @@ def short_errors(interrupted: str = "stopped") -> Iterator[None]:
     except BrokenPipeError:
         # The reader of the output has closed it, as `| head` does; Python would write the rest again at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print("stopped: nobody reads the output any more; the same command goes on", file=sys.stderr, flush=True)
+        print("stopped: the output was closed; the same command continues", file=sys.stderr, flush=True)
         sys.exit(128 + getattr(signal, "SIGPIPE", 13))  # which Windows does not name
     except (ConfigError, RunError) as error:
         # All processes refuse a configuration in the same way; one of them reports it. A run may fail on any.

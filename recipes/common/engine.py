@@ -118,7 +118,7 @@ def train_to_the_end(run: Run) -> None:
     except OSError as error:
         raise RunError(f"the run folder cannot be written ({error}); {last_good(run.folder)}") from error
     if run.stopping:
-        run.display.say(f"stopped at step {run.position.step}; the same command goes on from there")
+        run.display.say(f"stopped at step {run.position.step}; the same command continues from there")
         end(run)
         sys.exit(128 + (run.stop.signal or 15))
 
@@ -225,7 +225,7 @@ def log(run: Run, line: dict[str, Any]) -> None:
     except Exception as error:  # whatever the tracker's own code raises
         run.accelerator.trackers = []
         warn(
-            f"tracker={run.config.tracker} failed ({type(error).__name__}: {error}); the run goes on without it, and "
+            f"tracker={run.config.tracker} failed ({type(error).__name__}: {error}); the run continues without it, and "
             f"{METRICS} has every line"
         )
 

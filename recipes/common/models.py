@@ -83,9 +83,9 @@ def load_initial_weights(model: nn.Module, source: str, names: Sequence[str]) ->
             f"or of another shape ({', '.join(wrong[:4])} ...); set model.name, model.dim and the like to its values"
         )
     model.load_state_dict(given, strict=False)
-    note = ", head anew for the data's classes" if new_head else ""
+    note = ", new head for the data's classes" if new_head else ""
     if any(second) and SECOND_HEAD in fresh:
-        note += ", second head anew" if second[0] else ", second head left out"
+        note += ", new second head" if second[0] else ", second head left out"
     return f"weights from {source}{note}"
 
 

@@ -198,7 +198,7 @@ def choose_tracker(name: str) -> str | list[str] | None:
             _import_tracker(one, asked=name)
             working.append(one)
         except ConfigError as error:
-            warn(f"{error}; the run goes on without it")
+            warn(f"{error}; the run continues without it")
     if name == "all" and not working:
         raise ConfigError("tracker=all finds no tracker: pip install tensorboard, or tracker=none")
     return working or None

@@ -238,7 +238,7 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
             return path
         warn(f"the checkpoint {path} is damaged and skipped: {fault}")
     if candidates:
-        raise ConfigError(f"every checkpoint in {folder / CHECKPOINTS} is damaged; set resume=none to start anew")
+        raise ConfigError(f"every checkpoint in {folder / CHECKPOINTS} is damaged; set resume=none to start again")
     return None
 
 
@@ -299,7 +299,7 @@ def check_settings(
     if changed:
         raise ConfigError(
             f"{source} belongs to a run with other settings: {'; '.join(changed)}. Use the same settings to resume it, "
-            f"another output_dir for another run, or resume=none to start anew in this one"
+            f"another output_dir for another run, or resume=none to start again in this one"
         )
 
 
@@ -372,7 +372,7 @@ def open_folder(folder: Path, resume: str, *, needed: int) -> Path | None:
         if resume != "none" and (folder / SUMMARY).exists():
             raise ConfigError(
                 f"output_dir={folder} holds a finished run without checkpoints; choose another output_dir, or "
-                f"resume=none to start anew in this one"
+                f"resume=none to start again in this one"
             )
         _clear(folder)
     elif folder.resolve() not in checkpoint.resolve().parents and _numbered(folder):

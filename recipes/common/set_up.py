@@ -173,7 +173,7 @@ def build_accelerator(config: Config) -> tuple[Accelerator, Config]:
     """
     launcher_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
     if config.train.mixed_precision == "fp16" and (launcher_cpu or not torch.accelerator.is_available()):
-        warn("train.mixed_precision=fp16 needs a GPU; training goes on in float32 (train.mixed_precision=no)")
+        warn("train.mixed_precision=fp16 needs a GPU; training continues in float32 (train.mixed_precision=no)")
         config = changed(config, {"train.mixed_precision": "no"})
     precision = config.train.mixed_precision
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

@@ -218,7 +218,7 @@ def match_classes(dataset: Any, names: Sequence[str] | None, model: Any, *, chec
     theirs, count = list(dataset.classes), model.num_classes
     if names is None or by == "position":
         if len(theirs) != count:
-            raise ConfigError(f"checkpoint={checkpoint} tells {count} classes apart, the data has {len(theirs)}")
+            raise ConfigError(f"checkpoint={checkpoint} has {count} classes, the data has {len(theirs)}")
         dataset.classes = list(names or theirs)
         if names is None:
             return f"{checkpoint} does not name its classes: the data's are taken in their own order"

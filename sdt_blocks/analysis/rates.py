@@ -227,7 +227,7 @@ def firing_rates(
     with Probe(model, neurons, forward, as_trained=as_trained) as probe:
         if not probe.neurons:
             owner = type(probe.model).__name__
-            raise ValueError(f"{owner} has no neuron layer that is known; name the types of its neurons in neurons=")
+            raise ValueError(f"{owner} has no known neuron layer; name the types of its neurons in neurons=")
         counts = SpikeCounts(probe, _watched(probe), unfold=True)
         moments = Moments()
         for _ in probe.run(batches):

@@ -89,7 +89,8 @@ class Bytes(Dense):
         joined, given = side_by_side(units), node.inputs()[0]
         if joined is None:
             raise ValueError(
-                f"the layers of {node.name} have unlike windows, which no kernel of bytes knows; leave torch.int8 out"
+                f"the layers of {node.name} differ in their windows, which no kernel of bytes computes; leave "
+                f"torch.int8 out"
             )
         levels = {"planes": given.target.levels, "norm": given.target.norm} if self.kinds[given] == LEVELS else {}
         options = {"planes": self.counted[given]} if self.kinds[given] == COUNTS else levels

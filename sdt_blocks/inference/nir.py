@@ -57,7 +57,7 @@ def export_to_nir(model: nn.Module, x: Tensor) -> Any:
     if mixers:
         raise TypeError(
             f"NIR has no attention, nor any other product of spikes with spikes, and the network has {len(mixers)} "
-            f"({mixers[0]} for one); ONNX and torch.export hold it"
+            f"(the first is {mixers[0]}); use ONNX or torch.export"
         )
     traced = trace(model)
     if traced.opaque:
@@ -89,7 +89,7 @@ def simulate_nir(graph: Any, x: Tensor, dt: float = DT) -> dict[str, Tensor]:
     try:
         order = list(graphlib.TopologicalSorter(before).static_order())
     except graphlib.CycleError as error:
-        raise ValueError(f"the graph has a circle, which no layer after the other computes: {error.args[1]}") from None
+        raise ValueError(f"the graph has a cycle, so no order of its layers computes it: {error.args[1]}") from None
     values: dict[str, Tensor] = {inputs[0]: x}
     for name in order:
         if name not in values:
@@ -124,7 +124,7 @@ class _Writer:
                 raise TypeError("a graph of NIR has one output, and the network gives another")
             self._add("output", self.nir.Output(self._shape(node.args[0])), before)
         elif node.op == MIX:
-            raise TypeError(f"NIR has no attention, and {node.name} is one; ONNX and torch.export hold it")
+            raise TypeError(f"NIR has no attention, and {node.name} is one; use ONNX or torch.export")
         elif node.op == INPUT:
             if any(one.op == INPUT for one in self.values):
                 raise TypeError("a graph of NIR has one input here, and the network takes two")
@@ -145,7 +145,7 @@ class _Writer:
         if node.op == ADD:
             terms = [self.sources[one] for one in node.args if isinstance(one, Node)]
             if len(terms) < 2 or set(terms[0]) & set(terms[1]):
-                raise TypeError(f"{node.name}: NIR adds what several nodes give, each once, and nothing else")
+                raise TypeError(f"{node.name}: NIR can only add the outputs of several nodes, each once")
             return terms[0] + terms[1]
         if node.op == FIRE or (node.op == CALL and isinstance(target, OverTime)):
             return self._add(node.name, _neuron(self.nir, node.name, target, self._shape(node)), before)

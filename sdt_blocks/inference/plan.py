@@ -180,7 +180,7 @@ class Form(nn.Module):
         cast = fn(torch.zeros(1, dtype=self.real_dtype)).dtype
         if cast != self.real_dtype:
             raise TypeError(
-                f"an optimised model keeps its {self.real_dtype}, it cannot be cast to {cast}: build it anew from the "
+                f"an optimised model keeps its {self.real_dtype}, it cannot be cast to {cast}: build it again from the "
                 "model, with dtype= of optimize_for_inference"
             )
         super()._apply(fn, recurse)

@@ -124,7 +124,7 @@ def check_card(card: Any, num_classes: int) -> None:
     if card is not None and not isinstance(card, DataCard):
         raise TypeError(f"model.card must be a DataCard or None, got {type(card).__name__}")
     if card is not None and card.class_names is not None and num_classes not in (0, len(card.class_names)):
-        raise ValueError(f"card.class_names are {len(card.class_names)}, the model tells {num_classes} classes apart")
+        raise ValueError(f"card has {len(card.class_names)} class_names, but the model has {num_classes} classes")
 
 
 def words_of(names: Iterable[str]) -> list[str]:

@@ -31,7 +31,7 @@ def register(
     Raises `TypeError` for a class whose constructor does not keep its options, and `ValueError` if a name is taken.
     """
     if not hasattr(vars(model).get("__init__"), "keeps_options"):
-        raise TypeError(f"the constructor of {model.__name__} needs @keeps_options, so that a model can be built anew")
+        raise TypeError(f"the constructor of {model.__name__} needs @keeps_options, so that a model can be built again")
     known = _FAMILIES.get(model.__name__)
     if known is not None and known.model.__module__ != model.__module__:
         raise ValueError(f"a model {model.__name__} is registered already, from {known.model.__module__}")

@@ -54,7 +54,7 @@ def _plain_names(state_dict: Mapping[Any, Any]) -> dict[str, Tensor]:
             raise TypeError(f"a state_dict maps names to tensors, {key[:200]} is {type(value).__name__}")
         name = _PREFIX.sub("", key, count=1) if _PREFIX.match(key) else key
         if name in plain:
-            raise ValueError(f"{name} stands there twice, once as {key}")
+            raise ValueError(f"{name} is there twice, once as {key}")
         plain[name] = value
     # The counter of an averaged model.
     plain.pop("n_averaged", None)

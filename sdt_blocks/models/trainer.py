@@ -38,7 +38,7 @@ class ForTrainer(nn.Module):
         usual = {"every_n_layers": 1, "offload": False}
         other = {key: value for key, value in options.items() if value is not None and value != usual.get(key)}
         if other:
-            raise ValueError(f"every block is computed anew, by set_grad_checkpointing, without options; got {other}")
+            raise ValueError(f"set_grad_checkpointing recomputes every block, without options; got {other}")
         model: Any = self.model
         model.set_grad_checkpointing(True)
 

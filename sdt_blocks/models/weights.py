@@ -56,8 +56,8 @@ def build_filled(
         head = {key for key, value in some.items() if others[key].shape != value.shape}
     if before != after != 0 and not new_head:
         raise ValueError(
-            f"the head is of {before} classes, num_classes={after} asks for {after}; new_head=True keeps all but the "
-            f"head, which starts anew (in the recipes: train.init_checkpoint)"
+            f"the head has {before} classes, but num_classes={after}; new_head=True loads all but the head, which is "
+            f"initialized (in the recipes: train.init_checkpoint)"
         )
     weights = {key: value for key, value in weights.items() if key not in head}
     check_fit({key: value for key, value in expected.items() if key not in head}, weights)

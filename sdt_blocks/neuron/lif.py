@@ -222,8 +222,8 @@ class ParametricLIF(LIF):
 def _check_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
-            f"{name} must be a number, got a {type(value).__name__}; what is learnt is the time constant of "
-            "ParametricLIF, one a layer or with channels= one a channel"
+            f"{name} must be a number, got a {type(value).__name__}; only the time constant of ParametricLIF is "
+            "learnt, one per layer or with channels= one per channel"
         )
 
 

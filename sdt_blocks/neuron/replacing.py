@@ -62,11 +62,9 @@ def replace_neurons(
         raise TypeError(f"replace_neurons takes a torch.nn.Module, got {type(model).__name__}")
     found = find_neurons(model, neurons)
     if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no neuron that is known; name the types of its neurons in neurons="
-        )
+        raise ValueError(f"{type(model).__name__} has no known neuron; name the types of its neurons in neurons=")
     if "" in found:
-        raise ValueError(f"the model is itself a neuron, {type(model).__name__}: make the other one in its place")
+        raise ValueError(f"the model is itself a neuron, {type(model).__name__}: make the other neuron instead")
     widths = _widths(model, found, neuron, inputs) if wants_channels(neuron) else {}
     made = {old: _successor(name, old, neuron, widths.get(name)) for name, old in found.items()}
     where = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))
@@ -83,7 +81,7 @@ def _successor(name: str, old: nn.Module, neuron: NeuronLike, channels: int | No
     """The neuron that replaces the old one."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(old, kind) for kind in hooks):
-        raise ValueError(f"{name} has hooks, which would go with it; remove them first, and hook the new neuron")
+        raise ValueError(f"{name} has hooks, which would be lost; remove them first, and hook the new neuron")
     parameters = inspect.signature(neuron).parameters if callable(neuron) else {}
     informed = "old" in parameters
     make: Any = partial(neuron, old=old) if informed and callable(neuron) else neuron

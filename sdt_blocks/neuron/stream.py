@@ -260,7 +260,7 @@ class Stream:
         tensors = (tensor for neuron, state in self._states.items() for tensor in neuron.tensors_of(state).values())
         batch = len(self._seen) or next((len(tensor) for tensor in tensors), 0)
         if not batch:
-            raise IndexError("no frame has come yet, so there is no sample to name")
+            raise IndexError("no frame has come yet, so there are no samples")
         at = torch.as_tensor(samples).flatten()
         if at.dtype == torch.bool and len(at) == batch:
             at = at.nonzero().flatten()
@@ -288,7 +288,9 @@ class Stream:
         """
         why = self._unlike(state)
         if why:
-            raise ValueError(f"this is no state of such a stream: {why}; restore it to the model and form it came from")
+            raise ValueError(
+                f"the state does not fit this stream: {why}; restore it to the model and form it came from"
+            )
         by_name = {name: neuron for neuron, name in self._names.items()}
         self._states = {by_name[name]: by_name[name].state_of(tensors) for name, tensors in state["neurons"].items()}
         self._logits = deque((tuple(logits) for logits in state["logits"]), maxlen=self.window)
@@ -403,7 +405,7 @@ def _obstacle(module: nn.Module) -> str | None:
     if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
         return "it is compiled; stream the model that was compiled"
     if isinstance(module, nn.RNNBase):
-        return "its state would start anew with every chunk"
+        return "its state would be reset at every chunk"
     clears = getattr(module, "reset" if hasattr(module, "step_mode") else "reset_mem", None)
     if callable(clears) and not isinstance(module, Streamed):
         return "it is called once a time step, and its state would stay out of sight: put over_time(...) in its place"

@@ -88,7 +88,7 @@ def test_a_released_checkpoint_is_evaluated_at_its_size_and_at_288(
     [
         ((), "checkpoint=FOLDER of a run or a saved model, or checkpoint=FILE.pth.tar"),
         (("checkpoint=nowhere",), "nowhere: no such file"),
-        (("checkpoint={released}", "data.root={photographs}"), "tells 10 classes apart, the data has 2"),
+        (("checkpoint={released}", "data.root={photographs}"), "has 10 classes, the data has 2"),
         (("checkpoint={released}",), "needs data.root=DIR"),
         (("checkpoint={released}", "img_size=big"), "img_size: expected a whole number or null, got 'big'"),
         (("checkpoint={released}", "ema=true", "data.root={photographs}"), "has no 'state_dict_ema'"),
@@ -207,7 +207,7 @@ def test_a_reader_that_has_gone_is_no_traceback(tmp_path, name, argument):
         process.stdout.close()
         said = process.stderr.read()
     assert process.returncode == 128 + signal.SIGPIPE
-    assert said.splitlines() == ["stopped: nobody reads the output any more; the same command goes on"]
+    assert said.splitlines() == ["stopped: the output was closed; the same command continues"]
 
 
 def test_several_seeds_give_mean_and_deviation(launcher, tmp_path):

@@ -432,7 +432,7 @@ def test_a_tracker_that_fails_is_blamed(set_up, monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(Accelerator, "log", fail)
     train(set_up(*PLAIN, "output_dir=run", "train.max_steps=1"))
-    assert "tracker=none failed (RuntimeError: no account); the run goes on without it" in capsys.readouterr().err
+    assert "tracker=none failed (RuntimeError: no account); the run continues without it" in capsys.readouterr().err
     assert len(read_lines(tmp_path / "run")) == 1
     monkeypatch.setattr(Accelerator, "init_trackers", fail)
     with pytest.raises(ConfigError, match=r"tracker=none: the tracker cannot start \(RuntimeError: no account\)"):

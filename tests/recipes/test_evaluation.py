@@ -116,7 +116,7 @@ def test_position_counts_where_it_is_asked_for_or_nothing_else_is_known():
     assert data.targets.tolist() == [0, 1] and data.classes == ["cat", "dog"]
     assert "does not name its classes" in match(data_of(["a", "b"], [0, 1]), None, 2)
     for names, by in ((None, "name"), (["x", "y", "z"], "position")):
-        with pytest.raises(ConfigError, match="tells 3 classes apart, the data has 2"):
+        with pytest.raises(ConfigError, match="has 3 classes, the data has 2"):
             match(data_of(["a", "b"], [0, 1]), names, 3, by=by)
 
 

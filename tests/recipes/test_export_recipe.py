@@ -98,7 +98,7 @@ def test_a_graph_of_nir_that_answers_otherwise_is_refused(convolutional, tmp_pat
 
 def test_what_cannot_be_written_is_refused(export, monkeypatch):
     pytest.importorskip("nir")
-    with pytest.raises(ConfigError, match=r"NIR has no attention.*\(blocks.0.attention.branch.mixer for one"):
+    with pytest.raises(ConfigError, match=r"NIR has no attention.*\(the first is blocks.0.attention.branch.mixer"):
         export("format=nir", "output=digits.nir")
     with pytest.raises(ConfigError, match="format: 'tflite' is unknown; choose one of onnx, pt2, nir"):
         export("format=tflite")
