@@ -41,7 +41,7 @@ def read_aedat4(path: str | os.PathLike) -> Columns:
             parts.append(packet["events"])
             size += parts[-1].nbytes
             if size > LARGEST_CONTENT:
-                raise ValueError(f"its events take more than {LARGEST_CONTENT} bytes, which is the most that is read")
+                raise ValueError(f"its events take more than {LARGEST_CONTENT} bytes, the largest size that is read")
     events = np.concatenate(parts) if parts else np.zeros(0, dtype=[(name, np.int64) for name in ("t", "x", "y", "on")])
     return events["t"], events["x"], events["y"], events["on"]
 
@@ -56,7 +56,7 @@ def aedat4_sensor_size(path: str | os.PathLike) -> tuple[int, int, int]:
         _, stream = _events_stream(_decoder(path))
     width, height = stream["width"], stream["height"]
     if not 0 < width <= LARGEST_SIDE or not 0 < height <= LARGEST_SIDE:
-        raise ValueError(f"its sensor of {width} x {height} pixels is none of an event camera")
+        raise ValueError(f"its sensor of {width} x {height} pixels is not that of an event camera")
     return width, height, 2
 
 
@@ -143,7 +143,7 @@ def _most(file: IO[bytes], end: int, compression: int) -> int:
     if compression in _NONE:
         return end - file.tell()
     if compression not in _LZ4 | _ZSTD:
-        raise ValueError(f"its packets are compressed in a way that is unknown ({compression})")
+        raise ValueError(f"its packets have an unknown compression ({compression})")
     total = 0
     while file.tell() + 4 <= end and total <= LARGEST_PACKET:
         (magic,) = _take("<I", file)
@@ -154,7 +154,7 @@ def _most(file: IO[bytes], end: int, compression: int) -> int:
         elif magic == _ZSTD_MAGIC and compression in _ZSTD:
             total += _zstd_most(file, end)
         else:
-            raise ValueError(f"a packet begins with {magic:#010x}, which is not how its compression does")
+            raise ValueError(f"a packet begins with {magic:#010x}; its compression begins otherwise")
     return total
 
 

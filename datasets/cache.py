@@ -105,7 +105,7 @@ class ArrayCache:
             os.replace(temporary, path)
         except OSError as error:
             if not self._full:
-                _log.warning("cannot write %s to the cache (%s): going on without it", path, error.strerror)
+                _log.warning("cannot write %s to the cache (%s): continuing without it", path, error.strerror)
             self._full = True
         finally:
             with contextlib.suppress(OSError):

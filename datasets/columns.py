@@ -44,7 +44,7 @@ class Notes:
     def __call__(self, kind: str, text: str) -> None:
         if kind not in self._said:
             self._said.add(kind)
-            _log.warning("%s: %s (said once, for the first such recording)", self.name or "the events", text)
+            _log.warning("%s: %s (reported once, for the first such recording)", self.name or "the events", text)
 
 
 def events_from_columns(

@@ -163,8 +163,8 @@ def _say_passed_over(sensor_size: Sequence[int], frame_size: Sequence[int]) -> N
     share = _looked_at(width, frame_size[1]) * _looked_at(height, frame_size[0])
     if share < 1:
         _log.warning(
-            "a sensor of %d x %d pixels becomes frames of %d x %d (W x H), of whose pixels each is made of the four "
-            "nearest: %.0f %% of the sensor are passed over, with the events there; events.size=%d takes all of it in",
+            "a sensor of %d x %d pixels becomes frames of %d x %d (W x H), each of whose pixels is made of the four "
+            "nearest: %.0f %% of the sensor are ignored, with the events there; events.size=%d uses all of it",
             *(width, height, frame_size[1], frame_size[0], 100 * (1 - share), -(-max(width, height) // 2)),
         )
 

@@ -81,7 +81,7 @@ class ClassFolders(tonic.dataset.Dataset):
             for path in folders
         }
         for name in [name for name, found in files.items() if not found]:
-            _log.warning("%s holds no %s file: it is not taken for a class", folder / name, "/".join(suffixes))
+            _log.warning("%s holds no %s file: it does not count as a class", folder / name, "/".join(suffixes))
             del files[name]
         self.classes = [names(name) for name in files]
         self.data = [path for found in files.values() for path in found]
@@ -152,7 +152,7 @@ class DVSGestureFiles(tonic.datasets.DVSGesture):
                     strays.append(path)
         if strays:
             _log.warning(
-                "%d files are no gesture userNN_LIGHT/0..10.npy and are passed over: %s", len(strays), strays[0]
+                "%d files are not of a gesture, userNN_LIGHT/0..10.npy, and are ignored: %s", len(strays), strays[0]
             )
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:

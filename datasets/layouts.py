@@ -325,7 +325,7 @@ def _find_sensor_size(sources: Sequence[ClassFolders]) -> tuple[int, int, int]:
     for path, size in list(sizes.items()):
         if any(side > _STRAY * most for side, most in zip(size, usual, strict=True)):
             _log.warning(
-                "%s has events up to x=%d, y=%d, where half of the recordings end by x=%d, y=%d: it does not count for "
+                "%s has events up to x=%d, y=%d, but half of the recordings end by x=%d, y=%d: it does not count for "
                 "the size of the sensor",
                 path,
                 *(side - 1 for side in (*size, *usual)),
@@ -333,8 +333,8 @@ def _find_sensor_size(sources: Sequence[ClassFolders]) -> tuple[int, int, int]:
             del sizes[path]
     width, height = (max(sides) for sides in zip(*sizes.values(), strict=True))
     _log.warning(
-        "the sensor is taken to have %d x %d pixels (W x H), the smallest that holds every event; "
-        "events.sensor_size=[W,H] says otherwise",
+        "the sensor is assumed to have %d x %d pixels (W x H), the smallest that holds every event; "
+        "events.sensor_size=[W,H] sets another size",
         width,
         height,
     )

@@ -101,7 +101,7 @@ def read_bin(path: str | os.PathLike) -> Columns:
     # Tonic's reader scans the rest of the file at each of these, which mark 8 ms.
     overflows = np.count_nonzero(content[1::5] == 240)
     if overflows * len(content) > 10**10:
-        raise ValueError(f"{overflows} of its events are overflows of the clock, which is no such recording")
+        raise ValueError(f"{overflows} of its events are overflows of the clock, so it is not such a recording")
     events = read_mnist_file(str(path), dtype=np.dtype([(name, np.int64) for name in "xytp"]))
     return events["t"], events["x"], events["y"], events["p"]
 

@@ -182,7 +182,7 @@ def _index_shard(file: Path, label_key: str) -> Iterator[tuple[str, tuple[int, i
             f"{file}: the image {unlabelled} has no label; a sample is an image and {wanted} of the same name"
         )
     if not places:
-        raise DataError(f"{file} holds no image; a sample is KEY.{' or KEY.'.join(IMAGE_SUFFIXES)} beside KEY.cls")
+        raise DataError(f"{file} holds no image; a sample is KEY.{' or KEY.'.join(IMAGE_SUFFIXES)} with KEY.cls")
     for key, place in places.items():
         yield key, place, labels[key]
 

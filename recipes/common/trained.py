@@ -50,7 +50,7 @@ def with_run_config(checkpoint: Path | str | None, arguments: Sequence[str]) -> 
     if written is None or any(argument.startswith("config=") for argument in arguments):
         return [*AS_ASKED, *arguments]
     if not read_file(written):
-        raise ConfigError(f"{written} is empty; say the settings of the training with config=NAME or config=FILE.yaml")
+        raise ConfigError(f"{written} is empty; give the settings of the training with config=NAME or config=FILE.yaml")
     return [f"config={written}", *AS_ASKED, *arguments]
 
 

@@ -187,7 +187,7 @@ def test_stray_files_are_passed_over(tmp_path, write, caplog):
     write.gesture(base / "extra" / "0.npy")
     train, _ = build_event_datasets("dvs128_gesture", tmp_path, time_steps=2, **OFF)
     assert train.targets.tolist() == [0, 1, 10, 2, 3, 4, 5, 6, 7, 8, 9] * 2
-    assert "3 files are no gesture" in caplog.text
+    assert "3 files are not of a gesture" in caplog.text
 
     write.cifar10_dvs(tmp_path, per_class=2)
     base = tmp_path / "CIFAR10DVS"
@@ -319,7 +319,7 @@ def test_pixels_that_no_frame_is_made_of_are_said(tmp_path, write, caplog, senso
     frame = torch.zeros(1, 1, *sensor_size[::-1], requires_grad=True)
     torch.nn.functional.interpolate(frame, size=(size, size), mode="bilinear").sum().backward()
     assert round(100 * (frame.grad == 0).double().mean().item()) == (share or 0)
-    said = [record.getMessage() for record in caplog.records if "passed over, with the events" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "ignored, with the events" in record.getMessage()]
     assert [f": {share} % of the sensor" in text for text in said] == ([True] if share else [])
 
 
