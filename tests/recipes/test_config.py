@@ -265,7 +265,7 @@ def test_help_says_what_a_recipes_own_keys_may_be(recipe):
         ("train.epochs=" + "1" * 5000, ["train.epochs: expected a whole number, got '111", "(5000 characters)"]),
         (
             "train.epochs=" + "1" * 3000,
-            ["train.epochs: expected a value of at least 1 and at most 1e+06"],
+            ["train.epochs: expected a value of at least 1 and at most 1000000"],
         ),
         ("train.batch_size=1_000", ["train.batch_size: expected a whole number, got '1_000'"]),
         ("train.batch_size=٣", ["train.batch_size: expected a whole number"]),
