@@ -19,7 +19,7 @@ from sdt_blocks import (
     calibrate_norms,
 )
 from sdt_blocks.analysis import firing_rates
-from sdt_blocks.blocks import ConvNorm, MaskMixer
+from sdt_blocks.blocks import ConvNorm, MaskMixer, QKMixer
 from sdt_blocks.steps import project_and_mix, repeat_frame
 
 
@@ -71,6 +71,18 @@ def test_one_coincidence_is_enough():
     spike[0, 0, 3, 1, 1] = 1
     masked = block.mixer(torch.ones_like(spike), spike, spike)
     assert masked[0, 0, 3].eq(1).all() and masked.sum() == 4
+
+
+@pytest.mark.parametrize("make", [MaskMixer, partial(QKMixer, over="tokens"), partial(QKMixer, num_heads=1)])
+def test_a_mask_counts_exactly_in_half_precision(make):
+    """257 spikes make h = 128.5, which fires, and not the 128 of what bfloat16 rounds them to; 256 do not."""
+    mixer = make(512, neuron=partial(LIF, threshold=256.5))  # the mixer's own is half of it
+    spikes = torch.zeros(1, 1, 512, 1, 257, dtype=torch.bfloat16)
+    spikes[:, :, :257] = 1
+    given = [spikes] * (3 if isinstance(mixer, MaskMixer) else 2)
+    assert torch.equal(mixer(*given), spikes)
+    spikes[..., 256] = spikes[:, :, 256] = 0
+    assert not mixer(*given).any()
 
 
 def test_attention_hooks_see_every_spike():

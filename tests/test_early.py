@@ -83,7 +83,7 @@ def test_measures():
     assert how_sure(logits, "entropy").numpy() == pytest.approx(1 - entropy(p, axis=1) / math.log(5), abs=1e-5)
     first = np.sort(p, axis=1)
     assert how_sure(logits, "margin").numpy() == pytest.approx(first[:, -1] - first[:, -2], abs=1e-5)
-    certain = torch.tensor([[1000.0, 0.0, -1000.0]])
+    certain = torch.tensor([[1000.0, 0.0, -math.inf]])
     assert all(how_sure(certain, measure).item() == 1 for measure in MEASURES)
 
 
@@ -112,6 +112,9 @@ def test_no_lucky_threshold_is_taken():
     points = EarlyAnswers.curve_of(sure, right)
     assert [point.accuracy for point in points] == pytest.approx([2 / 3, 2 / 3, 1 / 3, 2 / 3])
     assert [point.steps for point in points] == pytest.approx([2, 5 / 3, 4 / 3, 1])
+    early = EarlyAnswers(example_model(), threshold=1.0)
+    early.curve = points
+    assert [early.at(tolerance) for tolerance in (0.0, 0.3, 0.4)] == [points[1], points[1], points[3]]
 
 
 def test_refusals():
@@ -139,10 +142,11 @@ def test_refusals():
         EarlyAnswers.fit(model, [(images, labels)], tolerance=5)
     with pytest.raises(TypeError, match="no neuron whose state"):
         EarlyAnswers(nn.Linear(3, 3), threshold=0.5)
-    early = EarlyAnswers(TwoHeads().eval(), threshold=0.5)
-    with pytest.raises(TypeError, match="a model with one head, this one has 2"):
-        early(torch.rand(1, 3, 8, 8))
-    assert not early.stream.seen.numel()
+    for net, message in ((TwoHeads(), "a model with one head, this one has 2"), (OneClass(), "at least two classes")):
+        early = EarlyAnswers(net.eval(), threshold=0.5)
+        with pytest.raises(TypeError, match=message):
+            early(torch.rand(1, 3, 8, 8))
+        assert not early.stream.seen.numel()
 
 
 class TwoHeads(nn.Module):
@@ -155,3 +159,8 @@ class TwoHeads(nn.Module):
     def forward(self, frames):
         spikes = self.neuron(frames.transpose(0, 1).mean((-2, -1)))
         return self.one(spikes).mean(0), self.other(spikes).mean(0)
+
+
+class OneClass(TwoHeads):
+    def forward(self, frames):
+        return super().forward(frames)[0][:, :1]

@@ -342,6 +342,49 @@ def test_plain_layers_are_steps() -> None:
     assert sum(isinstance(target, nn.BatchNorm2d) for target in targets) == 3
 
 
+class Told(nn.Module):
+    """A pooling, a convolution and a norm between two neurons, one of them with a setting that folds or runs apart."""
+
+    def __init__(self, **setting: Any) -> None:
+        super().__init__()
+        of = {kind: setting.get(kind, {}) for kind in ("pool", "conv", "norm")}
+        self.fire, self.last = LIF(), LIF(threshold=0.5)
+        self.pool = nn.MaxPool2d(3, 2, 1, **of["pool"])
+        self.conv = nn.Conv2d(4, 6, 3, **{"padding": 1, **of["conv"]})
+        self.norm = nn.BatchNorm2d(6, **{"momentum": 1.0, **of["norm"]})
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.pool(self.fire(x).flatten(0, 1))
+        frames = self.norm(self.conv(pooled[0] if self.pool.return_indices else pooled))
+        return self.last(frames.unflatten(0, x.shape[:2]))
+
+
+@pytest.mark.parametrize("options", [{}, {"sparse": True}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"conv": {"padding_mode": "circular"}},
+        {"conv": {"padding": "same"}},
+        {"conv": {"dilation": 2, "padding": 2}},
+        {"norm": {"affine": False}},
+        {"norm": {"track_running_stats": False}},
+        {"pool": {"return_indices": True}},
+        {"pool": {"ceil_mode": True}},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_settings_of_plain_layers(setting: dict[str, Any], options: dict[str, bool]) -> None:
+    torch.manual_seed(0)
+    network, x = Told(**setting), torch.randn(3, 2, 4, 6, 9) + 1
+    network(x)
+    network.eval()
+    expected = network(x)
+    fast = optimize_for_inference(network, compile=False, **options)
+    assert torch.equal(fast(x), expected)
+    assert 0.05 < expected.mean() < 0.95
+
+
 class Overwritten(PlainLayers):
     """Frames that are overwritten after their layers."""
 

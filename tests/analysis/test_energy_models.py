@@ -14,6 +14,7 @@ from torch import nn
 
 from sdt_blocks import LIF, MetaSpikeFormer, create_model, over_time
 from sdt_blocks.analysis import ENERGY_MODELS, energy, energy_from_rates, firing_rates, read_energy_models
+from sdt_blocks.analysis.energy_models import ann_cost, estimate
 from sdt_blocks.analysis.operations import count_operations
 
 PJ = 1e-9
@@ -57,6 +58,10 @@ def test_formula_and_executed(two):
     assert report.total_mj == formula.cost.total_mj and formula.cost.memory_mj == executed.cost.memory_mj == 0
     assert formula.ann.total_mj == pytest.approx(PJ * 4.6 * (48 + 40))
     assert formula.bits == 2 and formula.quantised.total_mj == pytest.approx(PJ * 2 * 0.9 * (48 + 40))
+    bits = {steps: estimate(replace(report.operations, steps=steps), formula.model).bits for steps in (1, 2, 4, 7, 8)}
+    assert bits == {1: 1, 2: 2, 4: 3, 7: 3, 8: 4}  # no spike at all is a value too
+    multiplying = estimate(report.operations, replace(formula.model, ac=2.4))  # two of which are more than one 4.6
+    assert multiplying.quantised.total_mj == pytest.approx(PJ * 4.6 * (48 + 40))
     assert executed.ann.total_mj == pytest.approx(PJ * (4.6 * (48 + 40) + 0.9 * (8 + 5)))
 
 
@@ -184,6 +189,8 @@ def test_executed_operations_are_what_the_kernel_meets(kind):
     assert layer.executed_macs == convolution(torch.ones(1, *shape).double()).sum().item() < layer.macs
     assert layer.outputs == convolution(x)[0].numel() and layer.inputs == x[0].numel()
     assert layer.moved == [x.sum().item() / 2] and layer.weights == convolution.weight.numel()
+    for name, macs in (("formula", layer.macs), ("executed", layer.executed_macs)):
+        assert ann_cost(layer, ENERGY_MODELS[name]).total_mj == pytest.approx(PJ * 4.6 * macs)
 
 
 class Loop(nn.Module):
@@ -241,6 +248,7 @@ def test_memory_of_spikingjelly(small):
     layers = [layer for layer in report.operations.layers if layer.kind == "AC" and layer.type != "attention"]
     assert len(layers) == 11
     for row in report.estimates["step"].rows:
+        assert row.type != "attention" or row.cost.weights_mj == 0 < row.cost.compute_mj
         if row.name in {layer.name for layer in layers}:
             read = theirs[row.name]["weight_read_bytes"] + theirs[row.name]["bias_read_bytes"]
             assert row.cost.weights_mj == pytest.approx(PJ * 24.96 * read / 2, rel=1e-12) and read > 0
@@ -334,6 +342,7 @@ def test_models_of_ones_own(tmp_path, two):
         ("chip: {ac: -1}", "chip: ac must not be negative or infinite, got -1"),
         ("chip: {ac: .nan}", "chip: ac must not be negative or infinite, got nan"),
         ("chip: {buffers: [[9, 1], [8, 2]]}", "buffers must grow in size"),
+        ("chip: {buffers: [[8, 1], [8, 2]]}", "buffers must grow in size"),
         ("chip: {buffers: [8, 2]}", "buffers must be pairs"),
         ("chip: 3", "expected constants under the name of each model"),
         ("- chip", "expected constants under the name of each model"),

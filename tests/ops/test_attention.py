@@ -11,6 +11,7 @@ from sdt_blocks import LIF, ParametricLIF, SpikeDrivenSelfAttention
 from sdt_blocks.blocks import MaskMixer
 from sdt_blocks.ops import NeuronSpec, Norm, attend, attend_reference
 from sdt_blocks.ops import attention as attention_op
+from sdt_blocks.ops.bits import are_spikes
 from sdt_blocks.ops.dispatch import kernels
 from sdt_blocks.surrogate import atan, triangular
 
@@ -157,11 +158,31 @@ def test_norms_without_weight_or_bias(backend, device, given):
     assert expected[0].any() and worst(run(attend, x, norms, neurons, leaves), expected) <= TAKEN[torch.float64]
 
 
-def test_unlike_neurons_are_fused_each_for_itself(backend, device):
+@pytest.mark.parametrize("place", [1, 2])
+def test_unlike_neurons_are_fused_each_for_itself(backend, device, place):
     x, norms, neurons, leaves = make((4, 2, 12, 4, 4), torch.float64, device, learnt=False)
-    neurons[1] = neurons[1]._replace(threshold=0.7, inv_tau=0.9)
+    neurons[place] = neurons[place]._replace(threshold=0.7, inv_tau=0.9, surrogate=atan())
     expected = run(attend_reference, x, norms, neurons, leaves)
     assert worst(run(attend, x, norms, neurons, leaves), expected) <= TAKEN[torch.float64]
+
+
+@pytest.mark.parametrize("op", [attend, attend_reference])
+def test_a_sum_over_tokens_is_exact_in_half_precision(op):
+    """257 tokens fire: h = 128.5 reaches the threshold, and would not with the 256 that bfloat16 makes of them."""
+    x = torch.full((1, 1, 2, 1, 257), 9, dtype=torch.bfloat16)
+    norm = Norm(running_mean=torch.zeros(2), running_var=torch.ones(2))
+    neurons = [NeuronSpec()] * 3 + [NeuronSpec(128.25)]
+    assert op([x] * 3, [norm] * 3, neurons).all() and not op([x[..., :-1]] * 3, [norm] * 3, neurons).any()
+
+
+def test_a_surrogate_that_no_kernel_knows_gives_no_known_spikes():
+    """`soft + (hard - soft)` need not be 0 or 1 to the bit."""
+    x, norms, neurons, _ = make((2, 1, 4, 2, 2), torch.float32, "cpu", learnt=False)
+    x = [part.requires_grad_() for part in x]
+    foreign = [neuron._replace(surrogate=torch.sigmoid) for neuron in neurons]
+    unlike = [neuron._replace(threshold=0.5 + i) for i, neuron in enumerate(neurons)]
+    assert not are_spikes(attend(x, norms, foreign))
+    assert are_spikes(attend(x, norms, neurons)) and are_spikes(attend(x, norms, unlike))
 
 
 def test_more_tokens_than_a_program_holds(backend, device, monkeypatch):

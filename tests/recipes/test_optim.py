@@ -20,6 +20,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from sdt_blocks import ParametricLIF, create_model
+from sdt_datasets.image_transforms import seeded
 
 RATES = {"lr": 1.5e-3, "min_lr": 1.5e-5, "warmup_lr": 1e-5}
 
@@ -135,14 +136,18 @@ def test_adamw_and_sgd_are_torchs(name):
         torch.testing.assert_close(ours_, expected_, rtol=1e-12, atol=0)
 
 
-def test_lamb_is_the_papers():
+@pytest.mark.parametrize("trust_clip", [False, True])
+def test_lamb_is_the_papers(trust_clip):
     """Adam's direction plus decay, scaled to the weight's norm (You et al., 2020); gradients clipped to a norm of 1."""
     lr, decay, eps, (b1, b2) = 0.05, 0.2, 1e-6, (0.8, 0.95)
     ours, start, gradients = weights_after(
-        lambda model: build_optimizer(model, name="lamb", lr=lr, weight_decay=decay, eps=eps, betas=(b1, b2))
+        lambda model: build_optimizer(
+            model, name="lamb", lr=lr, weight_decay=decay, eps=eps, betas=(b1, b2), trust_clip=trust_clip
+        )
     )
     weights = [value.clone() for value in start]
     first, second = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
+    ratios = []
     for step in range(3):
         pair = gradients[2 * step : 2 * step + 2]
         norm = torch.sqrt(sum((g**2).sum() for g in pair))
@@ -155,7 +160,10 @@ def test_lamb_is_the_papers():
             if i == 0:  # the bias neither decays nor adapts
                 direction = direction + decay * weights[i]
                 trust = weights[i].norm() / direction.norm()
+                ratios.append(float(trust))
+                trust = trust.clamp(max=1) if trust_clip else trust
             weights[i] = weights[i] - lr * trust * direction
+    assert max(ratios) > 1
     for ours_, expected in zip(ours, weights, strict=True):
         torch.testing.assert_close(ours_, expected, rtol=1e-9, atol=0)
 
@@ -228,6 +236,20 @@ def test_draws_follow_from_seed_step_and_process_alone():
     assert torch.equal(mixed, results[5, 0, 0])
     values = list(results.values())
     assert not any(torch.equal(a, b) for i, a in enumerate(values) for b in values[:i])
+
+
+def test_a_batch_is_mixed_by_other_numbers_than_a_sample_of_the_same_key():
+    one, drawn = mixer(seed=5, process=0), []
+
+    def note(images, targets):
+        drawn.append(np.random.rand())  # noqa: NPY002
+        return images, targets
+
+    one.mix = note
+    one(*batch(), step=3, epoch=0)
+    with seeded(5, 3, 0):
+        assert np.random.rand() not in drawn  # noqa: NPY002
+    assert len(drawn) == 1
 
 
 def test_shares_are_drawn_from_beta_and_the_choice_by_its_probability():
