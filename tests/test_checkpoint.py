@@ -28,6 +28,8 @@ from sdt_blocks import (
 )
 from sdt_blocks.files import write_atomically
 from sdt_blocks.models import Option, keeps_options, register, registry
+from sdt_blocks.models.family import count_blocks
+from sdt_blocks.models.weights import check_fit
 
 TINY = {"depth": 1, "dim": 16, "num_heads": 2, "num_classes": 5, "pooling": "0011", "time_steps": 2}
 
@@ -329,6 +331,21 @@ def test_what_cannot_be_saved_or_loaded_says_why(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json: "):
         load_model(tmp_path)
+
+
+def test_weights_of_another_kind_of_numbers_do_not_fit():
+    expected = {"a": torch.zeros(2), "n": torch.zeros((), dtype=torch.int64)}
+    check_fit(expected, {**expected, "a": torch.zeros(2).half()})
+    for key in expected:
+        other = {**expected, key: expected[key].to(torch.int32)}
+        with pytest.raises(ValueError, match=f"of another kind of numbers: {key} is torch.int32, the model has torch"):
+            check_fit(expected, other)
+
+
+def test_blocks_are_counted_without_a_gap():
+    assert count_blocks({f"block.{i}.w": torch.zeros(1) for i in range(11)}, "block.") == 11
+    with pytest.raises(ValueError, match=r"not numbered 0 to 1: block\.2 is there"):
+        count_blocks({f"block.{i}.w": torch.zeros(1) for i in (0, 2)}, "block.")
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):

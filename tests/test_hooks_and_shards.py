@@ -61,6 +61,31 @@ def mlp(channels=6):
     return block
 
 
+of_all = nn.modules.module
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        nn.Module.register_forward_hook,
+        nn.Module.register_forward_pre_hook,
+        nn.Module.register_full_backward_hook,
+        nn.Module.register_full_backward_pre_hook,
+        lambda _, hook: of_all.register_module_forward_hook(hook),
+        lambda _, hook: of_all.register_module_forward_pre_hook(hook),
+        lambda _, hook: of_all.register_module_full_backward_hook(hook),
+        lambda _, hook: of_all.register_module_full_backward_pre_hook(hook),
+    ],
+)
+def test_every_kind_of_hook_is_seen(register):
+    layer = nn.Conv2d(2, 2, 1)
+    assert not steps.has_hooks(layer)
+    handle = register(layer, lambda *_: None)
+    assert steps.has_hooks(layer)
+    handle.remove()
+    assert not steps.has_hooks(layer)
+
+
 def assert_same(found, expected):
     assert len(found) == len(expected) and expected[1].abs().sum() > 0
     for ours, theirs in zip(found, expected, strict=True):

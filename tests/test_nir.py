@@ -218,6 +218,8 @@ class On(nn.Module):
     [
         (On(pool, nn.MaxPool2d(2)), r"NIR has no MaxPool2d as the network calls it \(layer\); average pooling it has"),
         (On(pool, nn.AvgPool2d(2, padding=1)), "layer: NIR's average pooling has no padding"),
+        (On(pool, nn.AvgPool2d(2, divisor_override=3)), "no padding, ceil_mode or divisor"),
+        (On(pool, nn.AvgPool2d(3, ceil_mode=True)), "no padding, ceil_mode or divisor"),
         (On(project, nn.BatchNorm2d(4)), "NIR has no BatchNorm2d.*norms fold into the convolution before them"),
         (On(project, nn.Conv2d(4, 4, 3, padding="same")), "NIR has no Conv2d as the network calls it"),
         (On(project, nn.Conv2d(4, 4, (3, 1))), r"layer: the package nir takes a kernel of \(3, 1\) for a square one"),

@@ -74,8 +74,7 @@ class SeparableConvNorm(Unit):
         depthwise, pointwise = layers
         if not (is_depthwise(depthwise) and is_bare(pointwise, 1)):
             return None
-        weight = pointwise.weight.double() * depthwise.weight.double()[:, 0]
-        return merged_convolution(weight, None, like=pointwise)
+        return merged_convolution(pointwise.weight * depthwise.weight[:, 0], None, like=pointwise)
 
 
 class RepConv(Unit):

@@ -141,6 +141,19 @@ def test_a_merged_kernel_is_a_copy_in_the_dtype_of_the_weights():
     assert kernel.weight.dtype == torch.float32 and torch.equal(unit(x), before)
 
 
+class Louder(nn.BatchNorm2d):
+    def forward(self, frames):
+        return 2 * super().forward(frames)
+
+
+def test_a_chain_with_a_norm_of_ones_own_is_no_kernel():
+    assert RepConv(4, 4).kernel() is not None
+    for place in ("conv.border.norm", "conv.norm"):
+        unit = RepConv(4, 4)
+        unit.set_submodule(place, Louder(4))
+        assert unit.kernel() is None and unit.chain() is None
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_the_border_is_what_the_norm_makes_of_zero(training, memory_format):

@@ -115,6 +115,13 @@ def test_convolution_gradients(backend, device, kernel, autocast, packed):
     assert [tensor.dtype for tensor, _ in packed()] == [torch.bfloat16 if autocast else torch.float32]
 
 
+def test_autocast_leaves_float64_as_it_is():
+    spikes, conv = LIF()((torch.rand(2, 1, 3, 4, 4).double() * 3).requires_grad_()), nn.Conv2d(3, 4, 1).double()
+    assert are_spikes(spikes)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(per_frame(conv, spikes), conv(spikes.flatten(0, 1)).unflatten(0, (2, 1)))
+
+
 def test_spikes_for_several_layers_are_packed_once(packed, monkeypatch):
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
     spikes = neurons_spikes()
