@@ -109,7 +109,7 @@ def build_image_datasets(
     (1437, 360, torch.Size([1, 32, 32]))
     """
     train, test = _open(name, Path(root) if root is not None else None, download, evaluation_only)
-    _check_classes(train, test)
+    _check_classes(train, test, least=1 if evaluation_only else 2)
     augment, resize = build_transforms(in_channels=in_channels or train.channels, **transforms)
     rows, test_rows = np.arange(len(train.targets)), np.arange(len(test.targets))
     if validation_samples is not None:
@@ -145,11 +145,11 @@ def _open(name: str, root: Path | None, download: bool, evaluation_only: bool) -
     return load(kind, root, download)
 
 
-def _check_classes(train: Source, test: Source) -> None:
+def _check_classes(train: Source, test: Source, *, least: int) -> None:
     for source, split in ((train, "training"), (test, "validation")):
         if not len(source.targets):
             raise DataError(f"there are no {split} images")
-    if len(train.classes) < 2:
+    if len(train.classes) < least:
         raise DataError(f"there is only one class, {train.classes[0]!r}; a classifier needs at least two")
     if train.classes != test.classes:
         only = [

@@ -53,6 +53,8 @@ def start(command: str, rest: Sequence[str]) -> None:
         train(rest)
     elif command in OTHERS:
         run(command, rest)
+    elif command in TRAINING:
+        fail(f"{command} is what to train: sdt train {command} {' '.join(rest)}".rstrip())
     else:
         fail(f"unknown command {command!r}{near(command, ['train', 'configs', *OTHERS])}")
 

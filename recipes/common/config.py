@@ -25,6 +25,9 @@ from .values import convert, expand_home, read_yaml, shown
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
+AS_ASKED = ("train.mixed_precision=no", "tracker=none")
+"""Settings for a trained model unless set otherwise: full precision, as in published figures."""
+
 
 class ConfigError(ValueError):
     """The user's request cannot be fulfilled; the message is one paragraph that says why and what would work."""
@@ -346,7 +349,7 @@ def help_text(default: str, *, training: bool) -> str:
         f"config=NAME takes another file of recipes/configs, config=FILE.yaml any file. The keys, with their values in "
         f"config={default}:"
     ]
-    config = load_config([], default=default)
+    config = load_config([] if training else AS_ASKED, default=default)
     for key, _, item in _walk(Config):
         if training or not of_training(key, item.metadata):
             lines.append(help_line(key, _get(config, key), item.metadata))

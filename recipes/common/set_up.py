@@ -47,6 +47,8 @@ def set_up(config: Config) -> Run:
     train_set, test_set = open_data(config, accelerator)
     sample = at_the_door(train_set.__getitem__, 0)[0]
     num_classes = len(train_set.classes)
+    if num_classes < 2:
+        raise ConfigError(f"the data has one class, {train_set.classes[0]!r}; a classifier needs at least two")
     batches = build_batches(config, accelerator, len(train_set))
     derived = derive(config, accelerator, batches)
     if sample.ndim == 4:  # frames have their own number of time steps

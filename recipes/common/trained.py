@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .config import Config, ConfigError, changed, flatten, load_config, model_keywords, read_file, typed
+from .config import AS_ASKED, Config, ConfigError, changed, flatten, load_config, model_keywords, read_file, typed
 
 if TYPE_CHECKING:
     from sdt_blocks import DataCard
 
 RUN_CONFIG = "config.yaml"
-AS_ASKED = ("train.mixed_precision=no", "tracker=none")
-"""Settings for a trained model unless set otherwise: full precision, as in published figures."""
 _INSIDE_A_RUN = ("best", "last", "ema")
 _LISTED = 5
 _NO_MATTER = {

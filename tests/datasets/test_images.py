@@ -243,6 +243,9 @@ def test_a_single_class_is_refused(tree):
     remove(tree / "val" / "china")
     with pytest.raises(DataError, match="only one class, 'flower'; a classifier needs at least two"):
         build_image_datasets("folder", tree, **PLAIN)
+    # A trained model may be judged on some of its classes.
+    _, test = build_image_datasets("folder", tree, evaluation_only=True, **PLAIN)
+    assert test.classes == ["flower"] and len(test) > 0
 
 
 def test_classes_of_train_and_val_must_be_the_same(tree):

@@ -235,6 +235,7 @@ def test_help_names_every_key_with_its_value():
 
 def test_help_for_trained_models_leaves_out_how_to_train():
     shown = {line.split("=")[0].strip() for line in help_text("digits", training=False).splitlines()[1:]}
+    assert "train.mixed_precision=no:" in help_text("imagenet_8_384", training=False), "what the recipes take it as"
     assert {"data.img_size", "model.time_steps", "train.batch_size", "threads"} < shown <= set(KEYS)
     assert not shown & {"optim.lr", "train.epochs", "data.mixup", "output_dir"}
 

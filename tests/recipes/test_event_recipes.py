@@ -1,5 +1,6 @@
 """The event recipes: their values against the published table, a few steps on true files, the demonstration."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -309,3 +310,12 @@ def test_the_real_recording_comes_with_its_licence():
     folder = CONFIGS.parent / "data"
     assert len(read_events(folder / "davis346_crop.npz")) == 17_284
     assert "MIT License" in (folder / "davis346_LICENSE").read_text()
+
+
+def test_one_class_is_nothing_to_train_on(set_up, tmp_path):
+    write_recordings(tmp_path / "shapes", train=2, test=1)
+    for split in ("train", "test"):
+        for folder in sorted((tmp_path / "shapes" / split).iterdir())[1:]:
+            shutil.rmtree(folder)
+    with pytest.raises(ConfigError, match=r"the data has one class, '\w+'; a classifier needs at least two"):
+        set_up("data.root=shapes", "tracker=none", "threads=1", "output_dir=run", default="events_demo")

@@ -96,6 +96,10 @@ def test_a_ctrl_c_amid_the_imports_of_a_recipe_is_no_traceback(sdt, monkeypatch)
     assert sdt("train", "digits") == sdt("evaluate", "checkpoint=x") == (130, "stopped\n")
 
 
+def test_what_to_train_is_no_command(sdt):
+    assert sdt("digits", "seed=1") == (2, "error: digits is what to train: sdt train digits seed=1\n")
+
+
 def test_every_command_has_help(sdt):
     for command in ("configs", "train", "help"):
         arguments = [command] if command == "help" else [command, "--help"]
