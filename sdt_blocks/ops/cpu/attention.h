@@ -57,8 +57,8 @@ void attend(const Layout& l, int64_t images, const Neuron* neurons, const X* q, 
                                     Dynamics<S>(neurons[3])};
     parallel(l.threads, [&](int thread, int threads) {
         const int64_t w = pieces.lanes;
-        std::vector<S> scales(3 * w), shifts(3 * w), times(4 * w), h(3 * w), fired(3 * w), wide(w);
-        std::vector<S> sums(l.steps * w), masks(l.steps * w);
+        Buffer<S> scales(3 * w), shifts(3 * w), times(4 * w), h(3 * w), fired(3 * w), wide(w);
+        Buffer<S> sums(l.steps * w), masks(l.steps * w);
         std::vector<uint8_t> own;
         pieces.share(thread, threads, [&](const Piece& p) {
             for (int64_t i = 0; i < 4; ++i) {
@@ -78,7 +78,7 @@ void attend(const Layout& l, int64_t images, const Neuron* neurons, const X* q, 
                 for (int64_t t = 0; t < l.steps; ++t) {
                     for (int64_t i = 0; i < 3; ++i) {
                         const X* in = x[i] + t * l.size + at;
-                        prefetch<0>(in + p.stride, n);
+                        prefetch<0>(in + AHEAD * p.stride, n);
                         advance<true, true>(dynamics[i], n, widen(n, in, wide), &scales[i * w], &shifts[i * w], &times[i * w],
                                             &h[i * w], &h[i * w], &fired[i * w]);
                     }
@@ -106,7 +106,7 @@ void attend(const Layout& l, int64_t images, const Neuron* neurons, const X* q, 
                     const uint8_t* from = code(row, t);
                     const S* mask = &masks[t * w];
                     X* to = out + t * l.size + p.start + row * p.stride;
-                    prefetch<1>(to + p.stride, n);
+                    prefetch<1>(to + AHEAD * p.stride, n);
                     SIMD for (int64_t i = 0; i < n; ++i) store(S(from[i] & 1) * mask[i], to[i]);
                 }
         });
@@ -118,7 +118,7 @@ template <class X, class S>
 void mask_gradient(const Layout& l, int64_t images, const X* grad, int64_t grad_step, const uint8_t* codes, S* result) {
     const Pieces pieces(l, images);
     parallel(l.threads, [&](int thread, int threads) {
-        std::vector<S> sums(pieces.lanes);
+        Buffer<S> sums(pieces.lanes);
         pieces.share(thread, threads, [&](const Piece& p) {
             for (int64_t t = 0; t < l.steps; ++t) {
                 std::fill(sums.begin(), sums.end(), S(0));
@@ -144,7 +144,7 @@ template <class X, class S> struct Upstream {
     int64_t images, bit;
 
     // That of a block at step t, in `row` unless it lies ready.
-    const S* operator()(const Blocks& blocks, const Block& b, int64_t t, std::vector<S>& buffer) const {
+    const S* operator()(const Blocks& blocks, const Block& b, int64_t t, Buffer<S>& buffer) const {
         const Layout& l = blocks.l;
         S* row = buffer.data();
         if (grad && !mask) return widen(b.length, grad + t * step + b.start, buffer);

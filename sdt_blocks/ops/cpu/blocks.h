@@ -37,7 +37,7 @@ inline void store(float v, float16& out) { out = float16(v); }
 #endif
 
 // x itself where it is of the state's type, else converted into the buffer.
-template <class X, class S> const S* widen(int64_t n, const X* x, std::vector<S>& buffer) {
+template <class X, class S> const S* widen(int64_t n, const X* x, Buffer<S>& buffer) {
     if constexpr (std::is_same_v<X, S>) {
         return x;
     } else {
@@ -47,10 +47,10 @@ template <class X, class S> const S* widen(int64_t n, const X* x, std::vector<S>
     }
 }
 // Where to compute what belongs into out: there, or in the buffer, from where `narrow` takes it.
-template <class X, class S> S* target(X* out, std::vector<S>& buffer) {
+template <class X, class S> S* target(X* out, Buffer<S>& buffer) {
     if constexpr (std::is_same_v<X, S>) return out; else return buffer.data();
 }
-template <class X, class S> void narrow(int64_t n, const std::vector<S>& buffer, X* out) {
+template <class X, class S> void narrow(int64_t n, const Buffer<S>& buffer, X* out) {
     if constexpr (!std::is_same_v<X, S>) {
         const S* in = buffer.data();
         SIMD for (int64_t i = 0; i < n; ++i) store(in[i], out[i]);
@@ -110,7 +110,7 @@ template <class S> struct PerNeuron {
     const S* values;
     Meeting meeting;
     int64_t shown = -1;
-    std::vector<S> tile;
+    Buffer<S> tile;
 
     PerNeuron(const Blocks& b, const S* v, int64_t count, S otherwise)
         : values(v), meeting(values && count > 1 ? b.meeting : SINGLE),
@@ -131,7 +131,7 @@ template <class S> struct PerNeuron {
 // Sums over neurons, one for each channel, in float64 from block to block.
 template <class S> struct PerChannel {
     const Blocks& blocks;
-    std::vector<S> block_sum;
+    Buffer<S> block_sum;
     std::vector<double> sums;
 
     explicit PerChannel(const Blocks& b)
@@ -151,7 +151,8 @@ template <class S> struct PerChannel {
     }
 };
 
-// Asks for memory that the next block will use, while this one is computed.
+constexpr int64_t AHEAD = 2;  // blocks from the one that is computed to the one whose memory is asked for
+
 template <int Write, class X> inline void prefetch(const X* p, int64_t n) {
     for (const char *c = (const char*)p, *end = (const char*)(p + n); c < end; c += 64) __builtin_prefetch(c, Write, 2);
 }

@@ -95,7 +95,7 @@ void levels_backward(const Levels& neuron, const X* grad, const uint8_t* inside,
 // The scale of a normalization, and what is added to the product: with PyTorch's roundings, which multiplies and adds at once.
 template <class S> struct Normalization {
     const S* scale;
-    std::vector<S> shift;
+    Buffer<S> shift;
 
     Normalization(int64_t channels, const S* of_scale, const S* mean, const S* bias) : scale(of_scale), shift(channels) {
         for (int64_t c = 0; c < channels; ++c) shift[c] = multiply_add(-mean[c], scale[c], bias ? bias[c] : S(0));
@@ -109,14 +109,14 @@ void norm_levels(const Layout& l, const Levels& neuron, const X* x, const S* sca
     const Normalization<S> norm(l.channels, scale, mean, bias);
     parallel(l.threads, [&](int thread, int threads) {
         PerNeuron<S> scales(blocks, scale, l.channels, S(1)), shifts(blocks, norm.shift.data(), l.channels, S(0));
-        std::vector<S> wide(blocks.width), found(blocks.width);
+        Buffer<S> wide(blocks.width), found(blocks.width);
         blocks.share(thread, threads, [&](const Block& b) {
             const int64_t n = b.length;
             const S *block_scale = scales(b), *block_shift = shifts(b);
             for (int64_t t = 0; t < l.steps; ++t) {
                 const X* in = x + t * l.x_step + b.x_start;
                 X* out = values + t * l.size + b.start;
-                prefetch<0>(in + n, n);
+                prefetch<0>(in + AHEAD * n, n);
                 const S* x_t = widen(n, in, wide);
                 S* to = target(out, found);
                 SIMD for (int64_t i = 0; i < n; ++i)
@@ -139,15 +139,15 @@ void norm_levels_backward(const Layout& l, const Levels& neuron, const X* grad, 
         PerNeuron<S> scales(blocks, scale, l.channels, S(1)), shifts(blocks, norm.shift.data(), l.channels, S(0));
         PerNeuron<S> means(blocks, mean, l.channels, S(0));
         PerChannel<S> of_shift(blocks), of_scale(blocks);
-        std::vector<S> wide(blocks.width), wide_grad(blocks.width), found(blocks.width);
+        Buffer<S> wide(blocks.width), wide_grad(blocks.width), found(blocks.width);
         blocks.share(thread, threads, [&](const Block& b) {
             const int64_t n = b.length;
             const S *block_scale = scales(b), *block_shift = shifts(b), *block_mean = means(b);
             for (int64_t t = 0; t < l.steps; ++t) {
                 const X *in = x + t * l.x_step + b.x_start, *of_values = grad + t * grad_step + b.start;
                 X* out = grad_x + t * l.size + b.start;
-                prefetch<0>(in + n, n);
-                prefetch<0>(of_values + n, n);
+                prefetch<0>(in + AHEAD * n, n);
+                prefetch<0>(of_values + AHEAD * n, n);
                 const S *x_t = widen(n, in, wide), *of = widen(n, of_values, wide_grad);
                 S* to = target(out, found);
                 SIMD for (int64_t i = 0; i < n; ++i) {

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <new>
+#include <vector>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -15,6 +17,19 @@
 #define SUM(sum) PRAGMA(omp simd reduction(+ : sum))
 
 namespace {
+
+// Memory that begins with a cache line: a vector register's worth of it never lies in two.
+template <class T> struct Aligned {
+    using value_type = T;
+    static constexpr std::align_val_t LINE{64};
+    Aligned() = default;
+    template <class U> Aligned(const Aligned<U>&) {}
+    T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), LINE)); }
+    void deallocate(T* p, size_t) { ::operator delete(p, LINE); }
+    template <class U> bool operator==(const Aligned<U>&) const { return true; }
+    template <class U> bool operator!=(const Aligned<U>&) const { return false; }
+};
+template <class T> using Buffer = std::vector<T, Aligned<T>>;
 
 struct bfloat16 { uint16_t bits; };
 

@@ -22,7 +22,7 @@ void forward(const Layout& l, const Neuron& neuron, const X* x, const S* scale, 
     parallel(l.threads, [&](int thread, int threads) {
         PerNeuron<S> scales(blocks, scale, l.channels, S(1)), shifts(blocks, shift, l.channels, S(0));
         PerNeuron<S> time(blocks, inv_tau, time_constants, S(neuron.inv_tau));
-        std::vector<S> wide(blocks.width), h(blocks.width), fired(blocks.width);
+        Buffer<S> wide(blocks.width), h(blocks.width), fired(blocks.width);
         blocks.share(thread, threads, [&](const Block& b) {
             const int64_t n = b.length;
             const S *block_scale = scales(b), *block_shift = shifts(b), *block_time = time(b), *x_t = nullptr;
@@ -31,8 +31,8 @@ void forward(const Layout& l, const Neuron& neuron, const X* x, const S* scale, 
             for (int64_t t = 0; t < l.steps; ++t) {
                 if (t == 0 || !l.repeat) x_t = widen(n, x + t * l.x_step + b.x_start, wide);
                 X* out = spikes + t * l.size + b.start;
-                if (!l.repeat) prefetch<0>(x + t * l.x_step + b.x_start + n, n);
-                prefetch<1>(out + n, n);
+                if (!l.repeat) prefetch<0>(x + t * l.x_step + b.x_start + AHEAD * n, n);
+                prefetch<1>(out + AHEAD * n, n);
                 with_flags([&](auto affine) {
                     advance<affine, true>(dynamics, n, x_t, block_scale, block_shift, block_time, h.data(), h.data(),
                                           target(out, fired));
@@ -57,7 +57,7 @@ void backward(const Layout& l, const Neuron& neuron, const Upstream<X, S>& upstr
         PerNeuron<S> centers(blocks, center, l.channels, S(0)), time(blocks, inv_tau, time_constants, S(neuron.inv_tau));
         PerChannel<S> of_time(blocks), of_shift(blocks), of_scale(blocks);
         const int64_t w = blocks.width;
-        std::vector<S> trace((l.steps + 1) * w), carry(w), fired(w), wide(w), wide_grad(w), of_y(w), total(w);
+        Buffer<S> trace((l.steps + 1) * w), carry(w), fired(w), wide(w), wide_grad(w), of_y(w), total(w);
         blocks.share(thread, threads, [&](const Block& b) {
             const int64_t n = b.length;
             const S *block_scale = scales(b), *block_shift = shifts(b), *block_center = centers(b), *block_time = time(b);
@@ -66,8 +66,8 @@ void backward(const Layout& l, const Neuron& neuron, const Upstream<X, S>& upstr
             if (membrane) std::copy_n(membrane + b.start, n, h);
             else std::fill_n(h, n, S(0));
             for (int64_t t = 0; t < l.steps; ++t, h += w) {
-                if (!l.repeat) prefetch<0>(x + t * l.x_step + b.x_start + n, n);
-                if (upstream.grad) prefetch<0>(upstream.grad + t * upstream.step + b.start + n, n);
+                if (!l.repeat) prefetch<0>(x + t * l.x_step + b.x_start + AHEAD * n, n);
+                if (upstream.grad) prefetch<0>(upstream.grad + t * upstream.step + b.start + AHEAD * n, n);
                 if (t == 0 || !l.repeat) x_t = widen(n, x + t * l.x_step + b.x_start, wide);
                 with_flags([&](auto affine) {
                     advance<affine, false>(dynamics, n, x_t, block_scale, block_shift, block_time, h, h + w, (S*)nullptr);
@@ -77,7 +77,7 @@ void backward(const Layout& l, const Neuron& neuron, const Upstream<X, S>& upstr
             else std::fill_n(carry.data(), n, S(0));
             std::fill_n(fired.data(), n, S(0));
             for (int64_t t = l.steps - 1; t >= 0; --t, h -= w) {
-                if (!l.repeat) prefetch<1>(grad_x + t * l.size + b.start + n, n);
+                if (!l.repeat) prefetch<1>(grad_x + t * l.size + b.start + AHEAD * n, n);
                 if (!l.repeat) x_t = widen(n, x + t * l.x_step + b.x_start, wide);
                 const S* of_spikes = upstream(blocks, b, t, wide_grad);
                 X* out = grad_x + t * l.size + b.start;
@@ -121,7 +121,7 @@ void backward(const Layout& l, const Neuron& neuron, const Upstream<X, S>& upstr
 // Mean and biased variance of every channel, summed around the channel's first value so that a large mean costs no precision.
 template <class X, class S> void statistics(const Layout& l, const X* x, double* mean, double* variance) {
     const Blocks blocks(l);
-    std::vector<S> first(l.channels);
+    Buffer<S> first(l.channels);
     for (int64_t c = 0; c < l.channels; ++c) {
         const int64_t i = c * l.inner;
         first[c] = load(x[i / l.chunk * l.chunk_stride + i % l.chunk]);
@@ -134,7 +134,7 @@ template <class X, class S> void statistics(const Layout& l, const X* x, double*
             const S* origin = firsts(b);
             for (int64_t t = 0; t < l.steps; ++t) {
                 const X* x_t = x + t * l.x_step + b.x_start;
-                prefetch<0>(x_t + b.length, b.length);
+                prefetch<0>(x_t + AHEAD * b.length, b.length);
                 SIMD for (int64_t i = 0; i < b.length; ++i) {
                     S d = load(x_t[i]) - origin[i];
                     sum.block_sum[i] += d;
