@@ -15,116 +15,168 @@ struct Planes {
     int64_t width_out() const { return (width + 1) / 2; }
 };
 
-constexpr int64_t POOLED = 256;  // results that are computed together
+constexpr int64_t POOLED = 512;  // results, about, that are computed together
+constexpr uint8_t NOWHERE = 9;   // the place in a window that is none
 
-// Compares n candidates of one place, `Stride` apart, with the best so far. A NaN wins, the last of several, as in PyTorch.
-template <int Stride, class X, class S> void challenge(int64_t n, const X* x, int32_t place, S* best, int32_t* places) {
+// The largest of nine candidates for each of n windows, and its place. Those in the padding are -infinity; `places` begins with
+// the first that is not in it. A NaN wins, the last of several, as in PyTorch.
+template <class S> void largest(int64_t n, const S* const* candidates, S* best, int32_t* places) {
+    const S *a = candidates[0], *b = candidates[1], *c = candidates[2], *d = candidates[3], *e = candidates[4],
+            *f = candidates[5], *g = candidates[6], *h = candidates[7], *k = candidates[8];
     SIMD for (int64_t i = 0; i < n; ++i) {
-        const S v = load(x[i * Stride]);
-        const bool better = v > best[i] || v != v;
-        best[i] = better ? v : best[i];
-        places[i] = better ? place : places[i];
+        S top = -std::numeric_limits<S>::infinity();
+        int32_t place = places[i];
+        const auto challenge = [&](S v, int32_t of) {
+            const bool better = v > top || v != v;
+            top = better ? v : top;
+            place = better ? of : place;
+        };
+        challenge(a[i], 0), challenge(b[i], 1), challenge(c[i], 2);
+        challenge(d[i], 3), challenge(e[i], 4), challenge(f[i], 5);
+        challenge(g[i], 6), challenge(h[i], 7), challenge(k[i], 8);
+        best[i] = top;
+        places[i] = place;
     }
 }
 
-template <class X, class S> void max_pool(const Planes& f, const X* x, X* out, uint8_t* places) {
-    const int64_t rows = f.rows_out(), wide = f.width_out(), planes = f.channels_last ? f.count : f.count * f.channels;
-    const int64_t row_in = f.channels_last ? f.width * f.channels : f.width;
-    const int64_t row_out = f.channels_last ? wide * f.channels : wide;
+template <class X, class S> void write(int64_t n, const S* best, const int32_t* place, X* out, uint8_t* places) {
+    SIMD for (int64_t i = 0; i < n; ++i) store(best[i], out[i]);
+    if (places)
+        SIMD for (int64_t i = 0; i < n; ++i) places[i] = uint8_t(place[i]);
+}
+
+// The channels of a window lie side by side, and windows of a row are computed together.
+template <class X, class S> void max_pool_channels(const Planes& f, const X* x, X* out, uint8_t* places) {
+    const int64_t rows = f.rows_out(), wide = f.width_out(), lanes = f.channels, row_in = f.width * lanes;
+    const int64_t together = std::min(wide, std::max<int64_t>(1, POOLED / lanes)), pieces = (wide + together - 1) / together;
+    const int64_t count = f.count * rows * pieces;
     parallel(f.threads, [&](int thread, int threads) {
-        S best[POOLED];
-        int32_t place[POOLED];
-        const auto write = [&](int64_t n, int64_t at) {
-            SIMD for (int64_t i = 0; i < n; ++i) store(best[i], out[at + i]);
-            if (places)
-                SIMD for (int64_t i = 0; i < n; ++i) places[at + i] = uint8_t(place[i]);
-        };
-        for (int64_t row = planes * rows * thread / threads; row < planes * rows * (thread + 1) / threads; ++row) {
-            const int64_t y = row % rows * 2, at = row * row_out;
-            const X* middle = x + (row / rows * f.height + y) * row_in;
-            const int64_t top = y > 0 ? 0 : 1, bottom = y + 1 < f.height ? 2 : 1;
-            if (f.channels_last) {
-                for (int64_t column = 0; column < wide; ++column)
-                    for (int64_t c = 0; c < f.channels; c += POOLED) {
-                        const int64_t n = std::min(POOLED, f.channels - c), left = column > 0 ? 0 : 1;
-                        const int64_t right = 2 * column + 1 < f.width ? 2 : 1;
-                        std::fill_n(best, n, -std::numeric_limits<S>::infinity());
-                        std::fill_n(place, n, int32_t(3 * top + left));
-                        for (int64_t dy = top; dy <= bottom; ++dy)
-                            for (int64_t dx = left; dx <= right; ++dx)
-                                challenge<1>(n, middle + (dy - 1) * row_in + (2 * column + dx - 1) * f.channels + c,
-                                             int32_t(3 * dy + dx), best, place);
-                        write(n, at + column * f.channels + c);
-                    }
-                continue;
+        Buffer<S> buffers[3], best(together * lanes), padding(lanes, -std::numeric_limits<S>::infinity());
+        for (Buffer<S>& buffer : buffers) buffer.resize((2 * together + 1) * lanes);
+        Buffer<int32_t> place(together * lanes);
+        for (int64_t piece = count * thread / threads; piece < count * (thread + 1) / threads; ++piece) {
+            const int64_t row = piece / pieces, y = row % rows * 2, first = piece % pieces * together;
+            const int64_t windows = std::min(together, wide - first), n = windows * lanes, at = (row * wide + first) * lanes;
+            const int64_t from = std::max<int64_t>(0, 2 * first - 1), to = std::min(f.width, 2 * (first + windows));
+            const S* in[3];  // the rows above, of and below the windows' middle, from a column on
+            for (int64_t dy = 0; dy < 3; ++dy) {
+                const bool within = y + dy > 0 && y + dy <= f.height;
+                const X* start = x + (row / rows * f.height + y + dy - 1) * row_in + from * lanes;
+                in[dy] = within ? widen((to - from) * lanes, start, buffers[dy]) : nullptr;
             }
-            for (int64_t start = 0; start < wide; start += POOLED) {
-                const int64_t n = std::min(POOLED, wide - start), first = start == 0;
-                const int64_t whole = std::min(start + n, f.width / 2) - start;  // windows that end within the row
-                std::fill_n(best, n, -std::numeric_limits<S>::infinity());
-                std::fill_n(place, n, int32_t(3 * top));
-                if (first) place[0] = int32_t(3 * top + 1);
-                for (int64_t dy = top; dy <= bottom; ++dy) {
-                    const X* in = middle + (dy - 1) * row_in + 2 * start;
-                    challenge<2>(n - first, in + 2 * first - 1, int32_t(3 * dy), best + first, place + first);
-                    challenge<2>(n, in, int32_t(3 * dy + 1), best, place);
-                    challenge<2>(whole, in + 1, int32_t(3 * dy + 2), best, place);
+            std::fill_n(place.data(), n, int32_t(3 * (y == 0)));
+            if (first == 0) std::fill_n(place.data(), lanes, int32_t(3 * (y == 0) + 1));
+            for (int64_t window = 0; window < windows; ++window) {
+                const S* candidates[9];
+                for (int64_t k = 0; k < 9; ++k) {
+                    const int64_t column = 2 * (first + window) + k % 3 - 1;
+                    const bool within = in[k / 3] && column >= 0 && column < f.width;
+                    candidates[k] = within ? in[k / 3] + (column - from) * lanes : padding.data();
                 }
-                write(n, at + start);
+                largest(lanes, candidates, &best[window * lanes], &place[window * lanes]);
             }
+            write(n, best.data(), place.data(), out + at, places ? places + at : nullptr);
         }
     });
 }
 
-// Every input gathers from the one, two or four windows that it lies in.
-template <class X, class S> void max_pool_backward(const Planes& f, const X* grad, const uint8_t* places, X* grad_x) {
-    const int64_t rows = f.rows_out(), wide = f.width_out(), planes = f.channels_last ? f.count : f.count * f.channels;
-    const int64_t row_in = f.channels_last ? f.width * f.channels : f.width;
-    const int64_t row_out = f.channels_last ? wide * f.channels : wide;
+// The columns of a channel lie side by side: several rows of windows are computed together, each candidate from rows of its own
+// in which every second column was left out.
+template <class X, class S> void max_pool_columns(const Planes& f, const X* x, X* out, uint8_t* places) {
+    const int64_t rows = f.rows_out(), wide = f.width_out(), planes = f.count * f.channels;
+    const int64_t together = std::min(rows, std::max<int64_t>(1, POOLED / wide)), pieces = (rows + together - 1) / together;
     parallel(f.threads, [&](int thread, int threads) {
-        S even[POOLED], odd[POOLED];
-        for (int64_t row = planes * f.height * thread / threads; row < planes * f.height * (thread + 1) / threads; ++row) {
-            const int64_t plane = row / f.height, y = row % f.height;
-            X* to = grad_x + row * row_in;
-            // The windows' rows, and the input's place in them: the middle one, or the last of one and the first of the next.
-            const int64_t windows = y % 2 && y / 2 + 1 < rows ? 2 : 1;
-            const int64_t from[2] = {(plane * rows + y / 2) * row_out, (plane * rows + y / 2 + 1) * row_out};
-            const int32_t dy[2] = {y % 2 ? 2 : 1, 0};
-            const auto add = [&](int64_t n, int64_t at, int32_t place, S* sum) {
-                const X* g = grad + at;
-                const uint8_t* p = places + at;
-                SIMD for (int64_t i = 0; i < n; ++i) sum[i] += p[i] == place ? S(load(g[i])) : S(0);
-            };
-            if (f.channels_last) {
-                for (int64_t column = 0; column < f.width; ++column)
-                    for (int64_t c = 0; c < f.channels; c += POOLED) {
-                        const int64_t n = std::min(POOLED, f.channels - c);
-                        std::fill_n(even, n, S(0));
-                        for (int64_t w = 0; w < windows; ++w) {
-                            const int64_t at = from[w] + column / 2 * f.channels + c;
-                            add(n, at, 3 * dy[w] + (column % 2 ? 2 : 1), even);
-                            if (column % 2 && column / 2 + 1 < wide) add(n, at + f.channels, 3 * dy[w], even);
-                        }
-                        SIMD for (int64_t i = 0; i < n; ++i) store(even[i], to[column * f.channels + c + i]);
-                    }
-                continue;
-            }
-            for (int64_t start = 0; start < wide; start += POOLED) {
-                const int64_t n = std::min(POOLED, wide - start), next = std::min(n, wide - 1 - start);
-                const int64_t pairs = std::min(start + n, f.width / 2) - start;
-                std::fill_n(even, n, S(0));
-                std::fill_n(odd, n, S(0));
-                for (int64_t w = 0; w < windows; ++w) {
-                    add(n, from[w] + start, 3 * dy[w] + 1, even);
-                    add(n, from[w] + start, 3 * dy[w] + 2, odd);
-                    add(next, from[w] + start + 1, 3 * dy[w], odd);
+        const int64_t size = together * wide;
+        Buffer<S> left(2 * size + wide), middle(2 * size + wide), right(2 * size + wide), best(size);
+        Buffer<int32_t> place(size);
+        for (int64_t piece = planes * pieces * thread / threads; piece < planes * pieces * (thread + 1) / threads; ++piece) {
+            const int64_t plane = piece / pieces, first = piece % pieces * together, count = std::min(together, rows - first);
+            // The input's odd rows, with the one above, then its even rows.
+            const auto spread = [&](int64_t y, int64_t to) {
+                S *l = &left[to], *m = &middle[to], *r = &right[to];
+                if (y < 0 || y >= f.height) {
+                    for (S* row : {l, m, r}) std::fill_n(row, wide, -std::numeric_limits<S>::infinity());
+                    return;
                 }
-                X* pair = to + 2 * start;
+                const X* in = x + (plane * f.height + y) * f.width;
+                const int64_t pairs = f.width / 2;
                 SIMD for (int64_t i = 0; i < pairs; ++i) {
-                    store(even[i], pair[2 * i]);
-                    store(odd[i], pair[2 * i + 1]);
+                    m[i] = load(in[2 * i]);
+                    r[i] = load(in[2 * i + 1]);
                 }
-                if (pairs < n) store(even[pairs], pair[2 * pairs]);
+                if (pairs < wide) m[pairs] = load(in[2 * pairs]), r[pairs] = -std::numeric_limits<S>::infinity();
+                l[0] = -std::numeric_limits<S>::infinity();
+                std::copy_n(r, wide - 1, l + 1);
+            };
+            const int64_t even = (count + 1) * wide;
+            for (int64_t row = 0; row <= count; ++row) spread(2 * (first + row) - 1, row * wide);
+            for (int64_t row = 0; row < count; ++row) spread(2 * (first + row), even + row * wide);
+            for (int64_t row = 0; row < count; ++row) {
+                std::fill_n(&place[row * wide], wide, int32_t(3 * (first + row == 0)));
+                ++place[row * wide];
+            }
+            const S* candidates[9];
+            for (int64_t k = 0; k < 9; ++k) {
+                const Buffer<S>& of = k % 3 == 0 ? left : k % 3 == 1 ? middle : right;
+                candidates[k] = of.data() + (k / 3 == 0 ? 0 : k / 3 == 1 ? even : wide);
+            }
+            const int64_t at = (plane * rows + first) * wide;
+            largest(count * wide, candidates, best.data(), place.data());
+            write(count * wide, best.data(), place.data(), out + at, places ? places + at : nullptr);
+        }
+    });
+}
+
+template <class X, class S> void max_pool(const Planes& f, const X* x, X* out, uint8_t* places) {
+    if (f.channels_last) max_pool_channels<X, S>(f, x, out, places); else max_pool_columns<X, S>(f, x, out, places);
+}
+
+// What n windows give back to four inputs each: in the upper row their middle and the one to the right, in the lower row those
+// below. Side by side, or all that are to the right behind all others. No window's place is in the padding, so that none gives
+// to a neighbour that is not there.
+template <bool SideBySide, class S, class X>
+void give_back(int64_t n, const X* grad, const uint8_t* places, int64_t right, int64_t below, X* upper, X* lower) {
+    const int64_t stride = SideBySide ? 2 : 1, beside = SideBySide ? 1 : n;
+    SIMD for (int64_t i = 0; i < n; ++i) {
+        const auto of = [&](int64_t at, int32_t place) { return places[i + at] == place ? S(load(grad[i + at])) : S(0); };
+        store(of(0, 4), upper[stride * i]);
+        store(S(of(0, 5) + of(right, 3)), upper[stride * i + beside]);
+        store(S(of(0, 7) + of(below, 1)), lower[stride * i]);
+        store(S(of(0, 8) + of(right, 6) + of(below, 2) + of(below + right, 0)), lower[stride * i + beside]);
+    }
+}
+
+template <class X, class S> void max_pool_backward(const Planes& f, const X* grad, const uint8_t* places, X* grad_x) {
+    const int64_t rows = f.rows_out(), wide = f.width_out(), lanes = f.channels_last ? f.channels : 1;
+    const int64_t windows = f.count * f.channels / lanes * rows * wide, together = std::max<int64_t>(1, POOLED / lanes);
+    const int64_t right = lanes, below = wide * lanes, blocks = (windows + together - 1) / together;
+    parallel(f.threads, [&](int thread, int threads) {
+        Buffer<X> pairs[2], last_grad;  // two rows of inputs
+        for (Buffer<X>& pair : pairs) pair.resize(2 * together * lanes);
+        Buffer<uint8_t> last_places;
+        for (int64_t block = blocks * thread / threads; block < blocks * (thread + 1) / threads; ++block) {
+            const int64_t start = block * together, count = std::min(together, windows - start), n = count * lanes;
+            const X* g = grad + start * lanes;
+            const uint8_t* p = places + start * lanes;
+            const int64_t read = n + below + right, left = (windows - start) * lanes;
+            if (read > left) {  // behind the last window there is nothing to read
+                last_grad.assign(g, g + left), last_grad.resize(read);
+                last_places.assign(p, p + left), last_places.resize(read, NOWHERE);
+                g = last_grad.data(), p = last_places.data();
+            }
+            if (f.channels_last) give_back<false, S>(n, g, p, right, below, &pairs[0][0], &pairs[1][0]);
+            else give_back<true, S>(n, g, p, right, below, &pairs[0][0], &pairs[1][0]);
+            for (int64_t i = 0, whole; i < count; i += whole) {
+                const int64_t row = (start + i) / wide, column = (start + i) % wide * 2, y = row % rows * 2;
+                whole = f.channels_last ? 1 : std::min(count - i, wide - column / 2);
+                const int64_t columns = std::min(2 * whole, f.width - column);
+                for (int64_t dy = 0; dy < 2 && y + dy < f.height; ++dy) {
+                    X* to = grad_x + ((row / rows * f.height + y + dy) * f.width + column) * lanes;
+                    if (!f.channels_last) std::memcpy(to, &pairs[dy][2 * i], columns * sizeof(X));
+                    else
+                        for (int64_t dx = 0; dx < columns; ++dx)
+                            std::memcpy(to + dx * lanes, &pairs[dy][dx * n + i * lanes], lanes * sizeof(X));
+                }
             }
         }
     });
