@@ -85,6 +85,14 @@ def test_a_mask_counts_exactly_in_half_precision(make):
     assert not mixer(*given).any()
 
 
+@pytest.mark.parametrize(("over", "masks"), [("channels", 2), ("tokens", 8)])
+def test_qk_attention_learns_a_time_constant_for_each_of_its_masks(over, masks):
+    mixer = QKMixer(8, num_heads=2, over=over, neuron={"name": "plif", "channels": True})
+    spikes = torch.ones(2, 1, 8, 3, 3, requires_grad=True)
+    mixer(spikes, spikes).sum().backward()
+    assert mixer.neuron.w.grad.shape == (masks,) and mixer.neuron.w.grad.all()
+
+
 def test_attention_hooks_see_every_spike():
     torch.manual_seed(2)
     block = SpikeDrivenSelfAttention(16, num_heads=4)

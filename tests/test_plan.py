@@ -385,6 +385,30 @@ def test_settings_of_plain_layers(setting: dict[str, Any], options: dict[str, bo
     assert 0.05 < expected.mean() < 0.95
 
 
+class Late(nn.Module):
+    """What a product is added to is computed after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fire, self.last = LIF(), LIF(threshold=0.1)
+        self.branch, self.before = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spikes = fire(self.fire, x)
+        change = project(self.branch, spikes)
+        return fire(self.last, shortcut(4 * project(self.before, spikes), change))
+
+
+@pytest.mark.parametrize("options", [{}, {"sparse": True}])
+@torch.no_grad()
+def test_a_shortcut_that_comes_after_its_branch(options: dict[str, bool]) -> None:
+    torch.manual_seed(0)
+    network, x = Late().eval(), torch.randn(3, 2, 4, 5, 6) + 1
+    expected = network(x)
+    assert torch.equal(optimize_for_inference(network, compile=False, **options)(x), expected)
+    assert 0.05 < expected.mean() < 0.95
+
+
 class Overwritten(PlainLayers):
     """Frames that are overwritten after their layers."""
 

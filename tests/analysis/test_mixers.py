@@ -27,15 +27,15 @@ def lively_attention(attention):
     return attention
 
 
-@pytest.mark.parametrize("heads", [1, 2, 8])
-def test_additions_of_the_linear_mixer_counted_one_by_one(heads):
+@pytest.mark.parametrize(("heads", "wider"), [(1, 1), (2, 4), (8, 2)])
+def test_additions_of_the_linear_mixer_counted_one_by_one(heads, wider):
     torch.manual_seed(heads)
-    q, k, v = (torch.rand(3, 2, 2, 8, 2, 3) < 0.4).float()
+    q, k, v = ((torch.rand(2, 2, channels, 2, 3) < 0.4).float() for channels in (8, 8, 8 * wider))
     width, expected = 8 // heads, torch.zeros(2, 2)
     for t, b, head in torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(heads)).tolist():
-        of_q, of_k, of_v = (x[t, b].flatten(1)[head * width : (head + 1) * width] for x in (q, k, v))
+        of_q, of_k, of_v = (x[t, b].flatten(1).chunk(heads)[head] for x in (q, k, v))
         expected[t, b] += torch.einsum("in,jn->", of_k, of_v)  # every pair of spikes of one token adds 1
-        expected[t, b] += width * of_q.sum()  # every spike of q adds a row
+        expected[t, b] += wider * width * of_q.sum()  # every spike of q adds a row
     found = LinearSpikeMixer(8, num_heads=heads).additions(q, k, v)
     assert found.shape[:2] == (2, 2) and torch.equal(found.flatten(2).sum(2), expected)
     assert (found >= 0).all() and expected.min() > 0

@@ -146,6 +146,18 @@ def test_counts_do_not_wrap():
     assert frames[0, 0, 0, 0] == frames[1, 0, 0, 0] == 70_000
 
 
+def test_one_event_out_of_order_is_seen_anywhere():
+    """At the border between two parts of a long recording as well, which is looked through in parts."""
+    for number in (2**16, 2**16 + 1, 2**16 + 2):
+        events = np.zeros(number, dtype=CAMERA)
+        events["t"] = np.arange(number)
+        events["t"][-2:] = events["t"][-2:][::-1].copy()
+        frames = EventsToFrames(sensor_size=(1, 1, 2), time_steps=2, split_by="time")(events)
+        assert frames.flatten().tolist() == [(number - 1) // 2, 0, number - (number - 1) // 2, 0]
+        with pytest.raises(ValueError, match="in order of time"):
+            FramesOfEvents(sensor_size=(1, 1, 2), events=5)(events)
+
+
 def test_events_out_of_order_are_split_by_their_time():
     events = make_events(5000, 20, 20)
     shuffled = events[np.random.default_rng(1).permutation(len(events))]

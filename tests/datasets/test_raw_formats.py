@@ -85,7 +85,9 @@ def test_bin_with_an_overflowing_clock(tmp_path):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_dat(tmp_path, version):
-    path, columns = tmp_path / "a.dat", draw(300)
+    path, (t, x, y, p) = tmp_path / "a.dat", draw(300)
+    # Of a camera of 304 x 240 pixels and of one of 1280 x 720.
+    columns = (t, x * 303 // 127, y * 239 // 127, p) if version == 1 else (t, x * 1279 // 127, y * 719 // 127, p)
     path.write_bytes(dat(*columns, version=version))
     assert_same(read_dat(path), columns)
 

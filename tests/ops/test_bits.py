@@ -7,7 +7,7 @@ from torch import nn
 
 from sdt_blocks import LIF, SpikeDrivenSelfAttention, SpikeDrivenTransformer, SpikingMLP, SpikingPatchSplitting
 from sdt_blocks.blocks import LinearSpikeAttention, LinearSpikeMixer
-from sdt_blocks.ops.bits import SpikesAsBits, are_spikes, as_spikes, wants_bits
+from sdt_blocks.ops.bits import SpikesAsBits, are_spikes, as_spikes, gapless, wants_bits
 from sdt_blocks.ops.dispatch import kernels
 from sdt_blocks.ops.spec import Affine, NeuronSpec, Spikes, arrange, state_dtype
 from sdt_blocks.steps import normalize_and_fire, per_frame
@@ -340,6 +340,31 @@ def test_mixing_bits_gives_the_gradients_of_the_equation(packed, monkeypatch):
     assert len(packed()) == 3 and all(gradient.any() for gradient in gradients[0])
     for bits, floats in zip(*gradients, strict=True):
         assert torch.equal(bits, floats)
+
+
+def test_spikes_that_are_written_into_are_kept_as_they_are_then(monkeypatch):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    spikes, weight = as_spikes((torch.rand(6, 16) < 0.3).float()), torch.randn(16, 4, requires_grad=True)
+    before = spikes.clone()
+    with SpikesAsBits(spikes) as (kept,):
+        first = (kept @ weight).sum()
+    first.backward()
+    with SpikesAsBits(spikes) as (kept,):
+        second = (kept.mul_(3) @ weight).sum()
+    (found,) = torch.autograd.grad(second, weight)
+    expected = before.sum(0)[:, None].expand(16, 4)
+    torch.testing.assert_close(weight.grad, expected)
+    torch.testing.assert_close(found, 3 * expected)
+
+
+def test_what_fills_a_stretch_of_memory():
+    """An axis of one element may say what it likes."""
+    x = torch.zeros(2, 6, 4)
+    for view, whole in (
+        (x, True), (x.permute(2, 0, 1), True), (x.as_strided((4, 1, 12), (12, 7, 1)), True), (x[:, :, None], True),
+        (x[:, ::2], False), (x[..., :3], False), (x[:1].expand(2, 6, 4), False), (x[1], True),
+    ):  # fmt: skip
+        assert gapless(view) == whole
 
 
 def test_the_gradients_of_several_products_share_what_is_unpacked(monkeypatch):

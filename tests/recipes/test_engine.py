@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from common.config import ConfigError, RunError
+from common.update import learning_rate_at
 from launching import TINY, read_lines, read_summary
 from omegaconf import OmegaConf
 from torch.nn import functional as F
@@ -46,6 +47,7 @@ def test_the_run_folder_holds_what_the_readme_says(train, tmp_path):
     assert 0 <= lines[-1]["data_wait"] <= 1 and 0 <= lines[-1]["firing_rate"] <= 1
     assert summary["test_top1"] == lines[-1]["test_top1"] and summary["loss"] == lines[-1]["test_loss"]
     assert summary["epochs"] == 2 and summary["steps"] == 16
+    assert [line["lr"] for line in lines] == [learning_rate_at(run, step) for step in (7, 15)], "of its last update"
     assert summary["params"] == sum(p.numel() for p in load_model(folder / "last").parameters())
     from hashlib import sha256
 
