@@ -93,6 +93,21 @@ class Golden:
         }
         return self._filled(sdt_blocks.SpikeDrivenTransformer(**{**options, **overrides}))
 
+    def check_step(self, model: nn.Module, without_effect: re.Pattern[str]) -> None:
+        """Gradients and running statistics after a training step are those of the released code."""
+        expected = sdt_blocks.convert_released_state_dict({**self.group("state"), **self.group("grad")})
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, name
+            if without_effect.search(name):
+                # Zero in theory, noise in fact.
+                assert parameter.grad.abs().max() < 1e-5 and expected[name].abs().max() < 1e-5, name
+            else:
+                assert (parameter.grad - expected[name]).norm() < 1e-4 * expected[name].norm(), name
+        after, state = {**self.group("state"), **self.group("after_step")}, model.state_dict()
+        for name, value in sdt_blocks.convert_released_state_dict(after).items():
+            if "running" in name:
+                torch.testing.assert_close(state[name], value, atol=1e-6, rtol=1e-5, msg=name)
+
     def _of_levels(self, overrides):
         c = self.config
         names = {"dims": "embed_dims", "levels": "D", "time_steps": "T"}

@@ -12,7 +12,6 @@ from sdt_blocks import (
     ESpikeFormer,
     ESpikeFormerLarge,
     calibrate_norms,
-    convert_released_state_dict,
     create_model,
     load_model,
     load_released_checkpoint,
@@ -115,16 +114,7 @@ def test_training_step(released, path, monkeypatch):
         loss = (loss + F.cross_entropy(distilled, released.tensors["teacher_logits"].argmax(1))) / 2
     assert abs(loss.item() - released.tensors["loss_train"].item()) < 1e-5
     loss.backward()
-    expected = convert_released_state_dict({**released.group("state"), **released.group("grad")})
-    for name, parameter in model.named_parameters():
-        if WITHOUT_EFFECT.search(name):
-            assert parameter.grad.abs().max() < 1e-5 and expected[name].abs().max() < 1e-5, name
-        else:
-            assert (parameter.grad - expected[name]).norm() < 1e-4 * expected[name].norm(), name
-    state = model.state_dict()
-    for name, value in convert_released_state_dict({**released.group("state"), **released.group("after_step")}).items():
-        if "running" in name:
-            torch.testing.assert_close(state[name], value, atol=1e-6, rtol=1e-5, msg=name)
+    released.check_step(model, WITHOUT_EFFECT)
 
 
 @pytest.mark.cuda

@@ -13,7 +13,6 @@ from sdt_blocks import (
     Spikformer,
     Stream,
     calibrate_norms,
-    convert_released_state_dict,
     create_model,
     load_model,
     load_released_checkpoint,
@@ -115,18 +114,7 @@ def test_training_step(released, path, monkeypatch):
     loss = F.cross_entropy(logits, golden.tensors["target"])
     assert abs(loss.item() - golden.tensors["loss_train"].item()) < 1e-5
     loss.backward()
-    expected = convert_released_state_dict({**golden.group("state"), **golden.group("grad")})
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        if WITHOUT_EFFECT.search(name):
-            # Zero in theory, noise in fact.
-            assert parameter.grad.abs().max() < 1e-5 and expected[name].abs().max() < 1e-5, name
-        else:
-            assert (parameter.grad - expected[name]).norm() < 1e-4 * expected[name].norm(), name
-    state = model.state_dict()
-    for name, value in convert_released_state_dict({**golden.group("state"), **golden.group("after_step")}).items():
-        if "running" in name:
-            torch.testing.assert_close(state[name], value, atol=1e-6, rtol=1e-5, msg=name)
+    golden.check_step(model, WITHOUT_EFFECT)
 
 
 @pytest.mark.parametrize("family", SMALL)

@@ -38,3 +38,17 @@ def enliven_():
 def small():
     """Makes the network of `lively`."""
     return lively
+
+
+@pytest.fixture
+def inputs_of_layers():
+    """Hooks a model, and gives the latest inputs of its convolutions and linear layers by name."""
+
+    def hooked(model):
+        inputs = {}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.register_forward_hook(lambda m, args, output, name=name: inputs.update({name: args[0]}))
+        return inputs
+
+    return hooked

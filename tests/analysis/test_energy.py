@@ -90,13 +90,10 @@ def test_published_first_convolution():
     assert report.total_mj == report["patch.stages.0.conv"].energy_mj
 
 
-def test_rates_are_those_of_the_real_input(small):
+def test_rates_are_those_of_the_real_input(small, inputs_of_layers):
     """After the max pooling, which hands on more spikes than the neuron fired."""
     model, x = small(), torch.rand(4, 3, 16, 16)
-    inputs = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(lambda m, args, output, name=name: inputs.update({name: args[0]}))
+    inputs = inputs_of_layers(model)
     report = energy(model, x)
     pooled = 0
     for name, value in inputs.items():

@@ -41,15 +41,12 @@ def test_activation_sparsity_is_one_minus_the_firing_rate(small):
     assert found["ActivationSparsity"] == pytest.approx(1 - firing_rates(model, x).mean)
 
 
-def test_synaptic_operations(small):
+def test_synaptic_operations(small, inputs_of_layers):
     """Equal for 1x1 and linear layers; at 3x3 NeuroBench leaves out the padding, and still input it counts once."""
     from neurobench.metrics.workload import SynapticOperations
 
     model, x = small(), torch.rand(4, 3, 16, 16)
-    inputs = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(lambda m, args, output, name=name: inputs.update({name: args[0]}))
+    inputs = inputs_of_layers(model)
     report = energy(model, x)
     whole = dict(inputs)
     found = run(model, x, workload=[SynapticOperations])["SynapticOperations"]
