@@ -292,9 +292,9 @@ def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> d
 
 CARD = imagenet_card(
     crop_pct=0.875,
-    note="The released weights were trained and evaluated with mixes_images=True: a neuron of the last stage goes on "
-    "from image to image of a batch, and the published accuracies are those of batches of images sorted by class. "
-    "mixes_images=False, the default, answers each image for itself, and with these weights less well.",
+    note="The released weights were trained and evaluated with mixes_images=True: a neuron of the last stage "
+    "continues from image to image of a batch, and the published accuracies are for batches of images sorted by class. "
+    "mixes_images=False, the default, answers each image independently, and less accurately with these weights.",
 )
 """How the released ImageNet models were trained and evaluated."""
 
