@@ -26,6 +26,9 @@ INTERRUPTED = "stopped: the same command goes on from the last checkpoint, or be
 
 LOST = "another process has ended or is out of reach; the same command goes on, in training from the last checkpoint"
 
+OF_PICTURES = ("Glyph .* missing from font", "Creating legend")
+"""Warnings of matplotlib that nobody can act on: the names that its font lacks stand in the tables beside."""
+
 
 def main(default: str) -> None:
     """Train with the configuration of the command line, on top of the default one.
@@ -195,5 +198,7 @@ def short_warnings(*, first: bool) -> Iterator[None]:
             print(f"warning: {message}", file=sys.stderr, flush=True)
 
     with warnings.catch_warnings():
+        for of_pictures in OF_PICTURES:
+            warnings.filterwarnings("ignore", of_pictures)
         warnings.showwarning = show
         yield

@@ -139,10 +139,15 @@ def skip_update(run: Run, buffers: list[Tensor], fault: str) -> None:
     allowed = run.config.train.skip_nonfinite
     if position.nonfinite > allowed:
         lr = learning_rate_at(run, position.step)
+        advice = (
+            "Lower optim.lr, set optim.clip_grad, or leave up to K such steps out: train.skip_nonfinite=K"
+            if position.step
+            else "No update has changed a weight before it: check the data, or give this model larger inputs, since "
+            "layers that never fire, as on maps of a few pixels, let gradients grow without bound"
+        )
         raise RunError(
             f"{fault} at step {position.step} (epoch {run.epoch + 1}, learning rate {lr:.3g}); "
-            f"{last_good(run.folder)}. Lower optim.lr, set optim.clip_grad, or leave up to K such steps out: "
-            f"train.skip_nonfinite=K"
+            f"{last_good(run.folder)}. {advice}"
         )
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.update()  # lower if the gradient overflowed; the update is skipped either way

@@ -244,6 +244,9 @@ def test_warnings_are_said_once_and_by_the_first_process_unless_each_has_its_own
                 warnings.warn("no neuron fired", stacklevel=1)
             warnings.warn("no neuron fired", stacklevel=1)
             warnings.warn(f"{first} cannot be read; it is left out", LeftOutWarning, stacklevel=1)
+            warnings.warn(
+                "Glyph 26085 (\\N{CJK UNIFIED IDEOGRAPH-65E5}) missing from font(s) DejaVu Sans.", stacklevel=1
+            )
     lines = ["no neuron fired", "True cannot be read; it is left out", "False cannot be read; it is left out"]
     assert capsys.readouterr().err.splitlines() == [f"warning: {line}" for line in lines]
 

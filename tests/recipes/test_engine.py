@@ -188,6 +188,16 @@ def test_a_non_finite_step_stops_with_its_number_rate_and_checkpoint(set_up, mon
     assert "train.skip_nonfinite=K" in told
 
 
+def test_a_first_step_that_is_not_finite_is_no_matter_of_its_rate(set_up, monkeypatch):
+    from common.engine import train
+
+    run = set_up(*PLAIN, "output_dir=run")
+    spoil(run, "gradient", at=[0], monkeypatch=monkeypatch)
+    with pytest.raises(RunError, match=r"at step 0 .*No update has changed a weight.* larger inputs") as caught:
+        train(run)
+    assert "optim.lr" not in str(caught.value)
+
+
 def test_non_finite_steps_can_be_skipped_and_leave_no_trace(set_up, monkeypatch, tmp_path):
     from common.engine import train
 
