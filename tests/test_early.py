@@ -103,6 +103,9 @@ def test_the_threshold_keeps_to_the_tolerance():
     assert steps[0] < 4 and steps == sorted(steps, reverse=True) and steps[-1] == 1
     assert early.curve[0].threshold == math.inf and early.curve[0].steps == 4
     assert early.curve[0].accuracy == pytest.approx(full)
+    # Who is as sure as the threshold leaves.
+    early.threshold = early.every_step([(images, labels)])[0][0].min().item()
+    assert (early(images).steps == 1).all()
 
 
 def test_no_lucky_threshold_is_taken():
