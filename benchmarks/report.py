@@ -24,7 +24,7 @@ HEADLINES = (
 """The README's four rows: suite, figure, end of the setting, allocator, and which of our contestants is compared with
 which other."""
 Row = dict[str, str]
-ORIGIN = ("machine", "torch", "snntorch", "spikingjelly", "threads", "date")
+ORIGIN = ("machine", "torch", "snntorch", "spikingjelly", "threads")
 
 
 def load(folder: Path = RESULTS) -> list[Row]:
@@ -146,13 +146,14 @@ def _share(rows: list[Row]) -> float:
 
 
 def origins(rows: list[Row]) -> list[str]:
-    """A paragraph for each machine, set of versions and day."""
+    """A paragraph for each machine and set of versions, with the days of its measurements."""
+    days: dict[tuple[str, ...], set[str]] = {}
+    for row in rows:
+        days.setdefault(tuple(row[name] for name in ORIGIN), set()).add(row["date"])
     lines = []
-    for machine, torch, snntorch, spikingjelly, threads, date in sorted(
-        {tuple(row[name] for name in ORIGIN) for row in rows}
-    ):
+    for (machine, torch, snntorch, spikingjelly, threads), dates in sorted(days.items()):
         versions = f"torch {torch}, snnTorch {snntorch}, SpikingJelly {spikingjelly}"
-        lines += [f"{machine}; {threads} threads; {versions}; {date}; medians.", ""]
+        lines += [f"{machine}; {threads} threads; {versions}; {', '.join(sorted(dates))}; medians.", ""]
     if not any(row["device"] == "cuda" for row in rows):
         lines += ["Not measured on a GPU yet."]
     return lines
