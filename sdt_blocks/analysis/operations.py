@@ -386,7 +386,11 @@ def _is_spikes(x: Tensor, nonzero: Tensor) -> Tensor:
 
 
 def _sum(name: str, calls: list[_Call], clock: Clock, x: Tensor) -> _Site:
-    """The calls of one forward pass of the input x. A layer that ran once for all steps counts at each of them."""
+    """The calls of one forward pass of the input x.
+
+    A first layer that ran once for all steps counts at each of them; a later one, such as a head that takes a mean over
+    time, ran once.
+    """
     by_sample = clock.split([call.nonzero for call in calls], name)
     nonzero = by_sample.sum(1)
     entries = clock.split([torch.full_like(call.nonzero, call.entries) for call in calls], name).sum(1)
@@ -396,6 +400,7 @@ def _sum(name: str, calls: list[_Call], clock: Clock, x: Tensor) -> _Site:
     dense = sum(call.dense for call in calls) / len(nonzero)
     bounds = [call.bound for call in calls if call.bound is not None]
 
+    once = once and bool(kept)
     steps = clock.steps if once else len(nonzero)
     share = steps / len(nonzero)
 

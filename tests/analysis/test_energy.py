@@ -317,6 +317,25 @@ def test_an_image_handed_over_for_every_step_is_one_image(small):
     assert recording.steps[0].total_mj < 0.8 * whole.steps[0].total_mj
 
 
+def test_a_layer_behind_the_mean_over_time_runs_once():
+    class MeanFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.neuron, self.head = nn.Linear(6, 8), LIF(threshold=0.01), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.head(self.neuron(self.first(x).expand(4, len(x), 8)).mean(0) - 0.1)
+
+    net, calls = MeanFirst(), []
+    report = energy(net, torch.rand(3, 6))
+    assert report["head"].synaptic_operations == 8 * 5 and report["first"].synaptic_operations == 4 * 6 * 8
+    net.head.register_forward_hook(lambda *_: calls.append(1))
+    net(torch.rand(3, 6))
+    head = next(row for row in report.estimates["executed"].rows if row.name == "head")
+    assert len(calls) == len(head.steps) == 1
+    assert head.cost.compute_mj == pytest.approx((8 * 5 * E_MAC + 5 * E_AC) * PJ)
+
+
 def test_json_and_table(small, tmp_path):
     from rich.console import Console
 
