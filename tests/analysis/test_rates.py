@@ -195,7 +195,7 @@ def test_csv(small, tmp_path):
 
 
 def test_errors(small):
-    with pytest.raises(ValueError, match="no neuron layer"):
+    with pytest.raises(ValueError, match="no known neuron layer"):
         firing_rates(nn.Linear(2, 2), torch.rand(1, 2))
     with pytest.raises(ValueError, match="no batch"):
         firing_rates(small(), [])
