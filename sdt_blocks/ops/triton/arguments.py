@@ -1,4 +1,4 @@
-"""What a launch tells a kernel: pointers, numbers that no build depends on, and constants that one does."""
+"""Arguments of a kernel launch: pointers, numbers that kernels are not specialized on, and compile-time constants."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .lif import MOST_STEPS
 from .tiles import ROUNDED
 
 STATES = {torch.float32: tl.float32, torch.float64: tl.float64}
-"""The type that a kernel computes in, for that of the state."""
+"""The type that a kernel computes in, by the dtype of the state."""
 
 
 def unrolled(x: Tensor, layout: Layout) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def unrolled(x: Tensor, layout: Layout) -> dict[str, Any]:
 
 
 def as_number(x: Tensor, value: float) -> float | int:
-    """A number that no build depends on; Triton would pass it as float32, so for float64 its bits go."""
+    """A number that kernels are not specialized on; Triton passes floats as float32, so a float64 goes as its bits."""
     return as_bits(value) if x.dtype == torch.float64 else float(value)
 
 
@@ -58,22 +58,22 @@ def affine(norm: Affine | None, x: Tensor) -> Sequence[Tensor]:
 
 
 def affines(norm: Affine | None, x: Tensor) -> Sequence[Tensor]:
-    """Mean, inverse deviation, three weights and three biases."""
+    """Mean, inverse standard deviation, three weights and three biases."""
     if norm is None:
         return [x] * 8
     return norm.mean, norm.inv_std, *three(norm.weight or [x]), *three(norm.bias or [x])
 
 
 def three(values: Sequence[Tensor]) -> Sequence[Tensor]:
-    """What a kernel takes for the three inputs that it can be launched for."""
+    """The arguments of a kernel that takes up to three inputs: a single one fills all three places."""
     return values if len(values) == 3 else [values[0]] * 3
 
 
 def norm_kind(norm: Affine | None) -> int:
-    """Whether there is a norm, with weight and with bias, as one bit each."""
+    """Three bits: whether there is a norm, whether it has a weight, and whether it has a bias."""
     return 0 if norm is None else 1 + 2 * (norm.weight is not None) + 4 * (norm.bias is not None)
 
 
 def given(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A kernel takes a pointer for what it is told not to read."""
+    """The tensor, or a stand-in: a kernel needs a pointer even for what it is told not to read."""
     return stand_in if tensor is None else tensor

@@ -1,11 +1,11 @@
 """Triton kernels of spike-driven self-attention.
 
 Traffic in bytes per element and time step, for an element of b bytes: forward 4 b (q, k and v read, masked spikes
-written) and 1 where a gradient will be wanted; backward b + 1 for the mask's gradient, then for q what a neuron takes
-and 1, for k and v 2 b + 1 each.
+written), plus 1 if a gradient will be needed; backward b + 1 for the mask's gradient, then for q a neuron's backward
+traffic plus 1, and 2 b + 1 each for k and v.
 
-A program goes over an image's tokens a chunk at a time, with all steps of one chunk after the other. What has fired
-waits in registers, a bit for a chunk and step, until the sums over all tokens say what is masked.
+A program goes over an image's tokens chunk by chunk, and runs all steps of a chunk before the next. Spikes wait in
+registers, one bit per chunk and step, until the sums over all tokens decide what is masked.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ from .tiles import (
 
 SIZES = ("size", "tokens", "channels", "rounds", "grad_step")
 NUMBERS = ("inv_tau_number", "threshold_number", "mask_inv_tau_number", "mask_threshold_number")
-# Groups of tokens, or of channels, of a chunk: more leave more lanes idle at an image's end.
+# Width of a chunk in groups, of tokens or of channels: a larger one leaves more lanes idle at an image's end.
 FEWEST = 8
-# Chunks times steps: what has fired is held as one bit each.
+# The most chunks times steps: each element's spikes are held as one bit for each of these.
 BITS = 64
-# What the memory hands out at once, in bytes: less of a row of a chunk would be read twice.
+# Bytes that one memory access fetches: a chunk's row shorter than this would be fetched twice.
 SECTOR = 32
 
 
 class Cut(NamedTuple):
-    """How an image is cut into programs and chunks, as a kernel's arguments."""
+    """How an image is cut into programs and chunks, as kernel arguments."""
 
     grid: tuple[int, int, int]
     group: int
     fits: bool
-    """Whether what has fired has room in the bits that a program holds."""
+    """Whether the spikes of all chunks and steps fit the bits that a program holds."""
     arguments: dict[str, Any]
 
 
 def cut(x: Tensor, layout: Layout, *strides: int) -> Cut:
-    """The chunks of x `[T, B, C, ...]`; `strides` are other distances between frames, which a group must divide."""
+    """The chunks of x `[T, B, C, ...]`; a group must also divide `strides`, other distances between frames."""
     images, channels = x.shape[1:3]
     tokens = layout.size // (images * channels)
     innermost = layout.inner == 1 and channels > 1
-    # Membranes of three neurons for wider groups would not fit the registers.
+    # With wider groups the membranes of three neurons would not fit the registers.
     group = min(WIDEST // x.element_size(), 4)
     while any(number % group for number in (channels if innermost else tokens, *strides)):
         group //= 2
@@ -73,7 +73,7 @@ def cut(x: Tensor, layout: Layout, *strides: int) -> Cut:
         rounds = triton.cdiv(tokens, chunk)
     bits = BITS // 2 if rounds * layout.steps <= BITS // 2 else BITS
     if innermost:
-        # Bits of two registers an element leave none for as many threads.
+        # With 64 bits (two registers) per element, the registers do not suffice for twice the threads.
         fewer = bits == BITS and THREADS // chunk * group * x.element_size() >= SECTOR
         a, b = chunk, max(1, min(b, (1 if fewer else 2) * THREADS // chunk))
         blocks = triton.cdiv(channels, b)
@@ -97,13 +97,13 @@ def cut(x: Tensor, layout: Layout, *strides: int) -> Cut:
 
 
 def unrolled(steps: int) -> int:
-    """How many steps of a loop stand in the code one after the other."""
+    """How many steps of a loop are unrolled."""
     return max(n for n in range(1, MOST_STEPS + 1) if steps % n == 0)
 
 
 @triton.jit
 def _channels(channels, INNERMOST: tl.constexpr, A: tl.constexpr, B: tl.constexpr, V: tl.constexpr):
-    """A program's channels, `[A, 1, 1]` or where these are innermost `[1, B, V]`, and which of them exist."""
+    """A program's channels, `[A, 1, 1]` or, if innermost, `[1, B, V]`, and a mask of those that exist."""
     if INNERMOST:
         g = (second_axis() * B + tl.arange(0, B))[None, :, None]
         return g * V + tl.arange(0, V)[None, None, :], g < channels
@@ -114,7 +114,7 @@ def _channels(channels, INNERMOST: tl.constexpr, A: tl.constexpr, B: tl.constexp
 
 @triton.jit
 def _chunk(chunk, image, tokens, channels, INNERMOST: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    """The groups `[A, B, 1]` of a chunk, and which of them exist."""
+    """The groups `[A, B, 1]` of a chunk, and a mask of those that exist."""
     if INNERMOST:
         n = (chunk * A + tl.arange(0, A))[:, None, None]
         g = (second_axis() * B + tl.arange(0, B))[None, :, None]
@@ -127,7 +127,7 @@ def _chunk(chunk, image, tokens, channels, INNERMOST: tl.constexpr, A: tl.conste
 
 @triton.jit
 def _over_tokens(x, INNERMOST: tl.constexpr):
-    """The sum of `[A, B, V]` over its tokens, shaped like the channels."""
+    """The sum of x `[A, B, V]` over its tokens, in the shape of the channels."""
     if INNERMOST:
         return tl.sum(x, axis=0)[None, :, :]
     else:
@@ -136,7 +136,7 @@ def _over_tokens(x, INNERMOST: tl.constexpr):
 
 @triton.jit
 def _advance(x, mask, h, s, a, b, k, threshold, RESET: tl.constexpr, STRICT: tl.constexpr, STATE: tl.constexpr):
-    """Membrane and spikes of a normalized neuron after one step."""
+    """Membrane and spikes after one step of a neuron behind its normalization."""
     v = tl.load(x, mask=mask, other=0.0).to(STATE) * a + b
     h, _u = charge(h, s, v, k, threshold, RESET)
     return h, fires(h, threshold, STRICT)
@@ -158,7 +158,7 @@ def _pack(
     B: tl.constexpr,
     V: tl.constexpr,
 ):
-    """Stores what is `left` of a chunk, a bit a step, a byte for some neighbouring groups; so many steps at once."""
+    """Stores a chunk's spikes `left`, a bit per step, as a byte per step and eight neighbours, COUNT steps at once."""
     JOINED: tl.constexpr = 8 // V
     tokens = tokens if INNERMOST else tokens // JOINED
     channels = channels // JOINED if INNERMOST else channels
@@ -251,7 +251,7 @@ def attend(
                 tl.store(codes + at, code.to(tl.uint8), mask=mask)
             bit = first << tl.cast(t, BITS)
             fired |= tl.where(q_fires, bit, 0)
-            # The padding beyond the tokens may fire too.
+            # Lanes beyond the last token may fire too.
             both |= tl.where(k_fires & v_fires & mask, bit, 0)
     k_mask = of_channel(inv_tau + 3 * row, c, there, STATE) if TAU else number(mask_inv_tau_number, STATE)
     mask_threshold = number(mask_threshold_number, STATE)
@@ -259,7 +259,7 @@ def attend(
     h = tl.zeros(c.shape, STATE)
     s = h > 1
     sums += image.to(tl.int64) * row + c
-    # Not unrolled: no load is to be hidden, and its copies would take registers from the loops above.
+    # Not unrolled: there are no loads to hide, and unrolling would take registers from the loops above.
     for t in range(STEPS):
         count = tl.zeros([A, B, V], tl.int32)
         left = both >> tl.cast(t, BITS)
@@ -304,7 +304,7 @@ def mask_gradient(
     INDEX: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """Sums over an image's tokens, step by step."""
+    """Sums of the gradient over an image's tokens where q fired, for each step."""
     image = tl.program_id(0).to(INDEX)
     c, there = _channels(channels, INNERMOST, A, B, V)
     row = channels * V if INNERMOST else channels

@@ -1,4 +1,4 @@
-"""Triton kernels of spikes as bits: for each spike of b bytes they move b + 1 / 8 bytes either way."""
+"""Triton kernels that pack and unpack spikes as bits: b + 1 / 8 bytes of traffic per spike of b bytes, either way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton.language as tl
 @triton.jit
 def pack(x, bits, size, LANES: tl.constexpr, BLOCK: tl.constexpr):
     byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    # One thread reads a byte's spikes, as many at once as it can.
+    # One thread reads the spikes of a byte, as many at once as possible.
     lane = tl.arange(0, LANES)[None, :]
     packed = tl.zeros([BLOCK], tl.int32)
     for part in tl.static_range(8 // LANES):
@@ -23,6 +23,6 @@ def pack(x, bits, size, LANES: tl.constexpr, BLOCK: tl.constexpr):
 def unpack(bits, x, size, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     byte = tl.load(bits + i // 8, mask=i < size, other=0).to(tl.int32)
-    # By way of float32: Triton's interpreter writes an integer into bfloat16 as its bits.
+    # Through float32: Triton's interpreter would store an integer's bits in a bfloat16.
     spike = ((byte >> (i % 8).to(tl.int32)) & 1).to(tl.float32)
     tl.store(x + i, spike.to(x.dtype.element_ty), mask=i < size)

@@ -1,8 +1,8 @@
-"""Triton kernel of a spiking layer in evaluation: bytes times bytes on the tensor cores, and the neurons behind them.
+"""Triton kernel of a spiking layer in evaluation: int8 products on the tensor cores, followed by the neurons.
 
-A program has a tile of positions and output channels, and sums up to `AT_ONCE` time steps side by side, so that they
-share the weights that are read; then the neurons walk through these steps, their membrane in registers. Traffic in
-bytes for each input and output: 1 and 1; with a shortcut in float32 8 more where it is read and written.
+A program computes a tile of positions and output channels. It sums up to `AT_ONCE` time steps side by side, which share
+the weights that are read; then the neurons go through these steps with their membranes in registers. Traffic: 1 byte
+per input and 1 per output; a float32 shortcut that is read and written takes 8 more.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from .lif import charge, fires
 from .tiles import ROUNDED, grid_of, index, second_axis
 
 AT_ONCE = 4
-"""Time steps whose sums are in registers at once; their number has to divide the steps."""
+"""Time steps whose sums are held in registers at once; the number used must divide the steps."""
 ROWS, COLUMNS, DEPTH = 64, 128, 64
-"""Of a tile of sums: positions, twice as many for a single step, output channels, and inputs multiplied at once."""
+"""A tile of sums: positions (twice as many for a single step), output channels, and inputs multiplied at once."""
 WARPS, STAGES = 8, 2 if torch.version.hip else 4
-"""Of a program; pieces of the inputs that are on their way at once: they share 64 KiB on AMD's GPUs."""
+"""Warps of a program; pipeline stages of its loads, whose buffers share 64 KiB on AMD GPUs."""
 FEW_PROGRAMS = 128
-"""A GPU has about so many multiprocessors: with fewer programs tiles are made smaller."""
+"""About the number of a GPU's multiprocessors: for fewer programs than this, tiles are made smaller."""
 SIZES = ("positions", "places", "height", "width", "rows", "columns", "rounds")
 
 
@@ -36,7 +36,7 @@ def spike_layer(
     membrane: torch.dtype | None,
     neuron: NeuronSpec | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As in `ops.bytes`, of tensors without gaps; `size` is that of the result."""
+    """As in `ops.bytes`, for contiguous tensors; `size` is the height and width of the result."""
     steps, images, height, width, channels = x.shape
     out, *kernel, _ = layer.weight.shape
     positions = images * size[0] * size[1]
@@ -46,7 +46,7 @@ def spike_layer(
     at_once = max(n for n in (1, 2, AT_ONCE) if steps % n == 0)
     at_once = min(2, at_once) if steps > 4 else at_once
     a = ROWS if steps > 1 else 2 * ROWS
-    # A shortcut, membranes that are kept or last for more steps: each takes registers too.
+    # Each takes registers: a shortcut, membranes stored beside spikes, and membranes carried on to further steps.
     more = residual is not None or (kept is not None and spikes is not None) or steps > at_once
     b = max(16, min(COLUMNS // 2 if more else COLUMNS, triton.next_power_of_2(out)))
     while b > 32 and triton.cdiv(out, b) * triton.cdiv(positions, a) < FEW_PROGRAMS:
@@ -101,7 +101,7 @@ def spike_layer(
 
 
 def _depth(channels: int) -> int:
-    """Inputs that are multiplied at once: 64, or 32 where fewer are then empty."""
+    """Inputs multiplied at once: 64, or 32 if that leaves fewer unused."""
     return min(DEPTH, 32, key=lambda depth: (triton.cdiv(channels, depth) * depth, -depth))
 
 
@@ -125,7 +125,7 @@ def _finished(
     RESET: tl.constexpr,
     STRICT: tl.constexpr,
 ):
-    """What becomes of the sums of one step; the neurons' membranes and spikes after it."""
+    """Finishes the sums of one step: normalization, shortcut, neuron; returns the neurons' membranes and spikes."""
     first = tl.cast(t, tl.int64) * frame
     v = tl.fma(sums.to(tl.float32), a, b)
     if AFTER & 1:
@@ -225,7 +225,7 @@ def spike_layer_kernel(
             if AT_ONCE > 2:
                 s2 = tl.dot(tl.load(of_x + 2 * step, mask=some, other=0), w, s2, out_dtype=tl.int32)
                 s3 = tl.dot(tl.load(of_x + 3 * step, mask=some, other=0), w, s3, out_dtype=tl.int32)
-        # Here, so that they take no registers before.
+        # Loaded only here, so that they take no registers in the loop above.
         k = tl.load(inv_tau + n, mask=within, other=0.0)[None, :] if OF_CHANNEL else tl.load(inv_tau)
         level = tl.full([1, 1], threshold_number, tl.float32)
         a = tl.load(scale + n, mask=within, other=0.0)[None, :]

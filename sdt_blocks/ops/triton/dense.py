@@ -1,9 +1,9 @@
-"""Triton kernels of evaluation: neurons with the shortcut, pooling or mask beside them, on channels-last frames.
+"""Triton kernels for evaluation on channels-last frames: neurons fused with the shortcut, the pooling or the mask.
 
-Traffic in bytes per element and step, for an input of b bytes and spikes of s: `fire` b + s, with a shortcut 8 more
-(read and written in float32); `fire_and_pool` b + s / 4, the spikes in between are bits in registers; `attend` 3 b + s.
-Nothing is kept for a gradient, nothing divides in 64 bits, and time constants are read where they are: no launch waits
-for the host.
+Traffic in bytes per element and step, for inputs of b bytes and spikes of s bytes: `fire` b + s, with a shortcut 8 more
+(read and written in float32); `fire_and_pool` b + s / 4, with the spikes in between as bits in registers; `attend` 3 b
++ s. Nothing is kept for a gradient, no division takes 64 bits, and kernels read the time constants from device memory:
+no launch waits for the host.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from .tiles import (
 )
 
 STRIP = 4
-"""Rows of windows that a program of the pooling walks down."""
+"""Rows of windows that a pooling program goes through."""
 BITS = 64
-"""What has fired is held as one bit for each step, or for each chunk of tokens and step."""
+"""Spikes are held in a word of this many bits, one for each step, or for each step and chunk of tokens."""
 POOL_SIZES = ("strips", "per_plane", "height", "width", "rows", "columns", "channels", "x_step", "size")
 TOKEN_SIZES = ("size", "tokens", "channels", "rounds", "x_step")
 
@@ -48,9 +48,9 @@ TOKEN_SIZES = ("size", "tokens", "channels", "rounds", "x_step")
 def fire(
     x: Tensor, neuron: NeuronSpec, inv_tau: Tensor, dtype: torch.dtype, shortcut: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`(u, spikes of u)` with `u = shortcut + x`, x itself without one; x `[T, ..., C]`, one frame expanded or T.
+    """`(u, spikes of u)` with `u = shortcut + x`, or x itself without a shortcut; x is `[T, ..., C]`.
 
-    `inv_tau`, 0-d or `[C]`, stands in the place of the neuron's.
+    x has T frames, or one that is expanded. `inv_tau`, 0-d or `[C]`, replaces the neuron's own.
     """
     steps, channels = len(x), x.shape[-1]
     flat = x.reshape(steps, 1, -1, channels).movedim(-1, 2) if inv_tau.ndim else x.reshape(steps, 1, -1)
@@ -60,7 +60,7 @@ def fire(
     total = frames
     if before is not None:
         total = torch.empty(x.shape, dtype=torch.promote_types(before.dtype, x.dtype), device=x.device)
-    # In groups that the widest reads at once: elements of another width would change threads on their way.
+    # Groups fit the wider dtype of the two: otherwise elements would have to move between threads.
     cut = tile(total, layout)
     with device_of(x):
         fire_kernel[cut.grid](
@@ -80,7 +80,7 @@ def fire(
 def fire_and_pool(x: Tensor, neuron: NeuronSpec, inv_tau: Tensor, dtype: torch.dtype) -> Tensor:
     """Spikes of x after a 3x3 maximum of stride 2, `[T, B, H, W, C] -> [T, B, ceil(H / 2), ceil(W / 2), C]`.
 
-    x has no gaps within a frame, and at most `BITS` steps.
+    Each frame of x is contiguous, and there are at most `BITS` steps.
     """
     steps, images, height, width, channels = x.shape
     rows, columns = (height + 1) // 2, (width + 1) // 2
@@ -118,14 +118,14 @@ def fire_and_pool(x: Tensor, neuron: NeuronSpec, inv_tau: Tensor, dtype: torch.d
 
 
 def attend(qkv: Tensor, neurons: Sequence[NeuronSpec], inv_taus: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """`q * LIF(sum over tokens of k * v)` of `[T, B, H, W, 3 C]`; `None` for more tokens and steps than `BITS` hold.
+    """`q * LIF(sum over tokens of k * v)` of `[T, B, H, W, 3 C]`; `None` if tokens and steps need over `BITS` bits.
 
-    `neurons` are those of q, k and v, alike, and of the sum; inv_taus `[4, C]`.
+    `neurons` are those of q, k and v, which are alike, and of the sum; inv_taus is `[4, C]`.
     """
     steps, images, height, width, channels = qkv.shape
     tokens, channels = height * width, channels // 3
     group = _group(qkv, channels)
-    group = min(group, 4)  # membranes of three neurons for wider groups would not fit the registers
+    group = min(group, 4)  # with wider groups the membranes of three neurons would not fit the registers
     groups = channels // group
     b = min(8, triton.next_power_of_2(groups))
     a = max(1, 2 * THREADS // b)
@@ -162,7 +162,7 @@ def attend(qkv: Tensor, neurons: Sequence[NeuronSpec], inv_taus: Tensor, dtype: 
 
 
 def _group(x: Tensor, channels: int) -> int:
-    """Channels that are read at once; of bytes 8, since a neuron each stands in registers."""
+    """Channels read at once; only 8 for bytes, since each channel needs a neuron in registers."""
     return min(WIDEST // max(2, x.element_size()), channels & -channels)
 
 
@@ -173,7 +173,7 @@ def _word(bits: int) -> Any:
 def _neuron(
     x: Tensor, steps: int, neuron: NeuronSpec, inv_tau: Tensor | None, most: int = MOST_STEPS
 ) -> dict[str, Any]:
-    """What a kernel is told of neurons; `most` steps of a loop stand in the code one after the other."""
+    """A kernel's arguments that describe its neurons; loops over steps are unrolled by `most` at most."""
     found = {
         "threshold_number": as_number(x, neuron.threshold),
         "STEPS": steps,
@@ -224,7 +224,7 @@ def fire_kernel(
     k = of_channel(inv_tau, c if OF_CHANNEL else c * 0, there, STATE)
     h = tl.zeros([A, B, V], STATE)
     s = h > 1
-    # An offset into the whole sequence may not fit 32 bits.
+    # Offsets into the whole sequence may exceed 32 bits.
     x += elements(in_x(groups, chunk, chunk_stride, DENSE), V)
     for t in tl.range(STEPS, loop_unroll_factor=UNROLL):
         frame = tl.cast(t, tl.int64)
@@ -240,7 +240,7 @@ def fire_kernel(
 
 @triton.jit
 def _fired(x, at, step, mask, k, threshold, STEPS: tl.constexpr, UNROLL: tl.constexpr, RESET, STRICT, STATE, WORD):
-    """What neurons fire, a bit for each step; nothing where there are none."""
+    """The neurons' spikes, one bit per step; zero outside the mask."""
     h = tl.zeros(mask.shape, STATE)
     s = h > 1
     word = tl.zeros(mask.shape, WORD)
@@ -274,10 +274,10 @@ def _row(
     STATE,
     WORD,
 ):
-    """What fires in one row of windows: the maximum of zeros and ones is their disjunction."""
+    """The spikes in one row of windows: the maximum of zeros and ones is a bitwise OR."""
     inside = there & (y >= 0) & (y < height)
     at = ((plane * height + y) * width + 2 * column) * row + lane
-    # As wide as the lanes: one mask each for what is read.
+    # Broadcast to all lanes, so that each element read has its own mask.
     inside = inside & (lane >= 0)
     left = _fired(x, at - row, step, inside & (column > 0), k, threshold, STEPS, UNROLL, RESET, STRICT, STATE, WORD)
     middle = _fired(x, at, step, inside, k, threshold, STEPS, UNROLL, RESET, STRICT, STATE, WORD)
@@ -314,7 +314,7 @@ def fire_and_pool_kernel(
     INDEX: tl.constexpr,
     WORD: tl.constexpr,
 ):
-    """A program walks down a strip of windows: a row's neurons fire once for the windows above and below it."""
+    """A program goes down a strip of windows: each row of neurons fires once for the windows above and below it."""
     n = (second_axis().to(INDEX) * A + tl.arange(0, A))[:, None, None]
     g = (tl.program_id(0) * B + tl.arange(0, B))[None, :, None]
     lane = g * V + tl.arange(0, V)[None, None, :]
@@ -427,7 +427,7 @@ def attend_kernel(
     INDEX: tl.constexpr,
     WORD: tl.constexpr,
 ):
-    """A program has a few channels of an image: what fires waits in registers for the sums over all tokens."""
+    """A program has a few channels of an image; their spikes wait in registers for the sums over all tokens."""
     image = tl.program_id(0).to(INDEX)
     g = (second_axis() * B + tl.arange(0, B))[None, :, None]
     c = g * V + tl.arange(0, V)[None, None, :]
@@ -460,7 +460,7 @@ def attend_kernel(
             h_v, v_fires = _charged(at + 2 * row, mask, h_v, v_fires, k_v, threshold, RESET, STRICT, STATE)
             bit = one << tl.cast(chunk * STEPS + t, WORD)
             fired |= tl.where(q_fires, bit, 0)
-            # The padding beyond the tokens may fire too.
+            # Lanes beyond the last token may fire too.
             both |= tl.where(k_fires & v_fires & mask, bit, 0)
     allowed = tl.zeros(c.shape, WORD)
     h = tl.zeros(c.shape, STATE)

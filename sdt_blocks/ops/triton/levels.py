@@ -1,8 +1,8 @@
-"""Triton kernels of integer neurons, alone and with a normalization in front of them.
+"""Triton kernels of integer neurons, alone and behind a normalization.
 
-Traffic in bytes per element of b bytes: alone 2 b + 1 / 8 forward (the bits where the gradient passes are made in the
-same pass) and 2 b + 1 / 8 backward; behind a norm 2 b forward and 3 b backward, of which x alone was kept. In
-evaluation a shortcut in front takes 8 more, read and written in float32.
+Traffic in bytes per element of b bytes: alone 2 b + 1 / 8 forward (including the bits that say where the gradient
+passes) and 2 b + 1 / 8 backward; behind a norm 2 b forward and 3 b backward, for which only x is kept. In evaluation a
+shortcut that is added first takes 8 more, read and written in float32.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .lif import store_sums
 from .tiles import ROUNDED, SIZES, THREADS, WIDEST, Tile, elements, in_x, normalization, number, place, tile, times_for
 
 NUMBERS = ("limit_number", "norm_number", "threshold_number")
-"""Of the neuron, in the state's dtype; no build depends on them."""
+"""The neuron's numbers, in the state's dtype; kernels are not specialized on them."""
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 MANY = 4
-"""Groups of elements, in steps or beside each other, that are enough for a thread to have something to do."""
+"""Groups of elements, over steps or side by side, that give a thread enough to do."""
 
 
 def levels(x: Tensor, neuron: LevelSpec, values: Tensor, inside: Tensor | None) -> None:
@@ -33,9 +33,9 @@ def levels(x: Tensor, neuron: LevelSpec, values: Tensor, inside: Tensor | None) 
 
 
 def fire_levels(x: Tensor, neuron: LevelSpec, dtype: torch.dtype, shortcut: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`(u, l / norm of u)` with `u = shortcut + x`, x itself without one, in evaluation; x has no gaps.
+    """`(u, l / norm of u)` with `u = shortcut + x`, or x itself without one, in evaluation; x is contiguous.
 
-    The equations are in float32 or better.
+    Computed in float32 or better.
     """
     values, total = torch.empty(x.shape, dtype=dtype, device=x.device), x
     if shortcut is not None:
@@ -55,7 +55,7 @@ def _launch(
     total: Tensor | None = None,
     dtype: Any = None,
 ) -> None:
-    """`dtype` is what each of the equations rounds to, unless that is the state's."""
+    """Each equation's result is rounded to `dtype`, by default that of the state."""
     told = _neuron(x, neuron)
     with device_of(x):
         levels_kernel[_programs(x)](
@@ -118,9 +118,10 @@ def _cut(x: Tensor, cut: Tile, layout: Layout, neuron: LevelSpec, norm: Affine) 
 
 
 def _neuron(x: Tensor, neuron: LevelSpec) -> dict[str, Any]:
-    """What a kernel is told of the neuron.
+    """A kernel's arguments that describe the neuron.
 
-    A power of two is divided by as its inverse is multiplied by: to the bit the same, at a tenth of the instructions.
+    If both divisors are powers of two, kernels multiply by their inverses: the same bits, at a tenth of the
+    instructions.
     """
     divisors = (neuron.norm, neuron.threshold)
     exact = all(_has_inverse(number) for number in divisors)
@@ -141,7 +142,7 @@ def _has_inverse(number: float) -> bool:
 
 @triton.jit
 def _divided(v, by, EXACT: tl.constexpr):
-    """A quotient as PyTorch rounds it on a CPU; with EXACT `by` is the divisor's inverse."""
+    """A quotient, rounded as PyTorch rounds it on a CPU; if EXACT, `by` is the divisor's inverse."""
     if EXACT:
         return v * by
     elif v.dtype == tl.float64:
@@ -152,7 +153,7 @@ def _divided(v, by, EXACT: tl.constexpr):
 
 @triton.jit
 def _nearest(v, STATE: tl.constexpr):
-    """To the nearest whole number, halves to even; v >= 0. From `big` on all are whole."""
+    """v >= 0 rounded to the nearest whole number, halves to even. From `big` on every number is whole."""
     big = tl.full([1, 1, 1], 8388608.0 if STATE == tl.float32 else 4503599627370496.0, STATE)  # noqa: SIM300
     return tl.where(v < big, (v + big) - big, v)
 
@@ -167,7 +168,7 @@ def _inside(v, limit, UP: tl.constexpr):
 
 @triton.jit
 def _value(v, limit, norm, UP: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr):
-    """The level of v over the norm; DTYPE is what each of the equations rounds to. NaN goes through."""
+    """The level of v divided by the norm; each equation's result is rounded to DTYPE. NaN stays NaN."""
     clamped = tl.where(v < 0, 0.0, tl.where(v > limit, limit, v))
     whole = tl.floor((clamped + 0.5).to(DTYPE).to(STATE)) if UP else _nearest(clamped, STATE)
     return _divided(whole, norm, EXACT)
@@ -175,7 +176,7 @@ def _value(v, limit, norm, UP: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.cons
 
 @triton.jit
 def _gradient(grad, passes, norm, threshold, EXACT: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr):
-    """As a product, through which a gradient that is not finite shows."""
+    """Masked by a product, so that a gradient that is not finite still shows."""
     grad = _divided(grad, norm, EXACT).to(DTYPE).to(STATE) * tl.where(passes, 1.0, 0.0)
     return _divided(grad, threshold, EXACT)
 
@@ -203,7 +204,7 @@ def levels_kernel(
     limit, norm, threshold = number(limit_number, STATE), number(norm_number, STATE), number(threshold_number, STATE)
     limit = limit.to(DTYPE).to(STATE)
     byte = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[:, None, None]
-    # One thread reads a byte's elements, as many at once as it can.
+    # One thread reads the elements of a byte, as many at once as possible.
     lane = tl.arange(0, LANES)[None, None, :]
     packed = tl.zeros([BLOCK, 1], tl.int32)
     for part in tl.static_range(8 // LANES):
@@ -332,7 +333,7 @@ def norm_levels_gradient_kernel(
     INDEX: tl.constexpr,
     N: tl.constexpr,
 ):
-    """With the sums of the gradient of the normalized x, and of it times `x - mean`: the last of the three."""
+    """Also sums the gradient of the normalized x, and its product with `x - mean`: the last two rows of `sums`."""
     c, there, groups, mask, _image = place(positions, channels, inner, tokens, INNERMOST, SINGLE, A, B, V, INDEX, N)
     limit, norm, threshold = number(limit_number, STATE), number(norm_number, STATE), number(threshold_number, STATE)
     middle, a, b = normalization(mean, inv_std, weight, bias, c, there, AFFINE, STATE)

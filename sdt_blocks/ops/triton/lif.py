@@ -1,9 +1,9 @@
-"""Triton kernels of neurons with a normalization in front of them.
+"""Triton kernels of neurons behind a normalization.
 
-Traffic in bytes per element and step, for an element of b bytes: forward 2 b (input read, spikes written), backward
-3 b (input and gradient read, gradient written). Membranes stay in registers; of more than eight steps those of eight at
-once do, the input is read twice and the membrane before each eight is kept meanwhile, 4 bytes a neuron. Sums over
-channels leave as one value a channel and program, so that they are the same every time.
+Traffic in bytes per element and step, for an element of b bytes: forward 2 b (input read, spikes written), backward 3 b
+(input and gradient read, gradient written). Membranes stay in registers. With more than eight steps the backward pass
+works in segments of at most eight: it reads the input twice, and stores the membrane before each segment, 4 bytes per
+neuron. Each program writes its own sum for each channel, so that results are reproducible.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from .tiles import (
 HALF_PI = tl.constexpr(1.5707963267948966)
 LOG2_E = tl.constexpr(1.4426950408889634)
 MOST_STEPS = 8
-"""Steps whose inputs and membranes are in registers at once."""
+"""The most steps whose inputs and membranes are held in registers at once."""
 
 
 @triton.jit
 def _surrogate(shift, a, KIND: tl.constexpr):
     if KIND == 0:
         e = tl.exp2(-tl.abs(a * LOG2_E * shift))
-        # A division, of which none is needed for numbers between 1 and 2, takes seven instructions.
+        # The square of rsqrt is 1 / (1 + e): a division takes seven instructions, needless for numbers between 1 and 2.
         root = tl.rsqrt(1 + e)
         inverse = root * root
         return a * e * (inverse * inverse)
@@ -65,7 +65,7 @@ def fires(h, threshold, STRICT: tl.constexpr):
 
 @triton.jit
 def charge(h, s, v, k, threshold, RESET: tl.constexpr):
-    """Membrane after input v, and what the reset left of the one before."""
+    """The membrane after input v, and what the reset left of the one before."""
     u = h * tl.where(s, 0.0, 1.0) if RESET == 0 else h
     h = u + (v - u) * k
     if RESET == 1:
@@ -128,7 +128,7 @@ def forward(
     else:
         h = tl.zeros([A, B, V], STATE)
         s = h > 1
-    # An offset into the whole sequence may not fit 32 bits.
+    # Offsets into the whole sequence may exceed 32 bits.
     x += offset
     coming = tl.load(x, mask=mask, other=0.0)
     for part in range((STEPS + UNROLL - 1) // UNROLL):
@@ -138,7 +138,7 @@ def forward(
             frame = first + t
             there_is = mask & (frame < STEPS) if STEPS % UNROLL != 0 else mask
             v = coming.to(STATE)
-            # Behind the store it would wait for it.
+            # Loaded before the store below; after it, the load would wait for the store.
             coming = tl.load(x + (frame + 1) * x_step * V, mask=mask & (frame + 1 < STEPS), other=0.0)
             if AFFINE:
                 v = v * a + b
@@ -156,7 +156,7 @@ def forward(
 
 @triton.jit
 def _input(x, of, t, step, mask, T: tl.constexpr, STEPS: tl.constexpr, SEGMENT: tl.constexpr, REPEAT: tl.constexpr):
-    """Step T of a segment of x that begins at step t, in its own dtype; what is not read is the step before."""
+    """Step T of the segment of x that begins at step t, in x's dtype; or `x`, the step before, if none is read."""
     if T >= SEGMENT or (REPEAT and T > 0):
         return x
     else:
@@ -194,7 +194,7 @@ def _membrane(
 
 @triton.jit
 def _pick(T: tl.constexpr, v0, v1, v2, v3, v4, v5, v6, v7, v8):
-    """One of nine, by a number that the compiler knows: a tuple's work, and Triton has tuples since 3.3."""
+    """One of nine values by a compile-time index; a tuple would do, but Triton has tuples only since 3.3."""
     if T == 0:  # noqa: SIM116
         return v0
     elif T == 1:
@@ -235,7 +235,7 @@ def _keep_membranes(
     STRICT: tl.constexpr,
     STATE: tl.constexpr,
 ):
-    """Writes the membrane before each segment but the first."""
+    """Stores the membrane before each segment except the first."""
     for segment in range(SEGMENTS - 1):
         for t in tl.range(SEGMENT, loop_unroll_factor=SEGMENT):
             at = tl.cast(segment * SEGMENT + t, tl.int64)
@@ -256,7 +256,7 @@ def _before(kept, segment, frame, mask, first, threshold, STRICT: tl.constexpr, 
 
 @triton.jit
 def _arriving(grad, masks, codes, n, t, grad_step, mask_step, frame, mask, MASK: tl.constexpr):
-    """Of step t what the gradient of the spikes is made of, as it lies in memory: see `_of_spikes`."""
+    """What `_of_spikes` computes the gradient of step t's spikes from, in the dtypes of memory."""
     if not MASK:
         given = tl.load(grad + t * grad_step, mask=mask, other=0.0)
         return given, given, given
@@ -268,11 +268,11 @@ def _arriving(grad, masks, codes, n, t, grad_step, mask_step, frame, mask, MASK:
 
 @triton.jit
 def _of_spikes(given, code, values, n, MASK: tl.constexpr, STATE: tl.constexpr):
-    """The gradient of spikes: what is given, for q times its mask; of k theirs where v fired, and so of v."""
+    """The gradient of the spikes: as given; for q times the mask; for k (v) the mask's gradient where v (k) fired."""
     if not MASK:
         return given.to(STATE)
     else:
-        # A branch: a program is for one of them alone, and to compute both and choose takes a tenth longer.
+        # A branch: a program serves only one of q, k and v, and computing both to choose takes a tenth longer.
         return values * given.to(STATE) if n == 0 else tl.where((code >> (3 - n)) & 1 != 0, values, 0.0)
 
 
@@ -291,7 +291,7 @@ def _constants(
     TAU: tl.constexpr,
     STATE: tl.constexpr,
 ):
-    """Of channels: mean, factor and constant of the normalization, and 1 / tau; of rows theirs begins at first."""
+    """Per channel: mean, factor and constant of the normalization, and 1 / tau; the input's rows begin at `first`."""
     middle, a, b = 0.0, 1.0, 0.0
     if AFFINE:
         middle, a, b = normalization(mean + first, inv_std + first, weight, bias, c, there, AFFINE, STATE)
@@ -301,7 +301,7 @@ def _constants(
 
 @triton.jit
 def _through_reset(of_h, previous, fired, k, threshold, RESET: tl.constexpr, DETACH: tl.constexpr):
-    """From the gradient of a membrane to those of the membrane and of the spikes one step before."""
+    """From the gradient of a membrane to those of the membrane and the spikes one step before."""
     of_u = of_h * (1 - k)
     of_s = tl.zeros(of_h.shape, of_h.dtype)
     if not DETACH:
@@ -396,7 +396,7 @@ def backward(
         _keep_membranes(
             of, step, mask, first, s0, a, b, k, threshold, kept, frame, SEGMENTS, SEGMENT, AFFINE, RESET, STRICT, STATE
         )
-        # Every thread reads what it wrote itself, unless the compiler lays loads and stores out differently.
+        # Needed if the compiler lays out loads and stores differently: otherwise threads read their own writes.
         tl.debug_barrier()
     given, coded = grad + i, codes + i
     masked = one_of(n, mask_of_q, mask_of_others, mask_of_others, N) + image * row + c
@@ -435,7 +435,7 @@ def backward(
                 coming = _of_spikes(got, code, values, n, MASK, STATE)
                 of_s += tl.where(there_is, coming, 0.0) if STEPS % SEGMENT != 0 else coming
                 if T > 0:
-                    # Behind the store it would wait for it.
+                    # Loaded before the store below; after it, the load would wait for the store.
                     got, code, values = _arriving(given, masked, coded, n, t - 1, step_of, mask_step, frame, mask, MASK)
             h = _pick(T + 1, h0, h1, h2, h3, h4, h5, h6, h7, h8)
             previous = _pick(T, h0, h1, h2, h3, h4, h5, h6, h7, h8)
@@ -453,7 +453,7 @@ def backward(
             if not REPEAT:
                 tl.store(grad_x + t * frame + i, of_v.to(grad_x.dtype.element_ty), mask=there_is)
             earlier, of_spikes = _through_reset(now, previous, fired, k, threshold, RESET, DETACH)
-            # Beyond the last step nothing has come through yet.
+            # Padding behind the last step leaves the gradient as it is.
             of_h = tl.where(t < STEPS, earlier, of_h) if STEPS % SEGMENT != 0 else earlier
             of_s = tl.where(t < STEPS, of_spikes, of_s) if STEPS % SEGMENT != 0 else of_spikes
     if REPEAT:
@@ -482,7 +482,7 @@ def store_sums(
     V: tl.constexpr,
     N: tl.constexpr,
 ):
-    """A row of each of the sums `[N, 3, runs, channels]` for each program."""
+    """Each program stores its row of the sums `[N, 3, runs, channels]`."""
     row = channels * V if INNERMOST else channels
     run = second_axis() if INNERMOST else first_axis(N)
     runs = tl.num_programs(1) * tl.num_programs(2) if INNERMOST else tl.num_programs(0) // N
@@ -496,7 +496,7 @@ def store_sums(
 
 @triton.jit(do_not_specialize=["runs", "channels", "per"])
 def total(sums, result, runs, channels, per, RUNS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Sums `[rows, runs, channels]` added up, `per` runs each, in float64."""
+    """Adds up sums `[rows, runs, channels]`, each `per` runs into one, in float64."""
     row = tl.program_id(1)
     split = tl.program_id(2)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)

@@ -1,7 +1,7 @@
 """Triton kernels of batch normalization: statistics of an input that is read once, in its own dtype, and its gradient.
 
-A tile's sums are of the distance from its first value, so that a large mean costs no precision. N inputs that lie
-alike, one or three, share a launch: of what each has for itself a kernel takes three pointers.
+A tile sums distances from its first value, so that a large mean costs no precision. N inputs of the same layout, one or
+three, share a launch: where each has a tensor of its own, a kernel takes three pointers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def moments(
     INDEX: tl.constexpr,
     N: tl.constexpr,
 ):
-    """First value, sum and sum of squares of the distances from it `[N, 3, runs, channels]`, for each program."""
+    """For each program: first value, and sum and sum of squares of distances from it, in `[N, 3, runs, channels]`."""
     n = which(N)
     x = one_of(n, x, x_1, x_2, N)
     c, there, groups, mask, _image = place(positions, channels, inner, tokens, INNERMOST, SINGLE, A, B, V, INDEX, N)
@@ -72,7 +72,7 @@ def moments(
 
 @triton.jit
 def _of_runs(partial, run, runs, last, channels, c, step, positions, weight):
-    """How many values some runs have, their first value, sum and sum of squares of distances from it."""
+    """Of each given run: its number of values, first value, and sum and sum of squares of the distances from that."""
     mask = (run < last)[:, None] & (c < channels)[None, :]
     left = positions - run.to(tl.int64) * step
     count = tl.where(run < last, tl.maximum(tl.minimum(left, step), 0), 0).to(tl.float64)[:, None] * weight
@@ -86,7 +86,7 @@ def _of_runs(partial, run, runs, last, channels, c, step, positions, weight):
 
 @triton.jit
 def _merged(partial, runs, first, last, channels, c, step, positions, weight, RUNS: tl.constexpr):
-    """Mean, and sum of squares of the distances from it, of the `moments` of the runs from `first` to `last`."""
+    """Mean, and sum of squared distances from it, merged from the `moments` of the runs from `first` up to `last`."""
     summed = tl.zeros([RUNS, c.shape[0]], tl.float64)
     number = tl.zeros([RUNS, 1], tl.float64)
     for begin in range(first, last, RUNS):
@@ -99,19 +99,19 @@ def _merged(partial, runs, first, last, channels, c, step, positions, weight, RU
     for begin in range(first, last, RUNS):
         run = begin + tl.arange(0, RUNS)
         count, start, of_x, of_squares = _of_runs(partial, run, runs, last, channels, c, step, positions, weight)
-        # About the middle m: sum (d - m)^2 = sum d^2 - m (2 sum d - n m), for distances d from the first value.
+        # Around the mean, `off` = m from the first value: sum (d - m)^2 = sum d^2 - m (2 sum d - n m).
         off = middle[None, :] - start
         spread += tl.where(count > 0, of_squares - off * (2 * of_x - count * off), 0.0)
     spread = tl.sum(spread, axis=0)
-    # A maximum would hide a NaN.
+    # Not a maximum, which would hide a NaN.
     return middle, tl.where(spread < 0, 0.0, spread)
 
 
 @triton.jit(do_not_specialize=["runs", "channels", "step", "positions", "weight", "per"])
 def merge(partial, result, runs, channels, step, positions, weight, per, RUNS: tl.constexpr, CHANNELS: tl.constexpr):
-    """The `moments` of each `per` runs together, about their mean, in float64.
+    """Merges the `moments` of each `per` runs into one, around their common mean, in float64.
 
-    A run has `step` positions of `weight` values each, but for the last.
+    A run has `step` positions of `weight` values each; the last run may have fewer.
     """
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     split = tl.program_id(1)
@@ -128,7 +128,7 @@ def merge(partial, result, runs, channels, step, positions, weight, per, RUNS: t
 
 @triton.jit
 def _double(bits):
-    """A float64 that a kernel is not built for, from its bits as an integer."""
+    """A float64 that kernels are not specialized on, from its bits as an integer."""
     return tl.full([1], bits.to(tl.int64), tl.int64).to(tl.float64, bitcast=True)
 
 
@@ -164,9 +164,9 @@ def settle(
     CHANNELS: tl.constexpr,
     N: tl.constexpr,
 ):
-    """Mean and inverse deviation (or variance) from the `moments` of all runs; the running statistics change with them.
+    """Mean and inverse deviation (or variance) from the `moments` of all runs; also updates the running statistics.
 
-    A channel has `count` values, that come `repeated` times in all. `batches` counts one more.
+    A channel has `count` values, or `repeated` with all repeats counted. `batches` is incremented.
     """
     n = tl.program_id(1)
     partial += 3 * n.to(tl.int64) * runs * channels
@@ -183,7 +183,7 @@ def settle(
     found = 1 / tl.sqrt(variance + _double(eps)) if INVERT else variance
     tl.store(inv_std + c, found.to(inv_std.dtype.element_ty), mask=there)
     if RUNNING:
-        # One value alone has no variance without bias: infinite, or not a number.
+        # A single value has no unbiased variance: the result is infinite or NaN.
         unbiased = variance * (repeated / (repeated - 1).to(tl.float64))
         share = _double(momentum)
         running_mean = one_of(n, running_mean, running_mean_1, running_mean_2, N)
@@ -225,9 +225,9 @@ def gradients(
     CHANNELS: tl.constexpr,
     N: tl.constexpr,
 ):
-    """From the sums `[N, 3, runs, channels]` of a neuron's gradient to those of its norm, and `combine`'s factors.
+    """The norm's gradients and the factors of `combine`, from a neuron's sums `[N, 3, runs, channels]`.
 
-    `count` is the number of values of a channel, 0 where mean and deviation are not theirs.
+    `count` is the number of values of a channel, or 0 if mean and deviation were not computed from these.
     """
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     there = c < channels
@@ -284,7 +284,7 @@ def combine(
     INDEX: tl.constexpr,
     N: tl.constexpr,
 ):
-    """`grad = a * grad + b * x + d` in place, with a, b and d the rows of `factors` `[N, 3, channels]`."""
+    """`grad = a * grad + b * x + d` in place; a, b and d are the rows of `factors` `[N, 3, channels]`."""
     n = which(N)
     grad = one_of(n, grad, grad_1, grad_2, N)
     x = one_of(n, x, x_1, x_2, N)

@@ -1,9 +1,9 @@
-"""Triton kernels of max pooling: for each input of b bytes they move 1.25 b and 0.25 bytes more, forth and back.
+"""Triton kernels of max pooling. Bytes of traffic per input of b bytes: 1.25 b + 0.25, forward and backward alike.
 
-For the bits of pooled spikes it is 1/32 byte more.
+Bits of the pooled spikes add 1/32 byte.
 
-A program walks down a strip of windows, so that each row of the input is read, and reduced to its columns' maxima, once
-for the windows above and below it.
+A program goes down a strip of windows, so that each row of the input is read, and reduced to its column-wise maxima,
+only once for the windows above and below it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from .tiles import LINE, THREADS, WIDEST, grid_of, index, second_axis
 
 SIZES = ("strips", "per_plane", "height", "width", "rows", "columns", "channels")
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
-"""All bits but the sign's."""
+"""All bits except the sign bit."""
 STRIPS = (8, 7, 4)
-"""Rows of windows of a strip: the first that leaves no rest, or the last."""
+"""Rows of windows of a strip: the first number that divides the rows, else the last."""
 
 
 class Cut(NamedTuple):
-    """How frames are cut into programs, as a kernel's arguments."""
+    """How frames are cut into programs, as kernel arguments."""
 
     grid: tuple[int, int, int]
     arguments: dict[str, Any]
@@ -33,7 +33,7 @@ class Cut(NamedTuple):
 def cut(x: Tensor, out: Tensor, pack: bool = False) -> Cut:
     """The strips of windows of the frames x, contiguous or channels-last, whose maxima are `out`.
 
-    To `pack` bytes of which a thread has a part, threads wait for each other once for four rows: so strips have four.
+    If threads share the bytes to `pack`, they wait for each other once every four rows: strips then have four rows.
     """
     images, channels, height, width = x.shape
     rows, columns = out.shape[2:]
@@ -42,7 +42,7 @@ def cut(x: Tensor, out: Tensor, pack: bool = False) -> Cut:
     if innermost:
         group = min(widest, channels & -channels)
     else:
-        # As many windows at once as have two inputs each within what a thread reads.
+        # As many windows at once as a thread's read covers with two inputs each.
         group = min(max(widest // 2, 1), (width & -width) // 2) if width % 2 == 0 else 1
     fitting = (n for n in (STRIPS[-1:] if pack and group < 8 else STRIPS) if rows % n == 0)
     strip = next(fitting, min(STRIPS[-1], triton.next_power_of_2(rows)))
@@ -70,13 +70,13 @@ def cut(x: Tensor, out: Tensor, pack: bool = False) -> Cut:
         "channels": channels,
         "INNERMOST": innermost,
         "STRIP": strip,
-        # Whether each strip has all its rows, and each window two by two inputs of its own.
+        # Whether every strip has all its rows, and every window two by two inputs of its own.
         "WHOLE": rows % strip == 0 and height % 2 == 0 and width % 2 == 0,
         "A": a,
         "B": b,
         "V": group,
         "U": unit,
-        # What lies beyond the end is masked, but has an index.
+        # Elements beyond the end are masked, but still have an index.
         "INDEX": index(x.numel() + 4 * (a + strip) * x[0].numel()),
     }
     return Cut(grid, arguments)
@@ -84,9 +84,9 @@ def cut(x: Tensor, out: Tensor, pack: bool = False) -> Cut:
 
 @triton.jit
 def _place(strips, per_plane, columns, channels, INNERMOST: tl.constexpr, STRIP, A, B, V, INDEX):
-    """Plane, first row and group of columns of a program's windows; columns; what is innermost; which exist.
+    """Of a program's windows: plane, first row, group of columns, columns, innermost offset, and which exist.
 
-    Channels-last a group is one column, of V channels: `[A, B, V]`; else it has V columns: `[A, V]`.
+    Channels-last, a group is one column of V channels, `[A, B, V]`; otherwise it is V columns, `[A, V]`.
     """
     if INNERMOST:
         n = (second_axis().to(INDEX) * A + tl.arange(0, A))[:, None, None]
@@ -107,9 +107,10 @@ def _place(strips, per_plane, columns, channels, INNERMOST: tl.constexpr, STRIP,
 
 @triton.jit
 def _three(x, at, inside, group, column, width, channels, INNERMOST: tl.constexpr, A, V, U, WHOLE: tl.constexpr):
-    """The columns of one row of windows, -inf beyond the edges; the left ones may be the first alone.
+    """The left, middle and right column of each window in one row, -inf beyond the edges.
 
-    Channels-last `at` is where their middle is, else where the first's is.
+    Channels-last, `at` is the middle column's place; else it is that of the first window, whose left column alone is
+    read.
     """
     low = float("-inf")
     x += at
@@ -120,7 +121,7 @@ def _three(x, at, inside, group, column, width, channels, INNERMOST: tl.constexp
         return left, tl.load(x, mask=inside, other=low), right
     else:
         lane = tl.arange(0, 2 * V)[None, :]
-        # Only an odd width, of groups of one, ends within a pair.
+        # Only an odd width, where groups are single windows, can end within a pair.
         within = inside if U > 1 else inside & (group * (2 * V) + lane < width * U)
         middle, right = tl.split(tl.reshape(tl.load(x + lane, mask=within, other=low), [A, V, 2]))
         return tl.load(x - 1, mask=inside & (group > 0), other=low), middle, right
@@ -128,7 +129,7 @@ def _three(x, at, inside, group, column, width, channels, INNERMOST: tl.constexp
 
 @triton.jit
 def _to_the_right(first, x, A: tl.constexpr, V: tl.constexpr):
-    """x `[A, V]` moved by one column, behind `first` `[A, 1]`; within a thread that is no instruction."""
+    """x `[A, V]` moved right by one column, with `first` `[A, 1]` in front; within a thread this costs nothing."""
     if V == 1:
         return first
     else:
@@ -138,30 +139,30 @@ def _to_the_right(first, x, A: tl.constexpr, V: tl.constexpr):
 
 @triton.jit
 def _better(v, best):
-    """Of equal ones the first stays; NaN takes all, as in PyTorch."""
+    """Of equal values the first stays; a NaN always wins, as in PyTorch."""
     return (v > best) | (v != v)
 
 
 @triton.jit
 def _least(DTYPE: tl.constexpr):
-    """The bits of a half-precision -inf, as an integer with a sign, where a key has them."""
+    """The bits of -inf in half precision, as a signed integer in the upper half, as in a key."""
     return (-128 if DTYPE == tl.bfloat16 else -1024) * 65536  # noqa: SIM300
 
 
 @triton.jit
 def _key(v, code):
-    """A half-precision value as an integer of the same order, with a code of 15 bits below it.
+    """A half-precision value as an integer of the same order, with a code of 15 bits in its lower half.
 
-    Of zeros both are 0. From -inf on they count, so that what would be below it, negative NaN, is above all instead.
+    Both zeros count as 0. -inf is the smallest key, so that a negative NaN, which would be below it, wraps to the top.
     """
     bits = v.to(tl.uint16, bitcast=True).to(tl.int32) << 16
-    # The low half of what is negative is full now, and carries.
+    # The lower half of a negative value is now all ones, so that adding 1 carries.
     return (bits ^ ((bits >> 31) & MAGNITUDE)) + (2 * code + 1 + _least(v.dtype))
 
 
 @triton.jit
 def _of_key(key, DTYPE: tl.constexpr):
-    """The value of a key, its code, and whether it is another than 0."""
+    """The value of a key, its code, and whether the value is nonzero."""
     bits = key - _least(DTYPE)
     sign = bits >> 31
     half = (bits + (sign << 16)) ^ (sign & MAGNITUDE)
@@ -170,10 +171,10 @@ def _of_key(key, DTYPE: tl.constexpr):
 
 @triton.jit
 def _last_code(UP: tl.constexpr, INNERMOST: tl.constexpr, V: tl.constexpr):
-    """The code of the right column of windows in the row that is UP rows above the strip's last one.
+    """The code of the windows' right column in the row that is UP rows above the strip's last one.
 
-    It grows by one a column to the left and by three a row upwards, as places in a window become less: so the largest
-    key says value and place of the maximum to every window that it is in.
+    Codes grow by one per column to the left and by three per row upwards, opposite to the places in a window: so the
+    largest key gives the maximum and its place to every window that contains it.
     """
     return 3 * UP + (0 if INNERMOST else 2 * (V - 1 - tl.arange(0, V))[None, :])
 
@@ -196,11 +197,11 @@ def _of_row(
     STATE,
     WHOLE,
 ):
-    """Maximum and its column of one row of windows, or both as one key; it is UP rows above the strip's last one."""
+    """The maximum and its column for one row of windows, or one key for both; the row is UP above the strip's last."""
     left, middle, right = _three(x, at, inside, group, column, width, channels, INNERMOST, A, V, U, WHOLE)
     begins = column if INNERMOST else group
     if x.dtype.element_ty.primitive_bitwidth == 16:
-        # Beyond an edge is -inf, which all that is inside comes before.
+        # Outside the edges lies -inf with the smallest code, so that a value inside wins over it.
         last = _last_code(UP, INNERMOST, V)
         of_left = tl.where(begins > 0, last + 2 if INNERMOST else 3 * UP + 2 * V, 0)
         if TOP:
@@ -235,7 +236,7 @@ def _of_window(
     INNERMOST: tl.constexpr,
     V: tl.constexpr,
 ):
-    """Maxima of windows, their places, and which are not 0, from those of their rows, the first of which is UP up."""
+    """Maxima of windows, their places and which are nonzero, from three rows each; the first is UP above the last."""
     if DTYPE.primitive_bitwidth == 16:
         best, code, fired = _of_key(tl.maximum(tl.maximum(above, middle), below), DTYPE)
         return best, _last_code(UP, INNERMOST, V) + 2 - code, fired
@@ -265,9 +266,9 @@ def _store_bits(
     V: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """Stores up to four rows of `fired`, the last of them row `step` of the strip, a byte for neighbouring groups.
+    """Stores up to four rows of `fired`, the last being row `step` of the strip, one byte for eight neighbours.
 
-    Bit 8 i is for the i-th of the rows.
+    Bit 8 i belongs to the i-th of these rows.
     """
     BEGIN: tl.constexpr = step // 4 * 4
     JOINED: tl.constexpr = 8 // V
@@ -409,7 +410,7 @@ def max_pool(
 
 @triton.jit
 def _windows(grad, places, at, mask, STATE: tl.constexpr):
-    """Gradient and place of the maxima of windows; no place where there is none."""
+    """Gradients of windows and the places of their maxima; a place of 255, which matches none, outside the mask."""
     of = tl.load(grad + at, mask=mask, other=0.0).to(STATE)
     return of, tl.load(places + at, mask=mask, other=255)
 
@@ -436,7 +437,7 @@ def max_pool_backward(
     U: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """Two by two inputs gather from the four windows that hold one of them."""
+    """Each two by two inputs gather their gradient from the four windows that contain any of them."""
     plane, first, group, column, k, there = _place(
         strips, per_plane, columns, channels, INNERMOST, STRIP, A, B, V, INDEX
     )
@@ -476,7 +477,7 @@ def max_pool_backward(
 def _store_pair(
     to, even, odd, inside, group, column, width, channels, INNERMOST: tl.constexpr, A, V, U, WHOLE: tl.constexpr
 ):
-    """The gradient of the columns 2 c and 2 c + 1 of a row."""
+    """Stores the gradient of the columns 2 c and 2 c + 1 of a row."""
     if INNERMOST:
         tl.store(to, even.to(to.dtype.element_ty), mask=inside)
         right = inside if WHOLE else inside & (2 * column + 1 < width)

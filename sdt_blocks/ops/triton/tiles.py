@@ -1,7 +1,7 @@
-"""The piece of a frame that one program computes: a few channels at a run of positions, and where it lies in memory.
+"""The part of a frame that one program computes: a few channels at a run of positions, and where it lies in memory.
 
-All index arithmetic is in groups of V consecutive elements, which are read at once: so the kernels divide once a group,
-in 32 bits unless a tensor needs more, and one build serves all sizes that a group divides.
+All index arithmetic counts groups of V consecutive elements, which are read at once: kernels divide only once per
+group, in 32 bits unless a tensor needs more, and one build serves all sizes that V divides.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor
 from ..spec import Layout
 
 THREADS = 128
-# What one thread reads at once, in bytes.
+# Bytes that one thread reads at once.
 WIDEST = 16
-# Channels-last, one program's share of a position in bytes: a line of the caches.
+# Channels-last, the bytes of one position that a program handles: a cache line.
 LINE = 128
-# Values of 4 bytes that a thread has at once of one kind, as membranes: with what it needs besides, registers are full.
+# The most 4-byte values of one kind, such as membranes, that a thread holds: with the rest, registers are then full.
 MOST_HELD = 32
-# The second and third axis of a grid.
+# The limit of a grid's second and third axis.
 MOST_PROGRAMS = 65535
 PACKED_STEPS = 4
-"""Steps whose bits have room in the 32 of a register, a byte each."""
+"""Steps whose bits fit a 32-bit register, a byte each."""
 ROUNDED = {"enable_fp_fusion": False}
-"""Launches of neurons: products are rounded before they are added to, as in the equations.
+"""For launches of neurons: products are rounded before anything is added, as in the reference equations.
 
-Otherwise membranes would differ from theirs in the last bit, spikes with them where one is at its threshold.
+Otherwise membranes would differ from these in the last bit, and so would spikes of membranes at the threshold.
 """
 
 SIZES = (
@@ -43,17 +43,17 @@ SIZES = (
     "grad_step",
     "mask_step",
 )
-"""Integers that a kernel is not built for, see `do_not_specialize`; what they divide by is in V."""
+"""Integers that kernels are not specialized on, see `do_not_specialize`; V stands for what they are divisible by."""
 
 
 class Tile(NamedTuple):
-    """How a frame is cut into programs, as a kernel's arguments."""
+    """How a frame is cut into programs, as kernel arguments."""
 
     grid: tuple[int, int, int]
     runs: int
-    """Programs of each channel, those beyond the last position counted in."""
+    """Programs per channel, including any beyond the last position."""
     step: int
-    """Positions of one of them, in groups where the channels are not innermost."""
+    """Positions per program, counted in groups unless the channels are innermost."""
     group: int
     arguments: dict[str, Any]
 
@@ -73,13 +73,14 @@ def tile(
     inputs: int = 1,
     held: int = 1,
 ) -> Tile:
-    """The tiles of a frame of x; `strides` are other distances between frames, which a group must divide as well.
+    """The tiles of a frame of x; a group must also divide `strides`, other distances between frames.
 
-    It has `least` elements or more, which the caller knows the layout to allow; what is wider than a thread's share is
-    then read by several. A thread's share is what it reads at once, or less where it has `held` values of each element.
+    A group has at least `least` elements, which the caller knows the layout to allow; one that is wider than a thread's
+    share is read by several threads. That share is what a thread reads at once, or less if `held` values per element
+    would overfill its registers.
 
-    They are `times` as large as usual, a power of two: where little is done with an element, what a program does
-    besides counts. Of several `inputs` that lie alike each has its own programs, see `which`.
+    Tiles are `times` as large as usual, a power of two: where an element takes little work, a program's overhead
+    counts. Each of several `inputs` of the same layout has its own programs, see `which`.
     """
     innermost = layout.inner == 1 and layout.channels > 1
     single = layout.channels == 1
@@ -94,7 +95,7 @@ def tile(
     channels, inner = layout.channels, layout.inner // group
     if innermost:
         channels, inner = layout.channels // group, 1
-        # No lane is idle where a power of two divides the channels.
+        # No lane is idle if the columns are a power of two that divides the channels.
         even = max(channels & -channels, min(2, triton.next_power_of_2(channels)))
         columns = min(LINE // (group * x.element_size()), even)
         rows = elements // group // columns
@@ -103,7 +104,7 @@ def tile(
     else:
         positions //= group
         inner = positions // images if single else inner
-        # One channel, or as many as have room beside each other.
+        # One channel, or as many side by side as have room.
         columns = min(elements // group, triton.next_power_of_2(positions))
         rows = min(elements // group // columns, triton.next_power_of_2(channels))
         runs = triton.cdiv(positions, columns)
@@ -120,7 +121,7 @@ def tile(
         "A": rows,
         "B": columns,
         "V": group,
-        # What lies beyond the end is masked, but has an index.
+        # Elements beyond the end are masked, but still have an index.
         "INDEX": index(span + 2 * elements * layout.channels + layout.channels * layout.inner),
         "N": inputs,
     }
@@ -128,17 +129,17 @@ def tile(
 
 
 def times_for(layout: Layout, many: int) -> int:
-    """How many times larger a program's share of fewer steps is, of which `many` give it something to do."""
+    """How many times larger to make tiles for few steps, so that a program has about `many` to work on."""
     return max(1, many // triton.next_power_of_2(layout.steps))
 
 
 def index(size: int) -> Any:
-    """The integers that count to `size`."""
+    """The integer type that can count to `size`."""
     return tl.int64 if size >= 1 << 31 else tl.int32
 
 
 def grid_of(first: int, second: int) -> tuple[int, int, int]:
-    """A grid whose second axis is longer than may be: its number is `second_axis()`, or beyond the last `second`."""
+    """A grid with a second axis of any length, folded into a third; `second_axis()` may then reach beyond `second`."""
     third = triton.cdiv(second, MOST_PROGRAMS)
     return first, triton.cdiv(second, third), third
 
@@ -150,19 +151,19 @@ def second_axis():
 
 @triton.jit
 def which(N: tl.constexpr):
-    """The one of N inputs that this program is for: they take turns along the first axis."""
+    """The one of N inputs that this program works on: they alternate along the first axis."""
     return tl.program_id(0) % N
 
 
 @triton.jit
 def first_axis(N: tl.constexpr):
-    """This program's number on the first axis among those of its input."""
+    """This program's number on the first axis among the programs of its input."""
     return tl.program_id(0) // N
 
 
 @triton.jit
 def one_of(n, first, second, third, N: tl.constexpr):
-    """The pointer for input n of three, or of one."""
+    """The pointer for input n of three, or the only one."""
     if N == 1:
         return first
     else:
@@ -183,7 +184,7 @@ def place(
     INDEX: tl.constexpr,
     N: tl.constexpr,
 ):
-    """This program's channels, which of them exist, its groups `[A, B, 1]`, which of them exist, and their images."""
+    """This program's channels and their mask, its groups `[A, B, 1]` and their mask, and the groups' images."""
     lane = tl.arange(0, V)[None, None, :]
     if INNERMOST:
         n = second_axis().to(INDEX) * A + tl.arange(0, A)
@@ -205,15 +206,15 @@ def place(
 
 @triton.jit
 def elements(groups, V: tl.constexpr):
-    """The elements `[A, B, V]` of groups."""
+    """The indices `[A, B, V]` of the groups' elements."""
     return groups * V + tl.arange(0, V)[None, None, :]
 
 
 @triton.jit
 def store_bits(bits, fired, groups, mask, first, size, COUNT: tl.constexpr, STEPS: tl.constexpr):
-    """Stores `fired` `[A, B, 8]`, whose bit 8 t says what fired at step `first + t`, a byte for a group and step.
+    """Stores `fired` `[A, B, 8]`, whose bit 8 t tells what fired at step `first + t`, as a byte per group and step.
 
-    All of up to four steps at once: where several threads read a group, they wait for each other.
+    Up to four steps are stored at once, because threads that share a group wait for each other each time.
     """
     byte = tl.sum(fired << tl.arange(0, 8)[None, None, :], axis=2)[:, :, None]
     for t in tl.static_range(COUNT):
@@ -234,9 +235,9 @@ def of_channel(pointer, c, there, DTYPE: tl.constexpr):
 
 @triton.jit
 def normalization(mean, inv_std, weight, bias, c, there, AFFINE: tl.constexpr, STATE: tl.constexpr):
-    """Of channels the mean, and what makes the normalized x: a factor and what is added to the product.
+    """Per channel: the mean, and the factor and the constant that normalize x.
 
-    AFFINE has the bit 2 where there is a weight, and 4 where there is a bias.
+    AFFINE has bit 2 set if there is a weight, and bit 4 if there is a bias.
     """
     middle = of_channel(mean, c, there, STATE)
     a = of_channel(inv_std, c, there, STATE)
@@ -248,7 +249,7 @@ def normalization(mean, inv_std, weight, bias, c, there, AFFINE: tl.constexpr, S
 
 @triton.jit
 def number(value, DTYPE: tl.constexpr):
-    """A number that a kernel is not built for: a float, or an integer with the bits of a float64."""
+    """A number that kernels are not specialized on: a float, or an integer that holds the bits of a float64."""
     if DTYPE == tl.float64:  # noqa: SIM300
         return tl.full([1, 1, 1], value.to(tl.int64), tl.int64).to(tl.float64, bitcast=True)
     else:
@@ -257,7 +258,7 @@ def number(value, DTYPE: tl.constexpr):
 
 @triton.jit
 def store_by_channel(to, rows, c, there, x, y, mask, INNERMOST: tl.constexpr):
-    """Stores the sums of x and y `[A, B, V]` over each channel's positions, `rows` apart; added up side by side."""
+    """Stores the sums of x and y `[A, B, V]` over each channel's positions, `rows` apart, from one joint reduction."""
     x = tl.where(mask, x, 0.0)
     y = tl.where(mask, y, 0.0)
     if INNERMOST:
@@ -270,7 +271,7 @@ def store_by_channel(to, rows, c, there, x, y, mask, INNERMOST: tl.constexpr):
 
 @triton.jit
 def by_channel(x, mask, INNERMOST: tl.constexpr):
-    """The sum of x `[A, B, V]` over the positions of each channel."""
+    """The sum of x `[A, B, V]` over each channel's positions."""
     x = tl.where(mask, x, 0.0)
     if INNERMOST:
         return tl.sum(x, axis=0)[None, :, :]

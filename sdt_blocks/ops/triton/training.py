@@ -1,6 +1,6 @@
-"""The training ops' kernels for CUDA tensors, by Triton; see `Kernels`.
+"""The Triton kernels of the training ops, for CUDA tensors; see `Kernels`.
 
-Under `TRITON_INTERPRET=1` they run on CPU tensors too.
+Under `TRITON_INTERPRET=1` they also run on CPU tensors.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ logging.getLogger(__name__).info(
 )
 BLOCK = 1024
 writes_bits = True
-# A program that adds up what others wrote for each channel has so many channels, and takes so many runs at once.
+# A program that adds up other programs' results per channel handles FEW channels and reads RUNS runs at once.
 FEW = 8
 RUNS = 128
-# And so many runs in all; where there are more, several programs do, whose sums are added up in their turn.
+# The most runs for such a program: more are split among several programs, whose sums are then added up in turn.
 MOST_RUNS = 512
-# Steps that are enough for a program to have something to do.
+# Steps that give a program enough to do.
 MANY = 8
 
 
@@ -117,7 +117,7 @@ def _backward(
     inv_tau: Tensor | None,
     membrane: Tensor | None,
 ) -> tuple[list[Tensor], Tensor | None, Tensor]:
-    """What `lif_backward` gives, for one input or with masks for q, k and v."""
+    """The results of `lif_backward`, for one input or, with masks, for q, k and v."""
     before = None if membrane is None else layout.frame(membrane)
     grad_before = None if before is None else torch.empty_like(before)
     q, dtype = x[0], state_dtype(x[0])
@@ -223,7 +223,7 @@ def attend(
         _attend_by_parts(x, values, codes, sums, layout, neurons, norm, inv_tau)
         _pack(values, bits)
         return
-    # A byte may be more than what a program has of a token.
+    # A byte may cover more of a token than a program does.
     pack = bits is not None and cut.arguments["B"] * cut.group % 8 == 0
     with device_of(q):
         attention.attend[cut.grid](
@@ -266,7 +266,7 @@ def _attend_by_parts(
     norm: Affine,
     inv_tau: Tensor | None,
 ) -> None:
-    """For more steps than a program has bits for."""
+    """Attention in several launches, for more chunks and steps than a program has bits for."""
     taus: Sequence[Tensor | None] = [None] * 4 if inv_tau is None else list(inv_tau.unbind())
     fired = [lif_forward(part, layout, neurons[i], norm.row(i), taus[i], None)[0] for i, part in enumerate(x)]
     q, k, v = fired
@@ -316,7 +316,7 @@ def _settle(
     *,
     invert: bool,
 ) -> None:
-    """Fills the mean and the inverse deviation, or without `invert` the variance; updates what the norms keep."""
+    """Fills in the mean and the inverse deviation (the variance without `invert`), and updates running statistics."""
     cut, channels = tile(x[0], layout, times=times_for(layout, MANY), inputs=len(x)), layout.channels
     runs, step, positions = cut.runs, cut.step, cut.arguments["positions"]
     weight = layout.steps * (1 if cut.arguments["INNERMOST"] else cut.group)
@@ -398,7 +398,7 @@ def unpack_bits(bits: Tensor, x: Tensor) -> None:
 
 
 def _segment(steps: int, most: int = lif.MOST_STEPS) -> int:
-    """Steps that stand in the code one after the other: all, or the most that leave no rest, or the most."""
+    """Steps to unroll: all, or their largest divisor in (most / 2, most], or `most` if there is none."""
     if steps <= most:
         return steps
     even = [n for n in range(most, most // 2, -1) if steps % n == 0]
