@@ -1,8 +1,8 @@
-// Spike-driven self-attention: normalization and neurons of q, k and v, the sum over tokens, its neuron and the mask, in one
-// pass; and what the gradient needs of it.
+// Spike-driven self-attention in one pass: normalization and neurons of q, k and v, the sum over tokens, its neuron and the
+// mask; also what the gradient needs of it.
 //
-// Frames are dense, images outermost; either a channel's tokens lie side by side (`inner` > 1) or a token's channels do. What
-// fired is kept at one byte for a token, step and channel: q in bit 0, k in bit 1, v in bit 2.
+// Frames are dense, images outermost; either a channel's tokens lie side by side (`inner` > 1) or a token's channels do. Spikes
+// are kept as one byte per token, step and channel: q in bit 0, k in bit 1, v in bit 2.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace {
 
-// The neurons of a frame, cut where the tokens of a channel stay together: one channel of an image, or some neighbours.
+// A part of a frame that keeps the tokens of a channel together: one channel of an image, or some neighbouring channels.
 struct Piece {
     int64_t image, channel, channels;  // the first channel, and how many
     int64_t start, rows, stride;       // rows of consecutive neurons
@@ -19,7 +19,7 @@ struct Piece {
 struct Pieces {
     const Layout& l;
     int64_t images, tokens;
-    bool together;  // whether a row has tokens of one channel, else channels of one token
+    bool together;  // whether a row holds tokens of one channel; otherwise it holds channels of one token
     int64_t lanes, per_image;
 
     Pieces(const Layout& layout, int64_t images)
@@ -35,19 +35,19 @@ struct Pieces {
             else body(Piece{image, channel, std::min(lanes, l.channels - channel), start, tokens, l.channels});
         }
     }
-    // A value for each neuron of a row.
+    // Writes into `row` the value of each of its neurons, from one value per channel.
     template <class S> void spread(const Piece& p, const S* values, S* row) const {
         if (together) std::fill_n(row, lanes, values[p.channel]);
         else std::copy_n(values + p.channel, p.channels, row);
     }
-    // What has been summed for the neurons of a row, for each channel.
+    // Turns sums per neuron of a row into sums per channel.
     template <class S> void gather(const Piece& p, S* row) const {
         if (together) row[0] = std::accumulate(row, row + lanes, S(0));
     }
 };
 
-// scale and shift: [3, channels], for q, k and v. neurons: four, and inv_tau: [4, channels], for the sum too. sums, and what
-// their neurons fired: [2, steps, images, channels].
+// scale and shift: [3, channels], for q, k and v. neurons: four, and inv_tau: [4, channels], the last for the sum. results: the
+// sums and the spikes of their neurons, [2, steps, images, channels].
 template <class X, class S>
 void attend(const Layout& l, int64_t images, const Neuron* neurons, const X* q, const X* k, const X* v, const S* scale,
             const S* shift, const S* inv_tau, X* out, uint8_t* codes, S* results) {
@@ -135,7 +135,8 @@ void mask_gradient(const Layout& l, int64_t images, const X* grad, int64_t grad_
     });
 }
 
-// Where the gradient of spikes comes from: given; given and masked; or a channel's gradient wherever another neuron fired.
+// Where the gradient of spikes comes from: given; given and multiplied by a mask; or a channel's gradient where another neuron
+// fired.
 template <class X, class S> struct Upstream {
     const X* grad;
     int64_t step;        // from one time step to the next in grad
@@ -143,7 +144,7 @@ template <class X, class S> struct Upstream {
     const uint8_t* codes;
     int64_t images, bit;
 
-    // That of a block at step t, in `row` unless it lies ready.
+    // The gradient for a block at step t, in `buffer` unless it can be used where it lies.
     const S* operator()(const Blocks& blocks, const Block& b, int64_t t, Buffer<S>& buffer) const {
         const Layout& l = blocks.l;
         S* row = buffer.data();

@@ -1,4 +1,4 @@
-// What the kernels of training share: conversions, the blocks in which neurons are walked, and a row of neurons, forth and back.
+// What the training kernels share: conversions, blocks of neurons, and the forward and backward step of a row of neurons.
 
 #pragma once
 
@@ -13,7 +13,7 @@
 
 namespace {
 
-// ---- conversions on the way in and out
+// ---- conversions on loading and storing
 
 #ifdef __FLT16_MANT_DIG__
 using float16 = _Float16;
@@ -36,7 +36,7 @@ inline float load(float16 v) { return float(v); }
 inline void store(float v, float16& out) { out = float16(v); }
 #endif
 
-// x itself where it is of the state's type, else converted into the buffer.
+// x itself if it has the state's type, otherwise x converted into the buffer.
 template <class X, class S> const S* widen(int64_t n, const X* x, Buffer<S>& buffer) {
     if constexpr (std::is_same_v<X, S>) {
         return x;
@@ -46,7 +46,7 @@ template <class X, class S> const S* widen(int64_t n, const X* x, Buffer<S>& buf
         return out;
     }
 }
-// Where to compute what belongs into out: there, or in the buffer, from where `narrow` takes it.
+// Where to compute the values of `out`: in place, or in the buffer, from which `narrow` converts them.
 template <class X, class S> S* target(X* out, Buffer<S>& buffer) {
     if constexpr (std::is_same_v<X, S>) return out; else return buffer.data();
 }
@@ -57,7 +57,7 @@ template <class X, class S> void narrow(int64_t n, const Buffer<S>& buffer, X* o
     }
 }
 
-// ---- what Python hands over; the same fields in the same order as in bindings.py
+// ---- what Python passes; the same fields in the same order as in bindings.py
 
 struct Layout {
     int64_t steps, size;           // time steps, neurons of a frame
@@ -70,13 +70,13 @@ struct Layout {
 
 // ---- blocks of neurons
 
-constexpr int64_t WIDTH = 128;  // neurons of a block: with all their steps they fit the first-level cache
+constexpr int64_t WIDTH = 128;  // neurons per block: with all their steps they fit the first-level cache
 
-// Neurons that lie together. `channel` is theirs where they share one, else that of the first.
+// Consecutive neurons. `channel` is their common channel, or that of the first.
 struct Block { int64_t start, x_start, length, channel; };
 
-// How channels and blocks meet: one channel for all, a channel for each block, part of the channels in a block (innermost and
-// many), or all channels several times over (innermost and few).
+// How channels map to blocks: one channel for all neurons, one channel per block, part of the channels per block (many
+// innermost channels), or all channels several times per block (few innermost channels).
 enum Meeting { SINGLE, SHARED, PART, TILED };
 
 struct Blocks {
@@ -105,7 +105,7 @@ struct Blocks {
     }
 };
 
-// A value for each neuron of a block, from one number or one for each channel.
+// A value for each neuron of a block, from a single number or one per channel.
 template <class S> struct PerNeuron {
     const S* values;
     Meeting meeting;
@@ -128,7 +128,7 @@ template <class S> struct PerNeuron {
     }
 };
 
-// Sums over neurons, one for each channel, in float64 from block to block.
+// Sums over neurons, one per channel; across blocks they are added up in float64.
 template <class S> struct PerChannel {
     const Blocks& blocks;
     Buffer<S> block_sum;
@@ -151,7 +151,7 @@ template <class S> struct PerChannel {
     }
 };
 
-constexpr int64_t AHEAD = 2;  // blocks from the one that is computed to the one whose memory is asked for
+constexpr int64_t AHEAD = 2;  // prefetch distance, in blocks
 
 template <int Write, class X> inline void prefetch(const X* p, int64_t n) {
     for (const char *c = (const char*)p, *end = (const char*)(p + n); c < end; c += 64) __builtin_prefetch(c, Write, 2);
@@ -178,7 +178,7 @@ inline double multiply_add(double a, double b, double c) {
 // exp for -87 <= x <= 0 with a relative error of about 1e-7, in a form that compilers vectorize.
 inline float exponential(float x) {
     x = x < -87.f ? -87.f : x;
-    const float magic = 12582912.f;  // 1.5 * 2^23: what is added to it is rounded to a whole number
+    const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to a whole number
     const float rounded = multiply_add(x, 1.44269504f, magic);
     const float k = rounded - magic;
     const float r = multiply_add(k, 2.12194440e-4f, multiply_add(k, -0.693359375f, x));
@@ -188,7 +188,7 @@ inline float exponential(float x) {
     p = multiply_add(p, r, 1.6666667e-1f);
     p = multiply_add(p, r, 0.5f);
     p = multiply_add(p, r * r, r + 1.f);
-    // The last bits of what was rounded are k, which goes into an exponent; a NaN stays one through p.
+    // The low bits of `rounded` are k, which becomes the exponent of `scale`; a NaN is passed on by p.
     uint32_t bits;
     std::memcpy(&bits, &rounded, 4);
     bits = (bits + 127u) << 23;
@@ -198,7 +198,7 @@ inline float exponential(float x) {
 }
 inline double exponential(double x) { return std::exp(x); }
 
-// h of one step from that of the step before, which may be the same array, and what fired.
+// The membrane h after one step, from that of the step before (maybe the same array), and the spikes.
 template <bool Affine, bool Fire, class S>
 void advance(const Dynamics<S>& d, int64_t n, const S* x, const S* scale, const S* shift, const S* inv_tau, const S* h_before,
              S* h, S* spikes) {
@@ -210,7 +210,7 @@ void advance(const Dynamics<S>& d, int64_t n, const S* x, const S* scale, const 
     }
 }
 
-// The surrogate derivative at h.
+// The surrogate gradient at h.
 template <int Surrogate, class S> inline S slope(const Dynamics<S>& d, S h) {
     const S a = d.alpha, shift = h - d.threshold;
     if constexpr (Surrogate == SIGMOID) {
@@ -229,9 +229,9 @@ template <int Surrogate, class S> inline S slope(const Dynamics<S>& d, S h) {
     }
 }
 
-// One step back, from the gradient of the spikes to that of the neuron's input. `carry` holds the gradient of h that comes
-// from later steps and `fired` that of what fired; both are left as the step before needs them. `time` sums the gradient of
-// 1 / tau.
+// One backward step, from the gradient of the spikes to that of the neuron's input. On entry `carry` holds the gradient of h
+// from later steps, and `fired` that of the spikes; on return both hold what the step before needs. `time` accumulates the
+// gradient of 1 / tau.
 template <int Surrogate, bool Time, bool Follows, class S>
 void retreat(const Dynamics<S>& d, int64_t n, const S* x, const S* scale, const S* shift, const S* inv_tau, const S* h_before,
              const S* h, const S* of_spikes, S* carry, S* fired, S* of_y, S* time) {
@@ -249,7 +249,7 @@ void retreat(const Dynamics<S>& d, int64_t n, const S* x, const S* scale, const 
     }
 }
 
-// Calls f with the neuron's surrogate as a constant of the compiler's.
+// Calls f with the neuron's surrogate as a compile-time constant.
 template <class F> void with_surrogate(int64_t surrogate, F f) {
     switch (surrogate) {
     case SIGMOID: return f(std::integral_constant<int, SIGMOID>());
@@ -260,18 +260,18 @@ template <class F> void with_surrogate(int64_t surrogate, F f) {
     }
 }
 
-// Calls f with each of the flags as a constant of the compiler's.
+// Calls f with each of the flags as a compile-time constant.
 template <class F> void with_flags(F f) { f(); }
 template <class F, class... Flags> void with_flags(F f, bool flag, Flags... flags) {
     if (flag) with_flags([&](auto... known) { f(std::true_type(), known...); }, flags...);
     else with_flags([&](auto... known) { f(std::false_type(), known...); }, flags...);
 }
 
-// ---- bits, eight of which stand for the bytes 0 and 1
+// ---- bits: each byte packs eight bytes of 0 or 1
 
 constexpr int64_t BYTES = 512;
 
-// Calls body with the start and length of each part of `count` elements, and as many bytes as it may have at most.
+// Calls body for each block of `count` elements with its start, its length and a buffer of BYTES bytes.
 template <class F> void in_bytes(int64_t count, int64_t threads, F body) {
     const int64_t blocks = (count + BYTES - 1) / BYTES;
     parallel(threads, [&](int thread, int team) {
@@ -281,7 +281,7 @@ template <class F> void in_bytes(int64_t count, int64_t threads, F body) {
     });
 }
 
-// Bytes behind the last are overwritten.
+// Overwrites up to seven bytes behind the last one.
 inline void to_bits(uint8_t* bytes, int64_t n, uint8_t* bits) {
     std::memset(bytes + n, 0, -n & 7);
     for (int64_t i = 0; i < (n + 7) / 8; ++i) {
@@ -293,7 +293,7 @@ inline void to_bits(uint8_t* bytes, int64_t n, uint8_t* bits) {
 
 inline void from_bits(const uint8_t* bits, int64_t n, uint8_t* bytes) {
     for (int64_t i = 0; i < (n + 7) / 8; ++i) {
-        // Bit k of the byte to bit 0 of byte k.
+        // Moves bit k of the byte to bit 0 of byte k.
         uint64_t eight = bits[i] * 0x0101010101010101u & 0x8040201008040201u;
         eight = (eight + 0x00406070787c7e7fu) >> 7 & 0x0101010101010101u;
         std::memcpy(bytes + 8 * i, &eight, 8);

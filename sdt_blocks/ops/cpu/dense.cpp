@@ -1,8 +1,8 @@
-// What stands between two products when an optimised model is evaluated, for dense.py: neurons fused with the shortcut's
+// What runs between two products when an optimised model is evaluated, for dense.py: neurons fused with the shortcut's
 // addition, with max pooling and with the attention's mask. Frames are channels-last and contiguous.
 //
-// Neurons are walked in blocks whose state stays in the first-level cache, all time steps of a block before the next block,
-// in float32. Contraction is switched off when building, so the spikes are the reference's bit for bit.
+// Neurons are computed in float32, in blocks whose state stays in the first-level cache: all time steps of a block before the
+// next block. The build disables floating-point contraction, so the spikes match the reference bit for bit.
 
 #include <algorithm>
 #include <cmath>
@@ -13,7 +13,7 @@
 
 namespace {
 
-// Spikes, 0 and 1, which every type holds exactly.
+// Stores a spike, 0 or 1, which every type represents exactly.
 inline void store(float spike, float& out) { out = spike; }
 inline void store(float spike, uint8_t& out) { out = uint8_t(spike); }
 inline void store(float spike, bfloat16& out) {
@@ -27,10 +27,10 @@ inline void store(float spike, bfloat16& out) {
 // The same fields in the same order as in bindings.py.
 struct Layer {
     Neuron neuron;
-    const float* inv_tau;  // one for each channel, or one
-    int64_t constants;     // how many
-    const float* before;   // where the neurons stand before the first step; null at rest
-    float* after;          // where they stand after the last, if somebody asks
+    const float* inv_tau;  // one per channel, or a single one
+    int64_t constants;     // how many these are
+    const float* before;   // membranes before the first step; null if all are zero
+    float* after;          // membranes after the last step; null if not wanted
 };
 
 namespace {
@@ -43,7 +43,7 @@ struct Cells : Dynamics<float> {
 
     explicit Cells(const Layer& l)
         : Dynamics<float>(l.neuron), inv_tau(l.inv_tau), constants(l.constants), before(l.before), after(l.after) {}
-    // The membranes of n neurons from `start` on, before the first step.
+    // Sets the membranes before the first step, of n neurons from `start` on.
     void begin(int64_t start, int64_t n, float* h) const {
         if (before) std::copy_n(before + start, n, h);
         else std::fill_n(h, n, 0.f);
@@ -51,7 +51,7 @@ struct Cells : Dynamics<float> {
     void end(int64_t start, int64_t n, const float* h) const {
         if (after) std::copy_n(h, n, after + start);
     }
-    // The time constants of `width` neurons in a row, the first of which belongs to channel `first`.
+    // The time constants of `width` consecutive neurons, the first of which belongs to channel `first`.
     std::vector<float> row(int64_t width, int64_t first = 0) const {
         std::vector<float> values(width);
         for (int64_t i = 0; i < width; ++i) values[i] = inv_tau[constants == 1 ? 0 : (first + i) % constants];
@@ -61,14 +61,14 @@ struct Cells : Dynamics<float> {
 
 inline float spike(const Cells& d, float h) { return d.fires(h) ? 1.f : 0.f; }
 
-// One step: h from that of the step before, in place.
+// The membrane h after one step, from that of the step before.
 template <class X> inline float advance(const Cells& d, X x, float h, float inv_tau) {
     return step(d, load(x), h, d.fires(h), inv_tau);
 }
 
 constexpr int64_t BLOCK = 512;
 
-// ---- spikes of x, or of u + x, which `total` keeps
+// ---- spikes of x, or of u + x, which is stored in `total`
 
 template <class X, class Out>
 void fire(int64_t steps, int64_t size, const X* x, int64_t x_step, const float* u, float* total, const Layer& layer,
@@ -101,7 +101,7 @@ void fire(int64_t steps, int64_t size, const X* x, int64_t x_step, const float* 
                         spikes[i] = spike(d, h[i]);
                     }
                 }
-                // Apart from the arithmetic: compilers do not vectorize both at once for every type.
+                // Apart from the arithmetic: for some types compilers do not vectorize the two together.
                 SIMD for (int64_t i = 0; i < n; ++i) store(spikes[i], fired[i]);
             }
             d.end(start, n, h);
@@ -109,11 +109,11 @@ void fire(int64_t steps, int64_t size, const X* x, int64_t x_step, const float* 
     });
 }
 
-// ---- spikes of x after a 3x3 maximum of stride 2: the spikes of eight time steps are the bits of a byte, pooled at once
+// ---- spikes of x after a 3x3 maximum of stride 2: the spikes of eight time steps share a byte and are pooled together
 
 struct Frames { int64_t steps, batch, height, width, channels; };
 
-// `row` is that of all frames, one below the other; `own` tells whether its membranes are this call's to keep.
+// `row` counts through the frames of all images; `own` tells whether this call stores the row's last membranes.
 template <class X>
 void fire_row(const Frames& f, const X* x, int64_t x_step, const Cells& d, const float* inv_tau, int64_t row, bool own,
               uint8_t* bits) {
@@ -140,7 +140,7 @@ void fire_row(const Frames& f, const X* x, int64_t x_step, const Cells& d, const
     }
 }
 
-// A row of pixels to every other pixel: what the pixel and its two neighbours hold.
+// Pools a row of pixels horizontally: every second pixel OR its two neighbours.
 void pool_row(int64_t width, int64_t channels, const uint8_t* row, uint8_t* out) {
     for (int64_t x = 0; x < (width + 1) / 2; ++x) {
         const uint8_t* middle = row + 2 * x * channels;
@@ -159,13 +159,14 @@ void fire_and_pool(const Frames& f, const X* x, int64_t x_step, const Layer& lay
     parallel(threads, [&](int64_t thread, int64_t all) {
         const std::vector<float> inv_tau = d.row(row_in);
         std::vector<uint8_t> bits(bytes * row_in), ring(3 * bytes * size_out);
-        int64_t ready = -1;  // the last row of the batch's frames, one below the other, that lies in the ring
+        int64_t ready = -1;  // the last row, counted through all images, that is in the ring
         const int64_t begin = rows * thread / all;
         for (int64_t row = begin; row < rows * (thread + 1) / all; ++row) {
             const int64_t image = row / rows_out, y = row % rows_out * 2, top = image * f.height;
             const int64_t first = top + std::max<int64_t>(y - 1, 0), last = top + std::min(y + 1, f.height - 1);
             for (int64_t r = std::max(first, ready + 1); r <= last; ++r, ready = r - 1) {
-                // The thread before this one fires its last window's lowest row too, which is the first of this one.
+                // The thread before fires this thread's first row too, as the last of its last window, and stores its
+                // membranes.
                 const bool own = image * rows_out + (r - top) / 2 >= begin;
                 fire_row(f, x, x_step, d, inv_tau.data(), r, own, bits.data());
                 for (int64_t byte = 0; byte < bytes; ++byte)
@@ -183,7 +184,7 @@ void fire_and_pool(const Frames& f, const X* x, int64_t x_step, const Layer& lay
     });
 }
 
-// ---- the attention's mask: q where enough tokens of the channel had a spike in k and in v
+// ---- the attention's mask: q where enough tokens of the channel had spikes in both k and v
 
 struct Tokens { int64_t steps, batch, tokens, channels; };
 
@@ -247,7 +248,7 @@ void attend(const Tokens& f, const X* qkv, const Layer* layers, Out* out, int64_
 
 }  // namespace
 
-// Runs `call` with X and Out for two dtypes as numbered in dense.py: 0 float32, 1 bfloat16, 2 bytes (out alone).
+// Runs `call` with types X and Out for two dtypes as numbered in dense.py: 0 float32, 1 bfloat16, 2 bytes (only Out).
 #define WITH_OUT(out, call)                                   \
     switch (out) {                                            \
     case 0: { using Out = float; call; return; }              \

@@ -1,4 +1,4 @@
-// Integer neurons: whole numbers by a window of the input, in which the gradient passes.
+// Integer neurons: they round the input to whole numbers within a window, and pass the gradient inside it.
 
 #pragma once
 
@@ -9,13 +9,13 @@ namespace {
 // The same fields in the same order as in bindings.py.
 struct Levels { double levels, norm, threshold; int64_t up; };
 
-// A power of two is divided by as its inverse is multiplied by: to the bit the same.
+// Whether division by the number can be replaced by multiplication with its inverse, bit for bit: true of powers of two.
 inline bool has_inverse(double number) {
     int exponent;
     return std::frexp(number, &exponent) == 0.5 && std::abs(exponent) < 120;
 }
 
-// EXACT: both divisors have an inverse.
+// EXACT: both divisors have an exact inverse.
 template <bool UP, bool EXACT, class S> struct Window {
     S limit, norm, threshold;
 
@@ -23,12 +23,12 @@ template <bool UP, bool EXACT, class S> struct Window {
         : limit(upper), norm(S(EXACT ? 1 / neuron.norm : neuron.norm)),
           threshold(S(EXACT ? 1 / neuron.threshold : neuron.threshold)) {}
     static S divided(S v, S by) { return EXACT ? v * by : v / by; }
-    // To the nearest whole number, halves to even; v >= 0.
+    // v >= 0 rounded to the nearest whole number, halves to even.
     static S nearest(S v) {
-        const S big = std::is_same_v<S, float> ? S(8388608.0) : S(4503599627370496.0);  // from here on all are whole
+        const S big = std::is_same_v<S, float> ? S(8388608.0) : S(4503599627370496.0);  // from here on all numbers are whole
         return v < big ? (v + big) - big : v;
     }
-    // Of v = x / threshold. Choices are written so that NaN goes through.
+    // v = x / threshold. The comparisons are written so that NaN stays NaN.
     bool inside(S v) const { return UP ? (v > 0) & (v < limit) : (v >= 0) & (v <= limit); }
     S raised(S v) const {
         const S clamped = v < 0 ? S(0) : v > limit ? limit : v;
@@ -40,11 +40,11 @@ template <bool UP, bool EXACT, class S> struct Window {
     }
     S value(S x) const { return divided(whole(raised(divided(x, threshold))), norm); }
     bool passes(S x) const { return inside(divided(x, threshold)); }
-    // As a product, through which a gradient that is not finite shows.
+    // Masked by a product, so that a gradient that is not finite still shows.
     S gradient(S grad, bool passes) const { return divided(divided(grad, norm) * (passes ? S(1) : S(0)), threshold); }
 };
 
-// A part of a tensor of X, in the type that is computed with; each of the equations is a pass over it, and rounds to X.
+// A part of a tensor of type X, in the type S that is computed in; each equation is a pass over it, and rounds to X.
 template <class X, class S> struct Part {
     S v[BYTES];
     X stored[BYTES];
@@ -92,7 +92,7 @@ void levels_backward(const Levels& neuron, const X* grad, const uint8_t* inside,
     });
 }
 
-// The scale of a normalization, and what is added to the product: with PyTorch's roundings, which multiplies and adds at once.
+// Scale and shift of a normalization, with the rounding of PyTorch, which uses a fused multiply-add.
 template <class S> struct Normalization {
     const S* scale;
     Buffer<S> shift;
@@ -127,7 +127,7 @@ void norm_levels(const Layout& l, const Levels& neuron, const X* x, const S* sca
     });
 }
 
-// sums: [3, channels], the last two for the shift, and the scale around the mean.
+// sums: [3, channels]; the first row is 0, the other two are for the shift and for the scale around the mean.
 template <bool UP, bool EXACT, class X, class S>
 void norm_levels_backward(const Layout& l, const Levels& neuron, const X* grad, int64_t grad_step, const X* x, const S* scale,
                           const S* mean, const S* bias, X* grad_x, double* sums) {
@@ -168,7 +168,7 @@ void norm_levels_backward(const Layout& l, const Levels& neuron, const X* grad, 
     for (size_t i = 0; i < all.size(); ++i) sums[l.channels + i % (2 * l.channels)] += all[i];
 }
 
-// Calls f with the rounding, and whether both divisors have an inverse, as constants of the compiler's.
+// Calls f with two compile-time constants: the rounding, and whether both divisors have an exact inverse.
 template <class F> void with_rounding(const Levels& neuron, F f) {
     with_flags(f, neuron.up != 0, has_inverse(neuron.norm) && has_inverse(neuron.threshold));
 }

@@ -1,4 +1,4 @@
-// The neuron: what Python tells of it, and one step of it, for numbers and for vectors of them.
+// The neuron: its description as Python passes it, and one step of it, for single numbers and for vectors.
 
 #pragma once
 
@@ -8,19 +8,19 @@
 
 namespace {
 
-enum Reset { ZERO, SUBTRACT, NONE, ANY };  // ANY: told apart when running
+enum Reset { ZERO, SUBTRACT, NONE, ANY };  // ANY: decided at run time
 enum Kind { SIGMOID, ATAN, FAST_SIGMOID, TRIANGULAR, STRAIGHT_THROUGH };
 
-// The same fields in the same order as in bindings.py. `inv_tau` stands where no tensor gives it.
+// The same fields in the same order as in bindings.py. `inv_tau` is used where no tensor is given for it.
 struct Neuron {
     double inv_tau, threshold, alpha;
     int64_t reset, detach_reset, strict, surrogate;
 };
 
-// The equations' constants; resets are told apart by factors, so that every loop has one form.
+// Constants of the equations; the reset is expressed by factors, so that every loop has the same form.
 template <class S> struct Dynamics {
     S threshold, fires_at, to_zero, taken, alpha;
-    bool follows;  // the gradient runs through the reset
+    bool follows;  // whether the gradient passes through the reset
 
     explicit Dynamics(const Neuron& neuron)
         : threshold(S(neuron.threshold)),
@@ -29,16 +29,16 @@ template <class S> struct Dynamics {
           taken(neuron.reset == SUBTRACT ? threshold : S(0)), alpha(S(neuron.alpha)),
           follows(!neuron.detach_reset && neuron.reset != NONE) {}
     bool fires(S h) const { return h >= fires_at; }
-    // What the reset keeps of the membrane, as a factor, and what it takes. As arithmetic: loops with choices do not all
-    // vectorize.
+    // The factor by which the reset scales the membrane, and what it subtracts. As arithmetic, because not all loops with
+    // branches vectorize.
     S kept(bool fired) const { return 1 - to_zero * (fired ? S(1) : S(0)); }
     S lost(bool fired) const { return (fired ? S(1) : S(0)) * taken; }
     S scaled(S h, bool fired) const { return h * kept(fired); }
     S lowered(S h, bool fired) const { return h - lost(fired); }
 };
 
-// The membrane after one step with input y, from the one before, which may have `fired`. As in the equations, both are
-// before their reset. Constants is `Dynamics`, or the like of it for vectors.
+// The membrane after one step with input y, from that of the step before, whose neuron may have `fired`. Both are taken before
+// their reset, as in the equations. Constants is `Dynamics`, or its counterpart for vectors.
 template <int RESET = ANY, class Constants, class V, class Fired>
 inline V step(const Constants& c, V y, V h, Fired fired, V inv_tau) {
     const V u = RESET == ZERO || RESET == ANY ? c.scaled(h, fired) : h;

@@ -1,6 +1,6 @@
-// Products, neurons, pooling and attention on packed spikes: one bit each, 64 channels a word, lowest channel first.
+// Products, neurons, pooling and attention on packed spikes: one bit each, 64 channels per word, lowest channel first.
 //
-// Levels 0..D are D such planes a pixel, one after the other, and stand for the number that is set.
+// Levels 0..D take D such planes per pixel, one after the other; the level is the number of planes whose bit is set.
 
 #include "packed_dense.h"
 #include "packed_events.h"
@@ -31,7 +31,7 @@ extern "C" {
 
 int64_t spike_lanes() { return LANES; }
 
-// `kind` says what the rows of weights are: 0 float32; whole numbers of 32 bits (1), or of 8 (2).
+// `kind` is the type of the weights: 0 for float32, 1 for integers of 32 bits, 2 for integers of 8 bits.
 void spike_product(const Frames* spikes, int64_t radius, int64_t kind, const void* weights, const Epilogue* epilogue,
                    int64_t threads) {
     switch (kind) {
@@ -41,7 +41,7 @@ void spike_product(const Frames* spikes, int64_t radius, int64_t kind, const voi
     }
 }
 
-// All inputs multiplied, active or not; the weights are whole numbers in `pieces` digits of 8 bits, 1 or 3.
+// Multiplies all inputs, active or not; the weights are integers of 1 or 3 digits (`pieces`) of 8 bits.
 void spike_product_dense(const Frames* spikes, const Windows* windows, int64_t pieces, const int8_t* weights,
                          const Epilogue* epilogue, int64_t threads) {
     const Bits in{*spikes};
@@ -51,9 +51,9 @@ void spike_product_dense(const Frames* spikes, const Windows* windows, int64_t p
         dense_product<3>(in, *windows, weights, *epilogue, threads);
 }
 
-// Every output is summed over taps, then channels, in ascending order, each product added with one rounding: the same bits
-// whatever the batch, the threads and the machine are. `by_rows` is for few inputs, and the other way for values without
-// gaps. `pool`, by rows alone: spikes alone, and those pooled.
+// Every output is summed over taps, then channels, in ascending order, with one rounding per product added: the same bits for
+// any batch, number of threads and machine. `by_rows` is for few inputs; without it x must be contiguous. `pool`, only by rows:
+// the only result is spikes, pooled.
 void real_product(const Picture* x, const Windows* windows, const float* weights, const Epilogue* epilogue, int64_t steps,
                   int64_t by_rows, int64_t pool, int64_t threads) {
     if (by_rows) return rows_product(*x, *windows, weights, *epilogue, steps, pool, threads);
@@ -61,7 +61,7 @@ void real_product(const Picture* x, const Windows* windows, const float* weights
     dense_product<1>(in, *windows, weights, *epilogue, threads);
 }
 
-// Bytes up to 128 in the place of packed spikes, and one step.
+// The input is bytes up to 128 instead of packed spikes, and has one step.
 void byte_product(const uint8_t* x, const int64_t* sizes, const Windows* windows, int64_t pieces, const int8_t* weights,
                   const Epilogue* epilogue, int64_t threads) {
     const Bytes in{{x, 1, sizes[0], sizes[1], sizes[2], sizes[3], 1}};
@@ -71,14 +71,14 @@ void byte_product(const uint8_t* x, const int64_t* sizes, const Windows* windows
         dense_product<3>(in, *windows, weights, *epilogue, threads);
 }
 
-// The same for a convolution with one weight an input channel and tap; `sizes` are frames, height, width and channels.
+// As above for a convolution with one weight per input channel and tap; `sizes` are frames, height, width and channels.
 void depthwise_product(const float* x, const int64_t* sizes, const Windows* windows, const float* weights, float* out,
                        int64_t threads) {
     depthwise(x, sizes[0], sizes[1], sizes[2], sizes[3], *windows, weights, out, threads);
 }
 
-// The epilogue alone: x is [frames, pixels, channels] with frames = steps, or one frame that is shown at every step (then
-// step = 0); one frame is `step` values from the next.
+// Only the epilogue: x is [frames, pixels, channels], where frames = steps, or one frame is shown at every step (with step =
+// 0); consecutive frames are `step` values apart.
 void spike_neuron(const float* x, int64_t frames, int64_t step, int64_t steps, int64_t pixels, const Epilogue* epilogue,
                   int64_t threads) {
     const Epilogue& e = *epilogue;
@@ -106,7 +106,7 @@ void spike_neuron(const float* x, int64_t frames, int64_t step, int64_t steps, i
     }
 }
 
-// Maximum over 3x3 windows, stride 2, padding 1, of `frames` frames: words of spikes by OR, or real values.
+// Maximum over 3x3 windows, stride 2, padding 1, of `frames` frames: OR of words of spikes, or of real values.
 void spike_pool(const uint64_t* in, uint64_t* out, int64_t frames, int64_t height, int64_t width, int64_t words,
                 int64_t threads) {
     pool_spikes(in, out, frames, height, width, words, threads);
@@ -116,7 +116,7 @@ void real_pool(const float* in, float* out, int64_t frames, int64_t height, int6
     pool_reals(in, out, frames, height, width, channels, threads);
 }
 
-// Whether a product and a sum with one rounding are one instruction.
+// Whether a fused multiply-add is one instruction.
 int64_t real_product_is_fast() {
 #if defined(__AVX512F__) || defined(__FP_FAST_FMAF)
     return 1;
@@ -125,8 +125,8 @@ int64_t real_product_is_fast() {
 #endif
 }
 
-// q & neuron(sum over tokens of k & v), for rows [steps, images, tokens] of three times `words` words: q, k, v. `standing`
-// is as in `Epilogue`, [images, 64 * words] or null.
+// q & neuron(sum over tokens of k & v), for rows [steps, images, tokens] of q, k and v, `words` words each. `standing` is as in
+// `Epilogue`, [images, 64 * words] or null.
 void spike_attention(const uint64_t* qkv, uint64_t* out, int64_t steps, int64_t images, int64_t tokens, int64_t words,
                      const float* inv_tau, const Neuron* neuron, float* standing, int64_t threads) {
     const Dynamics<float> dynamics(*neuron);
@@ -137,7 +137,7 @@ void spike_attention(const uint64_t* qkv, uint64_t* out, int64_t steps, int64_t 
         if (standing) std::copy_n(standing + column * 64, 64, h);
         for (int64_t t = 0; t < steps; t++) {
             const int64_t row = (t * images + image) * tokens;
-            // Counters of 64 channels, bit by bit: plane i holds bit i of every count.
+            // Counters of 64 channels in bit planes: plane i holds bit i of every count.
             uint64_t planes[40] = {};
             int used = 0;
             for (int64_t token = 0; token < tokens; token++) {
@@ -164,7 +164,7 @@ void spike_attention(const uint64_t* qkv, uint64_t* out, int64_t steps, int64_t 
     }
 }
 
-// Spikes as zeros and ones, row after row, without the padding of the words.
+// Writes spikes as zeros and ones, row by row, without the padding of the words.
 void spike_expand_float(const uint64_t* words, float* out, int64_t rows, int64_t channels, int64_t threads) {
     expand(words, out, rows, channels, threads);
 }

@@ -1,7 +1,7 @@
-// Products with all inputs, whatever their values: spikes and levels as bytes times whole numbers, or real values.
+// Products with all inputs, whatever their values: spikes and levels as bytes times integers, or real values.
 //
-// A block of output pixels is gathered, every row with its windows one tap after the other; then, tile by tile, a group of
-// rows is multiplied with every sum in registers. The neuron follows while the sums are in the cache.
+// The inputs of a block of output pixels are gathered, one row per pixel with the taps of its window one after the other. Then,
+// tile by tile, groups of rows are multiplied with all sums in registers. The neurons follow while the sums are in the cache.
 
 #pragma once
 
@@ -9,31 +9,31 @@
 
 namespace {
 
-// How windows lie, and the size of the result.
+// Geometry of the windows, and the size of the result.
 struct Windows {
     int64_t kernel_height, kernel_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, height, width;
     int64_t taps() const { return kernel_height * kernel_width; }
 };
 
 #if defined(__AVX512F__)
-constexpr int GROUP = 12;  // rows that are multiplied together: their sums fill the registers
+constexpr int GROUP = 12;  // rows multiplied together: their sums fill the registers
 #elif defined(__AVX__)
 constexpr int GROUP = 6;
 #else
 constexpr int GROUP = 2;
 #endif
-constexpr int64_t GATHERED_BYTES = 192 << 10;  // rows of a block, within the second-level cache
-constexpr int64_t GATHERED_ROWS = 252;         // whose sums stay in the cache too
-constexpr int64_t SLACK = 64;                  // bytes that a tap may be overwritten by, behind its end
+constexpr int64_t GATHERED_BYTES = 192 << 10;  // of the rows of a block, to fit the second-level cache
+constexpr int64_t GATHERED_ROWS = 252;         // of a block at most, so that its sums stay in the cache too
+constexpr int64_t SLACK = 64;                  // bytes that may be overwritten behind the end of a tap
 
-// A byte of 0 or 1 for each of 64 bits, or that added to what is there.
+// Expands 64 bits to 64 bytes of 0 or 1, stored or added to what is there.
 inline void expand_word(uint64_t bits, uint8_t* to, bool add) {
 #if defined(__AVX512BW__)
     const __m512i ones = _mm512_maskz_set1_epi8(bits, 1);
     _mm512_storeu_si512(to, add ? _mm512_add_epi8(_mm512_loadu_si512(to), ones) : ones);
 #else
     for (int i = 0; i < 8; i++) {
-        // Bit j of a byte alone in byte j of eight, moved to its lowest bit.
+        // Isolates bit j of a byte in byte j of eight, then moves it to the lowest bit.
         uint64_t spread = (bits >> (8 * i) & 0xff) * 0x0101010101010101ull & 0x8040201008040201ull, before = 0;
         spread = (spread + 0x7f7f7f7f7f7f7f7full) >> 7 & 0x0101010101010101ull;
         if (add) std::memcpy(&before, to + 8 * i, 8);
@@ -43,14 +43,14 @@ inline void expand_word(uint64_t bits, uint8_t* to, bool add) {
 #endif
 }
 
-// The sums of four products a lane: the same four values for all, and four weights each.
+// Adds the sum of four products to each lane: the four values are the same for all lanes, the four weights differ.
 inline Whole dot(Whole sum, const uint8_t* values, const int8_t* weights) {
     int32_t four;
     std::memcpy(&four, values, 4);
 #if defined(__AVX512VNNI__)
     return Whole(_mm512_dpbusd_epi32(__m512i(sum), _mm512_set1_epi32(four), _mm512_loadu_si512(weights)));
 #elif defined(__AVX512BW__)
-    // Two products of a level up to 128 and a weight stay within 16 bits.
+    // Two products of a level up to 128 and a weight fit 16 bits.
     const __m512i two = _mm512_maddubs_epi16(_mm512_set1_epi32(four), _mm512_loadu_si512(weights));
     return Whole(_mm512_add_epi32(__m512i(sum), _mm512_madd_epi16(two, _mm512_set1_epi16(1))));
 #elif defined(__AVX2__) && !defined(__AVX512F__)
@@ -64,7 +64,7 @@ inline Whole dot(Whole sum, const uint8_t* values, const int8_t* weights) {
 #endif
 }
 
-// Spikes or levels, gathered as bytes and multiplied four at a time with weights of 8 bits.
+// Spikes or levels, gathered as bytes and multiplied with 8-bit weights, four at a time.
 struct Bits {
     typedef uint8_t Value;
     typedef int8_t Weight;
@@ -79,7 +79,7 @@ struct Bits {
     int64_t height() const { return in.height; }
     int64_t width() const { return in.width; }
     int64_t tap() const { return (in.channels + 3) / 4 * 4; }
-    // One pixel; the bytes behind its end are written over by the next.
+    // Gathers one pixel; the bytes written behind its end are overwritten by the next.
     void gather(int64_t step, int64_t pixel, uint8_t* to) const {
         const uint64_t* words = in.words + step * in.step + pixel * in.stride();
         for (int64_t plane = 0; plane < in.planes; plane++)
@@ -89,7 +89,7 @@ struct Bits {
     static Sums multiply_add(Whole sum, const uint8_t* values, const int8_t* weights) { return dot(sum, values, weights); }
 };
 
-// What lies in memory value by value, [frames, images, rows, columns, channels].
+// Unpacked values [frames, images, rows, columns, channels].
 template <class T>
 struct Values {
     typedef T Value;
@@ -106,7 +106,7 @@ struct Values {
     }
 };
 
-// Bytes; those that fill up a tap meet weights of zero.
+// Bytes; the padding of a tap meets weights of zero.
 struct Bytes : Values<uint8_t> {
     typedef int8_t Weight;
     typedef int32_t Sum;
@@ -132,7 +132,7 @@ typedef uint32_t Unsigned __attribute__((vector_size(sizeof(Whole))));
 inline Whole shifted(Whole sums) { return Whole(Unsigned(sums) << 8); }
 inline Vector shifted(Vector sums) { return sums; }
 
-// The inputs of one output pixel, its taps one after the other.
+// Gathers the inputs of one output pixel, tap after tap.
 template <class In>
 void gather(const In& in, const Windows& w, int64_t step, int64_t pixel, typename In::Value* to) {
     const int64_t x = pixel % w.width * w.stride_x - w.padding_x;
@@ -148,8 +148,8 @@ void gather(const In& in, const Windows& w, int64_t step, int64_t pixel, typenam
         }
 }
 
-// The sums of GROUP rows of `length` groups of values each. With several pieces, each is a digit of 8 bits, the highest
-// first: what leaves 32 bits on the way returns, as long as the sum itself fits.
+// The sums of GROUP rows of `length` groups of values each. Several pieces are the weights' digits of 8 bits, highest first:
+// intermediate overflow of the 32 bits cancels out, as long as the final sum fits.
 template <int PIECES, class In>
 void multiply(const typename In::Value* const* rows, const typename In::Weight* weights, int64_t length,
               typename In::Sum* const* sums) {
@@ -173,7 +173,7 @@ void multiply(const typename In::Value* const* rows, const typename In::Weight* 
         for (int v = 0; v < VECTORS; v++) std::memcpy(sums[r] + v * WIDTH, &sum[r][v], sizeof sum[r][v]);
 }
 
-// `weights` are [tiles, pieces, inputs / TOGETHER, LANES, TOGETHER], with the inputs of a tap filled up with zeros.
+// `weights` are [tiles, pieces, inputs / TOGETHER, LANES, TOGETHER], where the inputs of a tap are padded with zeros.
 template <int PIECES, class In>
 void dense_product(const In& in, const Windows& w, const typename In::Weight* weights, const Epilogue& e, int64_t threads) {
     typedef typename In::Value Value;
@@ -202,7 +202,7 @@ void dense_product(const In& in, const Windows& w, const typename In::Weight* we
                 const Value* row[GROUP];
                 Sum* to[GROUP];
                 for (int64_t i = 0; i < GROUP; i++) {
-                    // The last row as often as it takes to fill a group.
+                    // The last row is repeated to fill a group.
                     const int64_t at = std::min(r + i, n - 1);
                     row[i] = values + at * stride;
                     to[i] = sums + at * LANES;
@@ -215,7 +215,7 @@ void dense_product(const In& in, const Windows& w, const typename In::Weight* we
     }
 }
 
-// One weight an input channel and tap, [taps, channels], on real values [frames, height, width, channels].
+// One weight per input channel and tap, [taps, channels], on real values [frames, height, width, channels].
 void depthwise(const float* x, int64_t frames, int64_t height, int64_t width, int64_t channels, const Windows& w,
                const float* weights, float* out, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)

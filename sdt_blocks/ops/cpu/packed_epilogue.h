@@ -1,4 +1,4 @@
-// What becomes of the sums of an event-driven product while they are in the cache: norm, shortcut, membrane, neuron, spikes.
+// What follows the sums of a product while they are in the cache: norm, shortcut, membrane, neuron, spikes.
 
 #pragma once
 
@@ -25,7 +25,7 @@ constexpr int WIDTH = 4, VECTORS = 4, ROWS = 4;
 #endif
 constexpr int LANES = WIDTH * VECTORS;
 constexpr int SIDE_BY_SIDE = 2;  // pixels whose neurons are computed together
-constexpr int64_t STREAM_BYTES = 16 << 20;  // a larger membrane has left the caches before anybody reads it
+constexpr int64_t STREAM_BYTES = 16 << 20;  // a larger membrane would be evicted from the caches before it is read
 
 typedef float Vector __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Whole __attribute__((vector_size(4 * WIDTH)));
@@ -35,14 +35,14 @@ inline Vector load(const float* from) {
     std::memcpy(&v, from, sizeof v);
     return v;
 }
-// Whole numbers as the nearest float32.
+// Integers, converted to the nearest float32.
 inline Vector load(const int32_t* from) {
     Whole v;
     std::memcpy(&v, from, sizeof v);
     return __builtin_convertvector(v, Vector);
 }
 inline void store(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
-// Stores past the caches, at a multiple of the vector's size; `finish_streams` has to follow before others read it.
+// Stores bypassing the caches, at a multiple of the vector's size; call `finish_streams` before others read it.
 inline void stream(float* to, Vector v) {
 #if defined(__AVX512F__)
     _mm512_stream_ps(to, v);
@@ -59,7 +59,7 @@ inline void finish_streams() {
 }
 inline Vector broadcast(float x) { return x - Vector{}; }
 
-// a * b + c, rounded once.
+// a * b + c with one rounding.
 inline Vector multiply_add(Vector a, Vector b, Vector c) {
 #if defined(__AVX512F__)
     return _mm512_fmadd_ps(a, b, c);
@@ -71,7 +71,7 @@ inline Vector multiply_add(Vector a, Vector b, Vector c) {
 #endif
 }
 
-// Where a neuron fired, lane by lane.
+// Which lanes' neurons fired.
 #if defined(__AVX512F__)
 typedef __mmask16 Fired;
 inline Fired at_least(Vector a, Vector b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
@@ -92,7 +92,7 @@ inline uint32_t bits(Fired fired) {
 }
 #endif
 
-// Memory of a thread that outlives the call: fresh pages would cost more than the work.
+// A thread's memory that outlives the call: mapping fresh pages would cost more than the work itself.
 template <class T>
 struct Buffer {
     T* data = nullptr;
@@ -108,7 +108,7 @@ struct Buffer {
     ~Buffer() { std::free(data); }
 };
 
-// Spikes [steps, images, height, width, planes, words of channels]; one step is `step` words from the next.
+// Spikes [steps, images, height, width, planes, words of channels]; consecutive steps are `step` words apart.
 struct Frames {
     const uint64_t* words;
     int64_t step, steps, images, height, width, channels, planes;
@@ -119,8 +119,8 @@ struct Frames {
 
 inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What becomes of a sum: u = residual + (sum + bias) * scale + shift, kept in `membrane` and handed to a neuron, where
-// these are wanted. `constants` has bias, scale, shift and 1 / tau of every tile.
+// What follows a sum: u = residual + (sum + bias) * scale + shift, stored in `membrane` and passed to a neuron, each only if
+// wanted. `constants` holds bias, scale, shift and 1 / tau of every tile.
 struct Epilogue {
     const float* constants;
     int64_t channels;
@@ -129,21 +129,21 @@ struct Epilogue {
     float* membrane;
     int64_t membrane_step;
     uint64_t* spikes;
-    int64_t spikes_step;  // from one time step to the next, in elements, as above
+    int64_t spikes_step;  // from one time step to the next, in elements, like the other steps
     Neuron neuron;
-    float* standing;  // [pixels, channels]: where the neurons stand before the first step, and after the last
+    float* standing;  // [pixels, channels]: membranes before the first step, replaced by those after the last; may be null
     int64_t stride() const { return (channels + 63) / 64; }
     int64_t tiles() const { return (channels + LANES - 1) / LANES; }
-    // Whether the membrane of so many rows is best written past the caches, and lies as that needs it.
+    // Whether a membrane of this many rows should bypass the caches, and is aligned for that.
     bool streams(int64_t rows) const {
         const bool aligned = reinterpret_cast<uintptr_t>(membrane) % (4 * WIDTH) == 0 && membrane_step % WIDTH == 0;
         return membrane && !residual && aligned && channels % LANES == 0 && 4 * rows * channels > STREAM_BYTES;
     }
 };
 
-// `Dynamics` of a vector of neurons.
+// `Dynamics` for a vector of neurons.
 struct VectorDynamics {
-    Vector fires_at, left, taken;  // `left`: what a spike leaves of the membrane, as a factor
+    Vector fires_at, left, taken;  // `left`: the factor by which a spike scales the membrane
 
     explicit VectorDynamics(const Dynamics<float>& d)
         : fires_at(broadcast(d.fires_at)), left(broadcast(1 - d.to_zero)), taken(broadcast(d.taken)) {}
@@ -159,14 +159,14 @@ struct VectorDynamics {
 
 using Mask = std::conditional_t<LANES == 32, uint32_t, uint16_t>;
 
-// Real values of consecutive pixels and time steps, so many elements apart; null where there are none.
+// Real values by pixel and time step, at these distances in elements; null if there are none.
 template <class T>
 struct Strided {
     T* data;
     int64_t pixel, step;
 };
 
-// Constants of a tile's channels, in its first COUNT vectors.
+// Constants of a tile's channels, for its first COUNT vectors.
 template <int COUNT>
 struct Constants {
     Vector bias[COUNT], scale[COUNT], shift[COUNT], inv_tau[COUNT];
@@ -181,7 +181,7 @@ struct Constants {
     }
 };
 
-// The epilogue of PIXELS pixels in one tile; several at once, since a neuron's steps wait for one another.
+// The epilogue of PIXELS pixels in one tile; several together, since each step of a neuron waits for the one before.
 template <int PIXELS, int RESET, bool STREAM, int COUNT, class Sum>
 inline void finish_pixels(const VectorDynamics& c, const Constants<COUNT>& of, int64_t steps, Strided<const Sum> sums,
                           Strided<const float> residual, Strided<float> membrane, Strided<char> spikes,
@@ -247,7 +247,7 @@ auto finish_tile_of(int64_t reset) {
                                : finish_tile<NONE, STREAM, COUNT, Sum>;
 }
 
-// Real values of so many lanes of one tile, where there are both.
+// Copies the first `lanes` lanes of a tile's real values, if both pointers are given.
 template <class From>
 void copy_lanes(Strided<float> to, Strided<From> from, int64_t lanes, int64_t steps, int64_t count) {
     for (int64_t t = 0; to.data && from.data && t < steps; t++)
@@ -256,7 +256,7 @@ void copy_lanes(Strided<float> to, Strided<From> from, int64_t lanes, int64_t st
                         lanes * sizeof(float));
 }
 
-// The epilogue of the pixels from `first` on, in one tile.
+// The epilogue in one tile of `count` pixels from `first` on.
 template <class Sum>
 void finish(const Epilogue& e, int64_t tile, int64_t steps, int64_t first, int64_t count, Strided<const Sum> sums,
             bool streams) {
@@ -275,10 +275,10 @@ void finish(const Epilogue& e, int64_t tile, int64_t steps, int64_t first, int64
         finish_tile(e, tile, steps, count, sums, residual, membrane, spikes, standing);
         return;
     }
-    // The last tile is narrower than LANES: its real values go through copies.
+    // The last tile may be narrower than LANES: then its real values go through copies.
     const Strided<float> wide{copies.reserve(count * (steps + 1) * LANES), LANES, count * LANES};
     const Strided<float> stands{standing.data ? wide.data + steps * wide.step : nullptr, LANES, 0};
-    if (stands.data) std::fill_n(stands.data, count * LANES, 0.f);  // no channel of a narrow tile's rest may fire
+    if (stands.data) std::fill_n(stands.data, count * LANES, 0.f);  // the unused lanes of a narrow tile must not fire
     copy_lanes(wide, residual, lanes, steps, count);
     copy_lanes(stands, standing, lanes, 1, count);
     finish_tile(e, tile, steps, count, sums, {residual.data ? wide.data : nullptr, wide.pixel, wide.step}, wide, spikes, stands);

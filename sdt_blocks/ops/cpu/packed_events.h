@@ -1,12 +1,12 @@
 // Products by events: sums of the weight rows of active inputs.
 //
-// The outputs are cut into tiles of LANES channels. A task lists the active inputs of its rows once, rows of like length
-// in groups of ROWS, and then, tile by tile, adds up a group at a time with every sum in registers. The neuron follows
-// while the sums are in the cache, so that real values reach memory only where they are asked for. The lists lie in the
-// order in which they are read, and the weights of the next tile are fetched while one is added up.
+// The outputs are cut into tiles of LANES channels. A task lists the active inputs of its rows once and groups ROWS rows with
+// lists of similar length. Then, tile by tile, it adds up each group with all sums in registers. The neurons follow while the
+// sums are in the cache, so that real values reach memory only if they are asked for. The lists are stored in the order of
+// reading, and the next tile's weights are prefetched during the sums of the current one.
 //
-// Sums of float32 run over planes, taps, then channels, in ascending order, one rounding an addition. Those of whole
-// numbers are exact.
+// Float32 sums run over planes, taps, then channels, in ascending order, with one rounding per addition. Integer sums are
+// exact.
 
 #pragma once
 
@@ -15,11 +15,11 @@
 namespace {
 
 constexpr int64_t BLOCK_ROWS = 512;      // rows whose sums of one tile stay in the cache between product and neuron
-constexpr int64_t LIST_BYTES = 8 << 20;  // room for the lists of a task
+constexpr int64_t LIST_BYTES = 8 << 20;  // for the lists of a task
 constexpr int64_t TASK_ROWS = 4096;
-constexpr int LIST_SLACK = 32;           // entries that a list may be overwritten by, behind its end
+constexpr int LIST_SLACK = 32;           // entries that may be overwritten behind the end of a list
 
-// Writes base + UNIT * i for every set bit i; may write up to LIST_SLACK entries behind the end that it returns.
+// Writes base + UNIT * i for every set bit i; may overwrite up to LIST_SLACK entries behind the end, which it returns.
 template <int UNIT>
 inline uint16_t* list_bits(uint64_t bits, uint32_t base, uint16_t* to) {
 #if defined(__AVX512VBMI2__)
@@ -40,7 +40,7 @@ inline uint16_t* list_bits(uint64_t bits, uint32_t base, uint16_t* to) {
 #endif
 }
 
-// A pixel of all images: its place in a row, that in the image, and that of the row in all images.
+// A pixel, counted through all images: its column and row in the image, and its row counted through all images.
 struct Place {
     int64_t pixel, x, y, row, width, height;
 
@@ -57,12 +57,12 @@ struct Place {
 
 typedef uint16_t Entries __attribute__((vector_size(2 * LIST_SLACK)));
 
-// The active inputs of the rows of frames that a task's windows reach, those of a row one after the other: so the three
-// pixels that a window has in a row lie together. An entry is (column * channels + channel) * UNIT, modulo 2^16.
+// The active inputs of all rows that a task's windows reach, listed row by row: thus the three pixels of a window in one row
+// are adjacent. An entry is (column * channels + channel) * UNIT, modulo 2^16.
 template <int UNIT>
 struct RowLists {
     const Frames& in;
-    int64_t row, rows, column, columns;  // what is listed of every frame: all images' rows are counted through
+    int64_t row, rows, column, columns;  // the listed part of every frame; rows are counted through all images
     const int64_t* starts;               // [steps, rows, planes, columns + 1]
     const uint16_t* entries;
 
@@ -71,7 +71,7 @@ struct RowLists {
         const int64_t end = (last - 1) / in.width;
         row = std::max<int64_t>(first / in.width - 1, 0);
         rows = std::min(end + 2, in.images * in.height) - row;
-        const bool within = first / in.width == end;  // the task is a part of one row
+        const bool within = first / in.width == end;  // the task lies within one row
         column = within ? std::max<int64_t>(first % in.width - 1, 0) : 0;
         columns = (within ? std::min((last - 1) % in.width + 2, in.width) : in.width) - column;
         int64_t* start = start_buffer.reserve(in.steps * rows * in.planes * (columns + 1));
@@ -92,7 +92,8 @@ struct RowLists {
                     *start++ = entry - entries;
                 }
     }
-    // Those of a pixel's window, in ascending order; may write up to LIST_SLACK entries behind the end that it returns.
+    // Lists the inputs of a pixel's window, in ascending order; may overwrite up to LIST_SLACK entries behind the end, which it
+    // returns.
     uint16_t* list(int64_t step, const Place& at, uint16_t* to) const {
         const int64_t left = std::max<int64_t>(at.x - 1, 0) - column, right = std::min(at.x + 2, in.width) - column;
         for (int64_t plane = 0; plane < in.planes; plane++)
@@ -114,7 +115,7 @@ struct RowLists {
     }
 };
 
-// The active inputs of single pixels: entry channel * UNIT.
+// The active inputs of single pixels; an entry is channel * UNIT.
 template <int UNIT>
 struct PixelLists {
     const Frames& in;
@@ -128,8 +129,8 @@ struct PixelLists {
     }
 };
 
-// How weights of a type are summed: the vector that holds LANES sums together with its likes, the type that sums reach
-// memory in, and how many additions may come before they have to.
+// How weights of a type are summed: the vector type of partial sums (several hold LANES), the type of sums in memory, and the
+// most additions before partial sums must go there.
 template <class Weight> struct Adding;
 template <> struct Adding<float> {
     typedef Vector Partial;
@@ -141,7 +142,7 @@ template <> struct Adding<int32_t> {
     typedef int32_t Sum;
     static constexpr int64_t MOST = std::numeric_limits<int64_t>::max() - 1;
 };
-// Weights -127..127, at 16 bits: 256 of them stay below 2^15.
+// Weights -127..127 in 16 bits: the sum of 256 stays below 2^15.
 template <> struct Adding<int8_t> {
     typedef int16_t Partial __attribute__((vector_size(4 * WIDTH)));
     typedef int32_t Sum;
@@ -164,7 +165,7 @@ inline void add_row(Adding<int8_t>::Partial& sum, const int8_t* row) {
 #endif
 }
 
-// Writes partial sums, or adds them to those of the entries before.
+// Stores partial sums, or adds them to those of earlier entries.
 template <class Partial, class Sum>
 inline void keep(Sum* to, Partial sum, bool add) {
     constexpr int COUNT = sizeof(Partial) / sizeof(sum[0]);
@@ -177,7 +178,8 @@ inline void keep(Sum* to, Partial sum, bool add) {
     std::memcpy(to, &wide, sizeof wide);
 }
 
-// sums[row] = the sum of the listed weight rows, for ROWS rows with `pairs` pairs of entries each: pair by pair, row by row.
+// sums[row] = the sum of the listed weight rows, for ROWS rows of `pairs` pairs of entries each, interleaved: for each pair,
+// all rows.
 template <class Weight, int UNIT>
 inline void add_up(const Weight* weights, const uint32_t* lists, int64_t pairs, const int32_t* rows,
                    typename Adding<Weight>::Sum* sums) {
@@ -188,7 +190,7 @@ inline void add_up(const Weight* weights, const uint32_t* lists, int64_t pairs, 
         const char* from = reinterpret_cast<const char*>(weights) + size_t(entry) * (sizeof(Weight) * LANES / UNIT);
         return reinterpret_cast<const Weight*>(from);
     };
-    // Where sums do not reach memory at once: rows may come twice, the last of a block as often as it takes to fill a group.
+    // For sums that take several parts: adding in `sums` would be wrong, as a block's last row may be repeated to fill a group.
     alignas(64) Sum totals[ROWS][LANES];
     constexpr int64_t MOST = Adding<Weight>::MOST / 2;
     const bool at_once = pairs <= MOST;
@@ -196,7 +198,7 @@ inline void add_up(const Weight* weights, const uint32_t* lists, int64_t pairs, 
     do {
         Partial sum[ROWS][COUNT] = {};
         const int64_t first = i, last = std::min(pairs, first + std::min(MOST, pairs));
-        // Two entries at a time: loads are what limits this loop.
+        // Two entries at a time, because loads limit this loop.
         for (; i < last; i++, lists += ROWS)
             for (int r = 0; r < ROWS; r++) {
                 const uint32_t two = lists[r];
@@ -213,7 +215,7 @@ inline void add_up(const Weight* weights, const uint32_t* lists, int64_t pairs, 
     for (int r = 0; r < ROWS && !at_once; r++) std::memcpy(sums + rows[r] * LANES, totals[r], sizeof totals[r]);
 }
 
-// Rows in ascending order of their counts.
+// Sorts rows by their counts, ascending.
 void sort_rows(const int32_t* counts, int64_t n, int64_t most, int32_t* starts, int32_t* rows) {
     std::fill(starts, starts + most + 2, 0);
     for (int64_t r = 0; r < n; r++) starts[counts[r] + 1]++;
@@ -221,8 +223,8 @@ void sort_rows(const int32_t* counts, int64_t n, int64_t most, int32_t* starts, 
     for (int64_t r = 0; r < n; r++) rows[starts[counts[r]]++] = int32_t(r);
 }
 
-// The lists of ROWS rows pair by pair; those of all rows are `stride` entries apart. It may go
-// on for seven pairs behind the end.
+// Interleaves the lists of ROWS rows, pair by pair; consecutive rows' lists are `stride` entries apart. May write up to seven
+// pairs behind the end.
 inline uint32_t* interleave(const uint16_t* lists, int64_t stride, const int32_t* rows, int64_t pairs, uint32_t* to) {
     const uint16_t* list[ROWS];
     for (int r = 0; r < ROWS; r++) list[r] = lists + rows[r] * stride;
@@ -254,7 +256,7 @@ inline uint32_t* interleave(const uint16_t* lists, int64_t stride, const int32_t
     return to;
 }
 
-// Asks for memory a piece at a time.
+// Prefetches memory piece by piece.
 struct Ahead {
     const char* next;
     const char* end;
@@ -308,7 +310,7 @@ void run_task(Task<Sum>& task, const Frames& in, int radius, const Weight* weigh
             }
         }
         sort_rows(counts, n, most, starts, order);
-        // The last row as often as it takes to fill a group.
+        // The last row is repeated to fill a group.
         std::fill(order + n, order + ceil_divide(n, ROWS) * ROWS, order[n - 1]);
         for (int64_t i = 0; i < n; i += ROWS) {
             const int64_t longest = (counts[order[i + ROWS - 1]] + 1) / 2;
@@ -349,7 +351,7 @@ void product_by_events(const Frames& in, int64_t radius, const Weight* weights, 
     int64_t tasks = ceil_divide(pixels, most);
     tasks = std::min(pixels, ceil_divide(tasks, threads) * threads);
     const int64_t share = ceil_divide(pixels, tasks);
-    constexpr int UNIT = sizeof(Weight) * LANES / 8;  // entries are row offsets in units of 8 bytes where 16 bits hold these
+    constexpr int UNIT = sizeof(Weight) * LANES / 8;  // entries are row offsets in units of 8 bytes if these fit 16 bits
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t i = 0; i < tasks; i++) {
         static thread_local Task<typename Adding<Weight>::Sum> task;

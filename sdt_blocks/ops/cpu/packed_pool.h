@@ -1,4 +1,4 @@
-// Maxima over 3x3 windows, stride 2, padding 1, with channels innermost: of spikes, which is OR, and of real values.
+// Maxima over 3x3 windows, stride 2, padding 1, channels innermost: of spikes, where the maximum is OR, and of real values.
 
 #pragma once
 
@@ -8,7 +8,7 @@ namespace {
 
 inline int64_t pooled(int64_t size) { return (size + 1) / 2; }
 
-// One row of pooled words from the three that its windows reach, null where there is none; `whole` has room for a row.
+// Pools three rows of words (null beyond the edges) into one; `whole` has room for a row.
 inline void pool_spikes(const uint64_t* above, const uint64_t* centre, const uint64_t* below, int64_t width, int64_t words,
                         uint64_t* whole, uint64_t* out) {
     for (int64_t i = 0; i < width * words; i++) whole[i] = centre[i] | (above ? above[i] : 0) | (below ? below[i] : 0);

@@ -1,5 +1,5 @@
-// Products of few real values, as of an image's channels: row by row of the result, straight from a copy of the input's rows
-// with zeros around them. Sums, neurons and the pooling behind them stay in the cache.
+// Products of few real values, such as an image's channels: row by row of the result, directly from a zero-padded copy of the
+// input rows. Sums, neurons and the pooling that follows stay in the cache.
 
 #pragma once
 
@@ -9,16 +9,15 @@
 namespace {
 
 constexpr int64_t COPIED_BYTES = 128 << 10;  // of input rows that a task copies
-constexpr int64_t POOLED_ROWS = 16;          // of a task: the row of neurons between two tasks is computed by both
+constexpr int64_t POOLED_ROWS = 16;          // of a task: two neighbouring tasks both compute the row of neurons between them
 
-// Real values with any distance between neighbours, in elements. `frames` is the number of steps, or 1 where a frame is
-// shown at every step.
+// Real values with arbitrary strides, in elements. `frames` is the number of steps, or 1 if a frame is shown at every step.
 struct Picture {
     const float* x;
     int64_t frames, images, height, width, channels;
     int64_t to_frame, to_image, to_row, to_column, to_channel;
 
-    // Rows from `top` and columns from `left` on, with the channels innermost; zeros outside.
+    // Copies rows from `top` and columns from `left` on, channels innermost, with zeros outside the picture.
     void copy(int64_t frame, int64_t image, int64_t top, int64_t rows, int64_t left, int64_t columns, float* to) const {
         const int64_t begin = std::clamp<int64_t>(-left, 0, columns), end = std::clamp<int64_t>(width - left, begin, columns);
         for (int64_t y = top; y < top + rows; y++, to += columns * channels) {
@@ -36,10 +35,10 @@ struct Picture {
     }
 };
 
-// Rows of a picture with zeros around them, for so many rows of the result.
+// The size of a zero-padded copy of the picture's rows that `results` rows of the result need.
 struct Copied {
     const Windows& w;
-    int64_t channels, columns, rows;  // of all steps, each `rows` rows of `columns` pixels
+    int64_t channels, columns, rows;  // `rows` rows of `columns` pixels for each step
     Copied(const Picture& in, const Windows& windows, int64_t results)
         : w(windows), channels(in.channels), columns((w.width - 1) * w.stride_x + (w.kernel_width - 1) * w.dilation_x + 1),
           rows((results - 1) * w.stride_y + (w.kernel_height - 1) * w.dilation_y + 1) {}
@@ -47,18 +46,18 @@ struct Copied {
     int64_t size() const { return rows * row(); }
 };
 
-// The sums of `count` pixels side by side in the first COUNT vectors of a tile, over taps, then channels, in ascending
-// order, one rounding a product added.
+// The sums of `count` neighbouring pixels in the first COUNT vectors of a tile, over taps, then channels, in ascending order,
+// with one rounding per product added.
 template <int COUNT>
 __attribute__((noinline)) void multiply_row(const float* values, const Copied& of, const float* weights, int64_t count, float* sums) {
     const Windows& w = of.w;
-    // Taps side by side without a gap are as one.
+    // Adjacent taps without a gap are treated as one.
     const int64_t length = (w.dilation_x == 1 ? w.kernel_width : 1) * of.channels, gap = w.dilation_x * of.channels;
     const int64_t segments = w.dilation_x == 1 ? 1 : w.kernel_width, pixel = w.stride_x * of.channels;
     for (int64_t q = 0; q < count; q += GROUP) {
         Vector sum[GROUP][COUNT] = {};
         const float *row[GROUP], *weight = weights;
-        // The last pixel as often as it takes to fill a group.
+        // The last pixel is repeated to fill a group.
         for (int64_t r = 0; r < GROUP; r++) row[r] = values + std::min(q + r, count - 1) * pixel;
         for (int64_t i = 0; i < w.kernel_height; i++)
             for (int64_t j = 0; j < segments; j++) {
@@ -77,7 +76,7 @@ __attribute__((noinline)) void multiply_row(const float* values, const Copied& o
     }
 }
 
-// One row of the result, from `pixel` on where the epilogue writes it; `values` are the rows that it needs, for every frame.
+// One row of the result, which the epilogue stores from `pixel` on; `values` are the input rows it needs, for every frame.
 void product_row(const Picture& in, const Copied& of, const float* values, int64_t frame_size, const float* weights,
                  const Epilogue& e, int64_t steps, int64_t pixel, Buffer<float>& buffer, bool streams) {
     const int64_t width = of.w.width, inputs = of.w.taps() * of.channels;
@@ -98,7 +97,7 @@ void product_row(const Picture& in, const Copied& of, const float* values, int64
         }
 }
 
-// With `pool`, the spikes' maxima over 3x3 windows, stride 2, padding 1, in the place of the spikes.
+// With `pool`, the spikes are replaced by their maxima over 3x3 windows, stride 2, padding 1.
 void rows_product(const Picture& in, const Windows& w, const float* weights, const Epilogue& e, int64_t steps, bool pool,
                   int64_t threads) {
     const bool streams = e.streams(in.images * w.height * w.width * steps);
@@ -120,7 +119,7 @@ void rows_product(const Picture& in, const Windows& w, const float* weights, con
             in.copy(t, image, top * w.stride_y - w.padding_y, of.rows, -w.padding_x, of.columns, values + t * of.size());
         Epilogue own = e;
         if (pool) {
-            // The last three rows of neurons, in turn.
+            // A ring of the last three rows of neurons.
             own.spikes = fired.reserve(3 * row_words * steps);
             own.spikes_step = 3 * row_words;
             std::fill(own.spikes, own.spikes + 3 * row_words * steps, 0);
@@ -130,7 +129,7 @@ void rows_product(const Picture& in, const Windows& w, const float* weights, con
             const int64_t pixel = pool ? y % 3 * w.width : (image * w.height + y) * w.width;
             const float* from = values + (y - top) * w.stride_y * of.row();
             product_row(in, of, from, of.size(), weights, own, steps, pixel, summed, streams);
-            // A window's last row is the next one, where there is one.
+            // A window is complete with the row below its centre, or with its centre at the lower edge.
             const int64_t centre = y + 1 == w.height ? y / 2 * 2 : y - 1;
             if (!pool || centre % 2 || centre < 2 * first) continue;
             for (int64_t t = 0; t < steps; t++) {

@@ -1,4 +1,4 @@
-// 3x3 maxima of stride 2, with padding 1: the place of each within its window, 0 to 8, is all that the gradient needs.
+// 3x3 maxima of stride 2, padding 1: the place of each maximum in its window, 0 to 8, is all that the gradient needs.
 
 #pragma once
 
@@ -8,18 +8,18 @@
 
 namespace {
 
-// Frames [count, channels, height, width] in that order, or with the channels innermost.
+// Frames [count, channels, height, width], in this order in memory or with the channels innermost.
 struct Planes {
     int64_t count, channels, height, width, channels_last, threads;
     int64_t rows_out() const { return (height + 1) / 2; }
     int64_t width_out() const { return (width + 1) / 2; }
 };
 
-constexpr int64_t POOLED = 512;  // results, about, that are computed together
-constexpr uint8_t NOWHERE = 9;   // the place in a window that is none
+constexpr int64_t POOLED = 512;  // about how many results are computed together
+constexpr uint8_t NOWHERE = 9;   // no place in a window
 
-// The largest of nine candidates for each of n windows, and its place. Those in the padding are -infinity; `places` begins with
-// the first that is not in it. A NaN wins, the last of several, as in PyTorch.
+// The largest of nine candidates for each of n windows, and its place. Candidates in the padding are -infinity; on entry
+// `places` holds the first place outside the padding. A NaN wins, the last one if several, as in PyTorch.
 template <class S> void largest(int64_t n, const S* const* candidates, S* best, int32_t* places) {
     const S *a = candidates[0], *b = candidates[1], *c = candidates[2], *d = candidates[3], *e = candidates[4],
             *f = candidates[5], *g = candidates[6], *h = candidates[7], *k = candidates[8];
@@ -45,7 +45,7 @@ template <class X, class S> void write(int64_t n, const S* best, const int32_t* 
         SIMD for (int64_t i = 0; i < n; ++i) places[i] = uint8_t(place[i]);
 }
 
-// The channels of a window lie side by side, and windows of a row are computed together.
+// Channels innermost: neighbouring windows of a row are computed together.
 template <class X, class S> void max_pool_channels(const Planes& f, const X* x, X* out, uint8_t* places) {
     const int64_t rows = f.rows_out(), wide = f.width_out(), lanes = f.channels, row_in = f.width * lanes;
     const int64_t together = std::min(wide, std::max<int64_t>(1, POOLED / lanes)), pieces = (wide + together - 1) / together;
@@ -58,7 +58,7 @@ template <class X, class S> void max_pool_channels(const Planes& f, const X* x, 
             const int64_t row = piece / pieces, y = row % rows * 2, first = piece % pieces * together;
             const int64_t windows = std::min(together, wide - first), n = windows * lanes, at = (row * wide + first) * lanes;
             const int64_t from = std::max<int64_t>(0, 2 * first - 1), to = std::min(f.width, 2 * (first + windows));
-            const S* in[3];  // the rows above, of and below the windows' middle, from a column on
+            const S* in[3];  // the rows above, at and below the centre of the windows, starting at column `from`
             for (int64_t dy = 0; dy < 3; ++dy) {
                 const bool within = y + dy > 0 && y + dy <= f.height;
                 const X* start = x + (row / rows * f.height + y + dy - 1) * row_in + from * lanes;
@@ -80,8 +80,8 @@ template <class X, class S> void max_pool_channels(const Planes& f, const X* x, 
     });
 }
 
-// The columns of a channel lie side by side: several rows of windows are computed together, each candidate from rows of its own
-// in which every second column was left out.
+// Columns innermost: several rows of windows are computed together. Each candidate is read from a copy of the rows that holds
+// only every second column.
 template <class X, class S> void max_pool_columns(const Planes& f, const X* x, X* out, uint8_t* places) {
     const int64_t rows = f.rows_out(), wide = f.width_out(), planes = f.count * f.channels;
     const int64_t together = std::min(rows, std::max<int64_t>(1, POOLED / wide)), pieces = (rows + together - 1) / together;
@@ -91,7 +91,7 @@ template <class X, class S> void max_pool_columns(const Planes& f, const X* x, X
         Buffer<int32_t> place(size);
         for (int64_t piece = planes * pieces * thread / threads; piece < planes * pieces * (thread + 1) / threads; ++piece) {
             const int64_t plane = piece / pieces, first = piece % pieces * together, count = std::min(together, rows - first);
-            // The input's odd rows, with the one above, then its even rows.
+            // First the odd input rows, including the one above, then the even ones.
             const auto spread = [&](int64_t y, int64_t to) {
                 S *l = &left[to], *m = &middle[to], *r = &right[to];
                 if (y < 0 || y >= f.height) {
@@ -131,9 +131,9 @@ template <class X, class S> void max_pool(const Planes& f, const X* x, X* out, u
     if (f.channels_last) max_pool_channels<X, S>(f, x, out, places); else max_pool_columns<X, S>(f, x, out, places);
 }
 
-// What n windows give back to four inputs each: in the upper row their middle and the one to the right, in the lower row those
-// below. Side by side, or all that are to the right behind all others. No window's place is in the padding, so that none gives
-// to a neighbour that is not there.
+// The gradient that n windows give to four inputs each: in the upper row their centre and the input to its right, in the lower
+// row the two below these. The two of a row are stored side by side, or all right ones behind all left ones. No place is in the
+// padding, so no window gives to an input that does not exist.
 template <bool SideBySide, class S, class X>
 void give_back(int64_t n, const X* grad, const uint8_t* places, int64_t right, int64_t below, X* upper, X* lower) {
     const int64_t stride = SideBySide ? 2 : 1, beside = SideBySide ? 1 : n;
@@ -159,7 +159,7 @@ template <class X, class S> void max_pool_backward(const Planes& f, const X* gra
             const X* g = grad + start * lanes;
             const uint8_t* p = places + start * lanes;
             const int64_t read = n + below + right, left = (windows - start) * lanes;
-            if (read > left) {  // behind the last window there is nothing to read
+            if (read > left) {  // nothing may be read behind the last window
                 last_grad.assign(g, g + left), last_grad.resize(read);
                 last_places.assign(p, p + left), last_places.resize(read, NOWHERE);
                 g = last_grad.data(), p = last_places.data();

@@ -1,4 +1,4 @@
-// What all CPU kernels on dense tensors share: bfloat16 as its bits, loops and threads.
+// What all CPU kernels on dense tensors share: bfloat16 as raw bits, loops and threads.
 
 #pragma once
 
@@ -10,15 +10,15 @@
 #include <omp.h>
 #endif
 
-// Each pass of such a loop is on its own, though arrays may be the same.
+// Iterations of such a loop are independent, even if arrays are the same.
 #define SIMD _Pragma("omp simd")
 #define PRAGMA(text) _Pragma(#text)
-// In such a loop `sum` is added up in any order.
+// Such a loop may add up `sum` in any order.
 #define SUM(sum) PRAGMA(omp simd reduction(+ : sum))
 
 namespace {
 
-// Memory that begins with a cache line: a vector register's worth of it never lies in two.
+// Allocates at cache-line boundaries, so that no aligned vector access crosses a line.
 template <class T> struct Aligned {
     using value_type = T;
     static constexpr std::align_val_t LINE{64};

@@ -1,9 +1,8 @@
-// The CPU kernels, built once on a machine by build.py and called through ctypes by bindings.py.
+// The training kernels for CPUs, built once per machine by build.py and called through ctypes by bindings.py.
 //
-// Every kernel walks the neurons of a frame in blocks that stay in the first-level cache and runs all time steps of a block
-// before the next: an input is read once and a spike written once, whatever T. The state is float32 (float64 for float64
-// input). Contraction into fused multiply-adds is switched off when building, so that the membrane takes the same roundings as
-// the reference's and the spikes are the same bit for bit.
+// Every kernel runs all time steps of a block of neurons before the next block. Blocks stay in the first-level cache: an input
+// is read once and a spike written once, whatever T. The state is float32 (float64 for float64 input). The build disables
+// contraction into fused multiply-adds, so the membrane is rounded as in the reference and the spikes match it bit for bit.
 
 #include <atomic>
 
@@ -44,7 +43,7 @@ void forward(const Layout& l, const Neuron& neuron, const X* x, const S* scale, 
     });
 }
 
-// sums: [3, channels] for 1 / tau, the shift, and the scale around `center`.
+// sums: [3, channels], for 1 / tau, for the shift, and for the scale around `center`.
 template <class X, class S>
 void backward(const Layout& l, const Neuron& neuron, const Upstream<X, S>& upstream, const S* grad_last, const X* x,
               const S* scale, const S* shift, const S* center, const S* inv_tau, int64_t time_constants, const S* membrane,
@@ -118,7 +117,7 @@ void backward(const Layout& l, const Neuron& neuron, const Upstream<X, S>& upstr
 
 // ---- batch normalization
 
-// Mean and biased variance of every channel, summed around the channel's first value so that a large mean costs no precision.
+// Mean and biased variance of every channel, summed around its first value so that a large mean costs no precision.
 template <class X, class S> void statistics(const Layout& l, const X* x, double* mean, double* variance) {
     const Blocks blocks(l);
     Buffer<S> first(l.channels);
@@ -175,7 +174,7 @@ void combine(const Layout& l, X* gradient, const X* x, const S* a, const S* b, c
 
 // ---- spikes as bits
 
-// One bit for each of `count` values; false where a value is neither 0 nor 1.
+// Packs one bit for each of `count` values; returns false if a value is neither 0 nor 1.
 template <class X> bool pack(const X* x, int64_t count, int64_t threads, uint8_t* bits) {
     std::atomic<bool> binary(true);
     in_bytes(count, threads, [&](int64_t start, int64_t n, uint8_t* fired) {
@@ -202,7 +201,7 @@ template <class X> void unpack(const uint8_t* bits, int64_t count, int64_t threa
 
 }  // namespace
 
-// Runs `call` with X, the type in storage, and S, that of the state, for a dtype as numbered in training.py.
+// Runs `call` with X, the type in memory, and S, that of the state, for a dtype as numbered in training.py.
 #define WITH(x, s, call) { using X = x; using S [[maybe_unused]] = s; call; return 0; }
 #ifdef __FLT16_MANT_DIG__
 #define FOR_FLOAT16(call) case 3: WITH(float16, float, call)
@@ -291,7 +290,7 @@ int64_t max_pool_backward(int64_t dtype, const Planes* planes, const void* grad,
     FOR_DTYPE(dtype, (max_pool_backward<X, S>(*planes, (const X*)grad, places, (X*)grad_x)))
 }
 
-// 1 where every value was 0 or 1, else 0.
+// Sets `binary` to 1 if every value was 0 or 1, else to 0.
 int64_t pack_bits(int64_t dtype, const void* x, int64_t count, int64_t threads, uint8_t* bits, int* binary) {
     FOR_DTYPE(dtype, *binary = pack((const X*)x, count, threads, bits))
 }
