@@ -389,7 +389,7 @@ def _sum(name: str, calls: list[_Call], clock: Clock, x: Tensor) -> _Site:
     """The calls of one forward pass of the input x.
 
     A first layer that ran once for all steps counts at each of them; a later one, such as a head that takes a mean over
-    time, ran once.
+    time, ran once, and so did a first layer that sees all frames `[T, B, C, H, W]` together.
     """
     by_sample = clock.split([call.nonzero for call in calls], name)
     nonzero = by_sample.sum(1)
@@ -400,7 +400,9 @@ def _sum(name: str, calls: list[_Call], clock: Clock, x: Tensor) -> _Site:
     dense = sum(call.dense for call in calls) / len(nonzero)
     bounds = [call.bound for call in calls if call.bound is not None]
 
-    once = once and bool(kept)
+    recording = x.ndim == 5 and x.shape[:2] == (clock.steps, clock.batch)
+    together = recording and sum(one.numel() for one in kept) == x.numel()
+    once = once and bool(kept) and not together
     steps = clock.steps if once else len(nonzero)
     share = steps / len(nonzero)
 

@@ -336,6 +336,27 @@ def test_a_layer_behind_the_mean_over_time_runs_once():
     assert head.cost.compute_mj == pytest.approx((8 * 5 * E_MAC + 5 * E_AC) * PJ)
 
 
+def test_a_first_layer_over_all_frames_runs_once():
+    class Video(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.neuron, self.head = nn.Conv3d(2, 4, 3, padding=1), LIF(threshold=0.01), nn.Linear(4, 5)
+
+        def forward(self, x):  # frames [T, B, 2, H, W], or a volume [B, 2, D, H, W] shown for four steps
+            if x.shape[1] == 3:
+                membrane = self.first(x.permute(1, 2, 0, 3, 4)).permute(2, 0, 1, 3, 4)
+            else:
+                membrane = self.first(x).expand(4, -1, -1, -1, -1, -1)
+            return self.head(self.neuron(membrane).flatten(3).mean(-1)).mean(0)
+
+    frames = energy(Video(), torch.rand(4, 3, 2, 6, 6))["first"]
+    assert frames.synaptic_operations == 4 * 36 * 27 * 2 * 4 and frames.energy_mj == frames.once_mj > 0
+    volume = energy(Video(), torch.rand(3, 2, 5, 6, 6))["first"]
+    assert volume.synaptic_operations == 4 * (5 * 36 * 27 * 2 * 4) and volume.energy_mj == pytest.approx(
+        4 * volume.once_mj
+    )
+
+
 def test_json_and_table(small, tmp_path):
     from rich.console import Console
 
