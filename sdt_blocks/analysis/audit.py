@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .dataflow import (
@@ -66,10 +66,6 @@ class Readings(TorchFunctionMode):
         super().__init__()
         self.follower = follower
         self.modules: dict[str, None] = {}
-        follower.probe.modes.append(self)
-
-    def start(self, x: Tensor) -> None:
-        """A pass begins."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         probe = self.follower.probe
@@ -239,9 +235,9 @@ def audit(
     x = input_of(batch)
     with Probe(model, neurons, forward, as_trained=as_trained) as probe:
         follower = Follower(probe)
-        readings = Readings(follower)
-        for _ in probe.run([batch]):
-            pass
+        with Readings(follower) as readings:
+            for _ in probe.run([batch]):
+                pass
     products = list(follower.products.values())
     axis = batch_axis(probe.model, x, neurons, forward, clock=probe.clock)
     for name in where_samples_meet(probe.model, x, axis, neurons=neurons, forward=forward):
