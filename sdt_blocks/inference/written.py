@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Container, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ from .. import steps
 from ..neuron import OverTime, takes_sequence
 from .frozen import attribute
 from .plan import CALL, Node, convolution, is_neuron
+
+T = TypeVar("T", Node, fx.Node)
 
 AUGMENTED = {
     operator.iadd: operator.add,
@@ -81,10 +83,15 @@ def sharing_memory(nodes: Iterable[Node], writers: Container[Node]) -> dict[Node
         copies = called(node) == "contiguous" and all(called(one) in _TURNS.split() for one in node.inputs())
         fresh = isinstance(node.target, nn.Module) or called(node) in _FRESH.split() or copies
         if node in writers or (node.op == CALL and not fresh):
-            together = set().union(found[node], *(found[one] for one in node.inputs()))
-            for one in together:
-                found[one] = together
+            _join(found, node, node.inputs())
     return {node: together - {node} for node, together in found.items()}
+
+
+def _join(memory: dict[T, set[T]], node: T, others: Iterable[T]) -> None:
+    """Makes one set of the nodes that share memory with a node and of those that do with the others."""
+    together = set[T]().union(memory[node], *(memory[one] for one in others))
+    for one in together:
+        memory[one] = together
 
 
 def without_writing(graph: fx.Graph, root: nn.Module) -> None:
@@ -145,9 +152,7 @@ class _Rewriting:
 
     def _join(self, node: fx.Node) -> None:
         given = (one for one in node.all_input_nodes if one.op != "get_attr" or isinstance(self._leaf(one), Tensor))
-        together = set().union(self.memory[node], *(self.memory[one] for one in given))
-        for one in together:
-            self.memory[one] = together
+        _join(self.memory, node, given)
 
     def _may_be_new(self, node: fx.Node, written: fx.Node) -> bool:
         """Whether a call can return a new value instead of writing, without any difference to what follows."""
