@@ -18,13 +18,13 @@ from typing import Any
 from sdt_datasets.errors import LeftOutWarning
 
 from .config import ConfigError, RunError, check_meant, check_of_use, help_text, load_config, one_paragraph, to_yaml
-from .cpu_processes import has_lost_another, join_processes
+from .cpu_processes import GOES_ON, has_lost_another, join_processes
 from .options import own_help
 
 INTERRUPTED = "stopped: the same command goes on from the last checkpoint, or begins where there is none"
 """The message for a Ctrl-C before training begins and after it has ended; in between, the run reports its progress."""
 
-LOST = "another process has ended or is out of reach; the same command goes on, in training from the last checkpoint"
+LOST = f"another process has ended or is out of reach; {GOES_ON}"
 
 OF_PICTURES = ("Glyph .* missing from font", "Creating legend")
 """Warnings of matplotlib that nobody can act on: the names that its font lacks stand in the tables beside."""

@@ -14,6 +14,8 @@ from .config import ConfigError
 
 _RANKED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
+GOES_ON = "the same command goes on, in training from the last checkpoint"
+
 
 def join_processes() -> None:
     """Make the CPU processes that torchrun has started known to each other, in the way that Accelerate expects.
@@ -60,10 +62,7 @@ def say_ended(what: str, code: int) -> None:
     """Print how a process ended, by its exit code, negative for a signal; one with code 2 has said why itself."""
     if code < 0:
         memory = ", as where memory runs out" if -code == getattr(signal, "SIGKILL", 9) else ""
-        ended = (
-            f"was ended by {signal.Signals(-code).name}{memory}; the same command goes on, in training from the last "
-        )
-        print(f"error: {what} {ended}checkpoint", file=sys.stderr)
+        print(f"error: {what} was ended by {signal.Signals(-code).name}{memory}; {GOES_ON}", file=sys.stderr)
     elif code != 2:
         print(f"error: {what} ended with code {code}", file=sys.stderr)
 
