@@ -396,9 +396,9 @@ def test_an_error_in_a_file_names_the_file_and_one_on_the_command_line_does_not(
 
 
 def test_an_empty_configuration_of_a_run_is_not_taken_for_the_defaults(tmp_path):
-    from common.trained import with_run_config
+    from common.trained import AS_ASKED, with_run_config
 
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(ConfigError, match=r"config\.yaml is empty.*config=NAME"):
         with_run_config(tmp_path, [])
-    assert with_run_config(tmp_path, ["config=digits"])[-1] == "config=digits"
+    assert with_run_config(tmp_path, ["config=digits"]) == [*AS_ASKED, "config=digits"]
