@@ -160,6 +160,19 @@ def test_an_error_leaves_the_states(firing_model):
     assert torch.equal(torch.cat([first, stream(frames[:, 2:])]), model(frames))
 
 
+def test_an_error_amid_pushed_frames_leaves_the_states(firing_model, on_a_grid):
+    model = on_a_grid(firing_model())
+    frames, calls = torch.rand(2, 4, 3, 16, 16), iter([None, None])  # the third call fails
+    stream, whole = model.stream(), model.stream()
+    stream.push(frames[:, 0])
+    handle = model.head.register_forward_hook(lambda *_: next(calls))
+    with pytest.raises(StopIteration):
+        stream.push(frames[:, 1:])
+    handle.remove()
+    assert stream.seen.tolist() == [1, 1]
+    assert torch.equal(stream.push(frames[:, 1:]), whole.push(frames))
+
+
 def test_what_cannot_be_streamed(firing_model):
     model = firing_model()
     stream = model.stream()
@@ -359,6 +372,8 @@ def test_what_push_refuses(firing_model):
     for samples in (2, [-1], torch.tensor([True]), [0.5]):
         with pytest.raises(IndexError, match="between 0 and 1"):
             stream.reset(samples)
+    stream.reset([])
+    assert stream.seen.tolist() == [1, 1]
     stream.reset(0)
     with pytest.raises(RuntimeError, match=r"pushed yet to \[0\]"):
         stream.answer()

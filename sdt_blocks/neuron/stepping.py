@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import snntorch
@@ -14,7 +14,7 @@ from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
 from .integer import IntegerNeuron
-from .stream import Streamed, other_shape
+from .stream import Streamed, forget_of, other_shape
 
 
 def over_time(neuron: nn.Module) -> nn.Module:
@@ -217,7 +217,7 @@ def remembers(neuron: nn.Module) -> bool:
     """Whether a neuron keeps a state from one call to the next."""
     if isinstance(neuron, nn.Sequential):
         return any(remembers(layer) for layer in neuron)
-    return _forget(neuron) is not None
+    return forget_of(neuron) is not None
 
 
 def states_of(neuron: nn.Module) -> int:
@@ -250,15 +250,8 @@ def spikes_of(output: Any, owner: str = "a neuron") -> Tensor:
     raise TypeError(f"a neuron must give a tensor of spikes, {owner} gave {type(output).__name__}")
 
 
-def _forget(neuron: nn.Module) -> Callable[[], Any] | None:
-    """The method that clears the neuron's memory, if it has one."""
-    name = "reset" if hasattr(neuron, "step_mode") else "reset_mem"
-    clear: Callable[[], Any] | None = getattr(neuron, name, None)
-    return clear if callable(clear) else None
-
-
 def _clear(neuron: nn.Module) -> None:
     for module in neuron.modules():
-        forget = _forget(module)
+        forget = forget_of(module)
         if forget is not None:
             forget()

@@ -186,7 +186,7 @@ class Stream:
                 f"this stream has a batch of {len(self._seen)}, got {len(frames)} frames; keep() takes some of its "
                 f"samples, reset() starts with another batch"
             )
-        before = self._states, list(self._logits), self._seen
+        before = dict(self._states), list(self._logits), self._seen
         try:
             for frame in _one_by_one(frames):
                 self._logits.append(_logits_of(self(frame), len(frames), type(self.model).__name__))
@@ -262,6 +262,7 @@ class Stream:
         if not batch:
             raise IndexError("no frame has come yet, so there are no samples")
         at = torch.as_tensor(samples).flatten()
+        at = at if at.numel() else at.long()  # an empty list has no dtype of its own
         if at.dtype == torch.bool and len(at) == batch:
             at = at.nonzero().flatten()
         whole = not at.is_floating_point() and at.dtype != torch.bool
@@ -400,13 +401,18 @@ def _logits_of(output: Any, batch: int, owner: str) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
+def forget_of(neuron: nn.Module) -> Callable[[], Any] | None:
+    """The method that clears a neuron's memory, snnTorch's or SpikingJelly's, if it has one."""
+    clear = getattr(neuron, "reset" if hasattr(neuron, "step_mode") else "reset_mem", None)
+    return clear if callable(clear) else None
+
+
 def _obstacle(module: nn.Module) -> str | None:
     """Why a module cannot run in a stream, if it cannot."""
     if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
         return "it is compiled; stream the model that was compiled"
     if isinstance(module, nn.RNNBase):
         return "its state would be reset at every chunk"
-    clears = getattr(module, "reset" if hasattr(module, "step_mode") else "reset_mem", None)
-    if callable(clears) and not isinstance(module, Streamed):
+    if forget_of(module) is not None and not isinstance(module, Streamed):
         return "it is called once a time step, and its state would stay out of sight: put over_time(...) in its place"
     return None
