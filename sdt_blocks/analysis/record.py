@@ -26,7 +26,10 @@ class Recording:
 def record(model: nn.Module, batch: Any, layer: str, *, forward: Forward | None = None) -> Recording:
     """Runs one batch and keeps membrane and spikes of the neuron layer with that name, one of the kit's or snnTorch's.
 
-    Raises `ValueError` if there is no such neuron layer, or if its membrane is not visible.
+    If the layer is called several times, the steps of each call follow those of the one before.
+
+    Raises `ValueError` if there is no such neuron layer, if its membrane is not visible, or if its channels have
+    thresholds of their own.
 
     >>> recording = record(example_model(), example_images()[0], "head_neuron")
     >>> recording.membrane.shape, bool((recording.membrane >= 1).eq(recording.spikes).all()), recording.spikes.any()
@@ -41,10 +44,12 @@ def record(model: nn.Module, batch: Any, layer: str, *, forward: Forward | None 
         inputs: list[Tensor] = []
 
         def note(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            if isinstance(neuron, LIF):
+            if isinstance(neuron, LIF) and neuron.carrier is not None and inputs:
+                inputs[-1] = torch.cat([inputs[-1], args[0]])  # a stream goes on from the call before
+            elif isinstance(neuron, LIF):
                 inputs.append(args[0])
-            elif isinstance(output, tuple | list):
-                steps.append((output[1], output[0]))
+            elif isinstance(output, tuple | list) and len(output) > 1:
+                steps.append((output[-1], output[0]))  # between them a neuron's currents, if it has any
             elif isinstance(neuron, SpikingNeuron) and neuron.init_hidden:
                 steps.append((neuron.mem.clone(), spikes_of(output)))
             else:
@@ -55,11 +60,14 @@ def record(model: nn.Module, batch: Any, layer: str, *, forward: Forward | None 
             pass
     if not (inputs or steps):
         raise ValueError(f"{layer} took no part in the forward pass")
+    threshold = torch.as_tensor(neuron.threshold).detach()
+    if threshold.numel() > 1:
+        raise ValueError(f"{layer} has {threshold.numel()} thresholds, one for each channel; a recording takes one")
     if isinstance(neuron, LIF):
-        membrane, spikes = trajectory(neuron, torch.cat(inputs))
+        membrane, spikes = (torch.cat(parts) for parts in zip(*(trajectory(neuron, x) for x in inputs), strict=True))
     else:
         membrane, spikes = (torch.stack(parts) for parts in zip(*steps, strict=True))
-    return Recording(layer, membrane.detach(), spikes.detach(), float(neuron.threshold))
+    return Recording(layer, membrane.detach(), spikes.detach(), float(threshold))
 
 
 @torch.no_grad()

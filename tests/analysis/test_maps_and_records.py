@@ -7,6 +7,7 @@ from torch import nn
 
 from sdt_blocks import LIF, ParametricLIF
 from sdt_blocks.analysis import attention_maps, overlay, record, upsample
+from sdt_blocks.neuron import Stream, over_time
 
 
 def test_maps_are_the_means_of_the_released_spikes(golden):
@@ -105,6 +106,49 @@ def test_recording_a_plain_snntorch_loop(init_hidden):
     assert recording.threshold == 1
 
 
+@pytest.mark.parametrize("kind", [snntorch.Synaptic, snntorch.Alpha])
+def test_recording_a_neuron_with_currents(kind):
+    neuron, x = kind(alpha=0.9, beta=0.8), torch.rand(5, 2, 4)
+    recording = record(nn.Sequential(over_time(neuron)), x, "0")
+    state = getattr(neuron, f"init_{kind.__name__.lower()}")()
+    for t in range(5):
+        spikes, *state = neuron(x[t], *state)
+        torch.testing.assert_close(recording.membrane[t], state[-1])
+        torch.testing.assert_close(recording.spikes[t], spikes)
+
+
+def test_recording_a_neuron_that_is_called_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lif = LIF(tau=2.0, reset="none")
+
+        def forward(self, x):
+            self.lif(x), self.lif(2 * x)
+
+    net, x = Twice(), torch.rand(5, 2, 4)
+    recording = record(net, x, "lif")
+    assert torch.equal(recording.spikes, torch.cat([net.lif(x), net.lif(2 * x)]))
+    weights = torch.tensor([[0.5 ** (t - i + 1) * (i <= t) for i in range(5)] for t in range(5)])
+    membranes = torch.einsum("ti,ibc->tbc", weights, x)  # without a reset the membrane is linear in its input
+    torch.testing.assert_close(recording.membrane, torch.cat([membranes, 2 * membranes]))
+
+
+def test_recording_a_stream(small):
+    model, x = small(), torch.rand(2, 3, 3, 16, 16)
+    name = "blocks.0.mlp.branch.neuron2"
+    whole = record(model, x, name)
+
+    def in_pieces(net, x):
+        stream = Stream(net)
+        for t in range(3):
+            stream(x[:, t : t + 1])
+
+    recording = record(model, x, name, forward=in_pieces)
+    torch.testing.assert_close(recording.membrane, whole.membrane)
+    assert torch.equal(recording.spikes, whole.spikes) and whole.spikes.any()
+
+
 def test_record_errors(small):
     with pytest.raises(ValueError, match="no neuron layer is called 'head'; there are patch"):
         record(small(), torch.rand(1, 3, 16, 16), "head")
@@ -112,3 +156,6 @@ def test_record_errors(small):
     unused.lif = LIF()
     with pytest.raises(ValueError, match="took no part"):
         record(unused, torch.rand(1, 3), "lif", forward=lambda model, x: x)
+    several = nn.Sequential(over_time(snntorch.Leaky(beta=0.9, threshold=torch.tensor([0.1, 0.2, 0.3]))))
+    with pytest.raises(ValueError, match="0 has 3 thresholds, one for each channel"):
+        record(several, torch.rand(5, 2, 3), "0")
