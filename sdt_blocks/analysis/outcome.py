@@ -18,8 +18,9 @@ class Outcome:
     """Accuracy of a network, and samples to draw.
 
     `accuracy[t]` is the share of samples for which the mean of the logits of the steps up to t is right; a single
-    number if the logits of the steps are not available, none if the batches have no classes. `drawn` are samples of
-    this process, of different classes if possible, with their classes and answers, -1 if unknown.
+    number if the logits of the steps are not available, none if the batches have no classes. Samples with fewer steps
+    than others keep their last answer. `drawn` are samples of this process, of different classes if possible, with
+    their classes and answers, -1 if unknown.
     """
 
     accuracy: list[float] = field(default_factory=list)
@@ -34,64 +35,52 @@ def look(model: nn.Module, batches: Batches, images: int, axis: int = 0) -> Outc
 
     Samples with a negative class are not counted.
     """
-    right: Tensor | None = None
+    right: list[list[int]] = []  # of each batch, by step
     samples = 0
-    pool = _Pool(images)
-    logits: list[Tensor | None] = [None]
+    result = Outcome()
+    logits: Tensor | None = None
 
     def forward(net: nn.Module, x: Tensor) -> None:
+        nonlocal logits
         with _every_step(net):
-            logits[0] = _logits(net(x), x.shape[axis])
+            logits = _logits(net(x), x.shape[axis])
 
     with Probe(model, forward=forward) as probe:
         for batch in [batches] if isinstance(batches, Tensor) else batches:
             for x in probe.run([batch]):
-                found, targets = logits[0], _targets(batch, x.shape[axis])
-                so_far = None if found is None else found.cumsum(0)
-                answers = None if so_far is None else so_far.argmax(-1).cpu()
-                given = input_of(batch)
-                pool.offer(given, axis, targets, None if answers is None else answers[-1])
+                targets = _targets(batch, x.shape[axis])
+                answers = None if logits is None else logits.cumsum(0).argmax(-1).cpu()
+                _draw(
+                    result, images, input_of(batch).movedim(axis, 0), targets, None if answers is None else answers[-1]
+                )
                 if answers is None or targets is None:
                     continue
                 known = targets >= 0
-                hits = (answers == targets)[:, known].sum(1)
-                right = hits if right is None else right + hits
+                right.append((answers == targets)[:, known].sum(1).tolist())
                 samples += int(known.sum())
-    parts = [(hits, count) for hits, count in gather((right, samples)) if hits is not None and count]
-    result = Outcome(drawn=pool.drawn, targets=pool.targets, answers=pool.answers)
-    if parts:
-        result.samples = sum(count for _, count in parts)
-        steps = min(len(hits) for hits, _ in parts)
-        result.accuracy = (torch.stack([hits[:steps] for hits, _ in parts]).sum(0) / result.samples).tolist()
+    parts = gather((right, samples))
+    right, result.samples = [one for part, _ in parts for one in part], sum(count for _, count in parts)
+    if result.samples:
+        steps = range(max(map(len, right)))
+        hits = [sum(one[min(step, len(one) - 1)] for one in right) for step in steps]
+        result.accuracy = [count / result.samples for count in hits]
     return result
 
 
-class _Pool:
-    """Up to `size` samples: the first of each class, and others only as long as there is room."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.drawn: list[Tensor] = []
-        self.targets: list[int] = []
-        self.answers: list[int] = []
-
-    def offer(self, x: Tensor, axis: int, targets: Tensor | None, answers: Tensor | None) -> None:
-        for place in range(x.shape[axis]):
-            target = -1 if targets is None else int(targets[place])
-            new = target >= 0 and target not in self.targets
-            if len(self.drawn) < self.size:
-                at = len(self.drawn)
-            else:
-                twice = [i for i, one in enumerate(self.targets) if one < 0 or self.targets.index(one) < i]
-                if not (new and twice):
-                    continue
-                at = twice[-1]
-            for kept, value in (
-                (self.drawn, x.select(axis, place).clone()),
-                (self.targets, target),
-                (self.answers, -1 if answers is None else int(answers[place])),
-            ):
-                cast(list[Any], kept)[at : at + 1] = [value]
+def _draw(result: Outcome, size: int, x: Tensor, targets: Tensor | None, answers: Tensor | None) -> None:
+    """Keeps up to `size` samples: the first of each class, and others only as long as there is room."""
+    for place, sample in enumerate(x):
+        target = -1 if targets is None else int(targets[place])
+        twice = [i for i, one in enumerate(result.targets) if one < 0 or result.targets.index(one) < i]
+        if len(result.drawn) < size:
+            at = len(result.drawn)
+        elif target >= 0 and target not in result.targets and twice:
+            at = twice[-1]
+        else:
+            continue
+        result.drawn[at : at + 1] = [sample.clone()]
+        result.targets[at : at + 1] = [target]
+        result.answers[at : at + 1] = [-1 if answers is None else int(answers[place])]
 
 
 @contextmanager

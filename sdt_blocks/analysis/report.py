@@ -175,16 +175,17 @@ def _write_tables(report: EnergyReport, outcome: Outcome, measured: Measured | N
 def draw_attention(model: nn.Module, outcome: Outcome, asked: _Asked) -> list[tuple[Path, str]]:
     """Overlays of the last block by step, and of all blocks, and a PNG for each image. Empty without mixers.
 
-    Maps of different sizes are drawn at the largest size.
+    Maps of different sizes are drawn at the largest size; of samples of different shapes, those like the first.
     """
     folder = asked.folder
     if not outcome.drawn or outcome.drawn[0].ndim not in (3, 4):
         return []
-    images = torch.stack(outcome.drawn)
+    drawable = [place for place, sample in enumerate(outcome.drawn) if sample.shape == outcome.drawn[0].shape]
+    images = torch.stack([outcome.drawn[place] for place in drawable])
     maps = maps_of_blocks(model, images.transpose(0, asked.axis))
     if not maps:
         return []
-    names = [_caption(*pair, asked.names) for pair in zip(outcome.targets, outcome.answers, strict=True)]
+    names = [_caption(outcome.targets[place], outcome.answers[place], asked.names) for place in drawable]
     by_step = maps[-1]
     steps = [f"t={t}" for t in range(len(by_step))]
     figure = plots.attention_figure(images, by_step[:8], steps, by_step=True, names=names)

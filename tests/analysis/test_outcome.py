@@ -55,6 +55,19 @@ def test_a_network_without_logits_of_steps_has_one_accuracy():
     assert look(model, [(x, targets)], images=0).accuracy == pytest.approx([8 / 12])
 
 
+def test_recordings_of_different_lengths(small, tmp_path):
+    """The mean of a recording's logits, here of its first steps alone, is its answer to the end."""
+    model, labels = small(), torch.tensor([0, 1, 2])
+    batches = [(torch.rand(3, steps, 3, 16, 16), labels) for steps in (2, 4)]
+    _, report = analyze_model(model, batches, tmp_path)
+    found = look(model, batches, images=6)
+    for step in (1, 2, 3, 4):
+        right = sum(int((model(x[:, :step]).argmax(1) == labels).sum()) for x, _ in batches)
+        assert found.accuracy[step - 1] == pytest.approx(right / 6)
+    assert len(found.accuracy) == report.steps == 4 and found.samples == 6
+    assert {len(sample) for sample in found.drawn} == {2, 4} and len(list((tmp_path / "overlays").iterdir())) == 3
+
+
 def test_bars_are_shares_of_one_scale():
     html = charts.bars(
         [charts.Bar("a", {"AC": 1.0, "memory": 2.0}, "3"), charts.Bar("b", {"AC": 0.0}, "0", {"even": 9})]
