@@ -393,20 +393,17 @@ def vanilla(layer: LayerOperations) -> float:
 def at_rates(record: Record, rates: Sequence[float]) -> Any:
     """The record as if these shares of its inputs counted, one per step; for a neuron layer, as if that share fired.
 
-    Layers on analog inputs are unchanged.
+    Layers on analog inputs are unchanged. For levels they are shares of all binary steps.
     """
     if isinstance(record, NeuronOperations):
-        return replace(record, spikes=[record.neurons * rate for rate in rates])
+        return replace(record, spikes=[record.neurons * record.levels * rate for rate in rates])
     if record.kind == "MAC":
         return record
     return with_rates(record, rates)
 
 
 def with_rates(layer: LayerOperations, rates: Sequence[float]) -> LayerOperations:
-    """A layer, fed by spikes or not, as if these shares of its inputs counted, one per step.
-
-    For levels they are shares of all binary steps.
-    """
+    """A layer, fed by spikes or not, as if these shares of its inputs counted, one per step."""
     numbers = [layer.levels * rate for rate in rates]
     return replace(
         layer,
@@ -458,7 +455,7 @@ def _read(where: str, name: str, own: dict[str, Any]) -> EnergyModel:
 def _rates(record: Record) -> list[float]:
     if isinstance(record, LayerOperations):
         return [rate / record.levels for rate in record.rate]
-    return [spikes / record.neurons for spikes in record.spikes]
+    return [spikes / (record.neurons * record.levels) for spikes in record.spikes]
 
 
 def _shares(record: Record, model: EnergyModel) -> dict[Hashable, float]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..neuron import states_of
+from ..neuron import IntegerNeuron, states_of
 from ..steps import tells
 from .dataflow import COUNTS, LEVELS, MULTIPLIES, NOTHING, Follower, Value
 from .moments import Moments, merged_steps, of_first_steps
@@ -70,13 +70,15 @@ class LayerOperations:
 class NeuronOperations:
     """The work of one neuron layer for one sample: its size, its spikes at each step, its memory.
 
-    `states` is how many numbers each neuron keeps from step to step: 0 if it has no memory.
+    `states` is how many numbers each neuron keeps from step to step: 0 if it has no memory. A level is as many spikes,
+    `levels` at most.
     """
 
     name: str
     neurons: float
     spikes: list[float]
     states: int = 1
+    levels: int = 1
 
 
 @dataclass
@@ -507,12 +509,10 @@ def _merge(parts: Sequence[tuple[Any, ...]], spike_input: bool) -> Operations:
 
 
 def _neurons(modules: dict[str, nn.Module], counts: dict[str, Counts], samples: int) -> list[NeuronOperations]:
-    return [
-        NeuronOperations(
-            name,
-            float(found.chances.sum() / (samples * len(found.chances))),
-            (found.spikes / samples).tolist(),
-            states_of(modules[name]),
-        )
-        for name, found in counts.items()
-    ]
+    found = []
+    for name, count in counts.items():
+        module, steps = modules[name], len(count.chances)
+        levels = module.levels if isinstance(module, IntegerNeuron) else 1
+        neurons, spikes = float(count.chances.sum() / (samples * steps)), (count.spikes / samples).tolist()
+        found.append(NeuronOperations(name, neurons, spikes, states_of(module), levels))
+    return found

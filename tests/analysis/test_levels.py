@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sdt_blocks import calibrate_norms, create_model
-from sdt_blocks.analysis import energy, energy_from_rates, firing_rates
+from sdt_blocks.analysis import ENERGY_MODELS, energy, energy_from_rates, firing_rates
 from sdt_blocks.analysis.energy import E_AC, PJ_IN_MJ
 from sdt_blocks.neuron import IntegerNeuron
 
@@ -50,6 +50,19 @@ def test_given_rates_are_those_of_the_binary_steps(net):
     model, x = net
     report = energy_from_rates(model, 0.5, x.shape[1:])
     assert report["last"].synaptic_operations == pytest.approx(0.5 * 3 * 36 * 8 * 9 * 16)
+
+
+def test_neurons_of_levels_emit_a_spike_in_each_binary_step(net):
+    model, x = net
+    report = energy(model, x)
+    spikes = model.levels.round().sum().item() / 2
+    size = 3 * 8 * 36  # binary steps x channels x places
+    yan = ENERGY_MODELS["yan"]
+    each = PJ_IN_MJ * (yan.reset + yan.spike)
+    for found, expected in ((report, spikes), (energy_from_rates(model, 0.5, x.shape[1:]), 0.5 * size)):
+        row = found.estimates["yan"].rows[-1]
+        assert (row.name, row.type) == ("neuron", "neuron")
+        assert row.rate == pytest.approx(expected / size) and row.cost.total_mj == pytest.approx(each * expected)
 
 
 def test_attention_of_levels_adds_products_of_counts():
