@@ -59,6 +59,23 @@ def test_statistics_are_means_over_batches():
     torch.testing.assert_close(norm.running_var, torch.stack([batch.var(0) for batch in batches]).mean(0))
 
 
+def test_a_norm_that_takes_no_part_keeps_its_statistics():
+    class WithBranch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.branch = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return self.norm(x) + (self.branch(x) if self.training else 0)
+
+    model, x = WithBranch(), torch.randn(8, 3) + 2
+    model(x)
+    before = {name: value.clone() for name, value in model.branch.state_dict().items()}
+    calibrate_norms(model, 3 * x)
+    assert all(torch.equal(value, before[name]) for name, value in model.branch.state_dict().items())
+    torch.testing.assert_close(model.norm.running_mean, (3 * x).mean(0))
+
+
 def test_neurons_that_keep_their_state_start_anew():
     net = nn.Sequential(nn.Linear(4, 4), snntorch.Leaky(beta=0.9, init_hidden=True), nn.BatchNorm1d(4))
     found = []
@@ -92,6 +109,8 @@ def test_other_errors():
         calibrate_norms(torch.zeros(2, 3), torch.zeros(2, 3))
     with pytest.raises(ValueError, match="Sequential has no norm that keeps running statistics"):
         calibrate_norms(nn.Sequential(nn.Linear(3, 3), LIF()), torch.rand(2, 3))
+    with pytest.raises(ValueError, match="0: InstanceNorm2d cannot take the mean over batches; make it with"):
+        calibrate_norms(nn.Sequential(nn.InstanceNorm2d(3, track_running_stats=True)), torch.rand(2, 3, 4, 4))
     with pytest.raises(ValueError, match=r"a batch of \[1, 3\] is too small for a variance"):
         calibrate_norms(nn.BatchNorm1d(3), torch.rand(1, 3))
 

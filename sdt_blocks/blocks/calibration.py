@@ -16,13 +16,13 @@ def calibrate_norms(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
     """Sets the running statistics of every norm to the means over the batches, so that an untrained model fires.
 
     A new norm has mean 0 and variance 1, with which no membrane reaches its threshold in eval mode. Existing statistics
-    are replaced. Weights, the modes of all modules and the state of the random generators stay the same; nothing is
-    trained. `batches` is one tensor (one batch), or an iterable of tensors or of tuples that start with one, such as a
-    data loader.
+    are replaced, except those of norms that take no part. Weights, the modes of all modules and the state of the random
+    generators stay the same; nothing is trained. `batches` is one tensor (one batch), or an iterable of tensors or of
+    tuples that start with one, such as a data loader.
 
-    Raises `ValueError` if no norm keeps statistics, if there is no batch, or if a batch is empty, too small for a
-    variance or leads to statistics that are not finite, and `TypeError` for another kind of batch or model; the norms
-    are then as before.
+    Raises `ValueError` if no norm keeps statistics, or an instance norm does, if there is no batch, or if a batch is
+    empty, too small for a variance or leads to statistics that are not finite, and `TypeError` for another kind of
+    batch or model; the norms are then as before.
 
     >>> model, images = create_model("sdt_2_256", dim=32, in_channels=1), example_images()[0]
     >>> calibrate_norms(model.eval(), images)
@@ -36,6 +36,12 @@ def calibrate_norms(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
         raise ValueError(
             f"{type(model).__name__} has no norm that keeps running statistics, so there is nothing to calibrate"
         )
+    for name, norm in norms.items():
+        if isinstance(norm, nn.modules.instancenorm._InstanceNorm):
+            raise ValueError(
+                f"{name or 'the model'}: {type(norm).__name__} cannot take the mean over batches; make it with "
+                "track_running_stats=False, or calibrate by training"
+            )
     before = {name: {key: value.clone() for key, value in norm.named_buffers()} for name, norm in norms.items()}
     try:
         with torch.random.fork_rng(_cuda_devices(model)), _averaging(model, norms.values()), torch.no_grad():
@@ -43,13 +49,19 @@ def calibrate_norms(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
         if not seen:
             raise ValueError("there was no batch to run; check that the data is not empty")
         for name, norm in norms.items():
+            if getattr(norm, "num_batches_tracked", None) == 0:
+                _restore(norm, before[name])
             if not all(value.isfinite().all() for value in norm.buffers()):
                 raise ValueError(f"{name}: the batches lead to statistics that are not finite; look at the input")
     except BaseException:
         for name, norm in norms.items():
-            for key, value in norm.named_buffers():
-                value.copy_(before[name][key])
+            _restore(norm, before[name])
         raise
+
+
+def _restore(norm: nn.Module, buffers: dict[str, Tensor]) -> None:
+    for key, value in norm.named_buffers():
+        value.copy_(buffers[key])
 
 
 def _run(model: nn.Module, batch: Any) -> int:
