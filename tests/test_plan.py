@@ -7,7 +7,7 @@ import random
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -383,6 +383,41 @@ def test_settings_of_plain_layers(setting: dict[str, Any], options: dict[str, bo
     fast = optimize_for_inference(network, compile=False, **options)
     assert torch.equal(fast(x), expected)
     assert 0.05 < expected.mean() < 0.95
+
+
+class Nested(nn.Module):
+    """A list, a dictionary and tuples, one within another."""
+
+    class Pair(NamedTuple):
+        spikes: Any
+        others: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fire = LIF()
+
+    def forward(self, x: Tensor) -> Any:
+        spikes = self.fire(2 * x)
+        return [spikes, {"list": [x, 1]}, (spikes, None), Nested.Pair(spikes, [x])]
+
+
+@pytest.mark.parametrize("options", [{}, {"sparse": True}])
+def test_an_output_has_the_types_of_the_network(options: dict[str, bool]) -> None:
+    network, x = Nested(), torch.rand(4, 2, 3, 5, 5)
+    made, expected = optimize_for_inference(network, compile=False, **options)(x), network(x)
+
+    def compare(one: Any, other: Any) -> None:
+        assert type(one) is type(other)
+        if isinstance(one, Tensor):
+            assert torch.equal(one, other)
+        elif isinstance(one, list | tuple | dict):
+            assert len(one) == len(other)
+            pairs = zip(*(each.values() if isinstance(each, dict) else each for each in (one, other)), strict=True)
+            for pair in pairs:
+                compare(*pair)
+
+    compare(made, expected)
+    made.append(x)
 
 
 class Late(nn.Module):

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,7 +52,9 @@ class Node:
 
     def inputs(self) -> list[Node]:
         """The nodes among the arguments."""
-        return list(_nodes((self.args, self.kwargs)))
+        found: list[Node] = []
+        filled((self.args, self.kwargs), found.append)
+        return found
 
     def __repr__(self) -> str:
         return f"{self.name} = {self.op}({', '.join(node.name for node in self.inputs())})"
@@ -279,26 +281,15 @@ def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
     return conv.weight.double() * scale.view(-1, 1, 1, 1), bias
 
 
-def _nodes(nested: Any) -> Iterator[Node]:
-    if isinstance(nested, Node):
-        yield nested
-    elif isinstance(nested, dict):
-        for value in nested.values():
-            yield from _nodes(value)
-    elif isinstance(nested, list | tuple):
-        for value in nested:
-            yield from _nodes(value)
-    elif isinstance(nested, slice):
-        yield from _nodes((nested.start, nested.stop, nested.step))
-
-
 def filled(nested: Any, value: Callable[[Node], Any]) -> Any:
     """The arguments of a node with every node replaced by its value."""
     if isinstance(nested, Node):
         return value(nested)
     if isinstance(nested, dict):
         return {key: filled(part, value) for key, part in nested.items()}
-    if isinstance(nested, list | tuple):
+    if isinstance(nested, list):
+        return [filled(part, value) for part in nested]  # a trace has lists that cannot be changed
+    if isinstance(nested, tuple):
         parts = [filled(part, value) for part in nested]
         return type(nested)(*parts) if hasattr(nested, "_fields") else type(nested)(parts)
     if isinstance(nested, slice):
