@@ -366,6 +366,16 @@ def is_neuron(module: nn.Module) -> bool:
     return isinstance(module, LIF) and type(module).forward is LIF.forward and not has_hooks(module)
 
 
+def emits_spikes(leaf: Any) -> bool:
+    """Whether a leaf says that it emits zeros and ones, and no hook could change that."""
+    return tells(leaf, "emits") and leaf.emits == "spikes" and not has_hooks(leaf)
+
+
+def fires_spikes(neuron: Any) -> bool:
+    """Whether a neuron is one of the kit's, or says that it emits zeros and ones."""
+    return (isinstance(neuron, nn.Module) and is_neuron(neuron)) or emits_spikes(neuron)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module does anything besides the class's own forward."""
     everywhere = nn.modules.module

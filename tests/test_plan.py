@@ -28,7 +28,16 @@ from sdt_blocks import (
     optimize_for_inference,
     over_time,
 )
-from sdt_blocks.blocks import ConvNorm, ConvolutionBlock, Downsampling, LinearSpikeAttention, MaskMixer, RepConv
+from sdt_blocks.blocks import (
+    AcrossImages,
+    ConvNorm,
+    ConvolutionBlock,
+    Downsampling,
+    LinearSpikeAttention,
+    MaskMixer,
+    QKMixer,
+    RepConv,
+)
 from sdt_blocks.inference import Dense, Events, dense, plan
 from sdt_blocks.neuron import IntegerNeuron
 from sdt_blocks.neuron.replacing import InSteps
@@ -930,10 +939,34 @@ class Attention(nn.Module):
         return project(self.proj, mixed)
 
 
+class Half(nn.Module):
+    """A neuron of one's own, which emits zeros and halves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * (x >= 0.5)
+
+
+def with_halves(mixer: nn.Module) -> nn.Module:
+    mixer.neuron = Half()
+    return mixer
+
+
+class AllAttend(QKMixer):
+    """Of q and k alone, where three are given."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().forward(q, k)
+
+    emits = QKMixer.emits
+
+
 @pytest.mark.parametrize(
     ("mixer", "neuron"),
     [
         (lambda: Transposed(16, num_heads=4), LIF),
+        (lambda: with_halves(MaskMixer(16, num_heads=4)), LIF),
+        (lambda: with_halves(AllAttend(16, num_heads=4)), LIF),
+        (lambda: MaskMixer(16, num_heads=4), lambda: AcrossImages(Half())),
         (lambda: MaskMixer(16, num_heads=4), partial(IntegerNeuron, levels=2)),
         (Neighbours, LIF),
     ],

@@ -243,7 +243,7 @@ def firing_rates(
 def _watched(probe: Probe) -> dict[str, nn.Module]:
     layers = dict(probe.neurons)
     for name, mixer in find_mixers(probe.model).items():
-        for part in getattr(mixer, "seen", ("",) if mixer.emits == "spikes" else ()):
+        for part in getattr(mixer, "seen", ("",) if mixer.emits != "counts" else ()):
             layers[f"{name}.{part}".strip(".")] = mixer.get_submodule(part)
     return layers
 

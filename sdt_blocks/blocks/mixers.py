@@ -1,11 +1,11 @@
 """Mixers: how an attention combines the spikes of q, k and v.
 
-A mixer is any module that takes these spikes and says what it `emits`, "spikes" or "counts". If it has `additions`, it
-gets a row and a map of its own in the analysis: `additions(q, k, v)` returns how many additions its products of spikes
-need, in any shape `[T, B, ...]`. Optional are `bound`, an estimate of them from the firing rates in the same form, and
-`seen`, the names of submodules that its products of spikes pass through. `exact = True` says that its sums are whole
-numbers below 2^24, so that their order does not matter, and `apart = True` that the samples of a batch do not influence
-each other, so that a large batch may be split.
+A mixer is any module that takes these spikes and says what it `emits`: "spikes" (zeros and ones), "counts" or "real".
+If it has `additions`, it gets a row and a map of its own in the analysis: `additions(q, k, v)` returns how many
+additions its products of spikes need, in any shape `[T, B, ...]`. Optional are `bound`, an estimate of them from the
+firing rates in the same form, and `seen`, the names of submodules that its products of spikes pass through.
+`exact = True` says that its sums are whole numbers below 2^24, so that their order does not matter, and `apart = True`
+that the samples of a batch do not influence each other, so that a large batch may be split.
 
 All of this describes the forward of the class that states it: a subclass with its own forward must state it again.
 """
@@ -26,7 +26,7 @@ from ..ops import dense
 from ..ops.bits import SpikesAsBits, are_spikes, as_spikes, bits_of
 from ..ops.packed import PackedSpikes, pad_to_words, spike_attention
 from ..ops.spec import in_evaluation, state_dtype
-from ..steps import fire, fused_attention, is_plain
+from ..steps import fire, fires_spikes, fused_attention, is_plain
 from .sizes import check_heads
 
 ATTENTION_THRESHOLD = 0.5
@@ -46,8 +46,12 @@ class MaskMixer(nn.Module):
     Shapes: spikes q, k, v `[T, B, dim, H, W]` each `-> [T, B, dim, H, W]`.
     """
 
-    emits = "spikes"
     exact = apart = True
+
+    @property
+    def emits(self) -> str:
+        """ "spikes" if its neuron is known to return only zeros and ones, else "real"."""
+        return "spikes" if fires_spikes(self.neuron) else "real"
 
     @property
     def seen(self) -> tuple[str, ...]:
@@ -189,8 +193,12 @@ class QKMixer(nn.Module):
     tensor([8., 0., 0.])
     """
 
-    emits = "spikes"
     exact = apart = True
+
+    @property
+    def emits(self) -> str:
+        """ "spikes" if its neuron is known to return only zeros and ones, else "real"."""
+        return "spikes" if fires_spikes(self.neuron) else "real"
 
     def __init__(self, dim: int, *, num_heads: int = 8, over: str = "channels", neuron: NeuronLike = LIF) -> None:
         super().__init__()

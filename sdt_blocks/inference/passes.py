@@ -52,14 +52,14 @@ def kinds(plan: Plan) -> dict[Node, str]:
         of = [found[given] for given in node.inputs()]
         all_spikes = bool(of) and set(of) == {SPIKES}
         if node.op == FIRE:
-            spikes = _fires_spikes(node.target)
+            spikes = steps.fires_spikes(node.target)
         elif node.op == MIX:
             # A mixer says what it emits.
-            spikes = emits_spikes(node.target.mixer) and all(map(_fires_spikes, node.target.neurons))
+            spikes = steps.emits_spikes(node.target.mixer) and all(map(steps.fires_spikes, node.target.neurons))
         elif node.op == POOL or (node.op == CALL and isinstance(node.target, nn.MaxPool2d)):
             spikes = all_spikes and steps.is_plain(node.target, nn.MaxPool2d) and not node.target.return_indices
         elif node.op == CALL and isinstance(node.target, nn.Module):
-            spikes = emits_spikes(node.target)
+            spikes = steps.emits_spikes(node.target)
         elif node.op == CALL:
             # A product of spikes is spikes; spikes times a constant have another height.
             masks = node.target in (operator.mul, torch.mul) and all(isinstance(one, Node) for one in node.args)
@@ -79,16 +79,6 @@ def most_counted(plan: Plan) -> dict[Node, int]:
         if of[node] == COUNTS:
             found[node] = sum(found.get(given, 1) for given in node.inputs())
     return found
-
-
-def emits_spikes(leaf: Any) -> bool:
-    """Whether a leaf says that it emits zeros and ones, and no hook could change that."""
-    return steps.tells(leaf, "emits") and leaf.emits == "spikes" and not steps.has_hooks(leaf)
-
-
-def _fires_spikes(neuron: Any) -> bool:
-    """Whether a neuron is one of the kit's, or says that it emits zeros and ones."""
-    return is_neuron(neuron) or emits_spikes(neuron)
 
 
 class Epilogue(NamedTuple):
