@@ -123,16 +123,17 @@ def measure(
     seen = ", ".join(counter.name for counter in counters)
     told = "; ".join(part for part in (f"joules of {seen}, all programs together" if seen else "", missing) if part)
     result = Measured(machine(where.device), x.shape[axis], told or "the counters were not asked for")
+    time_axis = 1 - axis if axis or x.ndim == 5 else None  # still images have none
     with evaluating(model):
         idle = _idle_watts(counters, max(seconds, 1.0)) if counters else {}
         for name in _FORMS:
             form, why = _built(name, model)
-            given = x[:, :1] if name == ANN and axis == 0 and x.ndim == 5 else x[:1] if name == ANN and axis else x
+            given = x if name != ANN or time_axis is None else x.narrow(time_axis, 0, 1)
             result.forms.append(
                 Form(name, missing=why) if form is None else _measured(name, form, given, axis, seconds, counters, idle)
             )
-        found = _latency_by_steps(model, x.narrow(axis, 0, 1), axis, seconds)
-        result.latency_ms, result.latency_missing = found
+        one = x.narrow(axis, 0, 1)
+        result.latency_ms, result.latency_missing = _latency_by_steps(model, one, time_axis, seconds)
     return result
 
 
@@ -286,19 +287,20 @@ def _idle_watts(counters: Sequence[Counter], seconds: float) -> dict[str, float]
     return {c.name: (b - a) / taken for c, a, b in zip(counters, before, after, strict=True)}
 
 
-def _latency_by_steps(model: nn.Module, one: Tensor, axis: int, seconds: float) -> tuple[dict[int, float], str]:
+def _latency_by_steps(
+    model: nn.Module, one: Tensor, time_axis: int | None, seconds: float
+) -> tuple[dict[int, float], str]:
     """The dense form's latency of a single sample for 1, 2, ... steps, and why others are missing ("" if none is)."""
-    frames = one.ndim == 5
-    if not frames and not hasattr(model, "time_steps"):
+    if time_axis is None and not hasattr(model, "time_steps"):
         return {}, f"{type(model).__name__} has no time_steps to set, and its inputs are no frames [B, T, C, H, W]"
-    time_axis, copied = 1 - axis, cast(Any, copy.deepcopy(model))
-    steps = one.shape[time_axis] if frames else copied.time_steps
+    copied = cast(Any, copy.deepcopy(model))
+    steps = copied.time_steps if time_axis is None else one.shape[time_axis]
     swept = range(1, steps + 1) if steps <= MOST_SWEPT else {2**k for k in range(steps.bit_length())} | {steps}
     found: dict[int, float] = {}
     for count in sorted(swept):
-        if not frames:
+        if time_axis is None:
             copied.time_steps = count
-        given = one.narrow(time_axis, 0, count).contiguous() if frames else one.contiguous()
+        given = (one if time_axis is None else one.narrow(time_axis, 0, count)).contiguous()
         try:
             found[count] = 1e3 * statistics.median(_times(optimize_for_inference(copied), given, seconds))
         except (ValueError, TypeError, RuntimeError) as error:

@@ -186,6 +186,24 @@ def test_latencies_that_are_missing_say_why(monkeypatch):
     assert not plain.latency_ms and "Sequential has no time_steps to set" in plain.latency_missing
 
 
+def test_a_network_that_takes_time_first_is_given_fewer_steps(monkeypatch):
+    from sdt_blocks.analysis import measured
+
+    class TimeFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.lif, self.time_steps = nn.Linear(3, 2), LIF(), 3
+
+        def forward(self, x):
+            return self.lif(self.fc(x)).mean(0)
+
+    given = set()
+    monkeypatch.setattr(measured, "_run", lambda form, x: given.add(tuple(x.shape)))
+    found = measure(TimeFirst(), torch.rand(3, 2, 3), axis=1, seconds=0.0)
+    assert list(found.latency_ms) == [1, 2, 3]
+    assert given == {(3, 2, 3), (1, 2, 3), (1, 1, 3), (2, 1, 3), (3, 1, 3)}  # (1, 2, 3) is the ANN's
+
+
 def test_the_ann_has_the_layers_and_no_neuron():
     model, images = example_model(), example_images()[0]
     ann = as_ann(model)
