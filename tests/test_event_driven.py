@@ -201,7 +201,7 @@ def test_sparse_arguments_are_checked(firing_model):
     for sparse in (True, False):
         with pytest.raises(ValueError, match=f"calibrate .* leave it out for sparse={sparse}"):
             sdt_blocks.optimize_for_inference(model, sparse=sparse, calibrate=[torch.rand(1, 3, 16, 16)])
-    with pytest.raises(TypeError, match="calibration batch"):
+    with pytest.raises(TypeError, match="a batch must be a tensor or a tuple that starts with one, got str"):
         sdt_blocks.optimize_for_inference(model, sparse="auto", calibrate=["a"])
     with pytest.warns(UserWarning, match="float64"):
         fast = sdt_blocks.optimize_for_inference(

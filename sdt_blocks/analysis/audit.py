@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..evaluation import input_of
 from .dataflow import (
     ADDS,
     COUNTS,
@@ -26,7 +27,7 @@ from .dataflow import (
     Product,
 )
 from .independence import where_samples_meet
-from .probe import Forward, Probe, batch_axis, input_of
+from .probe import Forward, Probe, batch_axis
 from .silence import DEAD, as_text, silence, warn_if_dead
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..evaluation import Batches
 from .energy_models import (
     E_AC,
     E_MAC,
@@ -29,7 +30,7 @@ from .energy_models import (
     with_rates,
 )
 from .operations import LayerOperations, NotCounted, Operations, count_operations
-from .probe import Batches, Forward, check_weights, is_within, unwrap
+from .probe import Forward, check_weights, is_within, unwrap
 from .silence import as_text, warn_if_dead
 
 if TYPE_CHECKING:

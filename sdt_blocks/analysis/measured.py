@@ -17,10 +17,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from ..evaluation import evaluating, input_of, placed
 from ..inference import optimize_for_inference
 from ..neuron.replacing import replace_neurons
 from .counters import Counter
-from .probe import evaluating, input_of, unwrap
+from .probe import unwrap
 
 DENSE, EVENTS, ANN = "dense", "event-driven", "ANN"
 
@@ -117,12 +118,10 @@ def measure(
     (['dense', 'event-driven', 'ANN'], True)
     """
     model = unwrap(model)
-    where = next(model.parameters(), torch.zeros(0))
-    x = input_of(batch)
-    x = x.to(where.device, where.dtype if x.is_floating_point() else x.dtype)
+    x = placed(input_of(batch), model)
     seen = ", ".join(counter.name for counter in counters)
     told = "; ".join(part for part in (f"joules of {seen}, all programs together" if seen else "", missing) if part)
-    result = Measured(machine(where.device), x.shape[axis], told or "the counters were not asked for")
+    result = Measured(machine(x.device), x.shape[axis], told or "the counters were not asked for")
     time_axis = 1 - axis if axis or x.ndim == 5 else None  # still images have none
     with evaluating(model):
         idle = _idle_watts(counters, max(seconds, 1.0)) if counters else {}

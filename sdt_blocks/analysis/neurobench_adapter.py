@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..evaluation import evaluating
 from ..neuron import LIF, find_neurons, spikes_of
-from .probe import evaluating, unwrap
+from .probe import unwrap
 from .record import trajectory
 
 

@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .probe import Batches, Probe, gather, input_of
+from ..evaluation import Batches, each_of, input_of
+from .probe import Probe, gather
 
 
 @dataclass
@@ -46,7 +47,7 @@ def look(model: nn.Module, batches: Batches, images: int, axis: int = 0) -> Outc
             logits = _logits(net(x), x.shape[axis])
 
     with Probe(model, forward=forward) as probe:
-        for batch in [batches] if isinstance(batches, Tensor) else batches:
+        for batch in each_of(batches):
             for x in probe.run([batch]):
                 targets = _targets(batch, x.shape[axis])
                 answers = None if logits is None else logits.cumsum(0).argmax(-1).cpu()

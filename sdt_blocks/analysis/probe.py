@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..evaluation import Batches, each_of, evaluating, input_of, placed
 from ..inference.folded import folded
 from ..inference.trace import unwrap
 from ..neuron import clear_hidden, find_neurons, spikes_of, takes_sequence
@@ -22,9 +23,6 @@ Forward = Callable[[nn.Module, Tensor], Any]
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 """Called with a module, its inputs and its output."""
-
-Batches = Tensor | Iterable[Any]
-"""A tensor (one batch), or an iterable of tensors or of tuples whose first entry is the input."""
 
 T_ = TypeVar("T_")
 
@@ -225,12 +223,9 @@ class Probe:
 
     def run(self, batches: Batches) -> Iterator[Tensor]:
         """Runs each batch and yields its input; the hooks have run and `clock` is stopped by then."""
-        where = next(self.model.parameters(), None)
         with evaluating(self.model):
-            for batch in [batches] if isinstance(batches, Tensor) else batches:
-                x = input_of(batch)
-                if where is not None:
-                    x = x.to(where.device, where.dtype if x.is_floating_point() else x.dtype)
+            for batch in each_of(batches):
+                x = placed(input_of(batch), self.model)
                 self.clock = Clock()
                 clear_hidden(self.model)
                 with _watchable(), ExitStack() as watching:
@@ -268,19 +263,9 @@ def batch_axis(
     clock = clock or clock_of(x)
     if x.ndim < 3 or x.shape[:2] != (clock.steps, clock.batch):
         return 0
-        # There are as many steps as samples: run one slice of the first axis alone to see which it is.
+    # There are as many steps as samples: run one slice of the first axis alone to see which it is.
     alone = clock_of(x[:1]) if clock.steps == clock.batch else clock
     return 1 if alone.batch == clock.batch else 0
-
-
-def input_of(batch: Any) -> Tensor:
-    """The input of a batch: a tensor itself, or the first of a tuple. Raises `TypeError` for anything else."""
-    x = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if not isinstance(x, Tensor):
-        raise TypeError(f"a batch must be a tensor or a tuple that starts with one, got {type(batch).__name__}")
-    if x.numel() == 0:
-        raise ValueError(f"a batch must not be empty, got the shape {list(x.shape)}")
-    return x
 
 
 @contextmanager
@@ -297,18 +282,6 @@ def _watchable() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """A context in eval mode; afterwards each module has its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def add_at(total: np.ndarray, value: np.ndarray) -> np.ndarray:

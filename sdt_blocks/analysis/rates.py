@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..evaluation import Batches
 from ..neuron import IntegerNeuron, spikes_of, takes_sequence
 from .moments import Moments, interval, merged
-from .probe import Batches, Clock, Forward, Hook, Probe, add_at, check_weights, find_mixers, gather
+from .probe import Clock, Forward, Hook, Probe, add_at, check_weights, find_mixers, gather
 from .silence import as_text, merge_fired, silence, warn_if_dead
 from .tables import csv_cell
 

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..evaluation import Batches, each_of, input_of
 from ..inference.folded import folded
 from ..neuron import find_neurons
 from . import plots, tables
@@ -26,7 +27,7 @@ from .measured import Measured, measure
 from .moments import check_confidence, share_interval
 from .outcome import Outcome, look
 from .page import Extras, write_page
-from .probe import Batches, batch_axis, input_of, is_first_process, unwrap
+from .probe import batch_axis, is_first_process, unwrap
 from .rates import FiringRates, firing_rates
 from .record import record
 from .summary import NO_LATENCY, joules, layer_tables, sweep, sweep_table
@@ -94,7 +95,7 @@ def analyze_model(
     if layer is not None and layer not in neurons:
         raise ValueError(f"no neuron layer is called {layer!r}; there are {', '.join(neurons) or 'none'}")
     form = "trained" if as_trained else "deployed"
-    first = next(iter([batches] if isinstance(batches, Tensor) else batches), None)
+    first = next(iter(each_of(batches)), None)
     # With few samples a process may have none; if no process has any, the rates raise an error.
     axis = 0 if first is None else batch_axis(model, input_of(first))
     measured = None

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..evaluation import Batches, each_of, evaluating, input_of, placed
 from ..neuron import clear_hidden
 
 
-def calibrate_norms(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
+def calibrate_norms(model: nn.Module, batches: Batches) -> None:
     """Sets the running statistics of every norm to the means over the batches, so that an untrained model fires.
 
     A new norm has mean 0 and variance 1, with which no membrane reaches its threshold in eval mode. Existing statistics
@@ -45,7 +46,10 @@ def calibrate_norms(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
     before = {name: {key: value.clone() for key, value in norm.named_buffers()} for name, norm in norms.items()}
     try:
         with torch.random.fork_rng(_cuda_devices(model)), _averaging(model, norms.values()), torch.no_grad():
-            seen = sum(_run(model, batch) for batch in ([batches] if isinstance(batches, Tensor) else batches))
+            seen = 0
+            for batch in each_of(batches):
+                _run(model, placed(input_of(batch), model))
+                seen += 1
         if not seen:
             raise ValueError("there was no batch to run; check that the data is not empty")
         for name, norm in norms.items():
@@ -64,15 +68,7 @@ def _restore(norm: nn.Module, buffers: dict[str, Tensor]) -> None:
         value.copy_(buffers[key])
 
 
-def _run(model: nn.Module, batch: Any) -> int:
-    x = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if not isinstance(x, Tensor):
-        raise TypeError(f"a batch must be a tensor or a tuple that starts with one, got {type(batch).__name__}")
-    if not x.numel():
-        raise ValueError(f"a batch must not be empty, got the shape {list(x.shape)}")
-    where = next(model.parameters(), None)
-    if where is not None:
-        x = x.to(where.device, where.dtype if x.is_floating_point() else x.dtype)
+def _run(model: nn.Module, x: Tensor) -> None:
     clear_hidden(model)
     try:
         model(x)
@@ -80,7 +76,6 @@ def _run(model: nn.Module, batch: Any) -> int:
         if "more than 1 value per channel" in str(error):
             raise ValueError(f"a batch of {list(x.shape)} is too small for a variance; give larger batches") from error
         raise
-    return 1
 
 
 def _keeps_statistics(module: nn.Module) -> bool:
@@ -92,20 +87,17 @@ def _keeps_statistics(module: nn.Module) -> bool:
 def _averaging(model: nn.Module, norms: Iterable[Any]) -> Iterator[None]:
     """Norms in training mode, with equal weight for every batch, and all else in eval mode; restored afterwards."""
     norms = list(norms)
-    modes = [(module, module.training) for module in model.modules()]
     momenta = [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, training in modes:
-            module.training = training
+    with evaluating(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+        try:
+            yield
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:

@@ -12,8 +12,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..evaluation import Batches, each_of, input_of
 from ..ops.packed import PackedSpikes, kernels_path
 from .events import Events
 from .integers import FLOAT32, SpikeProduct
@@ -127,7 +128,7 @@ def calibrate(model: Events, batches: Iterable[Any]) -> list[Layer]:
     ]
     try:
         for batch in batches:
-            model(images_of(batch))
+            model(input_of(batch))
     finally:
         for hook in hooks:
             hook.remove()
@@ -139,13 +140,13 @@ def calibrate(model: Events, batches: Iterable[Any]) -> list[Layer]:
     return layers
 
 
-def choose(make: Callable[[], Events], dense: nn.Module, batches: Tensor | Iterable[Any]) -> nn.Module:
+def choose(make: Callable[[], Events], dense: nn.Module, batches: Batches) -> nn.Module:
     """`dense`, or the event-driven model from `make` if that is faster on the batches; `calibration` says why.
 
     The event-driven model uses its layers' break-even rates, unless it is clearly faster with every layer by events. If
     the model cannot run event-driven, one warning says so. Raises `ValueError` without batches.
     """
-    batches = [images_of(batch) for batch in ([batches] if isinstance(batches, Tensor) else batches)]
+    batches = [input_of(batch) for batch in each_of(batches)]
     if not batches:
         raise ValueError("calibrate must hold at least one batch of images or frames")
     try:
@@ -175,16 +176,6 @@ def choose(make: Callable[[], Events], dense: nn.Module, batches: Tensor | Itera
     chosen: Any = event_driven if calibration.event_driven else dense
     chosen.calibration = calibration
     return chosen
-
-
-def images_of(batch: Any) -> Tensor:
-    """The images or frames of a batch: the batch itself, or the first entry of a tuple or list."""
-    images = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
-    if not isinstance(images, Tensor):
-        raise TypeError(
-            f"a calibration batch must be a tensor, or a tuple that starts with one, got {type(batch).__name__}"
-        )
-    return images
 
 
 def _in_turn(ways: Sequence[Callable[[], object]], rounds: int, seconds: float = 0.0) -> list[float]:

@@ -12,6 +12,7 @@ import torch
 from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
+from ..evaluation import evaluating
 from .lif import LIF, NeuronLike, make_neuron, wants_channels
 from .stepping import OverTime, fires, states_of, takes_sequence
 
@@ -169,7 +170,7 @@ def _widths(model: nn.Module, found: Mapping[str, nn.Module], neuron: NeuronLike
         return seen
     if inputs is None:
         raise ValueError(f"{neuron!r} needs the width of each layer: give inputs=, something that the model takes")
-    handles, modes = [], [(module, module.training) for module in model.modules()]
+    handles = []
     for name, old in found.items():
         axis = 2 if takes_sequence(old) else 1
 
@@ -178,13 +179,11 @@ def _widths(model: nn.Module, found: Mapping[str, nn.Module], neuron: NeuronLike
 
         handles.append(old.register_forward_pre_hook(note))
     try:
-        with torch.no_grad():
-            model.eval()(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+        with torch.no_grad(), evaluating(model):
+            model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
     missing = [name for name in found if name not in seen]
     if missing:
         raise ValueError(f"inputs did not reach {', '.join(missing)}, so that their width is unknown")
