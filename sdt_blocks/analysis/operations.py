@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -207,12 +207,13 @@ def count_operations(
             values.update({(name, "spikes"): each for name, each in fired.end_batch().items()})
             moments = merged_steps((moments, of_first_steps(values)))
         parts = gather((sites, samples, steps, recorder.not_counted(), probe.fired, fired.totals, moments))
-    result = _merge(parts, spike_input)
-    result.moments = merged_steps(part[6] for part in parts)
-    result.neurons = _neurons(probe.neurons, merge_counts(part[5] for part in parts), result.samples)
-    left_out = sum((part[3] for part in parts), Counter[tuple[str, str]]())
-    result.not_counted = [NotCounted(*where, calls) for where, calls in left_out.items()]
-    result.silence = silence(probe.model, merge_fired(part[4] for part in parts))
+    all_sites, all_samples, all_steps, left_out, all_fired, spikes, spread = zip(*parts, strict=True)
+    result = Operations(_merge(all_sites, sum(all_samples), spike_input), max(all_steps), sum(all_samples))
+    result.moments = merged_steps(spread)
+    result.neurons = _neurons(probe.neurons, merge_counts(spikes), result.samples)
+    uncounted = sum(left_out, Counter[tuple[str, str]]())
+    result.not_counted = [NotCounted(module, name, calls) for (module, name), calls in uncounted.items()]
+    result.silence = silence(probe.model, merge_fired(all_fired))
     if result.not_counted:
         listed = "; ".join(str(operation) for operation in result.not_counted)
         warnings.warn(f"not counted, as no rule knows what it costs: {listed}", stacklevel=3)
@@ -466,14 +467,14 @@ def _varies(inputs: list[Tensor], steps: int) -> bool:
     return bool((by_step != by_step[0]).any())
 
 
-def _merge(parts: Sequence[tuple[Any, ...]], spike_input: bool) -> Operations:
-    sites: dict[str, _Site] = {}
-    for part, *_ in parts:
-        for name, site in part.items():
-            sites.setdefault(name, _Site(site.type)).add(site)
-    samples, steps = sum(part[1] for part in parts), max(part[2] for part in parts)
+def _merge(parts: Iterable[Mapping[str, _Site]], samples: int, spike_input: bool) -> list[LayerOperations]:
+    """The layers' work for the mean of all samples, from the sums of each process."""
     if samples == 0:
         raise ValueError("there was no batch to run; check that the data is not empty")
+    sites: dict[str, _Site] = {}
+    for part in parts:
+        for name, site in part.items():
+            sites.setdefault(name, _Site(site.type)).add(site)
     layers = []
     for name, site in sites.items():
         share = site.nonzero / site.entries
@@ -506,7 +507,7 @@ def _merge(parts: Sequence[tuple[Any, ...]], spike_input: bool) -> Operations:
                 levels=site.levels,
             )
         )
-    return Operations(layers, steps, samples)
+    return layers
 
 
 def _neurons(modules: dict[str, nn.Module], counts: dict[str, Counts], samples: int) -> list[NeuronOperations]:

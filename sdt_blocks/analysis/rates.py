@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,10 +157,10 @@ class SpikeCounts:
 
     def _noting(self, name: str, sequence: bool) -> Hook:
         def note(module: nn.Module, args: Any, output: Any) -> None:
-            spikes, whole = spikes_of(output), isinstance(module, IntegerNeuron) and not self._unfold
+            spikes, whole = spikes_of(output), False
             if isinstance(module, IntegerNeuron):
-                levels = (spikes * module.norm).round()
-                spikes = _binary_steps(levels, module.levels) if self._unfold else levels
+                levels, whole = (spikes * module.norm).round(), not self._unfold
+                spikes = levels if whole else _binary_steps(levels, module.levels)
             self._calls.setdefault(name, []).append(_count(spikes, sequence, whole=whole))
 
         return note
@@ -235,8 +235,9 @@ def firing_rates(
             samples += probe.clock.batch
             moments.add(Moments.of({name: each[-1] for name, each in counts.end_batch().items()}))
         parts = gather((counts.totals, samples, probe.fired, moments))
-    result = _merge(parts, set(probe.neurons))
-    result.silence = silence(probe.model, merge_fired(part[2] for part in parts))
+    totals, all_samples, fired, spread = zip(*parts, strict=True)
+    result = _rates(merge_counts(totals), sum(all_samples), merged(spread), probe.neurons)
+    result.silence = silence(probe.model, merge_fired(fired))
     warn_if_dead(result.silence)
     return result
 
@@ -301,15 +302,12 @@ def _placed(calls: list[_Call], clock: Clock) -> Iterator[tuple[_Call, int]]:
         yield call, 0 if call.sequence else i * steps // len(calls)
 
 
-def _merge(parts: Sequence[tuple[Any, ...]], neurons: set[str]) -> FiringRates:
-    merged_counts = merge_counts(part[0] for part in parts)
-    samples = sum(part[1] for part in parts)
+def _rates(counts: Mapping[str, Counts], samples: int, moments: Moments, neurons: Container[str]) -> FiringRates:
     if samples == 0:
         raise ValueError("there was no batch to run; check that the data is not empty")
-    if not merged_counts:
+    if not counts:
         raise ValueError("no neuron layer took part in the forward pass; give forward= where it is not model(x)")
-    moments = merged(part[3] for part in parts)
-    chances = {name: layer.chances.sum() / samples for name, layer in merged_counts.items()}
+    chances = {name: layer.chances.sum() / samples for name, layer in counts.items()}
     layers = {
         name: LayerRates(
             name,
@@ -319,7 +317,7 @@ def _merge(parts: Sequence[tuple[Any, ...]], neurons: set[str]) -> FiringRates:
             moments.std({name: 1 / chances[name]}),
             samples,
         )
-        for name, layer in merged_counts.items()
+        for name, layer in counts.items()
     }
     every = sum(layer.neurons for layer in layers.values())
     share = {name: layer.neurons / (every * chances[name]) for name, layer in layers.items() if layer.neurons}
