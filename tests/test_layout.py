@@ -96,7 +96,8 @@ def test_no_circle_of_imports() -> None:
 @pytest.mark.parametrize(
     ("place", "below"),
     [
-        ("sdt_blocks.ops", ("sdt_blocks.ops", "sdt_blocks.surrogate")),
+        ("sdt_blocks.ops", ("sdt_blocks.ops", "sdt_blocks.surrogate", "sdt_blocks.files")),
+        ("sdt_blocks.files", ()),
         ("sdt_blocks.surrogate", ()),
     ],
 )

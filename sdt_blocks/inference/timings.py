@@ -62,7 +62,7 @@ def timings() -> Timings:
 def _of_threads(threads: int) -> Timings:
     code = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in _MEASURED]
     machine = hashlib.sha256("\n".join([processor(), torch.__version__, *code]).encode()).hexdigest()[:16]
-    return Timings(cache_folder() / f"timings-{machine}-{threads}-threads.json")
+    return Timings(cache_folder(written=False) / f"timings-{machine}-{threads}-threads.json")
 
 
 def best_seconds(compute: Callable[[], object], runs: int = _RUNS, warmup: int = 1) -> float:

@@ -4,7 +4,10 @@ import copy
 import os
 import platform
 import runpy
+import subprocess
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,7 +92,7 @@ def test_a_compiler_without_openmp_builds_for_one_thread(monkeypatch, tmp_path):
     build.library.cache_clear()
     monkeypatch.setattr(build.platform, "system", lambda: "Darwin")
     monkeypatch.setattr(build.platform, "machine", lambda: "arm64")
-    flags = runpy.run_path(build.__file__)["FLAGS"]
+    flags = runpy.run_module(build.__name__)["FLAGS"]
     assert "-mcpu=native" in flags and not {"-march=native", "-mprefer-vector-width=512"} & set(flags)
 
 
@@ -258,3 +261,77 @@ def test_built_kernels_are_read_from_the_cache(fresh_dispatch, monkeypatch, tmp_
     before = os.stat(name).st_mtime_ns
     build.library.cache_clear()
     assert build.library()._name == name and os.stat(name).st_mtime_ns == before
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A small source with a cache of its own, and a compiler that takes its time and counts what it has built."""
+    compiler, source = tmp_path / "c++", tmp_path / "tiny.cpp"
+    compiler.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] || {{ echo built >> {tmp_path}/count; sleep 0.3; }}\nexec g++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    source.write_text('extern "C" int seven() { return 7; }\n')
+    monkeypatch.setenv("SDT_BLOCKS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(compiler))
+    build.library.cache_clear()
+    yield source
+    build.library.cache_clear()
+
+
+def count(source):
+    return len((source.parent / "count").read_text().splitlines())
+
+
+def test_threads_that_need_kernels_at_once_build_them_once(tiny):
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda _: build.library(tiny).seven(), range(4))) == [7] * 4
+    assert count(tiny) == 1
+
+
+def test_a_filled_cache_needs_neither_a_compiler_nor_to_be_written(tiny, monkeypatch):
+    name = build.library(tiny)._name
+    build.library.cache_clear()
+    access = os.access
+    monkeypatch.setattr(build.os, "access", lambda path, mode: not mode & os.W_OK and access(path, mode))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert build.library(tiny)._name == name and count(tiny) == 1
+        build.library.cache_clear()
+        monkeypatch.delenv("CXX")
+        monkeypatch.setattr(build.shutil, "which", lambda _: None)
+        assert build.library(tiny)._name == name
+    build.library.cache_clear()
+    tiny.write_text("int another;")
+    with pytest.raises(build.BuildError, match="no C\\+\\+ compiler was found"):
+        build.library(tiny)
+
+
+def test_a_process_without_a_place_for_kernels_has_one_while_it_runs(tmp_path):
+    (tmp_path / "file").touch()
+    program = "from sdt_blocks.ops.cpu.build import cache_folder as f; print(f(), f() == f() and f().is_dir())"
+    environment = {**os.environ, "SDT_BLOCKS_CACHE": str(tmp_path / "file" / "cache"), "TMPDIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    folder, good = run.stdout.split()
+    assert good == "True" and Path(folder).parent == tmp_path and not Path(folder).exists()
+    assert run.stderr.count("UserWarning") == 1 and "file/cache cannot be written, so each process" in run.stderr
+
+
+def test_a_user_without_a_home_can_name_a_folder(monkeypatch, tmp_path):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(build.Path, "home", nowhere)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("SDT_BLOCKS_CACHE", str(tmp_path))
+    assert build.cache_folder() == tmp_path
+    monkeypatch.delenv("SDT_BLOCKS_CACHE")
+    with pytest.warns(UserWarning, match="there is no home folder, so each process"):
+        folder = build._folder_of_process.__wrapped__(os.getpid(), build._named_folder())
+    build._remove(folder, os.getpid())
+
+
+def test_kernels_that_cannot_be_written_are_an_error_that_names_the_folder(tiny, monkeypatch):
+    monkeypatch.setattr(build, "write_atomically", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(build.BuildError, match=r"cache/tiny-.* cannot be written .*No space left.*SDT_BLOCKS_CACHE"):
+        build.library(tiny)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -13,7 +14,11 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+
+from ...files import write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +37,7 @@ FLAGS = (
 )
 # Without OpenMP (for example a macOS clang) the kernels run on one thread, still vectorized.
 THREADING = ("-fopenmp", "-fopenmp-simd")
+COMPILERS = ("c++", "g++", "clang++")
 
 
 class BuildError(RuntimeError):
@@ -44,23 +50,39 @@ def library(source: Path = SOURCE) -> ctypes.CDLL:
 
     The compiler is `$CXX`, or the first of c++, g++ and clang++ on the path; `$CXXFLAGS` are added to the package's own
     options. The result is kept in `$SDT_BLOCKS_CACHE` (default: `sdt_blocks` in `$XDG_CACHE_HOME` or `~/.cache`) under
-    a name made from the source, the compiler, its options and the processor, so that several machines can share a
-    folder.
+    a name made from the source, its options, the processor and the compiler, so that several machines can share a
+    folder. Where it can only be read, or no compiler is installed, what was built there before is taken.
 
     Raises `BuildError` if there is no compiler or it fails, and on Windows.
     """
-    compiler = _compiler()
-    version = _run([compiler, "--version"]).stdout
     texts = [file.read_text(encoding="utf-8") for file in (source, *sorted(source.parent.glob("*.h")))]
-    identity = "\n".join([*texts, *_flags(), *THREADING, compiler, version, processor()])
-    name = f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    folder = cache_folder()
-    if not (folder / name).is_file():
-        _build(compiler, source, folder / name)
+    stem = f"{source.stem}-{_hash(*texts, *_flags(), *THREADING, processor())}"
+    file = _built_before(stem)
+    if file is None:
+        compiler = _compiler()
+        name = f"{stem}-{_hash(compiler, _run([compiler, '--version']).stdout)}.so"
+        file = cache_folder(written=False) / name
+        if not file.is_file():
+            file = cache_folder() / name
+            _build(compiler, source, file)
     try:
-        return ctypes.CDLL(str(folder / name))
+        return ctypes.CDLL(str(file))
     except OSError as error:
-        raise BuildError(f"{folder / name} cannot be loaded ({error}); delete it to have it built again") from None
+        raise BuildError(
+            f"{file} cannot be loaded ({error}); delete it to have it built again, or if libraries may not be loaded "
+            "from there, name another folder in SDT_BLOCKS_CACHE"
+        ) from None
+
+
+def _built_before(stem: str) -> Path | None:
+    """Kernels that some compiler has built for this processor, if none is installed here."""
+    if os.environ.get("CXX") or any(map(shutil.which, COMPILERS)):
+        return None
+    return max(cache_folder(written=False).glob(f"{stem}-*.so"), default=None)
+
+
+def _hash(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 def _flags() -> list[str]:
@@ -78,7 +100,7 @@ def _compiler() -> str:
             "on Windows PyTorch's own operators compute the same (WSL has the kernels)"
         )
     asked = os.environ.get("CXX")
-    for name in [asked] if asked else ["c++", "g++", "clang++"]:
+    for name in [asked] if asked else COMPILERS:
         path = shutil.which(name)
         if path:
             return path
@@ -103,34 +125,79 @@ def _model_name() -> str:
     return platform.processor()
 
 
-def cache_folder() -> Path:
-    """The folder where this machine keeps what it has built and measured."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdt_blocks"
-    folder = Path(os.environ.get("SDT_BLOCKS_CACHE") or default)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
+def cache_folder(*, written: bool = True) -> Path:
+    """The folder where this machine keeps what it has built and measured; one that can only be read unless `written`.
+
+    A process that may not write there, or has no home folder, has a folder of its own while it runs; one warning says
+    so.
+    """
+    folder = _named_folder()
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        if os.path.isdir(folder) and os.access(folder, os.R_OK | os.X_OK | (os.W_OK if written else 0)):
             return folder
-    except OSError:
-        pass
-    return _folder_of_this_process()
+    return _folder_of_process(os.getpid(), folder)
+
+
+def _named_folder() -> Path | None:
+    named = os.environ.get("SDT_BLOCKS_CACHE")
+    if named:
+        return Path(named)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdt_blocks"
+    except RuntimeError:  # a user without a home folder, as in some containers
+        return None
 
 
 @functools.cache
-def _folder_of_this_process() -> Path:
+def _folder_of_process(process: int, instead_of: Path | None) -> Path:
     # A shared temporary folder could hold somebody else's code.
-    return Path(tempfile.mkdtemp(prefix="sdt_blocks-"))
+    folder = Path(tempfile.mkdtemp(prefix="sdt_blocks-"))
+    atexit.register(_remove, folder, process)
+    where = "there is no home folder" if instead_of is None else f"{instead_of} cannot be written"
+    warnings.warn(
+        f"{where}, so each process builds kernels and measures for itself, which takes a minute or more: name a folder "
+        "that can be written, or that another process has filled, in SDT_BLOCKS_CACHE",
+        stacklevel=2,
+    )
+    return folder
+
+
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # not a child that was forked from it
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _build(compiler: str, source: Path, target: Path) -> None:
-    _log.info("building kernels once: %s, with %s", source.name, compiler)
-    partial = target.with_name(f"{target.stem}-{os.getpid()}.part")
+    try:
+        with _alone_in(target.parent):
+            if not target.is_file():  # another process or thread may just have built it
+                _log.info("building kernels once: %s, with %s", source.name, compiler)
+                write_atomically(target, lambda partial: _compile(compiler, source, partial))
+    except OSError as error:
+        raise BuildError(f"{target} cannot be written ({error}); name another folder in SDT_BLOCKS_CACHE") from None
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """A context in which no other process or thread builds into the folder, where the file system has locks."""
+    import fcntl  # Windows, where nothing is built, does not have it
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough if a process was forked meanwhile
+        os.close(handle)
+
+
+def _compile(compiler: str, source: Path, target: str) -> None:
     for threading in THREADING:
-        command = [compiler, *_flags(), threading, str(source), "-o", str(partial)]
-        result = _run(command)
+        result = _run([compiler, *_flags(), threading, str(source), "-o", target])
         if result.returncode == 0:
-            # Processes that build at the same time each put a complete file in place.
-            os.replace(partial, target)
             return
-    partial.unlink(missing_ok=True)
     raise BuildError(f"{compiler} failed: {result.stderr.strip()[:500] or f'exit status {result.returncode}'}")
