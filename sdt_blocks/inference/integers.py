@@ -65,6 +65,10 @@ class Finished(nn.Module):
         self._made = {}
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What kernels take is arranged for this machine's vectors.
+        return {**self.__dict__, "_made": {}}
+
 
 class SpikeProduct(Finished):
     """A convolution on spikes, what follows it, and two ways to compute its sums: by `events`, or `dense`.
