@@ -317,7 +317,7 @@ class Dense(Form):
         products = [form for form in self.forms.values() if isinstance(form, Product)]
         if any(neuron.carrier is not None for neuron in self.streamed):
             return [slice(None)]  # a neuron's state is that of the whole batch
-        if x is None or x.device.type != "cpu" or not products:
+        if x is None or 0 in x.shape or x.device.type != "cpu" or not products:
             return [slice(None)]
         image_bytes = 4 * len(x) * x.shape[-2:].numel() * len(products[0].bias)
         images = x.shape[1]

@@ -111,6 +111,7 @@ class Form(nn.Module):
     def __init__(self, plan: Plan, real_dtype: torch.dtype) -> None:
         super().__init__()
         self.plan, self.real_dtype = plan, real_dtype
+        _check_finite(plan)
         self.inputs = [node for node in plan.nodes if node.op == INPUT]
 
     def forward(self, *inputs: Any) -> Any:
@@ -195,6 +196,19 @@ def refuse_export() -> None:
         raise RuntimeError(
             "an optimised network runs kernels of this machine and cannot be exported: export the plain model, the one "
             "that optimize_for_inference was given (the runtime that reads it folds and fuses in its own way)"
+def _check_finite(plan: Plan) -> None:
+    """Raises `ValueError` for weights and norms from which no product can be made."""
+    for node in plan.nodes:
+        units = node.target.units if node.op == MIX else (node.target,) if node.op == PROJECT else ()
+        for unit in units:
+            for name, value in unit.state_dict().items():
+                if not value.isfinite().all():
+                    raise ValueError(
+                        f"{name} of {node.name} holds values that are not finite numbers: the training went wrong "
+                        "before these weights were saved, take earlier ones"
+                    )
+
+
         )
 
 

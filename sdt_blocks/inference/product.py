@@ -284,6 +284,8 @@ class Product(nn.Module):
         expected = self._way(self.paths[0])(spikes)
         frames = {}
         for name in self.paths:
+        if not expected.isfinite().all():
+            raise ValueError(f"this product has weights that are not finite numbers: {self}")
             taken = spikes.to(PATHS[name].input_dtype(self, shape))
             try:
                 error = (self._way(name)(taken) - expected).abs().max()
