@@ -191,5 +191,6 @@ def _in_turn(ways: Sequence[Callable[[], object]], rounds: int, seconds: float =
 def _random_spikes(places: Places, product: SpikeProduct, rate: float) -> PackedSpikes:
     steps, images, height, width = places
     shape = (product.planes, steps, images, product.weight.weight.shape[1], height, width)
-    uniform = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    chance = torch.Generator("cpu").manual_seed(0)
+    uniform = torch.rand(shape, generator=chance, dtype=torch.float32, device="cpu")
     return PackedSpikes.pack_levels(uniform < rate, norm=1.0)

@@ -351,11 +351,12 @@ class Dense(Form):
         product = self.forms[node]
         if product is None:
             return steps.project(node.target, self._plain(given[0]))
-        if self.still is None or node not in self.once:
+        still = self.still if node in self.once else None
+        if still is None:
             return self._multiplied(product, self._frames_of(node, given[0]))
-        if node not in self.still:
-            self.still[node] = self._multiplied(product, self._frames_of(node, given[0])).real()
-        return Membrane(self.still[node])
+        if node not in still:
+            still[node] = self._multiplied(product, self._frames_of(node, given[0])).real()
+        return Membrane(still[node])
 
     def _multiplied(self, product: Product, frames: Frames) -> Membrane:
         time_steps, *_ = frames.shape

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,44 +78,29 @@ class EarlyAnswers:
         """The answers to images `[B, C, H, W]`. Raises `ValueError` for another shape."""
         _check_images(images)
         waiting = torch.arange(len(images), device=images.device)
-        steps = torch.full((len(images),), self.time_steps)
+        steps = torch.full((len(images),), self.time_steps, device="cpu")
         logits: Tensor | None = None
-        with self._again():
-            for step in range(1, self.time_steps + 1):
-                answer = _one_head(self.stream.push(images[waiting] if logits is not None else images))
-                logits = torch.empty(len(images), *answer.shape[1:], dtype=answer.dtype) if logits is None else logits
-                logits = logits.to(answer.device)
-                last = step == self.time_steps
-                leaves = torch.ones_like(waiting, dtype=torch.bool) if last else self.sure(answer) >= self.threshold
-                logits[waiting[leaves]] = answer[leaves]
-                steps[waiting[leaves].cpu()] = step
-                if bool(leaves.all()):
-                    break
-                if bool(leaves.any()):
-                    self._keep(~leaves)
-                    waiting = waiting[~leaves]
+        stream = self._stream()
+        for step in range(1, self.time_steps + 1):
+            answer = _one_head(stream.push(images[waiting] if logits is not None else images))
+            logits = answer.new_empty(len(images), *answer.shape[1:]) if logits is None else logits
+            last = step == self.time_steps
+            leaves = torch.ones_like(waiting, dtype=torch.bool) if last else self.sure(answer) >= self.threshold
+            logits[waiting[leaves]] = answer[leaves]
+            steps[waiting[leaves].cpu()] = step
+            if bool(leaves.all()):
+                break
+            if bool(leaves.any()):
+                _keep(stream, ~leaves)
+                waiting = waiting[~leaves]
         assert logits is not None
         return Early(logits, steps)
 
-    @contextlib.contextmanager
-    def _again(self) -> Iterator[None]:
-        """A new sequence in which the model gets the same images at every step."""
-        self.stream.reset()
-        if isinstance(self.model, Form):
-            self.model.still = {}
-        try:
-            yield
-        finally:
-            if isinstance(self.model, Form):
-                self.model.still = None
-            self.stream.reset()
-
-    def _keep(self, stay: Tensor) -> None:
-        """Continues with the samples that stay."""
-        self.stream.keep(stay)
-        if isinstance(self.model, Form) and self.model.still:
-            known = self.model.still.items()
-            self.model.still = {layer: membrane[:, stay.to(membrane.device)] for layer, membrane in known}
+    def _stream(self) -> Stream:
+        """The stream of one call, in which the model gets the same images at every step."""
+        stream = self.stream.another()
+        stream.still = {} if isinstance(self.model, Form) else None
+        return stream
 
     def sure(self, logits: Tensor) -> Tensor:
         """How sure the answers with logits `[..., K]` are `[...]`, from 0 to 1."""
@@ -165,8 +149,8 @@ class EarlyAnswers:
         sure, right = [], []
         for batch in batches:
             images, targets = _pair(batch)
-            with self._again():
-                answers = torch.stack([_one_head(self.stream.push(images)) for _ in range(self.time_steps)])
+            stream = self._stream()
+            answers = torch.stack([_one_head(stream.push(images)) for _ in range(self.time_steps)])
             sure.append(self.sure(answers).cpu())
             right.append(answers.argmax(-1).cpu() == targets.cpu())
         if not sure:
@@ -181,7 +165,7 @@ class EarlyAnswers:
         """
         values = torch.as_tensor(thresholds, dtype=torch.float64) if len(thresholds) else sure[:-1].flatten().unique()
         if not len(thresholds) and len(values) > CANDIDATES:
-            values = values[torch.linspace(0, len(values) - 1, CANDIDATES).round().long()]
+            values = values[torch.linspace(0, len(values) - 1, CANDIDATES, dtype=torch.float64).round().long()]
         points = []
         for threshold in [math.inf, *reversed(values.double().unique().tolist())]:
             met = sure.double() >= threshold
@@ -190,6 +174,13 @@ class EarlyAnswers:
             found = right.gather(0, step[None])[0]
             points.append(Point(threshold, found.double().mean().item(), step.double().mean().item() + 1))
         return points
+
+
+def _keep(stream: Stream, stay: Tensor) -> None:
+    """Continues with the samples that stay."""
+    stream.keep(stay)
+    if stream.still:
+        stream.still = {layer: membrane[:, stay.to(membrane.device)] for layer, membrane in stream.still.items()}
 
 
 def how_sure(logits: Tensor, measure: str) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import steps
-from ..neuron import IntegerNeuron
+from ..neuron import IntegerNeuron, Streamed
 from ..ops.integers import MOST_PLANES
 from ..ops.packed import (
     PackedSpikes,
@@ -113,6 +113,7 @@ class Events(Form):
             _refuse_unordered(plan, self.forms)
         self.watched_nodes = self.foreign()
         self.aliases = sharing_memory(plan.nodes, self.watched_nodes)
+        self.streamed = [module for module in self.modules() if isinstance(module, Streamed)]
         self.train(False)
 
     def mean_of_steps(self, x: Tensor) -> Tensor:
@@ -198,8 +199,9 @@ class Events(Form):
         if source is None:
             raise no_frames(node, x)
         after = self.epilogues[node]
-        if self.still is not None and node in self.once and after.residual is None:
-            return self._known(node, source, values)
+        still = self.still if node in self.once and after.residual is None else None
+        if still is not None:
+            return self._known(node, source, values, still)
         if node in self.pooled:
             values[self.pooled[node]] = Membrane(pooled_membrane(form, source))
             return None
@@ -229,13 +231,12 @@ class Events(Form):
         values[after.total] = total
         return total if after.total is node else None
 
-    def _known(self, node: Node, source: Any, values: dict[Node, Any]) -> Any:
+    def _known(self, node: Node, source: Any, values: dict[Node, Any], still: dict[Node, Tensor]) -> Any:
         """The first layer on the same images in every call: its membrane is computed only once."""
-        assert self.still is not None
         form, after, pooled = self.forms[node], self.epilogues[node], self.pooled.get(node)
-        if node not in self.still:
-            self.still[node] = pooled_membrane(form, source) if pooled else form(source, membrane=True)[0]
-        known = Membrane(self.still[node])
+        if node not in still:
+            still[node] = pooled_membrane(form, source) if pooled else form(source, membrane=True)[0]
+        known = Membrane(still[node])
         if pooled is not None:
             values[pooled] = known
             return None
@@ -392,7 +393,7 @@ def _packed(frames: Tensor, product: SpikeProduct) -> PackedSpikes:
     x = frames.movedim(-1, 2)
     if product.planes == 1:
         return PackedSpikes.pack(x)
-    below = torch.arange(product.planes, dtype=x.dtype).view(-1, *[1] * x.ndim)
+    below = torch.arange(product.planes, dtype=x.dtype, device=x.device).view(-1, *[1] * x.ndim)
     packed = PackedSpikes.pack_levels((x > below).to(x.dtype), 1.0)
     if not torch.equal(packed.unpack(), x):
         raise ValueError(

@@ -180,7 +180,7 @@ class EventProduct(SpikeProduct):
     ) -> None:
         super().__init__(epilogue, channels, planes)
         weight, self.norm = weight.detach().float(), norm
-        self.convolution = Product(weight, torch.zeros(len(weight)), spikes=planes == 1)
+        self.convolution = Product(weight, weight.new_zeros(len(weight)), spikes=planes == 1)
 
     @property
     def weight(self) -> EventWeight:  # type: ignore[override]
@@ -198,7 +198,9 @@ class EventProduct(SpikeProduct):
         """The sums from a dense convolution, in the way that is fastest on this machine, a few images at a time."""
         steps_, images, height, width, _ = spikes.words.shape
         channels = self.epilogue.channels
-        kept = torch.empty(steps_, images, height, width, channels) if membrane is True else membrane
+        kept: Any = membrane
+        if membrane is True:
+            kept = self.constants.new_empty(steps_, images, height, width, channels)
         words = []
         size = _chunk(steps_ * height * width, channels)
         for first in range(0, images, size):

@@ -265,7 +265,7 @@ def _neuron(nir: Any, name: str, layer: Any, shape: np.ndarray) -> Any:
     if not told.strict:
         threshold = np.nextafter(threshold, np.float32(0))
     voltages = {"v_threshold": threshold * ones, "v_reset": 0 * ones}
-    leak = torch.as_tensor(1 - neuron.beta.clamp(0, 1) if leaky else told.inv_tau).double()
+    leak = torch.as_tensor(1 - neuron.beta.clamp(0, 1) if leaky else told.inv_tau, dtype=torch.float64)
     if leaky and leak == 0:
         return nir.IF(r=ones / np.float32(DT), **voltages)
     per_channel = leak.view(-1, *(1,) * (len(shape) - 1)) if leak.ndim else leak

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import steps
+from ..neuron import Streamed
 from ..ops.dispatch import exporting
 from .frozen import times_written
 
@@ -103,16 +104,14 @@ class Form(nn.Module):
     """For every node what its value is."""
     last: dict[Node, Node]
     """For every node the last one that takes its value."""
-
-    still: dict[Node, Tensor] | None = None
-    """If the same images come in every call, one time step each: the outputs of the first layers, `[1, B, H, W, C]`,
-    filled in as they are computed."""
+    streamed: list[Streamed]
+    """The neurons that a stream may run in."""
 
     def __init__(self, plan: Plan, real_dtype: torch.dtype) -> None:
         super().__init__()
         self.plan, self.real_dtype = plan, real_dtype
-        _check_finite(plan)
         self.inputs = [node for node in plan.nodes if node.op == INPUT]
+        _check_finite(plan)
 
     def forward(self, *inputs: Any) -> Any:
         refuse_export()
@@ -124,6 +123,13 @@ class Form(nn.Module):
             for device in casts:
                 as_made.enter_context(torch.autocast(device, enabled=False))
             return self.compute(dict(zip(self.inputs, map(self._cast, inputs), strict=True)))
+
+    @property
+    def still(self) -> dict[Node, Tensor] | None:
+        """If a stream shows the same images in every call: the outputs of the first layers, `[1, B, H, W, C]`, filled
+        in as they are computed."""
+        carriers = (neuron.carrier for neuron in self.streamed)
+        return next((carrier.still for carrier in carriers if carrier is not None), None)
 
     def compute(self, values: dict[Node, Any]) -> Any:
         """The output for the values of the inputs."""
@@ -180,7 +186,7 @@ class Form(nn.Module):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Form:
-        cast = fn(torch.zeros(1, dtype=self.real_dtype)).dtype
+        cast = fn(torch.zeros(1, dtype=self.real_dtype, device="cpu")).dtype
         if cast != self.real_dtype:
             raise TypeError(
                 f"an optimised model keeps its {self.real_dtype}, it cannot be cast to {cast}: build it again from the "
@@ -190,12 +196,6 @@ class Form(nn.Module):
         return self
 
 
-def refuse_export() -> None:
-    """Raises `RuntimeError` while a form of a network is exported: it runs kernels of this machine."""
-    if exporting():
-        raise RuntimeError(
-            "an optimised network runs kernels of this machine and cannot be exported: export the plain model, the one "
-            "that optimize_for_inference was given (the runtime that reads it folds and fuses in its own way)"
 def _check_finite(plan: Plan) -> None:
     """Raises `ValueError` for weights and norms from which no product can be made."""
     for node in plan.nodes:
@@ -209,6 +209,12 @@ def _check_finite(plan: Plan) -> None:
                     )
 
 
+def refuse_export() -> None:
+    """Raises `RuntimeError` while a form of a network is exported: it runs kernels of this machine."""
+    if exporting():
+        raise RuntimeError(
+            "an optimised network runs kernels of this machine and cannot be exported: export the plain model, the one "
+            "that optimize_for_inference was given (the runtime that reads it folds and fuses in its own way)"
         )
 
 
@@ -283,16 +289,17 @@ def chain(unit: Any) -> list[nn.Conv2d] | None:
 
 def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
     """Weight and bias of `norm(conv(x))` in float64."""
-    bias = torch.zeros(conv.out_channels).double() if conv.bias is None else conv.bias.double()
+    weight = conv.weight.double()
+    bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.double()
     if norm is None:
-        return conv.weight.double(), bias.to(conv.weight.device)
+        return weight, bias
     assert norm.running_mean is not None and norm.running_var is not None
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.double()
-    bias = (bias.to(scale.device) - norm.running_mean.double()) * scale
+    bias = (bias - norm.running_mean.double()) * scale
     bias = bias if norm.bias is None else bias + norm.bias.double()
-    return conv.weight.double() * scale.view(-1, 1, 1, 1), bias
+    return weight * scale.view(-1, 1, 1, 1), bias
 
 
 def filled(nested: Any, value: Callable[[Node], Any]) -> Any:

@@ -121,7 +121,8 @@ class Integers(Convolution):
             return self._sum(x)
         size = self.product.geometry.windows.size(x.shape[2:], self.product.weight) if x.ndim == 4 else ()
         shape = (len(x), len(self.zeros), *size)
-        total = torch.empty(shape, memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
+        order = torch.channels_last if x.ndim == 4 else torch.contiguous_format
+        total = torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=order)
         for part, into in zip(parts, total.split(len(parts[0])), strict=True):
             self._sum(part, into)
         return total
@@ -138,7 +139,8 @@ class Integers(Convolution):
         if self._is_matrix:
             packed: Tensor = torch.ops.onednn.qlinear_prepack(piece.flatten(1), None)
         else:
-            packed = torch.ops.onednn.qconv_prepack(piece, torch.ones(len(piece)), 1.0, 0, *self.geometry, None)
+            ones = torch.ones_like(self.scales[0])
+            packed = torch.ops.onednn.qconv_prepack(piece, ones, 1.0, 0, *self.geometry, None)
         return packed
 
     @property
@@ -282,10 +284,10 @@ class Product(nn.Module):
         spikes = torch.zeros(shape, device=self.weight.device, dtype=self.weight.dtype)
         spikes.flatten()[::7] = 1
         expected = self._way(self.paths[0])(spikes)
-        frames = {}
-        for name in self.paths:
         if not expected.isfinite().all():
             raise ValueError(f"this product has weights that are not finite numbers: {self}")
+        frames = {}
+        for name in self.paths:
             taken = spikes.to(PATHS[name].input_dtype(self, shape))
             try:
                 error = (self._way(name)(taken) - expected).abs().max()

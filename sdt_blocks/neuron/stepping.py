@@ -85,7 +85,8 @@ class OverTime(nn.Module, Streamed):
                 return self._run_anew(x)
         # The state of a stream is a neuron of its own, so that no other call can change it.
         before = self.carrier.state(self)
-        neuron = copy.deepcopy(self.neuron if before is None else before)
+        with _ONE_AT_A_TIME:  # else it could start from what another thread's call has left in it so far
+            neuron = copy.deepcopy(self.neuron if before is None else before)
         spikes = self._run(neuron, x)
         if before is not None:
             self._check_shapes(self.tensors_of(before), self.tensors_of(neuron), x)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,8 +19,27 @@ Samples = int | Sequence[int] | Tensor
 class Streamed:
     """A neuron whose state a `Stream` carries from chunk to chunk."""
 
-    carrier: Stream | None = None
-    """The stream that the neuron runs in at present."""
+    _carriers: dict[int, Stream] | None = None
+    """The streams that the neuron runs in at present, by thread."""
+
+    @property
+    def carrier(self) -> Stream | None:
+        """The stream that the neuron runs in at present; calls of other threads have theirs, or none."""
+        return self._carriers.get(threading.get_ident()) if self._carriers else None
+
+    @carrier.setter
+    def carrier(self, stream: Stream | None) -> None:
+        carriers = self.__dict__.setdefault("_carriers", {})
+        if stream is None:
+            carriers.pop(threading.get_ident(), None)
+        else:
+            carriers[threading.get_ident()] = stream
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A copy runs in no stream. nn.Module's own __getstate__ would hide one of this class.
+        made: Any = super().__reduce_ex__(protocol)
+        function, arguments, state, *rest = made
+        return function, arguments, {name: value for name, value in state.items() if name != "_carriers"}, *rest
 
     def tensors_of(self, state: Any) -> dict[str, Tensor]:
         """The tensors of a state by name, each with the samples of the batch on its first axis."""
@@ -72,13 +93,14 @@ class Stream:
     (`sdt_datasets.events.FramesOfEvents`).
 
     An error leaves the states as they were before the call, or before the context. Outside the stream the model has no
-    memory, as usual.
+    memory, as usual. Threads may share a model, each with streams of its own.
 
     Shapes: those of the model; the batch size must be the same for all chunks.
 
     Raises `TypeError` for a model whose state cannot be carried over: it is compiled, has one neuron in two places or
     calls it twice, or has layers with a state of their own, such as `nn.LSTM`. Raises `ValueError` for a window below
-    one frame, and `RuntimeError` in training mode, where a chunk's norms would differ from the sequence's.
+    one frame, and `RuntimeError` in training mode, where a chunk's norms would differ from the sequence's, and while
+    another thread is in this stream.
 
     >>> block = SpikingMLP(8).eval()
     >>> stream, x = Stream(block), torch.randn(4, 2, 8, 3, 3)
@@ -122,8 +144,11 @@ class Stream:
         self._states: dict[Streamed, Any] = {}
         self._before = self._states
         self._asked: set[Streamed] | None = None
+        self._thread: dict[str, int] = {}
+        self.still: dict[Any, Tensor] | None = None
+        """If the same images come in every call, one time step each: what a form keeps of its first layers."""
         self._logits: deque[tuple[Tensor, ...]] = deque(maxlen=window)
-        self._seen = torch.zeros(0, dtype=torch.int64)
+        self._seen = _none_seen(0)
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         with self:
@@ -134,6 +159,7 @@ class Stream:
             raise RuntimeError("streaming needs eval mode: in training a chunk's norms differ from the sequence's")
         if any(neuron.carrier is not None for neuron in self.neurons):
             raise RuntimeError("the model is within a stream already; leave that one first")
+        self._check_thread(self._thread.setdefault("within", threading.get_ident()))
         for neuron in self.neurons:
             neuron.carrier = self
         begin = self.model.register_forward_pre_hook(lambda *_: self._note(set()))
@@ -152,10 +178,24 @@ class Stream:
         for handle in self._watching:
             handle.remove()
         self._asked = None
+        self._thread.clear()
 
     def _note(self, asked: set[Streamed] | None) -> None:
         """Sets which neurons the model has called during its present call; `None` outside a call."""
-        self._asked = asked
+        if self._thread.get("within") == threading.get_ident():
+            self._asked = asked
+
+    @staticmethod
+    def _check_thread(within: int | None) -> None:
+        if within not in (None, threading.get_ident()):
+            raise RuntimeError("another thread is in this stream; give each thread a Stream of its own")
+
+    def another(self) -> Stream:
+        """A new stream of the same model."""
+        stream = copy.copy(self)
+        stream._states, stream._thread, stream._logits = {}, {}, deque(maxlen=self.window)
+        stream._seen = _none_seen(0)
+        return stream
 
     # ---- the answer so far
 
@@ -186,11 +226,12 @@ class Stream:
                 f"this stream has a batch of {len(self._seen)}, got {len(frames)} frames; keep() takes some of its "
                 f"samples, reset() starts with another batch"
             )
+        self._check_thread(self._thread.get("within"))
         before = dict(self._states), list(self._logits), self._seen
         try:
             for frame in _one_by_one(frames):
                 self._logits.append(_logits_of(self(frame), len(frames), type(self.model).__name__))
-                self._seen = (self._seen if len(self._seen) else torch.zeros(len(frames), dtype=torch.int64)) + 1
+                self._seen = (self._seen if len(self._seen) else _none_seen(len(frames))) + 1
         except BaseException:
             self._states, kept, self._seen = before
             self._logits = deque(kept, maxlen=self.window)
@@ -225,7 +266,7 @@ class Stream:
         if samples is None:
             self._states.clear()
             self._logits.clear()
-            self._seen = torch.zeros(0, dtype=torch.int64)
+            self._seen = _none_seen(0)
             return
         at = self._places(samples)
 
@@ -331,7 +372,7 @@ class Stream:
     def membrane_in_place(self, neuron: Streamed, shape: Sequence[int]) -> Tensor:
         """The neuron's membrane, for a kernel that overwrites it with the one after the chunk; zeros at the start."""
         before = self.membrane(neuron, shape)
-        membrane = torch.zeros(shape) if before is None else before.clone()
+        membrane = torch.zeros(shape, dtype=torch.float32, device="cpu") if before is None else before.clone()
         self.keep_state(neuron, membrane)
         return membrane
 
@@ -356,6 +397,10 @@ class Stream:
     def keep_state(self, neuron: Streamed, state: Any) -> None:
         """Keeps a neuron's state for the next chunk."""
         self._states[neuron] = state
+
+
+def _none_seen(batch: int) -> Tensor:
+    return torch.zeros(batch, dtype=torch.int64, device="cpu")
 
 
 def other_shape(before: Sequence[int], shape: Sequence[int]) -> ValueError:

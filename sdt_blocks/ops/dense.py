@@ -60,8 +60,8 @@ def fire(
         return of_triton("dense").fire(_frames(x), spec_of(neuron), neuron.inv_tau, dtype, shortcut)
     if compiled and _native(x):
         x = _frames(x)
-        spikes = torch.empty(x.shape, dtype=dtype)
-        total = x if shortcut is None else torch.empty(x.shape, dtype=torch.float32)
+        spikes = x.new_empty(x.shape, dtype=dtype)
+        total = x if shortcut is None else x.new_empty(x.shape, dtype=torch.float32)
         before = None if shortcut is None else shortcut.contiguous()
         into = None if before is None else total
         _call("fire", x, spikes, len(x), x[0].numel(), x, x.stride(0), before, into, _layers((neuron,)))
@@ -93,7 +93,7 @@ def fire_and_pool(x: Tensor, neuron: Neuron, dtype: torch.dtype, *, compiled: bo
     if compiled and _native(x):
         x = _frames(x)
         steps, batch, height, width, channels = x.shape
-        out = torch.empty(steps, batch, (height + 1) // 2, (width + 1) // 2, channels, dtype=dtype)
+        out = x.new_empty(steps, batch, (height + 1) // 2, (width + 1) // 2, channels, dtype=dtype)
         _call("fire_and_pool", x, out, _sizes(*x.shape), x, x.stride(0), _layers((neuron,)))
         return out
     run = _traced(_fire_and_pool) if compiled and not by_triton(x) else _fire_and_pool
@@ -116,7 +116,7 @@ def attend(
     elif compiled and heads is None and _native(qkv):
         qkv = qkv.contiguous()
         steps, batch, height, width, channels = qkv.shape
-        out = torch.empty(steps, batch, height, width, channels // 3, dtype=dtype)
+        out = qkv.new_empty(steps, batch, height, width, channels // 3, dtype=dtype)
         shape = _sizes(steps, batch, height * width, channels // 3)
         _call("attend", qkv, out, shape, qkv, _layers(tuple(neurons)))
         return out

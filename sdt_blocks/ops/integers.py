@@ -48,7 +48,8 @@ def quantize(weight: Tensor, pieces: int, planes: int = 1) -> tuple[Tensor, Tens
     room = _LARGEST_SUM - planes * rows.shape[1]
     scale = torch.maximum(rows.abs().amax(1) / largest(pieces), sums / room).clamp(min=1e-30)
     # Upwards, so that rounding the scale to float32 leaves no weight outside.
-    scale = torch.nextafter(scale.float(), torch.tensor(torch.inf))
+    scale = scale.float()
+    scale = torch.nextafter(scale, torch.full_like(scale, torch.inf))
     integers = (rows / scale.double().unsqueeze(1)).round().to(dtype)
     return integers.view(weight.shape), scale
 
@@ -251,7 +252,7 @@ def depthwise_product(x: Tensor, weight: Tensor, *, windows: Windows | None = No
         )
     windows, x = windows or Windows.same(weight), x.contiguous()
     size = windows.size(x.shape[1:3], weight)
-    out = torch.empty(len(x), *size, len(weight))
+    out = x.new_empty(len(x), *size, len(weight))
     taps = weight.detach().float().flatten(1).T.contiguous()
     call("depthwise_product", x, (ctypes.c_int64 * 4)(*x.shape), windows.structure(weight, size), taps, out)
     return out

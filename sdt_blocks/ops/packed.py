@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .cpu import bindings, build
 from .lif import lif_reference
-from .spec import NeuronSpec
+from .spec import NeuronSpec, constant
 
 WORD = 64
 """Spikes per word."""
@@ -77,13 +77,14 @@ class PackedSpikes:
         """
         kernel = {torch.float32: "spike_expand_float", torch.uint8: "spike_expand_byte"}[dtype]
         words = self.words.contiguous()
-        frames = torch.empty(*words.shape[:-1], self.planes, self.channels, dtype=dtype)
+        frames = words.new_empty(*words.shape[:-1], self.planes, self.channels, dtype=dtype)
         call(kernel, words, frames, words[..., 0].numel() * self.planes, self.channels)
         return (frames.squeeze(-2) if self.planes == 1 else frames.sum(-2) / self.norm).movedim(-1, 2)
 
     def unpack_reference(self) -> Tensor:
         """The same in PyTorch."""
-        bits = (self.words.unflatten(-1, (self.planes, -1)).unsqueeze(-1) >> torch.arange(WORD)) & 1
+        places = torch.arange(WORD, device=self.words.device)
+        bits = (self.words.unflatten(-1, (self.planes, -1)).unsqueeze(-1) >> places) & 1
         return bits.flatten(-2)[..., : self.channels].sum(-2).movedim(-1, 2).float() / self.norm
 
     def images(self, first: int, last: int) -> PackedSpikes:
@@ -169,7 +170,7 @@ class Epilogue:
         self.channels, self.neuron = channels, neuron
         of_neuron = 0.0 if neuron is None else neuron.inv_tau
         constants = ((bias, 0.0), (scale, 1.0), (shift, 0.0), (inv_tau, of_neuron))
-        rows = [torch.tensor(default) if given is None else given.detach().float() for given, default in constants]
+        rows = [constant(default if given is None else given) for given, default in constants]
         self.constants = torch.stack([row.expand(channels) for row in rows])
         self.bias, self.scale, self.shift, self.inv_tau = self.constants
         self.tiles = tiled(self.constants)
@@ -336,8 +337,8 @@ def spike_attention(
     if standing is not None:
         check_real("standing", standing, (words.shape[1], channels), standing)
     steps, images, height, width, _ = words.shape
-    out = torch.empty(steps, images, height, width, channels // WORD, dtype=torch.int64)
-    leak = torch.as_tensor(neuron.inv_tau if inv_tau is None else inv_tau).detach().float().expand(channels)
+    out = words.new_empty(steps, images, height, width, channels // WORD)
+    leak = constant(neuron.inv_tau if inv_tau is None else inv_tau).expand(channels)
     call(
         "spike_attention",
         words,
@@ -426,7 +427,8 @@ def outputs_of(
 ) -> tuple[Tensor | None, PackedSpikes | None, ctypes.Structure]:
     """The results, and the kernels' description of where they go and of the epilogue."""
     shape = (*places, epilogue.channels)
-    kept = torch.empty(shape) if membrane is True else membrane if isinstance(membrane, Tensor) else None
+    new = epilogue.constants.new_empty
+    kept = new(shape) if membrane is True else membrane if isinstance(membrane, Tensor) else None
     for name, real in (("residual", residual), ("membrane", kept)):
         if real is not None:
             check_real(name, real, shape, real if real.is_contiguous() else real[0])
@@ -435,7 +437,7 @@ def outputs_of(
     neuron = epilogue.neuron
     words = None
     if neuron is not None:
-        words = torch.empty(*places, -(-epilogue.channels // WORD), dtype=torch.int64)
+        words = new(*places, -(-epilogue.channels // WORD), dtype=torch.int64)
         if epilogue.tiles.shape[0] * epilogue.tiles.shape[2] < words.shape[-1] * WORD:
             words.zero_()
     arguments = _Epilogue(epilogue.tiles.data_ptr(), epilogue.channels)

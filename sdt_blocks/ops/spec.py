@@ -80,9 +80,16 @@ def in_evaluation(neuron: NeuronSpec, channels: int) -> tuple[NeuronSpec, Tensor
 
     Raises `ValueError` if the number of time constants is not that of the channels.
     """
-    inv_tau = torch.as_tensor(neuron.inv_tau, dtype=torch.float32).detach()
+    inv_tau = constant(neuron.inv_tau)
     check_time_constants(inv_tau, (channels,))
     return NeuronSpec(neuron.threshold, neuron.reset, strict=neuron.strict), inv_tau.expand(channels)
+
+
+def constant(given: float | Tensor) -> Tensor:
+    """A number or a tensor as the CPU kernels take it: float32, whatever PyTorch's default dtype and device are."""
+    if isinstance(given, Tensor):
+        return given.detach().float()
+    return torch.tensor(given, dtype=torch.float32, device="cpu")
 
 
 def check_time_constants(inv_tau: float | Tensor, channels: Sequence[int]) -> None:
