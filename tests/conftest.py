@@ -1,4 +1,4 @@
-"""Golden vectors, and NaN in memory that a kernel forgot to write."""
+"""Golden vectors, NaN in memory that a kernel forgot to write, and a worker's share of the cores."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 
 # Read when Triton is imported, and torch may import it: without a GPU its kernels run in its interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidiactl") else "1")
+# Read when torch is imported, also by the processes that tests start: more threads than cores wait for each other.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import copy
 import functools
