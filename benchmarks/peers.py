@@ -34,10 +34,19 @@ class ConvolutionFloor:
     """The bare convolutions of a Spike-Driven Transformer: channels-last, every 1x1 as a convolution, the first once.
 
     No norm, no neuron, no pooling, no mask, no head: only the cost of dense products in this dtype. Every layer reads
-    one buffer of its input's shape.
+    one buffer of its input's shape. With `gradients` also those of the weights and, but for the first layer, of the
+    inputs.
     """
 
-    def __init__(self, model: SpikeDrivenTransformer, images: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: SpikeDrivenTransformer,
+        images: Tensor,
+        dtype: torch.dtype = torch.float32,
+        *,
+        gradients: bool = False,
+    ) -> None:
+        self.gradients = gradients
         self.calls: list[tuple[Tensor, Tensor, int]] = []
         buffers: dict[torch.Size, Tensor] = {}
         hooks = []
@@ -60,8 +69,11 @@ class ConvolutionFloor:
 
     @torch.no_grad()
     def __call__(self) -> None:
-        for frames, weight, padding in self.calls:
-            F.conv2d(frames, weight, padding=padding)
+        for number, (frames, weight, padding) in enumerate(self.calls):
+            out = F.conv2d(frames, weight, padding=padding)
+            if self.gradients:
+                geometry = [1, 1], [padding, padding], [1, 1], False, [0, 0], 1
+                torch.ops.aten.convolution_backward(out, frames, weight, None, *geometry, [number > 0, True, False])
 
     @property
     def multiply_adds(self) -> int:

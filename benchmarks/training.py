@@ -1,6 +1,7 @@
 """One training step of sdt_8_384 at 224 x 224, T = 4: time, and peak memory.
 
-Weights and images are channels-last, which every convolution of ours uses as it is; the peer runs in both orders.
+Weights and images are channels-last, which every convolution of ours uses as it is; the peer runs in both orders. The
+floor has nothing but the convolutions, forward and backward.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from harness import Bench, ParityError, measure_memory
 from inference import spikingjelly_installed
-from peers import spikingjelly_model
+from peers import ConvolutionFloor, spikingjelly_model
 from torch import Tensor, nn
 
 from sdt_blocks import create_model
@@ -37,6 +38,10 @@ def run(bench: Bench) -> None:
             if bench.allocator == "default":
                 bench.record(figure, setting, title, measure_memory(bench.device, step)[0] / 1e9, unit="GB")
             steps[title] = step
+    with torch.random.fork_rng():
+        plain = create_model(name).to(bench.device).eval()
+    for title, dtype in {"floor: bare convolutions, fp32": torch.float32, "floor in bf16": torch.bfloat16}.items():
+        steps[title] = ConvolutionFloor(plain, images, dtype, gradients=True)
     baseline = "SpikingJelly, eager" if "SpikingJelly, eager" in steps else "sdt_blocks"
     parity = {"sdt_blocks": lambda: same_gradients(name, images[:1], labels[:1])}
     bench.race("training step", setting, steps, baseline=baseline, parity=parity, rounds=7, warmup=1)
