@@ -12,11 +12,14 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import sdt_blocks
+from sdt_blocks import calibrate_norms, optimize_for_inference
+from sdt_blocks.blocks import ConvNorm
 from sdt_blocks.inference import EventProduct, Events, choice, forms, plan
 from sdt_blocks.inference.choice import ProductCosts
 from sdt_blocks.inference.timings import Timings
 from sdt_blocks.neuron import LIF
 from sdt_blocks.ops.packed import Epilogue, spike_neuron
+from sdt_blocks.steps import fire, project, shortcut
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -269,3 +272,33 @@ def test_errors_at_the_door(firing_model):
         Events(plan(model))(torch.rand(2, 1, 16, 16))
     with pytest.raises(RuntimeError, match="only evaluates"):
         Events(plan(model)).train()
+
+
+class ReadBetween(nn.Module):
+    """A shortcut that is read once more between a product and their sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = ConvNorm(2, 8, 3), ConvNorm(8, 8, 1), nn.Linear(8, 2)
+        self.neurons = nn.ModuleList(LIF(threshold=0.3) for _ in range(2))
+
+    def forward(self, x):
+        membrane = project(self.first, x)
+        change = project(self.second, fire(self.neurons[0], membrane))
+        means = membrane.mean((-2, -1))
+        total = shortcut(membrane, change)
+        return self.head(fire(self.neurons[1], total).mean((-2, -1)) + means) + total.mean()
+
+
+@pytest.mark.parametrize("options", [{"sparse": True}, {"dtype": torch.int8}])
+@torch.no_grad()
+def test_a_sum_does_not_overwrite_a_shortcut_that_is_still_read(options):
+    model, x = ReadBetween(), torch.rand(3, 2, 2, 6, 6)
+    nn.init.normal_(model.first.norm.bias, 0.3)
+    calibrate_norms(model, [x])
+    if "dtype" in options:  # whole numbers of 8 bits hold these weights
+        model.second.conv.weight.copy_(model.second.conv.weight.sign() * 127)
+        model.second.conv.weight[:, 0] = 127
+    expected = model.eval()(x)
+    torch.testing.assert_close(optimize_for_inference(model, **options)(x), expected, atol=1e-4, rtol=1e-4)
+    assert expected.std() > 0.01

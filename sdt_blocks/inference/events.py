@@ -91,6 +91,7 @@ class Events(Form):
         self.given = {node: node.inputs() for node in plan.nodes}
         self.epilogues = {} if self.in_place else passes.epilogues(plan)
         self.pooled, self.pooled_spikes = self._pooled_products(), dict[Node, Node]()
+        self.in_place_of = self._last_users()
         self.once = set() if self.in_place else passes.once(plan)
         forms = Forms(self.kinds, self.counted, self.epilogues, weights, exact)
         self.leaves = nn.ModuleList()
@@ -138,6 +139,16 @@ class Events(Form):
                 found[node] = takers[0]
         return found
 
+    def _last_users(self) -> set[Node]:
+        """The products after which nothing reads the shortcut that they are added to."""
+        users, place = self.plan.users(), {node: i for i, node in enumerate(self.plan.nodes)}
+        found = set()
+        for node, after in self.epilogues.items():
+            others = [one for one in users[after.residual] if one is not after.total] if after.residual else []
+            if after.residual and all(place[one] < place[node] for one in others):
+                found.add(node)
+        return found
+
     def _pool_of_spikes(self, node: Node) -> Node | None:
         """The 3x3 maximum of stride 2 that is the only user of a product's spikes, if there is one."""
         after, users = self.epilogues[node], self.plan.users()
@@ -146,8 +157,12 @@ class Events(Form):
         (taker,) = users[after.fire]
         return taker if _halves(taker) else None
 
-    @torch.no_grad()
     def compute(self, values: dict[Node, Any]) -> Any:
+        # Inside inference_mode PyTorch does not count writes, and results could not be written into outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._computed(values)
+
+    def _computed(self, values: dict[Node, Any]) -> Any:
         for node in self.plan.nodes:
             if node.op == OUTPUT:
                 return filled(node.args[0], lambda one: plain(values[one]))
@@ -222,7 +237,7 @@ class Events(Form):
                 return Membrane(form(source, membrane=True)[0], owned=True)
             residual = before.real
             # The sum is written into the shortcut's memory if nothing reads that afterwards.
-            if after.keep and before.owned and self.last[after.residual] is after.total:
+            if after.keep and before.owned and node in self.in_place_of:
                 into = residual
         membrane, fired = form(source, residual=residual, membrane=into, stands=stands)
         if after.fire is not None:

@@ -29,6 +29,8 @@ from .plan import (
     Plan,
     convolution,
     is_neuron,
+    leaves,
+    may_write,
 )
 from .written import called, writes
 
@@ -94,8 +96,17 @@ class Epilogue(NamedTuple):
 
 
 def epilogues(plan: Plan) -> dict[Node, Epilogue]:
-    """For every product, what follows it, also across blocks."""
+    """For every product, what follows it, also across blocks, and can be computed with it.
+
+    That is not so where code that may write into its inputs comes in between: the sum, or the neuron, sees what it has
+    written.
+    """
     users, place = plan.users(), {node: i for i, node in enumerate(plan.nodes)}
+    writers = [place[node] for node in plan.nodes if _may_write(node)]
+
+    def at_once(node: Node, later: Node) -> bool:
+        return not any(place[node] < writer < place[later] for writer in writers)
+
     found = {}
     for node in plan.nodes:
         if node.op != PROJECT:
@@ -104,13 +115,20 @@ def epilogues(plan: Plan) -> dict[Node, Epilogue]:
         followers = _values(users[node])
         if len(followers) == 1 and followers[0].op == ADD and followers[0].args[1] is node:
             before = followers[0].args[0]
-            if isinstance(before, Node) and before is not node and place[before] < place[node]:
+            earlier = isinstance(before, Node) and before is not node and place[before] < place[node]
+            if earlier and at_once(node, followers[0]):
                 total, residual = followers[0], before
         takers = _values(users[total])
         fires = [taker for taker in takers if taker.op == FIRE and is_neuron(taker.target)]
-        fire = fires[0] if len(fires) == 1 else None
+        fire = fires[0] if len(fires) == 1 and at_once(node, fires[0]) else None
         found[node] = Epilogue(total, residual, fire, keep=fire is None or len(takers) > 1)
     return found
+
+
+def _may_write(node: Node) -> bool:
+    """Whether a node is code that may write into its inputs, as far as is known before forms are made."""
+    known = node.op == PROJECT and isinstance(node.target, nn.Module) and steps.is_unit(node.target)
+    return not known and any(map(may_write, leaves(node.target)))
 
 
 def _values(nodes: list[Node]) -> list[Node]:

@@ -139,7 +139,7 @@ class Form(nn.Module):
         """The nodes that are computed by code not known to the kit, which may write into its inputs."""
         forms: dict[Node, Any] = self.forms  # type: ignore[assignment]
         rest = (node for node in self.plan.nodes if forms.get(node) is None)
-        return {node for node in rest if any(map(_may_write, leaves(node.target)))}
+        return {node for node in rest if any(map(may_write, leaves(node.target)))}
 
     def watched(
         self, node: Node, values: dict[Node, Any], plain: Callable[[Any], Any], run: Callable[[dict[Node, Any]], Any]
@@ -151,8 +151,11 @@ class Form(nn.Module):
         """
         taken = {one: plain(values[one]) for one in node.inputs()}
         for one, x in taken.items():
-            if not isinstance(values[one], Tensor) and x.movedim(2, -1).is_contiguous():
-                taken[one] = x.clone()  # with one place or one channel it shares memory that others still read
+            shared = not isinstance(values[one], Tensor) and x.movedim(2, -1).is_contiguous()
+            if shared or (isinstance(x, Tensor) and x.is_inference()):
+                # With one place or one channel it shares memory that others still read; of inference_mode, it cannot be
+                # written into.
+                taken[one] = x.clone()
         before = {one: times_written(x) for one, x in taken.items()}
         result = run({**values, **taken})
         written = {one: x for one, x in taken.items() if times_written(x) != before[one]}
@@ -240,7 +243,7 @@ def evaluated(leaf: Any) -> Any:
     return leaf.evaluate if own else leaf
 
 
-def _may_write(leaf: nn.Module) -> bool:
+def may_write(leaf: nn.Module) -> bool:
     """Whether a leaf has code that might write into its inputs."""
     known = ("torch.nn.", "snntorch._neurons.", __name__.partition(".")[0] + ".")
     parts = list(leaf.modules())
