@@ -12,6 +12,15 @@ from sdt_blocks.ops.cpu import bindings, build
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """The kernels divide their work, also in a worker of `pytest -n` that has one core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(2, before))
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def device(backend):
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
