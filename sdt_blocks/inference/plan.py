@@ -205,7 +205,7 @@ def _check_finite(plan: Plan) -> None:
         units = node.target.units if node.op == MIX else (node.target,) if node.op == PROJECT else ()
         for unit in units:
             for name, value in unit.state_dict().items():
-                if not value.isfinite().all():
+                if not value.is_meta and not value.isfinite().all():
                     raise ValueError(
                         f"{name} of {node.name} holds values that are not finite numbers: the training went wrong "
                         "before these weights were saved, take earlier ones"
