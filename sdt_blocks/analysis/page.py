@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -126,21 +126,19 @@ def _by_model(found: Estimate, kinds: Mapping[str, str]) -> str:
         cost = row.cost
         return charts.Bar(name, {kind: cost.compute_mj, "memory": cost.memory_mj}, millijoules(cost.total_mj))
 
-    totals = [
-        ("spiking", found.cost),
-        ("as an ANN", found.ann),
-        (f"as an ANN of {found.bits}-bit activations", found.quantised),
-    ]
-    cells = "".join(
-        f"<tr><td>{name}</td>{_numbers(map(millijoules, (cost.compute_mj, cost.memory_mj, cost.total_mj)))}</tr>"
-        for name, cost in totals
-    )
-    columns = "".join(f'<th class="number">{name}</th>' for name in ("compute", "memory", "total"))
+    totals = {
+        "spiking": found.cost,
+        "as an ANN": found.ann,
+        f"as an ANN of {found.bits}-bit activations": found.quantised,
+    }
+    cells = {
+        name: [millijoules(part) for part in (cost.compute_mj, cost.memory_mj, cost.total_mj)]
+        for name, cost in totals.items()
+    }
     rows = [bar(row) for row in found.rows if row.type != "neuron" or row.cost.total_mj]
     return (
         f'<p class="soft">{escape(found.model.name)}: {escape(found.model.source)}</p>'
-        f'<div class="scroll"><table><tr><th>the whole network</th>{columns}</tr>{cells}</table></div>'
-        f"{charts.bars(rows)}"
+        f"{_table(('the whole network', 'compute', 'memory', 'total'), cells)}{charts.bars(rows)}"
     )
 
 
@@ -177,8 +175,15 @@ def _break_even_by_model(found: Estimate) -> str:
     return f'<p>{escape(whole)}</p><div class="rates">{charts.bars(rows, 1.0)}</div>'
 
 
-def _numbers(values: Iterable[str]) -> str:
-    return "".join(f'<td class="number">{value}</td>' for value in values)
+def _table(heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    """A table of figures: the row's name first; a row with a single cell has it across all columns."""
+    names = "".join(f'<th class="number">{name}</th>' for name in heads[1:])
+    body = []
+    for name, cells in rows.items():
+        numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
+        whole = f'<td colspan="{len(heads) - 1}">{escape(cells[0])}</td>' if len(cells) == 1 else numbers
+        body.append(f"<tr><td>{name}</td>{whole}</tr>")
+    return f'<div class="scroll"><table><tr><th>{heads[0]}</th>{names}</tr>{"".join(body)}</table></div>'
 
 
 def _percent(rate: float | None) -> str:
@@ -237,30 +242,25 @@ def _rate_text(rate: float) -> str:
 
 def _measured(found: Measured, report: EnergyReport) -> str:
     modelled = report.estimates.get("step")
-    cells = []
+    rows: dict[str, Sequence[str]] = {}
     for form in found.forms:
         if form.missing:
-            cells.append(f'<tr><td>{form.name}</td><td colspan="5">not measured: {escape(form.missing)}</td></tr>')
+            rows[form.name] = [f"not measured: {form.missing}"]
             continue
         cost = None if modelled is None else modelled.ann if form.name == "ANN" else modelled.cost
-        values = (
+        rows[form.name] = (
             f"{form.latency_ms:.3g} ms",
             f"{form.throughput:.4g}",
             joules(form.energy.total) if form.energy else "–",
             joules(form.energy.above_idle) if form.energy else "–",
             millijoules(cost.total_mj) if cost else "–",
         )
-        cells.append(f"<tr><td>{form.name}</td>{_numbers(values)}</tr>")
-    names = ("latency", "samples a second", "measured", "above idle", "modelled, with memory")
-    columns = "".join(f'<th class="number">{name}</th>' for name in names)
+    heads = ("form", "latency", "samples a second", "measured", "above idle", "modelled, with memory")
     note = (
         f"{found.machine}; latency of one sample (median), the rest in batches of {found.batch}. "
         f"Energy of a sample: {found.counters}."
     )
-    return (
-        f'<p class="soft">{escape(note)}</p><div class="scroll"><table><tr><th>form</th>{columns}</tr>'
-        f"{''.join(cells)}</table></div>"
-    )
+    return f'<p class="soft">{escape(note)}</p>{_table(heads, rows)}'
 
 
 def _downloads(rates: FiringRates, report: EnergyReport, extras: Extras) -> str:
@@ -279,15 +279,15 @@ def _attention(report: EnergyReport) -> str:
     found = report.attention
     if found is None:
         return ""
-    rows = [("the operator alone", found.sdsa_mj, found.vanilla_mj)]
-    rows.append(("with its projections", found.whole_mj, found.vanilla_whole_mj))
-    cells = "".join(
-        f'<tr><td>{name}</td><td class="number">{millijoules(ours)}</td><td class="number">{millijoules(vanilla)}</td>'
-        f'<td class="number">{f"{vanilla / ours:,.1f}" if ours else "-"}</td></tr>'
-        for name, ours, vanilla in rows
-    )
-    columns = "".join(f'<th class="number">{name}</th>' for name in ("spikes", "softmax", "ratio"))
-    return f'<div class="scroll"><table><tr><th>attention</th>{columns}</tr>{cells}</table></div>'
+    costs = {
+        "the operator alone": (found.sdsa_mj, found.vanilla_mj),
+        "with its projections": (found.whole_mj, found.vanilla_whole_mj),
+    }
+    rows = {
+        name: [millijoules(ours), millijoules(vanilla), f"{vanilla / ours:,.1f}" if ours else "-"]
+        for name, (ours, vanilla) in costs.items()
+    }
+    return _table(("attention", "spikes", "softmax", "ratio"), rows)
 
 
 def _rates(rates: FiringRates) -> str:

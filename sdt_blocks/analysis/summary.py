@@ -48,8 +48,7 @@ def layer_tables(report: EnergyReport, confidence: float = 0.95) -> dict[str, st
 
 
 def _with_interval(key: str, value: float, ends: tuple[float, float] | None) -> dict[str, float]:
-    low, high = ends or (None, None)
-    return {key: value} if low is None or high is None else {key: value, f"{key}{LOW}": low, f"{key}{HIGH}": high}
+    return {key: value} | ({f"{key}{LOW}": ends[0], f"{key}{HIGH}": ends[1]} if ends else {})
 
 
 def sweep(
@@ -59,7 +58,7 @@ def sweep(
 
     If there are enough samples, accuracy and energy come with the ends of their intervals.
     """
-    accuracy = outcome.accuracy if outcome is not None else []
+    accuracy = outcome.accuracy if outcome else []
     latency = measured.latency_ms if measured is not None else {}
     rows = []
     for count in range(1, report.steps + 1):
