@@ -93,10 +93,10 @@ class EnergyReport:
     e_ac: float
     ann_mj: float
     attention: AttentionEnergy | None
-    not_counted: list[NotCounted] = field(default_factory=list)
-    silence: str = ""
-    estimates: dict[str, Estimate] = field(default_factory=dict)
-    operations: Operations = field(default_factory=lambda: Operations([], 0, 0), repr=False)
+    not_counted: list[NotCounted]
+    silence: str
+    estimates: dict[str, Estimate]
+    operations: Operations = field(repr=False)
 
     def estimate(self, model: EnergyModel) -> Estimate:
         """The energy by a further model, from the operations that were counted; tables and files then include it.

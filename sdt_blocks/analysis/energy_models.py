@@ -429,14 +429,14 @@ def read_energy_models(path: str | Path) -> dict[str, EnergyModel]:
     content: Any = OmegaConf.to_container(OmegaConf.load(path))
     if not isinstance(content, Mapping) or not all(isinstance(value, Mapping) for value in content.values()):
         raise ValueError(f"{path}: expected constants under the name of each model, got {content!r}")
-    return {str(name): _read(f"{path}: {name}", str(name), dict(own)) for name, own in content.items()}
+    return {str(name): _read(path, str(name), dict(own)) for name, own in content.items()}
 
 
-def _read(where: str, name: str, own: dict[str, Any]) -> EnergyModel:
-    base = own.pop("base", EXECUTED.name)
+def _read(path: str | Path, name: str, own: dict[str, Any]) -> EnergyModel:
+    where, base = f"{path}: {name}", own.pop("base", EXECUTED.name)
     if base not in ENERGY_MODELS:
         raise ValueError(f"{where}: base must be one of {', '.join(ENERGY_MODELS)}, got {base!r}")
-    own.setdefault("source", f"constants of {Path(where.rpartition(':')[0]).name} upon {base}")
+    own.setdefault("source", f"constants of {Path(path).name} upon {base}")
     known = {item.name: item.default for item in fields(EnergyModel) if item.name != "name"}
     for key, value in own.items():
         if key not in known:

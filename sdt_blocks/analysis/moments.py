@@ -119,6 +119,11 @@ def share_interval(share: float, samples: int, confidence: float) -> tuple[float
     return max(low, 0.0), min(high, 1.0)
 
 
+def level(confidence: float) -> str:
+    """A confidence level as text."""
+    return f"{confidence * 100:g} %"
+
+
 def check_confidence(confidence: float) -> None:
     """Raises `ValueError` unless the level lies between 0 and 1."""
     if not 0 < confidence < 1:

@@ -14,7 +14,7 @@ from .audit import BREAKS, Audit
 from .energy import CONVENTION, EnergyReport, millijoules
 from .energy_models import Estimate, RowEstimate
 from .measured import Measured
-from .moments import share_interval
+from .moments import level, share_interval
 from .outcome import Outcome
 from .plots import short
 from .rates import FiringRates
@@ -95,7 +95,7 @@ def _tiles(rates: FiringRates, report: EnergyReport, audit: Audit, extras: Extra
         tiles.append((f"accuracy on {extras.outcome.samples} samples", f"{extras.outcome.accuracy[-1]:.1%}", ""))
         ends = share_interval(extras.outcome.accuracy[-1], extras.outcome.samples, extras.confidence)
         if ends is not None:
-            tiles.append((f"its {level(extras)} interval", f"{ends[0]:.1%} to {ends[1]:.1%}", ""))
+            tiles.append((f"its {level(extras.confidence)} interval", f"{ends[0]:.1%} to {ends[1]:.1%}", ""))
     for form in (extras.measured.forms if extras.measured else [])[:1]:
         if not form.missing:
             tiles.append(("latency of a sample", f"{form.latency_ms:.3g} ms", ""))
@@ -221,15 +221,10 @@ def _steps(rates: FiringRates, report: EnergyReport, extras: Extras) -> str:
             banded = banded or bool(band)
     notes = [CONVENTION]
     if banded:
-        notes.append(f"Shaded: the {level(extras)} confidence interval of the mean over samples.")
+        notes.append(f"Shaded: the {level(extras.confidence)} confidence interval of the mean over samples.")
     if extras.measured is not None and extras.measured.latency_missing:
         notes.append(f"{NO_LATENCY} {extras.measured.latency_missing}.")
     return f'<div class="figures">{"".join(drawn)}</div><p class="soft">{escape(" ".join(notes))}</p>'
-
-
-def level(extras: Extras) -> str:
-    """The confidence level as text."""
-    return f"{extras.confidence * 100:g} %"
 
 
 def _numbered(values: Sequence[float]) -> list[tuple[float, float]]:

@@ -24,7 +24,7 @@ from .counters import find_counters
 from .energy import EnergyReport, energy, millijoules
 from .energy_models import EnergyModel
 from .measured import Measured, measure
-from .moments import check_confidence, share_interval
+from .moments import check_confidence, level, share_interval
 from .outcome import Outcome, look
 from .page import Extras, write_page
 from .probe import batch_axis, is_first_process, unwrap
@@ -257,7 +257,7 @@ def print_summary(
     ends = report.estimates["formula"].interval(confidence)
     if ends is not None:
         told = " to ".join(map(millijoules, ends))
-        console.print(f"{confidence * 100:g} % confidence interval of the mean over samples: {told}")
+        console.print(f"{level(confidence)} confidence interval of the mean over samples: {told}")
     if outcome.accuracy:
         low, high = share_interval(outcome.accuracy[-1], outcome.samples, confidence) or (0.0, 1.0)
         console.print(f"accuracy {outcome.accuracy[-1]:.2%} ({low:.2%} to {high:.2%}) on {outcome.samples} samples")

@@ -7,7 +7,7 @@ from typing import Any
 
 from .energy import CONVENTION, EnergyReport
 from .measured import Measured
-from .moments import share_interval
+from .moments import level, share_interval
 from .outcome import Outcome
 from .tables import HIGH, LOW, Column, Row, as_files
 
@@ -25,7 +25,7 @@ NO_LATENCY = "Latency by number of steps is not given in full:"
 
 def note(confidence: float) -> str:
     """The explanation below a table."""
-    return f"{CONVENTION} In brackets: the {confidence * 100:g} % confidence interval of the mean over samples."
+    return f"{CONVENTION} In brackets: the {level(confidence)} confidence interval of the mean over samples."
 
 
 def layer_tables(report: EnergyReport, confidence: float = 0.95) -> dict[str, str]:
