@@ -366,6 +366,11 @@ def is_neuron(module: nn.Module) -> bool:
     return isinstance(module, LIF) and type(module).forward is LIF.forward and not has_hooks(module)
 
 
+def find_mixers(model: nn.Module) -> dict[str, Any]:
+    """The mixers by name: modules that say what they emit and how many additions their own forward needs."""
+    return {name: m for name, m in model.named_modules() if hasattr(m, "emits") and tells(m, "additions")}
+
+
 def emits_spikes(leaf: Any) -> bool:
     """Whether a leaf says that it emits zeros and ones, and no hook could change that."""
     return tells(leaf, "emits") and leaf.emits == "spikes" and not has_hooks(leaf)

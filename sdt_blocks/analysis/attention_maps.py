@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .probe import Forward, Probe, find_mixers, unwrap
+from ..steps import find_mixers
+from .probe import Forward, Probe, unwrap
 
 
 def attention_maps(

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ..evaluation import Batches
 from ..neuron import IntegerNeuron, states_of
-from ..steps import tells
+from ..steps import find_mixers, tells
 from .dataflow import COUNTS, LEVELS, MULTIPLIES, NOTHING, Follower, Value
 from .moments import Moments, merged_steps, of_first_steps
 from .operators import FREE
-from .probe import Clock, Forward, Hook, Probe, add_at, find_mixers, gather
+from .probe import Clock, Forward, Hook, Probe, add_at, gather
 from .products import RULES, UNCOUNTED, Factors, Window
 from .rates import Counts, SpikeCounts, merge_counts
 from .silence import merge_fired, silence

@@ -16,7 +16,6 @@ from ..evaluation import Batches, each_of, evaluating, input_of, placed
 from ..inference.folded import folded
 from ..inference.trace import unwrap
 from ..neuron import clear_hidden, find_neurons, spikes_of, takes_sequence
-from ..steps import tells
 
 Forward = Callable[[nn.Module, Tensor], Any]
 """How one batch runs through the model if that is not just `model(x)`, such as a loop over steps outside it."""
@@ -35,11 +34,6 @@ def check_weights(model: nn.Module) -> None:
             f"{name} is on the meta device and holds no numbers, so nothing fires; build the model on a device, or "
             f"give rates of your own to energy_from_rates"
         )
-
-
-def find_mixers(model: nn.Module) -> dict[str, Any]:
-    """The mixers by name: modules that say what they emit and how many additions their own forward needs."""
-    return {name: m for name, m in model.named_modules() if hasattr(m, "emits") and tells(m, "additions")}
 
 
 def is_within(name: str, owner: str) -> bool:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ..evaluation import Batches
 from ..neuron import IntegerNeuron, spikes_of, takes_sequence
+from ..steps import find_mixers
 from .moments import Moments, interval, merged
-from .probe import Clock, Forward, Hook, Probe, add_at, check_weights, find_mixers, gather
+from .probe import Clock, Forward, Hook, Probe, add_at, check_weights, gather
 from .silence import as_text, merge_fired, silence, warn_if_dead
 from .tables import csv_cell
 

@@ -15,7 +15,7 @@ from ..ops.spec import ByteLayer
 from .dense import Dense, Firing, Membrane, Spiking, side_by_side
 from .forms import whole
 from .passes import COUNTS, LEVELS, REAL, SPIKES, epilogues, kinds, most_counted
-from .plan import PROJECT, Node, Plan, leaves
+from .plan import PROJECT, Node, Plan
 from .product import Geometry
 
 
@@ -167,7 +167,7 @@ class Bytes(Dense):
 
 def _check(plan: Plan) -> torch.device:
     """The device of a network; raises `ValueError` if it has several, or is not in float32."""
-    held = [p for node in plan.nodes for leaf in leaves(node.target) for p in leaf.parameters()]
+    held = plan.parameters()
     found = sorted({f"{p.dtype} on {p.device}" for p in held})
     if len(found) > 1 or any(p.dtype != torch.float32 for p in held):
         raise ValueError(

@@ -28,6 +28,7 @@ from .plan import (
     Node,
     Plan,
     chain,
+    computed,
     convolution,
     evaluated,
     filled,
@@ -167,12 +168,11 @@ class Dense(Form):
         self.leaves = nn.ModuleList()
         self.forms: dict[Node, Any] = {}
         self.kinds = self._kinds(plan)
-        parts = [leaf for node in plan.nodes for leaf in leaves(node.target)]
         # The device of the weights: a neuron's constants are plain numbers without one.
-        self.made_on = next((p.device for leaf in parts for p in leaf.parameters()), None)
-        if any(p.is_floating_point() and p.dtype != self.real_dtype for leaf in parts for p in leaf.parameters()):
+        self.made_on = next((p.device for p in plan.parameters()), None)
+        if any(p.is_floating_point() and p.dtype != self.real_dtype for p in plan.parameters()):
             # Layers that run as they are must accept the results of the others.
-            for leaf in parts:
+            for leaf in plan.leaves():
                 leaf.to(self.real_dtype)
         for node in plan.nodes:
             self.forms[node] = self._form(node, paths)
@@ -451,9 +451,7 @@ class Dense(Form):
             means = [part.mean((2, 3), dtype=self.real_dtype) for part in given[0].terms]
             return means[0] if len(means) == 1 else means[0] + means[1]
         args, kwargs = filled((node.args, node.kwargs), lambda one: self._plain(values[one]))
-        if isinstance(node.target, str):
-            return getattr(args[0], node.target)(*args[1:], **kwargs)
-        return evaluated(node.target)(*args, **kwargs)
+        return computed(evaluated(node.target), args, kwargs)
 
     def _plain(self, x: Any) -> Any:
         """A value as the network's own modules take it: `[T, B, C, H, W]`, contiguous."""

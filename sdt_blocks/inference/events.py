@@ -45,6 +45,7 @@ from .plan import (
     Form,
     Node,
     Plan,
+    computed,
     evaluated,
     filled,
     leaves,
@@ -203,9 +204,7 @@ class Events(Form):
             return self.forms[node](*args)
         if node.op == FIRE:
             return self._repacked(node, evaluated(node.target)(*args))
-        if isinstance(node.target, str):
-            return getattr(args[0], node.target)(*args[1:], **kwargs)
-        return evaluated(node.target)(*args, **kwargs)
+        return computed(evaluated(node.target), args, kwargs)
 
     def _project(self, node: Node, x: Any, values: dict[Node, Any]) -> Any:
         form, source = self.forms.get(node), self._source(node, x)
@@ -325,7 +324,7 @@ class Membrane:
 
 
 def _check(plan: Plan) -> None:
-    held = [p for node in plan.nodes for leaf in leaves(node.target) for p in leaf.parameters()]
+    held = plan.parameters()
     others = {f"{p.dtype} on {p.device}" for p in held if p.device.type != "cpu" or p.dtype != torch.float32}
     if others:
         raise ValueError(

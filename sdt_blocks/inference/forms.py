@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import steps
-from ..neuron import IntegerNeuron
 from ..ops.integers import FEW_INPUTS, real_product_is_fast
 from ..ops.packed import Epilogue, EventWeight, PackedSpikes, Result, pad_to_words, real_pool, spike_neuron
 from ..ops.spec import in_evaluation
@@ -29,7 +28,7 @@ from .integers import (
     shown,
 )
 from .passes import COUNTS, LEVELS, SPIKES
-from .plan import CALL, FIRE, MIX, PROJECT, Mixing, Node, chain, convolution, fold, is_neuron
+from .plan import CALL, FIRE, MIX, PROJECT, Mixing, Node, chain, convolution, fold, is_kits_neuron, is_neuron
 from .product import Geometry, Product
 
 Known = tuple[nn.Conv2d, nn.BatchNorm2d | None]
@@ -143,8 +142,7 @@ class Forms:
 
         Their inputs are spikes or levels, with the options `planes`, or real values if that is None.
         """
-        known = [is_neuron(neuron) or steps.is_plain(neuron, IntegerNeuron) for neuron in mixing.neurons]
-        if not all(known):
+        if not all(map(is_kits_neuron, mixing.neurons)):
             return None
         parts = []
         for unit, neuron in zip(mixing.units, mixing.neurons, strict=True):
@@ -277,8 +275,8 @@ def whole(node: Node, kinds: dict[Node, str]) -> bool:
     if node.op == PROJECT:
         known = convolution(node.target)
         return known is not None and on_bytes(node.target, known[0])
-    units, neurons = [convolution(unit) for unit in node.target.units], node.target.neurons
-    fires = all(is_neuron(neuron) or steps.is_plain(neuron, IntegerNeuron) for neuron in neurons)
+    units = [convolution(unit) for unit in node.target.units]
+    fires = all(map(is_kits_neuron, node.target.neurons))
     return fires and all(one is not None and _by_events(one[0]) for one in units)
 
 

@@ -63,10 +63,11 @@ class _Rewriting:
     def rewritten(self, node: Node) -> Node | Frames:
         """What replaces a node of the network."""
         given = self.values.get(node.args[0]) if node.args and isinstance(node.args[0], Node) else None
-        if node.op == CALL and isinstance(given, Node) and _options(node, "flatten", start_dim=0, end_dim=-1) == [0, 1]:
+        flattens = options_of(node, "flatten", start_dim=0, end_dim=-1) == [0, 1]
+        if node.op == CALL and isinstance(given, Node) and flattens:
             return Frames(given)
         if node.op == CALL and isinstance(given, Frames):
-            sizes = _options(node, "unflatten", dim=None, sizes=None)
+            sizes = options_of(node, "unflatten", dim=None, sizes=None)
             if sizes is not None and sizes[0] == 0 and self._are_first_two(sizes[1], given.of):
                 return given.of
             if isinstance(node.target, nn.Module) and len(node.args) == 1 and not node.kwargs:
@@ -121,7 +122,7 @@ class _Rewriting:
         return all(one is not None and one[1] == place and _as_long(one[0]) is root for place, one in enumerate(both))
 
 
-def _options(node: Node, name: str, **defaults: Any) -> list[Any] | None:
+def options_of(node: Node, name: str, **defaults: Any) -> list[Any] | None:
     """The arguments after the first in a call of this method or function; `None` for any other call."""
     if node.target not in (name, getattr(torch, name)) or len(node.args) > 1 + len(defaults):
         return None

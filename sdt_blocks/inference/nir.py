@@ -16,8 +16,25 @@ from .. import steps
 from ..neuron import LIF, OverTime
 from ..neuron.stepping import is_plain_leaky
 from ..ops.spec import NeuronSpec
+from .frames import options_of
 from .passes import axes_of_mean, over_places
-from .plan import ADD, CALL, CHECK, FIRE, INPUT, MIX, OUTPUT, POOL, PRESENT, PROJECT, Node, convolution, filled, fold
+from .plan import (
+    ADD,
+    CALL,
+    CHECK,
+    FIRE,
+    INPUT,
+    MIX,
+    OUTPUT,
+    POOL,
+    PRESENT,
+    PROJECT,
+    Node,
+    computed,
+    convolution,
+    filled,
+    fold,
+)
 from .trace import trace
 
 DT = 1e-4
@@ -51,9 +68,7 @@ def export_to_nir(model: nn.Module, x: Tensor) -> Any:
     array([1., 1., 1., 1., 1.], dtype=float32)
     """
     nir = _package()
-    mixers = [
-        name for name, module in model.named_modules() if hasattr(module, "emits") and hasattr(module, "additions")
-    ]
+    mixers = list(steps.find_mixers(model))
     if mixers:
         raise TypeError(
             f"NIR has no attention, nor any other product of spikes with spikes, and the network has {len(mixers)} "
@@ -232,24 +247,18 @@ def _is_end(node: Any) -> bool:
 
 def _value(node: Node, values: dict[Node, Any]) -> Any:
     """The value of a node of a plan, computed by the leaf itself."""
-    args, kwargs = filled(node.args, values.__getitem__), filled(node.kwargs, values.__getitem__)
+    args, kwargs = filled((node.args, node.kwargs), values.__getitem__)
     ways: dict[str, Callable[..., Any]] = {PROJECT: steps.project, FIRE: steps.fire, POOL: steps.pool}
     if node.op in ways:
         return ways[node.op](node.target, *args)
-    if isinstance(node.target, str):
-        return getattr(args[0], node.target)(*args[1:], **kwargs)
-    return node.target(*args, **kwargs)
+    return computed(node.target, args, kwargs)
 
 
-def _flattened(node: Node) -> tuple[int, int] | None:
+def _flattened(node: Node) -> list[int] | None:
     """The first and the last axis that a layer or call flattens into one."""
     if isinstance(node.target, nn.Flatten):
-        return node.target.start_dim, node.target.end_dim
-    if node.target not in ("flatten", torch.flatten):
-        return None
-    given = {"start_dim": 0, "end_dim": -1, **dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False))}
-    given |= node.kwargs
-    return given["start_dim"], given["end_dim"]
+        return [node.target.start_dim, node.target.end_dim]
+    return options_of(node, "flatten", start_dim=0, end_dim=-1)
 
 
 def _neuron(nir: Any, name: str, layer: Any, shape: np.ndarray) -> Any:

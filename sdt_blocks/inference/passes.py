@@ -28,18 +28,21 @@ from .plan import (
     Node,
     Plan,
     convolution,
+    is_kits_neuron,
     is_neuron,
     leaves,
     may_write,
 )
-from .written import called, writes
+from .written import called, names, writes
 
 # Calls that move values without changing them.
-_MOVES = """flatten unflatten reshape view permute transpose movedim contiguous clone squeeze unsqueeze expand getitem
-select narrow chunk split unbind repeat cat stack detach roll flip"""
+_MOVES = names(
+    """flatten unflatten reshape view permute transpose movedim contiguous clone squeeze unsqueeze expand getitem select
+    narrow chunk split unbind repeat cat stack detach roll flip"""
+)
 
 # Calls that compute every value by itself.
-_EACH = "add sub mul truediv div neg abs relu clamp float to size dim getattr with_item"
+_EACH = names("add sub mul truediv div neg abs relu clamp float to size dim getattr with_item")
 
 
 def kinds(plan: Plan) -> dict[Node, str]:
@@ -65,7 +68,7 @@ def kinds(plan: Plan) -> dict[Node, str]:
         elif node.op == CALL:
             # A product of spikes is spikes; spikes times a constant have another height.
             masks = node.target in (operator.mul, torch.mul) and all(isinstance(one, Node) for one in node.args)
-            spikes = all_spikes and (called(node) in _MOVES.split() or masks)
+            spikes = all_spikes and (called(node) in _MOVES or masks)
         else:
             spikes = False
         levels = node.op == FIRE and steps.is_plain(node.target, IntegerNeuron)
@@ -165,7 +168,7 @@ def of_samples(plan: Plan) -> list[Node]:
         elif node.op == PRESENT:
             own = all(one.op == INPUT for one in given)  # not if the number of steps is computed
         elif node.op == FIRE:
-            own = (is_neuron(node.target) or steps.is_plain(node.target, IntegerNeuron)) and given[0] in found
+            own = is_kits_neuron(node.target) and given[0] in found
         elif node.op in (PROJECT, POOL, ADD, CHECK):
             plain = not isinstance(node.target, nn.Module) or _independent(node.target)
             own = plain and bool(given) and all(one in found for one in given)
@@ -207,7 +210,7 @@ def axes_of_mean(node: Node) -> list[int] | None:
 
 def keeps_values_apart(node: Node) -> bool:
     """Whether a call only moves values or computes each by itself, so that it has no sums whose order matters."""
-    return called(node) in (*_MOVES.split(), *_EACH.split())
+    return called(node) in _MOVES | _EACH
 
 
 def changes_in_place(plan: Plan) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import steps
-from ..neuron import Streamed
+from ..neuron import IntegerNeuron, Streamed
 from ..ops.dispatch import exporting
 from .frozen import times_written
 
@@ -83,6 +83,14 @@ class Plan:
             for given in dict.fromkeys(node.inputs()):
                 found[given].append(node)
         return found
+
+    def leaves(self) -> list[nn.Module]:
+        """The modules that the nodes' targets consist of, one as often as it is used."""
+        return [leaf for node in self.nodes for leaf in leaves(node.target)]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters of the leaves."""
+        return [parameter for leaf in self.leaves() for parameter in leaf.parameters()]
 
     def __str__(self) -> str:
         return "\n".join(map(repr, self.nodes))
@@ -233,6 +241,16 @@ def no_frames(node: Node, x: Any) -> TypeError:
 def is_neuron(module: Any) -> bool:
     """Whether a leaf is a neuron that the forms can compute themselves."""
     return isinstance(module, nn.Module) and steps.is_neuron(module)
+
+
+def is_kits_neuron(module: Any) -> bool:
+    """Whether a leaf is a neuron of spikes or levels that the forms can compute themselves."""
+    return is_neuron(module) or (isinstance(module, nn.Module) and steps.is_plain(module, IntegerNeuron))
+
+
+def computed(target: Any, args: Any, kwargs: Any) -> Any:
+    """The result of a call: of the method that is named, else of a leaf or function."""
+    return getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)
 
 
 def evaluated(leaf: Any) -> Any:

@@ -38,25 +38,37 @@ AUGMENTED = {
 }
 """Python's augmented assignments, which write into a tensor, and the operators that return a new one."""
 
+
+def names(text: str) -> frozenset[str]:
+    """The words of a text."""
+    return frozenset(text.split())
+
+
 # Calls that return a new tensor in memory of its own.
-_FRESH = """add sub mul truediv div floordiv mod pow neg abs relu leaky_relu elu gelu silu sigmoid tanh hardtanh
-softmax log_softmax clamp clamp_min clamp_max masked_fill where exp sqrt rsqrt log floor ceil round sign lerp addcmul
-addcdiv matmul bmm mm mean sum amax amin cumsum cat stack clone empty_like zeros_like ones_like full_like new_zeros
-new_ones new_empty conv1d conv2d conv3d linear batch_norm layer_norm group_norm instance_norm max_pool2d avg_pool2d
-eq ne lt le gt ge and_ or_ xor"""
+_FRESH = names(
+    """add sub mul truediv div floordiv mod pow neg abs relu leaky_relu elu gelu silu sigmoid tanh hardtanh softmax
+    log_softmax clamp clamp_min clamp_max masked_fill where exp sqrt rsqrt log floor ceil round sign lerp addcmul
+    addcdiv matmul bmm mm mean sum amax amin cumsum cat stack clone empty_like zeros_like ones_like full_like
+    new_zeros new_ones new_empty conv1d conv2d conv3d linear batch_norm layer_norm group_norm instance_norm
+    max_pool2d avg_pool2d eq ne lt le gt ge and_ or_ xor"""
+)
 
 # Those of them that have an in-place form, named with a trailing `_`, with the same result.
-_WRITING = """add sub mul div pow neg abs relu leaky_relu elu sigmoid tanh hardtanh clamp clamp_min clamp_max
-masked_fill exp sqrt rsqrt log floor ceil round sign lerp addcmul addcdiv"""
+_WRITING = names(
+    """add sub mul div pow neg abs relu leaky_relu elu sigmoid tanh hardtanh clamp clamp_min clamp_max masked_fill exp
+    sqrt rsqrt log floor ceil round sign lerp addcmul addcdiv"""
+)
 
 # Attributes and methods of a tensor that do not return a tensor.
-_NUMBERS = """shape ndim dtype device size dim numel nelement item tolist stride layout is_cuda is_contiguous
-requires_grad element_size storage_offset data_ptr get_device is_floating_point"""
+_NUMBERS = names(
+    """shape ndim dtype device size dim numel nelement item tolist stride layout is_cuda is_contiguous requires_grad
+    element_size storage_offset data_ptr get_device is_floating_point"""
+)
 
 # Views that are not contiguous.
-_TURNS = "transpose permute movedim swapaxes mT"
+_TURNS = names("transpose permute movedim swapaxes mT")
 
-_PARTS = "chunk split unbind tensor_split"
+_PARTS = names("chunk split unbind tensor_split")
 
 _STEPS: tuple[Any, ...] = (steps.present, steps.project, steps.fire, steps.project_and_fire, steps.project_and_mix)
 _STEPS += (steps.pool, steps.shortcut)
@@ -80,8 +92,8 @@ def sharing_memory(nodes: Iterable[Node], writers: Container[Node]) -> dict[Node
     found: dict[Node, set[Node]] = {}
     for node in nodes:
         found[node] = {node}
-        copies = called(node) == "contiguous" and all(called(one) in _TURNS.split() for one in node.inputs())
-        fresh = isinstance(node.target, nn.Module) or called(node) in _FRESH.split() or copies
+        copies = called(node) == "contiguous" and all(called(one) in _TURNS for one in node.inputs())
+        fresh = isinstance(node.target, nn.Module) or called(node) in _FRESH or copies
         if node in writers or (node.op == CALL and not fresh):
             _join(found, node, node.inputs())
     return {node: together - {node} for node, together in found.items()}
@@ -189,10 +201,10 @@ class _Rewriting:
             return AUGMENTED[target], node.args, node.kwargs
         if target is operator.setitem:
             return with_item, node.args, node.kwargs
-        if "inplace" in node.kwargs or ("out" in node.kwargs and name in _FRESH.split()):
+        if "inplace" in node.kwargs or ("out" in node.kwargs and name in _FRESH):
             return target, node.args, kwargs
         plain = name.removesuffix("_")
-        if plain not in _WRITING.split() or not name.endswith("_") or "out" in node.kwargs:
+        if plain not in _WRITING or not name.endswith("_") or "out" in node.kwargs:
             return None
         if node.op == "call_method":
             return plain, node.args, node.kwargs
@@ -224,7 +236,7 @@ class _Rewriting:
             return steps.is_plain(module, *_LAYERS) or _fires_anew(module)
         if node.target in _STEPS:
             return self._is_fresh_step(node)
-        return node.op in ("call_function", "call_method") and called(node) in _FRESH.split()
+        return node.op in ("call_function", "call_method") and called(node) in _FRESH
 
     def _is_fresh_step(self, node: fx.Node) -> bool:
         step, (leaf, *others) = node.target, node.args
@@ -248,16 +260,16 @@ class _Rewriting:
             return True
         of = [given for given in node.all_input_nodes if given in self.tensors]
         if node.target is getattr:
-            return bool(of) and node.args[1] not in _NUMBERS.split()
+            return bool(of) and node.args[1] not in _NUMBERS
         if node.target is operator.getitem:
             whole: Any = node.args[0]
-            return bool(of) or called(whole) in _PARTS.split()
+            return bool(of) or called(whole) in _PARTS
         if node.op == "call_method":
-            return hasattr(Tensor, name) and name not in _NUMBERS.split() and name not in _PARTS.split()
+            return hasattr(Tensor, name) and name not in _NUMBERS and name not in _PARTS
         if node.op != "call_function":
             return False
         of_python = getattr(node.target, "__module__", "") in ("_operator", "builtins")
-        return bool(of) if of_python else name in _FRESH.split()
+        return bool(of) if of_python else name in _FRESH
 
 
 def _fires_anew(neuron: Any) -> bool:
