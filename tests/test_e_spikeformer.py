@@ -1,5 +1,6 @@
 """E-SpikeFormer against the authors' code: both families, their neuron, variants and released files."""
 
+import math
 import re
 from functools import partial
 
@@ -258,10 +259,13 @@ def test_levels_and_gradients_by_hand():
     for options, message in (
         ({"levels": 0}, "levels must be at least 1"),
         ({"levels": 2.5}, "levels must be a whole number, got 2.5"),
+        ({"levels": True}, "levels must be a number, got True"),
         ({"norm": 0.0}, "norm and threshold positive"),
+        ({"threshold": math.inf}, "threshold positive and finite, got 4, 4.0 and inf"),
+        ({"threshold": "1"}, "threshold must be a number, got '1'"),
         ({"rounding": "down"}, "rounding must be one of even, up, got 'down'"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             IntegerNeuron(**options)
 
 

@@ -160,6 +160,9 @@ def test_bad_arguments():
         replace_neurons(nn.Sequential(nn.ReLU()), LIF)
     with pytest.raises(ValueError, match="itself a neuron, LIF"):
         replace_neurons(LIF(), LIF)
+    for kind in (3, None, LIF()):
+        with pytest.raises(TypeError, match=f"neuron must be a name, .* got {type(kind).__name__}"):
+            replace_neurons(nn.Sequential(LIF()), kind)
     with pytest.raises(TypeError, match="Module, got type"):
         replace_neurons(LIF, LIF)
     model = SpikingMLP(8)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+
 import torch
 from torch import Tensor, nn
 
@@ -20,8 +23,8 @@ class IntegerNeuron(nn.Module):
 
     Shapes: any; the output has the shape of the input.
 
-    Raises `ValueError` if levels is not a whole number of at least 1, if norm or threshold is not positive, or for an
-    unknown rounding.
+    Raises `ValueError` if levels is not a whole number of at least 1, if norm or threshold is not positive and finite,
+    or for an unknown rounding, and `TypeError` for what is no number.
 
     >>> IntegerNeuron(levels=4)(torch.tensor([-1.0, 0.5, 0.6, 2.5, 9.0]))
     tensor([0.0000, 0.0000, 0.2500, 0.5000, 1.0000])
@@ -35,11 +38,15 @@ class IntegerNeuron(nn.Module):
     ) -> None:
         super().__init__()
         norm = float(levels) if norm is None else norm
+        for name, value in (("levels", levels), ("norm", norm), ("threshold", threshold)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise TypeError(f"{name} must be a number, got {value!r}")
         if not float(levels).is_integer():
             raise ValueError(f"levels must be a whole number, got {levels}")
-        if levels < 1 or not norm > 0 or not threshold > 0:
+        if levels < 1 or not 0 < norm < math.inf or not 0 < threshold < math.inf:
             raise ValueError(
-                f"levels must be at least 1, norm and threshold positive, got {levels}, {norm} and {threshold}"
+                f"levels must be at least 1, norm and threshold positive and finite, got {levels}, {norm} and "
+                f"{threshold}"
             )
         if rounding not in ROUNDINGS:
             raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")

@@ -13,7 +13,7 @@ from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
 from ..evaluation import evaluating
-from .lif import LIF, NeuronLike, make_neuron, wants_channels
+from .lif import LIF, NeuronLike, make_neuron, neuron_spec, wants_channels
 from .stepping import OverTime, fires, states_of, takes_sequence
 
 
@@ -61,6 +61,7 @@ def replace_neurons(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace_neurons takes a torch.nn.Module, got {type(model).__name__}")
+    neuron = neuron_spec(neuron)
     found = find_neurons(model, neurons)
     if not found:
         raise ValueError(f"{type(model).__name__} has no known neuron; name the types of its neurons in neurons=")
