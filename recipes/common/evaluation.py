@@ -16,9 +16,8 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassStatScores
 
-from sdt_blocks.analysis.probe import find_neurons
 from sdt_blocks.analysis.silence import silence
-from sdt_blocks.neuron import spikes_of
+from sdt_blocks.neuron import find_neurons, spikes_of
 
 from .loading import fetch
 from .stop_request import StopRequest
