@@ -105,6 +105,18 @@ def test_detached_reset_is_the_closed_form():
     torch.testing.assert_close(grad[0, 0], through_reset)
 
 
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("detach_reset", [True, False])
+def test_single_steps_have_the_gradient_of_the_sequence(detach_reset, reset):
+    neuron, x = LIF(detach_reset=detach_reset, reset=reset), (3 * torch.rand(6, 50)).requires_grad_()
+    membrane, spikes = None, []
+    for x_t in x:
+        fired, membrane = neuron.step(x_t, membrane)
+        spikes.append(fired)
+    stepwise, whole = (torch.autograd.grad(out.sum(), x)[0] for out in (torch.stack(spikes), neuron(x)))
+    torch.testing.assert_close(stepwise, whole)
+
+
 @pytest.mark.parametrize("make", [LIF, ParametricLIF, partial(ParametricLIF, init_tau=3.0, channels=5)])
 @pytest.mark.parametrize("reset", RESETS)
 @pytest.mark.parametrize("cut", [1, 3, 6])
@@ -219,6 +231,7 @@ def test_memory_is_flat_over_a_thousand_passes():
         (lambda: LIF()(torch.zeros(4, 2), torch.zeros(3)), ValueError, r"the shape \[2\], got \[3\]"),
         (lambda: ParametricLIF(channels=3)(torch.zeros(4, 2, 5)), ValueError, "one value for each channel"),
         (lambda: ParametricLIF(channels=3).step(torch.zeros(2, 3)), ValueError, "one time constant a layer"),
+        (lambda: LIF().step(torch.zeros(2, 3), torch.zeros(4, 3)), ValueError, r"shape \[2, 3\] of x, got \[4, 3\]"),
         (lambda: make_neuron("iaf", channels=1), ValueError, "'iaf' is unknown; choose one of lif, plif"),
         (lambda: make_neuron(LIF(), channels=1), TypeError, "a factory that makes a new module for each layer"),
         (lambda: make_neuron(lambda: LIF(), channels=1), TypeError, "must accept threshold="),

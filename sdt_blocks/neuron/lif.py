@@ -164,7 +164,12 @@ class LIF(snntorch.Leaky, Streamed):
         return result if return_membrane else result[0]
 
     def step(self, x: Tensor, membrane: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """snnTorch's own single step: `(spikes, membrane)` for one x `[...]` and the membrane of the step before."""
+        """snnTorch's own single step: `(spikes, membrane)` for one x `[...]` and the membrane of the step before.
+
+        Raises `ValueError` for a membrane of another shape, with which snnTorch would start anew.
+        """
+        if membrane is not None and membrane.shape not in (x.shape, (0,)):
+            raise ValueError(f"the membrane must have the shape {list(x.shape)} of x, got {list(membrane.shape)}")
         inv_tau = self.inv_tau
         if isinstance(inv_tau, Tensor) and inv_tau.ndim:
             raise ValueError("snnTorch's single step has one time constant a layer; run a sequence of length 1 instead")
@@ -176,6 +181,11 @@ class LIF(snntorch.Leaky, Streamed):
             self.mem = torch.zeros(0)
             self.reset = None
         return spikes, membrane
+
+    def mem_reset(self, mem: Tensor) -> Tensor:
+        """snnTorch's reset of a single step, which it always detaches."""
+        reset: Tensor = self.spike_grad(mem - self.threshold)
+        return reset.detach() if self.detach_reset else reset
 
     def extra_repr(self) -> str:
         return f"tau={self.tau:g}, threshold={self.threshold:g}, reset={self.reset_mechanism!r}"
