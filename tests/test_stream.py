@@ -122,8 +122,9 @@ def test_any_cut_of_a_neuron(cuts, reset, tau):
     x = torch.rand(10, 3, 5, generator=torch.Generator().manual_seed(0)) * 3
     stream = Stream(neuron)
     edges = [0, *sorted(cuts), 10]
-    parts = [stream(x[start:end]) for start, end in pairwise(edges)]
-    assert torch.equal(torch.cat(parts), neuron(x)) and neuron(x).any()
+    parts, membranes = zip(*(stream(x[start:end], return_membrane=True) for start, end in pairwise(edges)), strict=True)
+    whole, last = neuron(x, return_membrane=True)
+    assert torch.equal(torch.cat(parts), whole) and torch.equal(membranes[-1], last) and whole.any()
 
 
 def test_images_in_two_halves(firing_model):
