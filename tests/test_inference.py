@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import sdt_blocks
-from sdt_blocks import LIF, ParametricLIF, SpikeDrivenTransformer, optimize_for_inference
+from sdt_blocks import LIF, ParametricLIF, SpikeDrivenTransformer, SpikingMLP, optimize_for_inference
 from sdt_blocks.inference import dense, product
 from sdt_blocks.inference.timings import Timings
 
@@ -214,6 +214,8 @@ def test_errors_at_the_door(firing_model: MakeModel) -> None:
     with pytest.raises(RuntimeError, match="only evaluates"):
         fast.train()
     assert fast.eval() is fast
+    with pytest.raises(TypeError, match=r"x must be a tensor \[T, B, ...\], got str"):
+        optimize_for_inference(SpikingMLP(8), compile=False)("image.png")
 
 
 @torch.no_grad()

@@ -292,14 +292,16 @@ class Dense(Form):
     def _together(self, values: dict[Node, Any]) -> None:
         """Computes the nodes that treat every sample by itself, a few samples at a time."""
         starts = [node for node in self.together if node.op in (PRESENT, INPUT)]
-        first: dict[Node, Any] = {}
+        first: dict[Node, Tensor] = {}
         for node in starts:
             if node.op == PRESENT:
                 self._run(node, values)
+            if not isinstance(values[node], Tensor):
+                raise TypeError(f"{node.name} must be a tensor [T, B, ...], got {type(values[node]).__name__}")
             first[node] = values[node]
         rest = [node for node in self.together if node not in first]
         results: list[dict[Node, Any]] = []
-        for part in self._parts([first[node] for node in starts if isinstance(first[node], Tensor)]):
+        for part in self._parts(list(first.values())):
             some = {node: value[:, part] for node, value in first.items() if value.ndim > 1}
             for node in rest:
                 if any(given in some for given in self.given[node]):
