@@ -246,6 +246,8 @@ def test_factories():
     assert make_neuron("lif", channels=8, threshold=0.5).threshold == 0.5
     assert make_neuron(partial(LIF, tau=3.0), channels=8).tau == 3.0
     assert make_neuron(ParametricLIF, channels=8).w.ndim == 0
+    foreign = partial(LIF, threshold=3.0, surrogate=snntorch.surrogate.atan())
+    assert make_neuron(foreign, channels=8, threshold=0.5).threshold == 1.5
     per_channel = make_neuron(
         lambda threshold, channels: ParametricLIF(threshold=threshold, channels=channels), channels=8
     )

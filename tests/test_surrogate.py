@@ -41,14 +41,24 @@ def test_snntorch_agrees_where_it_defines_the_same():
     snntorch_surrogate = pytest.importorskip("snntorch.surrogate")
     x = torch.randn(1000, requires_grad=True)
     for ours, theirs in [
-        (surrogate.atan(2.0), snntorch_surrogate.atan(2.0)),
-        (surrogate.fast_sigmoid(25), snntorch_surrogate.fast_sigmoid(25)),
+        (surrogate.atan(), snntorch_surrogate.atan()),
+        (surrogate.atan(3.0), snntorch_surrogate.atan(3.0)),
+        (surrogate.fast_sigmoid(), snntorch_surrogate.fast_sigmoid()),
         (surrogate.sigmoid(4), snntorch_surrogate.sigmoid(4)),
         (surrogate.straight_through(), snntorch_surrogate.straight_through_estimator()),
     ]:
         (expected,) = torch.autograd.grad(theirs(x).sum(), x)
         (got,) = torch.autograd.grad(ours(x).sum(), x)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_triangle_is_bellecs_unless_told_otherwise():
+    assert surrogate.triangular().derivative(torch.tensor([-0.5, 0.0, 1.0])).tolist() == [0.5, 1.0, 0.0]
+
+
+def test_plain_data_keeps_an_alpha_of_its_own():
+    for chosen in (surrogate.atan(), surrogate.atan(3.0), surrogate.fast_sigmoid(3.0)):
+        assert resolve(surrogate.surrogate_spec(chosen)) == chosen
 
 
 def test_strict_and_foreign_callables():
