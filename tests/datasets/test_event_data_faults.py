@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from sdt_datasets.augment import Cutout, Roll
 from sdt_datasets.errors import IGNORED, DataError, UnreadableError
 from sdt_datasets.event_data import build_event_datasets
+from sdt_datasets.events import DropAtRandom, DropByTime, EventsToFrames
 from sdt_datasets.layouts import NAMES
 
 # Skipped files are named in warnings.
@@ -261,6 +263,18 @@ def test_augmentation_follows_from_seed_epoch_and_index(tmp_path, write):
     assert all(torch.equal(one, two) for one, (two, _) in zip(first, train, strict=True))
     other, _ = build_event_datasets("dvs128_gesture", tmp_path, seed=4, **options)
     assert sum(torch.equal(one, two) for one, (two, _) in zip(first, other, strict=True)) < 3
+
+
+def test_augmentations_come_in_the_order_of_their_names(tmp_path, write):
+    write.gestures(tmp_path, train=["user01_led"])
+    names = ("drop_at_random", "cutout", "drop_by_time", "roll")
+    train, _ = build_event_datasets("dvs128_gesture", tmp_path, time_steps=2, seed=3, augment=names, **OFF)
+    train.set_epoch(1)
+    for index, (frames, _) in enumerate(train):
+        rng = np.random.default_rng((3, 1, index))
+        events = DropByTime()(DropAtRandom()(train.source[index][0], rng), rng)
+        counted = torch.from_numpy(EventsToFrames(sensor_size=(128, 128, 2), time_steps=2)(events))
+        assert torch.equal(frames, Roll()(Cutout()(counted, rng), rng))
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])

@@ -48,14 +48,15 @@ def test_evaluation_resizes_the_short_side_and_crops_the_centre(img_size, crop_p
 def test_grey_images_become_three_channels_and_colour_becomes_luma(photograph):
     array = np.array(photograph("china", 0, (32, 32)))
     three = build_transforms(img_size=32, in_channels=3, mean=(0.5,), std=(0.25,))[1]
-    one = build_transforms(img_size=32, in_channels=1, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))[1]
+    mean, std = np.array([0.3, 0.5, 0.8]), np.array([0.4, 0.25, 0.1])
+    one = build_transforms(img_size=32, in_channels=1, mean=mean, std=std)[1]
     grey = three(Image.fromarray(array[..., 0]).convert("RGB"))
     assert torch.equal(grey[0], grey[1])
     assert torch.equal(grey[0], grey[2])
     torch.testing.assert_close(grey[0], torch.from_numpy((array[..., 0] / 255 - 0.5) / 0.25).float())
-    luma = (array / 255.0) @ np.array([0.299, 0.587, 0.114])
     assert LUMA == (0.299, 0.587, 0.114)
-    torch.testing.assert_close(one(Image.fromarray(array))[0], torch.from_numpy((luma - 0.5) / 0.25).float())
+    expected = (array / 255 @ LUMA - mean @ LUMA) / (std @ LUMA)
+    torch.testing.assert_close(one(Image.fromarray(array))[0], torch.from_numpy(expected).float())
 
 
 def test_random_erasing_sets_a_rectangle_to_the_mean(photograph):
