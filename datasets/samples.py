@@ -83,7 +83,6 @@ class SampleDataset(Dataset[tuple[Tensor, int]]):
         """Keep only the first `samples` samples, or all if there are fewer; call it before any is read."""
         chosen = first(self.targets, samples, by_class=self.by_class)
         self._rows, self.targets = self._rows[chosen], self.targets[chosen]
-        self._unreadable = torch.zeros(len(chosen), dtype=torch.bool).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the augmentation of the samples that are drawn from now on."""
