@@ -13,8 +13,8 @@ EVERY_LAYER = re.compile(r"every layer at \d+%$")
 STYLES = {
     "floor: bare convolutions, fp32": {"color": "black", "linestyle": ":"},
     "floor: bare convolutions, bf16": {"color": "tab:gray", "linestyle": ":"},
-    "optimised dense, fp32": {"color": "tab:blue", "linestyle": "--"},
-    "optimised dense, bf16": {"color": "tab:green", "linestyle": "--"},
+    "optimized dense, fp32": {"color": "tab:blue", "linestyle": "--"},
+    "optimized dense, bf16": {"color": "tab:green", "linestyle": "--"},
     "event-driven, fp32": {"color": "tab:red"},
     'sparse="auto"': {"color": "tab:orange"},
 }

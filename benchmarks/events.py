@@ -41,7 +41,7 @@ def run(bench: Bench) -> None:
 
 
 def draw_events(number: int, seed: int) -> np.ndarray:
-    """Events of a 128 x 128 sensor, concentrated around its centre like those of a moving object."""
+    """Events of a 128 x 128 sensor, concentrated around its center like those of a moving object."""
     rng = np.random.default_rng(seed)
     events = np.empty(number, dtype=EVENT_DTYPE)
     events["t"] = np.sort(rng.integers(0, 5_000_000, number))

@@ -21,13 +21,13 @@ ALLOCATORS = ["default", "reused"]
 FLOOR = "floor: bare convolutions, fp32"
 Build = Callable[[Any], Callable[[Tensor], Tensor]]
 WHOLE_NUMBERS: dict[str, Build] = {
-    "sdt_blocks, optimised, int8": lambda model: optimize_for_inference(model, torch.int8),
-    "sdt_blocks, optimised, exact": lambda model: optimize_for_inference(model, exact=True),
+    "sdt_blocks, optimized, int8": lambda model: optimize_for_inference(model, torch.int8),
+    "sdt_blocks, optimized, exact": lambda model: optimize_for_inference(model, exact=True),
 }
 """On a CPU only."""
 GRAPHS: dict[str, Build] = {
-    "sdt_blocks, optimised, CUDA graph": lambda model: optimize_for_inference(model, cuda_graph=True),
-    "sdt_blocks, optimised, bf16, CUDA graph": lambda model: optimize_for_inference(
+    "sdt_blocks, optimized, CUDA graph": lambda model: optimize_for_inference(model, cuda_graph=True),
+    "sdt_blocks, optimized, bf16, CUDA graph": lambda model: optimize_for_inference(
         model, torch.bfloat16, cuda_graph=True
     ),
 }
@@ -67,9 +67,9 @@ def builds(bench: Bench) -> dict[str, Build]:
     """Ways to evaluate one of our models."""
     found: dict[str, Build] = {
         "sdt_blocks, the model as trained": lambda model: model,
-        "sdt_blocks, optimised, not compiled": lambda model: optimize_for_inference(model, compile=False),
-        "sdt_blocks, optimised": optimize_for_inference,
-        "sdt_blocks, optimised, bf16": lambda model: optimize_for_inference(model, torch.bfloat16),
+        "sdt_blocks, optimized, not compiled": lambda model: optimize_for_inference(model, compile=False),
+        "sdt_blocks, optimized": optimize_for_inference,
+        "sdt_blocks, optimized, bf16": lambda model: optimize_for_inference(model, torch.bfloat16),
         **(WHOLE_NUMBERS if bench.device.type == "cpu" else GRAPHS),
     }
     if spikingjelly_installed():
@@ -153,4 +153,4 @@ def cold_start(bench: Bench) -> None:
                 command = [sys.executable, "-c", COLD_START, os.path.dirname(__file__), dtype]
                 result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
                 seconds = float(result.stdout.split()[-1])
-                bench.record(f"{start} start of a process", f"sdt_8_384, {dtype}", "sdt_blocks, optimised", seconds)
+                bench.record(f"{start} start of a process", f"sdt_8_384, {dtype}", "sdt_blocks, optimized", seconds)

@@ -18,8 +18,8 @@ SHOWN = ("neuron", "inference", "training", "v2", "v2_training")
 HEADLINES = (
     ("training", "training step", "", "default", "sdt_blocks", "SpikingJelly, eager"),
     ("training", "training step, peak memory", "", "default", "sdt_blocks", "SpikingJelly, eager"),
-    ("inference", "evaluation, batch 8", "", "reused", "sdt_blocks, optimised", "SpikingJelly sdt_8_384, eager"),
-    ("sparse", "evaluation, batch 8", "every layer at 10%", "reused", "event-driven, fp32", "optimised dense, fp32"),
+    ("inference", "evaluation, batch 8", "", "reused", "sdt_blocks, optimized", "SpikingJelly sdt_8_384, eager"),
+    ("sparse", "evaluation, batch 8", "every layer at 10%", "reused", "event-driven, fp32", "optimized dense, fp32"),
 )
 """The README's four rows: suite, figure, end of the setting, allocator, and which of our contestants is compared with
 which other."""

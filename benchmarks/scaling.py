@@ -36,9 +36,9 @@ def run(bench: Bench) -> None:
         return torch.rand(batch, 3, 32, 32, device=device)
 
     with torch.no_grad():
-        grow(bench, "sdt_2_256 optimised", "images", (8, 16, 32, 64, 128), images, fast)
+        grow(bench, "sdt_2_256 optimized", "images", (8, 16, 32, 64, 128), images, fast)
     leak(bench, "block, forward + backward", lambda: train(block)(frames()))
-    leak(bench, "sdt_2_256 optimised", lambda: fast(images(32)))
+    leak(bench, "sdt_2_256 optimized", lambda: fast(images(32)))
 
 
 def grow(

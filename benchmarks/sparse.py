@@ -46,9 +46,9 @@ DENSE_OURS = "dense fp32, sdt_blocks"
 DENSE_BF16_FIRED = "dense bf16 and the neuron, sdt_blocks"
 SUMS, FIRED = "events to membrane", "events to spikes, neuron included"
 FLOOR, FLOOR_BF16 = "floor: bare convolutions, fp32", "floor: bare convolutions, bf16"
-OPTIMISED, OPTIMISED_BF16 = "optimised dense, fp32", "optimised dense, bf16"
+OPTIMIZED, OPTIMIZED_BF16 = "optimized dense, fp32", "optimized dense, bf16"
 EVENTS, AUTO = "event-driven, fp32", 'sparse="auto"'
-OPTIMISED_INT8, EVENTS_INT8, AUTO_INT8 = "optimised dense, int8", "event-driven, int8", 'sparse="auto", int8'
+OPTIMIZED_INT8, EVENTS_INT8, AUTO_INT8 = "optimized dense, int8", "event-driven, int8", 'sparse="auto", int8'
 SUMS_INT8, FIRED_INT8, DENSE_INT8 = (
     "events to membrane, int8",
     "events to spikes, int8, neuron included",
@@ -200,9 +200,9 @@ def race_models(bench: Bench, model: SpikeDrivenTransformer, images: Tensor, set
             {
                 FLOOR: floor,
                 FLOOR_BF16: ConvolutionFloor(model, some, torch.bfloat16),
-                OPTIMISED: partial(dense, some),
-                OPTIMISED_BF16: partial(dense_bf16, some),
-                OPTIMISED_INT8: partial(dense_int8, some),
+                OPTIMIZED: partial(dense, some),
+                OPTIMIZED_BF16: partial(dense_bf16, some),
+                OPTIMIZED_INT8: partial(dense_int8, some),
                 EVENTS: partial(fast, some),
                 EVENTS_INT8: partial(fast_int8, some),
                 **{name: partial(chosen, some) for name, chosen in choices.items()},
@@ -216,9 +216,9 @@ def race_models(bench: Bench, model: SpikeDrivenTransformer, images: Tensor, set
             warmup=1,
         )
         for name in choices:
-            pairs = zip(samples[name].values, samples[OPTIMISED].values, strict=True)
+            pairs = zip(samples[name].values, samples[OPTIMIZED].values, strict=True)
             against_dense = statistics.median(own / other for own, other in pairs)
-            bench.record(f"against {OPTIMISED}, batch {batch}", setting, name, against_dense, unit="x")
+            bench.record(f"against {OPTIMIZED}, batch {batch}", setting, name, against_dense, unit="x")
     count_work(bench, fast, floor, images, setting)
 
 
@@ -249,7 +249,7 @@ def same_answers(found: Tensor, expected: Tensor, least: float = 0.5) -> str:
 def same_bits(found: Tensor, expected: Tensor) -> str:
     if not torch.equal(found, expected):
         raise ParityError("the event-driven int8 model differs from the dense one")
-    return f"equal to {OPTIMISED_INT8} to the last bit"
+    return f"equal to {OPTIMIZED_INT8} to the last bit"
 
 
 def answers_of_a_trained_network(bench: Bench, train: int = 1500) -> dict[str, float]:

@@ -23,7 +23,7 @@ def run(bench: Bench) -> None:
     frames = torch.rand(1, FRAMES, 3, 224, 224)
     forms = {
         "sdt_blocks, the model as trained": model,
-        "sdt_blocks, optimised": optimize_for_inference(model, paths="convolution"),
+        "sdt_blocks, optimized": optimize_for_inference(model, paths="convolution"),
         "sdt_blocks, event-driven": optimize_for_inference(model, sparse=True),
     }
     setting = f"sdt_8_384, 224 x 224, one stream, layers at {RATE:.0%}"

@@ -48,7 +48,7 @@ def run(bench: Bench) -> None:
             timed[title] = partial(build(model), images)
             parity[title] = partial(agreement, build, bench.device, small=small_model)
         timed[f"V1: {name}, the model as trained"] = partial(v1, images)
-        timed[f"V1: {name}, optimised"] = partial(optimize_for_inference(v1), images)
+        timed[f"V1: {name}, optimized"] = partial(optimize_for_inference(v1), images)
         bench.race(f"evaluation, batch {batch}", setting, timed, baseline=PLAIN, parity=parity, rounds=3, warmup=1)
         if bench.device.type == "cpu":
             by_layer(bench, optimize_for_inference(model, sparse=True), images, setting)
@@ -57,8 +57,8 @@ def run(bench: Bench) -> None:
 def builds(bench: Bench) -> dict[str, Callable[[Any], Callable[[Tensor], Tensor]]]:
     """Ways to evaluate one of our models."""
     found: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
-        "sdt_blocks, optimised": optimize_for_inference,
-        "sdt_blocks, optimised, bf16": lambda model: optimize_for_inference(model, torch.bfloat16),
+        "sdt_blocks, optimized": optimize_for_inference,
+        "sdt_blocks, optimized, bf16": lambda model: optimize_for_inference(model, torch.bfloat16),
     }
     if bench.device.type == "cpu":
         found["sdt_blocks, event-driven"] = lambda model: optimize_for_inference(model, sparse=True)

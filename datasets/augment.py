@@ -52,7 +52,7 @@ class Roll:
 
 
 class Cutout:
-    """Sets `holes` squares of `length` pixels to zero, with centres anywhere in the frame (arXiv:1708.04552).
+    """Sets `holes` squares of `length` pixels to zero, with centers anywhere in the frame (arXiv:1708.04552).
 
     `[T, C, H, W]` -> `[T, C, H, W]`; a square that extends over the border is clipped there.
     """
@@ -74,7 +74,7 @@ class Cutout:
 class RandomOperation:
     """One operation, drawn at random, with one of 31 magnitudes (SNNAugment, arXiv:2203.06145).
 
-    `[T, C, H, W]` -> `[T, C, H, W]`, nearest neighbour about the centre, zeros from outside. The operations and
+    `[T, C, H, W]` -> `[T, C, H, W]`, nearest neighbor about the center, zeros from outside. The operations and
     the largest magnitude of each: `identity`; `shear_x` by an angle of 0.3 rad; `translate_x` and
     `translate_y` by 5 whole pixels; `rotate` by 30 degrees; `cutout`, which sets a square of 0.1 to 11 % of the
     frame's area to zero.

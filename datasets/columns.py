@@ -186,8 +186,8 @@ def _whole_pixels(name: str, column: np.ndarray) -> np.ndarray:
     if column.dtype.kind == "f":
         bad = ~np.isfinite(column) | (column != np.rint(column))
         if bad.any():
-            normalised = column.min() >= 0 and column.max() <= 1
-            hint = "; all lie within 0 ... 1: multiply by the sensor's side and round" if normalised else ""
+            normalized = column.min() >= 0 and column.max() <= 1
+            hint = "; all lie within 0 ... 1: multiply by the sensor's side and round" if normalized else ""
             _refuse(name, column, bad, expected + hint)
     bad = (column < 0) | (column >= LARGEST_SIDE)
     if bad.any():

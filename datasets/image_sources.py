@@ -1,6 +1,6 @@
 """The sources of images: folders, and arrays from packages and torchvision's layouts.
 
-A source is a list of labelled images: `len(source.targets)`, `source.load(i)` and `source.describe(i)`.
+A source is a list of labeled images: `len(source.targets)`, `source.load(i)` and `source.describe(i)`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
-    """Labelled images in a fixed order."""
+    """Labeled images in a fixed order."""
 
     classes: list[str]
     targets: np.ndarray
     """Class indices, int64 `[N]`."""
     channels: int
-    """1 if every image is grey, else 3."""
+    """1 if every image is gray, else 3."""
     by_class: bool
     """Whether the order goes class by class, so that the first images do not represent the whole."""
 
@@ -41,7 +41,7 @@ class Source(Protocol):
 
 
 class ArrayImages:
-    """Images in memory: uint8 `[N, H, W]` (grey) or `[N, H, W, 3]`."""
+    """Images in memory: uint8 `[N, H, W]` (gray) or `[N, H, W, 3]`."""
 
     by_class = False
 
@@ -131,7 +131,7 @@ def load_folder(root: Path, *, evaluation_only: bool = False) -> tuple[Source, S
 
 
 def load_digits_images() -> tuple[Source, Source]:
-    """scikit-learn's 1797 grey 8 x 8 digits: 1437 to train, 360 to test, with the same shares of the classes."""
+    """scikit-learn's 1797 gray 8 x 8 digits: 1437 to train, 360 to test, with the same shares of the classes."""
     from sklearn.datasets import load_digits
 
     pixels, targets = load_digits(return_X_y=True)

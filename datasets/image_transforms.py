@@ -28,7 +28,7 @@ LARGEST_IMAGE = 89_478_485
 """Pixels of an image as stored, and as resized for evaluation; Pillow's own limit, a quarter of a GiB in RGB."""
 
 LUMA = (0.299, 0.587, 0.114)
-"""Weights of red, green and blue in a grey image (ITU-R BT.601), as in Pillow's own conversion."""
+"""Weights of red, green and blue in a gray image (ITU-R BT.601), as in Pillow's own conversion."""
 
 # timm ignores a section that it does not know, and fails inside on others; this is the grammar of those that it knows.
 _NUMBER = r"\d+(\.\d+)?"
@@ -126,7 +126,7 @@ def build_transforms(
 
     Training: a random crop of `scale` of the area and of aspect `ratio`, resized; flip; auto-augment or, without it,
     color jitter (timm's rule, and so the released models'; only 3a uses both); random erasing. Evaluation: resize the
-    shorter side to `img_size / crop_pct`, crop the centre. Each call draws from the global generators: see `seeded`.
+    shorter side to `img_size / crop_pct`, crop the center. Each call draws from the global generators: see `seeded`.
 
     Raises `ValueError` that names the value for anything out of range.
     """
@@ -137,7 +137,7 @@ def build_transforms(
     evaluation = build_evaluation(
         img_size=img_size, in_channels=in_channels, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation
     )
-    # Colour operations fill with the mean; they see RGB even if the network sees grey.
+    # Color operations fill with the mean; they see RGB even if the network sees gray.
     fill_mean = tuple(mean) if len(mean) == 3 else (mean[0],) * 3
     posterize = {name: _posterize for name, operation in timm_ops.NAME_TO_OP.items() if operation is timm_ops.posterize}
     with mock.patch.dict(timm_ops.NAME_TO_OP, posterize):
@@ -178,7 +178,7 @@ def build_evaluation(
     if img_size < 1:
         raise ValueError(f"img_size must be a positive number of pixels, got {img_size}")
     if in_channels not in (1, 3):
-        raise ValueError(f"images have 1 channel (grey) or 3 (RGB), got in_channels={in_channels}")
+        raise ValueError(f"images have 1 channel (gray) or 3 (RGB), got in_channels={in_channels}")
     if not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct must be above 0 and at most 1, got {crop_pct}")
     if interpolation not in INTERPOLATIONS:
@@ -248,7 +248,7 @@ def check_pixels(what: str, width: int, height: int) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The decoded image in RGB: grey repeated, transparency dropped, 16 bits reduced to 8, EXIF orientation ignored.
+    """The decoded image in RGB: gray repeated, transparency dropped, 16 bits reduced to 8, EXIF orientation ignored.
 
     Raises `OSError` if the file is damaged, `ValueError` for pixels without a fixed range, and `TypeError` if it is not
     an image.

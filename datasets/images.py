@@ -95,7 +95,7 @@ def build_image_datasets(
 ) -> tuple[ImageDataset, ImageDataset]:
     """The training and the evaluation set of a data set by name; `transforms` are the options of `build_transforms`.
 
-    `in_channels=None` takes the data's own: 1 for grey arrays, else 3. `train_samples` and `test_samples` keep only
+    `in_channels=None` takes the data's own: 1 for gray arrays, else 3. `train_samples` and `test_samples` keep only
     that many images, the first ones; if the data is sorted by class, the first of each class in turn. With
     `validation_samples`, this number of training images, always the same ones and in the classes' shares, becomes the
     evaluation set, and the others the training set: settings chosen by it have not used the test images. With

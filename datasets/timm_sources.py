@@ -121,7 +121,7 @@ def _check_labels(name: str, train: HubImages | ShardImages, test: HubImages | S
         if least < 0 or most >= len(train.classes):
             raise DataError(
                 f"data.name={name}: the {split} labels go from {least} to {most}, but there are the classes 0 to "
-                f"{len(train.classes) - 1} (is the split unlabelled?)"
+                f"{len(train.classes) - 1} (is the split unlabeled?)"
             )
 
 
@@ -175,11 +175,11 @@ def _index_shard(file: Path, label_key: str) -> Iterator[tuple[str, tuple[int, i
             _check_end(file, shard.offset)
     except (OSError, tarfile.TarError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{file} cannot be read as a WebDataset shard ({error})") from error
-    unlabelled = next((key for key in places if key not in labels), None)
-    if unlabelled is not None:
+    unlabeled = next((key for key in places if key not in labels), None)
+    if unlabeled is not None:
         wanted = f"a .json with {label_key!r}" if label_key else "a .cls file with its class index"
         raise DataError(
-            f"{file}: the image {unlabelled} has no label; a sample is an image and {wanted} of the same name"
+            f"{file}: the image {unlabeled} has no label; a sample is an image and {wanted} of the same name"
         )
     if not places:
         raise DataError(f"{file} holds no image; a sample is KEY.{' or KEY.'.join(IMAGE_SUFFIXES)} with KEY.cls")

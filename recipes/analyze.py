@@ -107,17 +107,17 @@ def main(arguments: list[str]) -> None:
     names = class_names(checkpoint, model)
     try:
         matched = match_classes(test_set, names, model, checkpoint=checkpoint, by="name")
-        labelled = True
+        labeled = True
     except ConfigError as error:
-        matched, labelled = f"no accuracy is given: {error}", False
-    if accelerator.is_main_process and (names is None or not labelled):
+        matched, labeled = f"no accuracy is given: {error}", False
+    if accelerator.is_main_process and (names is None or not labeled):
         warn(matched)
-    batches = ReadableBatches(loader, labelled=labelled)
+    batches = ReadableBatches(loader, labeled=labeled)
     model.to(accelerator.device)
     title = f"{checkpoint} on {config.data.name}"
     asked: dict[str, Any] = {"layer": options.layer, "images": options.images, "as_trained": options.as_trained}
     more = ReportOptions(
-        class_names=words_of(names or test_set.classes) if labelled else (),
+        class_names=words_of(names or test_set.classes) if labeled else (),
         seconds=1.0 if options.measure and not options.seconds else options.seconds,
         counters=options.measure,
         energy_models=own_models,

@@ -51,7 +51,7 @@ class Options:
     chunk_ms: float = option(5.0, "length of the pieces in which events come, in milliseconds", above=0)
     speed: float = option(1.0, "speed of the playback; 0: as fast as the model answers", least=0)
     window: int | None = option(None, "answer for this number of last frames; null: all since the start", least=1)
-    form: str = option("events", "the network as it is, or optimised", choices=("plain", "dense", "events"))
+    form: str = option("events", "the network as it is, or optimized", choices=("plain", "dense", "events"))
     live: bool = option(True, "a live view on a terminal; false: print lines")
 
 

@@ -80,7 +80,7 @@ class Segmenter(nn.Module):
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_a_network_around_it_learns_and_is_optimised(backbone, sparse):
+def test_a_network_around_it_learns_and_is_optimized(backbone, sparse):
     model, images, _ = backbone
     network = Segmenter(model).eval()
     with torch.no_grad():

@@ -83,7 +83,7 @@ def test_other_classes_have_no_names_and_the_same_images(saved, options, names):
         ({"crop_pct": 1.5}, "crop_pct must be .* at most 1"),
         ({"interpolation": 3}, "interpolation must be text"),
         ({"note": ["late"]}, "note must be text"),
-        ({"colour": "grey"}, "unknown colour; it has class_names, input_size"),
+        ({"color": "gray"}, "unknown color; it has class_names, input_size"),
     ],
 )
 def test_what_is_no_card_is_refused_with_the_file(saved, changes, words):
@@ -121,10 +121,10 @@ def test_images_of_any_mode_become_rgb_first():
     model = SpikeDrivenTransformer(**TINY)
     model.card = DataCard(None, (8, 8), mean=[0.0], std=[1.0], interpolation="nearest", crop_pct=1.0)
     values = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
-    grey, expected = Image.fromarray(values), torch.from_numpy(values).float().expand(3, 8, 8) / 255
-    clear = grey.convert("RGBA")
+    gray, expected = Image.fromarray(values), torch.from_numpy(values).float().expand(3, 8, 8) / 255
+    clear = gray.convert("RGBA")
     clear.putalpha(Image.new("L", (8, 8), 3))
-    for image in (grey, grey.convert("RGB"), clear, Image.fromarray(values.astype(np.uint16) * 257)):
+    for image in (gray, gray.convert("RGB"), clear, Image.fromarray(values.astype(np.uint16) * 257)):
         assert torch.equal(transform_of(model)(image), expected), image.mode
     with pytest.raises(TypeError, match=r"expected an image of PIL, got str; PIL\.Image\.open"):
         transform_of(model)("cat.jpg")

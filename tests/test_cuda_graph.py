@@ -148,6 +148,6 @@ def test_events_and_whole_numbers_say_why_not_on_a_gpu(make_small):
             ValueError, match=r"float32 on meta.*On a GPU dense products are faster.*leave sparse and exact"
         ):
             optimize_for_inference(model, **options)
-    with pytest.warns(UserWarning, match="optimised densely: .*On a GPU dense products"):
+    with pytest.warns(UserWarning, match="optimized densely: .*On a GPU dense products"):
         fast = optimize_for_inference(model, sparse="auto", calibrate=[torch.empty(1, 3, 32, 32, device="meta")])
     assert type(fast).__name__ == "Dense"

@@ -95,7 +95,7 @@ def test_frames_of_any_number_of_steps(example, steps):
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_optimised_models_name_the_plain_one(example, sparse, tmp_path):
+def test_optimized_models_name_the_plain_one(example, sparse, tmp_path):
     model, images, logits = example
     fast = optimize_for_inference(model, sparse=sparse)
     assert_same(fast(images), logits)

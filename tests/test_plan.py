@@ -153,7 +153,7 @@ class SpikeResidual(nn.Module):
 
 
 class Hierarchical(nn.Module):
-    """Meta-SpikeFormer's blocks: strides, depthwise chains, re-parameterised 3x3, linear attention."""
+    """Meta-SpikeFormer's blocks: strides, depthwise chains, re-parameterized 3x3, linear attention."""
 
     def __init__(self, dim: int = 16) -> None:
         super().__init__()
@@ -918,7 +918,7 @@ class Transposed(MaskMixer):
         return 0.5 * super().forward(k, q, v)
 
 
-class Neighbours(nn.Module):
+class Neighbors(nn.Module):
     """Spikes of one image that meet those of another."""
 
     emits = "spikes"
@@ -968,7 +968,7 @@ class AllAttend(QKMixer):
         (lambda: with_halves(AllAttend(16, num_heads=4)), LIF),
         (lambda: MaskMixer(16, num_heads=4), lambda: AcrossImages(Half())),
         (lambda: MaskMixer(16, num_heads=4), partial(IntegerNeuron, levels=2)),
-        (Neighbours, LIF),
+        (Neighbors, LIF),
     ],
 )
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What torch.compile builds anew: nothing for another batch or image once sizes have changed, or for a learnt tau."""
+"""What torch.compile builds anew: nothing for another batch or image once sizes have changed, or for a learned tau."""
 
 import copy
 import itertools
@@ -51,7 +51,7 @@ def test_batches_and_images_of_other_sizes(compiled):
     assert graphs[2:] == [graphs[1]] * 4 and graphs[1] <= 2
 
 
-def test_a_learnt_time_constant(compiled):
+def test_a_learned_time_constant(compiled):
     block, run, counter = compiled(ParametricLIF)
     for step in range(3):
         with torch.no_grad():
@@ -64,7 +64,7 @@ SCHEDULES = {
     "alpha": ("alpha",),
     "tau": ("tau",),
     "both": ("alpha", "tau"),
-    "alpha of a learnt tau": ("alpha", "learnt"),
+    "alpha of a learned tau": ("alpha", "learned"),
 }
 
 
@@ -72,7 +72,7 @@ SCHEDULES = {
 @pytest.mark.parametrize("changed", SCHEDULES.values(), ids=SCHEDULES)
 def test_scheduled_numbers_build_nothing_anew(compiled, changed, training):
     """Constants of the graph until the first change, and its inputs from then on."""
-    block, run, counter = compiled(ParametricLIF if "learnt" in changed else LIF)
+    block, run, counter = compiled(ParametricLIF if "learned" in changed else LIF)
     block.train(training)
     x, gradients, graphs = torch.rand(2, 3, 8, 4, 4) * 4, [], []
     for alpha, tau in (None, None), (2.0, 1.7), (3.0, 1.5), (2.5, 1.2), (1.5, 1.1):

@@ -72,15 +72,15 @@ def test_a_model_becomes_the_one_that_is_built_with_the_neuron():
     assert torch.equal(model.train()(x), expected.train()(x)) and not torch.equal(model(x), before)
 
 
-def test_what_is_learnt_stays_or_the_factory_takes_it_over():
+def test_what_is_learned_stays_or_the_factory_takes_it_over():
     model = SpikingMLP(8, neuron=ParametricLIF)
     nn.init.constant_(model.neuron1.w, 0.7)
     replace_neurons(model, {"name": "plif", "surrogate": "atan"})
     assert model.neuron1.w.item() == pytest.approx(0.7) and model.neuron1.surrogate.kind == "atan"
     old, w = model.neuron1, dict(model.named_parameters())
-    with pytest.raises(ValueError, match=r"neuron1, ParametricLIF, has learnt w \[\].*argument old"):
+    with pytest.raises(ValueError, match=r"neuron1, ParametricLIF, has learned w \[\].*argument old"):
         replace_neurons(model, LIF)
-    with pytest.raises(ValueError, match=r"learnt w \[\].*no place in ParametricLIF"):
+    with pytest.raises(ValueError, match=r"learned w \[\].*no place in ParametricLIF"):
         replace_neurons(model, {"name": "plif", "channels": True}, inputs=torch.rand(2, 1, 8, 3, 3))
     assert model.neuron1 is old and dict(model.named_parameters()).keys() == w.keys()
     replace_neurons(model, lambda threshold, old: LIF(threshold=threshold, tau=1 / old.inv_tau.item()))
@@ -149,9 +149,9 @@ def test_neurons_that_the_network_could_not_call_are_refused(frames):
         replace_neurons(network, partial(snntorch.Leaky, beta=0.9, init_hidden=True))
     with pytest.raises(TypeError, match=r"once a time step.*Identity does not take"):
         replace_neurons(network, lambda threshold: nn.Identity())
-    learnt = Stepwise(learn_threshold=True)
-    with pytest.raises(ValueError, match="lif1, Leaky, has learnt threshold"):
-        replace_neurons(learnt, LIF)
+    learned = Stepwise(learn_threshold=True)
+    with pytest.raises(ValueError, match="lif1, Leaky, has learned threshold"):
+        replace_neurons(learned, LIF)
     assert network.lif1 is before
 
 

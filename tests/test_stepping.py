@@ -25,7 +25,7 @@ SNNTORCH = {
     "Leaky": partial(snntorch.Leaky, beta=0.9),
     "Leaky, hidden": partial(snntorch.Leaky, beta=0.9, init_hidden=True),
     "Leaky, hidden, with output": partial(snntorch.Leaky, beta=0.9, init_hidden=True, output=True),
-    "Leaky, learnt": partial(snntorch.Leaky, beta=0.9, learn_beta=True, learn_threshold=True),
+    "Leaky, learned": partial(snntorch.Leaky, beta=0.9, learn_beta=True, learn_threshold=True),
     "Synaptic": partial(snntorch.Synaptic, alpha=0.8, beta=0.9),
     "Alpha": partial(snntorch.Alpha, alpha=0.9, beta=0.8),
     "Lapicque": partial(snntorch.Lapicque, R=5.0, C=1.0, time_step=1.0),

@@ -46,8 +46,8 @@ def test_one_model_by_both_ways(small):
     assert isinstance(first, nn.Conv2d) and first.in_channels == 3
     assert resolve_model_data_config(model)["input_size"] == model.default_cfg["input_size"]
     options = {**small.options, "num_classes": 7, "in_chans": 1, "drop_rate": 0.0, "drop_path_rate": 0.0}
-    grey = timm.create_model(small.name, **options)
-    assert grey(torch.rand(2, 1, 32, 32)).shape == (2, 7) and grey.in_channels == grey.in_chans == 1
+    gray = timm.create_model(small.name, **options)
+    assert gray(torch.rand(2, 1, 32, 32)).shape == (2, 7) and gray.in_channels == gray.in_chans == 1
 
 
 def test_drop_path_is_the_kits():

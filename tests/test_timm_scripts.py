@@ -42,8 +42,8 @@ def folder(tmp_path_factory):
         for i, (image, label) in enumerate(zip(*example_images(), strict=True)):
             place = root / split / str(label.item() % 2)
             place.mkdir(parents=True, exist_ok=True)
-            grey = (image[0] - image.min()) / (image.max() - image.min()) * 255
-            Image.fromarray(grey.numpy().astype(np.uint8)).save(place / f"{i}.png")
+            gray = (image[0] - image.min()) / (image.max() - image.min()) * 255
+            Image.fromarray(gray.numpy().astype(np.uint8)).save(place / f"{i}.png")
     return root
 
 
@@ -69,7 +69,7 @@ def validate(model, loader):
 
 
 def test_the_calls_of_the_scripts_in_their_order(small, folder, tmp_path):
-    """create, checkpointed blocks, channels_last, optimiser, average, loaders, saver, schedule, epochs, validation."""
+    """create, checkpointed blocks, channels_last, optimizer, average, loaders, saver, schedule, epochs, validation."""
     torch.manual_seed(0)
     known = {
         "drop_rate": 0.0,

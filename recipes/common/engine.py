@@ -183,7 +183,7 @@ def close_epoch(run: Run, clock: Clock) -> None:
             silent = is_silent(line, prefix)
             if at_end and result.silence and not silent:
                 partly = result.silence
-            # Before a network has learnt anything, chance may beat it; that is not a better model.
+            # Before a network has learned anything, chance may beat it; that is not a better model.
             if (not silent, measured["top1"]) > (not position.best_silent, position.best_top1):
                 position.best_top1, position.best_epoch, position.best_silent = measured["top1"], number, silent
                 save_weights(run, BEST, model)

@@ -208,11 +208,11 @@ def fetch(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
 class ReadableBatches:
     """The batches of a loader without the samples that could not be read; can be iterated repeatedly.
 
-    All samples are of class -1, an unknown one, unless `labelled`.
+    All samples are of class -1, an unknown one, unless `labeled`.
     """
 
-    def __init__(self, loader: DataLoader[Any], *, labelled: bool = True) -> None:
-        self.loader, self.dataset, self.labelled = loader, loader.dataset, labelled
+    def __init__(self, loader: DataLoader[Any], *, labeled: bool = True) -> None:
+        self.loader, self.dataset, self.labeled = loader, loader.dataset, labeled
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -222,7 +222,7 @@ class ReadableBatches:
             readable = targets >= 0
             if readable.any():
                 known = targets[readable]
-                yield inputs[readable], known if self.labelled else torch.full_like(known, -1)
+                yield inputs[readable], known if self.labeled else torch.full_like(known, -1)
 
 
 def stop_loaders(*loaders: DataLoader[Any]) -> None:

@@ -41,7 +41,7 @@ def draw_curves(folder: Path) -> None:
 
 
 def draw_comparison(runs: Mapping[str, Lines], path: Path) -> None:
-    """Plot test loss, accuracy, learning rate and firing rate of several runs by name, in one colour each."""
+    """Plot test loss, accuracy, learning rate and firing rate of several runs by name, in one color each."""
     figure, panels = _panels(list(runs.values()))
     keys = ("test_loss", "test_top1", "lr", "firing_rate")
     for axes, key in zip(panels, keys, strict=True):
@@ -70,7 +70,7 @@ VERDICT_COLORS = {"yes": "#00798c", "no": "#d1495b", "silent": "#999999"}
 
 
 def draw_models(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Plot every figure of several models as bars, coloured by whether they are spike-driven, with deviations."""
+    """Plot every figure of several models as bars, colored by whether they are spike-driven, with deviations."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -132,7 +132,7 @@ def draw_early(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def draw_confusion(confusion: np.ndarray, names: Sequence[str], path: Path) -> None:
-    """Plot a confusion matrix `[K, K]`, counts by true and predicted class, coloured by the share of the true class."""
+    """Plot a confusion matrix `[K, K]`, counts by true and predicted class, colored by the share of the true class."""
     from matplotlib.figure import Figure
 
     classes = len(names)

@@ -42,7 +42,7 @@ class DataConfig:
         [0.229, 0.224, 0.225], "standard deviation of each channel, or one for all", above=0, most=1e6, images=True
     )
     crop_pct: float = option(
-        0.95, "evaluation: resize to img_size / crop_pct, then crop the centre", above=0, most=1, images=True
+        0.95, "evaluation: resize to img_size / crop_pct, then crop the center", above=0, most=1, images=True
     )
     interpolation: str = option(
         "bicubic", "resampling", choices=("bicubic", "bilinear", "nearest", "random"), images=True
@@ -151,7 +151,7 @@ class NeuronConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: str = option("adamw", "optimiser", choices=("adamw", "lamb", "sgd"))
+    name: str = option("adamw", "optimizer", choices=("adamw", "lamb", "sgd"))
     lr: float = option(1e-3, "peak learning rate", above=0, most=1e4)
     lr_batch: int | None = option(
         None,
@@ -162,9 +162,9 @@ class OptimConfig:
     min_lr: float = option(1e-5, "learning rate at the end of the cosine", least=0, most=1e4)
     warmup_lr: float = option(1e-6, "learning rate at the first step of the warm-up", least=0, most=1e4)
     weight_decay: float = option(0.05, "weight decay; biases and norms are left out", least=0, most=1e4)
-    eps: float = option(1e-8, "the optimiser's epsilon", above=0, most=1)
+    eps: float = option(1e-8, "the optimizer's epsilon", above=0, most=1)
     betas: list[float] = option(
-        [0.9, 0.999], "the optimiser's decay rates (sgd: momentum is the first)", length=2, least=0, below=1
+        [0.9, 0.999], "the optimizer's decay rates (sgd: momentum is the first)", length=2, least=0, below=1
     )
     trust_clip: bool = option(False, "lamb: no layer's trust ratio above 1")
     clip_grad: float | None = option(None, "largest norm of the gradient", above=0, most=1e9)

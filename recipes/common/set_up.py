@@ -200,7 +200,7 @@ def build_accelerator(config: Config) -> tuple[Accelerator, Config]:
 def check_machine(config: Config, accelerator: Accelerator) -> None:
     """Raise `ConfigError` for settings that cannot be trained with here; a model trained so elsewhere is fine."""
     if accelerator.device.type == "cpu" and config.train.sync_bn:
-        raise ConfigError("train.sync_bn: synchronised batch norm runs on GPUs only; leave it out on a CPU")
+        raise ConfigError("train.sync_bn: synchronized batch norm runs on GPUs only; leave it out on a CPU")
     if config.train.ema_decay is not None and accelerator.distributed_type == DistributedType.FSDP:
         raise ConfigError(
             "train.ema_decay: averaged weights are not kept under FSDP; leave it out or launch without FSDP"

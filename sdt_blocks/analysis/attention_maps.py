@@ -81,8 +81,8 @@ def overlay(image: Tensor, attention: Tensor, *, strength: float = 0.6, colormap
     """An attention map over its image: RGB in 0..1, `[H, W, 3]`.
 
     `image` is `[C, H, W]`, or frames `[T, C, H, W]` which are averaged, with values in any range; 3 channels are taken
-    as RGB, otherwise channels are summed to grey. `attention` is `[H', W']`; its highest value gets the colormap's last
-    colour and covers the image with `strength`, and where it is zero the image is unchanged. Needs matplotlib.
+    as RGB, otherwise channels are summed to gray. `attention` is `[H', W']`; its highest value gets the colormap's last
+    color and covers the image with `strength`, and where it is zero the image is unchanged. Needs matplotlib.
     """
     from matplotlib import colormaps
 

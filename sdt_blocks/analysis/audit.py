@@ -37,7 +37,7 @@ VERDICTS = {
     FIRST: "multiplies the analog input, in the first layer",
     ADDS: "one operand is spikes: weights are added, not multiplied",
     MASKS: "one operand is spikes: the other is passed or blocked",
-    FOLDS: "batch normalisation that folds into the layer before it",
+    FOLDS: "batch normalization that folds into the layer before it",
     SCALES: "a constant factor that weights or thresholds absorb",
     LEAKS: "a neuron's own membrane, once a step",
     MULTIPLIES: "a real multiplication",
@@ -209,8 +209,8 @@ def audit(
     Neurons emit spikes. Max pooling, reshaping, selecting and products of spikes keep them spikes; a sum or a mean does
     not, whatever its values happen to be. A convolution or matrix product with spikes only adds, and so does one with
     the levels of an `IntegerNeuron`, since a level l stands for l spikes in binary steps. The first layer may multiply
-    the analog input; batch normalisation after a convolution folds into it; constant factors are absorbed. Everything
-    else is a violation: analog values in a later layer, softmax, layer normalisation, a product of two analog values,
+    the analog input; batch normalization after a convolution folds into it; constant factors are absorbed. Everything
+    else is a violation: analog values in a later layer, softmax, layer normalization, a product of two analog values,
     and any operation that is not known to be free of multiplications. That neurons really emit zeros and one other
     value is checked on the batch. Operations inside a neuron are listed, not judged.
 

@@ -245,7 +245,7 @@ def energy(
     These are the papers' figures, and those of the report itself. `report.estimates` has an `Estimate` for each of
     `ENERGY_MODELS` by name, with the ANNs and the break-even rates; `report.estimate(model)` adds another.
 
-    `e_mac` and `e_ac` are in picojoules, for the papers' formula and the executed operations. Batch normalisation folds
+    `e_mac` and `e_ac` are in picojoules, for the papers' formula and the executed operations. Batch normalization folds
     into the convolution before it and costs nothing, folded or not. The other arguments are those of
     `count_operations`.
 

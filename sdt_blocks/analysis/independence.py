@@ -30,7 +30,7 @@ def where_samples_meet(
 ) -> list[str]:
     """The innermost modules that combine samples of the batch x, which are on `axis`; [] if there are none.
 
-    One sample is replaced by another one, then its neighbour instead: a value that changes both times depends on both.
+    One sample is replaced by another one, then its neighbor instead: a value that changes both times depends on both.
     The output is checked first. Modules after such a module are not named, since their inputs already depend on both.
     On the meta device there are no values to look at, and nothing is found.
     """

@@ -236,13 +236,13 @@ def _rate_text(rate: float) -> str:
 
 
 def _measured(found: Measured, report: EnergyReport) -> str:
-    modelled = report.estimates.get("step")
+    modeled = report.estimates.get("step")
     rows: dict[str, Sequence[str]] = {}
     for form in found.forms:
         if form.missing:
             rows[form.name] = [f"not measured: {form.missing}"]
             continue
-        cost = None if modelled is None else modelled.ann if form.name == "ANN" else modelled.cost
+        cost = None if modeled is None else modeled.ann if form.name == "ANN" else modeled.cost
         rows[form.name] = (
             f"{form.latency_ms:.3g} ms",
             f"{form.throughput:.4g}",
@@ -250,7 +250,7 @@ def _measured(found: Measured, report: EnergyReport) -> str:
             joules(form.energy.above_idle) if form.energy else "–",
             millijoules(cost.total_mj) if cost else "–",
         )
-    heads = ("form", "latency", "samples a second", "measured", "above idle", "modelled, with memory")
+    heads = ("form", "latency", "samples a second", "measured", "above idle", "modeled, with memory")
     note = (
         f"{found.machine}; latency of one sample (median), the rest in batches of {found.batch}. "
         f"Energy of a sample: {found.counters}."

@@ -40,7 +40,7 @@ def label(name: str) -> str:
 
 
 def energy_bars(report: EnergyReport) -> Figure:
-    """Energy of every layer, one bar each, multiply-accumulates and accumulates in different colours."""
+    """Energy of every layer, one bar each, multiply-accumulates and accumulates in different colors."""
     figure, axes = _figure(7.5, 1.2 + 0.2 * len(report.layers))
     names = [label(layer.name) for layer in report.layers]
     unit, factor = suitable_unit(max((layer.energy_mj for layer in report.layers), default=0.0))
@@ -58,7 +58,7 @@ def energy_bars(report: EnergyReport) -> Figure:
 
 
 def rate_map(rates: FiringRates) -> Figure:
-    """Firing rate of every layer at every step, as colours, with numbers if there is room."""
+    """Firing rate of every layer at every step, as colors, with numbers if there is room."""
     layers = list(rates.layers.values())
     figure, axes = _figure(4.2 + 0.5 * rates.steps, 1.2 + 0.22 * len(layers))
     values = np.full((len(layers), rates.steps), np.nan)
@@ -169,7 +169,7 @@ def overlay_figure(image: Tensor, attention: Tensor, title: str = "") -> Figure:
 
 
 def _color_scale(figure: Figure, axes: list[Any], highest: str = "its highest value") -> None:
-    """A scale for the colours of the overlays."""
+    """A scale for the colors of the overlays."""
     from matplotlib.cm import ScalarMappable
 
     scale = figure.colorbar(ScalarMappable(cmap="inferno"), ax=axes, fraction=0.04, shrink=0.6, pad=0.02, aspect=20)

@@ -126,7 +126,7 @@ class Probe:
         for module in self.model.modules():
             if getattr(module, "rebuilt", False):
                 raise TypeError(
-                    f"{type(module).__name__} is rebuilt for speed and has no layers to look at; analyse the model "
+                    f"{type(module).__name__} is rebuilt for speed and has no layers to look at; analyze the model "
                     f"that it was made from"
                 )
         self.neurons = find_neurons(self.model, neurons)

@@ -72,7 +72,7 @@ def analyze_model(
     as_trained: bool = False,
     options: ReportOptions | None = None,
 ) -> tuple[FiringRates, EnergyReport]:
-    """Analyses a model on batches of (inputs, targets) and writes the folder; returns the rates and the energy.
+    """Analyzes a model on batches of (inputs, targets) and writes the folder; returns the rates and the energy.
 
     Every process calls this with its own share of the samples; `batches` are read more than once, and the first process
     writes. `layer` is the neuron layer to draw (the last by default), `images` the number of overlays. The samples are
@@ -212,7 +212,7 @@ def _caption(target: int, answer: int, names: Sequence[str]) -> str:
 
     parts = [name(target)] if target >= 0 else []
     if answer >= 0:
-        parts.append("recognised" if answer == target else f"taken for {name(answer)}")
+        parts.append("recognized" if answer == target else f"taken for {name(answer)}")
     return ", ".join(parts)
 
 

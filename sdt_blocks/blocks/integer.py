@@ -137,7 +137,7 @@ class IntegerAttention(nn.Module):
 
 
 class ScaledShortcut(MembraneShortcut):
-    """`u + drop_path(scale * branch(u))` with a learnt factor for each channel, which starts near 0 (`LAYER_SCALE`).
+    """`u + drop_path(scale * branch(u))` with a learned factor for each channel, which starts near 0 (`LAYER_SCALE`).
 
     Shapes: membrane `[T, B, dim, H, W] -> [T, B, dim, H, W]`.
     """

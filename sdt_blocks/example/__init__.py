@@ -16,7 +16,7 @@ IMAGES = "images.safetensors"
 def example_model() -> SpikeDrivenTransformer:
     """A Spike-Driven Transformer (2 blocks, 32 channels, 4 steps) that reads handwritten digits, in eval mode.
 
-    Trained on scikit-learn's digits by the command in `sdt_blocks/example/README.md`; it takes grey images
+    Trained on scikit-learn's digits by the command in `sdt_blocks/example/README.md`; it takes gray images
     `[B, 1, 16, 16]` as `example_images` gives them, and its classes are the digits 0 to 9.
 
     >>> images, labels = example_images()

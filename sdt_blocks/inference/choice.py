@@ -152,7 +152,7 @@ def choose(make: Callable[[], Events], dense: nn.Module, batches: Batches) -> nn
     try:
         event_driven = make()
     except (ValueError, RuntimeError) as error:
-        warnings.warn(f"the model is optimised densely: {error}", stacklevel=3)
+        warnings.warn(f"the model is optimized densely: {error}", stacklevel=3)
         return dense
     layers = calibrate(event_driven, batches)
     by_events = [

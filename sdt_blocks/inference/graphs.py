@@ -1,4 +1,4 @@
-"""An optimised network as one CUDA graph for each input shape: a call costs one launch instead of one per layer."""
+"""An optimized network as one CUDA graph for each input shape: a call costs one launch instead of one per layer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Recorded(NamedTuple):
 
 
 class Graphed(nn.Module):
-    """Records the launches of an optimised network for each new input shape, and replays them from then on.
+    """Records the launches of an optimized network for each new input shape, and replays them from then on.
 
     Input and output are those of the network; results are copies, which later calls do not change. All shapes share the
     memory of the largest, so calls must not overlap and must use one CUDA stream; beyond `most` shapes the oldest is

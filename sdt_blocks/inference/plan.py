@@ -178,7 +178,7 @@ class Form(nn.Module):
     def _check_written(self, node: Node, other: Node, value: Any, x: Tensor) -> None:
         """Raises `RuntimeError` where what was written into x changes another node's value otherwise than it should."""
         if not _same_memory(value, x):
-            lost = f"into a view of {other.name}, which an optimised network keeps elsewhere"
+            lost = f"into a view of {other.name}, which an optimized network keeps elsewhere"
         elif self.kinds[other] == SPIKES and not bool(((value == 0) | (value == 1)).all()):
             lost = f"other values than 0 and 1 into the spikes of {other.name}, which other layers take for spikes"
         else:
@@ -192,7 +192,7 @@ class Form(nn.Module):
     def train(self, mode: bool = True) -> Form:
         """Raises `RuntimeError` for training mode."""
         if mode:
-            raise RuntimeError("an optimised model only evaluates; train the model that it was made from")
+            raise RuntimeError("an optimized model only evaluates; train the model that it was made from")
         super().train(False)
         return self
 
@@ -200,7 +200,7 @@ class Form(nn.Module):
         cast = fn(torch.zeros(1, dtype=self.real_dtype, device="cpu")).dtype
         if cast != self.real_dtype:
             raise TypeError(
-                f"an optimised model keeps its {self.real_dtype}, it cannot be cast to {cast}: build it again from the "
+                f"an optimized model keeps its {self.real_dtype}, it cannot be cast to {cast}: build it again from the "
                 "model, with dtype= of optimize_for_inference"
             )
         super()._apply(fn, recurse)
@@ -224,7 +224,7 @@ def refuse_export() -> None:
     """Raises `RuntimeError` while a form of a network is exported: it runs kernels of this machine."""
     if exporting():
         raise RuntimeError(
-            "an optimised network runs kernels of this machine and cannot be exported: export the plain model, the one "
+            "an optimized network runs kernels of this machine and cannot be exported: export the plain model, the one "
             "that optimize_for_inference was given (the runtime that reads it folds and fuses in its own way)"
         )
 

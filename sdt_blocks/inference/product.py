@@ -1,4 +1,4 @@
-"""The products of an optimised model: weights times frames, in the way that is fastest on this machine."""
+"""The products of an optimized model: weights times frames, in the way that is fastest on this machine."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ PATHS: dict[str, type[Convolution]] = {
 class Product(nn.Module):
     """A convolution with bias on contiguous channels-last frames; without a `geometry` it keeps the frame's size.
 
-    Every product of an optimised model is one of these. `path` is a key of `PATHS`; "auto" takes the one that was
+    Every product of an optimized model is one of these. `path` is a key of `PATHS`; "auto" takes the one that was
     fastest when a shape was first seen. `spikes` says that frames hold only zeros and ones; the products of `chain`,
     one after another, compute the same.
 

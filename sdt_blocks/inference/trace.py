@@ -2,7 +2,7 @@
 
 Units, neurons, mixers and torch's own layers are leaves, each kept whole as one node; the trace enters blocks,
 containers and a user's own modules. A module whose forward cannot be traced (it branches on a tensor, or asks for a
-shape in Python) becomes one opaque node, and one warning names it; everything else is optimised.
+shape in Python) becomes one opaque node, and one warning names it; everything else is optimized.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class _Root(nn.Module):
         ]
         if len(required) > 4:
             raise ValueError(
-                f"a network of at most four inputs can be optimised, {type(network).__name__}.forward requires "
+                f"a network of at most four inputs can be optimized, {type(network).__name__}.forward requires "
                 f"{len(required)}: give the others defaults, or put them into one tensor"
             )
         # The tracer reads the inputs from the signature.

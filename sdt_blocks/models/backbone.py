@@ -240,7 +240,7 @@ class Backbone(HubModel, nn.Module):
         return membrane
 
     def no_weight_decay(self) -> set[str]:
-        """The names of the neurons' parameters: time constants, which decay would draw towards 2 steps."""
+        """The names of the neurons' parameters: time constants, which decay would draw toward 2 steps."""
         return {f"{name}.{key}" for name, neuron in find_neurons(self).items() for key, _ in neuron.named_parameters()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

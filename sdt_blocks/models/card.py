@@ -67,7 +67,7 @@ class DataCard:
     std: Annotated[Sequence[float] | None, Option(above=0)] = None
     interpolation: str | None = None
     crop_pct: Annotated[float | None, Option(above=0, most=1)] = None
-    """The shorter side is resized to `input_size / crop_pct`, then the centre is cropped."""
+    """The shorter side is resized to `input_size / crop_pct`, then the center is cropped."""
     note: str | None = None
     """Anything else that a user of the weights has to know, in a sentence."""
 
@@ -150,7 +150,7 @@ def _imagenet() -> dict[str, str]:
 def transform_of(model: nn.Module) -> Callable[[Image], Tensor]:
     """The evaluation transform of a model's images, according to its card: a PIL image -> float32 `[C, H, W]`.
 
-    Grey, 16-bit and transparent images become RGB first. Raises `ValueError` for a model without a card for images, and
+    Gray, 16-bit and transparent images become RGB first. Raises `ValueError` for a model without a card for images, and
     `ImportError` without torchvision or timm.
 
     >>> from PIL import Image

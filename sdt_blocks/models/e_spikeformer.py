@@ -62,7 +62,7 @@ class ESpikeFormer(Backbone):
     `levels` binary steps ("1x4", "1x8"; the released weights do not say which, but their file names do). Frames are
     combined only in the last mean. The models for events differ in two ways: levels are divided by `level_norm` instead
     of `levels` (those of the last neuron are not divided), and with `layer_scale` each of the three branches of the
-    attention blocks ends in a learnt factor for each channel.
+    attention blocks ends in a learned factor for each channel.
 
     Input: images `[B, in_channels, H, W]` of any size, shown `time_steps` times (1, as all of them are the same), or
     frames `[B, T, in_channels, H, W]`. Output: logits `[B, num_classes]`; `num_classes=0` leaves the head out.

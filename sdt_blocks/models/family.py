@@ -26,7 +26,7 @@ class ReleasedKeys:
     unused: str = ""
     """A pattern of whole keys that are released but never used in the forward pass."""
     weed: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
-    """Removes from a released state_dict what cannot be recognised by a pattern of keys."""
+    """Removes from a released state_dict what cannot be recognized by a pattern of keys."""
 
     def renamed(self, key: str) -> str | None:
         """The name here of a released key: "" if nothing uses it, `None` if it does not belong to the family."""

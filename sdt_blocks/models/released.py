@@ -127,7 +127,7 @@ def load_released_checkpoint(
     The family, the architecture and a second head are read from the weights and the file's training arguments;
     `overrides` (options of the model's class, such as `time_steps=4` or `event_pooling=True`) take precedence. The
     weights may be under "state_dict", "model" or "model_state_dict"; `ema=True` uses their moving average. Prefixes of
-    distributed training, torch.compile and Lightning are removed. `new_head=True` leaves the head newly initialised,
+    distributed training, torch.compile and Lightning are removed. `new_head=True` leaves the head newly initialized,
     for `num_classes` of other data; `num_classes=0` removes it. The `model.card` of a model with ImageNet's 1000
     classes has their names and the preparation of images.
 

@@ -160,7 +160,7 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 def load_model(folder: str | os.PathLike[str], *, new_head: bool = False, **overrides: Any) -> Any:
     """The model that `save_model` wrote, in eval mode. From a recipe's run folder, its best model, or else its last.
 
-    `overrides` are options of the model's class; `new_head=True` leaves the head newly initialised, for `num_classes`
+    `overrides` are options of the model's class; `new_head=True` leaves the head newly initialized, for `num_classes`
     of other data, and `num_classes=0` removes it. `model.card` is the one it was saved with. Raises
     `FileNotFoundError` or `ValueError` naming file and cause.
     """

@@ -38,7 +38,7 @@ def build_filled(
 ) -> nn.Module:
     """A model of these options, with overrides, and with these weights in their own dtypes.
 
-    `new_head=True` leaves the head newly initialised. Weights may also have the names in `blocks.names`. `card`
+    `new_head=True` leaves the head newly initialized. Weights may also have the names in `blocks.names`. `card`
     describes the data that the weights were trained on; its class names are dropped for other classes. Raises
     `ValueError` or `TypeError` if the options are impossible, the weights do not fit, or they have another number of
     classes and neither `new_head` nor `num_classes=0` is given.

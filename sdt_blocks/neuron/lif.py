@@ -89,7 +89,7 @@ class LIF(snntorch.Leaky, Streamed):
         self.strict = strict
 
     # snnTorch keeps its constants in buffers of the state_dict. Here they are plain numbers: no read-back from a
-    # device, nothing a half-precision cast could round, nothing in a checkpoint that is not learnt.
+    # device, nothing a half-precision cast could round, nothing in a checkpoint that is not learned.
     def _threshold_buffer(self, threshold: float, learn_threshold: bool) -> None:
         self.threshold = float(threshold)
 
@@ -192,7 +192,7 @@ class LIF(snntorch.Leaky, Streamed):
 
 
 class ParametricLIF(LIF):
-    """LIF whose time constant is learnt: `1 / tau = sigmoid(w)` (Fang et al., 2021, https://arxiv.org/abs/2007.05785).
+    """LIF whose time constant is learned: `1 / tau = sigmoid(w)` (Fang et al., 2021, https://arxiv.org/abs/2007.05785).
 
     `w` is one scalar for the layer, as in the released models, or with `channels=C` one for each channel of
     `[T, B, C, ...]`. Shapes and all other options are those of `LIF`.
@@ -233,7 +233,7 @@ def _check_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
             f"{name} must be a number, got a {type(value).__name__}; only the time constant of ParametricLIF is "
-            "learnt, one per layer or with channels= one per channel"
+            "learned, one per layer or with channels= one per channel"
         )
 
 

@@ -51,7 +51,7 @@ def replace_neurons(
     `snntorch.Leaky`, with the membrane passed or hidden, and `snntorch.utils.reset` resets it. Any other neuron of
     snnTorch can replace one with the same number of states; `init_hidden` and `output` are passed on.
 
-    Raises `ValueError` if there is no neuron, if hooks, learnt parameters or a threshold per channel would be lost, or
+    Raises `ValueError` if there is no neuron, if hooks, learned parameters or a threshold per channel would be lost, or
     if a width is unknown, and `TypeError` for a factory that does not fit the way in which the network calls its
     neurons. The model is then unchanged.
 
@@ -97,7 +97,7 @@ def _successor(name: str, old: nn.Module, neuron: NeuronLike, channels: int | No
     if stepwise:
         new = _in_steps(name, old, new)
     if not informed:
-        _keep_learnt(name, old, new)
+        _keep_learned(name, old, new)
     return new
 
 
@@ -141,16 +141,16 @@ def _threshold(name: str, old: nn.Module, informed: bool) -> float:
     return float(threshold.detach() if isinstance(threshold, Tensor) else threshold)
 
 
-def _keep_learnt(name: str, old: nn.Module, new: nn.Module) -> None:
+def _keep_learned(name: str, old: nn.Module, new: nn.Module) -> None:
     """Copies the old neuron's parameters to the new one. Raises `ValueError` for one that has no place there."""
     places = dict(new.named_parameters())
     for key, value in _bare(old).items():
         place = _bare(new).get(key)
         if place is None or place.shape != value.shape:
             raise ValueError(
-                f"{name}, {type(old).__name__}, has learnt {key} {list(value.shape)}, which has no place in "
-                f"{type(new).__name__} ({', '.join(places) or 'nothing learnt'}): give a factory with an argument old, "
-                f"the neuron that goes, which takes it over or leaves it: lambda threshold, old: ..."
+                f"{name}, {type(old).__name__}, has learned {key} {list(value.shape)}, which has no place in "
+                f"{type(new).__name__} ({', '.join(places) or 'nothing learned'}): give a factory with an argument "
+                f"old, the neuron that goes, which takes it over or leaves it: lambda threshold, old: ..."
             )
         with torch.no_grad():
             place.copy_(value)
@@ -165,8 +165,8 @@ def _bare(neuron: nn.Module) -> Mapping[str, nn.Parameter]:
 
 def _widths(model: nn.Module, found: Mapping[str, nn.Module], neuron: NeuronLike, inputs: Any) -> dict[str, int]:
     """The number of channels of each neuron layer: the third axis of a sequence, the second of a single step."""
-    learnt = {name: getattr(old, "w", None) for name, old in found.items()}
-    seen = {name: w.numel() for name, w in learnt.items() if isinstance(w, Tensor) and w.ndim}
+    learned = {name: getattr(old, "w", None) for name, old in found.items()}
+    seen = {name: w.numel() for name, w in learned.items() if isinstance(w, Tensor) and w.ndim}
     if len(seen) == len(found):
         return seen
     if inputs is None:

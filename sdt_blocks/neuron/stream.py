@@ -56,7 +56,7 @@ class Streamed:
     def settings(self) -> dict[str, Any]:
         """The classes, options and constants of the neuron and its parts, which a saved state must agree with.
 
-        Of parameters, which are learnt, dtype and shape.
+        Of parameters, which are learned, dtype and shape.
         """
         assert isinstance(self, nn.Module)
         found: dict[str, Any] = {}
@@ -67,8 +67,8 @@ class Streamed:
             plain = {name: value for name, value in held.items() if isinstance(value, bool | int | float | str)}
             told = {"class": type(module).__name__, **plain}
             found |= {f"{path}.{name}".lstrip("."): value for name, value in told.items()}
-        learnt = {name: _described(value) for name, value in self.named_parameters()}
-        return found | {name: value.clone() for name, value in self.state_dict().items()} | learnt
+        learned = {name: _described(value) for name, value in self.named_parameters()}
+        return found | {name: value.clone() for name, value in self.state_dict().items()} | learned
 
 
 class Stream:

@@ -110,7 +110,7 @@ def constants(neuron: NeuronSpec) -> NeuronSpec | None:
     """
     threshold, reset, surrogate, detach_reset, strict, inv_tau = neuron
     if isinstance(threshold, Tensor):
-        raise TypeError(f"threshold must be a number, got a {type(threshold).__name__}: it is not learnt")
+        raise TypeError(f"threshold must be a number, got a {type(threshold).__name__}: it is not learned")
     if isinstance(surrogate, Scheduled):
         surrogate = surrogate.fixed
     if not isinstance(surrogate, Surrogate):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..surrogate import transformed
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list}
-"""The types of arguments whose behaviour nobody has overridden."""
+"""The types of arguments whose behavior nobody has overridden."""
 
 
 class RegisteredOp:

@@ -14,7 +14,7 @@ from ..surrogate import KINDS, Scheduled, Surrogate, sigmoid
 
 RESETS = ("zero", "subtract", "none")
 ROUNDINGS = ("even", "up")
-"""How a level and a half is rounded: to the even neighbour, as in `torch.round`, or up."""
+"""How a level and a half is rounded: to the even neighbor, as in `torch.round`, or up."""
 SIGMOID = sigmoid()
 
 # Shorter runs of consecutive elements are copied first instead of being read in place.

@@ -180,7 +180,7 @@ def test_the_network_is_afterwards_what_it_was(v2):
     model.eval()
 
 
-def test_synchronised_norms_fold(v2):
+def test_synchronized_norms_fold(v2):
     model, x = v2
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
     assert audit(converted, x).spike_driven

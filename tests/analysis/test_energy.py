@@ -1,4 +1,4 @@
-"""The energy table against closed forms, direct counts of spikes, and folded batch normalisation."""
+"""The energy table against closed forms, direct counts of spikes, and folded batch normalization."""
 
 import json
 import warnings
@@ -136,7 +136,7 @@ def test_batches_add_up(small):
         assert a.name == b.name and a.rate == pytest.approx(b.rate, rel=1e-12)
 
 
-def test_folding_batch_normalisation_changes_nothing(small):
+def test_folding_batch_normalization_changes_nothing(small):
     model, x = small(), torch.rand(4, 3, 16, 16)
     before = energy(model, x)
     model.patch.stages[0].conv = fuse_conv_bn_eval(model.patch.stages[0].conv, model.patch.stages[0].norm)

@@ -63,7 +63,7 @@ def test_membrane_trace(findings):
 def test_attention_figure(findings):
     model, x, *_ = findings
     figure = plots.attention_figure(x, attention_maps(model, x, per_step=True), ["a", "b", "c"])
-    assert len(figure.axes) == 3 * 4 + 1  # and the colour scale
+    assert len(figure.axes) == 3 * 4 + 1  # and the color scale
     assert [axes.get_title() for axes in figure.axes[:4]] == ["input", "a", "b", "c"]
 
 

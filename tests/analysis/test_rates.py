@@ -201,7 +201,7 @@ def test_errors(small):
         firing_rates(small(), [])
     with pytest.raises(TypeError, match="must be a tensor"):
         firing_rates(small(), [{"x": 1}])
-    with pytest.raises(TypeError, match="analyse the model that it was made from"):
+    with pytest.raises(TypeError, match="analyze the model that it was made from"):
         energy(optimize_for_inference(small(), compile=False), torch.rand(1, 3, 16, 16))
     with pytest.raises(ValueError, match="took part"):
         firing_rates(small(), [torch.rand(1, 3, 16, 16)], forward=lambda model, x: x)

@@ -76,7 +76,7 @@ def test_cutout_zeroes_one_clipped_square():
 
 
 def moved_by_hand(frames, inverse):
-    """The nearest pixel of where each comes from, `inverse @ (x, y)` about the centre; zero from outside."""
+    """The nearest pixel of where each comes from, `inverse @ (x, y)` about the center; zero from outside."""
     height, width = frames.shape[-2:]
     y, x = np.mgrid[:height, :width]
     middle = np.array([(width - 1) / 2, (height - 1) / 2])
@@ -103,7 +103,7 @@ def test_rotation_and_shear_are_their_matrices(operation, limit, inverse):
     frames = make_frames()
     for magnitude in np.linspace(-limit, limit, 31).tolist():
         moved, expected = transform_frames(frames, operation, magnitude), moved_by_hand(frames, inverse(magnitude))
-        # Nearest neighbour: at exact ties the two may round to different pixels.
+        # Nearest neighbor: at exact ties the two may round to different pixels.
         assert (moved != expected).float().mean() < 0.01, magnitude
 
 

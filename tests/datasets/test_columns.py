@@ -120,7 +120,7 @@ def test_polarity_one_and_two_says_what_to_subtract():
             polarity_is_on(np.zeros(3).astype(int).astype(kind))
 
 
-def test_normalised_coordinates_say_so():
+def test_normalized_coordinates_say_so():
     columns = draw(100)
     with pytest.raises(ValueError, match=r"x is 0\.\d+ in row \d; .* within 0 \.\.\. 1: multiply"):
         events_from_columns(**{**columns, "x": columns["x"] / 100})

@@ -128,7 +128,7 @@ def test_frames_that_are_not_finite_are_named(tmp_path, write, value):
     ],
     ids=["fraction", "nan", "label", "strided over nothing", "sparse"],
 )
-def test_tensors_that_are_no_labelled_frames_are_refused(tmp_path, write, content):
+def test_tensors_that_are_no_labeled_frames_are_refused(tmp_path, write, content):
     for split in ("train", "test"):
         write.pt(tmp_path / split / "0.pt", label=3)
         torch.save(content, tmp_path / split / "1.pt")

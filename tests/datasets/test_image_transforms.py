@@ -37,7 +37,7 @@ def test_training_transform_is_timms_own(auto_augment, photograph):
 
 
 @pytest.mark.parametrize(("img_size", "crop_pct", "resized"), [(224, 0.95, 235), (288, 0.9, 320), (32, 1.0, 32)])
-def test_evaluation_resizes_the_short_side_and_crops_the_centre(img_size, crop_pct, resized, photograph):
+def test_evaluation_resizes_the_short_side_and_crops_the_center(img_size, crop_pct, resized, photograph):
     image = photograph("flower", 1, (200, 260))
     _, evaluation = build_transforms(img_size=img_size, mean=(0.0,), std=(1.0,), crop_pct=crop_pct)
     width = int(resized * 260 / 200)
@@ -45,15 +45,15 @@ def test_evaluation_resizes_the_short_side_and_crops_the_centre(img_size, crop_p
     torch.testing.assert_close(evaluation(image), expected, rtol=0, atol=1e-6)
 
 
-def test_grey_images_become_three_channels_and_colour_becomes_luma(photograph):
+def test_gray_images_become_three_channels_and_color_becomes_luma(photograph):
     array = np.array(photograph("china", 0, (32, 32)))
     three = build_transforms(img_size=32, in_channels=3, mean=(0.5,), std=(0.25,))[1]
     mean, std = np.array([0.3, 0.5, 0.8]), np.array([0.4, 0.25, 0.1])
     one = build_transforms(img_size=32, in_channels=1, mean=mean, std=std)[1]
-    grey = three(Image.fromarray(array[..., 0]).convert("RGB"))
-    assert torch.equal(grey[0], grey[1])
-    assert torch.equal(grey[0], grey[2])
-    torch.testing.assert_close(grey[0], torch.from_numpy((array[..., 0] / 255 - 0.5) / 0.25).float())
+    gray = three(Image.fromarray(array[..., 0]).convert("RGB"))
+    assert torch.equal(gray[0], gray[1])
+    assert torch.equal(gray[0], gray[2])
+    torch.testing.assert_close(gray[0], torch.from_numpy((array[..., 0] / 255 - 0.5) / 0.25).float())
     assert LUMA == (0.299, 0.587, 0.114)
     expected = (array / 255 @ LUMA - mean @ LUMA) / (std @ LUMA)
     torch.testing.assert_close(one(Image.fromarray(array))[0], torch.from_numpy(expected).float())

@@ -70,7 +70,7 @@ def test_generators_are_put_back_after_an_error():
     assert random.getstate() == before
 
 
-def test_seeds_of_neighbouring_samples_do_not_repeat():
+def test_seeds_of_neighboring_samples_do_not_repeat():
     draws = set()
     for key in ((seed, epoch, index) for seed in range(3) for epoch in range(10) for index in range(100)):
         with seeded(*key):

@@ -131,7 +131,7 @@ def usual(dtype, batch=32, size=224, alpha=4.0, tau=0.5):
 
 
 def options(dtype):
-    """What neurons and tensors may be besides: every reset and surrogate, learnt time constants, membranes, gaps."""
+    """What neurons and tensors may be besides: every reset and surrogate, learned time constants, membranes, gaps."""
     for i, reset in enumerate(("zero", "subtract", "none")):
         for kind in KINDS:
             neuron = NeuronSpec(reset=reset, strict=i == 1, detach_reset=i == 0, surrogate=Surrogate(kind, 2.0))
@@ -155,7 +155,7 @@ def options(dtype):
 
 
 def long(dtype):
-    """Sequences with time constants learnt a channel: what takes the most registers."""
+    """Sequences with time constants learned a channel: what takes the most registers."""
     for steps in (8, 11, 16):
         for channels_last in (False, True):
             layer = Layer((steps, 32, 384, 14, 14), dtype, channels_last)

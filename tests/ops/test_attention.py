@@ -36,7 +36,7 @@ def apart(x):
     return torch.stack([x, x.new_full(x.shape, torch.nan)], -1)[..., 0]
 
 
-def make(shape, dtype, device, *, learnt, seed=0):
+def make(shape, dtype, device, *, learned, seed=0):
     """Inputs, norms and neurons of which some fire in every channel, as leaves."""
     torch.manual_seed(seed)
     channels = shape[2]
@@ -46,10 +46,10 @@ def make(shape, dtype, device, *, learnt, seed=0):
     biases = [torch.rand(channels, dtype=state, device=device).add(0.3).requires_grad_() for _ in range(3)]
     taus = [torch.rand(channels, dtype=state, device=device).mul(0.5).add(0.3).requires_grad_() for _ in range(4)]
     norms = [Norm(weight=w, bias=b, training=True) for w, b in zip(weights, biases, strict=True)]
-    inv_taus = taus if learnt else [0.5, 0.5, 0.5, 0.4]
+    inv_taus = taus if learned else [0.5, 0.5, 0.5, 0.4]
     thresholds = (1.0, 1.0, 1.0, max(0.5, shape[3] * shape[4] / 32))
     neurons = [NeuronSpec(threshold, inv_tau=k) for k, threshold in zip(inv_taus, thresholds, strict=True)]
-    return x, norms, neurons, [*weights, *biases, *(taus if learnt else [])]
+    return x, norms, neurons, [*weights, *biases, *(taus if learned else [])]
 
 
 def run(op, x, norms, neurons, leaves):
@@ -72,13 +72,13 @@ def worst(found, expected):
 @pytest.mark.parametrize("layout", [contiguous, channels_last, apart])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes_and_layouts(backend, device, shape, layout):
-    x, norms, neurons, leaves = make(shape, torch.float32, device, learnt=True)
+    x, norms, neurons, leaves = make(shape, torch.float32, device, learned=True)
     expected = run(attend_reference, x, norms, neurons, leaves)
     assert worst(run(attend, [layout(part) for part in x], norms, neurons, leaves), expected) <= TAKEN[torch.float32]
 
 
 def test_mixed_layouts(backend, device):
-    x, norms, neurons, leaves = make((2, 2, 20, 4, 5), torch.float64, device, learnt=False)
+    x, norms, neurons, leaves = make((2, 2, 20, 4, 5), torch.float64, device, learned=False)
     expected = run(attend_reference, x, norms, neurons, leaves)
     assert 0.02 < expected[0].mean() < 0.9
     mixed = [layout(part) for layout, part in zip((channels_last, contiguous, apart), x, strict=True)]
@@ -86,9 +86,9 @@ def test_mixed_layouts(backend, device):
 
 
 @pytest.mark.parametrize("dtype", TAKEN, ids=str)
-@pytest.mark.parametrize("learnt", [False, True])
-def test_dtypes(backend, device, dtype, learnt):
-    x, norms, neurons, leaves = make((3, 2, 24, 6, 6), dtype, device, learnt=learnt)
+@pytest.mark.parametrize("learned", [False, True])
+def test_dtypes(backend, device, dtype, learned):
+    x, norms, neurons, leaves = make((3, 2, 24, 6, 6), dtype, device, learned=learned)
     x = [channels_last(part) for part in x]
     state = torch.promote_types(dtype, torch.float32)
     expected = run(attend_reference, [part.to(state) for part in x], norms, neurons, leaves)
@@ -101,7 +101,7 @@ def test_dtypes(backend, device, dtype, learnt):
 @pytest.mark.parametrize("detach_reset", [True, False])
 @pytest.mark.parametrize("strict", [True, False])
 def test_neurons(backend, device, reset, detach_reset, strict):
-    x, norms, neurons, leaves = make((4, 2, 12, 4, 4), torch.float64, device, learnt=True)
+    x, norms, neurons, leaves = make((4, 2, 12, 4, 4), torch.float64, device, learned=True)
     options = {"reset": reset, "detach_reset": detach_reset, "strict": strict, "surrogate": atan()}
     neurons = [neuron._replace(**options) for neuron in neurons]
     neurons[3] = neurons[3]._replace(reset="subtract", surrogate=triangular(0.2))
@@ -110,7 +110,7 @@ def test_neurons(backend, device, reset, detach_reset, strict):
 
 
 def test_evaluation(backend, device):
-    x, norms, neurons, leaves = make((4, 2, 12, 4, 4), torch.float64, device, learnt=True)
+    x, norms, neurons, leaves = make((4, 2, 12, 4, 4), torch.float64, device, learned=True)
     running = {"running_mean": torch.randn(12).double().to(device), "running_var": torch.rand(12).double().to(device)}
     norms = [norm._replace(**running, training=False) for norm in norms]
     expected = run(attend_reference, x, norms, neurons, leaves)
@@ -120,7 +120,7 @@ def test_evaluation(backend, device):
 @pytest.mark.parametrize("unlike", ["nothing", "neurons", "norms", "orders", "tracked", "shared"])
 def test_running_statistics(backend, device, unlike):
     """One launch settles three norms that are alike; each takes its own where they are not."""
-    x, norms, neurons, _ = make((4, 2, 12, 4, 4), torch.float64, device, learnt=False)
+    x, norms, neurons, _ = make((4, 2, 12, 4, 4), torch.float64, device, learned=False)
     x = [(i + 1) * part + i for i, part in enumerate(x)]
     if unlike == "orders":
         x[1] = channels_last(x[1])
@@ -148,7 +148,7 @@ def test_running_statistics(backend, device, unlike):
 
 @pytest.mark.parametrize("given", [(False, False), (True, False), (False, True), "unlike"], ids=str)
 def test_norms_without_weight_or_bias(backend, device, given):
-    x, norms, neurons, leaves = make((3, 2, 12, 4, 4), torch.float64, device, learnt=False)
+    x, norms, neurons, leaves = make((3, 2, 12, 4, 4), torch.float64, device, learned=False)
     neurons = [neuron._replace(threshold=0.4) for neuron in neurons]
     for i, norm in enumerate(norms):
         weighted, biased = (i == 0, i == 1) if given == "unlike" else given
@@ -160,7 +160,7 @@ def test_norms_without_weight_or_bias(backend, device, given):
 
 @pytest.mark.parametrize("place", [1, 2])
 def test_unlike_neurons_are_fused_each_for_itself(backend, device, place):
-    x, norms, neurons, leaves = make((4, 2, 12, 4, 4), torch.float64, device, learnt=False)
+    x, norms, neurons, leaves = make((4, 2, 12, 4, 4), torch.float64, device, learned=False)
     neurons[place] = neurons[place]._replace(threshold=0.7, inv_tau=0.9, surrogate=atan())
     expected = run(attend_reference, x, norms, neurons, leaves)
     assert worst(run(attend, x, norms, neurons, leaves), expected) <= TAKEN[torch.float64]
@@ -177,7 +177,7 @@ def test_a_sum_over_tokens_is_exact_in_half_precision(op):
 
 def test_a_surrogate_that_no_kernel_knows_gives_no_known_spikes():
     """`soft + (hard - soft)` need not be 0 or 1 to the bit."""
-    x, norms, neurons, _ = make((2, 1, 4, 2, 2), torch.float32, "cpu", learnt=False)
+    x, norms, neurons, _ = make((2, 1, 4, 2, 2), torch.float32, "cpu", learned=False)
     x = [part.requires_grad_() for part in x]
     foreign = [neuron._replace(surrogate=torch.sigmoid) for neuron in neurons]
     unlike = [neuron._replace(threshold=0.5 + i) for i, neuron in enumerate(neurons)]
@@ -186,7 +186,7 @@ def test_a_surrogate_that_no_kernel_knows_gives_no_known_spikes():
 
 
 def test_more_tokens_than_a_program_holds(backend, device, monkeypatch):
-    x, norms, neurons, leaves = make((2, 1, 4, 4, 4), torch.float64, device, learnt=False)
+    x, norms, neurons, leaves = make((2, 1, 4, 4, 4), torch.float64, device, learned=False)
     expected = run(attend, x, norms, neurons, leaves)
     called = []
     monkeypatch.setattr(attention_op, "attend_op", lambda *arguments: called.append(arguments))
@@ -196,7 +196,7 @@ def test_more_tokens_than_a_program_holds(backend, device, monkeypatch):
 
 
 def test_opcheck(backend, device):
-    x, norms, neurons, _ = make((2, 2, 6, 4, 2), torch.float32, device, learnt=True)
+    x, norms, neurons, _ = make((2, 2, 6, 4, 2), torch.float32, device, learned=True)
     arguments = []
     original = attention_op.attend_op
     attention_op.attend_op = lambda *given: arguments.append(given) or original(*given)
@@ -276,7 +276,7 @@ def test_what_takes_the_block_apart(monkeypatch):
 def test_kept_for_the_gradient(monkeypatch):
     """q, k, v at a float each, one byte for what fired, and a bit for the masked spikes."""
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
-    x, norms, neurons, _ = make((4, 2, 64, 14, 14), torch.float32, "cpu", learnt=False)
+    x, norms, neurons, _ = make((4, 2, 64, 14, 14), torch.float32, "cpu", learned=False)
     x = [part.requires_grad_() for part in x]
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(
@@ -289,7 +289,7 @@ def test_kept_for_the_gradient(monkeypatch):
 
 
 def test_without_gradient_nothing_is_kept(backend, device, monkeypatch):
-    x, norms, neurons, _ = make((2, 2, 6, 3, 3), torch.float32, device, learnt=False)
+    x, norms, neurons, _ = make((2, 2, 6, 3, 3), torch.float32, device, learned=False)
     expected = attend_reference(x, norms, neurons)
     results = []
     original = attention_op.attend_op

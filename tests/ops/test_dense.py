@@ -135,7 +135,7 @@ def test_attend_pools_within_heads(heads: int | None) -> None:
     assert np.array_equal(found[0].numpy().astype(bool), expected) and expected.any() and not expected.all()
 
 
-def test_pool_is_a_maximum_over_neighbours() -> None:
+def test_pool_is_a_maximum_over_neighbors() -> None:
     x = membranes(2, 3, 7, 6, 5)
     expected = F.max_pool2d(x.movedim(-1, 2).flatten(0, 1), 3, 2, 1).unflatten(0, (2, 3)).movedim(2, -1)
     assert torch.equal(dense.pool(x), expected)

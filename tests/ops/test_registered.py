@@ -31,9 +31,9 @@ def calls():
     weight = torch.rand(8, generator=generator).requires_grad_()
     bias = torch.rand(8, generator=generator).requires_grad_()
     norm, spec = Norm(weight=weight, bias=bias, training=True), NeuronSpec()
-    learnt = spec._replace(inv_tau=weight)
+    learned = spec._replace(inv_tau=weight)
     return {
-        "lif": (lambda: lif(x, learnt, membrane, return_membrane=True), (x, weight, membrane)),
+        "lif": (lambda: lif(x, learned, membrane, return_membrane=True), (x, weight, membrane)),
         "norm": (lambda: (batch_norm_lif(x, norm, spec),), (x, weight, bias)),
         "attend": (lambda: (attend([x, x * 2, x + 1], [norm] * 3, [spec] * 4),), (x, weight, bias)),
         "pool": (lambda: (max_pool(x.flatten(0, 1)) ** 2,), (x,)),

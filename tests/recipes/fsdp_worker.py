@@ -29,7 +29,7 @@ ACCELERATOR: Any = SimpleNamespace(
 
 
 def divide(model: Any) -> tuple[Any, Any]:
-    """The model's parameters over both processes, block by block, and an optimiser as Accelerate wraps it."""
+    """The model's parameters over both processes, block by block, and an optimizer as Accelerate wraps it."""
     mesh = init_device_mesh("cpu", (2,))
     for module in model.modules():
         if isinstance(module, SpikeDrivenBlock):

@@ -138,7 +138,7 @@ def test_both_stages_on_photographs(train, photographs, teacher_weights, tmp_pat
         assert files[0] == files[1], "a run in two parts ends as an undisturbed one, bit for bit"
     last = load_model(tmp_path / "t4" / "last").train()
     assert last.time_steps == 4 and list(last.config["dims"]) == [16, 16, 16, 24]
-    # The second head has learnt what its teacher always says.
+    # The second head has learned what its teacher always says.
     images = torch.stack([run.test_loader.dataset[i][0] for i in range(8)])
     with torch.no_grad():
         _, second = last(images)

@@ -216,7 +216,7 @@ def spoil(run, what, at, monkeypatch):
     """Makes something not finite at these updates; all but the output leaves the loss finite."""
     forward = type(run.plain).forward
 
-    def spoilt(model, inputs):
+    def spoiled(model, inputs):
         if model is not run.plain or not model.training or run.position.step not in at:
             return forward(model, inputs)
         logits = forward(model, inputs * math.nan if what == "input" else inputs)
@@ -227,7 +227,7 @@ def spoil(run, what, at, monkeypatch):
         return logits * math.nan if what == "output" else logits
 
     # The class's own, since a model with another forward than its class is not saved.
-    monkeypatch.setattr(type(run.plain), "forward", spoilt)
+    monkeypatch.setattr(type(run.plain), "forward", spoiled)
 
 
 def test_with_a_gradient_scaler_statistics_must_be_finite_and_gradients_need_not(set_up, monkeypatch):

@@ -22,7 +22,7 @@ from sdt_datasets.recordings import read_events
 sys.path.insert(0, str(Path(__file__).parents[1] / "datasets"))
 from writing import Writer
 
-# data, T, pooling, event pooling, classes, optimiser, batch, lr, its minimum, its start, weight decay, TET, frame side
+# data, T, pooling, event pooling, classes, optimizer, batch, lr, its minimum, its start, weight decay, TET, frame side
 REGIMES = {
     "gesture_t10": ("dvs128_gesture", 10, "0111", False, 11, "lamb", 16, 2e-3, 1e-5, 1e-5, 1e-4, False, None),
     "gesture_t16": ("dvs128_gesture", 16, "0111", False, 11, "lamb", 16, 3e-4, 1e-5, 1e-6, 0.06, False, None),
@@ -271,8 +271,8 @@ def check_demo(tmp_path, launcher, *arguments):
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     assert pixels.shape[0] > 600
     assert pixels.shape[1] > 800
-    coloured = (pixels.max(2) - pixels.min(2) > 80).mean()
-    assert 0.01 < coloured < 0.6
+    colored = (pixels.max(2) - pixels.min(2) > 80).mean()
+    assert 0.01 < colored < 0.6
     return summary
 
 
@@ -306,7 +306,7 @@ def test_demo_learns_the_four_directions(tmp_path, launcher):
     assert len(list((tmp_path / "runs" / "moving_shapes" / "test").glob("*/*.npy"))) == 200
 
 
-def test_the_real_recording_comes_with_its_licence():
+def test_the_real_recording_comes_with_its_license():
     folder = CONFIGS.parent / "data"
     assert len(read_events(folder / "davis346_crop.npz")) == 17_284
     assert "MIT License" in (folder / "davis346_LICENSE").read_text()

@@ -1,4 +1,4 @@
-"""Optimisers, schedule, mixing and losses held to timm, torch and float64 closed forms."""
+"""Optimizers, schedule, mixing and losses held to timm, torch and float64 closed forms."""
 
 import numpy as np
 import pytest
@@ -76,7 +76,7 @@ def test_rates_scale_with_the_total_batch(total, reference, scale):
     assert batch_scale(total, reference) == scale
 
 
-# Optimisers
+# Optimizers
 
 
 @pytest.mark.parametrize("name", ["lamb", "adamw", "sgd"])

@@ -48,7 +48,7 @@ UNUSED = {"accumulate": 1, "max_steps": None, "ema_decay": None, "sync_bn": Fals
 
 
 # Of the other families, at the total batch of eight processes (CIFAR: of one): variant, its parameters, batch,
-# optimiser, lr, its minimum, lr at the start of the warm-up, weight decay
+# optimizer, lr, its minimum, lr at the start of the warm-up, weight decay
 RATES = {
     "imagenet_spikformer": ("spikformer_8_512", 29_689_384, 192, "adamw", 5e-4, 1e-5, 1e-6, 0.05),
     "cifar10_spikformer": ("spikformer_4_384", 9_324_730, 128, "adamw", 5e-4, 1e-5, 1e-5, 0.06),

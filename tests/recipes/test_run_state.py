@@ -135,10 +135,10 @@ def test_what_a_run_may_change_and_what_not(tmp_path):
         check_settings(position, {"seed": 2, "optim.lr": 0.1}, **{**same, "total_batch": 64, "samples": 99})
     for part in ("seed is 2 and was 1", "is 64 and was 32", "has 99 samples and had 100", "resume=none"):
         assert part in str(caught.value)
-    labelled = Position(total_batch=32, samples=100, labels="a")
-    check_settings(labelled, {}, **same, labels="a")
+    labeled = Position(total_batch=32, samples=100, labels="a")
+    check_settings(labeled, {}, **same, labels="a")
     with pytest.raises(ConfigError, match="of other classes, or in another order"):
-        check_settings(labelled, {}, **same, labels="b")
+        check_settings(labeled, {}, **same, labels="b")
 
 
 def test_a_finished_run_is_not_overwritten_unasked(tmp_path, model):

@@ -10,7 +10,7 @@
 
 namespace {
 
-// A part of a frame that keeps the tokens of a channel together: one channel of an image, or some neighbouring channels.
+// A part of a frame that keeps the tokens of a channel together: one channel of an image, or some neighboring channels.
 struct Piece {
     int64_t image, channel, channels;  // the first channel, and how many
     int64_t start, rows, stride;       // rows of consecutive neurons

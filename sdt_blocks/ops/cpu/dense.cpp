@@ -1,4 +1,4 @@
-// What runs between two products when an optimised model is evaluated, for dense.py: neurons fused with the shortcut's
+// What runs between two products when an optimized model is evaluated, for dense.py: neurons fused with the shortcut's
 // addition, with max pooling and with the attention's mask. Frames are channels-last and contiguous.
 //
 // Neurons are computed in float32, in blocks whose state stays in the first-level cache: all time steps of a block before the
@@ -140,7 +140,7 @@ void fire_row(const Frames& f, const X* x, int64_t x_step, const Cells& d, const
     }
 }
 
-// Pools a row of pixels horizontally: every second pixel OR its two neighbours.
+// Pools a row of pixels horizontally: every second pixel OR its two neighbors.
 void pool_row(int64_t width, int64_t channels, const uint8_t* row, uint8_t* out) {
     for (int64_t x = 0; x < (width + 1) / 2; ++x) {
         const uint8_t* middle = row + 2 * x * channels;

@@ -9,9 +9,9 @@ namespace {
 inline int64_t pooled(int64_t size) { return (size + 1) / 2; }
 
 // Pools three rows of words (null beyond the edges) into one; `whole` has room for a row.
-inline void pool_spikes(const uint64_t* above, const uint64_t* centre, const uint64_t* below, int64_t width, int64_t words,
+inline void pool_spikes(const uint64_t* above, const uint64_t* center, const uint64_t* below, int64_t width, int64_t words,
                         uint64_t* whole, uint64_t* out) {
-    for (int64_t i = 0; i < width * words; i++) whole[i] = centre[i] | (above ? above[i] : 0) | (below ? below[i] : 0);
+    for (int64_t i = 0; i < width * words; i++) whole[i] = center[i] | (above ? above[i] : 0) | (below ? below[i] : 0);
     for (int64_t x = 0; x < width; x += 2)
         for (int64_t word = 0; word < words; word++) {
             const uint64_t* at = whole + x * words + word;
@@ -26,8 +26,8 @@ void pool_spikes(const uint64_t* in, uint64_t* out, int64_t frames, int64_t heig
     for (int64_t row = 0; row < frames * rows; row++) {
         static thread_local Buffer<uint64_t> whole;
         const int64_t y = row % rows * 2;
-        const uint64_t* centre = in + (row / rows * height + y) * length;
-        pool_spikes(y > 0 ? centre - length : nullptr, centre, y + 1 < height ? centre + length : nullptr, width, words,
+        const uint64_t* center = in + (row / rows * height + y) * length;
+        pool_spikes(y > 0 ? center - length : nullptr, center, y + 1 < height ? center + length : nullptr, width, words,
                     whole.reserve(length), out + row * pooled(width) * words);
     }
 }
@@ -40,12 +40,12 @@ void pool_reals(const float* in, float* out, int64_t frames, int64_t height, int
         const int64_t frame = row / rows, y = row % rows;
         for (int64_t x = 0; x < columns; x++) {
             float* to = out + (row * columns + x) * channels;
-            const float* centre = in + ((frame * height + 2 * y) * width + 2 * x) * channels;
-            std::copy(centre, centre + channels, to);
+            const float* center = in + ((frame * height + 2 * y) * width + 2 * x) * channels;
+            std::copy(center, center + channels, to);
             for (int64_t dy = -1; dy <= 1; dy++)
                 for (int64_t dx = -1; dx <= 1; dx++) {
                     if (2 * y + dy < 0 || 2 * y + dy >= height || 2 * x + dx < 0 || 2 * x + dx >= width) continue;
-                    const float* from = centre + (dy * width + dx) * channels;
+                    const float* from = center + (dy * width + dx) * channels;
                     for (int64_t c = 0; c < channels; c++) to[c] = to[c] > from[c] ? to[c] : from[c];
                 }
         }

@@ -9,7 +9,7 @@
 namespace {
 
 constexpr int64_t COPIED_BYTES = 128 << 10;  // of input rows that a task copies
-constexpr int64_t POOLED_ROWS = 16;          // of a task: two neighbouring tasks both compute the row of neurons between them
+constexpr int64_t POOLED_ROWS = 16;          // of a task: two neighboring tasks both compute the row of neurons between them
 
 // Real values with arbitrary strides, in elements. `frames` is the number of steps, or 1 if a frame is shown at every step.
 struct Picture {
@@ -46,7 +46,7 @@ struct Copied {
     int64_t size() const { return rows * row(); }
 };
 
-// The sums of `count` neighbouring pixels in the first COUNT vectors of a tile, over taps, then channels, in ascending order,
+// The sums of `count` neighboring pixels in the first COUNT vectors of a tile, over taps, then channels, in ascending order,
 // with one rounding per product added.
 template <int COUNT>
 __attribute__((noinline)) void multiply_row(const float* values, const Copied& of, const float* weights, int64_t count, float* sums) {
@@ -129,15 +129,15 @@ void rows_product(const Picture& in, const Windows& w, const float* weights, con
             const int64_t pixel = pool ? y % 3 * w.width : (image * w.height + y) * w.width;
             const float* from = values + (y - top) * w.stride_y * of.row();
             product_row(in, of, from, of.size(), weights, own, steps, pixel, summed, streams);
-            // A window is complete with the row below its centre, or with its centre at the lower edge.
-            const int64_t centre = y + 1 == w.height ? y / 2 * 2 : y - 1;
-            if (!pool || centre % 2 || centre < 2 * first) continue;
+            // A window is complete with the row below its center, or with its center at the lower edge.
+            const int64_t center = y + 1 == w.height ? y / 2 * 2 : y - 1;
+            if (!pool || center % 2 || center < 2 * first) continue;
             for (int64_t t = 0; t < steps; t++) {
                 const auto row = [&](int64_t at) -> const uint64_t* {
                     return at < 0 || at >= w.height ? nullptr : own.spikes + t * own.spikes_step + at % 3 * row_words;
                 };
-                uint64_t* to = e.spikes + t * e.spikes_step + (image * results + centre / 2) * pooled(w.width) * words;
-                pool_spikes(row(centre - 1), row(centre), row(centre + 1), w.width, words, columns.data, to);
+                uint64_t* to = e.spikes + t * e.spikes_step + (image * results + center / 2) * pooled(w.width) * words;
+                pool_spikes(row(center - 1), row(center), row(center + 1), w.width, words, columns.data, to);
             }
         }
         if (streams) finish_streams();

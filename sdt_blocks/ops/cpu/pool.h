@@ -45,7 +45,7 @@ template <class X, class S> void write(int64_t n, const S* best, const int32_t* 
         SIMD for (int64_t i = 0; i < n; ++i) places[i] = uint8_t(place[i]);
 }
 
-// Channels innermost: neighbouring windows of a row are computed together.
+// Channels innermost: neighboring windows of a row are computed together.
 template <class X, class S> void max_pool_channels(const Planes& f, const X* x, X* out, uint8_t* places) {
     const int64_t rows = f.rows_out(), wide = f.width_out(), lanes = f.channels, row_in = f.width * lanes;
     const int64_t together = std::min(wide, std::max<int64_t>(1, POOLED / lanes)), pieces = (wide + together - 1) / together;
@@ -58,7 +58,7 @@ template <class X, class S> void max_pool_channels(const Planes& f, const X* x, 
             const int64_t row = piece / pieces, y = row % rows * 2, first = piece % pieces * together;
             const int64_t windows = std::min(together, wide - first), n = windows * lanes, at = (row * wide + first) * lanes;
             const int64_t from = std::max<int64_t>(0, 2 * first - 1), to = std::min(f.width, 2 * (first + windows));
-            const S* in[3];  // the rows above, at and below the centre of the windows, starting at column `from`
+            const S* in[3];  // the rows above, at and below the center of the windows, starting at column `from`
             for (int64_t dy = 0; dy < 3; ++dy) {
                 const bool within = y + dy > 0 && y + dy <= f.height;
                 const X* start = x + (row / rows * f.height + y + dy - 1) * row_in + from * lanes;
@@ -131,7 +131,7 @@ template <class X, class S> void max_pool(const Planes& f, const X* x, X* out, u
     if (f.channels_last) max_pool_channels<X, S>(f, x, out, places); else max_pool_columns<X, S>(f, x, out, places);
 }
 
-// The gradient that n windows give to four inputs each: in the upper row their centre and the input to its right, in the lower
+// The gradient that n windows give to four inputs each: in the upper row their center and the input to its right, in the lower
 // row the two below these. The two of a row are stored side by side, or all right ones behind all left ones. No place is in the
 // padding, so no window gives to an input that does not exist.
 template <bool SideBySide, class S, class X>

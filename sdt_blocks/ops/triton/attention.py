@@ -158,7 +158,7 @@ def _pack(
     B: tl.constexpr,
     V: tl.constexpr,
 ):
-    """Stores a chunk's spikes `left`, a bit per step, as a byte per step and eight neighbours, COUNT steps at once."""
+    """Stores a chunk's spikes `left`, a bit per step, as a byte per step and eight neighbors, COUNT steps at once."""
     JOINED: tl.constexpr = 8 // V
     tokens = tokens if INNERMOST else tokens // JOINED
     channels = channels // JOINED if INNERMOST else channels

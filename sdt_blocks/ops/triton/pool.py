@@ -266,7 +266,7 @@ def _store_bits(
     V: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """Stores up to four rows of `fired`, the last being row `step` of the strip, one byte for eight neighbours.
+    """Stores up to four rows of `fired`, the last being row `step` of the strip, one byte for eight neighbors.
 
     Bit 8 i belongs to the i-th of these rows.
     """
