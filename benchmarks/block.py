@@ -77,32 +77,8 @@ def attention(bench: Bench, x: Tensor, setting: str) -> None:
         )
         for _ in inputs
     ]
-    neurons = [NeuronSpec(threshold) for threshold in (1.0, 1.0, 1.0, 0.5)]
+    contestants = attention_contestants(inputs, norms, [NeuronSpec(threshold) for threshold in (1.0, 1.0, 1.0, 0.5)])
     weights = torch.randn_like(x)
-
-    def part_by_part() -> Tensor:
-        parts = zip(inputs, norms, neurons, strict=False)
-        q, k, v = (batch_norm_lif(part, norm, neuron) for part, norm, neuron in parts)
-        mask = lif((k * v).sum((-2, -1), keepdim=True), neurons[3])
-        assert isinstance(mask, Tensor)
-        return q * mask
-
-    contestants: dict[str, Callable[[], Tensor]] = {
-        "sdt_blocks, one op": lambda: attend(inputs, norms, neurons),
-        "sdt_blocks, part by part": part_by_part,
-        "sdt_blocks reference": lambda: attend_reference(inputs, norms, neurons),
-    }
-    peer, gate = spikingjelly_lif(), spikingjelly_lif(0.5)
-    if peer is not None and gate is not None:
-
-        def eager() -> Tensor:
-            q, k, v = (
-                peer(F.batch_norm(part.flatten(0, 1), None, None, n.weight, n.bias, True).unflatten(0, x.shape[:2]))
-                for part, n in zip(inputs, norms, strict=True)
-            )
-            return q * gate((k * v).sum((-2, -1), keepdim=True))
-
-        contestants["SpikingJelly eager"] = eager
 
     def gradients(function: Callable[[], Tensor]) -> Tensor:
         return torch.cat([g.flatten() for g in torch.autograd.grad(function(), inputs, weights)])
@@ -133,6 +109,37 @@ def attention(bench: Bench, x: Tensor, setting: str) -> None:
             bench.record(
                 "attention between products, kept for the backward", setting, name, kept / x.numel(), unit="B/elem"
             )
+
+
+def attention_contestants(
+    inputs: list[Tensor], norms: list[Norm], neurons: list[NeuronSpec]
+) -> dict[str, Callable[[], Tensor]]:
+    """The ways to compute it: our two first, then the equations, and SpikingJelly's if it is there."""
+
+    def part_by_part() -> Tensor:
+        parts = zip(inputs, norms, neurons, strict=False)
+        q, k, v = (batch_norm_lif(part, norm, neuron) for part, norm, neuron in parts)
+        mask = lif((k * v).sum((-2, -1), keepdim=True), neurons[3])
+        assert isinstance(mask, Tensor)
+        return q * mask
+
+    contestants: dict[str, Callable[[], Tensor]] = {
+        "sdt_blocks, one op": lambda: attend(inputs, norms, neurons),
+        "sdt_blocks, part by part": part_by_part,
+        "sdt_blocks reference": lambda: attend_reference(inputs, norms, neurons),
+    }
+    peer, gate = spikingjelly_lif(), spikingjelly_lif(0.5)
+    if peer is not None and gate is not None:
+
+        def eager() -> Tensor:
+            q, k, v = (
+                peer(F.batch_norm(part.flatten(0, 1), None, None, n.weight, n.bias, True).unflatten(0, part.shape[:2]))
+                for part, n in zip(inputs, norms, strict=True)
+            )
+            return q * gate((k * v).sum((-2, -1), keepdim=True))
+
+        contestants["SpikingJelly eager"] = eager
+    return contestants
 
 
 def whole(bench: Bench, name: str, part: nn.Module, x: Tensor, setting: str) -> None:

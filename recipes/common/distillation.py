@@ -72,7 +72,7 @@ def fill(model: nn.Module, path: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"train.teacher_weights={path}: {error}") from error
     except Exception as error:  # whatever a damaged file, a pickle that wants more, or another model's weights raise
-        first = next(iter(str(error).splitlines()), type(error).__name__)
+        first = str(error).partition("\n")[0] or type(error).__name__
         raise ConfigError(f"train.teacher_weights={path} does not hold the teacher's weights: {first}") from error
 
 

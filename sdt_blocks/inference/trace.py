@@ -78,7 +78,7 @@ def trace(model: nn.Module) -> Traced:
         except Exception as error:
             if _NETWORK in opaque:
                 raise
-            opaque[tracer.failed or _NETWORK] = _first_line(error)
+            opaque[tracer.failed or _NETWORK] = str(error).partition("\n")[0] or type(error).__name__
             continue
         if chance.taken():
             opaque[_NETWORK] = "it draws random numbers"
@@ -398,7 +398,3 @@ _STEPS: dict[Any, str] = {
     steps.pool: POOL,
     steps.shortcut: ADD,
 }
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

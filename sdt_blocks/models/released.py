@@ -191,8 +191,5 @@ def _load_weights_only(path: Path) -> Any:
             f"{path}: refused, damaged or no checkpoint of torch; only tensors and one argparse.Namespace are read"
         ) from None
     except (RuntimeError, EOFError, KeyError, ValueError, OSError, AttributeError, IndexError, TypeError) as error:
-        raise ValueError(f"{path}: truncated or not a torch file ({_first_line(error)})") from None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        said = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path}: truncated or not a torch file ({said})") from None
