@@ -100,38 +100,44 @@ def takes(graph: fx.Graph, paths: list[str]) -> bool:
     return not {str(node.target) for node in graph.nodes if node.op == "get_attr"}.isdisjoint(paths)
 
 
-@functools.cache
-def compares_types(kind: type) -> bool:
-    """Whether the code of a class of modules compares `type(x)` of a local x, for which a traced value has another.
+def asks_for_a_type(module: nn.Module) -> bool:
+    """Whether a module's code takes `type(x)` of a local x, for which a traced value has another, and not for its name.
 
-    That of `forward`, and of methods and functions of the same package that it names; PyTorch's and the kit's is known.
+    That of `forward`, and of methods, functions in attributes and functions of the same package that it names;
+    PyTorch's and the kit's is known.
     """
+    kind = type(module)
     package = kind.__module__.partition(".")[0]
-    functions, seen = [vars(kind).get("forward", kind.forward)], set[Any]()  # type: ignore[attr-defined]
     if package in ("torch", __name__.partition(".")[0]):
         return False
+    functions: list[Any] = [kind.forward]
+    seen = set[Any]()
     while functions:
         function = functions.pop()
         code = getattr(function, "__code__", None)
         if code is None or code in seen or str(function.__module__).partition(".")[0] != package:
             continue
         seen.add(code)
-        if any(map(_compares, (code, *(one for one in code.co_consts if isinstance(one, CodeType))))):
+        if _asks_for_a_type(code):
             return True
-        functions += [getattr(kind, name, None) or function.__globals__.get(name) for name in code.co_names]
+        places = vars(module), function.__globals__
+        functions += [place.get(name) for place in places for name in code.co_names]
+        functions += [getattr(kind, name, None) for name in code.co_names]
     return False
 
 
-def _compares(code: CodeType) -> bool:
+@functools.cache
+def _asks_for_a_type(code: CodeType) -> bool:
     idle = ("PUSH_NULL", "PRECALL", "CACHE")
     found = [one for one in dis.get_instructions(code) if one.opname not in idle]
-    for place, (one, given) in enumerate(itertools.pairwise(found)):
-        asks = one.argval == "type" and one.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    for place, (one, given, call) in enumerate(zip(found, found[1:], found[2:], strict=False)):
+        asks = one.argval == "type" and one.opname in ("LOAD_GLOBAL", "LOAD_NAME") and call.opname.startswith("CALL")
         if asks and given.opname.startswith("LOAD_FAST") and given.argval != "self":
-            after = found[place + 2 : place + 8]
-            if any(each.opname in ("IS_OP", "COMPARE_OP", "CONTAINS_OP") for each in after):
+            use, *after = found[place + 3 : place + 9]
+            named = use.argval == "__name__" or use.opname.startswith(("FORMAT", "CONVERT"))
+            if not named or any(each.opname in ("IS_OP", "COMPARE_OP", "CONTAINS_OP") for each in after):
                 return True
-    return False
+    return any(_asks_for_a_type(inner) for inner in code.co_consts if isinstance(inner, CodeType))
 
 
 def holds_proxies(module: nn.Module, depth: int = 1) -> bool:

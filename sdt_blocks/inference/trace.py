@@ -23,7 +23,7 @@ from torch.fx.node import map_arg
 from .. import steps
 from ..neuron import Streamed
 from .frames import on_sequences
-from .frozen import Chance, attribute, attributes, changed_since, compares_types, first_unlike, holds_proxies, takes
+from .frozen import Chance, asks_for_a_type, attribute, attributes, changed_since, first_unlike, holds_proxies, takes
 from .plan import (
     ADD,
     CALL,
@@ -275,8 +275,7 @@ class _Tracer(fx.Tracer):
             inner = getattr(m, "_orig_mod", None)
             if isinstance(inner, nn.Module) and not m._forward_hooks and not m._forward_pre_hooks:
                 return inner(*args, **kwargs)
-            kind: Any = type(m)
-            if not is_leaf(m) and self.path_of_module(m) not in self.opaque and compares_types(kind):
+            if not is_leaf(m) and self.path_of_module(m) not in self.opaque and asks_for_a_type(m):
                 raise TypeError(_TYPES)
             return super().call_module(m, forward, args, kwargs)
         except Exception:
