@@ -78,6 +78,19 @@ def attention(part, kind):
     return trained(values, x, norms)
 
 
+def attention_of_groups(part, kind):
+    """v is normalized by each process for itself, between q and k, which are normalized by both."""
+    x, norms, layers = Inputs(part, number=3), [norm_of(kind) for _ in range(3)], [LIF() for _ in range(4)]
+    norms[2] = norm_of(nn.BatchNorm2d, track_running_stats=False)
+    if kind is nn.SyncBatchNorm:
+        values = attend(x.tensors, [steps.norm_settings(norm) for norm in norms], [layer.spec for layer in layers])
+    else:
+        q, k = (steps.normalize_and_fire(*of) for of in zip(norms[:2], layers, x.tensors, strict=False))
+        halves = [steps.normalize_and_fire(norms[2], layers[2], x.tensors[2][:, images]) for images in PARTS]
+        values = q * layers[3]((k * torch.cat(halves, 1)).sum((-2, -1), keepdim=True))
+    return trained(values, x, norms)
+
+
 class Gathering(nn.SyncBatchNorm):
     """`nn.SyncBatchNorm` on a CPU, which PyTorch has none for; without a gradient."""
 
@@ -119,6 +132,7 @@ CASES = {
     "levels": lambda part, kind: neurons(part, kind, IntegerNeuron),
     "one_frame": one_frame,
     "attention": attention,
+    "attention_of_groups": attention_of_groups,
 }
 
 
