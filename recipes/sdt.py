@@ -1,7 +1,8 @@
 """The recipes as one command, the same scripts as in `accelerate launch recipes/NAME.py`.
 
     sdt train NAME [key=value ...]             trains: digits, imagenet, cifar, gesture, cifar10_dvs, events_demo
-    sdt train --num_processes 4 NAME ...       the same, with the options of accelerate launch
+    sdt train --num_processes 4 NAME ...       the same, with the options of accelerate launch, which evaluate,
+                                               analyze and energy_table take too
     sdt evaluate checkpoint=PATH ...           accuracy by class
     sdt predict checkpoint=PATH IMAGE...       labels with probabilities
     sdt analyze checkpoint=PATH ...            firing rates, energy, what multiplies, on one page
@@ -29,6 +30,8 @@ OTHERS = tuple(
     if path.stem not in (*TRAINING, "sdt", "launch", "config", "run_state")
 )
 """Configurations that train nothing, or more than one model."""
+SHARED = ("evaluate", "analyze", "energy_table")
+"""Those of the others whose samples processes share: they take the options of accelerate launch, before the keys."""
 EXTRAS = {"tonic": "events", "aedat": "events", "datasets": "data", "mlxtend": "data", "webdataset": "data"}
 """The extra that installs each package; packages that are not listed come with `recipes`."""
 
@@ -52,7 +55,10 @@ def start(command: str, rest: Sequence[str]) -> None:
     elif command == "train":
         train(rest)
     elif command in OTHERS:
-        run(command, rest)
+        place = 0
+        if command in SHARED and rest and rest[0].startswith("-") and not {"-h", "--help"} & set(rest):
+            place = next((i for i, word in enumerate(rest) if "=" in word and not word.startswith("-")), 0)
+        run_in_processes(rest[:place], command, rest[place:])
     elif command in TRAINING:
         fail(f"{command} is what to train: sdt train {command} {' '.join(rest)}".rstrip())
     else:
@@ -71,7 +77,11 @@ def train(arguments: Sequence[str]) -> None:
     if place is None:  # a word behind an option may be the option's
         words = [word for word in arguments if difflib.get_close_matches(word, TRAINING, n=1, cutoff=0.5)]
         fail(f"name what to train: {', '.join(TRAINING)}" + "".join(f"; {word!r} is none" for word in words))
-    name, options, rest = arguments[place], arguments[:place], arguments[place + 1 :]
+    run_in_processes(arguments[:place], arguments[place], arguments[place + 1 :])
+
+
+def run_in_processes(options: Sequence[str], name: str, rest: Sequence[str]) -> None:
+    """Run a script of this folder in as many processes as the options of accelerate launch ask for."""
     if options:
         run("launch", [*options, str(FOLDER / f"{name}.py"), *rest])
     else:

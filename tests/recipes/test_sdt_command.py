@@ -37,6 +37,12 @@ def test_commands_are_recipes(sdt):
     assert sdt("predict", "checkpoint=x", "a.png")[0] == [["predict", "checkpoint=x", "a.png"]]
     ((name, *arguments),) = sdt("train", "--num_processes", "2", "imagenet", "data.root=D")[0]
     assert name == "launch" and arguments == ["--num_processes", "2", str(RECIPES / "imagenet.py"), "data.root=D"]
+    script = str(RECIPES / "evaluate.py")
+    assert sdt("evaluate", "--num_processes", "2", "checkpoint=x", "ema=true")[0] == [
+        ["launch", "--num_processes", "2", script, "checkpoint=x", "ema=true"]
+    ]
+    assert sdt("energy_table", "8_512.pth.tar", "data.root=D")[0] == [["energy_table", "8_512.pth.tar", "data.root=D"]]
+    assert sdt("evaluate", "--cpu", "--help")[0] == [["evaluate", "--cpu", "--help"]]
     import sdt as command
 
     scripts = {path.stem for path in RECIPES.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")}
