@@ -27,7 +27,7 @@ class CacheSize:
     bytes: int
 
     def __str__(self) -> str:
-        return f"{self.entries} entries, {self.bytes / 1e6:.1f} MB"
+        return f"{self.entries} entr{'y' if self.entries == 1 else 'ies'}, {self.bytes / 1e6:.1f} MB"
 
 
 class ArrayCache:

@@ -286,7 +286,7 @@ def _sensor_size(source: Source, rows: Sequence[int], time_steps: int) -> tuple[
                 f"events.time_steps to the number of frames in the files, or use recordings that hold events"
             )
         return frames.shape[3], frames.shape[2], 2
-    raise UnreadableError(f"none of the {len(rows)} recordings can be read, {source.data[rows[0]]} for one")
+    raise UnreadableError(f"none of the recordings can be read, {source.data[rows[0]]} for one")
 
 
 def _first(part: Part, samples: int | None, key: str) -> Part:

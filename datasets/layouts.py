@@ -318,7 +318,7 @@ def _find_sensor_size(sources: Sequence[ClassFolders]) -> tuple[int, int, int]:
             except Exception as error:  # it is reported again where it is read for use
                 failed.append(f"{path} ({error or type(error).__name__})")
     if not sizes:
-        raise DataError(f"none of the {len(failed)} recordings can be read; the first is {failed[0]}")
+        raise DataError(f"none of the recordings can be read; the first is {failed[0]}")
     if failed:
         _log.warning("%d of %d recordings cannot be read: %s", len(failed), len(failed) + len(sizes), failed[0])
     usual = [sorted(sides)[(len(sizes) - 1) // 2] for sides in zip(*sizes.values(), strict=True)]

@@ -112,7 +112,7 @@ class SampleDataset(Dataset[tuple[Tensor, int]]):
                 if not self.training:
                     return self._blank(), IGNORED
         first = self._name(int(self._rows[index]))
-        raise UnreadableError(f"none of the {len(self)} {self.kind} can be read, {first} for one")
+        raise UnreadableError(f"none of the {self.kind} can be read, {first} for one")
 
     def _load(self, row: int, key: tuple[int, int, int]) -> Tensor:
         try:

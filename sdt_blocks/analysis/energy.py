@@ -32,6 +32,7 @@ from .energy_models import (
 from .operations import LayerOperations, NotCounted, Operations, count_operations
 from .probe import Forward, check_weights, is_within, unwrap
 from .silence import as_text, warn_if_dead
+from .tables import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -180,8 +181,8 @@ class EnergyReport:
         from rich.table import Table
         from rich.text import Text
 
-        title = f"Energy of one inference in mJ, {self.steps} steps, mean of {self.samples} samples. {CONVENTION}"
-        table = Table(title=title, caption=self.verdict)
+        of = f"{counted(self.steps, 'step')}, mean of {counted(self.samples, 'sample')}"
+        table = Table(title=f"Energy of one inference in mJ, {of}. {CONVENTION}", caption=self.verdict)
         table.add_column("layer", overflow="fold")
         table.add_column("kind")
         for name in ("MACs a step", "mean rate", "synaptic operations", *self.estimates):
@@ -193,9 +194,9 @@ class EnergyReport:
         found = self.estimates.values()
         for place, layer in enumerate(self.layers):
             mean = sum(layer.rate) / len(layer.rate)
-            operations = (f"{layer.macs:,.0f}", f"{mean:.4f}", f"{layer.synaptic_operations:,.0f}")
+            work = (f"{layer.macs:,.0f}", f"{mean:.4f}", f"{layer.synaptic_operations:,.0f}")
             row = costs([one.rows[place].cost.total_mj for one in found])
-            table.add_row(Text(layer.name or "(model)"), layer.kind, *operations, *row)
+            table.add_row(Text(layer.name or "(model)"), layer.kind, *work, *row)
         for rows in zip(*(one.rows[len(self.layers) :] for one in found), strict=True):
             if any(row.cost.total_mj for row in rows):
                 row = costs([row.cost.total_mj for row in rows])
@@ -211,8 +212,8 @@ class EnergyReport:
             ("break-even rate against the ANN", [one.break_even for one in found]),
             (f"break-even rate against {bits}", [one.break_even_quantised for one in found]),
         ):
-            counted = f"{self.synaptic_operations:,.0f}" if name == "total" else ""
-            table.add_row(name, "", "", "", counted, *costs(values))
+            operations = f"{self.synaptic_operations:,.0f}" if name == "total" else ""
+            table.add_row(name, "", "", "", operations, *costs(values))
         for operation in self.not_counted:
             table.add_row(Text(str(operation)), "not counted", "", "", "?", style="bold red")
         return table

@@ -20,7 +20,7 @@ from .plots import short
 from .rates import FiringRates
 from .style import STYLE
 from .summary import NO_LATENCY, joules, layer_tables, sweep, sweep_table
-from .tables import HIGH, LOW
+from .tables import HIGH, LOW, counted
 
 
 class Extras(NamedTuple):
@@ -92,7 +92,8 @@ def _tiles(rates: FiringRates, report: EnergyReport, audit: Audit, extras: Extra
     if extras.parameters:
         tiles.append(("parameters", quantity(extras.parameters), ""))
     if extras.outcome is not None and extras.outcome.accuracy:
-        tiles.append((f"accuracy on {extras.outcome.samples} samples", f"{extras.outcome.accuracy[-1]:.1%}", ""))
+        samples = counted(extras.outcome.samples, "sample")
+        tiles.append((f"accuracy on {samples}", f"{extras.outcome.accuracy[-1]:.1%}", ""))
         ends = share_interval(extras.outcome.accuracy[-1], extras.outcome.samples, extras.confidence)
         if ends is not None:
             tiles.append((f"its {level(extras.confidence)} interval", f"{ends[0]:.1%} to {ends[1]:.1%}", ""))
@@ -107,7 +108,7 @@ def _tiles(rates: FiringRates, report: EnergyReport, audit: Audit, extras: Extra
 def _energy(report: EnergyReport) -> str:
     left_out = "; ".join(str(operation) for operation in report.not_counted)
     missing = f'<p class="bad">Not counted, as no rule knows what it costs: {escape(left_out)}</p>' if left_out else ""
-    note = f"{report.steps} time steps, mean of {report.samples} samples. {CONVENTION}"
+    note = f"{counted(report.steps, 'time step')}, mean of {counted(report.samples, 'sample')}. {CONVENTION}"
     kinds = {layer.name: layer.kind for layer in report.layers}
     models = {name: _by_model(found, kinds) for name, found in report.estimates.items()}
     key = charts.keys({"MAC": "multiplies (MAC)", "AC": "adds where a spike comes in (AC)", "memory": "moves memory"})

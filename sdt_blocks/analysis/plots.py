@@ -13,6 +13,7 @@ from .attention_maps import overlay
 from .energy import EnergyReport, millijoules, suitable_unit
 from .rates import FiringRates
 from .record import Recording
+from .tables import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +54,7 @@ def energy_bars(report: EnergyReport) -> Figure:
     axes.invert_yaxis()
     axes.margins(y=0.01)
     axes.set_xlabel(f"{unit} an inference")
-    axes.set_title(f"{millijoules(report.total_mj)} an inference of {report.steps} steps")
+    axes.set_title(f"{millijoules(report.total_mj)} an inference of {counted(report.steps, 'step')}")
     return figure
 
 

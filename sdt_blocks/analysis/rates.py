@@ -18,7 +18,7 @@ from ..steps import find_mixers
 from .moments import Moments, interval, merged
 from .probe import Clock, Forward, Hook, Probe, add_at, check_weights, gather
 from .silence import as_text, merge_fired, silence, warn_if_dead
-from .tables import csv_cell
+from .tables import counted, csv_cell
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -112,7 +112,7 @@ class FiringRates:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=f"Firing rates over {self.samples} samples")
+        table = Table(title=f"Firing rates over {counted(self.samples, 'sample')}")
         table.add_column("layer", overflow="fold")
         for name in ("mean", "± std", "silent", "saturated", *(f"step {t}" for t in range(self.steps))):
             table.add_column(name, justify="right")

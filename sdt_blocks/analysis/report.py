@@ -31,6 +31,7 @@ from .probe import batch_axis, is_first_process, unwrap
 from .rates import FiringRates, firing_rates
 from .record import record
 from .summary import NO_LATENCY, joules, layer_tables, sweep, sweep_table
+from .tables import counted
 
 
 class ReportOptions(NamedTuple):
@@ -152,7 +153,7 @@ def _write(
     write_page(
         folder / "index.html",
         title=asked.title,
-        subtitle=f"{rates.samples} samples, {report.steps} time steps, input {sample}",
+        subtitle=f"{counted(rates.samples, 'sample')}, {counted(report.steps, 'time step')}, input {sample}",
         rates=rates,
         report=report,
         audit=found,
@@ -251,7 +252,7 @@ def print_summary(
         console.print(f"not counted, as no rule knows what it costs: {operation}", style="bold red")
     console.print(
         f"{millijoules(report.total_mj)} an inference ({millijoules(report.ann_mj)} as an ANN), mean firing rate "
-        f"{rates.mean:.1%} over {rates.samples} samples and {report.steps} steps"
+        f"{rates.mean:.1%} over {counted(rates.samples, 'sample')} and {counted(report.steps, 'step')}"
     )
     console.print(report.verdict)
     ends = report.estimates["formula"].interval(confidence)
@@ -260,7 +261,8 @@ def print_summary(
         console.print(f"{level(confidence)} confidence interval of the mean over samples: {told}")
     if outcome.accuracy:
         low, high = share_interval(outcome.accuracy[-1], outcome.samples, confidence) or (0.0, 1.0)
-        console.print(f"accuracy {outcome.accuracy[-1]:.2%} ({low:.2%} to {high:.2%}) on {outcome.samples} samples")
+        samples = counted(outcome.samples, "sample")
+        console.print(f"accuracy {outcome.accuracy[-1]:.2%} ({low:.2%} to {high:.2%}) on {samples}")
     if report.attention and report.attention.sdsa_mj:
         ratio = report.attention.vanilla_mj / report.attention.sdsa_mj
         console.print(f"attention alone: {ratio:,.1f} times less than softmax attention of its size")

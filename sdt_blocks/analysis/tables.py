@@ -39,6 +39,11 @@ class Column(NamedTuple):
         return text if deviation is None else f"{text} ± {format(deviation, self.format)}"
 
 
+def counted(number: int, one: str) -> str:
+    """A number of things, "1 step" or "4 steps": `one` is the word for one of them, whose plural ends in s."""
+    return f"{number} {one}{'' if number == 1 else 's'}"
+
+
 def as_files(rows: Sequence[Row], columns: Sequence[Column], note: str = "") -> dict[str, str]:
     """The table as CSV, Markdown and LaTeX, by the ending of its file."""
     return {"csv": as_csv(rows, columns), "md": markdown(rows, columns, note), "tex": latex(rows, columns, note)}

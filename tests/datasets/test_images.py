@@ -335,7 +335,7 @@ def test_when_nothing_can_be_read_the_error_says_so(tree):
     for path in (tree / "train").rglob("*.png"):
         path.write_bytes(b"")
     train, _ = build_image_datasets("folder", tree, on_error="skip", **PLAIN)
-    with pytest.raises(UnreadableError, match="none of the 12 images can be read"):
+    with pytest.raises(UnreadableError, match="none of the images can be read"):
         train[0]
 
 
