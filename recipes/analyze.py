@@ -13,7 +13,6 @@ end).
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from typing import Any
 from common.command_line import command
 from common.config import ConfigError, RunError, check_meant, load_config
 from common.cpu_processes import join_processes
-from common.options import changed_options, split_options
+from common.options import changed_options
 from common.schema import option
-from common.trained import class_names, default_folder, load, match_classes, other_settings, with_run_config
+from common.trained import class_names, default_folder, load, match_classes, other_settings, read_trained
 from torch import nn
 
 from sdt_blocks.analysis import EnergyModel, analyze_model, read_energy_models
@@ -53,12 +52,6 @@ class Options:
     neurobench: bool = option(False, "also NeuroBench's metrics, into neurobench.json")
 
 
-def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
-    """This recipe's options, and the arguments for `load_config`. Raises `ConfigError`."""
-    options, rest = split_options(Options, arguments)
-    return options, with_run_config(options.checkpoint, rest)
-
-
 def read_own_models(path: str | None) -> list[EnergyModel]:
     """The energy models of a YAML file. Raises `ConfigError`."""
     try:
@@ -83,8 +76,7 @@ def run_neurobench(model: nn.Module, batches: Any, folder: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    options, rest = read_arguments(arguments)
-    checkpoint = Path(options.checkpoint or "")
+    options, checkpoint, rest = read_trained(Options, arguments)
     own_models = read_own_models(options.energy_models)
     config = load_config(rest, default="imagenet_8_384")
     check_meant(config, rest)

@@ -10,13 +10,26 @@ progress. The energy is that of `analyze.py` or `analyze=true`, if it was comput
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common.command_line import command
-from common.config import ConfigError, RunError
+from common.config import ConfigError
+from common.options import split_options
+from common.results import write_results
+from common.schema import option
 
-from sdt_blocks.analysis.tables import Column, as_files, write
+from sdt_blocks.analysis.tables import Column, as_files
+
+
+@dataclass
+class Options:
+    """The keys of this recipe."""
+
+    output_dir: str = option("comparison", "the folder to write", path=True)
+
 
 COLUMNS = (
     Column("run", "run"),
@@ -75,12 +88,8 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    output, folders = Path("comparison"), []
-    for argument in arguments:
-        if argument.startswith("output_dir="):
-            output = Path(argument.removeprefix("output_dir="))
-        else:
-            folders.append(Path(argument))
+    options, names = split_options(Options, arguments)
+    folders = [Path(name) for name in names]
     if not folders:
         raise ConfigError("name the run folders to compare, such as runs/a runs/b")
     missing = [str(folder) for folder in folders if not folder.is_dir()]
@@ -88,19 +97,13 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"{', '.join(missing)}: no such folder")
     rows = [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
     columns = [column for column in COLUMNS if any(row.get(column.key) is not None for row in rows)]
-    texts = as_files(rows, columns)
     from common.pictures import draw_comparison
 
-    try:
-        write(texts, output / "comparison")
-        draw_comparison({row["run"]: row["lines"] for row in rows}, output / "comparison.png")
-    except OSError as error:
-        raise RunError(f"output_dir={output} cannot be written ({error})") from error
-    print(texts["md"])
+    draw = partial(draw_comparison, {row["run"]: row["lines"] for row in rows})
+    write_results(as_files(rows, columns), Path(options.output_dir) / "comparison", draw)
     if all(row["energy_mj"] is None for row in rows):
         print("Energy is computed by: accelerate launch recipes/analyze.py checkpoint=RUN")
-    print(f"comparison.md, .csv, .tex and .png are in {output}")
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, options=Options)

@@ -28,7 +28,7 @@ from common.schema import option
 from common.side_by_side import COLUMNS, Found, Options, compare, notes, read_model, summary_of, write_tables
 from common.trained import RUN_CONFIG
 
-from sdt_blocks.analysis.tables import Column
+from sdt_blocks.analysis.tables import Column, counted
 
 DEFAULT = "digits_families"
 
@@ -95,16 +95,11 @@ def ready(folder: Path, config: Config) -> bool:
 
 def train_once(config: Config) -> dict[str, Any]:
     """What is known of the run of a configuration, which is trained if it has not been."""
-    from accelerate.state import AcceleratorState, GradientState
-
     folder = Path(config.output_dir)
     if not ready(folder, config):
-        from common.engine import train
-        from common.set_up import set_up
+        from common.seeds import train_anew
 
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        train(set_up(config))
+        train_anew(config)
     return summary_of(folder)
 
 
@@ -132,7 +127,8 @@ def train_family(name: str, arguments: Sequence[str], search: Search) -> dict[st
 def told(searches: Mapping[str, Mapping[str, Any]], config: Config, search: Search) -> str:
     """The text below the table on how the models were trained."""
     train, optim = config.train, config.optim
-    length = f"{train.epochs} epochs" if train.max_steps is None else f"at most {train.max_steps} updates"
+    whole = train.max_steps is None
+    length = counted(train.epochs, "epoch") if whole else f"at most {counted(train.max_steps, 'update')}"
     lines = [
         f"Each family: {length} of {config.data.name} in batches of {train.batch_size}, {optim.name}, one "
         f"run for each learning rate judged on {search.validation_samples} images taken from the training images, then "
@@ -173,8 +169,7 @@ def main(arguments: Sequence[str]) -> None:
     rows = [{**row, **found[row["name"]]} for row in compare(names, search, read)]
     note = f"{told(found, config, search)}\n\n{notes(rows, search, machine(torch.device('cpu')))}"
     columns = [*COLUMNS[:2], *SEARCHED, *COLUMNS[2:]]
-    print(write_tables(rows, note, Path(search.output_dir) / "families", columns))
-    print(f"families.md, .csv, .tex and .png are in {search.output_dir}")
+    write_tables(rows, note, Path(search.output_dir) / "families", columns)
 
 
 if __name__ == "__main__":

@@ -53,8 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     read = partial(read_model, samples=options.samples, img_size=options.img_size, seed=options.seed)
     rows = compare(list(dict.fromkeys(names)) or list(ONE_OF_EACH), options, read)
     note = notes(rows, options, machine(torch.device("cpu")))
-    print(write_tables(rows, note, Path(options.output_dir) / "models"))
-    print(f"models.md, .csv, .tex and .png are in {options.output_dir}")
+    write_tables(rows, note, Path(options.output_dir) / "models")
 
 
 if __name__ == "__main__":

@@ -15,19 +15,19 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common.command_line import command
 from common.config import ConfigError, RunError, check_meant, load_config
 from common.cpu_processes import join_processes
-from common.options import split_options
+from common.results import write_results
 from common.schema import option
-from common.trained import class_names, default_folder, load, match_classes, other_settings, with_run_config
+from common.trained import class_names, default_folder, load, match_classes, other_settings, read_trained
 
-from sdt_blocks.analysis.tables import HIGH, LOW, Column, as_files, write
+from sdt_blocks.analysis.tables import HIGH, LOW, Column, as_files, counted
 
 COLUMNS = (
     Column("form", "form"),
@@ -60,19 +60,15 @@ class Options:
     )
 
 
-def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[float], list[str]]:
-    """This recipe's options, the tolerances, and the arguments for `load_config`. Raises `ConfigError`."""
-    options, rest = split_options(Options, arguments)
-    settings = with_run_config(options.checkpoint, rest)
+def shares(tolerances: str) -> list[float]:
+    """The tolerances as numbers. Raises `ConfigError`."""
     try:
-        allowed = [float(one) for one in options.tolerances.strip("[]").split(",")]
+        allowed = [float(one) for one in tolerances.strip("[]").split(",")]
     except ValueError:
         allowed = [-1.0]
     if not all(0 <= one < 1 for one in allowed):
-        raise ConfigError(
-            f"tolerances={options.tolerances}: expected shares of the samples from 0 to 1, such as 0,0.01"
-        )
-    return options, allowed, settings
+        raise ConfigError(f"tolerances={tolerances}: expected shares of the samples from 0 to 1, such as 0,0.01")
+    return allowed
 
 
 def split(test_set: Any, options: Options) -> tuple[list[Any], list[Any]]:
@@ -143,8 +139,8 @@ def seconds_of(answer: Any, batches: list[Any]) -> float:
 
 
 def main(arguments: list[str]) -> None:
-    options, allowed, rest = read_arguments(arguments)
-    checkpoint = Path(options.checkpoint or "")
+    options, checkpoint, rest = read_trained(Options, arguments)
+    allowed = shares(options.tolerances)
     config = load_config(rest, default="imagenet_8_384")
     check_meant(config, rest)
     settings = other_settings(checkpoint, config, rest)
@@ -175,20 +171,13 @@ def main(arguments: list[str]) -> None:
         if ends is not None:
             row |= {f"accuracy{end}": 100 * value for end, value in zip((LOW, HIGH), ends, strict=True)}
         row["threshold"] = None if row["rule"] in (WHOLE, ALL_STEPS) else row["threshold"]
-    fitted, samples = sum(len(targets) for _, targets in fitting), rows[0]["samples"]
+    fitted, others = sum(len(targets) for _, targets in fitting), counted(rows[0]["samples"], "other")
     note = (
-        f"{checkpoint}: thresholds from {fitted} samples, all else of {samples} others. Accuracy with its 95 % "
-        f"interval; time: share of the same form's whole model, a median of {options.rounds}, in batches of "
+        f"{checkpoint}: thresholds from {counted(fitted, 'sample')}, all else of {others}. Accuracy with its "
+        f"95 % interval; time: share of the same form's whole model, a median of {options.rounds}, in batches of "
         f"{options.batch_size}."
     )
-    texts = as_files(rows, COLUMNS, note)
-    try:
-        write(texts, folder / "early_answers")
-        draw_early(rows, folder / "early_answers.png")
-    except OSError as error:
-        raise RunError(f"output_dir={folder} cannot be written ({error})") from error
-    print(texts["md"])
-    print(f"early_answers.md, .csv, .tex and .png are in {folder}")
+    write_results(as_files(rows, COLUMNS, note), folder / "early_answers", partial(draw_early, rows))
 
 
 if __name__ == "__main__":

@@ -5,25 +5,29 @@
 
 Without weights: for each row of the paper, the one firing rate that gives its Power column, and the formula with the
 rates that have been published layer by layer. With weights (released files, saved models or runs) and a data set, each
-gets a row of its own: its accuracy, and the energy at the rates measured on that data (samples=N takes the first N).
-It prints the table and writes it as energy_table.md, .csv and .tex into output_dir= (by default `energy_table`).
+gets a row of its own: its accuracy, and the energy at the rates measured on that data.
+It prints the table and writes it as energy_table.md, .csv and .tex. The keys are at the end of --help.
 """
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.command_line import command
-from common.config import ConfigError, RunError, load_config
+from common.config import ConfigError, load_config
 from common.cpu_processes import join_processes
+from common.options import split_options
+from common.results import write_results
+from common.schema import option
 from common.trained import class_names, load, match_classes, with_run_config
 
 from sdt_blocks.analysis.energy import CONVENTION
 from sdt_blocks.analysis.energy_models import STEP
-from sdt_blocks.analysis.tables import Column, as_files, markdown, write
+from sdt_blocks.analysis.tables import Column, as_files, markdown
 
 RATES = Path(__file__).parent / "data" / "published_rates.csv"
 """Firing rates of layers' inputs that were published, or measured on published weights: one number, or one per step."""
@@ -194,32 +198,31 @@ def variant_of(model: Any) -> str | None:
     return None
 
 
-def read_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str], Path]:
-    """The trained models, the arguments for `load_config`, and the output folder. Raises `ConfigError`."""
-    output = "energy_table"
-    checkpoints, rest = [], []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            checkpoints.append(Path(argument))
-        elif key == "output_dir":
-            output = value
-        elif key == "samples":
-            if not value.isdecimal() or not int(value):
-                raise ConfigError(f"samples={value}: expected a number of samples, 1 or more")
-            rest.append(f"data.test_samples={value}")
-        else:
-            rest.append(argument)
+@dataclass
+class Options:
+    """The keys of this recipe."""
+
+    output_dir: str = option("energy_table", "the folder to write", path=True)
+    samples: int | None = option(None, "the first N samples of the data set; null: all", least=1)
+
+
+def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[Path], list[str]]:
+    """This recipe's options, the trained models, and the arguments for `load_config`. Raises `ConfigError`."""
+    options, others = split_options(Options, arguments)
+    checkpoints = [Path(argument) for argument in others if "=" not in argument]
+    rest = [argument for argument in others if "=" in argument]
+    if options.samples is not None:
+        rest.append(f"data.test_samples={options.samples}")
     missing = [str(checkpoint) for checkpoint in checkpoints if not checkpoint.exists()]
     if missing:
         raise ConfigError(f"{', '.join(missing)}: no such file or folder")
     if rest and not checkpoints:
         raise ConfigError(f"{' '.join(rest)}: name the weights to measure, such as 8_512.pth.tar")
-    return checkpoints, rest, Path(output)
+    return options, checkpoints, rest
 
 
 def main(arguments: Sequence[str]) -> None:
-    checkpoints, rest, output = read_arguments(arguments)
+    options, checkpoints, rest = read_arguments(arguments)
     join_processes()
     from sdt_blocks.analysis.probe import is_first_process
 
@@ -230,13 +233,8 @@ def main(arguments: Sequence[str]) -> None:
     note = "\n".join([f"{CONVENTION} Rows that differ say so.", f"With memory: {STEP.source}.", *findings])
     listed = "\n".join(f"- {line}" for line in note.splitlines())
     texts = as_files(rows, COLUMNS, note) | {"md": markdown(rows, COLUMNS, listed)}
-    try:
-        write(texts, output / "energy_table")
-    except OSError as error:
-        raise RunError(f"output_dir={output} cannot be written ({error})") from error
-    print(texts["md"])
-    print(f"energy_table.md, .csv and .tex are in {output}")
+    write_results(texts, Path(options.output_dir) / "energy_table")
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, options=Options)

@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 from common.command_line import command
 from common.config import RunError, cannot_write, check_meant, load_config
 from common.cpu_processes import join_processes
-from common.options import changed_options, split_options
+from common.options import changed_options
 from common.schema import option
-from common.trained import class_names, default_folder, load, match_classes, other_settings, with_run_config
+from common.trained import class_names, default_folder, load, match_classes, other_settings, read_trained
 
 if TYPE_CHECKING:
     from common.evaluation import Evaluation
@@ -53,18 +53,11 @@ class Options:
     output_dir: str | None = option(None, "the folder to write; null: `evaluation` next to the checkpoint", path=True)
 
 
-def read_arguments(arguments: list[str]) -> tuple[Options, list[str]]:
-    """This recipe's options, and the arguments for `load_config`. Raises `ConfigError`."""
-    options, rest = split_options(Options, arguments)
+def main(arguments: list[str]) -> None:
+    options, checkpoint, rest = read_trained(Options, arguments)
     if options.img_size is not None:
         crop = PUBLISHED_CROP.get(options.img_size)
         rest = [f"data.img_size={options.img_size}", *([f"data.crop_pct={crop}"] if crop else []), *rest]
-    return options, with_run_config(options.checkpoint, rest)
-
-
-def main(arguments: list[str]) -> None:
-    options, rest = read_arguments(arguments)
-    checkpoint = Path(options.checkpoint or "")
     config = load_config(rest, default="imagenet_8_384")
     check_meant(config, rest)
     settings = other_settings(checkpoint, config, rest) | changed_options(options, "ema", "match")
@@ -95,7 +88,7 @@ def main(arguments: list[str]) -> None:
             print(result.silence)
         print(describe(result, test_set.kind))
         if unreadable:
-            print(f"{unreadable} of the {test_set.kind} could not be read and count nowhere")
+            print(f"{unreadable} of the {test_set.kind} could not be read; no figure includes such")
         print(matched)
         print("\n".join(describe_classes(result, test_set.classes)))
         write(result, test_set.classes, folder, unreadable, settings)
@@ -114,11 +107,14 @@ def describe(result: Evaluation, kind: str) -> str:
     """The figures of an evaluation in one line."""
     from common.evaluation import describe_accuracies
 
+    from sdt_blocks.analysis.tables import counted
+
     height, width = result.input_size
+    samples = counted(result.samples, kind.removesuffix("s"))
     some = f" (of {result.rated} of them)" if result.rated < result.samples else ""
     return (
         f"{describe_accuracies(result.accuracies, ' | ')} | loss {result.loss:.4f} | "
-        f"{result.samples} {kind} at {height} x {width} | firing rate {result.firing_rate:.4f}{some}"
+        f"{samples} at {height} x {width} | firing rate {result.firing_rate:.4f}{some}"
     )
 
 

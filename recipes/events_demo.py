@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common.command_line import main, run_name, short_errors, take_seeds
-from common.config import Config, ConfigError, RunError, changed, load_config
+from common.command_line import configs_of, main, short_errors
+from common.config import Config, ConfigError, RunError
 from common.moving_shapes import DIRECTIONS, SIDE, write_recordings
 
 from sdt_blocks import load_model
@@ -82,14 +82,14 @@ def _draw_steps(axes: Any, events: np.ndarray, frames: np.ndarray, spikes: np.nd
 
 def prepare(arguments: list[str]) -> list[Config]:
     """Write the recordings that are missing; returns the configuration of each run. Raises `ConfigError`."""
-    seeds, rest = take_seeds(arguments)
-    config = load_config(rest, default=DEFAULT)
+    configs = configs_of(arguments, DEFAULT)
+    config = configs[0]
     if config.data.root is not None:
         try:
             write_recordings(Path(config.data.root), train=TRAIN, test=TEST, seed=config.seed)
         except OSError as error:
             raise ConfigError(f"data.root={config.data.root}: no recordings can be written there ({error})") from error
-    return [changed(config, {"output_dir": str(Path(config.output_dir, *map(run_name, one)))}) for one in seeds]
+    return configs
 
 
 def finish(configs: list[Config]) -> None:

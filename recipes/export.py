@@ -20,10 +20,10 @@ from typing import Any
 
 from common.command_line import command
 from common.config import Config, ConfigError, RunError, load_config
-from common.options import split_options
 from common.schema import option
-from common.trained import load, with_run_config
+from common.trained import load, read_trained
 
+from sdt_blocks.analysis.tables import counted
 from sdt_blocks.files import write_atomically
 
 FORMATS = ("onnx", "pt2", "nir")
@@ -43,12 +43,6 @@ class Options:
     output: str | None = option(None, "the file to write; null: model.FORMAT next to the checkpoint", path=True)
     batch: int | None = option(None, "images at a time; null: any number", least=1)
     ema: bool = option(False, "use the averaged weights of a run")
-
-
-def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
-    """This recipe's options, and the arguments for `load_config`. Raises `ConfigError`."""
-    options, rest = split_options(Options, arguments)
-    return options, with_run_config(options.checkpoint, rest)
 
 
 def frame_shape(model: Any, config: Config, arguments: Sequence[str]) -> tuple[int, int, int]:
@@ -153,13 +147,13 @@ def check(model: Any, answers: Callable[[Any], Any], x: Any) -> str:
             f"the classes are the same"
         )
     more = "" if off.max() <= CLOSE else "; membranes within rounding of their threshold fire in one alone"
-    return f"{len(x)} images get the same class, logits differ by {off.max():.1e} at most{more}"
+    return f"the same class for {counted(len(x), 'image')}, logits differ by {off.max():.1e} at most{more}"
 
 
-def run(options: Options, rest: Sequence[str]) -> str:
+def run(arguments: Sequence[str]) -> str:
     """Write the file and return a description of it. Raises `ConfigError` or `RunError`."""
-    checkpoint = Path(options.checkpoint or "")
-    config = load_config(list(rest), default="imagenet_8_384")
+    options, checkpoint, rest = read_trained(Options, arguments)
+    config = load_config(rest, default="imagenet_8_384")
     from common.progress import warn
 
     from sdt_blocks.analysis import firing_rates
@@ -187,14 +181,14 @@ def run(options: Options, rest: Sequence[str]) -> str:
     except OSError as error:
         raise RunError(f"output={path} cannot be written ({error})") from error
     if options.format == "nir":
-        frame, steps = list(x.shape[-3:]), model.time_steps
-        return f"{path} takes frames {frame} and answers, over {steps} steps, as the model does: {said[0]}"
+        frame, steps = list(x.shape[-3:]), counted(model.time_steps, "step")
+        return f"{path} takes frames {frame} and answers, over {steps}, as the model does: {said[0]}"
     shape = ["any" if options.batch is None else options.batch, *x.shape[1:]]
     return f"{path} takes {shape} and answers as the model does: {said[0]}"
 
 
 def main(arguments: list[str]) -> None:
-    print(run(*read_arguments(arguments)))
+    print(run(arguments))
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.command_line import command
 from common.config import Config, ConfigError, RunError, load_config
-from common.options import read_options
+from common.options import split_options
 from common.schema import option
 from common.trained import class_names, load, with_run_config
 
@@ -50,20 +50,10 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str], list[s
 
     An argument `key=value` that names no file is a setting, all others are inputs.
     """
-    names = {item.name for item in fields(Options)}
-    own, inputs, rest = [], [], []
-    for argument in arguments:
-        key, equals, _ = argument.partition("=")
-        if argument == "--json":
-            own.append("json=true")
-        elif equals and key in names:
-            own.append(argument)
-        elif not equals or os.path.lexists(argument):
-            inputs.append(argument)
-        else:
-            rest.append(argument)
-    options = read_options(Options, own)
-    settings = with_run_config(options.checkpoint, rest)
+    arguments = ["json=true" if argument == "--json" else argument for argument in arguments]
+    options, rest = split_options(Options, arguments)
+    inputs = [argument for argument in rest if "=" not in argument or os.path.lexists(argument)]
+    settings = with_run_config(options.checkpoint, [argument for argument in rest if argument not in inputs])
     if not inputs:
         raise ConfigError("name the images or recordings to classify, or folders of them")
     return options, inputs, settings
@@ -243,7 +233,7 @@ def run(options: Options, inputs: Sequence[str], rest: Sequence[str]) -> list[di
     if not spikes.any:
         warn(silence(model, {"every layer": False}))
     if not answers:
-        raise RunError(f"none of the {len(files)} files can be read, {files[0]} for one")
+        raise RunError(f"none of the files can be read, {files[0]} for one")
     numbered = names or [str(number) for number in range(model.num_classes)]
     return [{"file": files[row], "predictions": best(one, numbered, options.top)} for row, one in answers.items()]
 

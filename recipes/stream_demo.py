@@ -22,14 +22,15 @@ from typing import Any
 
 from common.command_line import command
 from common.config import ConfigError, RunError, load_config
-from common.options import split_options
 from common.schema import option
-from common.trained import class_names, load, with_run_config
+from common.trained import class_names, load, read_trained
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from sdt_blocks.analysis.tables import counted
 
 RECORDING = Path(__file__).with_name("data") / "davis346_crop.npz"
 """A crop of a DAVIS346 camera's recording, and its sensor's size."""
@@ -69,16 +70,6 @@ class Played:
     def rate(self) -> float:
         """Frames per second of the playback."""
         return self.frames / self.seconds if self.seconds else 0.0
-
-
-def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
-    """This recipe's options, and the arguments for `load_config`. Raises `ConfigError`."""
-    options, rest = split_options(Options, arguments)
-    if options.checkpoint is None:
-        raise ConfigError("name the model: checkpoint=FOLDER of a run or a saved model, such as runs/events_demo")
-    if options.frame_events is not None and options.frame_ms is not None:
-        raise ConfigError("frame_events and frame_ms are two ways to end a frame; give one of them")
-    return options, with_run_config(Path(options.checkpoint), rest)
 
 
 def read_recording(options: Options, config: Any) -> tuple[Any, tuple[int, int]]:
@@ -216,11 +207,12 @@ def show(playing: Iterator[Played], names: Sequence[str], title: str, console: C
 
 
 def main(arguments: list[str], console: Console | None = None) -> None:
-    options, rest = read_arguments(arguments)
+    options, checkpoint, rest = read_trained(Options, arguments)
+    if options.frame_events is not None and options.frame_ms is not None:
+        raise ConfigError("frame_events and frame_ms are two ways to end a frame; give one of them")
     config = load_config(rest, default="events_demo")
     import torch
 
-    checkpoint = Path(options.checkpoint or "")
     model, config = load(checkpoint, config, rest, averaged=False)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -228,14 +220,18 @@ def main(arguments: list[str], console: Console | None = None) -> None:
     names = class_names(checkpoint, model) or [str(number) for number in range(model.num_classes)]
     try:
         stream = build_stream(model, events, sensor, options, config)
-        title = f"{checkpoint}, {options.form}: {len(events)} events of {options.recording or RECORDING.name}"
+        title = (
+            f"{checkpoint}, {options.form}: {counted(len(events), 'event')} of {options.recording or RECORDING.name}"
+        )
         played = show(play(stream, events, names, options), names, title, console or Console(), live=options.live)
     except ValueError as error:
         raise RunError(str(error)) from error
     if played is None:
-        raise RunError(f"{len(events)} events finish no frame; take fewer a frame (frame_events, frame_ms)")
+        raise RunError(
+            f"no frame is finished by {counted(len(events), 'event')}; take fewer a frame (frame_events, frame_ms)"
+        )
     median = statistics.median(played.latencies)
-    print(f"{played.frames} frames, {median:.2f} ms a frame (median), at the end: {played.labels[-1]}")
+    print(f"{counted(played.frames, 'frame')}, {median:.2f} ms a frame (median), at the end: {played.labels[-1]}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,11 @@ def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file in UTF-8, as `write_atomically` does."""
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
 def sync(path: Path) -> None:
     """Has the system write a file, or the entries of a folder, to disk before this returns."""
     if path.is_dir():

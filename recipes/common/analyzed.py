@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sdt_blocks.files import write_atomically
+from sdt_blocks.files import write_text
 from sdt_blocks.models.saved import WEIGHTS
 
 from .run_state import MODELS, sha256
@@ -16,8 +16,7 @@ ANALYSIS, ENERGY, ANALYZED = "analysis", "energy.json", "analyzed.json"
 
 def note_analyzed(folder: Path, weights: Path) -> None:
     """Write into the folder of an analysis which weights it was made of."""
-    text = json.dumps({"weights_sha256": sha256(weights)}) + "\n"
-    write_atomically(folder / ANALYZED, lambda name: Path(name).write_text(text, encoding="utf-8"))
+    write_text(folder / ANALYZED, json.dumps({"weights_sha256": sha256(weights)}) + "\n")
 
 
 def energy_of(run: Path) -> tuple[dict[str, Any], str]:

@@ -13,13 +13,26 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from sdt_datasets.errors import LeftOutWarning
 
-from .config import ConfigError, RunError, check_meant, check_of_use, help_text, load_config, one_paragraph, to_yaml
+from .config import (
+    Config,
+    ConfigError,
+    RunError,
+    changed,
+    check_meant,
+    check_of_use,
+    help_text,
+    load_config,
+    one_paragraph,
+    to_yaml,
+)
 from .cpu_processes import GOES_ON, has_lost_another, join_processes
 from .options import own_help
+from .values import expand_home
 
 INTERRUPTED = "stopped: the same command goes on from the last checkpoint, or begins where there is none"
 """The message for a Ctrl-C before training begins and after it has ended; in between, the run reports its progress."""
@@ -42,11 +55,10 @@ def main(default: str) -> None:
                 "Beside the keys: seeds=0,1,2 trains once with each; --print-config prints the configuration and ends."
             )
             return
-        shown = "--print-config" in arguments
-        seeds, arguments = take_seeds([argument for argument in arguments if argument != "--print-config"])
-        configs = [load_config([*arguments, *seed], default=default) for seed in seeds]
-        check_meant(configs[0], arguments)
-        if shown:
+        settings = [argument for argument in arguments if argument != "--print-config"]
+        configs = configs_of(settings, default)
+        check_meant(configs[0], settings)
+        if len(settings) < len(arguments):
             print(to_yaml(configs[0]), end="")
             return
         join_processes()
@@ -54,7 +66,7 @@ def main(default: str) -> None:
         from .engine import train
         from .set_up import set_up
 
-        if seeds == [()]:
+        if len(configs) == 1:
             train(set_up(configs[0]))
         else:
             from .seeds import train_seeds
@@ -62,23 +74,19 @@ def main(default: str) -> None:
             train_seeds(configs)
 
 
-def take_seeds(arguments: list[str]) -> tuple[list[tuple[str, ...]], list[str]]:
-    """What `seeds=0,1,2` adds to the arguments of each run, and the other arguments; one empty addition without it."""
+def configs_of(arguments: list[str], default: str) -> list[Config]:
+    """The configuration of a run, or with `seeds=0,1,2` of one for each, in `seed_0`, ... of output_dir."""
     asked = [argument.partition("=")[2] for argument in arguments if argument.startswith("seeds=")]
     rest = [argument for argument in arguments if not argument.startswith("seeds=")]
     if not asked:
-        return [()], rest
+        return [load_config(rest, default=default)]
     texts = [text.strip() for text in asked[-1].split(",")]
     if len(set(texts)) < max(2, len(texts)) or any(argument.startswith("seed=") for argument in rest):
         raise ConfigError(f"seeds={asked[-1]}: expected two or more different seeds, as in 0,1,2, and no seed= beside")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError("seeds runs in one process; with several, start the runs one by one with seed=0, seed=1, ...")
-    return [(f"seed={text}",) for text in texts], rest
-
-
-def run_name(seed: str) -> str:
-    """The folder, in `output_dir`, of the run with an addition of `take_seeds`: `seed_0` for `seed=0`."""
-    return seed.replace("=", "_")
+    configs = [load_config([*rest, f"seed={text}"], default=default) for text in texts]
+    return [changed(config, {"output_dir": str(Path(config.output_dir, f"seed_{config.seed}"))}) for config in configs]
 
 
 def command(script: Callable[[list[str]], None], *, default: str | None = None, options: type | None = None) -> None:
@@ -87,7 +95,7 @@ def command(script: Callable[[list[str]], None], *, default: str | None = None, 
     `default` names the configuration whose keys it takes, except those that only concern training; `options` is the
     dataclass of its own keys. Exit codes as in `main`.
     """
-    arguments = sys.argv[1:]
+    arguments = [argument if "=" in argument else expand_home(argument) for argument in sys.argv[1:]]
     with short_errors():
         if print_help(arguments, default, options):
             return

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,6 @@ def load_config(arguments: Sequence[str], *, default: str) -> Config:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     config = changed(Config(), written | {key: _converted(key, value) for key, value in overrides})
-    paths = [key for key, _, item in _walk(Config) if item.metadata.get("path")]
-    config = changed(config, {key: expand_home(_get(config, key)) for key in paths})
     validate(config)
     return config
 
@@ -146,7 +144,7 @@ def _lookup(key: str) -> Any:
         hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
         if part not in hints:
             where = ".".join(key.split(".")[:depth])
-            near = difflib.get_close_matches(key[:100], all_keys(), n=1, cutoff=0.6)
+            near = difflib.get_close_matches(key[:100], list(KEYS), n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}? " if near else ""
             valid = f"{where or 'the top level'} has {', '.join(hints)}" if hints else f"{where} is a single value"
             raise ConfigError(f"unknown key {shown(key)}: {hint}{valid}")
@@ -162,36 +160,42 @@ def _converted(key: str, value: Any) -> Any:
     if dataclasses.is_dataclass(kind):
         names = ", ".join(f"{key}.{f.name}" for f in dataclasses.fields(kind))
         raise ConfigError(f"{key} is a section; set one of its keys: {names}")
+    return read_value(key, value, kind, KEYS[key])
+
+
+def read_value(key: str, value: Any, kind: Any, metadata: Mapping[str, Any]) -> Any:
+    """`convert` for the option of a key. Raises `ConfigError`."""
     try:
-        return convert(value, kind)
+        return convert(value, kind, path=metadata.get("path", False))
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from None
 
 
 def all_keys() -> list[str]:
     """Every key that can be set."""
-    return [key for key, _, _ in _walk(Config)]
+    return list(KEYS)
 
 
-def _walk(kind: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, its type, its dataclass field) for every leaf that can be set."""
+def _walk(kind: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
     hints = typing.get_type_hints(kind)
-    leaves: list[tuple[str, Any, Any]] = []
     for item in dataclasses.fields(kind):
         if dataclasses.is_dataclass(hints[item.name]):
-            leaves += _walk(hints[item.name], f"{prefix}{item.name}.")
+            yield from _walk(hints[item.name], f"{prefix}{item.name}.")
         else:
-            leaves.append((f"{prefix}{item.name}", hints[item.name], item))
-    return leaves
+            yield f"{prefix}{item.name}", item.metadata
+
+
+KEYS = dict(_walk(Config))
+"""Every dotted key that can be set, with its help and bounds."""
 
 
 def validate(config: Config) -> None:
     """Check each value against its bounds, and the values against each other. Raises `ConfigError`."""
-    for key, _, item in _walk(Config):
+    for key, bounds in KEYS.items():
         value = _get(config, key)
         for single in value if isinstance(value, list) else [value]:
-            check_bounds(key, single, item.metadata)
-        length = item.metadata.get("length")
+            check_bounds(key, single, bounds)
+        length = bounds.get("length")
         if isinstance(value, list) and (not value or (length and len(value) != length)):
             raise ConfigError(f"{key}: expected {length or 'at least one'} number(s), got {shown(value)}")
     data, train, optim = config.data, config.train, config.optim
@@ -240,25 +244,23 @@ def check_meant(config: Config, arguments: Sequence[str]) -> None:
 
     A file may contain such keys: a run's file has all keys.
     """
-    of_images = {key for key, _, item in _walk(Config) if item.metadata.get("images")}
     for key in (argument.partition("=")[0] for argument in arguments):
-        if config.data.name in EVENT_DATA_SETS and key in of_images:
+        if config.data.name in EVENT_DATA_SETS and KEYS.get(key, {}).get("images"):
             raise ConfigError(f"{key} is for images, and data.name={config.data.name} holds recordings: see events.*")
         if config.data.name not in EVENT_DATA_SETS and key.startswith("events."):
             raise ConfigError(f"{key} is for recordings of events, and data.name={config.data.name} holds images")
 
 
-def of_training(key: str, metadata: Mapping[str, Any]) -> bool:
+def of_training(key: str) -> bool:
     """Whether a key only changes how a model is trained, and nothing that can be asked of a trained one."""
-    said: bool = metadata.get("training", key.startswith(("optim.", "train.")))
+    said: bool = KEYS[key].get("training", key.startswith(("optim.", "train.")))
     return said
 
 
 def check_of_use(arguments: Sequence[str], own: Sequence[str]) -> None:
     """Raise `ConfigError` for an argument that only concerns training, except the recipe's `own`."""
-    useless = {key for key, _, item in _walk(Config) if of_training(key, item.metadata)}.difference(own)
     for key in (argument.partition("=")[0] for argument in arguments):
-        if key in useless:
+        if key in KEYS and of_training(key) and key not in own:
             raise ConfigError(f"{key} is for training, and changes nothing here; leave it out (--help lists the keys)")
 
 
@@ -332,7 +334,7 @@ _FREE = {
 
 def flatten(config: Config) -> dict[str, Any]:
     """Every dotted key with its value."""
-    return {key: _get(config, key) for key, _, _ in _walk(Config)}
+    return {key: _get(config, key) for key in KEYS}
 
 
 def trajectory(config: Config) -> dict[str, Any]:
@@ -350,10 +352,8 @@ def help_text(default: str, *, training: bool) -> str:
         f"config={default}:"
     ]
     config = load_config([] if training else AS_ASKED, default=default)
-    for key, _, item in _walk(Config):
-        if training or not of_training(key, item.metadata):
-            lines.append(help_line(key, _get(config, key), item.metadata))
-    return "\n".join(lines)
+    shown = [key for key in KEYS if training or not of_training(key)]
+    return "\n".join([*lines, *(help_line(key, _get(config, key), KEYS[key]) for key in shown)])
 
 
 def help_line(key: str, value: Any, metadata: Mapping[str, Any]) -> str:

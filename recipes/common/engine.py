@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from sdt_blocks import save_model
 from sdt_blocks.analysis import analyze_model
-from sdt_blocks.files import write_atomically
+from sdt_blocks.files import write_text
 from sdt_blocks.models.saved import WEIGHTS
 
 from .analyzed import ANALYSIS, note_analyzed
@@ -349,8 +349,7 @@ def finish(run: Run) -> None:
             "seed": config.seed,
             "weights_sha256": sha256(folder / "last" / WEIGHTS),
         }
-        text = json.dumps(summary, indent=2) + "\n"
-        write_atomically(folder / "summary.json", lambda name: Path(name).write_text(text, encoding="utf-8"))
+        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         draw_curves(folder)
         run.display.say(f"{conclusion(summary)} after {summary['seconds']:.0f} s; all in {folder}")
     end(run)

@@ -108,5 +108,5 @@ def mean_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     merged["spike_driven"] = next(verdict for verdict in ("no", "silent", "yes") if verdict in verdicts)
     merged["why"] = list(dict.fromkeys(reason for row in rows for reason in row["why"]))
     if 0 < (silent := verdicts.count("silent")) < len(rows):
-        merged["why"].insert(0, f"{silent} of {len(rows)} seeds are silent")
+        merged["why"].insert(0, f"silent with {silent} of {len(rows)} seeds")
     return merged

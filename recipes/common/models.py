@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from sdt_blocks import create_model, load_model, load_released_checkpoint
+from sdt_blocks.analysis.tables import counted
 from sdt_blocks.models.registry import model_options
 
 from .config import Config, ConfigError, changed, model_keywords
@@ -79,8 +80,9 @@ def load_initial_weights(model: nn.Module, source: str, names: Sequence[str]) ->
     ]
     if wrong:
         raise ConfigError(
-            f"train.init_checkpoint={source} is of another architecture: {len(wrong)} weights are missing, unexpected "
-            f"or of another shape ({', '.join(wrong[:4])} ...); set model.name, model.dim and the like to its values"
+            f"train.init_checkpoint={source} is of another architecture: {counted(len(wrong), 'weight')} missing, "
+            f"unexpected or of another shape ({', '.join(wrong[:4])} ...); set model.name, model.dim and the like to "
+            f"its values"
         )
     model.load_state_dict(given, strict=False)
     note = ", new head for the data's classes" if new_head else ""

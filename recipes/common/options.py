@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from .config import ConfigError, check_bounds, help_line
-from .values import convert, expand_home, shown
+from .config import ConfigError, check_bounds, help_line, read_value
+from .values import shown
 
 T = TypeVar("T")
 
@@ -19,20 +19,15 @@ def read_options(kind: type[T], arguments: Sequence[str]) -> T:
     Raises `ConfigError` for a value of another type or out of bounds.
     """
     kinds, values = typing.get_type_hints(kind), {}
-    paths = {item.name for item in fields(kind) if item.metadata.get("path")}  # type: ignore[arg-type]
+    bounds = {item.name: item.metadata for item in fields(kind)}  # type: ignore[arg-type]
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals or key not in kinds:
             raise ConfigError(f"cannot read the argument {shown(argument)}; write {key}=VALUE")
-        try:
-            value = convert(text, kinds[key])
-        except ValueError as error:
-            raise ConfigError(f"{key}: {error}") from None
-        values[key] = expand_home(value) if key in paths else value
-    options = kind(**values)
-    for item in fields(options):  # type: ignore[arg-type]
-        check_bounds(item.name, getattr(options, item.name), item.metadata)
-    return options
+        values[key] = read_value(key, text, kinds[key], bounds[key])
+    for key, value in values.items():
+        check_bounds(key, value, bounds[key])
+    return kind(**values)
 
 
 def split_options(kind: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:

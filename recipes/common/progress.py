@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sdt_blocks.files import write_atomically
+from sdt_blocks.files import write_text
 
 from .config import ConfigError, one_paragraph
 
@@ -174,8 +174,7 @@ def restore_metrics(folder: Path, lines: list[dict[str, Any]], step: int) -> Non
     if restored:
         warn(f"{path}: the line(s) of epoch {', '.join(map(str, restored))} are restored from the checkpoint")
     if kept or path.is_file():
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def choose_tracker(name: str) -> str | list[str] | None:

@@ -9,36 +9,38 @@ from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState
 
-from sdt_blocks.files import write_atomically
+from sdt_blocks.files import write_text
 
-from .command_line import run_name
-from .config import Config, changed
+from .config import Config
 from .engine import STILL_SILENT, train
 from .progress import is_silent
 from .set_up import set_up
 
 
 def train_seeds(configs: list[Config]) -> None:
-    """Train each in the folder `seed_N` of its output_dir; the means go into summary.json of output_dir itself.
+    """Train each in its folder; the means go into summary.json of the folder around them.
 
     A run that is complete is not repeated, so the same command continues after a stop.
     """
-    folder, summaries = Path(configs[0].output_dir), []
+    folder, summaries = Path(configs[0].output_dir).parent, []
     for config in configs:
-        run = folder / run_name(f"seed={config.seed}")
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        train(set_up(changed(config, {"output_dir": str(run)})))
-        summaries.append(json.loads((run / "summary.json").read_text(encoding="utf-8")))
+        train_anew(config)
+        summaries.append(json.loads(Path(config.output_dir, "summary.json").read_text(encoding="utf-8")))
     summary = summarize(summaries)
-    text = json.dumps(summary, indent=2) + "\n"
-    write_atomically(folder / "summary.json", lambda name: Path(name).write_text(text, encoding="utf-8"))
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     silent = [str(run["seed"]) for run in summaries if is_silent(run)]
     if silent:
         print(f"evaluation is still silent with seed {', '.join(silent)} ({STILL_SILENT})")
     else:
         print(f"test top-1 {summary['test_top1']:.2f} % +- {summary['test_top1_std']:.2f}")
     print(f"mean and standard deviation of {len(configs)} seeds: summary.json in {folder}")
+
+
+def train_anew(config: Config) -> None:
+    """Train, whatever this process has trained before."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    train(set_up(config))
 
 
 def summarize(summaries: list[dict[str, Any]]) -> dict[str, Any]:

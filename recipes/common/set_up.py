@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sdt_blocks import DataCard
-from sdt_blocks.files import write_atomically
+from sdt_blocks.analysis.tables import counted
+from sdt_blocks.files import write_text
 from sdt_blocks.ops.dispatch import forced
 
 from .best import restore_best
@@ -128,7 +129,7 @@ def bring_into_line(folder: Path, checkpoint: Path | None, position: Position, c
         if checkpoint is not None:
             restore_best(folder, checkpoint, position)
         add_cards(folder, card)
-        write_atomically(folder / "config.yaml", lambda name: Path(name).write_text(text, encoding="utf-8"))
+        write_text(folder / "config.yaml", text)
     except (OSError, SafetensorError) as error:
         raise cannot_write(folder, error) from error
 
@@ -343,11 +344,12 @@ def describe_data(config: Config, train_set: Any, test_set: Any) -> dict[str, An
 def describe(config: Config, derived: Derived, accelerator: Accelerator, plain: Any, note: str) -> str:
     """The first line of a run."""
     params = sum(p.numel() for p in plain.parameters())
+    steps, batch = counted(derived.total_steps, "step"), counted(derived.total_batch, "sample")
     return (
-        f"{config.model.name} ({params:,} parameters, {note}) on {config.data.name}: {derived.total_steps} steps of "
-        f"{derived.total_batch} samples ({derived.processes} x {config.train.accumulate} x {config.train.batch_size}), "
-        f"learning rate {derived.lr:.3g}; {accelerator.device.type}, {torch.get_num_threads()} thread(s) and "
-        f"{config.data.workers} loader process(es) each"
+        f"{config.model.name} ({params:,} parameters, {note}) on {config.data.name}: {steps} of {batch} "
+        f"({derived.processes} x {config.train.accumulate} x {config.train.batch_size}), learning rate "
+        f"{derived.lr:.3g}; {accelerator.device.type}, {torch.get_num_threads()} thread(s) and {config.data.workers} "
+        f"loader process(es) each"
     )
 
 

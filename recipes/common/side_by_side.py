@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from sdt_blocks import list_models
-from sdt_blocks.analysis.tables import Column, as_csv, latex, markdown, write
+from sdt_blocks.analysis.tables import Column, as_csv, counted, latex, markdown
 
 from .analyzed import read_mapping
-from .config import ConfigError, RunError, load_config
+from .config import ConfigError, load_config
+from .results import write_results
 from .schema import option
 from .trained import load, with_run_config
 
@@ -148,22 +150,18 @@ def notes(rows: Sequence[Mapping[str, Any]], options: Options, machine: str) -> 
         verdict = {"yes": "spike-driven", "no": "not spike-driven", "silent": "no neuron fired"}[row["spike_driven"]]
         reasons = [*row["why"], *([row["missing"]] if row.get("missing") else [])]
         lines.append(f"- {row['name']} ({row['family']}), {verdict}" + (f": {'; '.join(reasons)}." if reasons else "."))
-    measured = f"one image, the median of {options.rounds} calls in alternation, on {machine}"
+    measured = f"one image, the median of {counted(options.rounds, 'call')} in alternation, on {machine}"
     lines += [f"\nLatency: {measured}."] if options.latency else []
     return "\n".join(lines)
 
 
-def write_tables(rows: Sequence[Mapping[str, Any]], note: str, stem: Path, first: Sequence[Column] = COLUMNS) -> str:
-    """Write the rows as `stem` with .md, .csv, .tex and .png; returns the table in Markdown. Raises `RunError`."""
+def write_tables(rows: Sequence[Mapping[str, Any]], note: str, stem: Path, first: Sequence[Column] = COLUMNS) -> None:
+    """Print the rows and write them as `stem` with .md, .csv, .tex and .png. Raises `RunError`."""
     from .pictures import draw_models
 
     written = [row | {"why": "; ".join(row["why"])} for row in rows]
     columns = [column for column in first if any(row.get(column.key) is not None for row in rows)]
     spread = [Column(f"{column.key}_std", "") for column in columns if any(f"{column.key}_std" in row for row in rows)]
-    text = markdown(written, columns, note)
-    try:
-        write({"md": text, "csv": as_csv(written, [*columns, *spread, *ALSO]), "tex": latex(written, columns)}, stem)
-        draw_models(rows, stem.with_suffix(".png"))
-    except OSError as error:
-        raise RunError(f"output_dir={stem.parent} cannot be written ({error})") from error
-    return text
+    csv = as_csv(written, [*columns, *spread, *ALSO])
+    texts = {"md": markdown(written, columns, note), "csv": csv, "tex": latex(written, columns)}
+    write_results(texts, stem, partial(draw_models, rows))

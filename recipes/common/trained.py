@@ -9,14 +9,17 @@ import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from .config import AS_ASKED, Config, ConfigError, changed, flatten, load_config, model_keywords, read_file, typed
+from .options import split_options
 
 if TYPE_CHECKING:
     from sdt_blocks import DataCard
+
+T = TypeVar("T")
 
 RUN_CONFIG = "config.yaml"
 _INSIDE_A_RUN = ("best", "last", "ema")
@@ -50,6 +53,17 @@ def with_run_config(checkpoint: Path | str | None, arguments: Sequence[str]) -> 
     if not read_file(written):
         raise ConfigError(f"{written} is empty; give the settings of the training with config=NAME or config=FILE.yaml")
     return [f"config={written}", *AS_ASKED, *arguments]
+
+
+def read_trained(kind: type[T], arguments: Sequence[str]) -> tuple[T, Path, list[str]]:
+    """A recipe's own options, the trained model that `checkpoint` names, and the arguments for `load_config`.
+
+    Raises `ConfigError`.
+    """
+    options: Any
+    options, rest = split_options(kind, arguments)
+    settings = with_run_config(options.checkpoint, rest)
+    return options, Path(options.checkpoint), settings
 
 
 def load(checkpoint: Path, config: Config, arguments: Sequence[str], *, averaged: bool) -> tuple[Any, Config]:

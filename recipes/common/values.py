@@ -26,8 +26,8 @@ _NULL = ("", "null", "~")
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
-def convert(value: Any, kind: Any) -> Any:
-    """`value` as `kind`: bool, int, float, str, a list of these, or a union with None.
+def convert(value: Any, kind: Any, *, path: bool = False) -> Any:
+    """`value` as `kind`: bool, int, float, str, a list of these, or a union with None; in a `path` `~` is expanded.
 
     Text is parsed; anything else must have the type already, except that a whole number may stand for a number. Raises
     `ValueError` with what was expected and what was given; the text "None" is refused where null could be meant.
@@ -44,7 +44,7 @@ def convert(value: Any, kind: Any) -> Any:
     if isinstance(value, str):
         if value == "None" and wanted is str and type(None) in kinds:
             raise ValueError("expected text or null, got 'None'; write null where nothing is meant")
-        return _read(value, wanted, kind)
+        return expand_home(_read(value, wanted, kind)) if path else _read(value, wanted, kind)
     if wanted is float and type(value) is int:
         value = float(value) if abs(value) < 1e300 else math.inf
     if type(value) is not wanted:
@@ -87,9 +87,9 @@ def _convert_list(value: Any, wanted: Any, kind: Any) -> list[Any]:
         raise ValueError(f"expected {describe(kind)}, got {shown(given)}: {error}") from None
 
 
-def expand_home(value: Any) -> Any:
+def expand_home(path: str) -> str:
     """A path with `~` replaced by the home folder: no shell does it in a file, and not every one in `key=~/folder`."""
-    return os.path.expanduser(value) if isinstance(value, str) else value
+    return os.path.expanduser(path)
 
 
 class _Reader(yaml.BaseLoader):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..files import write_atomically
+from ..files import write_text
 from ..ops.cpu.build import cache_folder, processor
 
 Costs = dict[str, float]
@@ -42,7 +42,7 @@ class Timings:
             self._known = {**self._read(), **self._known, name: found}
             text = json.dumps(self._known, indent=1) + "\n"
             with contextlib.suppress(OSError):
-                write_atomically(self.path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+                write_text(self.path, text)
         return self._known[name]
 
     def _read(self) -> dict[str, Costs]:

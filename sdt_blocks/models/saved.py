@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..files import write_atomically
+from ..files import write_atomically, write_text
 from .card import DataCard, check_card, read_card
 from .registry import check_names, families
 from .weights import DTYPES, build_filled, listed, load_safely
@@ -55,7 +55,7 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     write_atomically(folder / WEIGHTS, lambda temporary: save_file(weights, temporary, {"format": "pt"}))
     said = {CARD: card.written()} if card is not None else {}
     text = json.dumps({"model": type(model).__name__, **config, **said}, indent=2) + "\n"
-    write_atomically(folder / CONFIG, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    write_text(folder / CONFIG, text)
 
 
 def _check_class(model: Any) -> None:

@@ -226,12 +226,11 @@ def test_several_seeds_give_mean_and_deviation(launcher, tmp_path):
 
 @pytest.mark.parametrize("argument", ["seeds=", "seeds=1", "seeds=1,1", "seeds=1,x", "seeds=-1,2"])
 def test_seeds_that_are_none_are_refused(argument):
-    from common.command_line import take_seeds
+    from common.command_line import configs_of
     from common.config import ConfigError
 
     with pytest.raises(ConfigError, match="seed"):
-        for seed in take_seeds([argument])[0]:
-            load_config([*seed], default="digits")
+        configs_of([argument], "digits")
 
 
 def test_warnings_are_said_once_and_by_the_first_process_unless_each_has_its_own(capsys):

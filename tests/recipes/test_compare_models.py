@@ -97,7 +97,10 @@ def test_a_seed_without_a_figure_leaves_none_and_the_worst_verdict_stands():
         found = mean_row(rows)
         assert (found["energy_mj"], found["params"], found["spike_driven"]) == (2.0, 7, "silent")
         assert found["top1"] is None and "top1_std" not in found
-        assert found["why"][0] == "1 of 2 seeds are silent" and set(found["why"][1:]) == {"as it is", "no neuron fired"}
+        assert found["why"][0] == "silent with 1 of 2 seeds" and set(found["why"][1:]) == {
+            "as it is",
+            "no neuron fired",
+        }
     assert mean_row([row, row | {"spike_driven": "no", "data": "digits"}])["spike_driven"] == "no"
     assert mean_row([row]) == row
 

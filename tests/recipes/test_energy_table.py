@@ -117,7 +117,7 @@ def test_a_released_file_and_a_validation_folder(table, tmp_path, monkeypatch, r
     ("arguments", "words"),
     [
         (["nowhere.pth.tar"], ["nowhere.pth.tar", "no such file"]),
-        (["samples=0"], ["samples=0", "1 or more"]),
+        (["samples=0"], ["samples: ", "at least 1"]),
         (["data.root=x"], ["data.root=x", "name the weights"]),
     ],
 )

@@ -254,7 +254,7 @@ def test_the_recipe_writes_classes_and_confusion_for_data_in_another_order(evalu
     (tmp_path / "data" / "val" / "a" / "3.png").write_bytes(b"")
     with pytest.warns(UserWarning, match=r"a/3\.png cannot be read"):
         out = evaluate_here("checkpoint=run", "data.root=data", "data.on_error=skip")
-    assert "14 images at 16 x 16" in out and "1 of the images could not be read and count nowhere" in out
+    assert "14 images at 16 x 16" in out and "1 of the images could not be read; no figure includes such" in out
     figures = json.loads((folder / "evaluation.json").read_text())
     assert (figures["samples"], figures["unreadable"]) == (14, 1)
 

@@ -82,7 +82,7 @@ def test_it_plays_at_the_recordings_pace(saved, monkeypatch):
         (["checkpoint=mine", "recording=nowhere.npz"], ["recording=nowhere.npz"]),
         (["checkpoint=mine", "form=fast"], ["form", "fast", "plain, dense, events"]),
         (["checkpoint=mine", "speed=-1"], ["speed", "at least 0"]),
-        ([*ARGUMENTS, "frame_events=500"], ["400 events finish no frame"]),
+        ([*ARGUMENTS, "frame_events=500"], ["no frame is finished by 400 events"]),
         (["checkpoint=mine", "recording=mine.npz", "events.sensor_size=[8,8]"], ["outside"]),
     ],
 )
