@@ -1,4 +1,4 @@
-"""Optimised models in a server: its defaults, threads and copies, weights that are no numbers, other machines."""
+"""Optimized models in a server: its defaults, threads and copies, weights that are no numbers, other machines."""
 
 import copy
 import io

@@ -90,7 +90,8 @@ def test_time_first_and_tuples(steps, batch, tmp_path):
     rates, report = analyze_model(TimeFirst().eval(), [(inputs, torch.zeros(batch))], tmp_path)
     assert (rates.samples, report.steps) == (batch, steps) and rates["last"].mean > 0
     assert len(list((tmp_path / "overlays").iterdir())) == min(batch, 4)
-    assert f"{batch} samples, {steps} time steps, input {steps} x 1 x 6 x 6" in (tmp_path / "index.html").read_text()
+    counts = f"{batch} sample{'s' * (batch > 1)}, {steps} time step{'s' * (steps > 1)}"
+    assert f"{counts}, input {steps} x 1 x 6 x 6" in (tmp_path / "index.html").read_text()
 
 
 def test_a_batch_as_large_as_the_time_steps_stays_a_batch(small, tmp_path):
