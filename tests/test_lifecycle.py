@@ -208,3 +208,31 @@ def test_an_empty_batch_is_refused(form):
     assert model(torch.rand(2, 1, 3, 4, 4)).shape == (1, 2)
     with pytest.raises(TypeError, match=r"conv expects floating-point \[T, B, C, H, W\] with nothing empty, got"):
         model(torch.rand(2, 0, 3, 4, 4))
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "as trained"])
+def test_a_form_stays_on_its_device(make_small, form):
+    """Its kernels would take an address of another device for one of their own."""
+    small = make_small("sdt_2_256")
+    model = made(small.model, form)
+    expected = model(small.images)
+    with pytest.raises(TypeError, match="runs kernels of cpu, it cannot be moved to meta: move the model there"):
+        nn.Sequential(model).to("meta")
+    with pytest.raises(ValueError, match="takes input on cpu, where it was made, got it on meta; move the input"):
+        model(small.images.to("meta"))
+    assert torch.equal(model.to("cpu").share_memory()(small.images), expected)
+
+
+@pytest.mark.filterwarnings("ignore:the unfused reference runs")
+@for_each_form
+def test_transforms_of_functions_are_for_the_plain_model(make_small, form):
+    small = make_small("sdt_2_256")
+    model, images = made(small.model, form), small.images[:2]
+    if form == "as trained":
+        found = torch.func.vmap(lambda image: model(image[None])[0])(images)
+        torch.testing.assert_close(found, model(images), atol=1e-4, rtol=1e-4)
+        return
+    with pytest.raises(RuntimeError, match=r"no rules for torch.func and forward-mode gradients: call the plain model"):
+        torch.func.vmap(lambda image: model(image[None])[0])(images)
+    with pytest.raises(RuntimeError, match=r"no rules for torch.func and forward-mode gradients: call the plain model"):
+        torch.func.jvp(model, (images,), (images,))

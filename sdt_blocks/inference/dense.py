@@ -168,8 +168,6 @@ class Dense(Form):
         self.leaves = nn.ModuleList()
         self.forms: dict[Node, Any] = {}
         self.kinds = self._kinds(plan)
-        # The device of the weights: a neuron's constants are plain numbers without one.
-        self.made_on = next((p.device for p in plan.parameters()), None)
         if any(p.is_floating_point() and p.dtype != self.real_dtype for p in plan.parameters()):
             # Layers that run as they are must accept the results of the others.
             for leaf in plan.leaves():

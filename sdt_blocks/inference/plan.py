@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import steps
 from ..neuron import IntegerNeuron, Streamed
 from ..ops.dispatch import exporting
+from ..surrogate import transformed
 from .frozen import times_written
 
 INPUT, PRESENT, CHECK, PROJECT, FIRE, MIX, POOL, ADD, CALL, OUTPUT = (
@@ -120,12 +121,25 @@ class Form(nn.Module):
         self.plan, self.real_dtype = plan, real_dtype
         self.inputs = [node for node in plan.nodes if node.op == INPUT]
         _check_finite(plan)
+        # The device of the weights: a neuron's constants are plain numbers without one.
+        self.made_on = next((p.device for p in plan.parameters()), None)
 
     def forward(self, *inputs: Any) -> Any:
         refuse_export()
         if len(inputs) != len(self.inputs):
             raise TypeError(f"expected {len(self.inputs)} input(s), got {len(inputs)}; options keep their defaults")
+        if transformed():
+            raise RuntimeError(
+                "an optimized network has no rules for torch.func and forward-mode gradients: call the plain model, "
+                "the one that optimize_for_inference was given"
+            )
         tensors = [x for x in inputs if isinstance(x, Tensor)]
+        elsewhere = {str(x.device) for x in tensors if x.ndim and self.made_on not in (None, x.device)}
+        if elsewhere:
+            raise ValueError(
+                f"an optimized network takes input on {self.made_on}, where it was made, got it on "
+                f"{', '.join(elsewhere)}; move the input"
+            )
         casts = {x.device.type for x in tensors if not x.is_meta and torch.is_autocast_enabled(x.device.type)}
         with ExitStack() as as_made:
             for device in casts:
@@ -197,11 +211,17 @@ class Form(nn.Module):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Form:
-        cast = fn(torch.zeros(1, dtype=self.real_dtype, device="cpu")).dtype
-        if cast != self.real_dtype:
+        given = torch.zeros(1, dtype=self.real_dtype, device=self.made_on or "cpu")
+        made = fn(given)
+        if made.dtype != self.real_dtype:
             raise TypeError(
-                f"an optimized model keeps its {self.real_dtype}, it cannot be cast to {cast}: build it again from the "
-                "model, with dtype= of optimize_for_inference"
+                f"an optimized model keeps its {self.real_dtype}, it cannot be cast to {made.dtype}: build it again "
+                "from the model, with dtype= of optimize_for_inference"
+            )
+        if self.made_on is not None and made.device != given.device:
+            raise TypeError(
+                f"an optimized model runs kernels of {self.made_on}, it cannot be moved to {made.device}: move the "
+                "model there, and build it again"
             )
         super()._apply(fn, recurse)
         return self
