@@ -248,7 +248,7 @@ def test_the_cache_is_reported(gestures, caplog):
     build_on_gestures(True, gestures)[0][0]
     build_on_gestures(True, gestures)
     assert f"frames are kept in {gestures / '.frames_cache'}: 0 entries, 0.0 MB" in caplog.text
-    assert f"frames are kept in {gestures / '.frames_cache'}: 1 entries, 0.1 MB" in caplog.text
+    assert f"frames are kept in {gestures / '.frames_cache'}: 1 entry, 0.1 MB" in caplog.text
 
 
 def fill(root, cache, barrier, results):
