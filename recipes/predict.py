@@ -52,8 +52,9 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Options, list[str], list[s
     """
     arguments = ["json=true" if argument == "--json" else argument for argument in arguments]
     options, rest = split_options(Options, arguments)
-    inputs = [argument for argument in rest if "=" not in argument or os.path.lexists(argument)]
-    settings = with_run_config(options.checkpoint, [argument for argument in rest if argument not in inputs])
+    given = [argument for argument in rest if "=" in argument and not os.path.lexists(argument)]
+    inputs = [argument for argument in rest if argument not in given]
+    settings = with_run_config(options.checkpoint, given)
     if not inputs:
         raise ConfigError("name the images or recordings to classify, or folders of them")
     return options, inputs, settings

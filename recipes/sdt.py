@@ -19,7 +19,8 @@ from __future__ import annotations
 import difflib
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -55,9 +56,7 @@ def start(command: str, rest: Sequence[str]) -> None:
     elif command == "train":
         train(rest)
     elif command in OTHERS:
-        place = 0
-        if command in SHARED and rest and rest[0].startswith("-") and not {"-h", "--help"} & set(rest):
-            place = next((i for i, word in enumerate(rest) if "=" in word and not word.startswith("-")), 0)
+        place = end_of_options(rest) if command in SHARED else 0
         run_in_processes(rest[:place], command, rest[place:])
     elif command in TRAINING:
         fail(f"{command} is what to train: sdt train {command} {' '.join(rest)}".rstrip())
@@ -80,6 +79,17 @@ def train(arguments: Sequence[str]) -> None:
     run_in_processes(arguments[:place], arguments[place], arguments[place + 1 :])
 
 
+def end_of_options(arguments: Sequence[str]) -> int:
+    """How many of the arguments are options of accelerate launch, which come first; its own parser tells."""
+    if not arguments or not arguments[0].startswith("-") or {"-h", "--help"} & set(arguments):
+        return 0
+    with named_if_missing("launch"):
+        from accelerate.commands.launch import launch_command_parser
+    # It takes the first word that is no option for a script, and all that follow for the script's.
+    after = launch_command_parser().parse_args([*arguments, "end"]).training_script_args
+    return len(arguments) - len(after)
+
+
 def run_in_processes(options: Sequence[str], name: str, rest: Sequence[str]) -> None:
     """Run a script of this folder in as many processes as the options of accelerate launch ask for."""
     if options:
@@ -94,8 +104,15 @@ def run(name: str, arguments: Sequence[str]) -> None:
     if sys.path[0] != str(FOLDER):
         sys.path.insert(0, str(FOLDER))
     sys.argv = [path, *arguments]
-    try:
+    with named_if_missing(name):
         runpy.run_path(path, run_name="__main__")
+
+
+@contextmanager
+def named_if_missing(name: str) -> Iterator[None]:
+    """A context in which a package that is not installed is named, with the extra that `sdt name` needs."""
+    try:
+        yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", "common", "sdt_blocks", "sdt_datasets"):

@@ -41,6 +41,9 @@ def test_commands_are_recipes(sdt):
     assert sdt("evaluate", "--num_processes", "2", "checkpoint=x", "ema=true")[0] == [
         ["launch", "--num_processes", "2", script, "checkpoint=x", "ema=true"]
     ]
+    launched = ["launch", "--num_processes=2", "--cpu", str(RECIPES / "energy_table.py")]
+    for rest in ([], ["8_512.pth.tar", "data.root=D"]):
+        assert sdt("energy_table", "--num_processes=2", "--cpu", *rest)[0] == [[*launched, *rest]]
     assert sdt("energy_table", "8_512.pth.tar", "data.root=D")[0] == [["energy_table", "8_512.pth.tar", "data.root=D"]]
     assert sdt("evaluate", "--cpu", "--help")[0] == [["evaluate", "--cpu", "--help"]]
     import sdt as command
