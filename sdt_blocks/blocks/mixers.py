@@ -33,6 +33,11 @@ ATTENTION_THRESHOLD = 0.5
 """Threshold of the neuron on a mixer's sum: with tau = 2 one coincidence of k and v makes h = 0.5, which fires."""
 
 
+def of_neuron(module: Any) -> str:
+    """What a module `emits` that ends in its `neuron`: "spikes" if that is known to return only these, else "real"."""
+    return "spikes" if fires_spikes(module.neuron) else "real"
+
+
 class MaskMixer(nn.Module):
     """`q * a` with `a = LIF_0.5(sum over tokens of k * v)`, one spike per channel: only masks and additions.
 
@@ -47,11 +52,7 @@ class MaskMixer(nn.Module):
     """
 
     exact = apart = True
-
-    @property
-    def emits(self) -> str:
-        """ "spikes" if its neuron is known to return only zeros and ones, else "real"."""
-        return "spikes" if fires_spikes(self.neuron) else "real"
+    emits = property(of_neuron)
 
     @property
     def seen(self) -> tuple[str, ...]:
@@ -194,11 +195,7 @@ class QKMixer(nn.Module):
     """
 
     exact = apart = True
-
-    @property
-    def emits(self) -> str:
-        """ "spikes" if its neuron is known to return only zeros and ones, else "real"."""
-        return "spikes" if fires_spikes(self.neuron) else "real"
+    emits = property(of_neuron)
 
     def __init__(self, dim: int, *, num_heads: int = 8, over: str = "channels", neuron: NeuronLike = LIF) -> None:
         super().__init__()

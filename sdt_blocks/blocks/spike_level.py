@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..neuron import LIF, NeuronLike, Streamed, make_neuron
-from ..steps import check_sequence, fire, fires_spikes, project_and_fire, project_and_mix, shortcut
-from .mixers import ATTENTION_THRESHOLD, LinearSpikeMixer, QKMixer
+from ..steps import check_sequence, fire, project_and_fire, project_and_mix, shortcut
+from .mixers import ATTENTION_THRESHOLD, LinearSpikeMixer, QKMixer, of_neuron
 from .sizes import check_widths
 from .units import ConvNorm
 
@@ -140,14 +140,11 @@ class AcrossImages(nn.Module, Streamed):
     Shapes: `[T, B, ...] -> [T, B, ...]`.
     """
 
+    emits = property(of_neuron)
+
     def __init__(self, neuron: nn.Module) -> None:
         super().__init__()
         self.neuron = neuron
-
-    @property
-    def emits(self) -> str:
-        """ "spikes" if `neuron` is known to return only zeros and ones, else "real"."""
-        return "spikes" if fires_spikes(self.neuron) else "real"
 
     def forward(self, membrane: Tensor) -> Tensor:
         if self.carrier is not None:
