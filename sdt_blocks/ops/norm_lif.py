@@ -155,12 +155,9 @@ def stacked_statistics(x: Sequence[Tensor], norms: Sequence[Norm]) -> tuple[Tens
 
 def _settled_alike(norms: Sequence[Norm]) -> bool:
     """Whether norms differ in their tensors only, and no two of them change the same one."""
-    kept = [norm.running_mean for norm in norms]
     settings = {(norm.momentum, norm.eps, norm.batches is None) for norm in norms}
-    if all(mean is None for mean in kept):
-        return len(settings) == 1
-    distinct = len({id(mean) for mean in kept}) == len(norms) and None not in kept
-    return distinct and len(settings) == len({mean.dtype for mean in kept if mean is not None}) == 1
+    means = {id(norm.running_mean): norm.running_mean.dtype for norm in norms if norm.running_mean is not None}
+    return len(settings) == 1 and len(means) in (0, len(norms)) and len(set(means.values())) <= 1
 
 
 def _at_once(x: Tensor, *norms: Norm) -> Callable[..., None] | None:

@@ -26,7 +26,7 @@ MOST_TOKENS = 1 << 14
 
 def state_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the membrane: float32 for half precision."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class NeuronSpec(NamedTuple):

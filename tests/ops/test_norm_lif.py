@@ -88,6 +88,7 @@ def test_more_positions_than_programs_beside_each_other(monkeypatch, most):
     tiles = pytest.importorskip("sdt_blocks.ops.triton.tiles")
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", "triton")
     monkeypatch.setattr(tiles, "MOST_PROGRAMS", most)
+    monkeypatch.setattr(tiles, "_tile", tiles._tile.__wrapped__)  # which remembers the tiles of other limits
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     norm, neuron = trained(nn.BatchNorm2d(40)).to(device).double(), ParametricLIF(channels=40).to(device).double()

@@ -10,6 +10,8 @@ registers, one bit per chunk and step, until the sums over all tokens decide wha
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import triton
@@ -21,6 +23,7 @@ from .lif import MOST_STEPS, charge, fires
 from .tiles import (
     THREADS,
     WIDEST,
+    cdiv,
     elements,
     grid_of,
     index,
@@ -53,11 +56,15 @@ class Cut(NamedTuple):
 
 def cut(x: Tensor, layout: Layout, *strides: int) -> Cut:
     """The chunks of x `[T, B, C, ...]`; a group must also divide `strides`, other distances between frames."""
-    images, channels = x.shape[1:3]
+    return _cut(x.element_size(), x.shape[1], x.shape[2], layout, strides)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cut(element_size: int, images: int, channels: int, layout: Layout, strides: Sequence[int]) -> Cut:
     tokens = layout.size // (images * channels)
     innermost = layout.inner == 1 and channels > 1
     # With wider groups the membranes of three neurons would not fit the registers.
-    group = min(WIDEST // x.element_size(), 4)
+    group = min(WIDEST // element_size, 4)
     while any(number % group for number in (channels if innermost else tokens, *strides)):
         group //= 2
     if innermost:
@@ -67,19 +74,19 @@ def cut(x: Tensor, layout: Layout, *strides: int) -> Cut:
     else:
         tokens //= group
         chunk = FEWEST
-    rounds = triton.cdiv(tokens, chunk)
+    rounds = cdiv(tokens, chunk)
     while rounds * layout.steps > BITS and rounds > 1:
         chunk *= 2
-        rounds = triton.cdiv(tokens, chunk)
+        rounds = cdiv(tokens, chunk)
     bits = BITS // 2 if rounds * layout.steps <= BITS // 2 else BITS
     if innermost:
         # With 64 bits (two registers) per element, the registers do not suffice for twice the threads.
-        fewer = bits == BITS and THREADS // chunk * group * x.element_size() >= SECTOR
+        fewer = bits == BITS and THREADS // chunk * group * element_size >= SECTOR
         a, b = chunk, max(1, min(b, (1 if fewer else 2) * THREADS // chunk))
-        blocks = triton.cdiv(channels, b)
+        blocks = cdiv(channels, b)
     else:
         a, b = min(triton.next_power_of_2(channels), max(1, THREADS // chunk)), chunk
-        blocks = triton.cdiv(channels, a)
+        blocks = cdiv(channels, a)
     arguments = {
         "size": layout.size // group,
         "tokens": tokens,

@@ -15,7 +15,7 @@ from torch.cuda import device_of
 
 from ..spec import RESETS, ByteLayer, NeuronSpec
 from .lif import charge, fires
-from .tiles import ROUNDED, grid_of, index, second_axis
+from .tiles import ROUNDED, cdiv, grid_of, index, second_axis
 
 AT_ONCE = 4
 """Time steps whose sums are held in registers at once; the number used must divide the steps."""
@@ -49,13 +49,13 @@ def spike_layer(
     # Each takes registers: a shortcut, membranes stored beside spikes, and membranes carried on to further steps.
     more = residual is not None or (kept is not None and spikes is not None) or steps > at_once
     b = max(16, min(COLUMNS // 2 if more else COLUMNS, triton.next_power_of_2(out)))
-    while b > 32 and triton.cdiv(out, b) * triton.cdiv(positions, a) < FEW_PROGRAMS:
+    while b > 32 and cdiv(out, b) * cdiv(positions, a) < FEW_PROGRAMS:
         b //= 2
     stand_in, told = layer.scale, neuron or NeuronSpec(inv_tau=layer.scale)
     assert isinstance(told.inv_tau, Tensor)
     stride, padding, dilation = layer.windows
     with device_of(x):
-        spike_layer_kernel[grid_of(triton.cdiv(out, b), triton.cdiv(positions, a))](
+        spike_layer_kernel[grid_of(cdiv(out, b), cdiv(positions, a))](
             x,
             layer.weight,
             layer.scale,
@@ -102,7 +102,7 @@ def spike_layer(
 
 def _depth(channels: int) -> int:
     """Inputs multiplied at once: 64, or 32 if that leaves fewer unused."""
-    return min(DEPTH, 32, key=lambda depth: (triton.cdiv(channels, depth) * depth, -depth))
+    return min(DEPTH, 32, key=lambda depth: (cdiv(channels, depth) * depth, -depth))
 
 
 @triton.jit

@@ -26,6 +26,7 @@ from .tiles import (
     SIZES,
     THREADS,
     WIDEST,
+    cdiv,
     elements,
     grid_of,
     in_x,
@@ -69,7 +70,6 @@ def fire(
             inv_tau,
             total,
             spikes,
-            **cut.where(layout),
             **cut.arguments,
             **_neuron(x, steps, neuron, inv_tau),
             SHORTCUT=before is not None,
@@ -88,12 +88,12 @@ def fire_and_pool(x: Tensor, neuron: NeuronSpec, inv_tau: Tensor, dtype: torch.d
     group = _group(x, channels)
     groups = channels // group
     strip = min(STRIP, triton.next_power_of_2(rows))
-    per_plane = triton.cdiv(rows, strip)
+    per_plane = cdiv(rows, strip)
     strips = images * per_plane
     b = min(LINE // (group * x.element_size()), max(groups & -groups, min(4, triton.next_power_of_2(groups))))
     a = max(1, THREADS // b)
     with device_of(x):
-        fire_and_pool_kernel[grid_of(triton.cdiv(groups, b), triton.cdiv(strips * columns, a))](
+        fire_and_pool_kernel[grid_of(cdiv(groups, b), cdiv(strips * columns, a))](
             x,
             inv_tau,
             out,
@@ -129,17 +129,17 @@ def attend(qkv: Tensor, neurons: Sequence[NeuronSpec], inv_taus: Tensor, dtype: 
     groups = channels // group
     b = min(8, triton.next_power_of_2(groups))
     a = max(1, 2 * THREADS // b)
-    rounds = triton.cdiv(tokens, a)
+    rounds = cdiv(tokens, a)
     while rounds * steps > BITS and rounds > 1:
         a, b = 2 * a, max(1, b // 2)
-        rounds = triton.cdiv(tokens, a)
+        rounds = cdiv(tokens, a)
     if rounds * steps > BITS:
         return None
     out = torch.empty(steps, images, height, width, channels, dtype=dtype, device=qkv.device)
     first, last = neurons[0], neurons[3]
     mask = {"mask_threshold_number": as_number(qkv, last.threshold), "MASK_RESET": RESETS.index(last.reset)}
     with device_of(qkv):
-        attend_kernel[grid_of(images, triton.cdiv(groups, b))](
+        attend_kernel[grid_of(images, cdiv(groups, b))](
             qkv,
             inv_taus,
             out,

@@ -19,7 +19,21 @@ from torch.cuda import device_of
 from ..spec import Affine, Layout, LevelSpec, state_dtype
 from .arguments import STATES, affine, as_number, given, norm_kind, unrolled
 from .lif import store_sums
-from .tiles import ROUNDED, SIZES, THREADS, WIDEST, Tile, elements, in_x, normalization, number, place, tile, times_for
+from .tiles import (
+    ROUNDED,
+    SIZES,
+    THREADS,
+    WIDEST,
+    Tile,
+    cdiv,
+    elements,
+    in_x,
+    normalization,
+    number,
+    place,
+    tile,
+    times_for,
+)
 
 NUMBERS = ("limit_number", "norm_number", "threshold_number")
 """The neuron's numbers, in the state's dtype; kernels are not specialized on them."""
@@ -105,7 +119,7 @@ def norm_levels_backward(
 
 
 def _programs(x: Tensor) -> tuple[int]:
-    return (triton.cdiv(x.numel(), 8 * THREADS),)
+    return (cdiv(x.numel(), 8 * THREADS),)
 
 
 def _lanes(x: Tensor) -> dict[str, int]:
@@ -113,7 +127,7 @@ def _lanes(x: Tensor) -> dict[str, int]:
 
 
 def _cut(x: Tensor, cut: Tile, layout: Layout, neuron: LevelSpec, norm: Affine) -> dict[str, Any]:
-    told = {**cut.where(layout), **cut.arguments, **_neuron(x, neuron)}
+    told = {**cut.arguments, **_neuron(x, neuron)}
     return {**told, **unrolled(x, layout), "AFFINE": norm_kind(norm)}
 
 

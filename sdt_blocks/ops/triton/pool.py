@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import LINE, THREADS, WIDEST, grid_of, index, second_axis
+from .tiles import LINE, THREADS, WIDEST, cdiv, grid_of, index, second_axis
 
 SIZES = ("strips", "per_plane", "height", "width", "rows", "columns", "channels")
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
@@ -46,7 +46,7 @@ def cut(x: Tensor, out: Tensor, pack: bool = False) -> Cut:
         group = min(max(widest // 2, 1), (width & -width) // 2) if width % 2 == 0 else 1
     fitting = (n for n in (STRIPS[-1:] if pack and group < 8 else STRIPS) if rows % n == 0)
     strip = next(fitting, min(STRIPS[-1], triton.next_power_of_2(rows)))
-    per_plane = triton.cdiv(rows, strip)
+    per_plane = cdiv(rows, strip)
     strips = (images if innermost else images * channels) * per_plane
     if innermost:
         unit = group
@@ -54,12 +54,12 @@ def cut(x: Tensor, out: Tensor, pack: bool = False) -> Cut:
         even = max(channels & -channels, min(2, triton.next_power_of_2(channels)))
         b = min(LINE // (group * x.element_size()), even)
         a = THREADS * widest // group // b
-        grid = grid_of(triton.cdiv(channels, b), triton.cdiv(strips * columns, a))
+        grid = grid_of(cdiv(channels, b), cdiv(strips * columns, a))
     else:
         unit = 2 * group if width % 2 == 0 else 1
         a, b = max(THREADS * widest // 2, 1) // group, 1
         channels, width, columns = 1, width // unit, columns // group
-        grid = (triton.cdiv(strips * columns, a), 1, 1)
+        grid = (cdiv(strips * columns, a), 1, 1)
     arguments = {
         "strips": strips,
         "per_plane": per_plane,

@@ -6,6 +6,8 @@ group, in 32 bits unless a tensor needs more, and one build serves all sizes tha
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import triton
@@ -57,11 +59,6 @@ class Tile(NamedTuple):
     group: int
     arguments: dict[str, Any]
 
-    def where(self, layout: Layout) -> dict[str, int]:
-        """The sizes of a frame and its distance from the next, in groups."""
-        found = (layout.size, layout.chunk, layout.chunk_stride, layout.x_step)
-        return dict(zip(("size", "chunk", "chunk_stride", "x_step"), (n // self.group for n in found), strict=True))
-
 
 def tile(
     x: Tensor,
@@ -82,9 +79,23 @@ def tile(
     Tiles are `times` as large as usual, a power of two: where an element takes little work, a program's overhead
     counts. Each of several `inputs` of the same layout has its own programs, see `which`.
     """
+    return _tile(x.element_size(), layout, strides, images, times, least, inputs, held)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tile(
+    element_size: int,
+    layout: Layout,
+    strides: Sequence[int],
+    images: int,
+    times: int,
+    least: int,
+    inputs: int,
+    held: int,
+) -> Tile:
     innermost = layout.inner == 1 and layout.channels > 1
     single = layout.channels == 1
-    share = WIDEST // x.element_size()
+    share = WIDEST // element_size
     while share > 1 and share * held > MOST_HELD:
         share //= 2
     group = max(share, least)
@@ -97,9 +108,9 @@ def tile(
         channels, inner = layout.channels // group, 1
         # No lane is idle if the columns are a power of two that divides the channels.
         even = max(channels & -channels, min(2, triton.next_power_of_2(channels)))
-        columns = min(LINE // (group * x.element_size()), even)
+        columns = min(LINE // (group * element_size), even)
         rows = elements // group // columns
-        grid = grid_of(inputs * triton.cdiv(channels, columns), triton.cdiv(positions, rows))
+        grid = grid_of(inputs * cdiv(channels, columns), cdiv(positions, rows))
         runs = grid[1] * grid[2]
     else:
         positions //= group
@@ -107,10 +118,14 @@ def tile(
         # One channel, or as many side by side as have room.
         columns = min(elements // group, triton.next_power_of_2(positions))
         rows = min(elements // group // columns, triton.next_power_of_2(channels))
-        runs = triton.cdiv(positions, columns)
-        grid = grid_of(inputs * runs, triton.cdiv(channels, rows))
+        runs = cdiv(positions, columns)
+        grid = grid_of(inputs * runs, cdiv(channels, rows))
     span = layout.size if layout.dense else max(layout.size, layout.size // layout.chunk * layout.chunk_stride)
     arguments = {
+        "size": layout.size // group,
+        "chunk": layout.chunk // group,
+        "chunk_stride": layout.chunk_stride // group,
+        "x_step": layout.x_step // group,
         "positions": positions,
         "channels": channels,
         "inner": inner,
@@ -138,10 +153,15 @@ def index(size: int) -> Any:
     return tl.int64 if size >= 1 << 31 else tl.int32
 
 
+def cdiv(size: int, share: int) -> int:
+    """How many shares cover `size`: on the host a twentieth of the time of `triton.cdiv`."""
+    return -(-size // share)
+
+
 def grid_of(first: int, second: int) -> tuple[int, int, int]:
     """A grid with a second axis of any length, folded into a third; `second_axis()` may then reach beyond `second`."""
-    third = triton.cdiv(second, MOST_PROGRAMS)
-    return first, triton.cdiv(second, third), third
+    third = cdiv(second, MOST_PROGRAMS)
+    return first, cdiv(second, third), third
 
 
 @triton.jit

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 from torch.cuda import device_of
 
@@ -30,7 +29,7 @@ from .arguments import (
     three,
     unrolled,
 )
-from .tiles import PACKED_STEPS, ROUNDED, THREADS, WIDEST, tile, times_for
+from .tiles import PACKED_STEPS, ROUNDED, THREADS, WIDEST, cdiv, tile, times_for
 
 logging.getLogger(__name__).info(
     "Triton builds each kernel when it is first called, and keeps it for the next time in TRITON_CACHE_DIR or ~/.triton"
@@ -70,7 +69,6 @@ def lif_forward(
             spikes,
             given(bits, x),
             given(last, x),
-            **cut.where(layout),
             **cut.arguments,
             **numbers(x, neuron),
             **constants(x, layout, neuron, norm, inv_tau, before),
@@ -130,7 +128,7 @@ def _backward(
     segment = _segment(layout.steps)
     times, held = 2 if layout.repeat else 1, segment * dtype.itemsize // 4
     cut = tile(q, layout, grad_step, images=images, times=times, inputs=len(x), held=held)
-    kept = q.new_empty(len(x), triton.cdiv(layout.steps, segment) - 1, layout.size, dtype=dtype)
+    kept = q.new_empty(len(x), cdiv(layout.steps, segment) - 1, layout.size, dtype=dtype)
     summed = inv_tau is not None or norm is not None
     sums = q.new_empty((len(x), 3, cut.runs, layout.channels) if summed else 0, dtype=dtype)
     kind, alpha = neuron.gradient()
@@ -147,7 +145,6 @@ def _backward(
             given(grad_before, q),
             sums,
             kept,
-            **cut.where(layout),
             grad_step=grad_step // cut.group,
             mask_step=0 if masks is None else masks.of_q.stride(0),
             **cut.arguments,
@@ -179,12 +176,12 @@ def norm_gradients(
     factors = of_weight.new_empty(number, 3, channels)
     with device_of(sums):
         while sums.shape[2] > MOST_RUNS:
-            parts = sums.new_empty(number, 3, triton.cdiv(sums.shape[2], MOST_RUNS), channels, dtype=torch.float64)
-            lif.total[(triton.cdiv(channels, FEW), 3 * number, parts.shape[2])](
+            parts = sums.new_empty(number, 3, cdiv(sums.shape[2], MOST_RUNS), channels, dtype=torch.float64)
+            lif.total[(cdiv(channels, FEW), 3 * number, parts.shape[2])](
                 sums, parts, sums.shape[2], channels, MOST_RUNS, RUNS=RUNS, CHANNELS=FEW
             )
             sums = parts
-        norms.gradients[(triton.cdiv(channels, FEW), number)](
+        norms.gradients[(cdiv(channels, FEW), number)](
             sums,
             norm.inv_std,
             norm.mean,
@@ -201,9 +198,7 @@ def norm_gradients(
             CHANNELS=FEW,
             N=number,
         )
-        norms.combine[cut.grid](
-            *three(grad), *three(x), factors, **cut.where(layout), **cut.arguments, **unrolled(x[0], layout)
-        )
+        norms.combine[cut.grid](*three(grad), *three(x), factors, **cut.arguments, **unrolled(x[0], layout))
 
 
 def attend(
@@ -325,15 +320,15 @@ def _settle(
     assert not isinstance(first.momentum, Tensor)
     partial = x[0].new_empty(len(x), 3, runs, channels, dtype=state_dtype(x[0]))
     with device_of(partial):
-        norms.moments[cut.grid](*three(x), partial, **cut.where(layout), **cut.arguments, **unrolled(x[0], layout))
+        norms.moments[cut.grid](*three(x), partial, **cut.arguments, **unrolled(x[0], layout))
         while runs > MOST_RUNS:
-            splits = triton.cdiv(runs, MOST_RUNS)
+            splits = cdiv(runs, MOST_RUNS)
             merged = partial.new_empty(len(x), 3, splits, channels, dtype=torch.float64)
-            norms.merge[(triton.cdiv(channels, FEW), splits, len(x))](
+            norms.merge[(cdiv(channels, FEW), splits, len(x))](
                 partial, merged, runs, channels, step, positions, weight, MOST_RUNS, RUNS=RUNS, CHANNELS=FEW
             )
             partial, runs, step = merged, splits, step * MOST_RUNS
-        norms.settle[(triton.cdiv(channels, FEW), len(x))](
+        norms.settle[(cdiv(channels, FEW), len(x))](
             partial,
             mean,
             of_deviation,
@@ -389,12 +384,12 @@ def _pack(x: Tensor, bits: Tensor | None) -> None:
     if bits is not None:
         with device_of(x):
             lanes = WIDEST // x.element_size()
-            bit_kernels.pack[(triton.cdiv(bits.numel(), THREADS),)](x, bits, x.numel(), LANES=lanes, BLOCK=THREADS)
+            bit_kernels.pack[(cdiv(bits.numel(), THREADS),)](x, bits, x.numel(), LANES=lanes, BLOCK=THREADS)
 
 
 def unpack_bits(bits: Tensor, x: Tensor) -> None:
     with device_of(x):
-        bit_kernels.unpack[(triton.cdiv(x.numel(), BLOCK),)](bits, x, x.numel(), BLOCK=BLOCK)
+        bit_kernels.unpack[(cdiv(x.numel(), BLOCK),)](bits, x, x.numel(), BLOCK=BLOCK)
 
 
 def _segment(steps: int, most: int = lif.MOST_STEPS) -> int:
