@@ -232,6 +232,8 @@ def validate(config: Config) -> None:
             raise ConfigError(
                 f"{key} needs a model with the option {option}, which {config.model.name} lacks; these have it: {able}"
             )
+    if train.compile_mode != "default" and not train.compile:
+        raise ConfigError(f"train.compile_mode={train.compile_mode} is for train.compile=true; give both, or none")
     if optim.trust_clip and optim.name != "lamb":
         raise ConfigError(f"optim.trust_clip is lamb's; leave it out with optim.name={optim.name}")
     model_keywords(config)
@@ -328,7 +330,8 @@ _FREE = {
     "data.root", "data.workers", "data.download", "data.on_error", "data.test_samples", "data.crop_pct", "events.cache",
     "train.batch_size", "train.accumulate", "train.max_steps", "train.init_checkpoint", "train.skip_nonfinite",
     "train.checkpoint_every", "train.checkpoint_steps", "train.keep_checkpoints", "train.eval_every",
-    "train.channels_last", "train.compile", "output_dir", "resume", "tracker", "threads", "analyze",
+    "train.channels_last", "train.compile", "train.compile_mode", "output_dir", "resume", "tracker", "threads",
+    "analyze",
 }  # fmt: skip
 
 

@@ -200,6 +200,11 @@ class TrainConfig:
     )
     channels_last: bool = option(False, "memory format of the convolutions")
     compile: bool = option(False, "torch.compile the model")
+    compile_mode: str = option(
+        "default",
+        "torch.compile's mode; reduce-overhead replays CUDA graphs, which small batches on a GPU gain from",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    )
     sync_bn: bool = option(False, "batch statistics over all GPUs")
     linear_probe: bool = option(False, "train the head only")
     init_checkpoint: str | None = option(

@@ -283,7 +283,7 @@ def prepare(
         "labels": of_data["labels"],
         "settings": trajectory(config),
     }
-    keys = ("accumulate", "batch_size", "channels_last", "compile")
+    keys = ("accumulate", "batch_size", "channels_last", "compile", "compile_mode")
     division = {
         "processes": accelerator.num_processes,
         **{f"train.{key}": getattr(config.train, key) for key in keys},
@@ -309,7 +309,7 @@ def prepare(
     if config.train.channels_last:
         plain.to(memory_format=torch.channels_last)
     if config.train.compile:
-        plain.compile()
+        plain.compile(mode=config.train.compile_mode)
     optimizer = at_the_door(
         build_optimizer,
         plain,

@@ -285,6 +285,7 @@ def test_help_says_what_a_recipes_own_keys_may_be(recipe):
         ("${data}.root=1", ["unknown key '${data}.root'"]),
         ("model.name=" + "a" * 5000, ["model.name: 'aaa", "is unknown"]),
         ("train.compile=maybe", ["train.compile: expected true or false, got 'maybe'"]),
+        ("train.compile_mode=max-autotune", ["train.compile_mode=max-autotune is for train.compile=true"]),
         ("data.scale=[0.5]", ["data.scale: expected 2 number(s)"]),
         ("data.scale=[0.9,0.1]", ["data.scale: the first value must not exceed the second"]),
         ("data.mean=[0.1,0.2]", ["data.mean has 2 values and data.std 1"]),

@@ -309,7 +309,7 @@ def test_weights_that_are_not_finite_are_never_saved(set_up):
         ("train.channels_last=true", "optim.name=lamb", "data.random_erasing=0.5"),
         ("train.tet=true", "train.tet_lambda=0.05"),
         ("train.loss=bce", "data.mixup=0.2", "data.cutmix=1.0", "model.neuron=plif"),
-        pytest.param(("train.compile=true",), marks=pytest.mark.slow),
+        pytest.param(("train.compile=true", "train.compile_mode=reduce-overhead"), marks=pytest.mark.slow),
     ],
     ids=lambda options: options[0],
 )
@@ -319,6 +319,13 @@ def test_options_train_and_save_float32_weights(train, tmp_path, options):
     assert lines[1]["train_loss"] < lines[0]["train_loss"]
     model = load_model(tmp_path / "run" / "last")
     assert all(value.dtype in (torch.float32, torch.int64) for value in model.state_dict().values())
+
+
+def test_the_model_is_compiled_in_the_mode_given(set_up, monkeypatch):
+    given = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda _, **options: given.append(options))
+    set_up(*PLAIN, "train.compile=true", "train.compile_mode=reduce-overhead", "output_dir=run")
+    assert given == [{"mode": "reduce-overhead"}]
 
 
 def test_fp16_without_a_gpu_is_said_and_becomes_float32(set_up, capsys):
