@@ -84,6 +84,18 @@ def test_links_lead_to_files():
     assert len(links) > 20 and [link for page, link in links if not (page.parent / link).exists()] == []
 
 
+def test_tables_have_one_rule_and_rows_of_one_width():
+    tables = [
+        (page.name, re.sub(r"`[^`\n]*`", "", table).splitlines())
+        for page in PAGES
+        for table in re.findall(r"(?:^\|.*\|\n)+", page.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert len(tables) > 40
+    for page, rows in tables:
+        assert [i for i, row in enumerate(rows) if set(row) <= set("|-: ") and "-" in row] == [1], (page, rows[0])
+        assert len({row.count("|") for row in rows}) == 1, (page, rows[0])
+
+
 def test_every_page_is_on_the_site():
     listed = re.findall(r": ([\w./]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")} <= set(listed)
