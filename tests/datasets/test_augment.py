@@ -107,11 +107,12 @@ def test_rotation_and_shear_are_their_matrices(operation, limit, inverse):
         assert (moved != expected).float().mean() < 0.01, magnitude
 
 
-@pytest.mark.parametrize("pixels", [-40, -5, -1, 0, 2, 5, 40])
+@pytest.mark.parametrize("pixels", [-40, -5, -4.7, -1, 0, 2, 2.7, 5, 40])
 def test_translation_moves_whole_pixels(pixels):
+    """Fractions are dropped, as in torchvision's TrivialAugmentWide."""
     frames = make_frames()
     padded = torch.nn.functional.pad(frames, (40, 40, 40, 40))
-    down, right = (padded.roll(pixels, axis)[..., 40:-40, 40:-40] for axis in (-2, -1))
+    down, right = (padded.roll(math.trunc(pixels), axis)[..., 40:-40, 40:-40] for axis in (-2, -1))
     assert torch.equal(transform_frames(frames, "translate_x", pixels), right)
     assert torch.equal(transform_frames(frames, "translate_y", pixels), down)
 

@@ -233,6 +233,16 @@ def test_every_setting_that_shapes_the_frames_is_in_the_key(gestures):
     assert len(entries(cache)) == len(seen)
 
 
+def test_what_another_reader_makes_of_a_file_has_an_entry_of_its_own(gestures):
+    options = {"cache": str(gestures / "cache"), "time_steps": 4, "augment": ["drop_by_time"]}
+    gesture, _ = build_event_datasets("dvs128_gesture", gestures, **options)
+    folder = gestures / "DVSGesture" / "ibmGestureTrain"
+    plain, _ = build_event_datasets("event_folder", folder, sensor_size=(128, 128), **options)
+    assert gesture.source.data[0] == plain.source.data[0]
+    times = [dataset._read(0)["t"] for dataset in (gesture, plain)]
+    np.testing.assert_array_equal(times[0], 1000 * times[1], "only the first reader knows that they are milliseconds")
+
+
 def test_a_changed_source_is_read_again(gestures, write):
     train, _ = build_on_gestures(True, gestures)
     before = train[0][0]

@@ -139,8 +139,7 @@ def test_seconds_become_microseconds_and_are_said(dtype):
     said, columns = Said(), draw(500, last=900_000)
     events = events_from_columns(**{**columns, "t": (columns["t"] * 1e-6).astype(dtype)}, note=said)
     assert "taken as seconds" in said["seconds"]
-    np.testing.assert_allclose(events["t"], columns["t"], atol=1)
-    assert len(np.unique(events["t"])) > 490
+    np.testing.assert_array_equal(events["t"], columns["t"])
 
 
 def test_float32_microseconds_that_lost_their_digits_are_said():
@@ -177,7 +176,8 @@ def test_recordings_one_after_another_are_refused():
 @settings(deadline=None, max_examples=40)
 @given(number=st.integers(150, 400), how=st.sampled_from(["shuffled", "backwards", "jitter"]), seed=st.integers(0, 99))
 def test_events_out_of_order_are_sorted_and_said(number, how, seed):
-    columns, rng = draw(number, seed), np.random.default_rng(seed)
+    # Of such times many are equal: the order of their events is that of the file.
+    columns, rng = draw(number, seed, last=500), np.random.default_rng(seed)
     order = {
         "shuffled": rng.permutation(number),
         "backwards": np.arange(number)[::-1],

@@ -120,6 +120,9 @@ def test_gesture_times_do_not_overflow_narrow_files(tmp_path, write):
     source = build_event_datasets("dvs128_gesture", tmp_path, time_steps=3, **OFF)[0].source
     path = source.data[0]
     np.save(path, np.load(path).astype(np.int16))
+    os.rename(path, path.replace(".npy", ".NPY"))
+    source = build_event_datasets("dvs128_gesture", tmp_path, time_steps=3, **OFF)[0].source
+    assert source.data[0].endswith(".NPY")
     events, _ = source[0]
     assert events["t"].max() > np.iinfo(np.int16).max
     np.testing.assert_array_equal(events["t"], wide[type(tmp_path)(path)][0])

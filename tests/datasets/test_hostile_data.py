@@ -183,16 +183,20 @@ def test_seconds_are_said_once_and_divided_by_time(tmp_path, caplog):
     assert f"{tmp_path}/a/0.npz: times have fractions" in caplog.text
 
 
-def test_times_too_coarse_for_the_frames_are_refused(tmp_path):
+@pytest.mark.parametrize(("unit", "last"), [(400_000, 2), (240_000, 4)])
+def test_times_too_coarse_for_the_frames_are_refused(tmp_path, unit, last):
     events = table(100)
-    events[:, 3] //= 400_000
+    events[:, 3] //= unit
     for label in "ab":
         (tmp_path / label).mkdir()
         for sample in range(2):
             np.save(tmp_path / label / f"{sample}.npy", events)
     train, _ = build_event_datasets("event_folder", tmp_path, time_steps=4, split_by="time", **OFF)
-    with pytest.raises(UnreadableError, match="times run from 0 to 2, too short for 4 frames of equal duration"):
-        train[0]
+    if last < 4:
+        with pytest.raises(UnreadableError, match=f"times run from 0 to {last}, too short for 4 frames of equal dura"):
+            train[0]
+    else:
+        assert train[0][0].sum((1, 2, 3)).tolist() == np.bincount(np.minimum(events[:, 3], 3)).tolist()
 
 
 def test_a_sensor_of_one_pixel(tmp_path):

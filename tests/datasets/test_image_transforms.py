@@ -45,6 +45,19 @@ def test_evaluation_resizes_the_short_side_and_crops_the_center(img_size, crop_p
     torch.testing.assert_close(evaluation(image), expected, rtol=0, atol=1e-6)
 
 
+def test_random_resampling_is_for_training_alone(photograph):
+    image = photograph("flower", 1, (200, 260))
+    train, evaluation = build_transforms(**PLAIN, interpolation="random")
+    fixed = {name: build_transforms(**PLAIN, interpolation=name) for name in ("bilinear", "bicubic")}
+    assert torch.equal(evaluation(image), fixed["bicubic"][1](image))
+    drawn = []
+    for key in range(9):
+        with seeded(key):
+            result = train(image)
+        drawn += [name for name, (of_training, _) in fixed.items() if torch.equal(of_training(image), result)]
+    assert len(drawn) == 9 and set(drawn) == set(fixed)
+
+
 def test_gray_images_become_three_channels_and_color_becomes_luma(photograph):
     array = np.array(photograph("china", 0, (32, 32)))
     three = build_transforms(img_size=32, in_channels=3, mean=(0.5,), std=(0.25,))[1]

@@ -102,6 +102,16 @@ def test_epochs_reach_spawned_loader_processes(tree):
         assert torch.equal(spawned, torch.stack([train[i][0] for i in range(len(train))]))
 
 
+@pytest.mark.parametrize("options", [{}, {"validation_samples": 4}])
+def test_only_training_images_are_augmented(tree, options):
+    plain = build_image_datasets("folder", tree, **PLAIN, **options)
+    flipped = build_image_datasets("folder", tree, hflip=1.0, **PLAIN, **options)
+    for (image, _), (other, _) in zip(plain[0], flipped[0], strict=True):
+        assert torch.equal(other, image.flip(-1)) and not torch.equal(other, image)
+    for (image, _), (other, _) in zip(plain[1], flipped[1], strict=True):
+        assert torch.equal(other, image)
+
+
 # Packages: digits, MNIST-5k
 
 
@@ -165,10 +175,14 @@ def test_other_names_and_nested_folders_are_found(tree, photograph):
     (tree / "train" / "china" / "deep").mkdir()
     photograph("china", 8).save(tree / "train" / "china" / "deep" / "A.JPEG", "JPEG")
     (tree / "train" / ".cache").mkdir()
+    os.rename(tree / "train" / "china" / "5.png", tree / "train" / "china" / "z.png")
     (tree / "train" / "china" / "notes.txt").write_text("not an image")
     train, val = build_image_datasets("folder", tree, **PLAIN)
     assert (len(train), len(val)) == (13, 6)
     assert train.classes == ["china", "flower"]
+    assert [os.path.relpath(train.source.describe(row), tree / "train" / "china") for row in range(4, 7)] == [
+        "4.png", "deep/A.JPEG", "z.png",
+    ], "in another order a run would go on with other samples"  # fmt: skip
     assert train[6][1] == 0
 
 
@@ -221,6 +235,7 @@ def test_validation_images_of_a_folder_and_what_is_refused(tree):
     train, held = build_image_datasets("folder", tree, validation_samples=4, train_samples=6, **PLAIN)
     assert held.targets.tolist() == [0, 0, 1, 1] and train.targets.tolist() == [0, 0, 0, 1, 1, 1]
     assert "train" in held.source.describe(0)
+    assert held._rows.tolist() == [2, 4, 7, 9], "the same ones in every version, and not the first of each class"
     for samples in (1, 12):
         words = f"validation_samples={samples}: expected at least one for each of 2 classes, and fewer than the 12"
         with pytest.raises(DataError, match=words):
@@ -310,6 +325,15 @@ def test_skipping_replaces_in_training_and_leaves_out_in_evaluation(tree):
     assert [val[i][1] for i in range(len(val))] == [0, IGNORED, 0, 1, 1, 1]
     assert val[1][0].shape == val[0][0].shape
     assert val.unreadable == [str(damaged[2])]
+
+
+def test_the_only_readable_image_stands_in_for_all_others(tree):
+    for path in (tree / "train").rglob("*.png"):
+        if path != tree / "train" / "china" / "3.png":
+            path.write_bytes(b"")
+    train, _ = build_image_datasets("folder", tree, on_error="skip", **PLAIN)
+    expected = train[3][0]
+    assert all(torch.equal(image, expected) and label == 0 for image, label in train)
 
 
 def test_a_stand_in_is_augmented_as_the_sample_it_stands_for(tree):
