@@ -24,8 +24,6 @@ from sdt_datasets.files import describe_files, list_files, walk_files
 from sdt_datasets.recordings import READERS, read_frames_npz
 
 _log = logging.getLogger(__name__)
-NAMES = ("dvs128_gesture", "cifar10_dvs", "cifar10_dvs_tet", "n_mnist", "event_folder")
-"""The event data sets, as named in `build_event_datasets`."""
 
 _STRAY = 4
 """Multiple of the usual extent of a recording beyond which a pixel is a stray, if the sensor's size is not known."""
@@ -348,3 +346,6 @@ _OPENERS: dict[str, Callable[[_Wish], tuple[Part, Part]]] = {
     "n_mnist": _open_nmnist,
     "event_folder": _open_folder,
 }
+
+NAMES = tuple(_OPENERS)
+"""The event data sets, as named in `build_event_datasets`."""
