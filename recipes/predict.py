@@ -166,23 +166,32 @@ def load_for(options: Options, rest: Sequence[str], config: Config) -> tuple[Any
 
 
 def predict(model: Any, dataset: Any, config: Config, device: Any) -> dict[int, Tensor]:
-    """The probabilities `[K]` of the samples that could be read, by index. Raises `RunError`.
+    """The probabilities `[K]` of the samples that could be read, by index. Warns if no neuron fired.
 
     They sum to 1 except for a model trained with binary cross entropy (train.loss=bce), which judges each class alone.
+    Raises `RunError`.
     """
     import torch
+    from common.evaluation import Firing
     from common.loading import ShardBatches, build_loader, closing, fetch
+    from common.progress import warn
+
+    from sdt_blocks.analysis.silence import DEAD, silence
 
     batches = ShardBatches(len(dataset), batch_size=config.train.batch_size)
     workers = config.data.workers if len(batches) > 1 else 0
     loader = build_loader(dataset, batches, workers=workers, pin=False)
     found: dict[int, Tensor] = {}
+    firing = Firing(model)
     with closing(loader), torch.no_grad():
         for rows, (inputs, targets) in zip(batches, fetch(loader), strict=True):
-            logits = model(inputs.to(device)).float().cpu()
+            with firing.watched(rated=0):
+                logits = model(inputs.to(device)).float().cpu()
             logits = logits.mean(0) if logits.ndim == 3 else logits
             answers = logits.sigmoid() if config.train.loss == "bce" else logits.softmax(-1)
             found |= {row: one for row, one, known in zip(rows, answers, targets >= 0, strict=True) if known}
+    if (told := silence(model, firing.fired)).startswith(DEAD):
+        warn(told)
     broken = next((row for row, answer in found.items() if not answer.isfinite().all()), None)
     if broken is not None:
         raise RunError(f"the model's answer for {dataset._name(broken)} is not finite; its weights are damaged")
@@ -218,8 +227,6 @@ def run(options: Options, inputs: Sequence[str], rest: Sequence[str]) -> list[di
     from common.progress import warn
     from common.set_up import at_the_door, build_accelerator
 
-    from sdt_blocks.analysis.silence import silence
-
     model, config = load_for(options, rest, config)
     names = class_names(Path(options.checkpoint or ""), model)
     if names is None:
@@ -229,30 +236,11 @@ def run(options: Options, inputs: Sequence[str], rest: Sequence[str]) -> list[di
         raise ConfigError("one process makes the predictions: start it as python recipes/predict.py ...")
     files = find_files(inputs, events=model.in_channels == EVENT_CHANNELS)
     dataset = at_the_door(build_dataset, files, model, config)
-    spikes = Spikes(model)
     answers = predict(model.to(accelerator.device), dataset, config, accelerator.device)
-    if not spikes.any:
-        warn(silence(model, {"every layer": False}))
     if not answers:
         raise RunError(f"none of the files can be read, {files[0]} for one")
     numbered = names or [str(number) for number in range(model.num_classes)]
     return [{"file": files[row], "predictions": best(one, numbered, options.top)} for row, one in answers.items()]
-
-
-class Spikes:
-    """Records whether any neuron of a model has fired."""
-
-    def __init__(self, model: Any) -> None:
-        from sdt_blocks.neuron import find_neurons
-
-        self.any = False
-        for neuron in find_neurons(model).values():
-            neuron.register_forward_hook(self._look)
-
-    def _look(self, _module: Any, _inputs: Any, output: Any) -> None:
-        from sdt_blocks.neuron import spikes_of
-
-        self.any = self.any or bool(spikes_of(output).any())
 
 
 def main(arguments: list[str]) -> None:
