@@ -19,7 +19,7 @@ from sdt_datasets.event_sources import ClassFolders, Source
 from sdt_datasets.events import EventsToFrames
 from sdt_datasets.files import LARGEST_CONTENT
 from sdt_datasets.layouts import Part, open_layout
-from sdt_datasets.samples import SampleDataset, first
+from sdt_datasets.samples import SampleDataset
 
 _log = logging.getLogger(__name__)
 RELEASED_SIZE = {"cifar10_dvs": 64, "cifar10_dvs_tet": 64}
@@ -254,9 +254,11 @@ def build_event_datasets(
         on_error=on_error,
         seed=seed,
     )
-    training = dataset(_first(train, train_samples, "train_samples"), augment=names, training=True)
+    training, evaluation = dataset(train, augment=names, training=True), dataset(validation)
     _say_passed_over(training.sensor_size, training.frame_size)
-    return training, dataset(_first(validation, test_samples, "test_samples"))
+    training.keep_asked(train_samples, "train_samples")
+    evaluation.keep_asked(test_samples, "test_samples")
+    return training, evaluation
 
 
 def _open_cache(cache: bool | str | None, root: Path) -> ArrayCache | None:
@@ -264,11 +266,9 @@ def _open_cache(cache: bool | str | None, root: Path) -> ArrayCache | None:
         return None
     folder = root / ".frames_cache" if cache in (True, "auto") else Path(str(cache))
     try:
-        store = ArrayCache(folder)
+        return ArrayCache(folder)
     except OSError as error:
         raise DataError(str(error.strerror)) from error
-    _log.info("frames are kept in %s: %s", store.folder, store.size())
-    return store
 
 
 def _sensor_size(source: Source, rows: Sequence[int], time_steps: int) -> tuple[int, int, int]:
@@ -287,13 +287,3 @@ def _sensor_size(source: Source, rows: Sequence[int], time_steps: int) -> tuple[
             )
         return frames.shape[3], frames.shape[2], 2
     raise UnreadableError(f"none of the recordings can be read, {source.data[rows[0]]} for one")
-
-
-def _first(part: Part, samples: int | None, key: str) -> Part:
-    """That many first recordings, as `key` asks, taken from the classes in turn."""
-    if samples is None:
-        return part
-    if not 1 <= samples <= len(part.rows):
-        raise DataError(f"data.{key}: {samples} samples were asked for, but there are {len(part.rows)} recordings")
-    chosen = first(np.array(part.source.targets)[part.rows], samples, by_class=True)
-    return Part(part.source, [part.rows[position] for position in chosen])

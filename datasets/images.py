@@ -21,7 +21,7 @@ from sdt_datasets.image_sources import (
     load_mnist_5k,
 )
 from sdt_datasets.image_transforms import Transform, build_transforms, seeded
-from sdt_datasets.samples import SampleDataset, first
+from sdt_datasets.samples import SampleDataset
 from sdt_datasets.timm_sources import load_hub, load_shards
 
 NAMES = ("digits", "folder", "cifar10", "cifar100", "mnist", "fashion_mnist", "mnist_5k", "hfds/NAME", "wds/NAME")
@@ -109,18 +109,20 @@ def build_image_datasets(
     (1437, 360, torch.Size([1, 32, 32]))
     """
     train, test = _open(name, Path(root) if root is not None else None, download, evaluation_only)
-    _check_classes(train, test, least=1 if evaluation_only else 2)
+    _check_classes(train, test)
     augment, resize = build_transforms(in_channels=in_channels or train.channels, **transforms)
-    rows, test_rows = np.arange(len(train.targets)), np.arange(len(test.targets))
+    rows: np.ndarray | None = None
+    test_rows: np.ndarray | None = None
+    given = ""
     if validation_samples is not None:
         test, test_rows = train, _held_out(train, validation_samples)
-        rows = np.setdiff1d(rows, test_rows)
-    rows = _first(train, rows, train_samples, "train_samples")
-    test_rows = _first(test, test_rows, test_samples, "test_samples")
-    return (
-        ImageDataset(train, augment, training=True, seed=seed, on_error=on_error, rows=rows),
-        ImageDataset(test, resize, training=False, on_error=on_error, rows=test_rows),
-    )
+        rows = np.setdiff1d(np.arange(len(train.targets)), test_rows)
+        given = f" with data.validation_samples={validation_samples}"
+    training = ImageDataset(train, augment, training=True, seed=seed, on_error=on_error, rows=rows)
+    evaluation = ImageDataset(test, resize, training=False, on_error=on_error, rows=test_rows)
+    training.keep_asked(train_samples, "train_samples", given)
+    evaluation.keep_asked(test_samples, "test_samples", given)
+    return training, evaluation
 
 
 def _open(name: str, root: Path | None, download: bool, evaluation_only: bool) -> tuple[Source, Source]:
@@ -145,12 +147,10 @@ def _open(name: str, root: Path | None, download: bool, evaluation_only: bool) -
     return load(kind, root, download)
 
 
-def _check_classes(train: Source, test: Source, *, least: int) -> None:
+def _check_classes(train: Source, test: Source) -> None:
     for source, split in ((train, "training"), (test, "validation")):
         if not len(source.targets):
             raise DataError(f"there are no {split} images")
-    if len(train.classes) < least:
-        raise DataError(f"there is only one class, {train.classes[0]!r}; a classifier needs at least two")
     if train.classes != test.classes:
         only = [
             f"only in {split}: {', '.join(names[:5])}{' ...' * (len(names) > 5)}"
@@ -164,15 +164,6 @@ def _check_classes(train: Source, test: Source, *, least: int) -> None:
             f"train has {len(train.classes)} classes and validation {len(test.classes)}, and they are not the same "
             f"({'; '.join(only) or 'another order'}); both need the same classes"
         )
-
-
-def _first(source: Source, rows: np.ndarray, samples: int | None, key: str) -> np.ndarray:
-    """The first `samples` of the rows, as `key` asks; of each class in turn if the data is sorted by class."""
-    if samples is None:
-        return rows
-    if not 1 <= samples <= len(rows):
-        raise DataError(f"data.{key}: {samples} samples were asked for, but there are {len(rows)} images")
-    return rows[first(source.targets[rows], samples, by_class=source.by_class)]
 
 
 def _held_out(source: Source, samples: int) -> np.ndarray:

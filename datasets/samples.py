@@ -11,18 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sdt_datasets.errors import IGNORED, LeftOutWarning, UnreadableError
-
-
-def first(targets: np.ndarray, samples: int, *, by_class: bool) -> np.ndarray:
-    """The positions of the first `samples` samples, in order; with `by_class` those of each class in turn."""
-    if not by_class:
-        return np.arange(min(samples, len(targets)))
-    turns = np.zeros(len(targets), dtype=np.int64)
-    for label in np.unique(targets):
-        positions = np.flatnonzero(targets == label)
-        turns[positions] = np.arange(len(positions))
-    return np.sort(np.lexsort((targets, turns))[:samples])
+from sdt_datasets.errors import IGNORED, DataError, LeftOutWarning, UnreadableError
 
 
 class SampleDataset(Dataset[tuple[Tensor, int]]):
@@ -80,9 +69,30 @@ class SampleDataset(Dataset[tuple[Tensor, int]]):
         return len(self._rows)
 
     def keep_first(self, samples: int) -> None:
-        """Keep only the first `samples` samples, or all if there are fewer; call it before any is read."""
-        chosen = first(self.targets, samples, by_class=self.by_class)
+        """Keep only the first `samples` samples, or all if there are fewer; call it before any is read.
+
+        If the order goes class by class, they are the first of each class in turn.
+        """
+        chosen: Any = slice(samples)
+        if self.by_class:
+            turns = np.zeros(len(self), dtype=np.int64)
+            for label in np.unique(self.targets):
+                positions = np.flatnonzero(self.targets == label)
+                turns[positions] = np.arange(len(positions))
+            chosen = np.sort(np.lexsort((self.targets, turns))[:samples])
         self._rows, self.targets = self._rows[chosen], self.targets[chosen]
+
+    def keep_asked(self, samples: int | None, key: str, given: str = "") -> None:
+        """`keep_first` as the setting `key` asks, None being all; `given` says in the error what else limits them.
+
+        Raises `DataError` if there are fewer.
+        """
+        if samples is None:
+            return
+        if not 1 <= samples <= len(self):
+            there = f"there are {len(self)} {self.kind}{given}"
+            raise DataError(f"data.{key}: {samples} samples were asked for, but {there}")
+        self.keep_first(samples)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the augmentation of the samples that are drawn from now on."""
