@@ -108,7 +108,7 @@ def build_image_datasets(
     >>> len(train), len(test), train[0][0].shape
     (1437, 360, torch.Size([1, 32, 32]))
     """
-    train, test = _open(name, Path(root) if root is not None else None, download, evaluation_only)
+    train, test = _open(name, Path(root).expanduser() if root is not None else None, download, evaluation_only)
     _check_classes(train, test)
     augment, resize = build_transforms(in_channels=in_channels or train.channels, **transforms)
     rows: np.ndarray | None = None

@@ -170,6 +170,13 @@ def test_a_folder_tree_is_read_class_by_class(tree, photograph):
     torch.testing.assert_close(image, expected)
 
 
+def test_a_tilde_is_the_home_folder(tree, monkeypatch):
+    monkeypatch.setenv("HOME", str(tree.parent))
+    monkeypatch.setenv("USERPROFILE", str(tree.parent))
+    train, _ = build_image_datasets("folder", "~/tree", **PLAIN)
+    assert train.source.root == tree / "train"
+
+
 def test_other_names_and_nested_folders_are_found(tree, photograph):
     os.rename(tree / "val", tree / "validation")
     (tree / "train" / "china" / "deep").mkdir()
