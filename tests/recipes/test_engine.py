@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,6 +103,40 @@ def test_the_average_follows_its_recurrence(set_up):
     for key, value in run.ema.module.state_dict().items():
         if value.is_floating_point():
             torch.testing.assert_close(value.double(), expected[key], rtol=1e-5, atol=1e-7)
+
+
+def test_each_pass_has_draws_of_its_own_and_each_update_its_rate(set_up, monkeypatch):
+    """Two epochs of two updates of two passes: order, augmentation, mixing, stochastic depth, learning rate, loss."""
+    from common.engine import train
+    from common.loading import EpochBatches
+
+    options = ("data.train_samples=70", "data.test_samples=10", "train.batch_size=16", "train.accumulate=2")
+    run = set_up(*PLAIN, *options, "output_dir=run", "train.epochs=2", "seed=7")
+    dataset, labels, passes, seeds, losses = run.train_loader.dataset.dataset, [], [], [], []
+
+    def mixer(inputs, targets, *, step, epoch):
+        labels.append(targets.tolist())
+        passes.append((step, epoch, int(dataset._epoch), run.optimizer.param_groups[0]["lr"]))
+        return inputs, targets
+
+    run.mixer = mixer
+    run.display.advance = lambda step, *, epoch, loss, rate: losses.append(loss)
+    monkeypatch.setattr("common.update.seed_step", lambda *key: seeds.append(key))
+    train(run)
+    assert passes == [(i, i // 4, i // 4, learning_rate_at(run, i // 2)) for i in range(8)]
+    assert seeds == [(7, i, 0) for i in range(8)]
+    order = EpochBatches(70, batch_size=16, accumulate=2, seed=7)
+    for epoch in range(2):
+        order.seek(epoch, 0)
+        assert labels[4 * epoch : 4 * epoch + 4] == [dataset.targets[batch].tolist() for batch in order]
+        assert read_lines(run.folder)[epoch]["train_loss"] == pytest.approx(sum(losses[2 * epoch : 2 * epoch + 2]) / 2)
+
+
+def test_processes_agree_on_means_and_count_the_requests_to_stop():
+    from common.update import exchange
+
+    four = SimpleNamespace(num_processes=4, reduce=lambda values, how: {"sum": 4 * values}[how])
+    assert exchange(four, torch.tensor(2.5), torch.tensor(3.0), torch.tensor(7.0), 1.0) == [2.5, 3.0, 7.0, 4.0]
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(set_up, train, tmp_path):
@@ -277,6 +312,22 @@ def test_chance_of_a_silent_network_is_neither_reported_nor_the_best(set_up, mon
     assert summary["best_epoch"] == 3 and summary["best_top1"] == 25 and summary["best_silent"] is False
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("evaluation is still silent (no neuron fires") and "%" not in last
+
+
+def test_the_best_model_is_the_averaged_one_where_that_is_the_better(set_up, monkeypatch, tmp_path):
+    from common import engine
+    from common.evaluation import Evaluation
+
+    def evaluate(model, *_, **__):
+        top1 = 50.0 if model is run.ema.module else 30.0
+        return Evaluation(2.0, {"top1": top1}, torch.eye(10, dtype=torch.int64), 0.1, 10, (8, 8), "")
+
+    monkeypatch.setattr(engine, "evaluate", evaluate)
+    run = set_up(*PLAIN, "output_dir=run", "train.ema_decay=0.9", "train.max_steps=3")
+    engine.train(run)
+    best = load_model(tmp_path / "run" / "best").state_dict()
+    assert all(torch.equal(value, best[key]) for key, value in run.ema.module.state_dict().items())
+    assert not torch.equal(run.plain.head.weight, best["head.weight"]) and run.position.best_top1 == 50
 
 
 def test_layers_that_never_fired_are_named_at_the_end(set_up, monkeypatch, capsys):

@@ -8,8 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from common.config import ConfigError
-from common.loading import EpochBatches, ShardBatches, UnreadableSample, build_loader, fetch, stop_loaders
+from common.config import KEYS, ConfigError, changed, load_config
+from common.loading import (
+    EpochBatches,
+    ShardBatches,
+    UnreadableSample,
+    build_datasets,
+    build_loader,
+    fetch,
+    stop_loaders,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import RECIPES
@@ -60,6 +68,37 @@ def test_an_evaluation_meets_each_sample_once(samples, batch_size, processes):
     shares = [ShardBatches(samples, batch_size=batch_size, rank=r, processes=processes) for r in range(processes)]
     assert sorted(i for share in shares for batch in share for i in batch) == list(range(samples))
     assert all(len(share) == len(list(share)) for share in shares)
+
+
+OF_BOTH = {"data.on_error": "skip", "data.train_samples": 50, "data.test_samples": 20, "seed": 7}
+OF_IMAGES = {
+    **OF_BOTH, "data.img_size": 24, "data.mean": [0.1], "data.std": [0.2], "data.crop_pct": 0.8, "data.hflip": 0.9,
+    "data.interpolation": "nearest", "data.scale": [0.3, 0.9], "data.ratio": [0.6, 1.5], "data.color_jitter": 0.7,
+    "data.auto_augment": "rand-m3", "data.random_erasing": 0.2, "data.erasing_mode": "pixel", "data.download": True,
+    "data.validation_samples": 30, "model.in_channels": 3,
+}  # fmt: skip
+OF_EVENTS = {
+    **OF_BOTH, "events.time_steps": 7, "events.split_by": "time", "events.size": 9, "events.augment": "roll",
+    "events.cache": "kept", "events.sensor_size": [5, 6],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "build", "values"),
+    [
+        ("folder", "common.loading.build_image_datasets", OF_IMAGES),
+        ("event_folder", "sdt_datasets.event_data.build_event_datasets", OF_EVENTS),
+    ],
+)
+def test_every_setting_of_the_data_reaches_it(monkeypatch, name, build, values):
+    passed = {}
+    monkeypatch.setattr(build, lambda *place, **options: passed.update(options, place=place))
+    build_datasets(changed(load_config([f"data.name={name}", "data.root=here"], default="digits"), values))
+    if name == "folder":
+        assert passed.pop("evaluation_only") is False
+    assert passed == {"place": (name, "here")} | {key.rpartition(".")[2]: value for key, value in values.items()}
+    own = {key for key in KEYS if (KEYS[key].get("images") if name == "folder" else key.startswith("events."))}
+    assert own <= values.keys()
 
 
 class Squares:
