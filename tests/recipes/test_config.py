@@ -21,7 +21,9 @@ from common.config import (
     flatten,
     help_text,
     load_config,
+    of_training,
     to_yaml,
+    trajectory,
 )
 from common.options import own_help, read_options
 from common.schema import Derived
@@ -112,6 +114,13 @@ def test_a_resolved_configuration_reads_back_the_same(tmp_path):
     assert load_config([f"config={file}"], default="digits") == config
     file.write_text(to_yaml(config, Derived(total_batch=48)))
     assert "total_batch: 48" in file.read_text() and load_config([f"config={file}"], default="digits") == config
+
+
+def test_what_the_weights_depend_on_stays_when_a_run_is_resumed():
+    of_model = {key for key in KEYS if key.startswith(("model.", "neuron.", "optim."))}
+    of_samples = {key for key in KEYS if key.startswith(("data.", "events.")) and of_training(key)}
+    others = {"seed", "train.epochs", "train.label_smoothing", "train.ema_decay", "data.train_samples"}
+    assert of_model | of_samples | others <= trajectory(load_config([], default="digits")).keys()
 
 
 def test_a_configuration_does_not_change():

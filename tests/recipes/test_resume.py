@@ -49,6 +49,18 @@ def test_a_stop_at_any_step_and_other_loaders_change_nothing(train, tmp_path):
     assert digest(tmp_path / "parts") == digest(tmp_path / "whole")
 
 
+def test_a_run_that_went_back_goes_on_from_there(train, tmp_path):
+    options = (*TINY, "output_dir=run", "train.keep_checkpoints=9")
+    run = tmp_path / "run"
+    train(*options)
+    whole = digest(run)
+    train(*options, "resume=run/checkpoints/step_00000008", "train.max_steps=10")
+    assert steps_saved(run) == [line["step"] for line in read_lines(run)] == [8, 10]
+    train(*options)
+    assert steps_saved(run) == [line["step"] for line in read_lines(run)] == [8, 10, 16, 24]
+    assert digest(run) == whole
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_at_the_next_step_and_end_with_the_conventional_code(launcher, tmp_path, number):
     arguments = (*TINY, EVERY, "train.epochs=400", "output_dir=run")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,7 +15,9 @@ import psutil
 import pytest
 from common import run_lock
 from common.config import ConfigError, RunError
+from common.engine import save
 from common.run_lock import LOCK, RunLock
+from launching import TINY
 
 
 @pytest.fixture
@@ -102,6 +105,16 @@ def test_an_owner_that_lost_its_folder_stops(tmp_path):
         lock.check()
     lock.release()
     assert (tmp_path / LOCK).exists(), "the lock of another stays"
+
+
+def test_a_run_neither_enters_nor_writes_into_the_folder_of_another(set_up, tmp_path, other):
+    with pytest.raises(ConfigError, match=f"in use by process {other.pid}"):
+        set_up(*TINY, f"output_dir={tmp_path}")
+    run = set_up(*TINY, "output_dir=own")
+    shutil.copy(tmp_path / LOCK, run.folder / LOCK)
+    with pytest.raises(RunError, match="no longer this run's"):
+        save(run)
+    assert not (run.folder / "checkpoints").exists()
 
 
 def test_a_full_disk_leaves_no_empty_lock(tmp_path):
