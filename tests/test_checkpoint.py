@@ -28,7 +28,8 @@ from sdt_blocks import (
 )
 from sdt_blocks.files import write_atomically
 from sdt_blocks.models import Option, keeps_options, register, registry
-from sdt_blocks.models.family import count_blocks
+from sdt_blocks.models.family import count_blocks, read_mlp_ratio
+from sdt_blocks.models.sdt import FAMILY
 from sdt_blocks.models.weights import check_fit
 
 TINY = {"depth": 1, "dim": 16, "num_heads": 2, "num_classes": 5, "pooling": "0011", "time_steps": 2}
@@ -346,6 +347,20 @@ def test_blocks_are_counted_without_a_gap():
     assert count_blocks({f"block.{i}.w": torch.zeros(1) for i in range(11)}, "block.") == 11
     with pytest.raises(ValueError, match=r"not numbered 0 to 1: block\.2 is there"):
         count_blocks({f"block.{i}.w": torch.zeros(1) for i in (0, 2)}, "block.")
+
+
+def test_the_ratio_of_a_released_mlp_gives_its_channels_again():
+    for dim in (56, 88, 360):
+        for hidden in range(1, 4 * dim + 1):
+            ratio = read_mlp_ratio({"fc1": torch.empty(hidden, dim, device="meta")}, "fc1", dim)
+            assert int(dim * ratio) == hidden
+
+
+def test_an_argument_of_none_says_nothing(static_golden):
+    state = {key: value for key, value in static_golden.group("state").items() if "talking_heads" not in key}
+    for args, said in (({"num_heads": None, "TET": None}, {}), ({"num_heads": 4}, {"num_heads": 4})):
+        options = FAMILY.keys.read_options(state, args)
+        assert {key: options[key] for key in ("num_heads", "per_step") if key in options} == said
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):

@@ -28,7 +28,7 @@ from ..blocks.units import ConvNorm
 from ..neuron import IntegerNeuron, NeuronFactory
 from .backbone import Backbone, initialize, stage_info
 from .card import imagenet_card
-from .family import ReleasedKeys, count_blocks, count_classes, shape_of
+from .family import ReleasedKeys, count_blocks, count_classes, read_mlp_ratio, shape_of
 from .options import (
     Channels,
     Classes,
@@ -385,7 +385,7 @@ def _options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any], last: in
         "num_classes": count_classes(state_dict),
     }
     if attention[0]:
-        options["mlp_ratio"] = shape_of(state_dict, "block3.0.mlp.fc1_conv.weight")[0] / dims[2]
+        options["mlp_ratio"] = read_mlp_ratio(state_dict, "block3.0.mlp.fc1_conv.weight", dims[2])
     if args.get("time_steps") is not None:
         options["time_steps"] = args["time_steps"]
     return options

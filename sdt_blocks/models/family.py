@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,6 +76,16 @@ def count_blocks(state_dict: Mapping[str, Tensor], prefix: str) -> int:
         last = max(found, key=lambda number: (len(number), number))
         raise ValueError(f"the blocks are not numbered 0 to {len(found) - 1}: {prefix}{last} is there")
     return len(found)
+
+
+def read_mlp_ratio(state_dict: Mapping[str, Tensor], key: str, dim: int) -> float:
+    """The ratio of the hidden channels, the rows of a released MLP's first weight, to dim.
+
+    Rounding down `dim * ratio`, as models do, gives the same number of channels again.
+    """
+    hidden = shape_of(state_dict, key)[0]
+    ratio = hidden / dim
+    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def count_classes(state_dict: Mapping[str, Tensor]) -> int:

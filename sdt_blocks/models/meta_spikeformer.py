@@ -13,7 +13,7 @@ from ..blocks.sizes import check_heads, check_multiple
 from ..neuron import LIF, NeuronLike, make_neuron
 from .backbone import Backbone, initialize, stage_info
 from .card import imagenet_card
-from .family import ReleasedKeys, count_blocks, count_classes, shape_of
+from .family import ReleasedKeys, count_blocks, count_classes, read_mlp_ratio, shape_of
 from .options import Channels, Classes, Depths, Heads, Neuron, PerStep, Ratio, SecondHead, Steps, Widths, keeps_options
 from .registry import register
 
@@ -190,7 +190,7 @@ def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> d
         "distillation": "head_kd.weight" in state_dict,
     }
     if attention[0]:
-        options["mlp_ratio"] = shape_of(state_dict, "block3.0.mlp.fc1_conv.weight")[0] / dims[2]
+        options["mlp_ratio"] = read_mlp_ratio(state_dict, "block3.0.mlp.fc1_conv.weight", dims[2])
     if args.get("time_steps") is not None:
         options["time_steps"] = args["time_steps"]
     return options

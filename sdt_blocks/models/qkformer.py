@@ -15,7 +15,7 @@ from ..neuron import LIF, NeuronLike, make_neuron
 from ..steps import check_sequence, fire, pool, project, project_and_fire, shortcut
 from .backbone import Backbone, initialize
 from .card import imagenet_card
-from .family import ReleasedKeys, count_blocks, count_classes, shape_of
+from .family import ReleasedKeys, count_blocks, count_classes, read_mlp_ratio, shape_of
 from .options import (
     Channels,
     Classes,
@@ -278,10 +278,9 @@ def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> d
         "num_heads": {"events": 16, "cifar": 8}.get(form, max(dim // 64, 1)),
         "neuron": "plif" if "patch_embed1.proj_lif.w" in state_dict else "lif",
     }
-    hidden = [f"stage{last}.0.mlp.{name}1_conv.weight" for name in ("fc", "mlp")]
     if depths[-1]:
-        found = next((key for key in hidden if key in state_dict), hidden[0])
-        options["mlp_ratio"] = shape_of(state_dict, found)[0] / dim
+        layer = "mlp1" if f"stage{last}.0.mlp.mlp1_conv.weight" in state_dict else "fc1"
+        options["mlp_ratio"] = read_mlp_ratio(state_dict, f"stage{last}.0.mlp.{layer}_conv.weight", dim)
     if args.get("time_steps") is not None:
         options["time_steps"] = args["time_steps"]
     # The heads of the event and CIFAR models are fixed in the released code, whatever the argument says.

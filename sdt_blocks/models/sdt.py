@@ -15,7 +15,7 @@ from ..neuron import LIF, NeuronLike, make_neuron
 from ..steps import present
 from .backbone import Backbone, initialize, stage_info
 from .card import imagenet_card
-from .family import ReleasedKeys, count_blocks, count_classes, shape_of
+from .family import ReleasedKeys, count_blocks, count_classes, read_mlp_ratio, shape_of
 from .options import (
     Channels,
     Classes,
@@ -208,15 +208,14 @@ def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> d
         "neuron": "plif" if "head_lif.w" in state_dict else "lif",
     }
     if depth:
-        options["mlp_ratio"] = shape_of(state_dict, "block.0.mlp.fc1_conv.weight")[0] / dim
+        options["mlp_ratio"] = read_mlp_ratio(state_dict, "block.0.mlp.fc1_conv.weight", dim)
+    said = {"num_heads": "num_heads", "time_steps": "time_steps", "pooling": "pooling_stat", "per_step": "TET"}
+    for ours, theirs in said.items():
+        if args.get(theirs) is not None:
+            options[ours] = args[theirs]
     heads = state_dict.get("block.0.attn.talking_heads.weight")
     if heads is not None:
         options["num_heads"] = heads.shape[0]
-    elif "num_heads" in args:
-        options["num_heads"] = args["num_heads"]
-    for ours, theirs in {"time_steps": "time_steps", "pooling": "pooling_stat", "per_step": "TET"}.items():
-        if args.get(theirs) is not None:
-            options[ours] = args[theirs]
     if args.get("dvs_mode") is not None:
         options["event_pooling"] = bool(args["dvs_mode"])
     return options

@@ -17,7 +17,7 @@ from ..neuron import LIF, NeuronLike, make_neuron
 from ..steps import check_sequence, pool, present, project_and_fire, shortcut
 from .backbone import Backbone, initialize
 from .card import imagenet_card
-from .family import ReleasedKeys, count_blocks, count_classes, shape_of
+from .family import ReleasedKeys, count_blocks, count_classes, read_mlp_ratio, shape_of
 from .options import (
     Channels,
     Classes,
@@ -217,9 +217,9 @@ def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> d
         "neuron": "plif" if "patch_embed.proj_lif.w" in state_dict else "lif",
         "num_heads": 16 if events else 12 if cifar and dim % 12 == 0 else 8,
     }
-    hidden = [key for key in ("fc1_conv.weight", "fc1_linear.weight") if f"block.0.mlp.{key}" in state_dict]
     if depth:
-        options["mlp_ratio"] = shape_of(state_dict, f"block.0.mlp.{(*hidden, 'fc1_conv.weight')[0]}")[0] / dim
+        layer = "linear" if "block.0.mlp.fc1_linear.weight" in state_dict else "conv"
+        options["mlp_ratio"] = read_mlp_ratio(state_dict, f"block.0.mlp.fc1_{layer}.weight", dim)
     for ours, theirs in {"num_heads": "num_heads", "time_steps": "time_steps"}.items():
         if args.get(theirs) is not None:
             options[ours] = args[theirs]
