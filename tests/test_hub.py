@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,10 +27,11 @@ def test_every_family_comes_back_as_it_was(small, tmp_path):
 
 def test_the_card_says_what_the_model_was_given_and_how_well_it_answers(tmp_path):
     model = example_model()
-    model.save_pretrained(tmp_path, metrics={"accuracy": 0.975, "firing rate": 0.1}, dataset="digits", repo_id="me/sdt")
+    metrics = {"accuracy": 0.975, "firing rate": np.float32(0.125)}
+    model.save_pretrained(tmp_path, metrics=metrics, dataset="digits", repo_id="me/sdt")
     card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
     results = {one.metric_type: one.metric_value for one in card.data.eval_results}
-    assert results == {"accuracy": 0.975, "firing rate": 0.1} and card.data.eval_results[0].dataset_name == "digits"
+    assert results == {"accuracy": 0.975, "firing rate": 0.125} and card.data.eval_results[0].dataset_name == "digits"
     assert card.data.library_name == "sdt_blocks" and card.data.pipeline_tag == "image-classification"
     assert 'SpikeDrivenTransformer.from_pretrained("me/sdt")' in card.text and "16 x 16" in card.text
     assert all(f"`{name}`" in card.text for name in model.card.class_names) and "crop_pct" in card.text
@@ -38,6 +40,8 @@ def test_the_card_says_what_the_model_was_given_and_how_well_it_answers(tmp_path
     assert (tmp_path / "README.md").read_text() == "mine"
     with pytest.raises(TypeError, match=r"metrics must be numbers by name.*got {'accuracy': 'high'}"):
         model.save_pretrained(tmp_path, metrics={"accuracy": "high"})
+    with pytest.raises(TypeError, match="metric, private: save_pretrained takes options of push_to_hub with it alone"):
+        model.save_pretrained(tmp_path, metric={"accuracy": 0.9}, private=True)
 
 
 def test_a_repository_is_downloaded_by_its_two_files(tmp_path, monkeypatch):
@@ -89,6 +93,12 @@ def test_what_is_sent_is_what_is_saved(tmp_path, monkeypatch):
     sent.clear()
     model.save_pretrained(tmp_path / "mine", push_to_hub=True)
     assert sent["upload"]["repo_id"] == "me/mine"
+    assert b'from_pretrained("me/mine")' in sent["files"]["README.md"]
+    sent.clear()
+    model.time_steps += 1
+    with pytest.raises(ValueError, match="no longer as it was built"):
+        model.push_to_hub("sdt")
+    assert "repository" not in sent
 
 
 def test_the_package_is_named_where_it_is_missing(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import numbers
 import os
 import tempfile
 from collections.abc import Mapping
@@ -41,8 +42,11 @@ class HubModel:
         The model card says how inputs are prepared and what the classes are called (`model.card`), and the `metrics` on
         the `dataset`, such as `{"accuracy": 0.98}`. An existing README.md is kept.
 
-        Raises what `save_model` raises, and `TypeError` for metrics that are not numbers.
+        Raises what `save_model` raises, and `TypeError` for metrics that are not numbers, and for options of
+        `push_to_hub` without it.
         """
+        if push_options and not push_to_hub:
+            raise TypeError(f"{', '.join(push_options)}: save_pretrained takes options of push_to_hub with it alone")
         text = _model_card(self, metrics or {}, dataset, repo_id)
         save_model(self, save_directory)  # type: ignore[arg-type]
         path = Path(save_directory) / MODEL_CARD
@@ -68,9 +72,12 @@ class HubModel:
         `upload_options` are those of `huggingface_hub.HfApi.upload_folder`, such as `revision` or `create_pr`.
         """
         api = _hub().HfApi(token=token)
-        repo_id = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, metrics=metrics, dataset=dataset, repo_id=repo_id)
+            # A model that cannot be saved leaves no repository behind.
+            self.save_pretrained(folder, metrics=metrics, dataset=dataset)
+            repo_id = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
+            card = _model_card(self, metrics or {}, dataset, repo_id)
+            (Path(folder) / MODEL_CARD).write_text(card, encoding="utf-8")
             sent = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message=commit_message, **upload_options
             )
@@ -133,7 +140,7 @@ def _hub() -> Any:
 
 def _model_card(model: Any, metrics: Mapping[str, float], dataset: str | None, repo_id: str | None) -> str:
     wrong = {
-        key: value for key, value in metrics.items() if isinstance(value, bool) or not isinstance(value, int | float)
+        key: value for key, value in metrics.items() if isinstance(value, bool) or not isinstance(value, numbers.Real)
     }
     if wrong:
         raise TypeError(f"metrics must be numbers by name, such as {{'accuracy': 0.98}}, got {wrong}")
@@ -147,7 +154,7 @@ def _model_card(model: Any, metrics: Mapping[str, float], dataset: str | None, r
         measured = {
             "task": task,
             "dataset": {"name": dataset or "unnamed", "type": dataset or "unnamed"},
-            "metrics": [{"type": key, "value": value} for key, value in metrics.items()],
+            "metrics": [{"type": key, "value": float(value)} for key, value in metrics.items()],
         }
         head["model-index"] = [{"name": repo_id or name, "results": [measured]}]
     # JSON is also YAML.
