@@ -59,6 +59,9 @@ def test_some_stages_in_any_order_and_none_behind_them(backbone):
     for wrong in ((), (1, 1), (0, 7), (-1,)):
         with pytest.raises(ValueError, match=r"different numbers from 0 to \d, got \["):
             model.features(images, stages=wrong)
+    for wrong in (2, "0", (1.0,)):
+        with pytest.raises(TypeError, match="stages must be a list of whole numbers, got"):
+            model.features(images, stages=wrong)
 
 
 def test_timm_reads_the_info(backbone):

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -85,6 +86,9 @@ def test_features_and_head_apart_are_the_whole(small):
     for wrong in (0, [99], [], len(model.feature_info) + 1):
         with pytest.raises(ValueError, match="stages"):
             model.forward_intermediates(images, indices=wrong)
+    for wrong in (1.5, ["0"]):
+        with pytest.raises(TypeError, match="stages must be a list of whole numbers, got"):
+            model.forward_intermediates(images, indices=wrong)
     with pytest.raises(ValueError, match="output_fmt='NCHW', got 'NLC'"):
         model.forward_intermediates(images, output_fmt="NLC")
 
@@ -115,14 +119,18 @@ def test_torchvision_extracts_features(small):
 
 def test_a_new_head_can_be_saved(small, tmp_path):
     model = small.model
-    model.reset_classifier(9)
+    model.reset_classifier(np.int64(9))
     assert model.num_classes == 9 and model(small.images).shape == (4, 9)
     save_model(model, tmp_path)
     assert torch.equal(load_model(tmp_path)(small.images), model(small.images))
     model.reset_classifier(0)
     assert model(small.images).shape == (4, model.num_features)
-    for wrong in ({"num_classes": -1}, {"num_classes": True}, {"num_classes": 3, "global_pool": "max"}):
-        with pytest.raises(ValueError, match=r"must be a whole number|global_pool"):
+    for wrong, message in (
+        ({"num_classes": -1}, "num_classes must be at least 0 .*, got -1"),
+        ({"num_classes": True}, "num_classes must be a whole number, got True"),
+        ({"num_classes": 3, "global_pool": "max"}, "global_pool='avg', got 'max'"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
             model.reset_classifier(**wrong)
 
 

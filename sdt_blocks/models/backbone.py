@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import numbers
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..neuron import Stream, find_neurons
 from ..steps import fire, present
 from .card import DataCard
 from .hub import HubModel
+from .options import check_option, options_of
 
 WEIGHT_STD = 0.02
 """The standard deviation of the normal distribution of initial weights."""
@@ -94,14 +96,15 @@ class Backbone(HubModel, nn.Module):
 
         Input is that of the model. Height and width are the image's divided by `reduction`, rounded up.
 
-        Raises `ValueError` for a stage that does not exist, a stage that is given twice, or none at all.
+        Raises `ValueError` for a stage that does not exist, a stage that is given twice, or none at all, and
+        `TypeError` for anything but a list of whole numbers.
 
         >>> model = create_model("sdt_v2_15m", dims=(16, 32, 48, 64), depths=(1, 1, 1, 1, 1))
         >>> [list(feature.shape) for feature in model.features(torch.rand(2, 3, 64, 48), stages=(1, 4))]
         [[2, 16, 16, 12], [2, 64, 4, 3]]
         """
         count = len(self.feature_info)
-        wanted = list(range(count)) if stages is None else list(stages)
+        wanted = list(range(count)) if stages is None else _listed(stages)
         if not wanted or len(set(wanted)) < len(wanted) or not set(wanted) <= set(range(count)):
             raise ValueError(f"stages must be different numbers from 0 to {count - 1}, got {wanted}")
         found, _ = self._maps(x, wanted, stop=True)
@@ -124,7 +127,7 @@ class Backbone(HubModel, nn.Module):
         `forward_head`; with `stop_early` it is that of the last stage asked for. `norm` has no effect, since there is
         no norm after the stages.
 
-        Raises `ValueError` for stages that do not exist and for another format.
+        Raises `ValueError` for stages that do not exist and for another format, `TypeError` for what is no number.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"maps are [B, C, H, W], output_fmt='NCHW', got {output_fmt!r}")
@@ -132,17 +135,20 @@ class Backbone(HubModel, nn.Module):
         return maps if intermediates_only else (last, maps)
 
     def stages_of(self, indices: int | Sequence[int] | None = None) -> list[int]:
-        """The stage numbers that timm's `indices` stand for. Raises `ValueError` if they do not exist."""
+        """The stage numbers that timm's `indices` stand for.
+
+        Raises `ValueError` if they do not exist, `TypeError` for anything but whole numbers.
+        """
         count = len(self.feature_info)
         if indices is None or isinstance(indices, int):
             last = count if indices is None else indices
             if not 1 <= last <= count:
                 raise ValueError(f"the last {last} stages were asked for; the model has {count}")
             return list(range(count - last, count))
-        outside = [index for index in indices if not -count <= index < count]
-        if outside or not indices:
-            raise ValueError(f"stages must be numbers from {-count} to {count - 1}, got {list(indices)}")
-        return [index % count for index in indices]
+        wanted = _listed(indices)
+        if not wanted or not all(-count <= index < count for index in wanted):
+            raise ValueError(f"stages must be numbers from {-count} to {count - 1}, got {wanted}")
+        return [index % count for index in wanted]
 
     def _maps(self, x: Tensor, wanted: Sequence[int], *, stop: bool) -> tuple[list[Tensor], Tensor]:
         """The maps of the wanted stages, and the result of the last stage that was computed."""
@@ -188,7 +194,8 @@ class Backbone(HubModel, nn.Module):
 
         The model's options are updated, so that it can be saved; the class names are removed from its card.
 
-        Raises `ValueError` for a negative number, or a pooling other than "avg", the mean over tokens.
+        Raises `ValueError` or `TypeError` for a number that the model's constructor would refuse, and for a pooling
+        other than "avg", the mean over tokens.
 
         >>> model = create_model("sdt_2_256")
         >>> model.reset_classifier(7)
@@ -197,8 +204,7 @@ class Backbone(HubModel, nn.Module):
         """
         if global_pool not in (None, "", "avg"):
             raise ValueError(f"the head sees the mean over tokens, global_pool='avg', got {global_pool!r}")
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
-            raise ValueError(f"num_classes must be a whole number of at least 0, got {num_classes!r}")
+        num_classes = check_option("num_classes", num_classes, options_of(type(self))["num_classes"])
         like = next(self.parameters())
         self.head = self._new_head(num_classes, like)
         options: dict[str, Any] = {"num_classes": num_classes}
@@ -258,6 +264,14 @@ class Backbone(HubModel, nn.Module):
                 (r"^blocks\.(\d+)", None),
             ]
         return {"stem": r"^(?:patch|downsamplings\.0|embeddings\.0)\.", "blocks": blocks}
+
+
+def _listed(stages: Iterable[int]) -> list[int]:
+    """Stage numbers as a list. Raises `TypeError`."""
+    found = list(stages) if isinstance(stages, Iterable) else []
+    if not isinstance(stages, Iterable) or not all(isinstance(stage, numbers.Integral) for stage in found):
+        raise TypeError(f"stages must be a list of whole numbers, got {stages!r}")
+    return [int(stage) for stage in found]
 
 
 def initialize(module: nn.Module, *kinds: type[nn.Module]) -> None:
