@@ -212,7 +212,7 @@ class QKMixer(nn.Module):
             a = fire(self.neuron, q.sum((-2, -1), keepdim=True, dtype=dtype))
         else:
             a = fire(self.neuron, q.unflatten(2, (self.num_heads, -1)).sum(3, dtype=dtype))
-            a = a.repeat_interleave(k.shape[2] // self.num_heads, dim=2)
+            a = as_spikes(a.repeat_interleave(k.shape[2] // self.num_heads, dim=2), a)
         return as_spikes(k * a.to(k.dtype), k, a)
 
     def additions(self, q: Tensor, k: Tensor) -> Tensor:

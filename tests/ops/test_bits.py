@@ -6,7 +6,7 @@ from snntorch import surrogate as snntorch_surrogate
 from torch import nn
 
 from sdt_blocks import LIF, SpikeDrivenSelfAttention, SpikeDrivenTransformer, SpikingMLP, SpikingPatchSplitting
-from sdt_blocks.blocks import LinearSpikeAttention, LinearSpikeMixer
+from sdt_blocks.blocks import LinearSpikeAttention, LinearSpikeMixer, QKMixer
 from sdt_blocks.ops.bits import SpikesAsBits, are_spikes, as_spikes, gapless, wants_bits
 from sdt_blocks.ops.dispatch import kernels
 from sdt_blocks.ops.spec import Affine, NeuronSpec, Spikes, arrange, state_dtype
@@ -246,6 +246,7 @@ def test_only_what_a_neuron_made_is_known_as_spikes(monkeypatch):
     spikes = neurons_spikes()
     assert are_spikes(spikes) and not are_spikes(spikes * 1) and not are_spikes(torch.ones(3))
     assert not are_spikes(as_spikes(spikes + 1, spikes, torch.ones(3)))
+    assert all(are_spikes(QKMixer(6, num_heads=2, over=over)(spikes, spikes)) for over in ("channels", "tokens"))
     spikes.mul_(2)
     assert not are_spikes(spikes)
     with pytest.raises(ValueError, match="as_spikes"):
