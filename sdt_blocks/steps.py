@@ -445,7 +445,8 @@ def _tell_unfused(*modules: Any) -> None:
         if not isinstance(module, nn.Module) or not module.training:
             continue
         name = type(module).__name__
-        if has_hooks(module):
+        kinds = (Unit, nn.BatchNorm2d, nn.SyncBatchNorm, LIF, IntegerNeuron)
+        if has_hooks(module) and (isinstance(module, kinds) or tells(module, "fused")):
             reason = _of_hooks(name, any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__))
             fall_back(reason + (_IN_ALL if any(map(group_of, modules)) else ""))
 

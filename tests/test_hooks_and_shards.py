@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from sdt_blocks import SpikeDrivenBlock, SpikingMLP, steps
+from sdt_blocks import LinearSpikeAttention, SpikeDrivenBlock, SpikeDrivenSelfAttention, SpikingMLP, steps
+from sdt_blocks.blocks import SpikingSelfAttention
 from sdt_blocks.ops import dispatch, norm_lif
 
 
@@ -157,6 +158,19 @@ def test_a_hook_is_said_once_and_exact(fused, hook):
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error")
         block.eval()(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "warned"), [(SpikeDrivenSelfAttention, True), (LinearSpikeAttention, False), (SpikingSelfAttention, False)]
+)
+def test_a_hook_on_a_mixer_is_said_where_it_costs_something(make, warned):
+    block = make(8)
+    block.mixer.register_forward_hook(lambda *given: None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        block(torch.rand(2, 2, 8, 3, 3) * 4)
+    said = [str(one.message) for one in caught]
+    assert any("on a MaskMixer has to see it called" in one for one in said) == warned == bool(said)
 
 
 def test_a_hook_on_the_block_costs_nothing(fused):
