@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -104,9 +105,14 @@ def present(x: Tensor, time_steps: int, channels: int) -> Tensor:
 
 @step
 def check_sequence(x: Tensor, channels: int, owner: str) -> None:
-    """Raises `ValueError` unless x is `[T, B, channels, H, W]` without an empty axis, `TypeError` for no tensor."""
+    """Raises `ValueError` unless x is `[T, B, channels, H, W]` without an empty axis.
+
+    Raises `TypeError` for anything but a tensor in floating point.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{owner} expects a tensor [T, B, {channels}, H, W], got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{owner} expects [T, B, {channels}, H, W] in floating point, got {x.dtype}")
     if x.ndim != 5 or x.shape[2] != channels or 0 in x.shape:
         raise ValueError(f"{owner} expects [T, B, {channels}, H, W] with T >= 1 and nothing empty, got {list(x.shape)}")
 
@@ -186,7 +192,7 @@ def pool(layer: nn.Module, x: Tensor) -> Tensor:
 def shortcut(membrane: Tensor, change: Tensor, drop_path: float = 0.0) -> Tensor:
     """`membrane + change`, both `[T, B, ...]`; each sample's change is left out with the probability `drop_path`.
 
-    Raises `ValueError` if the shapes differ.
+    Raises `ValueError` if the shapes differ, or `drop_path` is outside [0, 1).
     """
     if change.shape != membrane.shape:
         raise ValueError(
@@ -194,6 +200,7 @@ def shortcut(membrane: Tensor, change: Tensor, drop_path: float = 0.0) -> Tensor
             f"{list(membrane.shape)}"
         )
     if drop_path:
+        check_drop_path(drop_path)
         kept = 1 - drop_path
         mask = change.new_empty(1, change.shape[1], *[1] * (change.ndim - 2)).bernoulli_(kept).div_(kept)
         change = change * mask
@@ -201,6 +208,14 @@ def shortcut(membrane: Tensor, change: Tensor, drop_path: float = 0.0) -> Tensor
 
 
 # ---- what they are made of
+
+
+def check_drop_path(drop_path: float) -> None:
+    """Raises `TypeError` for what is no number, `ValueError` for a number outside [0, 1)."""
+    if isinstance(drop_path, bool) or not isinstance(drop_path, numbers.Real):
+        raise TypeError(f"drop_path must be a number, got {drop_path!r}")
+    if not 0 <= drop_path < 1:
+        raise ValueError(f"drop_path is a probability in [0, 1), got {drop_path!r}")
 
 
 def per_frame(module: nn.Module, x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Attention, MLP, patch splitting and shortcut, each alone."""
 
+import math
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ from sdt_blocks import (
     LIF,
     MembraneShortcut,
     ParametricLIF,
+    SpikeDrivenBlock,
     SpikeDrivenSelfAttention,
     SpikingMLP,
     SpikingPatchSplitting,
@@ -20,7 +22,7 @@ from sdt_blocks import (
 )
 from sdt_blocks.analysis import firing_rates
 from sdt_blocks.blocks import ConvNorm, MaskMixer, QKMixer
-from sdt_blocks.steps import project_and_mix, repeat_frame
+from sdt_blocks.steps import project_and_mix, repeat_frame, shortcut
 
 
 def record(module):
@@ -170,6 +172,11 @@ def test_repeated_running_variance_is_exact(momentum):
         torch.testing.assert_close(norm.running_mean, other.running_mean)
 
 
+def test_a_frame_is_repeated_by_a_norm_without_statistics():
+    norm, x = nn.BatchNorm2d(4, track_running_stats=False), torch.randn(1, 2, 4, 3, 3)
+    torch.testing.assert_close(repeat_frame(norm, x, 4), norm(x[0]).expand(4, -1, -1, -1, -1))
+
+
 def test_drop_path_keeps_or_leaves_whole_samples():
     torch.manual_seed(0)
     shortcut = MembraneShortcut(nn.Identity(), drop_path=0.25)
@@ -210,11 +217,20 @@ def test_neuron_is_injected_everywhere():
         (lambda: SpikingMLP("16"), "dim must be a whole number, got '16'"),
         (lambda: SpikeDrivenSelfAttention(16, num_heads=True), "num_heads must be a whole number, got True"),
         (lambda: SpikingPatchSplitting(16.5), "dim must be a whole number, got 16.5"),
+        (lambda: SpikeDrivenSelfAttention("16"), "must be a whole number, got '16'"),
+        (lambda: SpikeDrivenSelfAttention(16, event_pooling="no"), "event_pooling must be True or False, got 'no'"),
+        (lambda: SpikeDrivenBlock(16, mlp_ratio="4"), "mlp_ratio must be a number, got '4'"),
+        (lambda: SpikeDrivenBlock(16, mlp_ratio=math.inf), "mlp_ratio must be positive and finite, got inf"),
+        (lambda: SpikeDrivenBlock(16, mlp_ratio=0.01), "at least one hidden channel of dim=16, got 0.01"),
+        (lambda: SpikingMLP(16)(torch.zeros(2, 1, 16, 4, 4).byte()), "in floating point, got torch.uint8"),
         (lambda: SpikingPatchSplitting(12), "positive multiple of 8, got 12"),
         (lambda: SpikingPatchSplitting(16, pooling="111"), "four flags"),
         (lambda: SpikingPatchSplitting(16, pooling="0021"), "four flags"),
+        (lambda: SpikingPatchSplitting(16, pooling=1111), "four flags .*, got 1111"),
         (lambda: SpikingPatchSplitting(16)(torch.zeros(4, 1, 2, 8, 8)), r"\[T, B, 3, H, W\]"),
         (lambda: MembraneShortcut(nn.Identity(), drop_path=1.0), r"probability in \[0, 1\), got 1.0"),
+        (lambda: MembraneShortcut(nn.Identity(), drop_path="0.1"), "drop_path must be a number, got '0.1'"),
+        (lambda: shortcut(torch.ones(1, 2, 4), torch.ones(1, 2, 4), 1.0), r"probability in \[0, 1\), got 1.0"),
         (lambda: MembraneShortcut(lambda x: x), "must be an nn.Module, got function"),
         (lambda: MembraneShortcut(nn.Linear(4, 1))(torch.zeros(2, 3, 4)), "must keep the shape"),
     ],
@@ -263,6 +279,26 @@ def test_an_attend_of_ones_own_replaces_the_mixer():
     assert seen[0][0].max() > 1
 
 
+def firing_units():
+    """Units of q, k and v in eval mode that make about half of the neurons fire."""
+    torch.manual_seed(0)
+    units = [ConvNorm(8, 8).eval() for _ in "qkv"]
+    for unit in units:
+        nn.init.normal_(unit.conv.weight)
+        nn.init.constant_(unit.norm.bias, 1.0)
+    return units
+
+
+def test_the_attention_of_a_still_image_is_that_of_its_repetition():
+    units, neurons, mixer = firing_units(), [LIF() for _ in "qkv"], MaskMixer(8)
+    spikes = torch.randint(0, 2, (1, 2, 8, 3, 3)).float()
+    still, repeated = (
+        project_and_mix(units, neurons, mixer, x)
+        for x in (spikes.expand(4, -1, -1, -1, -1), spikes.repeat(4, 1, 1, 1, 1))
+    )
+    assert torch.equal(still, repeated) and not torch.equal(still[0], still[1])
+
+
 class Sum(nn.Module):
     """A mixer that claims an op of its own, which says that it was asked."""
 
@@ -303,11 +339,7 @@ def watched(mixer):
     ],
 )
 def test_the_op_of_a_mixer_is_taken_only_where_it_does_what_the_mixer_does(make, expected):
-    torch.manual_seed(0)
-    units, neurons = [ConvNorm(8, 8).eval() for _ in "qkv"], [LIF() for _ in "qkv"]
-    for unit in units:
-        nn.init.normal_(unit.conv.weight)
-        nn.init.constant_(unit.norm.bias, 1.0)
+    units, neurons = firing_units(), [LIF() for _ in "qkv"]
     spikes = torch.randint(0, 2, (4, 2, 8, 3, 3)).float()
     with torch.no_grad():
         got = project_and_mix(units, neurons, make(), spikes)

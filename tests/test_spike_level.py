@@ -182,6 +182,10 @@ def test_blocks_refuse_what_does_not_fit(attention):
         QKMixer(8, over="heads")
     with pytest.raises(ValueError, match="hidden must be positive, got 0"):
         SpikeLevelMLP(8, hidden=0)
+    with pytest.raises(TypeError, match="mixes_images must be True or False, got 1"):
+        SpikingSelfAttention(8, mixes_images=1)
+    with pytest.raises(TypeError, match=r"the branch must be an nn\.Module, got function"):
+        SpikeShortcut(lambda x: x)
     with pytest.raises(ValueError, match="must keep the shape"):
         SpikeShortcut(nn.MaxPool3d(2))(torch.zeros(2, 2, 4, 4, 4))
 

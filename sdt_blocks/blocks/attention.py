@@ -10,6 +10,7 @@ from ..neuron import LIF, NeuronLike, make_neuron
 from ..steps import check_sequence, fire, project, project_and_mix
 from .mixers import ATTENTION_THRESHOLD, LinearSpikeMixer, MaskMixer
 from .names import Named
+from .sizes import check_heads
 from .units import ConvNorm, RepConv
 
 
@@ -41,6 +42,7 @@ class SpikeDrivenSelfAttention(Named):
 
     def __init__(self, dim: int, *, num_heads: int = 8, neuron: NeuronLike = LIF, event_pooling: bool = False) -> None:
         super().__init__()
+        check_heads(dim, num_heads)
         self.dim, self.num_heads, self.event_pooling = dim, num_heads, event_pooling
         self.neuron = make_neuron(neuron, channels=dim)
         self.q, self.k, self.v = (ConvNorm(dim, dim) for _ in range(3))

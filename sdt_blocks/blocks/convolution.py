@@ -32,7 +32,6 @@ class Downsampling(nn.Module):
         neuron: NeuronLike | None = LIF,
     ) -> None:
         super().__init__()
-        check_widths(in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride)
         self.in_channels = in_channels
         self.neuron = None if neuron is None else make_neuron(neuron, channels=in_channels)
         self.conv = ConvNorm(in_channels, out_channels, kernel_size, stride=stride, bias=True)

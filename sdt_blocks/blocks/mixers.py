@@ -27,7 +27,7 @@ from ..ops.bits import SpikesAsBits, are_spikes, as_spikes, bits_of
 from ..ops.packed import PackedSpikes, pad_to_words, spike_attention
 from ..ops.spec import in_evaluation, state_dtype
 from ..steps import fire, fires_spikes, fused_attention, is_plain
-from .sizes import check_heads
+from .sizes import check_flag, check_heads, check_positive
 
 ATTENTION_THRESHOLD = 0.5
 """Threshold of the neuron on a mixer's sum: with tau = 2 one coincidence of k and v makes h = 0.5, which fires."""
@@ -62,6 +62,7 @@ class MaskMixer(nn.Module):
     def __init__(self, dim: int, *, num_heads: int = 8, neuron: NeuronLike = LIF, event_pooling: bool = False) -> None:
         super().__init__()
         check_heads(dim, num_heads)
+        check_flag(event_pooling, "event_pooling")
         self.num_heads, self.event_pooling = num_heads, event_pooling
         self.k_pool = PlanePool() if event_pooling else nn.Identity()
         self.v_pool = PlanePool() if event_pooling else nn.Identity()
@@ -134,7 +135,7 @@ class LinearSpikeMixer(nn.Module):
     Shapes: spikes q, k, v `[T, B, dim, H, W]` each `-> [T, B, dim, H, W]`; v, and with it the result, may have a
     multiple of dim channels.
 
-    Raises `ValueError` if num_heads does not divide dim, or scale is not positive.
+    Raises `ValueError` if num_heads does not divide dim, or scale is not positive and finite.
 
     >>> q, k, v = torch.ones(3, 4, 2, 16, 5, 5)
     >>> LinearSpikeMixer(16, num_heads=8)(q, k, v).unique()
@@ -147,8 +148,7 @@ class LinearSpikeMixer(nn.Module):
     def __init__(self, dim: int, *, num_heads: int = 8, scale: float = 0.125) -> None:
         super().__init__()
         check_heads(dim, num_heads)
-        if not scale > 0:
-            raise ValueError(f"scale must be positive, got {scale!r}")
+        check_positive(scale, "scale")
         self.num_heads, self.scale = num_heads, scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..neuron import LIF, NeuronLike, make_neuron
 from ..steps import check_sequence, fire, pool, project, project_and_fire, shortcut
 from .names import Named
-from .sizes import check_multiple, check_widths
+from .sizes import check_multiple
 from .units import ConvNorm
 
 WIDTHS = (8, 4, 2, 1)
@@ -45,12 +45,11 @@ class SpikingPatchSplitting(Named):
     def __init__(self, dim: int, *, in_channels: int = 3, pooling: str = "1111", neuron: NeuronLike = LIF) -> None:
         super().__init__()
         check_multiple(dim, WIDTHS[0], "dim")
-        check_widths(in_channels=in_channels)
-        self.dim, self.in_channels, self.pooling = dim, in_channels, str(pooling)
+        self.dim, self.in_channels, self.pooling = dim, in_channels, pooling
         channels = [in_channels, *(dim // width for width in WIDTHS)]
         self.stages = nn.ModuleList(ConvNorm(before, after, 3) for before, after in pairwise(channels))
         self.neurons = nn.ModuleList(make_neuron(neuron, channels=after) for after in channels[1:])
-        self.pools = pools_of(self.pooling)
+        self.pools = pools_of(pooling)
         self.position = ConvNorm(dim, dim, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,6 +69,6 @@ class SpikingPatchSplitting(Named):
 
 def pools_of(flags: str) -> nn.ModuleList:
     """A 3x3 maximum of stride 2 for each flag "1", nothing for a "0". Raises `ValueError` unless there are four."""
-    if len(flags) != len(WIDTHS) or set(flags) - set("01"):
+    if not isinstance(flags, str) or len(flags) != len(WIDTHS) or set(flags) - set("01"):
         raise ValueError(f'pooling must be four flags of 0 and 1 such as "1111" or "0011", got {flags!r}')
     return nn.ModuleList(nn.MaxPool2d(3, 2, 1) if flag == "1" else nn.Identity() for flag in flags)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..steps import shortcut
+from ..steps import check_drop_path, shortcut
 
 
 class MembraneShortcut(nn.Module):
@@ -15,8 +15,8 @@ class MembraneShortcut(nn.Module):
 
     Shapes: `[T, B, ...] -> [T, B, ...]`.
 
-    Raises `ValueError` if drop_path is outside [0, 1) or the branch changes the shape, and `TypeError` if the branch is
-    not a module.
+    Raises `ValueError` if drop_path is outside [0, 1) or the branch changes the shape, and `TypeError` if drop_path is
+    not a number or the branch not a module.
 
     >>> MembraneShortcut(SpikingMLP(64))(torch.randn(4, 2, 64, 8, 8)).shape
     torch.Size([4, 2, 64, 8, 8])
@@ -24,10 +24,8 @@ class MembraneShortcut(nn.Module):
 
     def __init__(self, branch: nn.Module, *, drop_path: float = 0.0) -> None:
         super().__init__()
-        if not isinstance(branch, nn.Module):
-            raise TypeError(f"the branch must be an nn.Module, got {type(branch).__name__}")
-        if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path is a probability in [0, 1), got {drop_path!r}")
+        check_branch(branch)
+        check_drop_path(drop_path)
         self.branch = branch
         self.drop_path = drop_path
 
@@ -36,3 +34,9 @@ class MembraneShortcut(nn.Module):
 
     def extra_repr(self) -> str:
         return f"drop_path={self.drop_path:g}"
+
+
+def check_branch(branch: nn.Module) -> None:
+    """Raises `TypeError` for what is no module, whose weights would not be found."""
+    if not isinstance(branch, nn.Module):
+        raise TypeError(f"the branch must be an nn.Module, got {type(branch).__name__}")

@@ -1,7 +1,8 @@
-"""Checks of the sizes that blocks and models are built with."""
+"""Checks of the numbers that blocks and models are built with."""
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
@@ -30,3 +31,30 @@ def check_heads(dim: int, num_heads: int) -> None:
     """Raises `ValueError` unless the heads share the channels evenly."""
     check_widths(num_heads=num_heads)
     check_multiple(dim, num_heads, "dim (for this number of heads)")
+
+
+def check_positive(value: float, what: str) -> None:
+    """Raises `TypeError` for what is no number, `ValueError` unless it is positive and finite."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{what} must be a number, got {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{what} must be positive and finite, got {value!r}")
+
+
+def check_flag(value: bool, what: str) -> None:
+    """Raises `TypeError` for anything but `True` and `False`."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{what} must be True or False, got {value!r}")
+
+
+def hidden_width(dim: int, mlp_ratio: float) -> int:
+    """The hidden channels of an MLP: `dim * mlp_ratio`, rounded down.
+
+    Raises `TypeError` for what is no number, `ValueError` if no channel is left.
+    """
+    check_widths(dim=dim)
+    check_positive(mlp_ratio, "mlp_ratio")
+    hidden = int(dim * mlp_ratio)
+    if hidden < 1:
+        raise ValueError(f"mlp_ratio must leave at least one hidden channel of dim={dim}, got {mlp_ratio!r}")
+    return hidden

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..neuron import LIF, NeuronLike, Streamed, make_neuron
 from ..steps import check_sequence, fire, project_and_fire, project_and_mix, shortcut
 from .mixers import ATTENTION_THRESHOLD, LinearSpikeMixer, QKMixer, of_neuron
-from .sizes import check_widths
+from .shortcut import check_branch
+from .sizes import check_flag, check_widths
 from .units import ConvNorm
 
 
@@ -20,7 +21,7 @@ class SpikeShortcut(nn.Module):
 
     Shapes: `[T, B, ...] -> [T, B, ...]`.
 
-    Raises `ValueError` if the branch changes the shape.
+    Raises `ValueError` if the branch changes the shape, and `TypeError` if it is not a module.
 
     >>> SpikeShortcut(SpikeLevelMLP(64))(torch.ones(4, 2, 64, 8, 8)).shape
     torch.Size([4, 2, 64, 8, 8])
@@ -28,6 +29,7 @@ class SpikeShortcut(nn.Module):
 
     def __init__(self, branch: nn.Module) -> None:
         super().__init__()
+        check_branch(branch)
         self.branch = branch
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,6 +90,7 @@ class SpikingSelfAttention(nn.Module):
         neuron: NeuronLike = LIF,
     ) -> None:
         super().__init__()
+        check_flag(mixes_images, "mixes_images")
         self.dim = dim
         self.mixer = LinearSpikeMixer(dim, num_heads=num_heads, scale=scale)
         self.q, self.k, self.v = (ConvNorm(dim, dim, bias=bias) for _ in range(3))

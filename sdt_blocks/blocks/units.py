@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..steps import Unit, has_hooks, is_affine, is_bare, is_plain
 from ..surrogate import transformed
+from .sizes import check_flag, check_widths
 
 
 class ConvNorm(Unit):
@@ -37,6 +38,10 @@ class ConvNorm(Unit):
         bias: bool = False,
     ) -> None:
         super().__init__()
+        check_widths(
+            in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride, groups=groups
+        )
+        check_flag(bias, "bias")
         self.conv = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias
         )
@@ -57,6 +62,7 @@ class SeparableConvNorm(Unit):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 7) -> None:
         super().__init__()
+        check_widths(in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size)
         layers = {
             "depthwise": nn.Conv2d(
                 in_channels, in_channels, kernel_size, padding=kernel_size // 2, groups=in_channels, bias=False
@@ -95,6 +101,7 @@ class RepConv(Unit):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
+        check_widths(in_channels=in_channels, out_channels=out_channels)
         layers = {
             "pointwise1": nn.Conv2d(in_channels, in_channels, 1, bias=False),
             "border": PaddedNorm(in_channels),

@@ -23,7 +23,7 @@ from ..blocks.integer import (
     ScaledShortcut,
     SeparableIntegerConvolution,
 )
-from ..blocks.sizes import check_heads, check_multiple
+from ..blocks.sizes import check_heads, check_multiple, hidden_width
 from ..blocks.units import ConvNorm
 from ..neuron import IntegerNeuron, NeuronFactory
 from .backbone import Backbone, initialize, stage_info
@@ -112,7 +112,7 @@ class ESpikeFormer(Backbone):
             branches = (
                 SeparableIntegerConvolution(width, kernel_size=3, neuron=neuron),
                 attention,
-                SpikingMLP(width, hidden=int(width * mlp_ratio), neuron=neuron),
+                SpikingMLP(width, hidden=hidden_width(width, mlp_ratio), neuron=neuron),
             )
             return nn.Sequential(
                 *(ScaledShortcut(width, one) if layer_scale else MembraneShortcut(one) for one in branches)
@@ -165,7 +165,7 @@ class LargeIntegerBlock(nn.Module):
             neuron=neuron,
         )
         self.attention = ScaledShortcut(dim, attention, drop_path=drop_path)
-        mlp = SpikingMLP(dim, hidden=int(dim * mlp_ratio), neuron=neuron)
+        mlp = SpikingMLP(dim, hidden=hidden_width(dim, mlp_ratio), neuron=neuron)
         self.mlp = ScaledShortcut(dim, mlp, drop_path=drop_path)
 
     def forward(self, membrane: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..blocks import ConvolutionBlock, Downsampling, LinearSpikeAttention, MembraneShortcut, SpikingMLP
-from ..blocks.sizes import check_heads, check_multiple
+from ..blocks.sizes import check_heads, check_multiple, hidden_width
 from ..neuron import LIF, NeuronLike, make_neuron
 from .backbone import Backbone, initialize, stage_info
 from .card import imagenet_card
@@ -33,7 +33,7 @@ class LinearAttentionBlock(nn.Module):
     def __init__(self, dim: int, *, num_heads: int = 8, mlp_ratio: float = 4, neuron: NeuronLike = LIF) -> None:
         super().__init__()
         self.attention = MembraneShortcut(LinearSpikeAttention(dim, num_heads=num_heads, neuron=neuron))
-        self.mlp = MembraneShortcut(SpikingMLP(dim, hidden=int(dim * mlp_ratio), neuron=neuron))
+        self.mlp = MembraneShortcut(SpikingMLP(dim, hidden=hidden_width(dim, mlp_ratio), neuron=neuron))
 
     def forward(self, membrane: Tensor) -> Tensor:
         result: Tensor = self.mlp(self.attention(membrane))

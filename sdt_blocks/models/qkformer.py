@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..blocks.sizes import check_heads, check_multiple
+from ..blocks.sizes import check_heads, check_multiple, hidden_width
 from ..blocks.spike_level import QKAttention, SpikeLevelMLP, SpikeShortcut, SpikingSelfAttention
 from ..blocks.units import ConvNorm
 from ..neuron import LIF, NeuronLike, make_neuron
@@ -105,7 +105,7 @@ class QKFormerBlock(nn.Module):
         if full:
             attention = SpikingSelfAttention(dim, num_heads=num_heads, mixes_images=mixes_images, neuron=neuron)
         self.attention = SpikeShortcut(attention)
-        self.mlp = SpikeShortcut(SpikeLevelMLP(dim, hidden=int(dim * mlp_ratio), neuron=neuron))
+        self.mlp = SpikeShortcut(SpikeLevelMLP(dim, hidden=hidden_width(dim, mlp_ratio), neuron=neuron))
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.mlp(self.attention(x))

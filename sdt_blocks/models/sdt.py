@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..blocks import MembraneShortcut, SpikeDrivenSelfAttention, SpikingMLP, SpikingPatchSplitting
 from ..blocks.patch import WIDTHS
-from ..blocks.sizes import check_heads
+from ..blocks.sizes import check_heads, hidden_width
 from ..neuron import LIF, NeuronLike, make_neuron
 from ..steps import present
 from .backbone import Backbone, initialize, stage_info
@@ -56,7 +56,7 @@ class SpikeDrivenBlock(nn.Module):
             drop_path=drop_path,
         )
         self.mlp = MembraneShortcut(
-            SpikingMLP(dim, hidden=int(dim * mlp_ratio), neuron=neuron),
+            SpikingMLP(dim, hidden=hidden_width(dim, mlp_ratio), neuron=neuron),
             drop_path=drop_path,
         )
 
@@ -138,7 +138,7 @@ class SpikeDrivenTransformer(Backbone):
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
-        dim, flags = self.config["dim"], str(self.config["pooling"])
+        dim, flags = self.config["dim"], self.config["pooling"]
         names = (*(f"patch.pools.{stage}" for stage in range(3)), "blocks")
         return stage_info([dim // width for width in WIDTHS], [flag == "1" for flag in flags], names)
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..blocks.patch import WIDTHS, pools_of
-from ..blocks.sizes import check_multiple
+from ..blocks.sizes import check_multiple, hidden_width
 from ..blocks.spike_level import SpikeLevelMLP, SpikeShortcut, SpikingSelfAttention
 from ..blocks.units import ConvNorm
 from ..neuron import LIF, NeuronLike, make_neuron
@@ -49,7 +49,6 @@ class SpikePatchSplitting(nn.Module):
     def __init__(self, dim: int, *, in_channels: int = 3, pooling: str = "1111", neuron: NeuronLike = LIF) -> None:
         super().__init__()
         check_multiple(dim, WIDTHS[0], "dim")
-
         self.in_channels = in_channels
         channels = [in_channels, *(dim // width for width in WIDTHS)]
         self.stages = nn.ModuleList(ConvNorm(before, after, 3) for before, after in pairwise(channels))
@@ -83,7 +82,7 @@ class SpikformerBlock(nn.Module):
         super().__init__()
         attention = SpikingSelfAttention(dim, num_heads=num_heads, scale=scale, bias=qkv_bias, neuron=neuron)
         self.attention = SpikeShortcut(attention)
-        self.mlp = SpikeShortcut(SpikeLevelMLP(dim, hidden=int(dim * mlp_ratio), neuron=neuron))
+        self.mlp = SpikeShortcut(SpikeLevelMLP(dim, hidden=hidden_width(dim, mlp_ratio), neuron=neuron))
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.mlp(self.attention(x))

@@ -177,9 +177,11 @@ def test_what_does_not_fit_is_refused_at_the_door(name, shape):
             r"dim \(for this number of heads\) must be a positive multiple of 8, got 10",
         ),
         (lambda: LinearSpikeMixer(8, num_heads=0), "num_heads must be positive, got 0"),
-        (lambda: LinearSpikeMixer(8, scale=0.0), "scale must be positive, got 0.0"),
+        (lambda: LinearSpikeMixer(8, scale=0.0), "scale must be positive and finite, got 0.0"),
+        (lambda: LinearSpikeMixer(8, scale=float("inf")), "scale must be positive and finite, got inf"),
+        (lambda: LinearSpikeMixer(8, scale="1"), "scale must be a number, got '1'"),
     ],
 )
-def test_widths_that_fit_nothing_are_named(make, message):
-    with pytest.raises(ValueError, match=message):
+def test_what_no_block_can_be_built_with_is_named(make, message):
+    with pytest.raises((ValueError, TypeError), match=message):
         make()

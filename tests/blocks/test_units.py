@@ -5,12 +5,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sdt_blocks import optimize_for_inference
+from sdt_blocks import LIF, optimize_for_inference
 from sdt_blocks.blocks import ConvNorm, RepConv, SeparableConvNorm
 from sdt_blocks.blocks.integer import LinearChain
 from sdt_blocks.blocks.units import PaddedNorm
 from sdt_blocks.inference.folded import folded
-from sdt_blocks.steps import project
+from sdt_blocks.steps import project, project_and_fire
 
 
 def with_statistics(module):
@@ -50,6 +50,22 @@ def test_a_unit_is_one_convolution_borders_included(make, size):
         torch.testing.assert_close(unit.norm(nn.Sequential(*chain)(x)), unit(x), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ConvNorm(0, 8), "in_channels must be positive, got 0"),
+        (lambda: ConvNorm(3, "8"), "out_channels must be a whole number, got '8'"),
+        (lambda: ConvNorm(3, 8, 4), "kernel_size must be odd and positive, got 4"),
+        (lambda: ConvNorm(3, 8, bias="no"), "bias must be True or False, got 'no'"),
+        (lambda: SeparableConvNorm(3, 8, 4), "kernel_size must be odd and positive, got 4"),
+        (lambda: RepConv(4, 0), "out_channels must be positive, got 0"),
+    ],
+)
+def test_what_no_unit_can_be_built_with_is_named(make, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints_have_the_border_and_the_gradients_of_the_first_pass(reentrant):
     x = torch.rand(2, 3, 4, 5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -81,12 +97,14 @@ class Adapted(nn.Module):
         return self.base(frames) + self.up(self.down(frames))
 
 
-def biased(layer):
-    return nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, 1, layer.padding, groups=layer.groups)
+def with_options(**options):
+    """Makes a layer like another one but for these options."""
 
+    def make(layer):
+        like = {"padding": layer.padding, "groups": layer.groups, "bias": False}
+        return nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, **{**like, **options})
 
-def in_pairs(layer):
-    return nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, 1, layer.padding, groups=2, bias=False)
+    return make
 
 
 @pytest.mark.parametrize("make", [lambda: RepConv(6, 6), lambda: SeparableConvNorm(6, 6, 3), lambda: LinearChain(6, 8)])
@@ -94,10 +112,13 @@ def in_pairs(layer):
     ("layer", "other"),
     [
         (-1, Adapted),
-        (-1, biased),
-        (0, biased),
-        ("depthwise", biased),
-        ("depthwise", in_pairs),
+        (-1, with_options(bias=True)),
+        (0, with_options(bias=True)),
+        (-1, with_options(stride=2)),
+        ("depthwise", with_options(bias=True)),
+        ("depthwise", with_options(groups=2)),
+        ("depthwise", with_options(dilation=2)),
+        ("depthwise", with_options(padding_mode="circular")),
         (0, nn.utils.parametrizations.weight_norm),
         ("end", lambda _: nn.Hardtanh()),
     ],
@@ -146,12 +167,38 @@ class Louder(nn.BatchNorm2d):
         return 2 * super().forward(frames)
 
 
-def test_a_chain_with_a_norm_of_ones_own_is_no_kernel():
+@pytest.mark.parametrize(
+    "norm", [Louder(4), nn.BatchNorm2d(4, track_running_stats=False), nn.BatchNorm2d(4, affine=False)]
+)
+def test_a_chain_with_a_norm_of_another_kind_is_no_kernel(norm):
     assert RepConv(4, 4).kernel() is not None
     for place in ("conv.border.norm", "conv.norm"):
         unit = RepConv(4, 4)
-        unit.set_submodule(place, Louder(4))
+        unit.set_submodule(place, norm)
         assert unit.kernel() is None and unit.chain() is None
+
+
+class Doubled(ConvNorm):
+    def forward(self, frames):
+        return 2 * super().forward(frames)
+
+
+class Inverted(LIF):
+    def forward(self, membrane):
+        return 1 - super().forward(membrane)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("unit", "neuron"), [(Doubled, LIF), (ConvNorm, Inverted)])
+def test_a_forward_of_ones_own_is_called(unit, neuron, training):
+    unit, neuron, x = with_statistics(unit(3, 4)).train(training), neuron(), 10 * torch.rand(2, 3, 3, 5, 5)
+    expected = unit(x.flatten(0, 1)).unflatten(0, (2, 3))
+    assert torch.equal(project(unit, x), expected)
+    assert torch.equal(project_and_fire(unit, neuron, x), neuron(expected)) and neuron(expected).any()
+    expected = unit.eval()(x.flatten(0, 1)).unflatten(0, (2, 3))
+    for sparse in (False, True):
+        fast = optimize_for_inference(Projecting(unit).eval(), compile=False, sparse=sparse)
+        torch.testing.assert_close(fast(x), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -186,7 +233,14 @@ def test_compiled_training_has_the_same_border_and_gradients():
         torch.testing.assert_close(traced, eager)
 
 
-@pytest.mark.parametrize("make", [lambda: RepConv(3, 4), lambda: SeparableConvNorm(3, 4, 3)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: RepConv(3, 4),
+        lambda: SeparableConvNorm(3, 4, 3),
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)),
+    ],
+)
 @pytest.mark.parametrize("training", [True, False])
 def test_a_still_image_counts_at_every_step(make, training):
     """What is shown at every step leaves the norms within a chain as if it came each time."""
