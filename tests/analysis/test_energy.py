@@ -113,8 +113,10 @@ def test_rates_are_those_of_the_real_input(small, inputs_of_layers):
 def test_attention_counts_the_additions(small, event_pooling):
     model = small(event_pooling=event_pooling)
     attention = model.blocks[0].attention.branch
-    sums = []
+    sums, pooled = [], []
     attention.mixer.neuron.register_forward_hook(lambda module, args, output: sums.append(args[0]))
+    for part in (attention.mixer.k_pool, attention.mixer.v_pool):
+        part.register_forward_hook(lambda module, args, output: pooled.append(output.sum().item()))
     report = energy(model, torch.rand(4, 3, 16, 16))
     additions = sums[0].double().sum((1, 2, 3, 4)) / 4
     layer = report["blocks.0.attention.branch"]
@@ -122,6 +124,7 @@ def test_attention_counts_the_additions(small, event_pooling):
     assert [rate * layer.macs for rate in layer.rate] == pytest.approx(additions.tolist())
     assert layer.energy_mj == pytest.approx(E_AC * PJ * additions.sum().item())
     assert report.attention.sdsa_mj == layer.energy_mj
+    assert layer.bound_mj == pytest.approx(E_AC * PJ * sum(pooled[:2]) / 4)
     if not event_pooling:
         assert layer.energy_mj < layer.bound_mj
 

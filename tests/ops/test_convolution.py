@@ -124,6 +124,36 @@ def test_what_changed_in_place_is_no_spike(monkeypatch, traced, make):
     assert block.fc1.conv.weight.grad.abs().sum() > 0
 
 
+def doubled_by_a_hook(layer):
+    layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect"),
+        lambda: nn.Conv2d(6, 4, 3, padding="same", dilation=2),
+        lambda: doubled_by_a_hook(nn.Conv2d(6, 4, 1)),
+        lambda: doubled_by_a_hook(nn.Sequential(nn.Conv2d(6, 4, 1))),
+        lambda: nn.Sequential(nn.Conv2d(6, 6, 3, 2, groups=3, bias=False), nn.Conv2d(6, 4, 1)),
+        lambda: nn.Sequential(),
+    ],
+)
+def test_any_layer_on_spikes_is_compiled_as_it_is(monkeypatch, traced, make):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    torch.manual_seed(0)
+    layer, neuron, compile = make(), LIF(), traced[0]
+    results = []
+    for run in (lambda x: per_frame(layer, neuron(x)), compile(lambda x: per_frame(layer, neuron(x)))):
+        x = (torch.rand(2, 2, 6, 7, 7, generator=torch.Generator().manual_seed(1)) * 3).requires_grad_()
+        y = run(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+        assert eager.any()
+
+
 def test_of_what_comes_into_a_graph_nothing_is_known(monkeypatch, traced):
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
     compile, names = traced
