@@ -22,6 +22,7 @@ from sdt_blocks import (
 )
 from sdt_blocks.analysis import firing_rates
 from sdt_blocks.blocks import ConvNorm, MaskMixer, QKMixer
+from sdt_blocks.blocks.integer import ScaledShortcut
 from sdt_blocks.steps import project_and_mix, repeat_frame, shortcut
 
 
@@ -177,13 +178,17 @@ def test_a_frame_is_repeated_by_a_norm_without_statistics():
     torch.testing.assert_close(repeat_frame(norm, x, 4), norm(x[0]).expand(4, -1, -1, -1, -1))
 
 
-def test_drop_path_keeps_or_leaves_whole_samples():
+@pytest.mark.parametrize("make", [MembraneShortcut, partial(ScaledShortcut, 4)])
+def test_drop_path_keeps_or_leaves_whole_samples(make):
     torch.manual_seed(0)
-    shortcut = MembraneShortcut(nn.Identity(), drop_path=0.25)
-    u = torch.ones(3, 2000, 4)
+    shortcut = make(nn.Identity(), drop_path=0.25)
+    if isinstance(shortcut, ScaledShortcut):
+        assert (shortcut.scale == 1e-6).all()
+        nn.init.ones_(shortcut.scale)
+    u = torch.ones(3, 2000, 4, 1, 1)
     change = shortcut(u) - u
-    assert torch.equal(change[0], change[1]) and torch.equal(change[..., 0], change[..., 3])
-    kept = change[0, :, 0]
+    assert torch.equal(change[0], change[1]) and torch.equal(change[:, :, 0], change[:, :, 3])
+    kept = change[0, :, 0, 0, 0]
     torch.testing.assert_close(kept.unique(), torch.tensor([0, 1 / 0.75]))
     assert abs((kept > 0).float().mean() - 0.75) < 0.04
     assert torch.equal(shortcut.eval()(u), 2 * u)

@@ -178,13 +178,15 @@ def test_a_released_imagenet_model_knows_its_classes_and_its_images(imagenet_fil
 @pytest.mark.parametrize(
     ("name", "resized", "words"),
     [
+        ("sdt_lif_static_64", pytest.approx(224 / 0.95), None),
+        ("sdtv2_grads_T2_64", 256, None),
         ("spikformer_imagenet_64", 224, None),
         ("qkformer_imagenet_64", 256, "trained and evaluated with mixes_images=True"),
         ("sdtv3_base_64", 232, "8 in those named 1x8 (levels=8)"),
         ("sdtv3_large_kd_64", 232, "8 in those named 1x8 (levels=8)"),
     ],
 )
-def test_released_models_of_the_other_families_have_their_cards(named_golden, tmp_path, name, resized, words):
+def test_released_models_of_every_family_have_their_cards(named_golden, tmp_path, name, resized, words):
     weights = named_golden(name).group("state")
     few = {"model": weights}
     classes = weights["head.weight"].shape[0]

@@ -14,6 +14,7 @@ import pytest
 import snntorch
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from sdt_blocks import (
     LIF,
@@ -356,11 +357,14 @@ def test_the_ratio_of_a_released_mlp_gives_its_channels_again():
             assert int(dim * ratio) == hidden
 
 
-def test_an_argument_of_none_says_nothing(static_golden):
+def test_training_arguments_say_what_no_shape_tells_and_none_says_nothing(static_golden):
     state = {key: value for key, value in static_golden.group("state").items() if "talking_heads" not in key}
-    for args, said in (({"num_heads": None, "TET": None}, {}), ({"num_heads": 4}, {"num_heads": 4})):
-        options = FAMILY.keys.read_options(state, args)
-        assert {key: options[key] for key in ("num_heads", "per_step") if key in options} == said
+    nothing = dict.fromkeys(("num_heads", "time_steps", "pooling_stat", "TET", "dvs_mode"))
+    given = {"num_heads": 4, "time_steps": 6, "pooling_stat": "0101", "TET": True, "dvs_mode": 1}
+    known = {"num_heads": 4, "time_steps": 6, "pooling": "0101", "per_step": True, "event_pooling": True}
+    of_shapes = FAMILY.keys.read_options(state, {})
+    assert FAMILY.keys.read_options(state, nothing) == of_shapes and not known.keys() & of_shapes.keys()
+    assert FAMILY.keys.read_options(state, given) == {**of_shapes, **known}
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
@@ -418,6 +422,21 @@ def test_a_model_that_was_changed_is_not_saved_as_another(change, tmp_path):
     with pytest.raises(ValueError, match=f"no longer as it was built.*{change}"):
         save_model(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+NO_CHANGES = {
+    "processes": nn.SyncBatchNorm.convert_sync_batchnorm,
+    "momentum": lambda model: setattr(model.patch.position.norm, "momentum", 0.3),
+    "accelerate": lambda model: vars(model).update(forward=model.forward, _original_forward=model.forward),
+}
+
+
+@pytest.mark.parametrize("change", NO_CHANGES)
+def test_what_no_answer_depends_on_may_change(change, tmp_path):
+    model = SpikeDrivenTransformer(**TINY)
+    changed = NO_CHANGES[change](model) or model
+    save_model(changed, tmp_path)
+    assert torch.equal(load_model(tmp_path).head.weight, model.head.weight)
 
 
 @torch.no_grad()

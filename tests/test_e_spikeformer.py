@@ -374,10 +374,21 @@ def test_the_models_of_events_by_the_base_family():
         if name.endswith(".scale"):
             nn.init.zeros_(parameter)
     assert not torch.equal(events(x), expected)
-    with torch.device("meta"):
-        fresh = create_model("sdt_v3_19m_har_dvs")
-    neurons = [module for module in fresh.modules() if isinstance(module, IntegerNeuron)]
-    assert {(neuron.levels, neuron.norm, neuron.rounding) for neuron in neurons} == {(4, 1, "even")}
+    for name, norm in (("sdt_v3_19m_har_dvs", 1), ("sdt_v3_6m_gesture", 8)):
+        with torch.device("meta"):
+            *neurons, last = (m for m in create_model(name).modules() if isinstance(m, IntegerNeuron))
+        assert {(neuron.levels, neuron.norm, neuron.rounding) for neuron in neurons} == {(4, norm, "even")}
+        assert (last.levels, last.norm, last.rounding) == (4, 1, "even")
+
+
+def test_levels_and_drop_path_reach_every_part():
+    large = ESpikeFormerLarge(
+        dims=(16, 16, 24), depths=(1, 1, 1, 3), levels=8, drop_path=0.2, distillation=True, num_classes=5
+    )
+    for model in (ESpikeFormer(dims=(16, 16, 16, 24), depths=(1, 1, 1, 1, 1), levels=8), large):
+        assert {module.levels for module in model.modules() if isinstance(module, IntegerNeuron)} == {8}
+    for part in ("attention", "mlp"):
+        assert [getattr(block, part).drop_path for block in large.stages[3]] == pytest.approx([0, 0.1, 0.2])
 
 
 def test_what_does_not_fit_is_named():
@@ -394,9 +405,9 @@ def test_what_does_not_fit_is_named():
 @torch.no_grad()
 def test_released_files(released, tmp_path):
     state, depths = released.group("state"), released.config["depths"]
-    torch.save({"model": state, "epoch": 3}, tmp_path / "x.pth")
+    torch.save({"model": state, "epoch": 3, "args": {"time_steps": 3}}, tmp_path / "x.pth")
     model = load_released_checkpoint(tmp_path / "x.pth")
-    assert [len(stage) for stage in model.stages] == depths
+    assert [len(stage) for stage in model.stages] == depths and model.time_steps == 3
     torch.testing.assert_close(model(released.tensors["input"]), released.tensors["logits_eval"], atol=1e-6, rtol=0)
 
 

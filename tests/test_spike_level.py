@@ -271,6 +271,37 @@ def test_released_files(released, wrap, tmp_path):
     torch.testing.assert_close(logits, golden.tensors["logits_eval"], atol=1e-5, rtol=0)
 
 
+def test_what_released_shapes_do_not_tell_is_that_of_the_variant():
+    """Heads, scales and poolings are in no weight; the names tell which published model it is."""
+
+    def of(shapes):
+        return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+    shapes = {
+        "patch_embed.proj_conv.weight": (32, 2, 3, 3),
+        "patch_embed.proj_conv3.weight": (256, 128, 3, 3),
+        "patch_embed.proj_lif.w": (),
+        "pos_embed": (1, 64, 256),
+    }
+    for i in range(2):
+        shapes |= {f"block.{i}.mlp.fc1_conv.weight": (1024, 256, 1, 1), f"block.{i}.attn.q_conv.weight": (256, 256, 1)}
+    published = Spikformer(**spikformer.VARIANTS["spikformer_2_256_dvs"], neuron="plif").config
+    found = spikformer.read_options(of(shapes | {"head.weight": (10, 256)}), {"time_steps": 16})
+    assert found.items() <= published.items() and {"scale", "num_heads", "time_steps", "pooling"} <= found.keys()
+    shapes = {
+        "patch_embed1.proj_conv.weight": (32, 2, 3, 3),
+        "patch_embed1.proj_lif.w": (),
+        "patch_embed2.proj4_conv.weight": (256, 256, 3, 3),
+        "stage1.0.mlp.mlp1_conv.weight": (512, 128, 1, 1),
+        "stage2.0.mlp.mlp1_conv.weight": (256, 256, 1, 1),
+        "head.weight": (10, 256),
+    }
+    published = QKFormer(**qkformer.VARIANTS["qkformer_2_256_dvs"], neuron="plif").config
+    found = qkformer.read_options(of(shapes), {"time_steps": 16, "num_heads": 8})
+    assert {**found, "depths": tuple(found["depths"])}.items() <= published.items()
+    assert {"form", "num_heads", "time_steps", "mlp_ratio"} <= found.keys()
+
+
 def test_mixed_files_are_refused(static_golden, v2_golden, named_golden, tmp_path):
     states = [named_golden(name).group("state") for name in NAMES[::2]]
     for state in states:

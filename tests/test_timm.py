@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import sdt_blocks.models.timm
-from sdt_blocks import create_model, list_models, load_model, save_model
+from sdt_blocks import DataCard, create_model, list_models, load_model, save_model
 from sdt_blocks.models.registry import families
 
 
@@ -81,6 +81,8 @@ def test_features_and_head_apart_are_the_whole(small):
     last, maps = model.forward_intermediates(images, indices=[-1, 0])
     assert torch.equal(last, features) and torch.equal(maps[0], features.mean(0))
     assert len(maps) == 2 and torch.equal(maps[1], model.features(images, stages=(0,))[0])
+    last, (first,) = model.forward_intermediates(images, indices=[0], stop_early=True)
+    assert torch.equal(last.mean(0), first) and torch.equal(first, maps[1])
     (alone,) = model.forward_intermediates(images, indices=1, intermediates_only=True)
     assert torch.equal(alone, maps[0])
     for wrong in (0, [99], [], len(model.feature_info) + 1):
@@ -119,12 +121,17 @@ def test_torchvision_extracts_features(small):
 
 def test_a_new_head_can_be_saved(small, tmp_path):
     model = small.model
+    model.card = DataCard(["a", "b", "c", "d", "e"])
     model.reset_classifier(np.int64(9))
+    assert model.card.class_names is None and not model.head.bias.any() and not model.head.training
+    assert abs(model.head.weight.std() - 0.02) < 0.005
     assert model.num_classes == 9 and model(small.images).shape == (4, 9)
     save_model(model, tmp_path)
     assert torch.equal(load_model(tmp_path)(small.images), model(small.images))
-    model.reset_classifier(0)
-    assert model(small.images).shape == (4, model.num_features)
+    model.double().reset_classifier(0)
+    assert model(small.images.double()).shape == (4, model.num_features)
+    model.reset_classifier(2)
+    assert model.head.weight.dtype == torch.float64
     for wrong, message in (
         ({"num_classes": -1}, "num_classes must be at least 0 .*, got -1"),
         ({"num_classes": True}, "num_classes must be a whole number, got True"),

@@ -14,6 +14,7 @@ from sdt_blocks.blocks import (
     LinearSpikeAttention,
     LinearSpikeMixer,
     SeparableConvolution,
+    SpikingSelfAttention,
 )
 
 BLOCKS = {
@@ -134,6 +135,12 @@ def test_the_equation_of_the_linear_attention():
     torch.testing.assert_close(block(membrane), unit(block.proj, a), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("attention", [LinearSpikeAttention, SpikingSelfAttention])
+def test_the_mixer_has_the_scale_and_heads_of_its_attention(attention):
+    mixer = attention(8, num_heads=2, scale=0.3).mixer
+    assert (mixer.scale, mixer.num_heads) == (0.3, 2)
+
+
 def test_a_tie_fires():
     """Eight coincidences make 8 / 8, which the neuron halves to its threshold; seven stay below."""
     spikes = torch.ones(3, 1, 1, 8, 2, 4)
@@ -144,7 +151,7 @@ def test_a_tie_fires():
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.parametrize("neuron", ["lif", "plif", ParametricLIF])
+@pytest.mark.parametrize("neuron", ["lif", "plif", {"name": "plif", "channels": True}, ParametricLIF])
 @pytest.mark.parametrize("shape", [(1, 2, 8, 3, 5), (4, 1, 8, 2, 3), (8, 2, 8, 1, 4)])
 def test_every_parameter_learns_at_any_size(name, neuron, shape):
     block, u = calibrated(BLOCKS[name](neuron=neuron), *shape)

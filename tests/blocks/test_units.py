@@ -1,5 +1,7 @@
 """Units: the chains that are trained and the one convolution that they are."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -178,6 +180,26 @@ def test_a_chain_with_a_norm_of_another_kind_is_no_kernel(norm):
         assert unit.kernel() is None and unit.chain() is None
 
 
+class Twice(nn.Sequential):
+    def forward(self, frames):
+        return super().forward(super().forward(frames))
+
+
+def test_a_chain_with_a_forward_of_its_own_is_no_kernel():
+    unit = SeparableConvNorm(4, 4)
+    assert unit.kernel() is not None and unit.chain() is not None
+    unit.conv = Twice(OrderedDict(unit.conv.named_children()))
+    assert unit.kernel() is None and unit.chain() is None
+
+
+def test_a_border_without_a_norm_to_make_it_is_refused():
+    unit = RepConv(4, 4)
+    for options in ({"affine": False}, {"track_running_stats": False}):
+        unit.conv.border.norm = nn.BatchNorm2d(4, **options)
+        with pytest.raises(ValueError, match="leave that norm its running statistics, weight and bias"):
+            unit(torch.rand(2, 4, 5, 5))
+
+
 class Doubled(ConvNorm):
     def forward(self, frames):
         return 2 * super().forward(frames)
@@ -252,16 +274,18 @@ def test_a_still_image_counts_at_every_step(make, training):
         torch.testing.assert_close(a, b, msg=name)
 
 
+@pytest.mark.parametrize("watched", ["depthwise", "border.norm"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_chain_is_computed_anew_as_it_was(autocast):
+def test_the_chain_is_computed_anew_as_it_was(autocast, watched):
     """With a hook all is kept; without one the first layer's result alone, also with another pass in between."""
     torch.manual_seed(0)
     x, other = (torch.rand(2, 3, 4, 5, 6) < 0.4).float(), torch.rand(2, 3, 4, 5, 6)
     results, kept = [], []
     for hooked in (True, False):
         unit = with_statistics(RepConv(4, 7)).train()
+        unit.conv.border.norm.eps = unit.conv.norm.eps = 0.5
         if hooked:
-            unit.conv.depthwise.register_forward_hook(lambda *args: None)
+            unit.conv.get_submodule(watched).register_forward_hook(lambda *args: None)
         sizes = []
 
         def note(tensor, sizes=sizes):
