@@ -198,7 +198,7 @@ class TrainConfig:
     mixed_precision: str = option(
         "no", "the neurons' state stays float32", choices=("no", "bf16", "fp16"), training=False
     )
-    channels_last: bool = option(False, "memory format of the convolutions")
+    channels_last: bool | None = option(None, "memory order of the convolutions; null: channels-last on a CPU")
     compile: bool = option(False, "torch.compile the model")
     compile_mode: str = option(
         "default",

@@ -195,7 +195,8 @@ def build_accelerator(config: Config) -> tuple[Accelerator, Config]:
     on_cpu = accelerator.device.type == "cpu"
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = use_cores(processes=processes, on_cpu=on_cpu, loaders=config.data.workers, threads=config.threads)
-    return accelerator, changed(config, {"data.workers": workers})
+    channels_last = on_cpu if config.train.channels_last is None else config.train.channels_last
+    return accelerator, changed(config, {"data.workers": workers, "train.channels_last": channels_last})
 
 
 def check_machine(config: Config, accelerator: Accelerator) -> None:
@@ -290,6 +291,8 @@ def prepare(
         "device": accelerator.device.type,
         "threads": torch.get_num_threads() if accelerator.device.type == "cpu" else None,
     }
+    if config.train.channels_last:
+        plain.to(memory_format=torch.channels_last)
     ema = None
     if config.train.ema_decay is not None:
         from timm.utils import ModelEmaV3
@@ -306,8 +309,6 @@ def prepare(
         freeze_all_but_head(plain)
     if config.train.sync_bn:
         plain = nn.SyncBatchNorm.convert_sync_batchnorm(plain)
-    if config.train.channels_last:
-        plain.to(memory_format=torch.channels_last)
     if config.train.compile:
         plain.compile(mode=config.train.compile_mode)
     optimizer = at_the_door(

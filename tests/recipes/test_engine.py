@@ -357,7 +357,7 @@ def test_weights_that_are_not_finite_are_never_saved(set_up):
     "options",
     [
         ("train.mixed_precision=bf16",),
-        ("train.channels_last=true", "optim.name=lamb", "data.random_erasing=0.5"),
+        ("train.channels_last=false", "optim.name=lamb", "data.random_erasing=0.5"),
         ("train.tet=true", "train.tet_lambda=0.05"),
         ("train.loss=bce", "data.mixup=0.2", "data.cutmix=1.0", "model.neuron=plif"),
         pytest.param(("train.compile=true", "train.compile_mode=reduce-overhead"), marks=pytest.mark.slow),
@@ -370,6 +370,16 @@ def test_options_train_and_save_float32_weights(train, tmp_path, options):
     assert lines[1]["train_loss"] < lines[0]["train_loss"]
     model = load_model(tmp_path / "run" / "last")
     assert all(value.dtype in (torch.float32, torch.int64) for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize("given", ["null", "false"])
+def test_convolutions_are_channels_last_on_a_cpu_unless_told_otherwise(set_up, given):
+    run = set_up(*PLAIN, f"train.channels_last={given}", "train.ema_decay=0.9", "output_dir=run")
+    expected = given == "null"
+    assert OmegaConf.load(run.folder / "config.yaml").train.channels_last is expected
+    weights = [w for net in (run.plain, run.ema) for w in net.parameters() if w.ndim == 4 and min(w.shape[1:]) > 1]
+    assert len(weights) > 4
+    assert {w.is_contiguous(memory_format=torch.channels_last) for w in weights} == {expected}
 
 
 def test_the_model_is_compiled_in_the_mode_given(set_up, monkeypatch):
