@@ -229,3 +229,4 @@ def test_what_cannot_teach_is_refused(set_up, photographs, teacher_weights, tmp_
                  f"train.teacher_weights={teacher_weights.with_suffix('.pth')}", default="imagenet_v2_t1")  # fmt: skip
     assert run.plain.distillation and run.teacher(torch.zeros(1, 3, 64, 64)).argmax() == 1
     assert not any(p.requires_grad for p in run.teacher.model.parameters())
+    assert not any(part.training for part in run.teacher.model.modules()), "no dropout, no statistics of a batch"
