@@ -270,13 +270,20 @@ def test_parts_have_the_names_of_the_released_weights_too():
         attention.q_convolution  # noqa: B018
 
 
-def test_an_attend_of_ones_own_replaces_the_mixer():
-    class Counts(SpikeDrivenSelfAttention):
-        def attend(self, q, k, v):
-            return q * (k * v).sum((-2, -1), keepdim=True)
+def counts(q, k, v):
+    return q * (k * v).sum((-2, -1), keepdim=True)
 
+
+class Counts(SpikeDrivenSelfAttention):
+    attend = staticmethod(counts)
+
+
+@pytest.mark.parametrize("make", [Counts, SpikeDrivenSelfAttention])
+def test_an_attend_of_ones_own_replaces_the_mixer(make):
     torch.manual_seed(0)
-    block = Counts(8, num_heads=2).eval()
+    block = make(8, num_heads=2).eval()
+    if make is SpikeDrivenSelfAttention:
+        block.attend = counts
     for unit in (block.q, block.k, block.v):
         nn.init.constant_(unit.norm.bias, 2.0)
     seen = record(block.proj.conv)

@@ -23,6 +23,7 @@ from sdt_blocks.analysis import attention_maps, audit, energy, firing_rates
 from sdt_blocks.blocks import QKAttention, QKMixer, SpikeLevelMLP, SpikeShortcut, SpikingSelfAttention
 from sdt_blocks.models import qkformer, spikformer
 from sdt_blocks.neuron import find_neurons
+from sdt_blocks.steps import find_mixers
 
 NAMES = ("spikformer_imagenet_64", "spikformer_cifar_32", "qkformer_imagenet_64", "qkformer_cifar_32")
 PUBLISHED = {
@@ -172,6 +173,11 @@ def test_the_mask_of_qk_attention_by_hand(over):
     assert mixer.additions(q, k).sum() == q.sum()
 
 
+def test_qk_attention_is_over_what_it_is_asked_for():
+    mixer = QKAttention(8, num_heads=2, over="tokens").mixer
+    assert (mixer.over, mixer.num_heads) == ("tokens", 2)
+
+
 @pytest.mark.parametrize("attention", [SpikingSelfAttention, QKAttention])
 def test_blocks_refuse_what_does_not_fit(attention):
     with pytest.raises(ValueError, match="must be a positive multiple of 3, got 8"):
@@ -285,9 +291,21 @@ def test_what_released_shapes_do_not_tell_is_that_of_the_variant():
     }
     for i in range(2):
         shapes |= {f"block.{i}.mlp.fc1_conv.weight": (1024, 256, 1, 1), f"block.{i}.attn.q_conv.weight": (256, 256, 1)}
-    published = Spikformer(**spikformer.VARIANTS["spikformer_2_256_dvs"], neuron="plif").config
+    model = Spikformer(**spikformer.VARIANTS["spikformer_2_256_dvs"], neuron="plif")
+    assert {(mixer.scale, mixer.num_heads) for mixer in find_mixers(model).values()} == {(0.25, 16)}
+    published = model.config
     found = spikformer.read_options(of(shapes | {"head.weight": (10, 256)}), {"time_steps": 16})
     assert found.items() <= published.items() and {"scale", "num_heads", "time_steps", "pooling"} <= found.keys()
+    shapes = {
+        "patch_embed.proj_conv.weight": (48, 3, 3, 3),
+        "patch_embed.proj_conv3.weight": (384, 192, 3, 3),
+        **{f"block.{i}.attn.q_linear.{kind}": (384,) * n for i in range(4) for kind, n in (("weight", 2), ("bias", 1))},
+        "block.0.mlp.fc1_linear.weight": (1536, 384),
+        "head.weight": (10, 384),
+    }
+    published = Spikformer(**spikformer.VARIANTS["spikformer_4_384"]).config
+    found = spikformer.read_options(of(shapes), {})
+    assert found.items() <= published.items() and {"num_heads", "pooling", "qkv_bias"} <= found.keys()
     shapes = {
         "patch_embed1.proj_conv.weight": (32, 2, 3, 3),
         "patch_embed1.proj_lif.w": (),
