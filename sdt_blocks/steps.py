@@ -447,9 +447,7 @@ def _fusible(norm: nn.Module, neuron: nn.Module, x: Tensor) -> bool:
         return False
     assert isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
     known = of_levels or isinstance(neuron.told_surrogate, (Surrogate, Scheduled))
-    # A single value per channel has no variance; if several processes share a batch, each may have just one.
-    least = norm.num_features + (not group_of(norm))
-    return known and x.shape[2] == norm.num_features and least <= x.numel() and fused(x, even_traced=norm.training)
+    return known and x.shape[2] == norm.num_features and fused(x, even_traced=norm.training)
 
 
 def _tell_unfused(*modules: Any) -> None:

@@ -263,7 +263,7 @@ def test_levels_and_gradients_by_hand():
         ({"norm": 0.0}, "norm and threshold positive"),
         ({"threshold": math.inf}, "threshold positive and finite, got 4, 4.0 and inf"),
         ({"threshold": "1"}, "threshold must be a number, got '1'"),
-        ({"rounding": "down"}, "rounding must be one of even, up, got 'down'"),
+        ({"rounding": "down"}, "rounding 'down' is unknown; choose one of even, up"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             IntegerNeuron(**options)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import LevelSpec, levels
-from ..ops.spec import ROUNDINGS
+from ..ops.spec import ROUNDINGS, check_known
 
 
 class IntegerNeuron(nn.Module):
@@ -48,8 +48,7 @@ class IntegerNeuron(nn.Module):
                 f"levels must be at least 1, norm and threshold positive and finite, got {levels}, {norm} and "
                 f"{threshold}"
             )
-        if rounding not in ROUNDINGS:
-            raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+        check_known("rounding", rounding, ROUNDINGS)
         self.levels, self.norm, self.rounding, self.threshold = int(levels), norm, rounding, threshold
 
     @property

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .bits import as_spikes, wants_bits
-from .dispatch import fused, kernels
+from .dispatch import kernels
 from .lif import constants, gradients_of_equations, gradients_of_norm, lif, lif_gradients, lif_reference, normalized
-from .norm_lif import batch_norm_lif, batch_norm_lif_reference, stacked_statistics
+from .norm_lif import batch_norm_lif, batch_norm_lif_reference, fused_behind, stacked_statistics
 from .registered import registered
 from .spec import (
     MOST_TOKENS,
@@ -45,18 +45,21 @@ def attend(x: Sequence[Tensor], norms: Sequence[Norm], neurons: Sequence[NeuronS
     neurons (in a graph: neurons that a schedule changes), norms in different modes or more than `MOST_TOKENS` tokens,
     each norm is fused with its neurons separately.
 
+    Raises `ValueError` for what `fused_behind` and `lif` refuse.
+
     >>> x = [torch.randn(4, 2, 8, 5, 5) for _ in range(3)]
     >>> neurons = [NeuronSpec(threshold) for threshold in (1.0, 1.0, 1.0, 0.5)]
     >>> attend(x, [Norm(training=True)] * 3, neurons).shape
     torch.Size([4, 2, 8, 5, 5])
     """
-    specs = [constants(neuron) for neuron in neurons]
     q, training = x[0], norms[0].training
+    specs = [constants(neuron, q.shape[2:3]) for neuron in neurons]
+    runs = [fused_behind(part, norm) for part, norm in zip(x, norms, strict=True)]
     alike = specs[0] == specs[1] == specs[2] and all(part.shape == q.shape and part.dtype == q.dtype for part in x)
     alike = alike and len({(norm.training, norm.weight is None, norm.bias is None, norm.group) for norm in norms}) == 1
     alike = alike and not any(schedule_of(neuron) is not None for neuron in neurons)
-    fits = alike and 0 < q.numel() <= MOST_TOKENS * q.shape[:3].numel()
-    if None in specs or not fits or not fused(q, even_traced=training):
+    fits = alike and q.numel() <= MOST_TOKENS * q.shape[:3].numel()
+    if None in specs or not fits or not all(runs):
         return _compose(batch_norm_lif, lif, x, norms, neurons)
     mean, inv_std = stacked_statistics(x, norms)
     parameters = [norm.weight for norm in norms] + [norm.bias for norm in norms]

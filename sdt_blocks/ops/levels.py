@@ -16,9 +16,9 @@ from ..surrogate import transformed
 from .bits import gapless
 from .dispatch import fused, kernels, level_kernels
 from .lif import gradients_of_equations, gradients_of_norm, normalized
-from .norm_lif import batch_norm_reference, statistics
+from .norm_lif import batch_norm_reference, fused_behind, statistics
 from .registered import registered
-from .spec import Affine, Layout, LevelSpec, Norm, arrange, state_dtype
+from .spec import ROUNDINGS, Affine, Layout, LevelSpec, Norm, arrange, check_known, state_dtype
 
 
 class _Levels(torch.autograd.Function):
@@ -77,9 +77,12 @@ def levels_reference(x: Tensor, neuron: LevelSpec) -> Tensor:
 def levels(x: Tensor, neuron: LevelSpec) -> Tensor:
     """Compute `levels_reference`, equal to the bit, and keep one bit per element for the backward pass.
 
+    Raises `ValueError` for an unknown rounding.
+
     >>> levels(torch.tensor([-1.0, 0.6, 2.5, 9.0]), LevelSpec(levels=4, norm=4.0))
     tensor([0.0000, 0.2500, 0.5000, 1.0000])
     """
+    check_known("rounding", neuron.rounding, ROUNDINGS)
     if not x.is_floating_point() or x.numel() == 0 or not fused(x):
         return levels_reference(x, neuron)
     result: Tensor = levels_op(x, neuron.encode(), torch.is_grad_enabled() and x.requires_grad)[0]
@@ -163,10 +166,13 @@ def batch_norm_levels(x: Tensor, norm: Norm, neuron: LevelSpec, *, time_steps: i
     In half precision the values are rounded once, at the end. As with `batch_norm_lif`, with the statistics of the
     batch it stays one op under `torch.compile`. A frame shown `time_steps` times is computed once.
 
+    Raises `ValueError` for an unknown rounding, and for what `fused_behind` refuses.
+
     >>> batch_norm_levels(torch.randn(1, 2, 8, 5, 5), Norm(training=True), LevelSpec()).shape
     torch.Size([1, 2, 8, 5, 5])
     """
-    if x.numel() == 0 or not fused(x, even_traced=norm.training):
+    check_known("rounding", neuron.rounding, ROUNDINGS)
+    if not fused_behind(x, norm, time_steps):
         return batch_norm_levels_reference(x, norm, neuron, time_steps=time_steps)
     steps, dtype = time_steps or x.shape[0], state_dtype(x)
     mean, inv_std = statistics(x, norm, steps // x.shape[0])

@@ -17,7 +17,19 @@ from .bits import as_spikes, wants_bits
 from .dispatch import fall_back, fused, kernels
 from .processes import added_up
 from .registered import registered
-from .spec import RESETS, Affine, Arriving, Layout, NeuronSpec, arrange, check_time_constants, schedule_of, state_dtype
+from .spec import (
+    RESETS,
+    Affine,
+    Arriving,
+    Layout,
+    NeuronSpec,
+    arrange,
+    check_known,
+    check_membrane,
+    check_time_constants,
+    schedule_of,
+    state_dtype,
+)
 
 
 def lif_reference(x: Tensor, neuron: NeuronSpec, membrane: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -75,13 +87,8 @@ def lif(
         raise TypeError(f"a neuron's input must be a floating-point tensor, got {x.dtype}")
     if x.ndim == 0 or x.shape[0] == 0:
         raise ValueError(f"a sequence needs at least one time step on its first axis, got the shape {list(x.shape)}")
-    if membrane is not None and membrane.shape != x.shape[1:]:
-        raise ValueError(f"the initial membrane must have the shape {list(x.shape[1:])}, got {list(membrane.shape)}")
-    inv_tau = neuron.inv_tau
-    check_time_constants(inv_tau, x.shape[2:3])
-    if neuron.reset not in RESETS:
-        raise ValueError(f"reset {neuron.reset!r} is unknown; choose one of {', '.join(RESETS)}")
-    spec = constants(neuron)
+    check_membrane(membrane, x)
+    inv_tau, spec = neuron.inv_tau, constants(neuron, x.shape[2:3])
     if spec is not None and x.numel() and fused(x):
         dtype = state_dtype(x)
         spikes, last, bits = lif_op(
@@ -103,12 +110,15 @@ def lif(
     return (spikes, last) if return_membrane else spikes
 
 
-def constants(neuron: NeuronSpec) -> NeuronSpec | None:
+def constants(neuron: NeuronSpec, channels: Sequence[int]) -> NeuronSpec | None:
     """The neurons' constants as a fused kernel takes them; `None`, with a warning, if no kernel knows the surrogate.
 
-    Raises `TypeError` for a tensor as threshold, which would get no gradient.
+    Raises `ValueError` for an unknown reset or time constants that are not those of the `channels`, and `TypeError` for
+    a tensor as threshold, which would get no gradient.
     """
     threshold, reset, surrogate, detach_reset, strict, inv_tau = neuron
+    check_time_constants(inv_tau, channels)
+    check_known("reset", reset, RESETS)
     if isinstance(threshold, Tensor):
         raise TypeError(f"threshold must be a number, got a {type(threshold).__name__}: it is not learned")
     if isinstance(surrogate, Scheduled):

@@ -14,7 +14,7 @@ from .dispatch import fused, kernels
 from .lif import constants, lif_op, lif_reference
 from .processes import merged_statistics
 from .registered import registered, watched
-from .spec import NeuronSpec, Norm, arrange, schedule_of, state_dtype
+from .spec import NeuronSpec, Norm, arrange, check_membrane, schedule_of, state_dtype
 
 
 def batch_norm_lif_reference(
@@ -59,12 +59,15 @@ def batch_norm_lif(
     With the statistics of the batch it stays one op under `torch.compile` too, where its own equations would keep three
     times as much; with running statistics it is traced as its equations.
 
+    Raises `ValueError` for what `fused_behind` and `lif` refuse.
+
     >>> x = torch.randn(4, 2, 8, 5, 5)
     >>> batch_norm_lif(x, Norm(training=True), NeuronSpec(threshold=1.0, inv_tau=0.5)).shape
     torch.Size([4, 2, 8, 5, 5])
     """
-    spec = constants(neuron)
-    if spec is None or x.numel() == 0 or not fused(x, even_traced=norm.training):
+    runs, spec = fused_behind(x, norm, time_steps), constants(neuron, x.shape[2:3])
+    check_membrane(membrane, x)
+    if spec is None or not runs:
         return batch_norm_lif_reference(
             x, norm, neuron, membrane, time_steps=time_steps, return_membrane=return_membrane
         )
@@ -89,6 +92,29 @@ def batch_norm_lif(
     )
     as_spikes(spikes, bits=bits)
     return (spikes, last) if return_membrane else spikes
+
+
+def fused_behind(x: Tensor, norm: Norm, time_steps: int | None = None) -> bool:
+    """Whether a fused kernel runs for the frames x `[T, B, C, ...]` behind a norm, otherwise its equations.
+
+    These decide about a single value per channel, which has no variance; with a batch of several processes each may
+    have just one.
+
+    Raises `ValueError` for frames without channels, for several frames that `time_steps` does not count, and for a norm
+    of other channels.
+    """
+    if x.ndim < 3:
+        raise ValueError(f"a batch normalization takes frames [T, B, C, ...], got {list(x.shape)}")
+    if time_steps is not None and x.shape[0] not in (1, time_steps):
+        raise ValueError(f"time_steps={time_steps} shows one frame [1, B, C, ...] repeatedly, got {list(x.shape)}")
+    of_channels = ("running_mean", norm.running_mean), ("running_var", norm.running_var)
+    for name, value in (*of_channels, ("weight", norm.weight), ("bias", norm.bias)):
+        if value is not None and value.shape != x.shape[2:3]:
+            raise ValueError(
+                f"{name} must have one value for each of the {x.shape[2]} channels, got {list(value.shape)}"
+            )
+    alone = norm.training and not norm.group
+    return x.numel() > (x.shape[2] if alone else 0) and fused(x, even_traced=norm.training)
 
 
 @torch.no_grad()

@@ -92,6 +92,18 @@ def constant(given: float | Tensor) -> Tensor:
     return torch.tensor(given, dtype=torch.float32, device="cpu")
 
 
+def check_known(name: str, value: str, known: Sequence[str]) -> None:
+    """Raise `ValueError` for a value that is not one of the `known`."""
+    if value not in known:
+        raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
+
+
+def check_membrane(membrane: Tensor | None, x: Tensor) -> None:
+    """Raise `ValueError` if the membrane before the sequence x `[T, ...]` has another shape than a step of it."""
+    if membrane is not None and membrane.shape != x.shape[1:]:
+        raise ValueError(f"the initial membrane must have the shape {list(x.shape[1:])}, got {list(membrane.shape)}")
+
+
 def check_time_constants(inv_tau: float | Tensor, channels: Sequence[int]) -> None:
     """Raise `ValueError` if `1 / tau` is neither one number nor one for each of the `channels`."""
     if isinstance(inv_tau, Tensor) and inv_tau.ndim and inv_tau.shape != torch.Size(channels):

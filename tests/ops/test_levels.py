@@ -138,6 +138,14 @@ def test_what_is_kept(backend, device, behind_a_norm, bytes_kept):
         assert levels_op(x, LevelSpec().encode())[1].numel() == 0
 
 
+@pytest.mark.parametrize("name", ["reference", "compiled"])
+def test_an_unknown_rounding_is_refused(monkeypatch, name):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", name)
+    for op in (levels, lambda x, neuron: batch_norm_levels(x, Norm(training=True), neuron)):
+        with pytest.raises(ValueError, match="rounding 'down' is unknown; choose one of even, up"):
+            op(torch.rand(1, 2, 3, 4, 4), LevelSpec(rounding="down"))
+
+
 # ---- behind a norm
 
 

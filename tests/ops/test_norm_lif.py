@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from sdt_blocks import LIF, ParametricLIF
-from sdt_blocks.ops import NeuronSpec, Norm, batch_norm_lif, batch_norm_lif_reference
+from sdt_blocks.ops import (
+    LevelSpec,
+    NeuronSpec,
+    Norm,
+    attend,
+    batch_norm_levels,
+    batch_norm_lif,
+    batch_norm_lif_reference,
+)
 from sdt_blocks.steps import normalize_and_fire
 from sdt_blocks.surrogate import KINDS
 
@@ -128,13 +136,65 @@ def test_what_watches_is_not_skipped(hooked, monkeypatch):
 
 
 def test_one_value_a_channel_is_refused_as_by_the_norm():
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
-        normalize_and_fire(nn.BatchNorm2d(3), LIF(), torch.randn(1, 1, 3, 1, 1))
+    x, norm = torch.randn(1, 1, 3, 1, 1), Norm(torch.zeros(3), torch.ones(3), training=True)
+    for call in (
+        lambda: normalize_and_fire(nn.BatchNorm2d(3), LIF(), x),
+        lambda: batch_norm_lif(x, norm, NeuronSpec()),
+        lambda: attend([x] * 3, [norm] * 3, [NeuronSpec()] * 4),
+        lambda: batch_norm_levels(x, norm, LevelSpec()),
+    ):
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            call()
 
 
 def test_evaluation_needs_statistics(backend, device):
     with pytest.raises(ValueError, match="running_mean"):
         batch_norm_lif(torch.randn(2, 1, 3, 2, 2, device=device), Norm(training=False), NeuronSpec())
+
+
+def through_attention(x, norm, neuron):
+    return attend([x] * 3, [TRAINED, TRAINED, norm], [NeuronSpec(), neuron, NeuronSpec(), NeuronSpec()])
+
+
+def through_levels(x, norm, neuron=None, **options):
+    return batch_norm_levels(x, norm, LevelSpec(), **options)
+
+
+TRAINED, SEEN = Norm(training=True), Norm(torch.zeros(4), torch.ones(4))
+REFUSED = {
+    "shown": (batch_norm_lif, TRAINED, {}, {"time_steps": 4}, r"time_steps=4 shows one frame .* got \[2, 1, 8, 3, 3\]"),
+    "shown levels": (through_levels, TRAINED, {}, {"time_steps": 4}, r"time_steps=4 shows one frame"),
+    "statistics": (batch_norm_lif, SEEN, {}, {}, r"running_mean must have one value .* 8 channels, got \[4\]"),
+    "statistics of levels": (through_levels, SEEN, {}, {}, "running_mean must have one value"),
+    "weight": (through_attention, TRAINED._replace(weight=torch.ones(4)), {}, {}, r"weight .* got \[4\]"),
+    "one value": (batch_norm_lif, TRAINED._replace(bias=torch.ones(1)), {}, {}, r"bias .* got \[1\]"),
+    "membrane": (
+        batch_norm_lif,
+        TRAINED,
+        {},
+        {"membrane": torch.ones(8, 3, 3)},
+        r"shape \[1, 8, 3, 3\], got \[8, 3, 3\]",
+    ),
+    "tau": (batch_norm_lif, TRAINED, {"inv_tau": torch.ones(16)}, {}, r"one value for each channel .* got \[16\]"),
+    "tau of k": (
+        through_attention,
+        TRAINED,
+        {"inv_tau": torch.ones(1)},
+        {},
+        r"one value for each channel .* got \[1\]",
+    ),
+    "reset": (batch_norm_lif, TRAINED, {"reset": "hard"}, {}, "reset 'hard' is unknown; choose one of zero"),
+    "reset of k": (through_attention, TRAINED, {"reset": "hard"}, {}, "reset 'hard' is unknown"),
+}
+
+
+@pytest.mark.parametrize("name", ["reference", "compiled"])
+@pytest.mark.parametrize(("op", "norm", "neuron", "options", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused(monkeypatch, name, op, norm, neuron, options, message):
+    """A kernel would read beyond the end of what is too short."""
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", name)
+    with pytest.raises(ValueError, match=message):
+        op(torch.rand(2, 1, 8, 3, 3), norm, NeuronSpec(**neuron), **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
