@@ -277,7 +277,7 @@ def _sizes(*sizes: int) -> Any:
 
 def _layers(neurons: tuple[Neuron, ...]) -> Any:
     layers = tuple((n.inv_tau.data_ptr(), n.inv_tau.numel(), n.threshold, n.reset, n.strict) for n in neurons)
-    if all(neuron.after is None for neuron in neurons):
+    if all(neuron.before is None and neuron.after is None for neuron in neurons):
         return _structures(layers)
     structures = _structures.__wrapped__(layers)
     for structure, neuron in zip(structures, neurons, strict=True):

@@ -54,6 +54,7 @@ def inputs(shape, order, dtype, device):
         ((5, 3, 16, 3, 1), LAST, True),
         ((11, 1, 8, 3, 3), LAST, True),
         ((2, 1, 3, 20, 20), FIRST, True),
+        ((3, 8, 1, 3, 3), FIRST, True),
         ((3, 2, 4, 3, 3), FIRST, False),
         ((3, 2, 12, 3, 3), LAST, False),
     ],

@@ -226,3 +226,6 @@ def test_a_cut_sequence_goes_on_from_where_the_neurons_stood(neuron: str, name: 
         torch.set_num_threads(count)
     assert torch.equal(torch.cat(parts), whole) and 0.02 < whole.float().mean() < 0.98
     assert not torch.equal(run(x[4:], layers), whole[4:]), "the last step must not be that of neurons at rest"
+    unsaved = [one._replace(before=stand) for one, stand in zip(layers, stands, strict=True)]
+    assert torch.equal(run(x[:1], unsaved), run(x[:1], unsaved, compiled=False))
+    assert not torch.equal(run(x[:1], unsaved), whole[:1])

@@ -218,8 +218,9 @@ def attend(
         _attend_by_parts(x, values, codes, sums, layout, neurons, norm, inv_tau)
         _pack(values, bits)
         return
-    # A byte may cover more of a token than a program does.
-    pack = bits is not None and cut.arguments["B"] * cut.group % 8 == 0
+    # A byte may cover more of a token than a program does, and of a single channel more than one image.
+    whole = layout.has_groups(8, q.shape[1]) and cut.arguments["B"] * cut.group % 8 == 0
+    pack = bits is not None and whole
     with device_of(q):
         attention.attend[cut.grid](
             q,
