@@ -117,7 +117,7 @@ def test_evaluation(backend, device):
     assert worst(run(attend, x, norms, neurons, leaves), expected) <= TAKEN[torch.float64]
 
 
-@pytest.mark.parametrize("unlike", ["nothing", "neurons", "norms", "orders", "tracked", "shared"])
+@pytest.mark.parametrize("unlike", ["nothing", "neurons", "norms", "orders", "tracked", "uncounted", "eps", "shared"])
 def test_running_statistics(backend, device, unlike):
     """One launch settles three norms that are alike; each takes its own where they are not."""
     x, norms, neurons, _ = make((4, 2, 12, 4, 4), torch.float64, device, learned=False)
@@ -134,11 +134,13 @@ def test_running_statistics(backend, device, unlike):
             mean, variance, batches = kept[0 if unlike == "shared" else i]
             momentum = 0.1 + 0.2 * i if unlike == "norms" else 0.3
             norm = norm._replace(running_mean=mean, running_var=variance, momentum=momentum, batches=batches)
+            norm = norm._replace(eps=0.1 + i if unlike == "eps" else norm.eps)
             untracked = {"running_mean": None, "running_var": None, "batches": None}
-            own.append(norm._replace(**untracked) if unlike == "tracked" and i == 1 else norm)
+            untracked = {"tracked": untracked, "uncounted": {"batches": None}}.get(unlike, {})
+            own.append(norm._replace(**untracked) if i == 1 else norm)
         spikes = op(x, own, neurons)
         assert spikes.any()
-        counted = {"shared": [3, 1, 2], "tracked": [1, 1, 3]}.get(unlike, [1, 2, 3])
+        counted = {"shared": [3, 1, 2], "tracked": [1, 1, 3], "uncounted": [1, 1, 3]}.get(unlike, [1, 2, 3])
         assert [int(batches) for *_, batches in kept] == counted
         return [spikes, *(torch.stack(values) for *values, _ in kept)]
 
@@ -156,6 +158,31 @@ def test_norms_without_weight_or_bias(backend, device, given):
     leaves = [value for norm in norms for value in (norm.weight, norm.bias) if value is not None]
     expected = run(attend_reference, x, norms, neurons, leaves)
     assert expected[0].any() and worst(run(attend, x, norms, neurons, leaves), expected) <= TAKEN[torch.float64]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("unlike", ["mode", "dtype"])
+def test_a_norm_or_an_input_unlike_the_others(backend, device, unlike, place):
+    x, norms, neurons, leaves = make((2, 2, 6, 4, 4), torch.float64, device, learned=False)
+    neurons = [neuron._replace(threshold=0.4) for neuron in neurons]
+    if unlike == "mode":
+        seen = torch.linspace(-0.5, 0.5, 6, device=device).double()
+        norms[place] = norms[place]._replace(running_mean=seen, running_var=seen + 1, training=False)
+    else:
+        x[place], leaves = x[place].float(), []
+        norms = [norm._replace(weight=None, bias=None) for norm in norms]
+    expected = run(attend_reference, x, norms, neurons, leaves)
+    assert expected[0].any() and worst(run(attend, x, norms, neurons, leaves), expected) <= TAKEN[x[place].dtype]
+
+
+def test_only_the_time_constants_need_a_gradient(backend, device):
+    x, norms, neurons, leaves = make((2, 2, 6, 4, 4), torch.float64, device, learned=True)
+    norms, taus = [norm._replace(weight=None, bias=None) for norm in norms], leaves[6:]
+    neurons = [neuron._replace(threshold=0.4) for neuron in neurons]
+    found, expected = (torch.autograd.grad(op(x, norms, neurons).sum(), taus) for op in (attend, attend_reference))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert theirs.any()
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("place", [1, 2])
@@ -181,7 +208,7 @@ def test_a_surrogate_that_no_kernel_knows_gives_no_known_spikes():
     x = [part.requires_grad_() for part in x]
     foreign = [neuron._replace(surrogate=torch.sigmoid) for neuron in neurons]
     unlike = [neuron._replace(threshold=0.5 + i) for i, neuron in enumerate(neurons)]
-    assert not are_spikes(attend(x, norms, foreign))
+    assert not are_spikes(attend(x, norms, foreign)) and not are_spikes(attend(x, norms, [*neurons[:3], foreign[3]]))
     assert are_spikes(attend(x, norms, neurons)) and are_spikes(attend(x, norms, unlike))
 
 

@@ -140,6 +140,7 @@ def layouts(x):
         "batch_first": (x.transpose(0, 1).contiguous().transpose(0, 1), False),
         "gaps_between_steps": (gaps[:-1], False),
         "some_channels": (wide[:, :, : x.shape[2]], False),
+        "gaps_in_two_axes": (torch.nn.functional.pad(x, (0, 0, 0, 1, 0, 1))[:, :, : x.shape[2], : x.shape[3]], True),
         "backwards": (x.flip(3).flip(3), False),
         "every_other_column": (torch.stack([x, x], -1).flatten(-2)[..., ::2], True),
         "one_frame_expanded": (x[:1].expand(x.shape), False),
@@ -159,6 +160,20 @@ def test_layouts(backend, device, name, per_channel):
     assert (arrange(x, 3, per_channel)[0] is not x) == copies
     if name == "channels_last":
         assert got[0].stride()[1:] == x.stride()[1:]
+
+
+@pytest.mark.parametrize(("shape", "wider"), [((3, 64), (3, 65)), ((3, 4, 25), (3, 4, 51)), ((3, 4, 24), (3, 4, 25))])
+def test_what_is_read_at_once_does_not_reach_over_a_gap(backend, device, shape, wider):
+    """Steps, and rows of a frame, that begin at any element: of the input, and of the gradient."""
+    torch.manual_seed(2)
+    x, weight = (torch.randn(wider, device=device)[..., : shape[-1]] for _ in range(2))
+    found = []
+    for op in (lif, lambda *given: lif_reference(*given)[0]):
+        leaf = x.detach().requires_grad_()
+        spikes = op(leaf, NeuronSpec(threshold=0.5))
+        found.append([spikes, *torch.autograd.grad(spikes, leaf, weight)])
+    assert torch.equal(found[0][0], found[1][0]) and 0.05 < found[0][0].mean() < 0.95
+    torch.testing.assert_close(found[0][1], found[1][1])
 
 
 @settings(max_examples=25, deadline=None)
