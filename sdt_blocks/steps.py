@@ -125,8 +125,7 @@ def project(unit: Any, x: Tensor) -> Tensor:
     """
     if not is_unit(unit):
         _tell_unfused(unit)
-        # In training an arbitrary module may treat identical frames differently.
-        y = per_frame(unit, x if unit.training else shown_frame(x))
+        y = per_frame(unit, shown_frame(x) if _treats_alike(unit, nn.Conv2d) else x)
         return y.expand(len(x), *y.shape[1:])
     return normalize(unit.norm, _convolve(unit, x), len(x))
 
@@ -286,8 +285,11 @@ def normalize(norm: nn.Module, x: Tensor, time_steps: int | None = None) -> Tens
     """`norm` of the frames of x `[T, B, C, H, W]`; with `time_steps`, x `[1, B, C, H, W]` is shown at every step."""
     if group_of(norm) and is_plain(norm, nn.SyncBatchNorm) and fused(x, even_traced=True):
         return batch_norm(x, norm_settings(norm), time_steps=time_steps)
-    repeated = time_steps is not None and time_steps != x.shape[0]
-    return repeat_frame(norm, x, time_steps or 1) if repeated else per_frame(norm, x)
+    if time_steps is None or time_steps == len(x):
+        return per_frame(norm, x)
+    if _treats_alike(norm, nn.BatchNorm2d, nn.SyncBatchNorm):
+        return repeat_frame(norm, x, time_steps)
+    return per_frame(norm, x.expand(time_steps, *x.shape[1:]))
 
 
 def fused_attention(
@@ -330,9 +332,15 @@ def repeat_frame(norm: Any, x: Tensor, time_steps: int) -> Tensor:
 
 def _convolve(unit: Any, x: Tensor) -> Tensor:
     """`unit.conv` of every frame of x, or of the one frame `[1, B, C, H, W]` that x repeats at every step."""
-    # In training the norms within a chain have to count all frames.
-    once = not unit.training or isinstance(unit.conv, nn.Conv2d)
-    return per_frame(unit.conv, shown_frame(x) if once else x)
+    return per_frame(unit.conv, shown_frame(x) if _treats_alike(unit.conv, nn.Conv2d) else x)
+
+
+def _treats_alike(layer: nn.Module, *types: type[nn.Module]) -> bool:
+    """Whether one frame can stand for identical ones: the layer is one of these types, or nothing in it is training.
+
+    In training others may draw random numbers, and the norms within a chain have to count all frames.
+    """
+    return is_plain(layer, *types) or not any(part.training for part in layer.modules())
 
 
 def shown_frame(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -187,7 +187,7 @@ class PaddedNorm(nn.Module):
 
     def normalized(self, frames: Tensor) -> Tensor:
         """The normalized frames, without a border."""
-        result: Tensor = _repeated(self.norm, frames) if _is_repeated(self.norm) else self.norm(frames)
+        result: Tensor = _anew(self.norm)(frames) if _is_repeated(self.norm) else self.norm(frames)
         return result
 
     @torch.no_grad()
@@ -225,20 +225,25 @@ class Recomputed(nn.Sequential):
         if not (plain and self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling() or transformed():
             return super().forward(frames)
         first, *rest = self
+        anew = {layer: _anew(layer.norm if isinstance(layer, PaddedNorm) else layer) for layer in rest}
+        weights = [weight for layer in rest for weight in layer.parameters()]
+        versions = [weight._version for weight in weights]
         again = False
         of_zero: dict[nn.Module, Tensor] = {}
 
         def compute(x: Tensor) -> Tensor:
             nonlocal again
+            if again and versions != [weight._version for weight in weights]:
+                raise RuntimeError(
+                    "a weight that the gradient needs was modified in place between the forward and the backward pass"
+                )
             for layer in rest:
                 if isinstance(layer, PaddedNorm):
-                    x = _repeated(layer.norm, x) if again else layer.normalized(x)
+                    x = anew[layer](x) if again else layer.normalized(x)
                     # The border is that of the running statistics of the first pass.
                     x = layer.pad(x, of_zero[layer] if again else of_zero.setdefault(layer, layer.of_zero()))
-                elif isinstance(layer, nn.BatchNorm2d):
-                    x = _repeated(layer, x) if again else layer(x)
                 else:
-                    x = layer(x)
+                    x = anew[layer](x) if again else layer(x)
             again = True
             return x
 
@@ -271,14 +276,21 @@ def _is_repeated(norm: nn.Module) -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _repeated(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """The norm of a batch that it has already counted in training; new statistics go into copies."""
-    if not norm.training:
-        normalized: Tensor = norm(x)
-        return normalized
-    assert norm.running_mean is not None and norm.running_var is not None
-    copies = norm.running_mean.clone(), norm.running_var.clone()
-    return F.batch_norm(x, *copies, norm.weight, norm.bias, training=True, eps=norm.eps)
+def _anew(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A convolution or norm with its present weights and mode, whatever it holds when this is called.
+
+    A norm that counts batches in training has already counted this one: new statistics go into copies.
+    """
+    assert isinstance(layer, nn.Conv2d | nn.BatchNorm2d)
+    weight, bias = layer.weight, layer.bias
+    if isinstance(layer, nn.Conv2d):
+        return lambda x: layer._conv_forward(x, weight, bias)
+    mean, variance, eps = layer.running_mean, layer.running_var, layer.eps
+    if mean is None or variance is None:
+        return lambda x: F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
+    if not layer.training:
+        return lambda x: F.batch_norm(x, mean, variance, weight, bias, eps=eps)
+    return lambda x: F.batch_norm(x, mean.clone(), variance.clone(), weight, bias, training=True, eps=eps)
 
 
 def affine_of(norm: Any) -> tuple[Tensor, Tensor]:

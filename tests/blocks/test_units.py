@@ -274,6 +274,40 @@ def test_a_still_image_counts_at_every_step(make, training):
         torch.testing.assert_close(a, b, msg=name)
 
 
+class Dropping(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.5, self.training))
+
+
+def dropping_input(unit):
+    unit.conv = Dropping(3, 4, 3)
+
+
+def dropping_output(unit):
+    unit.norm = nn.Sequential(unit.norm, nn.Dropout(0.5))
+
+
+def with_noise(unit):
+    unit.conv.register_forward_hook(lambda _, given, made: made + torch.randn_like(made))
+
+
+@pytest.mark.parametrize("change", [dropping_input, dropping_output, with_noise])
+def test_layers_that_draw_random_numbers_see_every_frame_of_a_still_image_in_training(change):
+    unit = ConvNorm(3, 4, 3)
+    change(unit)
+    steps = project(unit.train(), torch.rand(1, 2, 3, 6, 6).expand(4, -1, -1, -1, -1))
+    assert (steps[1:] != steps[0]).any()
+
+
+def test_a_norm_within_a_container_counts_every_frame_of_a_still_image():
+    x = torch.rand(1, 2, 3, 6, 6).expand(4, -1, -1, -1, -1)
+    plain, contained = ConvNorm(3, 4, 3), ConvNorm(3, 4, 3)
+    contained.load_state_dict(plain.state_dict())
+    contained.norm = nn.Sequential(contained.norm)
+    project(plain, x), project(contained, x)
+    torch.testing.assert_close(contained.norm[0].state_dict(), plain.norm.state_dict())
+
+
 @pytest.mark.parametrize("watched", ["depthwise", "border.norm"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_chain_is_computed_anew_as_it_was(autocast, watched):
@@ -305,3 +339,49 @@ def test_the_chain_is_computed_anew_as_it_was(autocast, watched):
     assert kept[1] < 0.6 * kept[0]
     for of_all, anew in zip(*results, strict=True):
         assert torch.equal(anew, of_all)
+
+
+def to_eval(unit):
+    unit.eval()
+
+
+def norms_to_eval(unit):
+    unit.conv.border.eval()
+
+
+@pytest.mark.parametrize("change", [to_eval, norms_to_eval])
+def test_a_mode_set_before_the_backward_pass_changes_no_gradient(change):
+    results = []
+    for hooked in (True, False):
+        unit = with_statistics(RepConv(4, 7)).train()
+        if hooked:
+            unit.conv.depthwise.register_forward_hook(lambda *args: None)
+        y = unit(torch.rand(6, 4, 5, 6))
+        change(unit)
+        y.sin().sum().backward()
+        results.append([p.grad for p in unit.parameters()])
+    assert all(gradient.any() for gradient in results[0])
+    for of_all, anew in zip(*results, strict=True):
+        assert torch.equal(anew, of_all)
+
+
+def test_weights_of_functional_call_are_those_of_the_backward_pass():
+    results = []
+    for hooked in (True, False):
+        unit = with_statistics(RepConv(4, 7)).train()
+        if hooked:
+            unit.conv.depthwise.register_forward_hook(lambda *args: None)
+        weights = {name: torch.randn_like(p).requires_grad_() for name, p in unit.named_parameters()}
+        y = torch.func.functional_call(unit, weights, (torch.rand(6, 4, 5, 6),))
+        results.append(torch.autograd.grad(y.sin().sum(), list(weights.values())))
+    for of_all, anew in zip(*results, strict=True):
+        assert of_all.any() and torch.equal(anew, of_all)
+
+
+def test_a_weight_that_changes_before_the_backward_pass_is_an_error():
+    unit = RepConv(4, 7)
+    y = unit(torch.rand(6, 4, 5, 6))
+    with torch.no_grad():
+        unit.conv.depthwise.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified in place"):
+        y.sum().backward()
