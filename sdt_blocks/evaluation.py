@@ -13,20 +13,27 @@ Batches = Tensor | Iterable[Any]
 
 
 def each_of(batches: Batches) -> Iterable[Any]:
-    """The batches one after another; a tensor is one."""
+    """The batches one after another; a tensor is one. Raises `TypeError` for what holds no batches."""
+    if not isinstance(batches, Tensor | Iterable):
+        raise TypeError(f"expected batches, a tensor or an iterable of tensors, got {type(batches).__name__}")
     return [batches] if isinstance(batches, Tensor) else batches
 
 
 def input_of(batch: Any) -> Tensor:
     """The input of a batch: a tensor itself, or the first of a tuple.
 
-    Raises `TypeError` for anything else and `ValueError` if it is empty.
+    Raises `TypeError` for anything else and `ValueError` if it is empty or not finite.
     """
     x = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(x, Tensor):
         raise TypeError(f"a batch must be a tensor or a tuple that starts with one, got {type(batch).__name__}")
     if x.numel() == 0:
         raise ValueError(f"a batch must not be empty, got the shape {list(x.shape)}")
+    if not x.is_meta and not x.isfinite().all():
+        raise ValueError(
+            f"a batch {list(x.shape)} holds values that are not finite numbers, for which no figure would mean "
+            "anything; look at the data and its scaling"
+        )
     return x
 
 

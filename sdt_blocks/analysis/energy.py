@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -283,7 +284,8 @@ def energy_from_rates(
     spikes. The bound of an attention follows from the rates of the neurons whose spikes it gets. `input_shape` is that
     of one sample, `[C, H, W]` or `[T, C, H, W]`.
 
-    Raises `ValueError` for a rate outside 0..1, a wrong number of steps, a layer without a rate, a key without a layer.
+    Raises `ValueError` for a rate outside 0..1, a wrong number of steps, a layer without a rate, a key without a layer,
+    and `TypeError` for a rate that is no number, such as the text in a CSV file.
 
     >>> with torch.device("meta"):
     ...     model = create_model("sdt_8_512")
@@ -340,7 +342,10 @@ def _bound(layer: LayerOperations, fire: Mapping[str, list[float]]) -> list[floa
 
 
 def _checked(name: str, rate: Rates, steps: int) -> list[float]:
-    values = [float(rate)] * steps if isinstance(rate, int | float) else [float(r) for r in rate]
+    each: Any = [rate] * steps if isinstance(rate, Real) else rate
+    if isinstance(each, str) or not isinstance(each, Iterable) or any(isinstance(one, str) for one in each):
+        raise TypeError(f"{name}: a firing rate is a number, or one number a step, got {rate!r}")
+    values = [float(one) for one in each]
     if len(values) != steps:
         raise ValueError(f"{name}: expected {steps} rates, one a step, got {len(values)}")
     if not all(0 <= value <= 1 for value in values):

@@ -27,13 +27,23 @@ T_ = TypeVar("T_")
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raises `ValueError` if the weights are on the meta device, where nothing fires."""
+    """Raises `ValueError` for weights with which nothing fires: on the meta device, or NaN."""
     name = next((name for name, weight in unwrap(model).named_parameters() if weight.is_meta), None)
     if name is not None:
         raise ValueError(
             f"{name} is on the meta device and holds no numbers, so nothing fires; build the model on a device, or "
             f"give rates of your own to energy_from_rates"
         )
+    name = next((name for name, value in unwrap(model).state_dict().items() if _holds_nan(value)), None)
+    if name is not None:
+        raise ValueError(
+            f"{name} holds values that are not numbers (NaN), with which nothing fires: the training went wrong before "
+            "these weights were saved, take earlier ones"
+        )
+
+
+def _holds_nan(value: Any) -> bool:
+    return isinstance(value, Tensor) and bool(value.isnan().any())
 
 
 def is_within(name: str, owner: str) -> bool:

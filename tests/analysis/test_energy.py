@@ -399,6 +399,9 @@ def test_errors(small):
         energy_from_rates(model, 1.5, (3, 32, 32))
     with pytest.raises(ValueError, match="expected 4 rates, one a step, got 2"):
         energy_from_rates(model, {"*": [0.1, 0.2]}, (3, 32, 32))
+    for rate in ("0.1", None, ["0.1"] * 4):  # such as the text in a CSV file
+        with pytest.raises(TypeError, match="a firing rate is a number, or one number a step, got"):
+            energy_from_rates(model, {"*": rate}, (3, 32, 32))
     with pytest.raises(ValueError, match="must not be negative"):
         energy(small(), torch.rand(1, 3, 16, 16), e_mac=-1)
     with pytest.raises(ValueError, match="no batch"):

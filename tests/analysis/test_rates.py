@@ -207,6 +207,21 @@ def test_errors(small):
         firing_rates(small(), [torch.rand(1, 3, 16, 16)], forward=lambda model, x: x)
     with pytest.raises(ValueError, match="must not be empty"):
         firing_rates(small(), [torch.rand(0, 3, 16, 16)])
+    with pytest.raises(TypeError, match=r"expected batches, .* got NoneType"):
+        firing_rates(small(), None)
+
+
+@pytest.mark.parametrize("analysis", [firing_rates, energy])
+def test_what_is_not_finite_is_not_taken_for_silence(small, analysis):
+    images = torch.rand(3, 3, 16, 16)
+    for value in (torch.nan, torch.inf):
+        images[1, 0, 0, 0] = value
+        with pytest.raises(ValueError, match=r"a batch \[3, 3, 16, 16\] holds values that are not finite"):
+            analysis(small(), images)
+    model = small()
+    model.patch.stages[0].conv.weight.data[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"patch\.stages\.0\.conv\.weight holds values that are not numbers"):
+        analysis(model, torch.rand(3, 3, 16, 16))
 
 
 TWO = """
