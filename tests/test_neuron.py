@@ -235,6 +235,7 @@ def test_memory_is_flat_over_a_thousand_passes():
         (lambda: make_neuron("iaf", channels=1), ValueError, "'iaf' is unknown; choose one of lif, plif"),
         (lambda: make_neuron(LIF(), channels=1), TypeError, "a factory that makes a new module for each layer"),
         (lambda: make_neuron(lambda: LIF(), channels=1), TypeError, "must accept threshold="),
+        (lambda: make_neuron(partial(LIF, 3.0), channels=1), TypeError, "give options by name, as in partial"),
     ],
 )
 def test_errors_name_value_and_remedy(call, error, message):

@@ -287,7 +287,13 @@ def wants_channels(neuron: NeuronLike) -> bool:
     """Whether `make_neuron` uses the layer's width."""
     if isinstance(neuron, str | Mapping):
         return not isinstance(neuron, str) and neuron.get("channels") is True
-    parameters = inspect.signature(neuron).parameters
+    try:
+        parameters = inspect.signature(neuron).parameters
+    except ValueError:
+        raise TypeError(
+            f"the neuron factory {neuron!r} has arguments that its function does not take; give options by name, as in "
+            "partial(LIF, tau=3.0)"
+        ) from None
     return "channels" in parameters and parameters["channels"].default is inspect.Parameter.empty
 
 
