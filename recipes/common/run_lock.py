@@ -40,8 +40,8 @@ class RunLock:
         self.folder, self.path = folder, folder / LOCK
         self.content = json.dumps(_this_process()).encode()
         self._ended = threading.Event()
-        while not self._create():
-            self._judge()
+        while not (self._create(self.path) or self._take_over()):
+            pass
         threading.Thread(target=self._touch, daemon=True).start()
         atexit.register(self.release)
 
@@ -49,7 +49,7 @@ class RunLock:
         """Raise `RunError` if another run has taken the folder since."""
         found = _read(self.path)
         if found is None:
-            self._create()
+            self._create(self.path)
         elif found != self.content:
             raise RunError(
                 f"{self.path} is no longer this run's: it names {_owner(found)}, which has taken the folder over; this "
@@ -64,40 +64,88 @@ class RunLock:
             if _read(self.path) == self.content:
                 self.path.unlink()
 
-    def _create(self) -> bool:
+    def _create(self, path: Path) -> bool:
+        """Write a lock of this process, unless there is one: it appears whole, or not at all."""
+        own = self._written()
         try:
-            file = self.path.open("xb")
+            os.link(own, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            return self._create_in_place(path)
+        finally:
+            own.unlink(missing_ok=True)
+        return True
+
+    def _create_in_place(self, path: Path) -> bool:
+        try:
+            file = path.open("xb")
         except FileExistsError:
             return False
         try:
             with file:
                 file.write(self.content)
-        except OSError:  # a full disk: an empty lock would look like somebody's
-            self.path.unlink(missing_ok=True)
+        except OSError:  # an empty lock would look like somebody's
+            path.unlink(missing_ok=True)
             raise
         return True
 
-    def _judge(self) -> None:
-        """Remove the lock of a dead owner, or raise `ConfigError` for a living one."""
+    def _written(self) -> Path:
+        """This process's lock under a name that nobody else uses."""
+        own = self.path.with_name(f".{LOCK}.{uuid.uuid4().hex[:8]}")
+        try:
+            own.write_bytes(self.content)
+        except OSError:  # a full disk
+            own.unlink(missing_ok=True)
+            raise
+        return own
+
+    def _take_over(self) -> bool:
+        """Put this process's lock in the place of a dead owner's. Raises `ConfigError` for a living one.
+
+        One new process at a time does so, the one whose lock of the takeover stands: others would take away the new
+        owner's lock for the dead one's. The place is never empty.
+        """
         found = _read(self.path)
         if found is None:
-            return
-        owner = _parse(found)
-        if owner.get("machine") == _machine():
-            alive = _alive(owner)
-        else:
-            warn(f"{self.path} names {_owner(found)}; watching it {PATIENCE:.0f} s for a sign of life")
-            alive = self._is_touched()
-        if alive:
+            return False
+        if self._is_alive(self.path, found):
             raise ConfigError(
                 f"output_dir={self.folder} is in use by {_owner(found)}; wait for that run or stop it, choose another "
                 f"output_dir, or delete {self.path} if there is no such run"
             )
-        self._take_away(found)
+        takeover = self.path.with_name(f".{LOCK}.takeover")
+        if not self._create(takeover):
+            self._wait_for(takeover)
+            return False
+        try:
+            if _read(self.path) != found:
+                return False
+            os.replace(self._written(), self.path)
+        finally:
+            takeover.unlink(missing_ok=True)
+        warn(f"{self.path} was left by {_owner(found)}, which has ended; this run takes the folder over")
+        return True
 
-    def _is_touched(self) -> bool:
+    def _wait_for(self, takeover: Path) -> None:
+        """Wait for another new process, or remove what it left if it has ended amid its takeover."""
+        time.sleep(0.05)
+        found = _read(takeover)
+        if found is not None and not self._is_alive(takeover, found):
+            takeover.unlink(missing_ok=True)
+
+    def _is_alive(self, path: Path, found: bytes) -> bool:
+        """Whether the owner that a lock names is alive, as far as can be known."""
+        owner = _parse(found)
+        if owner.get("machine") == _machine():
+            return _alive(owner)
+        warn(f"{path} names {_owner(found)}; watching it {PATIENCE:.0f} s for a sign of life")
+        return self._is_touched(path)
+
+    @staticmethod
+    def _is_touched(path: Path) -> bool:
         def seen() -> tuple[bytes, int] | None:
-            with contextlib.suppress(OSError), self.path.open("rb") as file:  # opening asks a file server again
+            with contextlib.suppress(OSError), path.open("rb") as file:  # opening asks a file server again
                 return file.read(), os.fstat(file.fileno()).st_mtime_ns
             return None
 
@@ -107,19 +155,6 @@ class RunLock:
             if (now := seen()) != first:
                 return now is not None
         return False
-
-    def _take_away(self, found: bytes) -> None:
-        aside = self.path.with_name(f".{LOCK}.{uuid.uuid4().hex[:8]}")
-        try:
-            os.replace(self.path, aside)
-        except FileNotFoundError:
-            return
-        if aside.read_bytes() == found:
-            warn(f"{self.path} was left by {_owner(found)}, which has ended; this run takes the folder over")
-        else:  # another new process was faster, and this is its lock
-            with contextlib.suppress(FileExistsError):
-                os.link(aside, self.path)
-        aside.unlink()
 
     def _touch(self) -> None:
         while not self._ended.wait(HEARTBEAT):

@@ -131,18 +131,46 @@ def test_a_full_disk_leaves_no_empty_lock(tmp_path):
 def test_of_many_newcomers_one_gets_a_dead_owners_folder(tmp_path, other):
     other.kill()
     other.wait()
-    locks, refused = [], []
+    dead = (tmp_path / LOCK).read_bytes()
+    together = threading.Barrier(8)
 
-    def come():
+    def come() -> None:
+        together.wait()
         try:
             locks.append(RunLock(tmp_path))
         except ConfigError:
             refused.append(1)
 
-    threads = [threading.Thread(target=come) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(locks) == 1 and len(refused) == 7
-    locks[0].release()
+    for _ in range(20):
+        (tmp_path / LOCK).write_bytes(dead)
+        locks, refused = [], []
+        threads = [threading.Thread(target=come) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(locks) == 1 and len(refused) == 7
+        locks[0].release()
+        assert not list(tmp_path.iterdir())
+
+
+def test_what_a_process_left_that_ended_amid_its_takeover_stops_nobody(tmp_path, other):
+    other.kill()
+    other.wait()
+    shutil.copy(tmp_path / LOCK, tmp_path / f".{LOCK}.takeover")
+    RunLock(tmp_path).release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_links_will_do(tmp_path, other, monkeypatch):
+    def link(*_) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", link)
+    other.kill()
+    other.wait()
+    lock = RunLock(tmp_path)
+    with pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"):
+        RunLock(tmp_path)
+    lock.release()
+    assert not list(tmp_path.iterdir())
