@@ -17,6 +17,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +67,13 @@ class RunLock:
 
     def _create(self, path: Path) -> bool:
         """Write a lock of this process, unless there is one: it appears whole, or not at all."""
-        own = self._written()
-        try:
-            os.link(own, path)
-        except FileExistsError:
-            return False
-        except OSError:  # a file system without links
-            return self._create_in_place(path)
-        finally:
-            own.unlink(missing_ok=True)
+        with self._written() as own:
+            try:
+                os.link(own, path)
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without links
+                return self._create_in_place(path)
         return True
 
     def _create_in_place(self, path: Path) -> bool:
@@ -90,15 +89,15 @@ class RunLock:
             raise
         return True
 
-    def _written(self) -> Path:
-        """This process's lock under a name that nobody else uses."""
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[Path]:
+        """This process's lock under a name that nobody else uses, until the end of the context."""
         own = self.path.with_name(f".{LOCK}.{uuid.uuid4().hex[:8]}")
         try:
             own.write_bytes(self.content)
-        except OSError:  # a full disk
+            yield own
+        finally:
             own.unlink(missing_ok=True)
-            raise
-        return own
 
     def _take_over(self) -> bool:
         """Put this process's lock in the place of a dead owner's. Raises `ConfigError` for a living one.
@@ -121,7 +120,8 @@ class RunLock:
         try:
             if _read(self.path) != found:
                 return False
-            os.replace(self._written(), self.path)
+            with self._written() as own:
+                os.replace(own, self.path)
         finally:
             takeover.unlink(missing_ok=True)
         warn(f"{self.path} was left by {_owner(found)}, which has ended; this run takes the folder over")
