@@ -19,6 +19,7 @@ from peers import ConvolutionFloor, spikingjelly_model
 from torch import Tensor, nn
 
 from sdt_blocks import create_model
+from sdt_blocks.inference.graphs import record
 
 ALLOCATORS = ["default", "reused"]
 Step = Callable[[], object]
@@ -63,7 +64,8 @@ def variants(bench: Bench) -> dict[str, Callable[[str, Tensor, Tensor], Step]]:
 
     def graphed(name: str, images: Tensor, labels: Tensor) -> Step:
         model = create_model(name).to(device, memory_format=torch.channels_last)
-        return recorded(training_step(model, model, last(images), labels, True, capturable=True))
+        step = training_step(model, model, last(images), labels, True, capturable=True)
+        return record(step, [images], None).replay
 
     found = {"sdt_blocks": ours(False, False), "sdt_blocks, bf16": ours(False, True)}
     if device.type == "cuda":
@@ -128,20 +130,6 @@ def save_memory(call: Callable[[Tensor], Tensor], net: nn.Module, images: Tensor
 
 def last(images: Tensor) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last)
-
-
-def recorded(step: Step) -> Step:
-    """The launches of a whole step, replayed: the host makes one call."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # builds kernels, chooses algorithms, makes the optimizer's state
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def training_step(
