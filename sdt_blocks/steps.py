@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -23,6 +22,7 @@ from .ops.bits import SpikesAsBits, are_spikes, as_spikes, bits_of
 from .ops.convolution import convolve_spikes
 from .ops.dispatch import fall_back, fused
 from .ops.processes import gathered
+from .ops.spec import check_number
 from .surrogate import Scheduled, Surrogate
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -211,8 +211,7 @@ def shortcut(membrane: Tensor, change: Tensor, drop_path: float = 0.0) -> Tensor
 
 def check_drop_path(drop_path: float) -> None:
     """Raises `TypeError` for what is no number, `ValueError` for a number outside [0, 1)."""
-    if isinstance(drop_path, bool) or not isinstance(drop_path, numbers.Real):
-        raise TypeError(f"drop_path must be a number, got {drop_path!r}")
+    check_number("drop_path", drop_path)
     if not 0 <= drop_path < 1:
         raise ValueError(f"drop_path is a probability in [0, 1), got {drop_path!r}")
 

@@ -25,9 +25,9 @@ from ..neuron import LIF, NeuronLike, make_neuron
 from ..ops import dense
 from ..ops.bits import SpikesAsBits, are_spikes, as_spikes, bits_of
 from ..ops.packed import PackedSpikes, pad_to_words, spike_attention
-from ..ops.spec import in_evaluation, state_dtype
+from ..ops.spec import check_flag, in_evaluation, state_dtype
 from ..steps import fire, fires_spikes, fused_attention, is_plain
-from .sizes import check_flag, check_heads, check_positive
+from .sizes import check_heads, check_positive
 
 ATTENTION_THRESHOLD = 0.5
 """Threshold of the neuron on a mixer's sum: with tau = 2 one coincidence of k and v makes h = 0.5, which fires."""
@@ -62,7 +62,7 @@ class MaskMixer(nn.Module):
     def __init__(self, dim: int, *, num_heads: int = 8, neuron: NeuronLike = LIF, event_pooling: bool = False) -> None:
         super().__init__()
         check_heads(dim, num_heads)
-        check_flag(event_pooling, "event_pooling")
+        check_flag("event_pooling", event_pooling)
         self.num_heads, self.event_pooling = num_heads, event_pooling
         self.k_pool = PlanePool() if event_pooling else nn.Identity()
         self.v_pool = PlanePool() if event_pooling else nn.Identity()

@@ -6,6 +6,8 @@ import math
 import numbers
 from typing import Any
 
+from ..ops.spec import check_number
+
 
 def check_widths(**widths: int) -> None:
     """Raises `TypeError` for what is no whole number, `ValueError` unless it is positive, and a kernel_size odd."""
@@ -35,16 +37,9 @@ def check_heads(dim: int, num_heads: int) -> None:
 
 def check_positive(value: float, what: str) -> None:
     """Raises `TypeError` for what is no number, `ValueError` unless it is positive and finite."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{what} must be a number, got {value!r}")
+    check_number(what, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{what} must be positive and finite, got {value!r}")
-
-
-def check_flag(value: bool, what: str) -> None:
-    """Raises `TypeError` for anything but `True` and `False`."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{what} must be True or False, got {value!r}")
 
 
 def hidden_width(dim: int, mlp_ratio: float) -> int:

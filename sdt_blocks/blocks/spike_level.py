@@ -9,10 +9,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..neuron import LIF, NeuronLike, Streamed, make_neuron
+from ..ops.spec import check_flag
 from ..steps import check_sequence, fire, project_and_fire, project_and_mix, shortcut
 from .mixers import ATTENTION_THRESHOLD, LinearSpikeMixer, QKMixer, of_neuron
 from .shortcut import check_branch
-from .sizes import check_flag, check_widths
+from .sizes import check_widths
 from .units import ConvNorm
 
 
@@ -90,7 +91,7 @@ class SpikingSelfAttention(nn.Module):
         neuron: NeuronLike = LIF,
     ) -> None:
         super().__init__()
-        check_flag(mixes_images, "mixes_images")
+        check_flag("mixes_images", mixes_images)
         self.dim = dim
         self.mixer = LinearSpikeMixer(dim, num_heads=num_heads, scale=scale)
         self.q, self.k, self.v = (ConvNorm(dim, dim, bias=bias) for _ in range(3))

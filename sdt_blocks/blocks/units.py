@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..ops.spec import check_flag
 from ..steps import Unit, has_hooks, is_affine, is_bare, is_plain
 from ..surrogate import transformed
-from .sizes import check_flag, check_widths
+from .sizes import check_widths
 
 
 class ConvNorm(Unit):
@@ -41,7 +42,7 @@ class ConvNorm(Unit):
         check_widths(
             in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride, groups=groups
         )
-        check_flag(bias, "bias")
+        check_flag("bias", bias)
         self.conv = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias
         )

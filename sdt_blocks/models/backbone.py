@@ -268,10 +268,10 @@ class Backbone(HubModel, nn.Module):
 
 def _listed(stages: Iterable[int]) -> list[int]:
     """Stage numbers as a list. Raises `TypeError`."""
-    found = list(stages) if isinstance(stages, Iterable) else []
-    if not isinstance(stages, Iterable) or not all(isinstance(stage, numbers.Integral) for stage in found):
+    found = list(stages) if isinstance(stages, Iterable) else [None]
+    if not all(isinstance(stage, numbers.Integral) for stage in found):
         raise TypeError(f"stages must be a list of whole numbers, got {stages!r}")
-    return [int(stage) for stage in found]
+    return [int(stage) for stage in found]  # type: ignore[arg-type]
 
 
 def initialize(module: nn.Module, *kinds: type[nn.Module]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..blocks.sizes import hidden_width
 from .card import DataCard
 from .options import Keyword, options_of
 
@@ -81,11 +82,11 @@ def count_blocks(state_dict: Mapping[str, Tensor], prefix: str) -> int:
 def read_mlp_ratio(state_dict: Mapping[str, Tensor], key: str, dim: int) -> float:
     """The ratio of the hidden channels, the rows of a released MLP's first weight, to dim.
 
-    Rounding down `dim * ratio`, as models do, gives the same number of channels again.
+    `hidden_width` gives the same number of channels again.
     """
     hidden = shape_of(state_dict, key)[0]
     ratio = hidden / dim
-    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
+    return ratio if hidden_width(dim, ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def count_classes(state_dict: Mapping[str, Tensor]) -> int:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import numbers
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import LevelSpec, levels
-from ..ops.spec import ROUNDINGS, check_known
+from ..ops.spec import ROUNDINGS, check_known, check_number
 
 
 class IntegerNeuron(nn.Module):
@@ -39,8 +38,7 @@ class IntegerNeuron(nn.Module):
         super().__init__()
         norm = float(levels) if norm is None else norm
         for name, value in (("levels", levels), ("norm", norm), ("threshold", threshold)):
-            if isinstance(value, bool) or not isinstance(value, numbers.Real):
-                raise TypeError(f"{name} must be a number, got {value!r}")
+            check_number(name, value)
         if not float(levels).is_integer():
             raise ValueError(f"levels must be a whole number, got {levels}")
         if levels < 1 or not 0 < norm < math.inf or not 0 < threshold < math.inf:

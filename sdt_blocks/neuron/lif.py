@@ -15,6 +15,7 @@ from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
 from ..ops import NeuronSpec, lif
+from ..ops.spec import check_flag
 from ..surrogate import Scheduled, Surrogate, SurrogateLike, fire, resolve, surrogate_spec
 from .stepping import OverTime, remembers
 from .stream import Streamed
@@ -66,8 +67,7 @@ class LIF(snntorch.Leaky, Streamed):
         _check_number("tau", tau)
         _check_number("threshold", threshold)
         for name, flag in (("detach_reset", detach_reset), ("strict", strict)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name} must be True or False, got {flag!r}")
+            check_flag(name, flag)
         if not (tau >= 1 and math.isfinite(tau)):
             raise ValueError(f"tau must be at least 1 (one time step) and finite, got {tau!r}")
         if not (threshold > 0 and math.isfinite(threshold)):
