@@ -23,7 +23,7 @@ from .ops.convolution import convolve_spikes
 from .ops.dispatch import fall_back, fused
 from .ops.processes import gathered
 from .ops.spec import check_number
-from .surrogate import Scheduled, Surrogate
+from .surrogate import Scheduled, Surrogate, transformed
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -126,7 +126,7 @@ def project(unit: Any, x: Tensor) -> Tensor:
     if not is_unit(unit):
         _tell_unfused(unit)
         y = per_frame(unit, shown_frame(x) if _treats_alike(unit, nn.Conv2d) else x)
-        return y.expand(len(x), *y.shape[1:])
+        return shown(y, len(x))
     return normalize(unit.norm, _convolve(unit, x), len(x))
 
 
@@ -181,10 +181,11 @@ def pool(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer(frame)` for every frame of x `[T, B, C, H, W]`; the 3x3 maximum of stride 2 is a fused op."""
     if is_plain(layer, nn.Identity):
         return x
-    if halves(layer):
-        pooled = max_pool(x.flatten(0, 1), spikes=are_spikes(x))
-        return as_spikes(pooled.unflatten(0, x.shape[:2]), x, bits=bits_of(pooled))
-    return per_frame(layer, x)
+    frames = shown_frame(x) if _treats_alike(layer, nn.MaxPool2d, nn.AvgPool2d) else x
+    if not halves(layer):
+        return shown(per_frame(layer, frames), len(x))
+    pooled = max_pool(frames.flatten(0, 1), spikes=are_spikes(x))
+    return shown(as_spikes(pooled.unflatten(0, frames.shape[:2]), x, bits=bits_of(pooled)), len(x))
 
 
 @step
@@ -203,7 +204,9 @@ def shortcut(membrane: Tensor, change: Tensor, drop_path: float = 0.0) -> Tensor
         kept = 1 - drop_path
         mask = change.new_empty(1, change.shape[1], *[1] * (change.ndim - 2)).bernoulli_(kept).div_(kept)
         change = change * mask
-    return membrane + change
+    result = membrane + change
+    _order_gradient(result)
+    return result
 
 
 # ---- what they are made of
@@ -214,6 +217,33 @@ def check_drop_path(drop_path: float) -> None:
     check_number("drop_path", drop_path)
     if not 0 <= drop_path < 1:
         raise ValueError(f"drop_path is a probability in [0, 1), got {drop_path!r}")
+
+
+def _order_gradient(result: Any) -> None:
+    """Makes the gradient of a result continue in the result's memory order.
+
+    The gradient of a mean over positions, or of a frame shown at every step, comes in PyTorch's default order. It would
+    keep that order along all shortcuts, and the backward pass of a norm is several times slower if its inputs differ.
+    """
+    if result.grad_fn is None or torch.compiler.is_compiling() or transformed():
+        return
+    strides = result.stride()
+
+    def ordered(grads: tuple[Tensor | None, ...]) -> tuple[Tensor] | None:
+        (grad,) = grads
+        if grad is None or grad.stride() == strides:
+            return None
+        return (grad.new_empty_strided(grad.shape, strides).copy_(grad),)
+
+    result.grad_fn.register_prehook(ordered)
+
+
+def shown(frame: Tensor, time_steps: int) -> Tensor:
+    """The frame `[1, ...]` at every step, a view `[time_steps, ...]`; frames `[time_steps, ...]` as they are."""
+    if len(frame) == time_steps:
+        return frame
+    _order_gradient(frame)
+    return frame.expand(time_steps, *frame.shape[1:])
 
 
 def per_frame(module: nn.Module, x: Tensor) -> Tensor:
@@ -326,7 +356,7 @@ def repeat_frame(norm: Any, x: Tensor, time_steps: int) -> Tensor:
             # `.data`: autograd checks the buffer's version, although the backward of a training pass never reads it.
             running = norm.running_var if torch.compiler.is_compiling() else norm.running_var.data
             running.sub_(new * (1 - (n - 1) / n * total / (total - 1)))
-    return y.expand(time_steps, *y.shape[1:])
+    return shown(y, time_steps)
 
 
 def _convolve(unit: Any, x: Tensor) -> Tensor:

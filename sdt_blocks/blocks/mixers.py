@@ -25,7 +25,7 @@ from ..neuron import LIF, NeuronLike, make_neuron
 from ..ops import dense
 from ..ops.bits import SpikesAsBits, are_spikes, as_spikes, bits_of
 from ..ops.packed import PackedSpikes, pad_to_words, spike_attention
-from ..ops.spec import check_flag, in_evaluation, state_dtype
+from ..ops.spec import channels_last, check_flag, in_evaluation, state_dtype
 from ..steps import fire, fires_spikes, fused_attention, is_plain
 from .sizes import check_heads, check_positive
 
@@ -122,7 +122,10 @@ class MaskMixer(nn.Module):
             return spikes
         height, width = spikes.shape[-2:]
         heads = rearrange(spikes, "t b (heads d) h w -> t b heads (h w) d", heads=self.num_heads)
-        return rearrange(max_pool_plane(heads), "t b heads (h w) d -> t b (heads d) h w", h=height, w=width)
+        pooled = max_pool_plane(heads)
+        if channels_last(spikes):
+            return rearrange(pooled, "t b heads (h w) d -> t b h w (heads d)", h=height, w=width).movedim(-1, 2)
+        return rearrange(pooled, "t b heads (h w) d -> t b (heads d) h w", h=height, w=width)
 
 
 class LinearSpikeMixer(nn.Module):
@@ -152,17 +155,27 @@ class LinearSpikeMixer(nn.Module):
         self.num_heads, self.scale = num_heads, scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # Half precision cannot hold the counts of many tokens.
-        dtype, shape = state_dtype(q), v.shape
-        spikes = [as_spikes(x.to(dtype), x, bits=bits_of(x)) for x in (q, k, v)]
+        # Matrices of tokens and channels, the way round that q has in memory.
+        tokens_first = channels_last(q)
+        of_q, of_k, of_v = (self._heads(x, tokens_first) for x in (q, k, v))
         # torch.compile stops at hooks; meta tensors have no autocast.
-        kept = [] if torch.compiler.is_compiling() else [x for x in spikes if are_spikes(x)]
+        kept = [] if torch.compiler.is_compiling() else [x for x in (of_q, of_k, of_v) if are_spikes(x)]
         exact = nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False)
         with exact, SpikesAsBits(*kept) if kept else nullcontext():
-            # [T, B, heads, dim / heads, tokens]: transposed, as they lie in memory.
-            of_q, of_k, of_v = (x.flatten(3).unflatten(2, (self.num_heads, -1)) for x in spikes)
-            counts = (of_v @ of_k.mT) @ of_q
-        return (counts * self.scale).to(q.dtype).reshape(shape)
+            counts = of_q @ (of_k.mT @ of_v) if tokens_first else (of_v @ of_k.mT) @ of_q
+        if tokens_first:
+            counts = counts.transpose(2, 3).flatten(3).mT
+        return (counts * self.scale).to(q.dtype).reshape(v.shape)
+
+    def _heads(self, x: Tensor, tokens_first: bool) -> Tensor:
+        """The matrices `[T, B, heads, dim / heads, tokens]` of x, or with `tokens_first` transposed, without gaps."""
+        # Half precision cannot hold the counts of many tokens.
+        channels = x.to(state_dtype(x)).flatten(3)
+        if tokens_first:
+            heads = channels.mT.unflatten(3, (self.num_heads, -1)).transpose(2, 3)
+            return as_spikes(heads.contiguous(), x)
+        heads = channels.unflatten(2, (self.num_heads, -1))
+        return as_spikes(heads.contiguous(), x, bits=bits_of(x) if x.is_contiguous() else None)
 
     def additions(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Those of k^T v, one for each pair of a spike of k and one of v in a token and head, and those of q (k^T v).

@@ -23,6 +23,7 @@ from .spec import (
     Norm,
     Spikes,
     arrange,
+    channels_last,
     schedule_of,
     state_dtype,
 )
@@ -237,8 +238,7 @@ def _equations(
 
 def _arranged(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Layout]:
     """q, k and v in one memory order, images outermost, copied if they are in another one."""
-    channels_last = q.stride(2) == 1 and q.shape[2] > 1
-    order = (0, 1, *range(3, q.ndim), 2) if channels_last else tuple(range(q.ndim))
+    order = (0, 1, *range(3, q.ndim), 2) if channels_last(q) else tuple(range(q.ndim))
     back = [order.index(axis) for axis in range(q.ndim)]
     q, k, v = (part.permute(order).contiguous().permute(back) for part in (q, k, v))
     q, layout = arrange(q, q.shape[0], per_channel=True)

@@ -321,6 +321,11 @@ class Layout:
         return frames.new_empty_strided(frames.shape, (self.size, *self.frame_strides)).copy_(frames)
 
 
+def channels_last(x: Tensor) -> bool:
+    """Whether the channels of x `[T, B, C, ...]` are the innermost axis in memory."""
+    return x.stride(2) == 1 and x.shape[2] > 1
+
+
 def arrange(x: Tensor, steps: int, per_channel: bool) -> tuple[Tensor, Layout]:
     """The layout of x `[T or 1, ...]`, and x itself, copied if a layout cannot describe its gaps or overlaps.
 

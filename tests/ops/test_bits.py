@@ -331,10 +331,12 @@ def test_the_linear_attention_keeps_q_k_and_v_as_bits(backend, device, packed):
     assert len(packed()) == 2 * 7
 
 
-def test_mixing_bits_gives_the_gradients_of_the_equation(packed, monkeypatch):
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_mixing_bits_gives_the_gradients_of_the_equation(packed, monkeypatch, memory_format):
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
     torch.manual_seed(0)
-    q, k, v = (neurons_spikes() for _ in range(3))
+    membranes = (torch.rand(6, 6, 5, 5).mul(3).contiguous(memory_format=memory_format) for _ in range(3))
+    q, k, v = (LIF()(membrane.unflatten(0, (2, 3)).requires_grad_()) for membrane in membranes)
     heads, gradients = LinearSpikeMixer(6, num_heads=2), []
     for spikes in ((q, k, v), [x * 1 for x in (q, k, v)]):
         counts = heads(*spikes)
