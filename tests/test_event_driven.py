@@ -12,12 +12,12 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import sdt_blocks
-from sdt_blocks import calibrate_norms, optimize_for_inference
+from sdt_blocks import SpikingMLP, calibrate_norms, optimize_for_inference
 from sdt_blocks.blocks import ConvNorm
 from sdt_blocks.inference import EventProduct, Events, choice, forms, plan
 from sdt_blocks.inference.choice import ProductCosts
 from sdt_blocks.inference.timings import Timings
-from sdt_blocks.neuron import LIF
+from sdt_blocks.neuron import LIF, IntegerNeuron
 from sdt_blocks.ops.packed import Epilogue, spike_neuron
 from sdt_blocks.steps import fire, project, shortcut
 
@@ -90,6 +90,30 @@ def test_a_layer_too_dense_for_events_is_convolved(firing_model, monkeypatch):
         monkeypatch.setattr(product, "dense", lambda *a, n=name, d=dense, **k: (convolved.append(n), d(*a, **k))[1])
     torch.testing.assert_close(fast(x), expected, rtol=0, atol=1e-5)
     assert set(convolved) == {name for name, rate in rates.items() if rate > 0.1} and convolved
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(("levels", "norm"), [(1, 1.0), (1, 2.0), (3, 2.0)])
+def test_levels_are_divided_by_their_norm(levels, norm, dense):
+    def neuron(threshold):
+        return IntegerNeuron(levels=levels, norm=norm, threshold=threshold)
+
+    model, x = (
+        nn.Sequential(SpikingMLP(8, neuron=neuron), SpikingMLP(8, neuron=neuron)).eval(),
+        torch.rand(2, 2, 8, 4, 4),
+    )
+    fast = Events(plan(calibrated(model, x)))
+    for _, product in fast.products():
+        product.break_even = 0.0 if dense else 1.0
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), rtol=0, atol=1e-5)
+
+
+def calibrated(model, x):
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.normal_(norm.bias, 0.5, 1.0)
+    calibrate_norms(model, x)
+    return model
 
 
 def test_hundreds_of_images_get_the_same_class(firing_model):

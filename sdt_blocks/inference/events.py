@@ -275,7 +275,7 @@ class Events(Form):
             real = plain(x)
             if real.ndim != 5 or 0 in real.shape:
                 return node.target(real)
-            return PackedSpikes.pack_levels(node.target.unfold(real), node.target.norm)
+            return PackedSpikes.pack_levels(node.target.unfold(real) > 0, node.target.norm)
         if membrane is None or isinstance(x, PackedSpikes):
             return node.target(plain(x))
         real = membrane.real
@@ -408,7 +408,7 @@ def _packed(frames: Tensor, product: SpikeProduct) -> PackedSpikes:
     if product.planes == 1:
         return PackedSpikes.pack(x)
     below = torch.arange(product.planes, dtype=x.dtype, device=x.device).view(-1, *[1] * x.ndim)
-    packed = PackedSpikes.pack_levels((x > below).to(x.dtype), 1.0)
+    packed = PackedSpikes.pack_levels(x > below, 1.0)
     if not torch.equal(packed.unpack(), x):
         raise ValueError(
             f"sums of spikes must be whole numbers from 0 to {product.planes}; something between the neurons and the "

@@ -178,7 +178,7 @@ class EventProduct(SpikeProduct):
     ) -> None:
         super().__init__(epilogue, channels, planes)
         weight, self.norm = weight.detach().float(), norm
-        self.convolution = Product(weight, weight.new_zeros(len(weight)), spikes=planes == 1)
+        self.convolution = Product(weight, weight.new_zeros(len(weight)), spikes=planes == norm == 1)
 
     @property
     def weight(self) -> EventWeight:  # type: ignore[override]

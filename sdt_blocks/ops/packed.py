@@ -53,33 +53,41 @@ class PackedSpikes:
         """
         if spikes.ndim != 5 or 0 in spikes.shape:
             raise ValueError(f"spikes must be [T, B, C, H, W] with no empty axis, got {list(spikes.shape)}")
-        bits = spikes != 0
-        if not torch.equal(bits.to(spikes.dtype), spikes):
-            raise ValueError("spikes must be 0 or 1; a membrane or an image has to go through a neuron first")
-        return PackedSpikes(_words(bits.movedim(2, -1)), spikes.shape[2])
+        return PackedSpikes(_words(_bits(spikes).movedim(2, -1)), spikes.shape[2])
 
     @staticmethod
     def pack_levels(steps: Tensor, norm: float) -> PackedSpikes:
         """Pack zeros and ones `[planes, T, B, C, H, W]`, whose sums over planes are levels with the value level / norm.
+
+        Raises `ValueError` for other values; those of a boolean tensor need no look.
 
         >>> PackedSpikes.pack_levels(torch.ones(4, 1, 1, 3, 2, 2), norm=8).unpack().unique()
         tensor([0.5000])
         """
         if steps.ndim != 6 or 0 in steps.shape:
             raise ValueError(f"levels must be [planes, T, B, C, H, W] with no empty axis, got {list(steps.shape)}")
-        words = _words((steps != 0).permute(1, 2, 4, 5, 0, 3)).flatten(-2)
+        words = _words(_bits(steps).permute(1, 2, 4, 5, 0, 3)).flatten(-2)
         return PackedSpikes(words, steps.shape[3], len(steps), norm)
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values `[T, B, C, H, W]`: of one plane in float32 or uint8, of several in float32 only.
+        """The values `[T, B, C, H, W]` in float32, or zeros and ones (one plane, norm 1) in uint8.
 
-        The channels are the innermost axis in memory.
+        The channels are the innermost axis in memory. Raises `ValueError` for another dtype.
         """
-        kernel = {torch.float32: "spike_expand_float", torch.uint8: "spike_expand_byte"}[dtype]
+        kernels = {torch.float32: "spike_expand_float"}
+        if self.planes == self.norm == 1:
+            kernels[torch.uint8] = "spike_expand_byte"
+        if dtype not in kernels:
+            known = " or ".join(map(str, kernels))
+            raise ValueError(
+                f"spikes of {self.planes} plane(s) with norm {self.norm:g} unpack to {known}, got {dtype}; "
+                "convert the result with .to()"
+            )
         words = self.words.contiguous()
         frames = words.new_empty(*words.shape[:-1], self.planes, self.channels, dtype=dtype)
-        call(kernel, words, frames, words[..., 0].numel() * self.planes, self.channels)
-        return (frames.squeeze(-2) if self.planes == 1 else frames.sum(-2) / self.norm).movedim(-1, 2)
+        call(kernels[dtype], words, frames, words[..., 0].numel() * self.planes, self.channels)
+        values = frames.squeeze(-2) if self.planes == 1 else frames.sum(-2)
+        return (values if self.norm == 1 else values / self.norm).movedim(-1, 2)
 
     def unpack_reference(self) -> Tensor:
         """The same in PyTorch."""
@@ -456,6 +464,14 @@ def check_real(name: str, real: Tensor, shape: tuple[int, ...], without_gaps: Te
         raise ValueError(
             f"{name} must be float32 {list(shape)} with frames without gaps, got {real.dtype} {list(real.shape)}"
         )
+
+
+def _bits(spikes: Tensor) -> Tensor:
+    """Spikes as truth values. Raises `ValueError` unless all are 0 or 1."""
+    bits = spikes != 0
+    if spikes.dtype != torch.bool and not torch.equal(bits.to(spikes.dtype), spikes):
+        raise ValueError("spikes must be 0 or 1; a membrane or an image has to go through a neuron first")
+    return bits
 
 
 def _words(bits: Tensor) -> Tensor:

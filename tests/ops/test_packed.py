@@ -84,7 +84,7 @@ def test_product_with_its_epilogue_agrees_with_the_reference(shape, reset, stric
     assert (fired.unpack() != expected_fired.unpack()).float().mean() <= 1e-4
 
 
-@pytest.mark.parametrize("levels,norm", [(4, 4.0), (8, 1.0), (3, 3.0)])
+@pytest.mark.parametrize("levels,norm", [(4, 4.0), (8, 1.0), (3, 3.0), (1, 2.0)])
 @pytest.mark.parametrize("shape", SHAPES[:6])
 def test_levels_in_planes_agree_with_the_reference_and_with_dense_products(shape, levels, norm):
     steps, images, height, width, into, out, kernel = shape
@@ -280,6 +280,11 @@ def test_padding_to_words():
     [
         (lambda: PackedSpikes.pack(torch.full((1, 1, 1, 1, 1), 0.5)), "must be 0 or 1"),
         (lambda: PackedSpikes.pack(torch.ones(1, 1, 1)), r"\[T, B, C, H, W\]"),
+        (lambda: PackedSpikes.pack_levels(torch.full((2, *[1] * 5), 0.5), 1.0), "must be 0 or 1"),
+        (lambda: PackedSpikes.pack_levels(torch.full((2, *[1] * 5), torch.nan), 1.0), "must be 0 or 1"),
+        (lambda: PackedSpikes.pack(torch.ones(*[1] * 5)).unpack(torch.bfloat16), "or torch.uint8, got torch.bfloat16"),
+        (lambda: _levels(2, 1.0).unpack(torch.uint8), "2 plane.* unpack to torch.float32, got torch.uint8"),
+        (lambda: _levels(1, 2.0).unpack(torch.uint8), "norm 2 unpack to torch.float32, got torch.uint8"),
         (lambda: EventWeight(torch.ones(4, 4, 5, 5)), r"\[4, 4, 5, 5\]"),
         (lambda: EventWeight(torch.ones(1, 1 << 16, 1, 1)), "65536"),
         (lambda: _product(into=3), "3 and the epilogue"),
@@ -292,6 +297,10 @@ def test_padding_to_words():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def _levels(planes: int, norm: float) -> PackedSpikes:
+    return PackedSpikes.pack_levels(torch.ones(planes, 1, 1, 2, 2, 2), norm)
 
 
 def _product(into: int = 2, residual: Tensor | None = None, standing: Tensor | None = None) -> None:
