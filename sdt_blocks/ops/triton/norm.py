@@ -174,7 +174,9 @@ def settle(
     inv_std += n * channels
     if COUNT:
         batches = one_of(n, batches, batches_1, batches_2, N)
-        tl.store(batches, tl.load(batches, mask=tl.program_id(0) == 0, other=0) + 1, mask=tl.program_id(0) == 0)
+        # A branch: the interpreter of Triton 3.2 stores where a mask of one element says not to.
+        if tl.program_id(0) == 0:
+            tl.store(batches, tl.load(batches) + 1)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     there = c < channels
     middle, spread = _merged(partial, runs, 0, runs, channels, c, step, positions, weight, RUNS)
