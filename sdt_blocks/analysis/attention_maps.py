@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..blocks.sizes import check_shape
 from ..steps import find_mixers
 from .probe import Forward, Probe, unwrap
 
@@ -72,7 +73,12 @@ def _keep(maps: list[Tensor], name: str) -> Any:
 
 
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps `[..., H', W']` at the size of the image, `[..., *size]`, interpolated bilinearly."""
+    """Maps `[..., H', W']` at the size of the image, `[..., *size]`, interpolated bilinearly.
+
+    Raises `ValueError` for empty maps and sizes below 1, `TypeError` for a size that is no whole number.
+    """
+    check_shape("size", size, dimensions=2)
+    _check_dimensions("maps", "[..., H', W']", maps, maps.ndim >= 2)
     flat = maps.reshape(-1, 1, *maps.shape[-2:])
     return F.interpolate(flat, size=size, mode="bilinear", align_corners=False).reshape(*maps.shape[:-2], *size)
 
@@ -83,9 +89,13 @@ def overlay(image: Tensor, attention: Tensor, *, strength: float = 0.6, colormap
     `image` is `[C, H, W]`, or frames `[T, C, H, W]` which are averaged, with values in any range; 3 channels are taken
     as RGB, otherwise channels are summed to gray. `attention` is `[H', W']`; its highest value gets the colormap's last
     color and covers the image with `strength`, and where it is zero the image is unchanged. Needs matplotlib.
+
+    Raises `ValueError` for other shapes.
     """
     from matplotlib import colormaps
 
+    _check_dimensions("image", "[C, H, W] or [T, C, H, W]", image, image.ndim in (3, 4))
+    _check_dimensions("attention", "[H', W']", attention, attention.ndim == 2)
     image = image.float().cpu()
     picture = image.mean(0) if image.ndim == 4 else image
     picture = picture if len(picture) == 3 else picture.sum(0, keepdim=True).expand(3, -1, -1)
@@ -95,6 +105,11 @@ def overlay(image: Tensor, attention: Tensor, *, strength: float = 0.6, colormap
     colors = torch.from_numpy(colormaps[colormap](heat.numpy())[..., :3]).float()
     covered = strength * heat.unsqueeze(-1)
     return (1 - covered) * picture + covered * colors
+
+
+def _check_dimensions(name: str, expected: str, value: Tensor, fits: bool) -> None:
+    if not fits or 0 in value.shape:
+        raise ValueError(f"{name}: expected {expected} with nothing empty, got {list(value.shape)}")
 
 
 def _stretch(picture: Tensor) -> Tensor:

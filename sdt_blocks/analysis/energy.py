@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..blocks.sizes import check_shape
 from ..evaluation import Batches
 from .energy_models import (
     E_AC,
@@ -284,14 +285,16 @@ def energy_from_rates(
     spikes. The bound of an attention follows from the rates of the neurons whose spikes it gets. `input_shape` is that
     of one sample, `[C, H, W]` or `[T, C, H, W]`.
 
-    Raises `ValueError` for a rate outside 0..1, a wrong number of steps, a layer without a rate, a key without a layer,
-    and `TypeError` for a rate that is no number, such as the text in a CSV file.
+    Raises `ValueError` for a rate outside 0..1, a wrong number of steps, a layer without a rate, a key without a layer
+    and a shape with sizes below 1, and `TypeError` for a rate or a size that is no number, such as the text in a CSV
+    file.
 
     >>> with torch.device("meta"):
     ...     model = create_model("sdt_8_512")
     >>> round(energy_from_rates(model, 0.1, (3, 224, 224))["patch.stages.0.conv"].energy_mj, 3)
     1.595
     """
+    check_shape("input_shape", input_shape)
     rates = rates if isinstance(rates, Mapping) else {"*": rates}
     where = next(unwrap(model).parameters(), torch.zeros(0))
     operations = count_operations(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 from ..ops.spec import check_number
@@ -22,6 +23,20 @@ def check_multiple(value: int, of: int, what: str) -> None:
     _check_whole(value, what)
     if value < 1 or value % of:
         raise ValueError(f"{what} must be a positive multiple of {of}, got {value}")
+
+
+def check_shape(name: str, shape: Sequence[int], dimensions: int | None = None) -> None:
+    """Raises `TypeError` for what is no sequence of whole numbers, `ValueError` unless they are positive.
+
+    With `dimensions` there must be that many.
+    """
+    expected = f"{name} must be {'' if dimensions is None else f'{dimensions} '}whole numbers of at least 1"
+    if isinstance(shape, str) or not isinstance(shape, Sequence):
+        raise TypeError(f"{expected}, got {shape!r}")
+    for size in shape:
+        _check_whole(size, f"each size in {name}={tuple(shape)!r}")
+    if any(size < 1 for size in shape) or len(shape) != (len(shape) if dimensions is None else dimensions):
+        raise ValueError(f"{expected}, got {tuple(shape)!r}")
 
 
 def _check_whole(value: Any, what: str) -> None:

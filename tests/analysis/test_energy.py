@@ -410,6 +410,22 @@ def test_errors(small):
         energy(small(), torch.rand(1, 3, 16, 16))["x"]
 
 
+@pytest.mark.parametrize(
+    ("shape", "error", "told"),
+    [
+        (3, TypeError, "input_shape must be whole numbers of at least 1, got 3"),
+        ("3,32,32", TypeError, "input_shape must be whole numbers of at least 1, got '3,32,32'"),
+        ((3, 32.0, 32), TypeError, r"each size in input_shape=\(3, 32.0, 32\) must be a whole number, got 32.0"),
+        ((3, True, 32), TypeError, "must be a whole number, got True"),
+        ((3, -32, 32), ValueError, r"input_shape must be whole numbers of at least 1, got \(3, -32, 32\)"),
+        ((3, 32), ValueError, r"expected images \[B, 3, H, W\]"),
+    ],
+)
+def test_an_odd_input_shape(shape, error, told):
+    with pytest.raises(error, match=told):
+        energy_from_rates(on_meta("sdt_2_256"), 0.1, shape)
+
+
 class TimeFirst(nn.Module):
     """A network mixed from blocks that takes `[T, B, C, H, W]`."""
 

@@ -37,6 +37,29 @@ def test_upsampling_keeps_constants_and_size():
     torch.testing.assert_close(large, maps[:, :1, :1].expand(2, 16, 24))
 
 
+@pytest.mark.parametrize("size", [8, None, (8,), (8, 8, 8), (0, 8), (8, -1), (8, 2.5), ("8", 8)])
+def test_an_odd_size_for_a_map(size):
+    with pytest.raises(
+        (TypeError, ValueError), match=r"size(=.* must be a whole number| must be 2 whole numbers of at least 1), got "
+    ):
+        upsample(torch.rand(4, 4), size)
+
+
+@pytest.mark.parametrize(
+    ("image", "attention", "told"),
+    [
+        ((8, 8), (2, 2), r"image: expected \[C, H, W\] or \[T, C, H, W\] with nothing empty, got \[8, 8\]"),
+        ((1, 4, 3, 8, 8), (2, 2), "image: expected"),
+        ((0, 8, 8), (2, 2), "image: expected"),
+        ((3, 8, 8), (1, 2, 2), r"attention: expected \[H', W'\] with nothing empty, got \[1, 2, 2\]"),
+        ((3, 8, 8), (0, 2), "attention: expected"),
+    ],
+)
+def test_overlay_refuses_other_shapes(image, attention, told):
+    with pytest.raises(ValueError, match=told):
+        overlay(torch.rand(image), torch.rand(attention))
+
+
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 8, 8), (2, 8, 8), (5, 2, 8, 8), (4, 3, 8, 8)])
 def test_overlay(shape):
     image = 10 * torch.randn(shape)
