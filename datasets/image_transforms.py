@@ -84,6 +84,11 @@ class Finish:
         self.std = _per_channel("std", std, in_channels)
         if not bool((self.std > 0).all()):
             raise ValueError(f"std must be positive in each channel, got {list(std)}")
+        # In float32, as images are: a network would not fire for an infinite pixel, and say nothing.
+        if not bool(torch.stack([-self.mean, 1 - self.mean]).div(self.std).isfinite().all()):
+            raise ValueError(
+                f"with mean {list(mean)} and std {list(std)} pixels are beyond float32; give those of pixels in 0..1"
+            )
         self.erase = RandomErasing(random_erasing, mode=erasing_mode, device="cpu") if random_erasing else None
 
     def __call__(self, image: Tensor) -> Tensor:

@@ -355,6 +355,18 @@ def test_raw_events(firing_model, on_a_grid):
     assert torch.equal(answers[1], answers[2]) != torch.equal(answers[1], answers[0]) and len(frames[0]) == 3
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_frame_that_is_not_finite_leaves_the_stream_as_it_was(firing_model, value):
+    model, frames = firing_model(), torch.rand(3, 2, 3, 16, 16)
+    stream, whole = Stream(model), Stream(model)
+    stream.push(frames[:, 0])
+    broken = frames.clone()
+    broken[1, 0, 2, 5, 5] = broken[1, 1, 0, 0, 0] = value
+    with pytest.raises(ValueError, match=r"frames of the streams \[1\] hold values that are not finite"):
+        stream.push(broken)
+    assert torch.equal(stream.push(frames[:, 1]), whole.push(frames)) and stream.seen.tolist() == [2, 2, 2]
+
+
 def test_what_push_refuses(firing_model):
     model = firing_model()
     stream = Stream(model)

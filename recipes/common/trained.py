@@ -70,9 +70,10 @@ def load(checkpoint: Path, config: Config, arguments: Sequence[str], *, averaged
     """The model in eval mode, overridden by the arguments, and the configuration with its channels.
 
     If the model says how its images were prepared, the configuration is set accordingly, except for what the arguments
-    set. Raises `ConfigError`.
+    set. Raises `ConfigError`, also for weights that are NaN.
     """
     from sdt_blocks import load_model, load_released_checkpoint
+    from sdt_blocks.analysis.probe import check_weights
 
     overrides = asked_options(config, arguments)
     if not checkpoint.exists():
@@ -88,6 +89,7 @@ def load(checkpoint: Path, config: Config, arguments: Sequence[str], *, averaged
             model = load_model(checkpoint / "ema" if averaged else checkpoint, **overrides)
         else:
             model = load_released_checkpoint(checkpoint, ema=averaged, **overrides)
+        check_weights(model)
     except (ValueError, TypeError, OSError) as error:
         others = [str(place) for name in ("last", "checkpoints") if (place := checkpoint / name).is_dir()]
         hint = f"; the run's other models are in {' and '.join(others)}" if others else ""

@@ -211,8 +211,8 @@ class Stream:
         `[B, K]`, or a tuple of such tensors if the model has several heads. If the input does not yet make a whole
         frame for `to_frames`, the previous answer is returned, `None` at first.
 
-        Raises `ValueError` for frames of another shape or another number of streams, and `TypeError` for a model
-        whose output is not logits.
+        Raises `ValueError` for frames of another shape or another number of streams, and for values that are not
+        finite, which would silence neurons for good; `TypeError` for a model whose output is not logits.
         """
         if self.to_frames is not None and not isinstance(frames, Tensor):
             frames = torch.as_tensor(self.to_frames(frames)).unsqueeze(0)
@@ -225,6 +225,12 @@ class Stream:
             raise ValueError(
                 f"this stream has a batch of {len(self._seen)}, got {len(frames)} frames; keep() takes some of its "
                 f"samples, reset() starts with another batch"
+            )
+        finite = frames.isfinite().flatten(1).all(1)
+        if not bool(finite.all()):
+            raise ValueError(
+                f"the frames of the streams {(~finite).nonzero().flatten().tolist()} hold values that are not finite "
+                f"numbers; they would stay in the membranes, whose neurons would not fire again: leave such frames out"
             )
         self._check_thread(self._thread.get("within"))
         before = dict(self._states), list(self._logits), self._seen

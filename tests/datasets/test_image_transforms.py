@@ -201,6 +201,8 @@ def test_every_operation_works_at_its_strongest(photograph, auto_augment):
         ({"mean": (0.1, 0.2)}, "mean needs one finite value"),
         ({"mean": (float("nan"),)}, "mean needs one finite value"),
         ({"std": (0.0,)}, "std must be positive"),
+        ({"std": (1e-40,)}, r"with mean \[0.5\] and std \[1e-40\] pixels are beyond float32"),
+        ({"mean": (3e38,)}, "pixels are beyond float32"),
     ],
 )
 def test_settings_out_of_range_are_named(option, message):

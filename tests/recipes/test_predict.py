@@ -166,6 +166,11 @@ def test_a_model_of_any_family_that_fires_is_not_said_to_be_silent(predict, tmp_
         (["checkpoint={example}", "json=yes", "digits"], ConfigError, "json: expected true or false"),
         (["checkpoint={example}", "dat.img_size=3", "digits"], ConfigError, "unknown key"),
         (["checkpoint={example}", "digits/notes.txt"], RunError, "notes.txt cannot be read"),
+        (
+            ["checkpoint=broken", "digits"],
+            ConfigError,
+            "checkpoint=broken: blocks.0.mlp.branch.fc1.norm.running_var holds",
+        ),
     ],
 )
 def test_refusals(predict, digits, arguments, error, words):
@@ -173,6 +178,9 @@ def test_refusals(predict, digits, arguments, error, words):
     plain = example_model()
     plain.card = None
     save_model(plain, "plain")
+    broken = example_model()
+    broken.blocks[0].mlp.branch.fc1.norm.running_var[1] = float("nan")
+    save_model(broken, "broken")
     with pytest.raises(error) as refused:
         predict(*(argument.format(example=FOLDER) for argument in arguments))
     assert words in str(refused.value) and "\n" not in str(refused.value)
