@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 
 from sdt_blocks import (
     LIF,
@@ -463,3 +465,17 @@ def test_there_are_no_gradients():
 
 def test_the_model_has_the_call():
     assert isinstance(SpikeDrivenTransformer(depth=0, dim=8, num_heads=1).stream(), Stream)
+
+
+@pytest.mark.parametrize("neuron", ["lif", partial(snntorch.Synaptic, alpha=0.5, beta=0.8)])
+def test_a_state_goes_to_the_device_of_the_model(firing_model, neuron):
+    stream = firing_model(neuron=neuron, depth=1).stream()
+    stream.push(torch.rand(2, 3, 16, 16))
+    saved = stream.state_dict()
+    with FakeTensorMode(allow_non_fake_inputs=True):  # a GPU that no machine needs to have
+        for part in ("neurons", "logits", "seen"):
+            saved[part] = tree_map(lambda tensor: torch.empty_like(tensor, device="cuda"), saved[part])
+    stream.load_state_dict(saved)
+    state = stream.state_dict()
+    held = [*state["logits"], *(tensors.values() for tensors in state["neurons"].values()), [state["seen"]]]
+    assert {tensor.device.type for tensors in held for tensor in tensors} == {"cpu"} and len(held) > 3

@@ -330,7 +330,7 @@ class Stream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a state that `state_dict` returned.
+        """Continues from a state that `state_dict` returned, on the model's device.
 
         Raises `ValueError` for that of another model or form, in another precision, or with other neurons.
         """
@@ -339,10 +339,18 @@ class Stream:
             raise ValueError(
                 f"the state does not fit this stream: {why}; restore it to the model and form it came from"
             )
+        held = self._held()
+
+        def placed(tensor: Tensor) -> Tensor:
+            return tensor if held is None else tensor.to(held.device)
+
         by_name = {name: neuron for neuron, name in self._names.items()}
-        self._states = {by_name[name]: by_name[name].state_of(tensors) for name, tensors in state["neurons"].items()}
-        self._logits = deque((tuple(logits) for logits in state["logits"]), maxlen=self.window)
-        self._seen = state["seen"]
+        self._states = {
+            by_name[name]: by_name[name].state_of({key: placed(tensor) for key, tensor in tensors.items()})
+            for name, tensors in state["neurons"].items()
+        }
+        self._logits = deque((tuple(map(placed, logits)) for logits in state["logits"]), maxlen=self.window)
+        self._seen = state["seen"].cpu()
 
     def _unlike(self, state: Mapping[str, Any]) -> str:
         """How a saved state differs from those of this stream, "" where it does not."""
@@ -370,15 +378,22 @@ class Stream:
 
     def _dtype(self) -> str:
         """The dtype of the model, "" for one without parameters and buffers."""
+        held = self._held()
+        return "" if held is None else str(held.dtype)
+
+    def _held(self) -> Tensor | None:
+        """The first tensor of real numbers that the model holds, if it holds any."""
         held = (*self.model.parameters(), *self.model.buffers())
-        return next((str(tensor.dtype) for tensor in held if tensor.is_floating_point()), "")
+        return next((tensor for tensor in held if tensor.is_floating_point()), None)
 
     # ---- called by neurons
 
     def membrane_in_place(self, neuron: Streamed, shape: Sequence[int]) -> Tensor:
         """The neuron's membrane, for a kernel that overwrites it with the one after the chunk; zeros at the start."""
         before = self.membrane(neuron, shape)
-        membrane = torch.zeros(shape, dtype=torch.float32, device="cpu") if before is None else before.clone()
+        membrane = (
+            torch.zeros(shape, dtype=torch.float32, device="cpu") if before is None else before.to("cpu", copy=True)
+        )
         self.keep_state(neuron, membrane)
         return membrane
 

@@ -276,13 +276,13 @@ def _sizes(*sizes: int) -> Any:
 
 
 def _layers(neurons: tuple[Neuron, ...]) -> Any:
-    layers = tuple((n.inv_tau.data_ptr(), n.inv_tau.numel(), n.threshold, n.reset, n.strict) for n in neurons)
+    layers = tuple((bindings.address(n.inv_tau), n.inv_tau.numel(), n.threshold, n.reset, n.strict) for n in neurons)
     if all(neuron.before is None and neuron.after is None for neuron in neurons):
         return _structures(layers)
     structures = _structures.__wrapped__(layers)
     for structure, neuron in zip(structures, neurons, strict=True):
-        structure.before = None if neuron.before is None else neuron.before.data_ptr()
-        structure.after = None if neuron.after is None else neuron.after.data_ptr()
+        structure.before = None if neuron.before is None else bindings.address(neuron.before)
+        structure.after = None if neuron.after is None else bindings.address(neuron.after)
     return structures
 
 

@@ -272,7 +272,7 @@ class _Picture(ctypes.Structure):
 
     @staticmethod
     def of(x: Tensor) -> ctypes.Structure:
-        return _Picture(x.data_ptr(), *x.shape, *x.stride())
+        return _Picture(bindings.address(x), *x.shape, *x.stride())
 
 
 def _size_of(x: Tensor, weight: RealWeight, epilogue: Epilogue, steps: int, windows: Windows) -> tuple[int, int]:

@@ -421,7 +421,7 @@ def frames_of(spikes: PackedSpikes) -> ctypes.Structure:
     words = _frames(spikes.words)
     steps, images, height, width, _ = words.shape
     sizes = (steps, images, height, width, spikes.channels, spikes.planes)
-    frames = _Frames(words.data_ptr(), words.stride(0), *sizes)
+    frames = _Frames(bindings.address(words), words.stride(0), *sizes)
     frames.kept = words  # the memory lives as long as its address
     return frames
 
@@ -448,14 +448,14 @@ def outputs_of(
         words = new(*places, -(-epilogue.channels // WORD), dtype=torch.int64)
         if epilogue.tiles.shape[0] * epilogue.tiles.shape[2] < words.shape[-1] * WORD:
             words.zero_()
-    arguments = _Epilogue(epilogue.tiles.data_ptr(), epilogue.channels)
+    arguments = _Epilogue(bindings.address(epilogue.tiles), epilogue.channels)
     for name, tensor in (("residual", residual), ("membrane", kept), ("spikes", words)):
         if tensor is not None:
-            setattr(arguments, name, tensor.data_ptr())
+            setattr(arguments, name, bindings.address(tensor))
             setattr(arguments, f"{name}_step", tensor.stride(0))
     if neuron is not None:
         arguments.neuron = bindings.neurons(neuron)[0]
-        arguments.standing = None if standing is None else standing.data_ptr()
+        arguments.standing = None if standing is None else bindings.address(standing)
     return kept, None if words is None else PackedSpikes(words, epilogue.channels), arguments
 
 

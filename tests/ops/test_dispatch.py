@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
-from sdt_blocks import LIF, SpikingMLP
-from sdt_blocks.ops import NeuronSpec, Norm, batch_norm_lif, dispatch, lif, lif_reference
+from sdt_blocks import LIF, ParametricLIF, SpikingMLP
+from sdt_blocks.neuron import IntegerNeuron
+from sdt_blocks.ops import NeuronSpec, Norm, batch_norm_lif, dense, dispatch, lif, lif_reference, packed
 from sdt_blocks.ops.cpu import build
 from sdt_blocks.ops.lif import lif_op
 from sdt_blocks.ops.norm_lif import channel_statistics
@@ -48,6 +49,28 @@ def test_triton_on_the_cpu_is_refused_without_the_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="runs on CUDA tensors"):
         lif(torch.ones(2, 3), NeuronSpec())
+
+
+ELSEWHERE = {
+    "membrane": lambda x: LIF()(x, torch.zeros(2, 3, 2, 2, device="meta")),
+    "w": lambda x: ParametricLIF().to("meta")(x),
+    "w of channels": lambda x: ParametricLIF(channels=3).to("meta")(x),
+    "norm": lambda x: normalize_and_fire(nn.BatchNorm2d(3).eval().to("meta"), LIF(), x),
+    "norm of levels": lambda x: normalize_and_fire(nn.BatchNorm2d(3).eval().to("meta"), IntegerNeuron(), x),
+    "dense": lambda x: dense.fire(x, dense.as_it_is("meta"), x.dtype, compiled=True),
+    "before": lambda x: dense.fire(
+        x, dense.as_it_is("cpu")._replace(before=x[0].to("meta"), after=x[0].clone()), x.dtype, compiled=True
+    ),
+    "packed": lambda x: packed.spike_neuron(x, packed.Epilogue(2), 4, residual=x.to("meta"), membrane=True),
+}
+
+
+@pytest.mark.parametrize("call", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_tensors_on_another_device_are_refused(monkeypatch, call):
+    """Their addresses would be read as the CPU's."""
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    with torch.no_grad(), pytest.raises(RuntimeError, match="on meta: input, neurons, norms and states must be on one"):
+        call(torch.ones(4, 2, 3, 2, 2))
 
 
 def test_no_compiler_is_one_warning_then_the_reference(fresh_dispatch, monkeypatch):

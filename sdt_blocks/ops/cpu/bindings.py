@@ -58,6 +58,16 @@ def call(source: str, name: str, *arguments: Any) -> int:
     return result
 
 
+def address(tensor: Tensor) -> int:
+    """Where a tensor lies in memory. Raises `RuntimeError` for one on another device, whose memory is not the CPU's."""
+    if not tensor.is_cpu:
+        raise RuntimeError(
+            f"a kernel on the CPU got a tensor on {tensor.device}: input, neurons, norms and states must be on one "
+            "device; move them with .to()"
+        )
+    return tensor.data_ptr()
+
+
 def threads(elements: int, worth_sharing: int) -> int:
     """PyTorch's number of threads, or 1 if there are too few elements for a second thread to pay."""
     return torch.get_num_threads() if elements > worth_sharing else 1
@@ -80,12 +90,12 @@ def _argument(value: Any) -> Any:
     if convert is not None:
         return convert(value)
     if isinstance(value, Tensor):
-        return c_void_p(value.data_ptr())
+        return c_void_p(address(value))
     return ctypes.byref(value) if isinstance(value, ctypes.Structure) else value
 
 
 _CONVERT: dict[type, Callable[[Any], Any]] = {
-    Tensor: lambda tensor: c_void_p(tensor.data_ptr()),
+    Tensor: lambda tensor: c_void_p(address(tensor)),
     type(None): lambda _: c_void_p(),
     int: c_int64,
     bool: c_int64,
