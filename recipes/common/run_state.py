@@ -375,7 +375,7 @@ def open_folder(folder: Path, resume: str, *, needed: int) -> Path | None:
                 f"resume=none to start again in this one"
             )
         _clear(folder)
-    elif folder.resolve() not in checkpoint.resolve().parents and _numbered(folder):
+    elif folder.resolve() not in checkpoint.resolve().parents and (_numbered(folder) or (folder / SUMMARY).exists()):
         raise ConfigError(
             f"resume={resume} is of another run than the one in output_dir={folder}; choose another output_dir"
         )

@@ -320,3 +320,7 @@ def test_another_runs_checkpoint_does_not_go_on_in_this_ones_folder(tmp_path, mo
     with pytest.raises(ConfigError, match="is of another run than the one in output_dir"):
         open_folder(tmp_path / "this", str(other), needed=0)
     assert open_folder(tmp_path / "new", str(other), needed=0) == other
+    (tmp_path / "finished").mkdir()
+    (tmp_path / "finished" / "summary.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is of another run than the one in output_dir"):
+        open_folder(tmp_path / "finished", str(other), needed=0)
