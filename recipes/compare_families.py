@@ -26,7 +26,7 @@ from common.cpu_processes import join_processes
 from common.options import read_options
 from common.schema import option
 from common.side_by_side import COLUMNS, Found, Options, compare, notes, read_model, summary_of, write_tables
-from common.trained import RUN_CONFIG
+from common.trained import RUN_CONFIG, same_place
 
 from sdt_blocks.analysis.tables import Column, counted
 
@@ -72,7 +72,10 @@ def listed(text: str, kind: type, name: str) -> list[Any]:
     return values
 
 
-JUDGED = ("train.batch_size", "train.accumulate", "train.max_steps", "train.init_checkpoint", "data.test_samples")
+JUDGED = (
+    "train.batch_size", "train.accumulate", "train.max_steps", "train.init_checkpoint", "data.test_samples",
+    "data.crop_pct",
+)  # fmt: skip
 """Keys that may change when a run is resumed, although its figures depend on them."""
 
 
@@ -85,7 +88,8 @@ def ready(folder: Path, config: Config) -> bool:
     # Values that the data determines, such as the number of classes, are not compared.
     if any(value not in (None, before[key]) for key, value in asked.items() if key in trajectory(config)):
         return False
-    if other := [f"{key} is {asked[key]} and was {before[key]}" for key in JUDGED if asked[key] != before[key]]:
+    different = [key for key in JUDGED if asked[key] != before[key]] + ["data.root"] * (not same_place(config, done))
+    if other := [f"{key} is {asked[key]} and was {before[key]}" for key in different]:
         raise ConfigError(
             f"{folder} holds a finished run with other settings: {'; '.join(other)}. Use the same settings, or take "
             f"another output_dir"

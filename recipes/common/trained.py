@@ -153,12 +153,13 @@ def other_settings(checkpoint: Path, config: Config, arguments: Sequence[str]) -
     named = [argument for argument in arguments if argument.startswith("config=")]
     source = named if written is None else [f"config={written}"]
     own = load_config([*source, *AS_ASKED], default="imagenet_8_384")
-    passed = _NO_MATTER | ({"data.root"} if own.data.root is None or _same_place(own, config) else set())
+    passed = _NO_MATTER | ({"data.root"} if own.data.root is None or same_place(own, config) else set())
     before = flatten(own)
     return {key: value for key, value in flatten(config).items() if key not in passed and value != before[key]}
 
 
-def _same_place(one: Config, other: Config) -> bool:
+def same_place(one: Config, other: Config) -> bool:
+    """Whether two configurations have their data in the same folder."""
     return os.path.realpath(one.data.root or "") == os.path.realpath(other.data.root or "")
 
 

@@ -62,6 +62,8 @@ def test_the_best_learning_rate_trains_with_every_seed(families, tmp_path):
     for setting, words in (
         ("train.batch_size=8", r"train\.batch_size is 8 and was 16"),
         ("data.test_samples=9", r"data\.test_samples is 9 and was None"),
+        ("data.crop_pct=0.5", r"data\.crop_pct is 0\.5 and was 1\.0"),
+        ("data.root=elsewhere", r"data\.root is elsewhere and was None"),
     ):
         with pytest.raises(ConfigError, match=f"holds a finished run with other settings: {words}"):
             families("rates=1e-5,1e-2", setting)
