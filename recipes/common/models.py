@@ -19,6 +19,8 @@ from .config import Config, ConfigError, changed, model_keywords
 from .trained import class_names
 
 HEAD, SECOND_HEAD = "head.", "distillation_head."
+_OF_HEADS_AND_TRAINING = ("num_classes", "drop_path", "per_step", "distillation")
+"""Options that change nothing between the image and the heads of a trained model."""
 
 
 def fit_to_data(config: Config, *, in_channels: int, num_classes: int) -> Config:
@@ -53,11 +55,12 @@ def build_model(config: Config) -> Any:
         raise ConfigError(f"model.name={config.model.name}: {error}") from error
 
 
-def load_initial_weights(model: nn.Module, source: str, names: Sequence[str]) -> str:
+def load_initial_weights(model: Any, source: str, names: Sequence[str]) -> str:
     """Fill the model from a run folder, a saved model or a released checkpoint; returns a sentence on what was loaded.
 
     The head stays as initialized if its shape or its classes' names differ, as in fine-tuning for other classes. A
-    second head is loaded if both models have one, and is new if the weights have none.
+    second head is loaded if both models have one, and is new if the weights have none. Options without weights of their
+    own (time steps, neuron, pooling, ...) may differ; the sentence names them.
     Raises `ConfigError` if anything else does not fit.
     """
     path = Path(source)
@@ -88,7 +91,15 @@ def load_initial_weights(model: nn.Module, source: str, names: Sequence[str]) ->
     note = ", new head for the data's classes" if new_head else ""
     if any(second) and SECOND_HEAD in fresh:
         note += ", new second head" if second[0] else ", second head left out"
+    there, here = ({key: _as_read(value) for key, value in one.config.items()} for one in (pretrained, model))
+    if other := [key for key in here if there.get(key) != here[key] and key not in _OF_HEADS_AND_TRAINING]:
+        note += "; trained with " + ", ".join(f"{key}={there.get(key)} (here {here[key]})" for key in other)
     return f"weights from {source}{note}"
+
+
+def _as_read(value: Any) -> Any:
+    """An option as a saved model has it, in whose file a tuple is a list."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def freeze_all_but_head(model: nn.Module) -> None:

@@ -166,7 +166,7 @@ def test_clipping_bounds_what_an_update_moves(set_up):
     assert moved["null"] > 10 * moved["1e-3"]
 
 
-def test_fine_tuning_replaces_the_head_only_where_the_classes_differ(set_up, train, tmp_path, photographs):
+def test_fine_tuning_replaces_the_head_only_where_the_classes_differ(set_up, train, tmp_path, photographs, capsys):
     train(*PLAIN, "output_dir=first", "train.epochs=2")
     folder = ("data.name=folder", f"data.root={photographs}", "model.in_channels=1")
     tuned = set_up(*PLAIN, *folder, "data.train_samples=null", "data.test_samples=null", "train.batch_size=8",
@@ -174,8 +174,12 @@ def test_fine_tuning_replaces_the_head_only_where_the_classes_differ(set_up, tra
     old, new = load_model(tmp_path / "first").state_dict(), tuned.plain.state_dict()
     assert new["head.weight"].shape[0] == 2
     assert all(torch.equal(old[key], new[key]) for key in old if not key.startswith("head."))
-    same = set_up(*PLAIN, "train.init_checkpoint=first", "output_dir=same")
+    capsys.readouterr()
+    same = set_up(*PLAIN, "train.init_checkpoint=first", "output_dir=same", "model.per_step=true")
     assert all(torch.equal(value, old[key]) for key, value in same.plain.state_dict().items())
+    assert "weights from first)" in capsys.readouterr().out
+    set_up(*PLAIN, "train.init_checkpoint=first", "output_dir=other", "model.num_heads=2", "neuron.tau=3")
+    assert "weights from first; trained with num_heads=8 (here 2), neuron=lif (here {" in capsys.readouterr().out
 
 
 def test_linear_probing_moves_the_head_and_nothing_else(set_up, train):
