@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
+from .checks import check_number
 from .neuron import LIF, IntegerNeuron, remembers, spikes_of
 from .ops import Norm, attend, batch_norm_levels, batch_norm_lif, max_pool
 from .ops.batch_norm import batch_norm
@@ -22,7 +23,6 @@ from .ops.bits import SpikesAsBits, are_spikes, as_spikes, bits_of
 from .ops.convolution import convolve_spikes
 from .ops.dispatch import fall_back, fused
 from .ops.processes import gathered
-from .ops.spec import check_number
 from .surrogate import Scheduled, Surrogate, transformed
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from .checks import check_known, check_positive
 
 KINDS = ("sigmoid", "atan", "fast_sigmoid", "triangular", "straight_through")
 
@@ -34,11 +35,8 @@ class Surrogate:
     alpha: float = 4.0
 
     def __post_init__(self) -> None:
-        _check_kind(self.kind)
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, numbers.Real):
-            raise TypeError(f"surrogate alpha must be a number, got {self.alpha!r}")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"surrogate alpha must be a positive finite number, got {self.alpha!r}")
+        check_known("surrogate", self.kind, KINDS)
+        check_positive("surrogate alpha", self.alpha)
 
     def derivative(self, shift: Tensor) -> Tensor:
         """The surrogate's value at `shift`, same shape and dtype."""
@@ -76,11 +74,6 @@ class Scheduled:
 
     def __call__(self, shift: Tensor) -> Tensor:
         return fire(shift, self)
-
-
-def _check_kind(kind: str) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"surrogate {kind!r} is unknown; choose one of {', '.join(KINDS)}")
 
 
 def _derivative(shift: Tensor, kind: str, a: float | Tensor) -> Tensor:
@@ -197,7 +190,7 @@ def resolve(surrogate: SurrogateLike) -> Surrogate | Callable[[Tensor], Tensor]:
     Surrogate(kind='atan', alpha=3.0)
     """
     if isinstance(surrogate, str):
-        _check_kind(surrogate)
+        check_known("surrogate", surrogate, KINDS)
         made: Surrogate = globals()[surrogate]()
         return made
     if isinstance(surrogate, Mapping):

@@ -257,11 +257,11 @@ def test_levels_and_gradients_by_hand():
             membrane, fired = membrane - spike, fired + spike
         assert torch.equal(fired, neuron.level(x)) == (rounding == "up")
     for options, message in (
-        ({"levels": 0}, "levels must be at least 1"),
+        ({"levels": 0}, "levels must be positive and finite, got 0"),
         ({"levels": 2.5}, "levels must be a whole number, got 2.5"),
         ({"levels": True}, "levels must be a number, got True"),
-        ({"norm": 0.0}, "norm and threshold positive"),
-        ({"threshold": math.inf}, "threshold positive and finite, got 4, 4.0 and inf"),
+        ({"norm": 0.0}, "norm must be positive and finite, got 0.0"),
+        ({"threshold": math.inf}, "threshold must be positive and finite, got inf"),
         ({"threshold": "1"}, "threshold must be a number, got '1'"),
         ({"rounding": "down"}, "rounding 'down' is unknown; choose one of even, up"),
     ):
@@ -398,7 +398,7 @@ def test_what_does_not_fit_is_named():
         ESpikeFormerLarge(dims=(15, 16, 16))
     with pytest.raises(ValueError, match="distillation needs classes"):
         ESpikeFormerLarge(dims=(16, 16, 16), num_classes=0, distillation=True)
-    with pytest.raises(ValueError, match="levels must be at least 1"):
+    with pytest.raises(ValueError, match="levels must be positive and finite, got 0"):
         ESpikeFormer(dims=(16, 16, 16, 16), levels=0)
 
 

@@ -6,6 +6,7 @@ import pickle
 import weakref
 from functools import partial
 
+import numpy as np
 import pytest
 import snntorch
 import torch
@@ -139,7 +140,7 @@ def test_gradient_flows_through_the_membrane_between_halves():
     torch.testing.assert_close(halves, whole)
 
 
-@pytest.mark.parametrize("channels", [None, 6])
+@pytest.mark.parametrize("channels", [None, 6, np.int64(6)])
 def test_parametric_lif(channels):
     neuron = ParametricLIF(init_tau=3.0, channels=channels)
     torch.testing.assert_close(1 / neuron.inv_tau, torch.full_like(neuron.w, 3.0))
@@ -220,11 +221,13 @@ def test_memory_is_flat_over_a_thousand_passes():
     ("call", "error", "message"),
     [
         (lambda: LIF(tau=0.5), ValueError, "tau must be at least 1.*got 0.5"),
-        (lambda: LIF(threshold=0), ValueError, "threshold must be a positive finite number, got 0"),
+        (lambda: LIF(tau=torch.tensor(2.0)), TypeError, "tau must be a number, got a Tensor: it is not learned"),
+        (lambda: LIF(threshold=0), ValueError, "threshold must be positive and finite, got 0"),
         (lambda: LIF(reset="soft"), ValueError, "'soft' is unknown; choose one of subtract, zero, none"),
         (lambda: LIF(surrogate="relu"), ValueError, "'relu' is unknown"),
         (lambda: ParametricLIF(init_tau=1), ValueError, "above 1, got 1"),
         (lambda: ParametricLIF(channels=0), ValueError, "got 0"),
+        (lambda: ParametricLIF(channels=2.0), TypeError, "channels must be a whole number, got 2.0"),
         (lambda: ParametricLIF(tau=3.0), TypeError, "learns its tau; init_tau=3.0 is what it starts from"),
         (lambda: LIF()(torch.ones(3, 2, dtype=torch.int)), TypeError, "floating-point.*int32"),
         (lambda: LIF()(torch.zeros(0, 2)), ValueError, r"at least one time step.*\[0, 2\]"),

@@ -78,7 +78,7 @@ def test_bad_values_and_pickle():
         resolve("sigmoidd")
     with pytest.raises(ValueError, match="unknown"):
         Surrogate("nope")
-    with pytest.raises(ValueError, match="positive finite"):
+    with pytest.raises(ValueError, match="surrogate alpha must be positive and finite, got 0"):
         surrogate.atan(0)
     with pytest.raises(TypeError, match="got 3"):
         resolve(3)

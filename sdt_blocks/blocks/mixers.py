@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..checks import check_flag, check_positive
 from ..neuron import LIF, NeuronLike, make_neuron
 from ..ops import dense
 from ..ops.bits import SpikesAsBits, are_spikes, as_spikes, bits_of
 from ..ops.packed import PackedSpikes, pad_to_words, spike_attention
-from ..ops.spec import channels_last, check_flag, in_evaluation, state_dtype
+from ..ops.spec import channels_last, in_evaluation, state_dtype
 from ..steps import fire, fires_spikes, fused_attention, is_plain
-from .sizes import check_heads, check_positive
+from .sizes import check_heads
 
 ATTENTION_THRESHOLD = 0.5
 """Threshold of the neuron on a mixer's sum: with tau = 2 one coincidence of k and v makes h = 0.5, which fires."""
@@ -151,7 +152,7 @@ class LinearSpikeMixer(nn.Module):
     def __init__(self, dim: int, *, num_heads: int = 8, scale: float = 0.125) -> None:
         super().__init__()
         check_heads(dim, num_heads)
-        check_positive(scale, "scale")
+        check_positive("scale", scale)
         self.num_heads, self.scale = num_heads, scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

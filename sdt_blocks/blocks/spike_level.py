@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..checks import check_flag
 from ..neuron import LIF, NeuronLike, Streamed, make_neuron
-from ..ops.spec import check_flag
 from ..steps import check_sequence, fire, project_and_fire, project_and_mix, shortcut
 from .mixers import ATTENTION_THRESHOLD, LinearSpikeMixer, QKMixer, of_neuron
 from .shortcut import check_branch

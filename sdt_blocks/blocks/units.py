@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops.spec import check_flag
+from ..checks import check_flag
 from ..steps import Unit, has_hooks, is_affine, is_bare, is_plain
 from ..surrogate import transformed
 from .sizes import check_widths

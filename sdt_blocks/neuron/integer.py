@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_known, check_positive
 from ..ops import LevelSpec, levels
-from ..ops.spec import ROUNDINGS, check_known, check_number
+from ..ops.spec import ROUNDINGS
 
 
 class IntegerNeuron(nn.Module):
@@ -36,18 +35,13 @@ class IntegerNeuron(nn.Module):
         self, *, levels: int = 4, norm: float | None = None, rounding: str = "even", threshold: float = 1.0
     ) -> None:
         super().__init__()
-        norm = float(levels) if norm is None else norm
+        norm = levels if norm is None else norm
         for name, value in (("levels", levels), ("norm", norm), ("threshold", threshold)):
-            check_number(name, value)
+            check_positive(name, value)
         if not float(levels).is_integer():
             raise ValueError(f"levels must be a whole number, got {levels}")
-        if levels < 1 or not 0 < norm < math.inf or not 0 < threshold < math.inf:
-            raise ValueError(
-                f"levels must be at least 1, norm and threshold positive and finite, got {levels}, {norm} and "
-                f"{threshold}"
-            )
         check_known("rounding", rounding, ROUNDINGS)
-        self.levels, self.norm, self.rounding, self.threshold = int(levels), norm, rounding, threshold
+        self.levels, self.norm, self.rounding, self.threshold = int(levels), float(norm), rounding, float(threshold)
 
     @property
     def spec(self) -> LevelSpec:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import numbers
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -14,8 +13,8 @@ import torch
 from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
+from ..checks import check_flag, check_known, check_number, check_positive, check_whole
 from ..ops import NeuronSpec, lif
-from ..ops.spec import check_flag
 from ..surrogate import Scheduled, Surrogate, SurrogateLike, fire, resolve, surrogate_spec
 from .stepping import OverTime, remembers
 from .stream import Streamed
@@ -64,16 +63,13 @@ class LIF(snntorch.Leaky, Streamed):
         detach_reset: bool = True,
         strict: bool = False,
     ) -> None:
-        _check_number("tau", tau)
-        _check_number("threshold", threshold)
+        check_number("tau", tau)
+        check_positive("threshold", threshold)
+        check_known("reset", reset, tuple(SpikingNeuron.reset_dict))
         for name, flag in (("detach_reset", detach_reset), ("strict", strict)):
             check_flag(name, flag)
         if not (tau >= 1 and math.isfinite(tau)):
             raise ValueError(f"tau must be at least 1 (one time step) and finite, got {tau!r}")
-        if not (threshold > 0 and math.isfinite(threshold)):
-            raise ValueError(f"threshold must be a positive finite number, got {threshold!r}")
-        if reset not in SpikingNeuron.reset_dict:
-            raise ValueError(f"reset {reset!r} is unknown; choose one of {', '.join(SpikingNeuron.reset_dict)}")
         chosen = resolve(surrogate)
         super().__init__(
             beta=1 - 1 / tau,
@@ -207,11 +203,12 @@ class ParametricLIF(LIF):
     def __init__(self, *, init_tau: float = 2.0, channels: int | None = None, **options: Any) -> None:
         if "tau" in options:
             raise TypeError(f"ParametricLIF learns its tau; init_tau={options['tau']!r} is what it starts from")
-        _check_number("init_tau", init_tau)
+        check_number("init_tau", init_tau)
         if not (init_tau > 1 and math.isfinite(init_tau)):
             raise ValueError(f"init_tau must be a finite number above 1, got {init_tau!r}")
-        if channels is not None and (isinstance(channels, bool) or not isinstance(channels, int) or channels < 1):
-            raise ValueError(f"channels must be a positive whole number or None, got {channels!r}")
+        if channels is not None:
+            check_whole("channels", channels)
+            check_positive("channels", channels)
         super().__init__(tau=init_tau, **options)
         w = -math.log(init_tau - 1) + 0.0
         self.w = nn.Parameter(torch.full(() if channels is None else (channels,), w))
@@ -227,14 +224,6 @@ class ParametricLIF(LIF):
     def extra_repr(self) -> str:
         shape = "scalar" if self.w.ndim == 0 else f"{self.w.numel()} channels"
         return f"w: {shape}, threshold={self.threshold:g}, reset={self.reset_mechanism!r}"
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"{name} must be a number, got a {type(value).__name__}; only the time constant of ParametricLIF is "
-            "learned, one per layer or with channels= one per channel"
-        )
 
 
 class _SpikeGradient:

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_known
 from ..surrogate import transformed
 from .bits import gapless
 from .dispatch import fused, kernels, level_kernels
 from .lif import gradients_of_equations, gradients_of_norm, normalized
 from .norm_lif import batch_norm_reference, fused_behind, statistics
 from .registered import registered
-from .spec import ROUNDINGS, Affine, Layout, LevelSpec, Norm, arrange, check_known, state_dtype
+from .spec import ROUNDINGS, Affine, Layout, LevelSpec, Norm, arrange, state_dtype
 
 
 class _Levels(torch.autograd.Function):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_known
 from ..surrogate import KINDS, Scheduled, Surrogate, fire
 from .bits import as_spikes, wants_bits
 from .dispatch import fall_back, fused, kernels
@@ -24,7 +25,6 @@ from .spec import (
     Layout,
     NeuronSpec,
     arrange,
-    check_known,
     check_membrane,
     check_time_constants,
     schedule_of,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -91,24 +90,6 @@ def constant(given: float | Tensor) -> Tensor:
     if isinstance(given, Tensor):
         return given.detach().float()
     return torch.tensor(given, dtype=torch.float32, device="cpu")
-
-
-def check_number(name: str, value: float) -> None:
-    """Raise `TypeError` for what is no number."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-
-
-def check_flag(name: str, value: bool) -> None:
-    """Raise `TypeError` for anything but `True` and `False`."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
-def check_known(name: str, value: str, known: Sequence[str]) -> None:
-    """Raise `ValueError` for a value that is not one of the `known`."""
-    if value not in known:
-        raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
 
 
 def check_membrane(membrane: Tensor | None, x: Tensor) -> None:
