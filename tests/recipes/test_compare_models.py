@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from common.config import ConfigError
 from PIL import Image
+from torch import nn
 
-from sdt_blocks import calibrate_norms, create_model, save_model
+from sdt_blocks import LIF, calibrate_norms, create_model, save_model
+from sdt_blocks.analysis import E_AC, E_MAC, energy
+from sdt_blocks.analysis.measured import Form
 
 SMALL = {
     "sdt_2_256": {"dim": 32},
@@ -68,6 +72,65 @@ def test_every_family_is_judged(compare, tmp_path):
     assert "dense (ms) & event-driven (ms)" in (tmp_path / "model_comparison" / "models.tex").read_text()
 
 
+class ThreeParts(nn.Module):
+    """An analog layer, a neuron, a layer of additions, and an operation that nobody has a rule for."""
+
+    def __init__(self, bias: float):
+        super().__init__()
+        self.first, self.fire, self.second = nn.Linear(6, 8), LIF(tau=1.0), nn.Linear(8, 3)
+        nn.init.zeros_(self.first.weight)
+        nn.init.constant_(self.first.bias, bias)
+
+    def forward(self, x):
+        fired = self.second(self.fire(self.first(x).expand(4, -1, -1)))
+        return torch.renorm(fired, 2, 0, 1.0).mean(0)
+
+
+@pytest.mark.filterwarnings("ignore:not counted", "ignore:no neuron fired")
+@pytest.mark.parametrize(("bias", "rate"), [(2.0, 1.0), (-2.0, 0.0)])
+def test_each_figure_stands_in_its_column_and_unit(bias, rate):
+    from common.judging import judge
+
+    x, model = torch.rand(5, 6) + 0.1, ThreeParts(bias)
+    row, report = judge(model, x), energy(model, x)
+    multiplied, added = 4 * 6 * 8, 4 * 8 * 3 * rate
+    assert row["multiplications"] == pytest.approx(multiplied / 1e6)
+    assert row["operations"] == pytest.approx((multiplied + added) / 1e6)
+    assert row["energy_mj"] == pytest.approx((multiplied * E_MAC + added * E_AC) * 1e-9)
+    assert row["ann_mj"] == report.ann_mj and row["memory_mj"] == report.estimates["step"].cost.total_mj
+    assert row["firing_rate"] == rate and row["params"] == 6 * 8 + 8 + 8 * 3 + 3
+    assert any(reason.startswith("not counted: the model: ") for reason in row["why"])
+    assert ("no neuron fired" in row["why"]) == (rate == 0)
+
+
+def test_a_model_in_which_nothing_fires_is_called_silent():
+    from common.judging import judge, untrained
+
+    model = create_model("sdt_2_256", dim=16, depth=1).eval()
+    assert judge(model, torch.rand(2, 3, 16, 16))["spike_driven"] == "silent"
+    (one, inputs), (other, _) = (untrained("sdt_2_256", seed=seed, img_size=32, count=3) for seed in (1, 2))
+    assert judge(one, inputs)["spike_driven"] == "yes" and len(inputs) == 3
+    assert not torch.equal(one.head.weight, other.head.weight)
+
+
+def test_the_inputs_of_an_untrained_model():
+    from common.judging import sample_inputs
+
+    photographs = sample_inputs(SimpleNamespace(in_channels=1), 6, 20)
+    assert photographs.shape == (6, 1, 20, 20) and photographs.flatten(1).unique(dim=0).shape[0] == 6
+    assert photographs.mean().abs() < 1e-5 and photographs.std() == pytest.approx(1)
+    events = sample_inputs(SimpleNamespace(in_channels=2, time_steps=5), 3, 20)
+    assert events.shape == (3, 5, 2, 20, 20) and torch.equal(events, events.round()) and 0 < events.mean() < 1
+
+
+def test_a_form_that_is_missing_has_no_latency():
+    from common.judging import latency_row
+
+    forms = [Form("dense", latency_ms=2.5), Form("event-driven", latency_ms=0.0, missing="no kernel")]
+    expected = {"dense_ms": 2.5, "event_ms": None, "missing": "no event-driven form: no kernel"}
+    assert latency_row(forms) == expected and latency_row(forms[:1]) == {"dense_ms": 2.5}
+
+
 def test_several_seeds_are_one_row(compare, tmp_path):
     from common.judging import sample_inputs
 
@@ -101,7 +164,8 @@ def test_a_seed_without_a_figure_leaves_none_and_the_worst_verdict_stands():
             "as it is",
             "no neuron fired",
         }
-    assert mean_row([row, row | {"spike_driven": "no", "data": "digits"}])["spike_driven"] == "no"
+    for one in (row, other):
+        assert mean_row([one, one | {"spike_driven": "no", "data": "digits"}])["spike_driven"] == "no"
     assert mean_row([row]) == row
 
 
