@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
+from common import set_up as module
 from common.config import ConfigError, load_config
+from common.engine import save
 from common.loading import build_datasets
 from common.optim import build_loss, distilled
-from common.set_up import build_batches, build_loss_of, build_mixer
+from common.set_up import build_batches, build_loss_of, build_mixer, check_machine
 from common.update import learning_rate_at
 from launching import TINY
 
@@ -72,6 +76,38 @@ def test_each_process_has_its_share_of_the_training_samples():
     batches = build_batches(config, SECOND, samples=100)
     assert (batches.rank, batches.processes, batches.accumulate, batches.seed) == (1, 2, 3, 7)
     assert batches.updates == 4 and len(next(iter(batches))) == 4
+
+
+@pytest.mark.parametrize(
+    ("device", "kind", "arguments", "words"),
+    [
+        ("cuda", DistributedType.FSDP, ["train.ema_decay=0.9"], "averaged weights are not kept under FSDP"),
+        ("cuda", DistributedType.FSDP, ["train.sync_bn=true"], None),
+        ("cuda", DistributedType.MULTI_GPU, ["train.ema_decay=0.9", "train.sync_bn=true"], None),
+        ("cpu", DistributedType.MULTI_CPU, ["train.sync_bn=true"], "runs on GPUs only"),
+    ],
+)
+def test_what_a_machine_cannot_train_is_refused(device, kind, arguments, words):
+    accelerator = SimpleNamespace(device=torch.device(device), distributed_type=kind)
+    with pytest.raises(ConfigError, match=words) if words else nullcontext():
+        check_machine(load_config(arguments, default="digits"), accelerator)
+
+
+def test_a_gradient_scaler_goes_on_with_its_scale(set_up, monkeypatch):
+    build = module.build_accelerator
+
+    def with_scaler(config):
+        accelerator, config = build(config)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        return accelerator, config
+
+    monkeypatch.setattr(module, "build_accelerator", with_scaler)
+    run = set_up(*TINY, "output_dir=run")
+    scaler = run.accelerator.scaler
+    scaler.load_state_dict(scaler.state_dict() | {"scale": 32.0, "_growth_tracker": 7})
+    save(run)
+    again = set_up(*TINY, "output_dir=run").accelerator.scaler
+    assert again is not scaler and again.state_dict() == scaler.state_dict() and again.get_scale() == 32
 
 
 def test_one_class_is_nothing_to_train_on_and_may_be_judged(set_up, photographs, tmp_path):
