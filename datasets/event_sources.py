@@ -119,15 +119,11 @@ class CIFAR10DVSFiles(tonic.datasets.CIFAR10DVS):
     def __init__(self, folder: Path, suffix: str = ".aedat4") -> None:
         tonic.dataset.Dataset.__init__(self, str(folder))
         self.note, self.folders = Notes(), []
-        absent = []
         for name, label in self.classes.items():
             found = list_files(folder / name, [suffix]) if (folder / name).is_dir() else []
             self.data += [str(path) for path in found]
             self.targets += [label] * len(found)
             self.folders += [folder / name] * bool(found)
-            absent += [] if found else [name]
-        if absent:
-            _log.warning("CIFAR10-DVS in %s has no recording of %s", folder, ", ".join(absent))
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         return _read_noted(self.data[index], self.note), self.targets[index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import stat
@@ -20,6 +21,8 @@ LARGEST_CONTENT = 1 << 30
 """Bytes that one file may ask for; read from its headers before anything is allocated."""
 
 _LISTED = 100_000
+
+_log = logging.getLogger(__name__)
 
 
 def check_regular(path: str | os.PathLike) -> None:
@@ -79,6 +82,15 @@ def folder_id(path: str | os.PathLike) -> tuple[int, int]:
 def class_folders(folder: Path) -> list[Path]:
     """The folders in `folder`, one per class, in the order of their names, without hidden ones."""
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def evaluation_folder(root: Path, names: Sequence[str]) -> Path | None:
+    """The first of these folders that is in `root`, for evaluation; a warning names others that are passed over."""
+    found = [root / name for name in names if (root / name).is_dir()]
+    if found[1:]:
+        others = " and ".join(path.name for path in found[1:])
+        _log.warning("%s: evaluated on %s; %s is passed over", root, found[0].name, others)
+    return found[0] if found else None
 
 
 def distinct_folders(folders: Sequence[Path]) -> set[tuple[int, int]]:

@@ -16,7 +16,14 @@ import numpy as np
 from PIL import Image
 
 from sdt_datasets.errors import DataError
-from sdt_datasets.files import check_regular, class_folders, describe_files, distinct_folders, walk_files
+from sdt_datasets.files import (
+    check_regular,
+    class_folders,
+    describe_files,
+    distinct_folders,
+    evaluation_folder,
+    walk_files,
+)
 from sdt_datasets.image_transforms import open_image
 
 _log = logging.getLogger(__name__)
@@ -121,7 +128,7 @@ def load_folder(root: Path, *, evaluation_only: bool = False) -> tuple[Source, S
     layout = f"lay the images out as {root}/train/CLASS/IMAGE.jpg and {root}/val/CLASS/IMAGE.jpg"
     if not root.is_dir():
         raise DataError(f"data.root={root} is not a folder; {layout}")
-    validation = next((root / name for name in ("val", "validation") if (root / name).is_dir()), None)
+    validation = evaluation_folder(root, ("val", "validation"))
     found = {"train": evaluation_only or (root / "train").is_dir(), "val": validation is not None}
     missing = [name for name, there in found.items() if not there]
     if validation is None or missing:

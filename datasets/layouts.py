@@ -20,7 +20,7 @@ from sdt_datasets.event_sources import (
     Source,
     TETFrames,
 )
-from sdt_datasets.files import describe_files, list_files, walk_files
+from sdt_datasets.files import describe_files, evaluation_folder, list_files, walk_files
 from sdt_datasets.recordings import READERS, read_frames_npz
 
 _log = logging.getLogger(__name__)
@@ -114,6 +114,9 @@ def open_layout(
     for part, what in ((train, "training"), (validation, "validation")):
         if not part.rows:
             raise wish.missing(f"{wish.root} holds no {what} recordings")
+        there = {part.source.targets[row] for row in part.rows}
+        if absent := [str(one) for label, one in enumerate(part.source.classes) if label not in there]:
+            _log.warning("%s holds no %s recording of %s", wish.root, what, ", ".join(absent))
     if list(train.source.classes) != list(validation.source.classes):
         differing = sorted(set(train.source.classes) ^ set(validation.source.classes))
         raise DataError(
@@ -281,7 +284,7 @@ def _open_folder(wish: _Wish) -> tuple[Part, Part]:
     if wish.sensor_size and len(wish.sensor_size) != 2:
         raise DataError(f"sensor_size must be the sensor's width and height in pixels, got {list(wish.sensor_size)}")
     if (root / "train").is_dir():
-        test = next((root / name for name in ("test", "val", "validation") if (root / name).is_dir()), None)
+        test = evaluation_folder(root, ("test", "val", "validation"))
         if test is None:
             raise wish.missing(f"{root} holds train, but no test")
         sources = [ClassFolders(folder, suffixes) for folder in (root / "train", test)]

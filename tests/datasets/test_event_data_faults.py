@@ -199,7 +199,27 @@ def test_stray_files_are_passed_over(tmp_path, write, caplog):
     caplog.clear()
     train, _ = build_event_datasets("cifar10_dvs", tmp_path, time_steps=2, **OFF)
     assert train.targets.tolist() == list(range(9))
-    assert "has no recording of truck" in caplog.text
+    assert f"{tmp_path} holds no training recording of truck" in caplog.text
+
+
+def test_a_class_without_a_recording_is_named(tmp_path, write, caplog):
+    for split in ("Train", "Test"):
+        for digit in set(range(10)) - ({3, 7} if split == "Train" else {0}):
+            write.bin(tmp_path / "NMNIST" / split / str(digit) / "1.bin")
+    train, _ = build_event_datasets("n_mnist", tmp_path, time_steps=2, **OFF)
+    assert len(train.classes) == 10 and len(train) == 8
+    assert f"{tmp_path} holds no training recording of 3 - three, 7 - seven" in caplog.text
+    assert f"{tmp_path} holds no validation recording of 0 - zero" in caplog.text
+
+
+@pytest.mark.parametrize("others", [("val",), ("val", "validation"), ()])
+def test_of_several_parts_to_evaluate_on_one_is_named(tmp_path, write, caplog, others):
+    for split in ("train", "test", *others):
+        write.npz(tmp_path / split / "a" / "1.npz")
+    _, test = build_event_datasets("event_folder", tmp_path, time_steps=2, sensor_size=(128, 128), **OFF)
+    assert files(test) == [str(tmp_path / "test" / "a" / "1.npz")]
+    told = f"{tmp_path}: evaluated on test; {' and '.join(others)} is passed over"
+    assert (told in caplog.text) == bool(others) == ("passed over" in caplog.text)
 
 
 @pytest.mark.parametrize(

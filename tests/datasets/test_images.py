@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -177,7 +178,7 @@ def test_a_tilde_is_the_home_folder(tree, monkeypatch):
     assert train.source.root == tree / "train"
 
 
-def test_other_names_and_nested_folders_are_found(tree, photograph):
+def test_other_names_and_nested_folders_are_found(tree, photograph, caplog):
     os.rename(tree / "val", tree / "validation")
     (tree / "train" / "china" / "deep").mkdir()
     photograph("china", 8).save(tree / "train" / "china" / "deep" / "A.JPEG", "JPEG")
@@ -186,6 +187,9 @@ def test_other_names_and_nested_folders_are_found(tree, photograph):
     (tree / "train" / "china" / "notes.txt").write_text("not an image")
     train, val = build_image_datasets("folder", tree, **PLAIN)
     assert (len(train), len(val)) == (13, 6)
+    shutil.copytree(tree / "validation", tree / "val")
+    assert build_image_datasets("folder", tree, **PLAIN)[1].source.root == tree / "val"
+    assert "evaluated on val; validation is passed over" in caplog.text
     assert train.classes == ["china", "flower"]
     assert [os.path.relpath(train.source.describe(row), tree / "train" / "china") for row in range(4, 7)] == [
         "4.png", "deep/A.JPEG", "z.png",
