@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import pickle
 import re
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from sdt_blocks import (
     load_released_checkpoint,
     save_model,
 )
-from sdt_blocks.files import write_atomically
+from sdt_blocks.files import write_atomically, write_text
 from sdt_blocks.models import Option, keeps_options, register, registry
 from sdt_blocks.models.family import count_blocks, read_mlp_ratio
 from sdt_blocks.models.sdt import FAMILY
@@ -378,6 +379,26 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_atomically(path, write)
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_a_written_file_has_the_mode_of_any_other(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        write_text(tmp_path / "file", "é")
+    finally:
+        after = os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == mode and after == mask
+    assert (tmp_path / "file").read_bytes() == "é".encode()
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done, rename, sync = [], os.replace, os.fsync
+    monkeypatch.setattr(os, "replace", lambda *names: done.append("named") or rename(*names))
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(os.fstat(handle).st_size) or sync(handle))
+    write_text(tmp_path / "file", "four")
+    assert done == [4, "named"]
 
 
 def test_published_variant_survives_the_round_trip(tmp_path):
