@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sdt_blocks import DataCard
+from sdt_blocks.analysis.measured import processor
 from sdt_blocks.analysis.tables import counted
 from sdt_blocks.files import write_text
 from sdt_blocks.ops.dispatch import forced
@@ -289,6 +290,8 @@ def prepare(
         "processes": accelerator.num_processes,
         **{f"train.{key}": getattr(config.train, key) for key in keys},
         "device": accelerator.device.type,
+        "processor": processor(accelerator.device),
+        "PyTorch": str(torch.__version__),
         "threads": torch.get_num_threads() if accelerator.device.type == "cpu" else None,
     }
     if config.train.channels_last:

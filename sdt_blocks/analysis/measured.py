@@ -309,10 +309,17 @@ def _latency_by_steps(
 
 def machine(device: torch.device) -> str:
     """The name of the processor or GPU, and the number of threads used on a processor."""
+    name = processor(device)
+    if device.type == "cuda":
+        return name
+    return f"{name}, {torch.get_num_threads()} thread(s) of {os.cpu_count()} cores, PyTorch {torch.__version__}"
+
+
+def processor(device: torch.device) -> str:
+    """The name of the processor or GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = (names or [platform.processor()])[0] or platform.machine()
-    return f"{name}, {torch.get_num_threads()} thread(s) of {os.cpu_count()} cores, PyTorch {torch.__version__}"
+    return (names or [platform.processor()])[0] or platform.machine()

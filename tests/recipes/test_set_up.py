@@ -110,6 +110,16 @@ def test_a_gradient_scaler_goes_on_with_its_scale(set_up, monkeypatch):
     assert again is not scaler and again.state_dict() == scaler.state_dict() and again.get_scale() == 32
 
 
+def test_another_processor_or_version_is_said_on_resuming(set_up, monkeypatch, capsys):
+    save(set_up(*TINY, "output_dir=run"))
+    capsys.readouterr()
+    set_up(*TINY, "output_dir=run")
+    assert "warning" not in capsys.readouterr().err
+    monkeypatch.setattr(module, "processor", lambda device: f"another {device.type}")
+    set_up(*TINY, "output_dir=run")
+    assert "computed otherwise than before (processor is another cpu and was " in capsys.readouterr().err
+
+
 def test_one_class_is_nothing_to_train_on_and_may_be_judged(set_up, photographs, tmp_path):
     root = shutil.copytree(photographs, tmp_path / "photographs")
     for split in ("train", "val"):
