@@ -57,6 +57,18 @@ def test_drop_path_is_the_kits():
 
 
 @pytest.mark.parametrize(
+    ("kits", "timms"), [({"in_channels": 1}, {"in_chans": 1}), ({"drop_path": 0.2}, {"drop_path_rate": 0.2})]
+)
+def test_an_option_under_the_kits_name_counts_and_has_one_value(kits, timms):
+    """timm gives its own `in_chans` to every model that is built without one."""
+    ((name, value),) = kits.items()
+    for options in (kits, timms, {**kits, **timms}):
+        assert timm.create_model("sdt_2_256", dim=32, **options).config[name] == value
+    with pytest.raises(TypeError, match=rf"{next(iter(timms))}=0 and {name}={value} are one option: give one of them"):
+        timm.create_model("sdt_2_256", dim=32, **kits, **dict.fromkeys(timms, 0))
+
+
+@pytest.mark.parametrize(
     ("options", "error", "words"),
     [
         ({"pretrained": True}, RuntimeError, "no weights of sdt_v2_15m.*load_released_checkpoint"),

@@ -99,7 +99,9 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
                 f"sdt_blocks.load_released_checkpoint(file), or a saved model by sdt_blocks.load_model(folder)"
             )
         features: dict[str, Any] = {"out_indices": None, "feature_cls": "getter"}
-        built: nn.Module = build_model_with_cfg(_Built(name), name, False, feature_cfg=features, **options)
+        build = _Built(name)
+        options = build.as_timm_calls(options)
+        built: nn.Module = build_model_with_cfg(build, name, False, feature_cfg=features, **options)
         return built
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
@@ -108,11 +110,24 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
 
 
 class _Built:
-    """`create_model` for one name, with timm's names of options."""
+    """`create_model` for one name, with timm's names of options or the kit's."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.known = next(family.options for family in families().values() if name in family.variants)
+
+    def as_timm_calls(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options under timm's names, which timm gives values of its own if they are missing.
+
+        Raises `TypeError` for an option that has two values, one under each name.
+        """
+        given = dict(options)
+        for theirs, ours in _OURS.items():
+            if ours in given and ours in self.known:
+                value = given.pop(ours)
+                if given.setdefault(theirs, value) != value:
+                    raise TypeError(f"{theirs}={given[theirs]!r} and {ours}={value!r} are one option: give one of them")
+        return given
 
     def __call__(self, **options: Any) -> nn.Module:
         names = {key: ours if (ours := _OURS.get(key, key)) in self.known else key for key in options}
