@@ -37,6 +37,8 @@ def test_the_card_says_what_the_model_was_given_and_how_well_it_answers(tmp_path
     assert all(f"`{name}`" in card.text for name in model.card.class_names) and "crop_pct" in card.text
     (tmp_path / "README.md").write_text("mine")
     model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"README.md is kept, and does not say these metrics: remove it for a new one"):
+        model.save_pretrained(tmp_path, metrics=metrics)
     assert (tmp_path / "README.md").read_text() == "mine"
     with pytest.raises(TypeError, match=r"metrics must be numbers by name.*got {'accuracy': 'high'}"):
         model.save_pretrained(tmp_path, metrics={"accuracy": "high"})
@@ -85,16 +87,25 @@ def test_what_is_sent_is_what_is_saved(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     model = example_model()
+    written, write = [], Path.write_text
+    monkeypatch.setattr(
+        Path, "write_text", lambda path, *text, **how: written.append(path.name) or write(path, *text, **how)
+    )
     assert model.push_to_hub("sdt", metrics={"accuracy": 0.9}, private=True, token="t", create_pr=True).endswith("/1")
     assert sent["token"] == "t" and sent["repository"] == {"repo_id": "sdt", "private": True, "exist_ok": True}
     assert sent["upload"] == {"repo_id": "me/sdt", "commit_message": "Push model using sdt_blocks", "create_pr": True}
     assert json.loads(sent["files"]["config.json"])["dim"] == model.config["dim"]
+    assert written.count("README.md") == 1
     assert b"accuracy" in sent["files"]["README.md"] and len(sent["files"]["model.safetensors"]) > 10_000
     sent.clear()
-    model.save_pretrained(tmp_path / "mine", push_to_hub=True)
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    model.save_pretrained(".", push_to_hub=True)
     assert sent["upload"]["repo_id"] == "me/mine"
     assert b'from_pretrained("me/mine")' in sent["files"]["README.md"]
     sent.clear()
+    with pytest.raises(TypeError, match="metrics must be numbers by name"):
+        model.push_to_hub("sdt", metrics={"accuracy": True})
     model.time_steps += 1
     with pytest.raises(ValueError, match="no longer as it was built"):
         model.push_to_hub("sdt")

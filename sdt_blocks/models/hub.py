@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import numbers
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,20 +41,22 @@ class HubModel:
         """Writes the model and its model card into a folder, and with `push_to_hub` to the Hub as well.
 
         The model card says how inputs are prepared and what the classes are called (`model.card`), and the `metrics` on
-        the `dataset`, such as `{"accuracy": 0.98}`. An existing README.md is kept.
+        the `dataset`, such as `{"accuracy": 0.98}`. An existing README.md is kept, with a warning if there are metrics.
 
         Raises what `save_model` raises, and `TypeError` for metrics that are not numbers, and for options of
         `push_to_hub` without it.
         """
         if push_options and not push_to_hub:
             raise TypeError(f"{', '.join(push_options)}: save_pretrained takes options of push_to_hub with it alone")
-        text = _model_card(self, metrics or {}, dataset, repo_id)
+        numbers = _read_metrics(metrics)
         save_model(self, save_directory)  # type: ignore[arg-type]
         path = Path(save_directory) / MODEL_CARD
         if not path.exists():
-            path.write_text(text, encoding="utf-8")
+            path.write_text(_model_card(self, numbers, dataset, repo_id), encoding="utf-8")
+        elif numbers:
+            warnings.warn(f"{path} is kept, and does not say these metrics: remove it for a new one", stacklevel=2)
         if push_to_hub:
-            name = repo_id or Path(save_directory).name
+            name = repo_id or Path(save_directory).resolve().name
             self.push_to_hub(name, metrics=metrics, dataset=dataset, **push_options)
 
     def push_to_hub(
@@ -69,15 +72,15 @@ class HubModel:
     ) -> str:
         """Uploads what `save_pretrained` writes to the Hub, and returns the address of the commit.
 
-        `upload_options` are those of `huggingface_hub.HfApi.upload_folder`, such as `revision` or `create_pr`.
+        `upload_options` are those of `huggingface_hub.HfApi.upload_folder`, such as `revision`, `create_pr`, or
+        `ignore_patterns="README.md"`, which keeps the model card that is there.
         """
-        api = _hub().HfApi(token=token)
+        api, numbers = _hub().HfApi(token=token), _read_metrics(metrics)
         with tempfile.TemporaryDirectory() as folder:
-            # A model that cannot be saved leaves no repository behind.
-            self.save_pretrained(folder, metrics=metrics, dataset=dataset)
+            # Before the repository is made: a model that cannot be saved leaves none behind.
+            save_model(self, folder)  # type: ignore[arg-type]
             repo_id = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
-            card = _model_card(self, metrics or {}, dataset, repo_id)
-            (Path(folder) / MODEL_CARD).write_text(card, encoding="utf-8")
+            (Path(folder) / MODEL_CARD).write_text(_model_card(self, numbers, dataset, repo_id), encoding="utf-8")
             sent = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message=commit_message, **upload_options
             )
@@ -138,12 +141,16 @@ def _hub() -> Any:
     return huggingface_hub
 
 
-def _model_card(model: Any, metrics: Mapping[str, float], dataset: str | None, repo_id: str | None) -> str:
-    wrong = {
-        key: value for key, value in metrics.items() if isinstance(value, bool) or not isinstance(value, numbers.Real)
-    }
+def _read_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
+    """The metrics as plain numbers. Raises `TypeError`."""
+    given = dict(metrics or {})
+    wrong = {key: value for key, value in given.items() if isinstance(value, bool) or not isinstance(value, Real)}
     if wrong:
         raise TypeError(f"metrics must be numbers by name, such as {{'accuracy': 0.98}}, got {wrong}")
+    return {key: float(value) for key, value in given.items()}
+
+
+def _model_card(model: Any, metrics: Mapping[str, float], dataset: str | None, repo_id: str | None) -> str:
     name = type(model).__name__
     card = model.card if isinstance(model.card, DataCard) else DataCard()
     head: dict[str, Any] = {"library_name": "sdt_blocks", "tags": ["sdt_blocks", "spiking-neural-network"]}
@@ -154,7 +161,7 @@ def _model_card(model: Any, metrics: Mapping[str, float], dataset: str | None, r
         measured = {
             "task": task,
             "dataset": {"name": dataset or "unnamed", "type": dataset or "unnamed"},
-            "metrics": [{"type": key, "value": float(value)} for key, value in metrics.items()],
+            "metrics": [{"type": key, "value": value} for key, value in metrics.items()],
         }
         head["model-index"] = [{"name": repo_id or name, "results": [measured]}]
     # JSON is also YAML.
