@@ -261,7 +261,7 @@ def per_frame(module: nn.Module, x: Tensor) -> Tensor:
 def _traced(module: Any, spikes: Tensor) -> Tensor:
     """`module(spikes)` in a compiled graph, where a convolution, or the first of a chain, is an op that keeps bits."""
     frames: Tensor
-    if type(module).forward is nn.Sequential.forward and not has_hooks(module) and len(module):
+    if is_sequence(module) and len(module):
         frames = _traced(module[0], spikes)
         for layer in list(module)[1:]:
             frames = layer(frames)
@@ -391,6 +391,11 @@ def halves(layer: Any) -> bool:
 def is_plain(module: nn.Module, *types: type[nn.Module]) -> bool:
     """Whether a module is exactly one of `types`: no subclass, no hook, no replaced forward."""
     return type(module) in types and not has_hooks(module)
+
+
+def is_sequence(module: nn.Module) -> bool:
+    """Whether a module is an `nn.Sequential` that only calls its layers in turn: no hook, no replaced forward."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and not has_hooks(module)
 
 
 def is_bare(layer: nn.Module, size: int, *, padding: int = 0, groups: int = 1) -> bool:

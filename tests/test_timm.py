@@ -216,3 +216,33 @@ def test_checkpointed_blocks_have_the_same_gradients_and_count_a_batch_once(smal
         assert torch.equal(one, other), name
     again.set_grad_checkpointing(False)
     assert not again.grad_checkpointing
+
+
+class Halved(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def halve_by_hook(stage):
+    stage.register_forward_hook(lambda module, given, result: result / 2)
+
+
+def halve_by_class(stage):
+    stage.__class__ = Halved
+
+
+@pytest.mark.parametrize("halve", [halve_by_hook, halve_by_class])
+@pytest.mark.parametrize("name", ["sdt_2_256", "sdt_v2_15m"])
+def test_checkpointing_keeps_what_a_stage_does_besides_calling_its_blocks(make_small, name, halve):
+    plain = make_small(name)
+    last = plain.model.feature_info[-1]["module"]
+    halve(plain.model.get_submodule(last))
+    again = copy.deepcopy(plain.model)
+    again.set_grad_checkpointing()
+    plain.model.train()(plain.images).square().sum().backward()
+    with pytest.warns(UserWarning, match=rf"{last} has a hook, or a forward of its own: its blocks are recomputed all"):
+        again.train()(plain.images).square().sum().backward()
+    for (name, one), (_, other) in zip(plain.model.named_parameters(), again.named_parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, atol=1e-5, rtol=1e-4, msg=name)
+    for (name, one), (_, other) in zip(plain.model.named_buffers(), again.named_buffers(), strict=True):
+        assert torch.equal(one, other), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..blocks.units import statistics_aside
 from ..neuron import Stream, find_neurons
-from ..steps import fire, present
+from ..steps import fire, is_sequence, present
 from .card import DataCard
 from .hub import HubModel
 from .options import check_option, options_of
@@ -230,7 +231,8 @@ class Backbone(HubModel, nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether training keeps only the input of each block, and recomputes the rest in the backward pass.
 
-        Gradients are the same, and the running statistics of norms count a batch once.
+        Gradients are the same, and the running statistics of norms count a batch once. Hooks within a block are called
+        again. A stage whose `nn.Sequential` has a hook, or another forward, is recomputed as a whole, with a warning.
         """
         self.grad_checkpointing = enable
 
@@ -241,6 +243,14 @@ class Backbone(HubModel, nn.Module):
         if not again or isinstance(membrane, fx.Proxy) or torch.compiler.is_compiling():
             result: Tensor = blocks(membrane)
             return result
+        if not is_sequence(blocks):
+            name = next(name for name, module in self.named_modules() if module is blocks)
+            warnings.warn(
+                f"{name} has a hook, or a forward of its own: its blocks are recomputed all at once, which takes the "
+                f"memory of all; hooks on each block do not prevent that one after another is",
+                stacklevel=2,
+            )
+            return _checkpointed(blocks, membrane)
         for block in blocks:
             membrane = _checkpointed(block, membrane)
         return membrane
