@@ -294,6 +294,21 @@ def test_parameter_counts_are_the_published_ones(name):
     assert [*e_spikeformer.BASE, *e_spikeformer.LARGE] == list(PUBLISHED)
 
 
+@pytest.mark.parametrize(
+    ("names", "settings"),
+    [
+        ("sdt_v3_5m sdt_v3_10m sdt_v3_19m", {"num_heads": 8, "time_steps": 1, "levels": 4, "level_norm": None}),
+        ("sdt_v3_19m_har_dvs", {"num_heads": 8, "time_steps": 8, "levels": 4, "level_norm": 1}),
+        ("sdt_v3_83m sdt_v3_171m", {"num_heads": 8, "time_steps": 1, "levels": 4, "distillation": False}),
+    ],
+)
+def test_published_settings_that_no_weight_shows(names, settings):
+    for name in names.split():
+        with torch.device("meta"):
+            config = create_model(name).config
+        assert {key: config[key] for key in settings} == settings, name
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("outer", [False, True])
 def test_a_linear_chain_is_one_convolution(outer):

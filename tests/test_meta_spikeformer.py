@@ -187,6 +187,19 @@ def test_parameter_counts_are_the_published_ones(name):
     assert tuple(sum(p.numel() for p in model.parameters()) for model in models) == PUBLISHED[name]
 
 
+@pytest.mark.parametrize(
+    ("names", "settings"),
+    [
+        (" ".join(PUBLISHED), {"num_heads": 8, "time_steps": 4, "neuron": "lif", "distillation": False}),
+    ],
+)
+def test_published_settings_that_no_weight_shows(names, settings):
+    for name in names.split():
+        with torch.device("meta"):
+            config = create_model(name).config
+        assert {key: config[key] for key in settings} == settings, name
+
+
 def test_names_and_options():
     assert list(FAMILY.variants) == list(PUBLISHED)
     with pytest.raises(ValueError, match=r"'sdt_v2_15' is unknown; did you mean sdt_v2_15m"):

@@ -206,6 +206,27 @@ def test_parameter_counts_are_the_published_ones(name):
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
 
 
+@pytest.mark.parametrize(
+    ("names", "settings"),
+    [
+        ("spikformer_8_384 spikformer_8_512", {"num_heads": 8, "time_steps": 4, "pooling": "1111", "scale": 0.125}),
+        ("spikformer_2_384 spikformer_4_384", {"num_heads": 12, "time_steps": 4, "pooling": "0011", "scale": 0.125}),
+        ("spikformer_2_256_dvs", {"num_heads": 16, "time_steps": 16, "pooling": "1111", "scale": 0.25}),
+        ("spikformer_2_256_gesture", {"num_heads": 8, "time_steps": 16}),
+        ("qkformer_10_384", {"num_heads": 6, "time_steps": 4, "form": "imagenet", "mixes_images": False}),
+        ("qkformer_10_512", {"num_heads": 8, "time_steps": 4, "form": "imagenet"}),
+        ("qkformer_10_768", {"num_heads": 12, "time_steps": 4, "form": "imagenet"}),
+        ("qkformer_4_384", {"num_heads": 8, "time_steps": 4, "form": "cifar"}),
+        ("qkformer_2_256_dvs qkformer_2_256_gesture", {"num_heads": 16, "time_steps": 16, "form": "events"}),
+    ],
+)
+def test_published_settings_that_no_weight_shows(names, settings):
+    for name in names.split():
+        with torch.device("meta"):
+            config = create_model(name).config
+        assert {key: config[key] for key in settings} == settings, name
+
+
 def test_all_variants_are_counted():
     assert [*spikformer.VARIANTS, *qkformer.VARIANTS] == list(PUBLISHED)
 

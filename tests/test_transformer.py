@@ -32,6 +32,22 @@ def test_parameter_counts_are_the_published_ones_less_the_unused(name, count):
     assert sum(p.numel() for p in model.parameters()) == count - unused_talking_heads
 
 
+@pytest.mark.parametrize(
+    ("names", "settings"),
+    [
+        ("sdt_8_384 sdt_10_384 sdt_6_512 sdt_8_512 sdt_10_512 sdt_8_768", {"pooling": "1111", "time_steps": 4}),
+        ("sdt_2_256 sdt_2_512", {"pooling": "0011", "time_steps": 4, "event_pooling": False}),
+        ("sdt_2_256_dvs", {"pooling": "0011", "time_steps": 16, "event_pooling": True, "num_heads": 8}),
+        ("sdt_2_256_gesture", {"pooling": "0111", "time_steps": 16, "event_pooling": False}),
+    ],
+)
+def test_published_settings_that_no_weight_shows(names, settings):
+    for name in names.split():
+        with torch.device("meta"):
+            config = create_model(name).config
+        assert {key: config[key] for key in settings} == settings, name
+
+
 def test_names():
     assert list(FAMILY.variants) == [*PUBLISHED, "sdt_2_256", "sdt_2_512", "sdt_2_256_dvs", "sdt_2_256_gesture"]
     assert set(FAMILY.variants) < set(list_models())
