@@ -123,7 +123,9 @@ def test_another_number_of_classes(released_file, tmp_path):
         assert isinstance(load(source, num_classes=0).head, torch.nn.Identity)
         with pytest.raises(ValueError, match=r"the head has 10 classes, but num_classes=7.*new_head=True"):
             load(source, num_classes=7)
-    save_model(load_model(tmp_path, num_classes=0), tmp_path)
+    save_model(load_model(tmp_path, num_classes=0).to(torch.bfloat16), tmp_path)
+    tuned = load_model(tmp_path, num_classes=4, new_head=True)
+    assert {value.dtype for value in tuned.parameters()} == {torch.bfloat16}
     assert load_model(tmp_path, num_classes=4, new_head=True).head.weight.shape == (4, 64)
     with pytest.raises(ValueError, match=r"the head has 0 classes"):
         load_model(tmp_path, num_classes=4)
@@ -564,6 +566,16 @@ def test_a_class_of_ones_own_that_is_not_registered(tmp_path):
         save_model(Other(**TINY), tmp_path)
     with pytest.raises(TypeError, match="Other needs @keeps_options"):
         register(Other)
+
+
+def test_a_class_without_a_number_of_classes_is_not_registered():
+    class Plain(torch.nn.Module):
+        @keeps_options
+        def __init__(self, *, dim: int = 3):
+            super().__init__()
+
+    with pytest.raises(TypeError, match="the constructor of Plain needs the option num_classes; 0 leaves"):
+        register(Plain)
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel, torch.optim.swa_utils.AveragedModel])

@@ -397,6 +397,9 @@ def test_save_and_load(tmp_path):
     save_model(model, tmp_path)
     loaded = load_model(tmp_path)
     assert loaded.config == model.config and torch.equal(loaded(images), model(images))
+    assert load_model(tmp_path, num_classes=0, distillation=False)(images).shape == (2, 24)
+    tuned = load_model(tmp_path, num_classes=3, new_head=True, distillation=False)
+    assert tuned.distillation_head is None and tuned(images).shape == (2, 3)
     config = tmp_path / "config.json"
     text = config.read_text()
     assert '"model": "MetaSpikeFormer"' in text

@@ -14,6 +14,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import sdt_blocks.models.timm
 from sdt_blocks import DataCard, create_model, list_models, load_model, save_model
+from sdt_blocks.models import keeps_options, register, registry
 from sdt_blocks.models.registry import families
 
 
@@ -31,6 +32,24 @@ def test_timm_knows_every_variant():
         config = timm.get_pretrained_cfg(name)
         assert getattr(sdt_blocks.models.timm, name).__name__ == name  # as __all__ says
         assert config.input_size[0] in (2, 3) and len(config.mean) == len(config.std) == config.input_size[0]
+
+
+def test_a_family_of_ones_own_without_input_channels_is_left_out(monkeypatch):
+    class Own(nn.Module):
+        @keeps_options
+        def __init__(self, *, num_classes: int = 2):
+            super().__init__()
+
+    class Tokens(nn.Module):
+        @keeps_options
+        def __init__(self, *, in_channels: int = 3, num_classes: int = 2):
+            super().__init__()
+
+    monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
+    register(Own, {"own_1": {}})
+    register(Tokens, {"tokens_1": {}})
+    assert sdt_blocks.models.timm.register_models() == ["tokens_1"]
+    assert timm.create_model("tokens_1", in_chans=1).config == {"in_channels": 1, "num_classes": 2}
 
 
 def test_the_fixture_has_every_family(request):

@@ -28,10 +28,13 @@ def register(
     name; `keys` say how released files name the weights, and `card` describes the data of those released files that
     have as many classes as it names.
 
-    Raises `TypeError` for a class whose constructor does not keep its options, and `ValueError` if a name is taken.
+    Raises `TypeError` for a class whose constructor does not keep its options or has no `num_classes`, and `ValueError`
+    if a name is taken.
     """
     if not hasattr(vars(model).get("__init__"), "keeps_options"):
         raise TypeError(f"the constructor of {model.__name__} needs @keeps_options, so that a model can be built again")
+    if "num_classes" not in options_of(model):
+        raise TypeError(f"the constructor of {model.__name__} needs the option num_classes; 0 leaves the head out")
     known = _FAMILIES.get(model.__name__)
     if known is not None and known.model.__module__ != model.__module__:
         raise ValueError(f"a model {model.__name__} is registered already, from {known.model.__module__}")

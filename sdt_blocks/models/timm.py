@@ -44,12 +44,12 @@ def register_models() -> list[str]:
     """Makes the variants of all registered families known to timm, and returns the names that are new.
 
     Importing the module does this; call it again after `sdt_blocks.models.register`. A name that timm already uses is
-    not overwritten.
+    not overwritten, and a family without the option `in_channels`, which timm sets for every model, is left out.
     """
     names = []
     for family in families().values():
         for name in family.variants:
-            if not is_model(name):
+            if "in_channels" in family.options and not is_model(name):
                 default_cfgs.update(generate_default_cfgs({name: _default_cfg(family, name)}))
                 globals()[name] = register_model(_entrypoint(name))  # timm lists it in __all__
                 names.append(name)
@@ -84,11 +84,11 @@ def _default_cfg(family: Family, name: str) -> dict[str, Any]:
 
 @functools.cache
 def _first_convolution(family: str) -> str:
-    """The name of the convolution that sees the image, the same in every variant of a family."""
+    """The name of the convolution that sees the image, the same in every variant of a family; "" if there is none."""
     known = families()[family]
     with torch.device("meta"):
         built = known.model(**next(iter(known.variants.values())))
-    return next(name for name, module in built.named_modules() if isinstance(module, nn.Conv2d))
+    return next((name for name, module in built.named_modules() if isinstance(module, nn.Conv2d)), "")
 
 
 def _entrypoint(name: str) -> Callable[..., nn.Module]:
@@ -133,7 +133,7 @@ class _Built:
         names = {key: ours if (ours := _OURS.get(key, key)) in self.known else key for key in options}
         neutral = [key for key in options if names[key] not in self.known and options[key] in _NEUTRAL.get(key, ())]
         model: Any = create_model(self.name, **{names[key]: options[key] for key in options if key not in neutral})
-        model.in_chans = model.in_channels
+        model.in_chans = model.config["in_channels"]
         return model  # type: ignore[no-any-return]
 
 

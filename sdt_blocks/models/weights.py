@@ -38,10 +38,10 @@ def build_filled(
 ) -> nn.Module:
     """A model of these options, with overrides, and with these weights in their own dtypes.
 
-    `new_head=True` leaves the head newly initialized. Weights may also have the names in `blocks.names`. `card`
-    describes the data that the weights were trained on; its class names are dropped for other classes. Raises
-    `ValueError` or `TypeError` if the options are impossible, the weights do not fit, or they have another number of
-    classes and neither `new_head` nor `num_classes=0` is given.
+    `new_head=True` leaves the head newly initialized, in the dtype of the weights. Weights may also have the names in
+    `blocks.names`. `card` describes the data that the weights were trained on; its class names are dropped for other
+    classes. Raises `ValueError` or `TypeError` if the options are impossible, the weights do not fit, or they have
+    another number of classes and neither `new_head` nor `num_classes=0` is given.
     """
     wanted = {**options, **overrides}
     built = _without_memory(kind, wanted)
@@ -51,9 +51,10 @@ def build_filled(
     head: set[str] = set()
     if new_head or before != after:
         classes = before or after
-        heads = (_without_memory(kind, {**wanted, "num_classes": n}) for n in (classes, classes - 1 or 2))
-        some, others = (model.state_dict() for model in heads)
-        head = {key for key, value in some.items() if others[key].shape != value.shape}
+        for one in (options, wanted):
+            heads = (_without_memory(kind, {**one, "num_classes": n}) for n in (classes, classes - 1 or 2))
+            some, others = (model.state_dict() for model in heads)
+            head |= {key for key, value in some.items() if others[key].shape != value.shape}
     if before != after != 0 and not new_head:
         raise ValueError(
             f"the head has {before} classes, but num_classes={after}; new_head=True loads all but the head, which is "
@@ -62,9 +63,11 @@ def build_filled(
     weights = {key: value for key, value in weights.items() if key not in head}
     check_fit({key: value for key, value in expected.items() if key not in head}, weights)
     model = kind(**wanted)
+    # A new head can follow the other layers in their dtype.
+    dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), None)
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if name in weights:
-            tensor.data = tensor.data.to(weights[name].dtype)
+        if name in weights or name in head:
+            tensor.data = tensor.data.to(weights[name].dtype if name in weights else dtype)
     model.load_state_dict(weights, strict=False)
     kept = card if card is None or not (new_head or before != after) else card.without_names()
     model.card = kept  # type: ignore[assignment]
