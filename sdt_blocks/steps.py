@@ -20,7 +20,7 @@ from .neuron import LIF, IntegerNeuron, remembers, spikes_of
 from .ops import Norm, attend, batch_norm_levels, batch_norm_lif, max_pool
 from .ops.batch_norm import batch_norm
 from .ops.bits import SpikesAsBits, are_spikes, as_spikes, bits_of
-from .ops.convolution import convolve_spikes
+from .ops.convolution import convolve_spikes, depthwise_convolution, depthwise_size, has_depthwise_kernel
 from .ops.dispatch import fall_back, fused
 from .ops.processes import gathered
 from .surrogate import Scheduled, Surrogate, transformed
@@ -225,7 +225,7 @@ def _order_gradient(result: Any) -> None:
     The gradient of a mean over positions, or of a frame shown at every step, comes in PyTorch's default order. It would
     keep that order along all shortcuts, and the backward pass of a norm is several times slower if its inputs differ.
     """
-    if result.grad_fn is None or torch.compiler.is_compiling() or transformed():
+    if torch.compiler.is_compiling() or transformed() or result.grad_fn is None:
         return
     strides = result.stride()
 
@@ -248,31 +248,34 @@ def shown(frame: Tensor, time_steps: int) -> Tensor:
 
 def per_frame(module: nn.Module, x: Tensor) -> Tensor:
     """Applies a module for `[N, C, H, W]` to every frame of x `[T, B, C, H, W]`; its gradient keeps spikes as bits."""
-    if not are_spikes(x):
-        frames: Tensor = module(x.flatten(0, 1))
-    elif torch.compiler.is_compiling():
-        frames = _traced(module, x.flatten(0, 1))
+    spikes = are_spikes(x)
+    if not spikes or torch.compiler.is_compiling():
+        frames = _through(module, x.flatten(0, 1), bits=spikes)
     else:
-        with SpikesAsBits(x, dtype=_autocast_dtype(module, x)) as (spikes,):
-            frames = module(spikes.flatten(0, 1))
+        with SpikesAsBits(x, dtype=_autocast_dtype(module, x)) as (kept,):
+            frames = _through(module, kept.flatten(0, 1))
     return frames.unflatten(0, x.shape[:2])
 
 
-def _traced(module: Any, spikes: Tensor) -> Tensor:
-    """`module(spikes)` in a compiled graph, where a convolution, or the first of a chain, is an op that keeps bits."""
-    frames: Tensor
+def _through(module: Any, frames: Tensor, *, bits: bool = False) -> Tensor:
+    """`module(frames)`; convolutions, alone or in a chain, are ops where those have a gradient of their own.
+
+    With `bits` the frames are spikes, of which the first convolution keeps bits.
+    """
     if is_sequence(module) and len(module):
-        frames = _traced(module[0], spikes)
-        for layer in list(module)[1:]:
-            frames = layer(frames)
-    elif is_plain(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-        dtype = _autocast_dtype(module, spikes) or spikes.dtype
-        bias = None if module.bias is None else module.bias.to(dtype)
-        geometry = (module.stride, module.padding, module.dilation, module.groups)
-        frames = convolve_spikes(spikes.to(dtype), module.weight.to(dtype), bias, *geometry)
-    else:
-        frames = module(spikes)
-    return frames
+        for layer in module:
+            frames, bits = _through(layer, frames, bits=bits), False
+        return frames
+    plain = is_plain(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    geometry = (module.stride, module.padding, module.dilation, module.groups) if plain else ()
+    depthwise = plain and not bits and depthwise_size(module.weight, *geometry) and has_depthwise_kernel(frames)
+    if not (depthwise or (plain and bits)):
+        result: Tensor = module(frames)
+        return result
+    dtype = _autocast_dtype(module, frames) or frames.dtype
+    bias = None if module.bias is None else module.bias.to(dtype)
+    arguments = frames.to(dtype), module.weight.to(dtype), bias
+    return depthwise_convolution(*arguments) if depthwise else convolve_spikes(*arguments, *geometry)
 
 
 def _autocast_dtype(module: nn.Module, x: Tensor) -> torch.dtype | None:

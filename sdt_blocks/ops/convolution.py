@@ -1,6 +1,7 @@
-"""A convolution of spikes as ops that torch.compile traces: for the gradient they keep one bit per spike.
+"""Convolutions as ops, where PyTorch's own keep too much for the gradient or take too long for it.
 
-In eager code `bits.SpikesAsBits` does the same for any layer.
+A convolution of spikes keeps one bit per spike under `torch.compile`, as `bits.SpikesAsBits` does in eager code for any
+layer. A depthwise one has the kit's kernel for the gradient of its weights.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import kernels
+from .dispatch import fused, kernels
 from .registered import registered
+from .spec import state_dtype
+
+DEPTHWISE = (5, 7)
+"""The sizes of depthwise convolutions whose weights have a gradient of the kit's; for 3 x 3 PyTorch's is as fast."""
 
 
 def convolve_spikes(
@@ -89,19 +94,13 @@ def convolve_backward_op(
     """The gradients of frames `[N, C, H, W]` of this shape, of the weight and of the bias; empty if not wanted."""
     frames = torch.empty(shape, dtype=weight.dtype, device=grad.device, memory_format=_order(channels_last))
     kernels(frames).unpack_bits(bits, frames)
-    geometry = (list(stride), list(padding), list(dilation), False, [0, 0], groups)
-    found = torch.ops.aten.convolution_backward(grad, frames, weight, [biases], *geometry, list(wanted))
-    of_frames, of_weight, of_bias = (grad.new_empty(0) if of is None else of for of in found)
-    return of_frames, of_weight, of_bias
+    return _backward(grad, frames, weight, biases, (stride, padding, dilation, groups), wanted)
 
 
 @convolve_backward_op.register_fake
 def _(grad, bits, weight, shape, biases, stride, padding, dilation, groups, channels_last, wanted):
     frames = torch.empty(shape, dtype=weight.dtype, device=grad.device, memory_format=_order(channels_last))
-    geometry = (list(stride), list(padding), list(dilation), False, [0, 0], groups)
-    found = torch.ops.aten.convolution_backward(grad, frames, weight, [biases], *geometry, list(wanted))
-    of_frames, of_weight, of_bias = (grad.new_empty(0) if of is None else of for of in found)
-    return of_frames, of_weight, of_bias
+    return _library_backward(grad, frames, weight, biases, (stride, padding, dilation, groups), wanted)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -120,6 +119,93 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 convolve_op.register_autograd(_gradients, keep=_keep)
+
+
+# ---- depthwise convolutions
+
+
+def depthwise_size(weight: Tensor, stride: Sequence[int], padding: Any, dilation: Sequence[int], groups: int) -> int:
+    """The size K of a depthwise convolution whose weights have a gradient of the kit's, 0 for any other."""
+    channels, per_group, size, width = weight.shape
+    square = size == width and size in DEPTHWISE and tuple(padding) == (size // 2, size // 2)
+    plain = tuple(stride) == tuple(dilation) == (1, 1) and channels == groups and per_group == 1
+    return size if square and plain else 0
+
+
+def has_depthwise_kernel(x: Tensor) -> bool:
+    """Whether a kernel can compute the gradient of the weights of a depthwise convolution of x `[N, C, H, W]`."""
+    return torch.is_grad_enabled() and x.device.type == "cpu" and fused(x, even_traced=True)
+
+
+@registered("sdt_blocks::depthwise")
+def depthwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.conv2d` of x `[N, C, H, W]` with a weight `[C, 1, K, K]` and padding K / 2, for the K in `DEPTHWISE`."""
+    return torch.conv2d(x, weight, bias, 1, weight.shape[-1] // 2, 1, weight.shape[0])
+
+
+@depthwise_convolution.register_fake
+def _(x, weight, bias):
+    return torch.conv2d(x, weight, bias, 1, weight.shape[-1] // 2, 1, weight.shape[0])
+
+
+@registered("sdt_blocks::depthwise_backward")
+def depthwise_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, biases: int, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, of the weight and of the bias; empty if not wanted."""
+    return _backward(grad, x, weight, biases, _geometry_of(weight), wanted)
+
+
+@depthwise_backward.register_fake
+def _(grad, x, weight, biases, wanted):
+    return _library_backward(grad, x, weight, biases, _geometry_of(weight), wanted)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias = inputs
+    ctx.biases = 0 if bias is None else bias.shape[0]
+    ctx.save_for_backward(x, weight)
+
+
+def _depthwise_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    arguments, wanted = (grad, x, weight, ctx.biases), list(ctx.needs_input_grad)
+    if torch.is_grad_enabled():  # PyTorch's has a gradient of its own
+        found = _library_backward(*arguments, _geometry_of(weight), wanted)
+    else:
+        found = depthwise_backward(*arguments, wanted)
+    return tuple(of if want else None for of, want in zip(found, wanted, strict=True))
+
+
+depthwise_convolution.register_autograd(_depthwise_gradients, keep=_keep_inputs)
+
+
+def _geometry_of(weight: Tensor) -> tuple[Any, ...]:
+    return (1, 1), (weight.shape[-1] // 2,) * 2, (1, 1), weight.shape[0]
+
+
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, biases: int, geometry: tuple[Any, ...], wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of a convolution's input, weight and bias, empty if not wanted, by the fastest kernels."""
+    fill = kernels(x).depthwise_weights if wanted[1] and depthwise_size(weight, *geometry) else None
+    if fill is None:
+        return _library_backward(grad, x, weight, biases, geometry, wanted)
+    of_x, _, of_bias = _library_backward(grad, x, weight, biases, geometry, (wanted[0], False, wanted[2]))
+    of_weight = torch.empty(weight.shape, dtype=state_dtype(x), device=x.device)
+    x, grad = (frames.contiguous(memory_format=torch.channels_last) for frames in (x, grad))
+    fill(x, grad, of_weight)
+    return of_x, of_weight.to(weight.dtype), of_bias
+
+
+def _library_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, biases: int, geometry: tuple[Any, ...], wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    stride, padding, dilation, groups = geometry
+    settings = (list(stride), list(padding), list(dilation), False, [0, 0], groups)
+    found = torch.ops.aten.convolution_backward(grad, x, weight, [biases], *settings, list(wanted))
+    of_x, of_weight, of_bias = (grad.new_empty(0) if of is None else of for of in found)
+    return of_x, of_weight, of_bias
 
 
 def _order(channels_last: bool) -> torch.memory_format:

@@ -134,6 +134,15 @@ class Kernels(Protocol):
         ...
 
     @property
+    def depthwise_weights(self) -> Callable[[Tensor, Tensor, Tensor], None] | None:
+        """Fills weights `[C, 1, K, K]` with their gradient in a depthwise convolution of stride 1 and padding K / 2.
+
+        The others are its input x and the gradient of its result, channels-last `[N, C, H, W]`; weights are contiguous,
+        in the state's dtype, and K is one of `convolution.DEPTHWISE`. `None` on devices where PyTorch does this.
+        """
+        ...
+
+    @property
     def writes_bits(self) -> bool:
         """Whether writing bits along with the spikes costs less than `pack_bits`; used by `bits.wants_bits`."""
         ...

@@ -11,7 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from sdt_blocks import LIF, SpikeDrivenSelfAttention, SpikeDrivenTransformer, SpikingMLP
 from sdt_blocks.ops.bits import as_spikes
-from sdt_blocks.ops.convolution import convolve_op, convolve_spikes
+from sdt_blocks.ops.convolution import convolve_op, convolve_spikes, depthwise_convolution, depthwise_size
 from sdt_blocks.steps import per_frame, project
 
 
@@ -182,3 +182,114 @@ def test_the_attention_shares_the_bits_of_its_input(monkeypatch):
     assert sum("sdt_blocks.convolve_spikes.default" in name for name in forward) == 4
     assert sum("sdt_blocks.pack" in name for name in forward) == 2
     assert not any("note_spikes" in name or "are_spikes" in name for name in forward)
+
+
+# ---- depthwise convolutions
+
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+def depthwise_arguments(shape, size, dtype, memory_format=torch.contiguous_format):
+    """Input, weight, bias and the gradient of the result."""
+    x = torch.randn(shape, dtype=dtype).contiguous(memory_format=memory_format)
+    weight, bias = torch.randn(shape[1], 1, size, size, dtype=dtype), torch.randn(shape[1], dtype=dtype)
+    return [tensor.requires_grad_() for tensor in (x, weight, bias)], torch.randn(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize(
+    "shape, size", [((3, 20, 9, 6), 7), ((70, 16, 3, 2), 5), ((2, 33, 1, 14), 7), ((1, 7, 4, 1), 5)]
+)
+def test_gradients_of_a_depthwise_convolution(monkeypatch, shape, size, dtype, memory_format):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    given, grad = depthwise_arguments(shape, size, dtype, memory_format)
+    found = torch.autograd.grad(depthwise_convolution(*given), given, grad)
+    wide = [tensor.double() for tensor in given]
+    expected = torch.autograd.grad(torch.conv2d(*wide, 1, size // 2, 1, shape[1]), wide, grad.double())
+    for ours, exact in zip(found, expected, strict=True):
+        assert ours.dtype == dtype and (ours - exact).abs().max() <= BOUNDS[dtype] * exact.abs().max()
+
+
+def test_depthwise_gradients_with_other_instructions(monkeypatch, instructions):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    given, grad = depthwise_arguments((3, 20, 9, 6), 7, torch.float32)
+    found = torch.autograd.grad(depthwise_convolution(*given), given, grad)
+    for ours, theirs in zip(found, torch.autograd.grad(torch.conv2d(*given, 1, 3, 1, 20), given, grad), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_depthwise_gradients_do_not_depend_on_threads(monkeypatch):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    given, grad = depthwise_arguments((40, 48, 8, 8), 7, torch.float32)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(torch.autograd.grad(depthwise_convolution(*given), given[1], grad)[0])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_opcheck_of_a_depthwise_convolution(monkeypatch):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    given, _ = depthwise_arguments((2, 4, 5, 5), 5, torch.float32)
+    assert set(torch.library.opcheck(depthwise_convolution.op, tuple(given)).values()) == {"SUCCESS"}
+    double, _ = depthwise_arguments((2, 2, 3, 3), 5, torch.float64)
+    assert torch.autograd.gradgradcheck(depthwise_convolution, double)
+
+
+def depthwise(size=7, channels=6, **options):
+    return nn.Conv2d(channels, channels, size, **{"padding": size // 2, "groups": channels, **options})
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    "make", [lambda: depthwise(bias=False), lambda: nn.Sequential(depthwise(), nn.Conv2d(6, 4, 1), depthwise(5, 4))]
+)
+@pytest.mark.parametrize("fires", [False, True])
+def test_depthwise_layers_have_the_kit_s_gradient(monkeypatch, traced, make, autocast, fires):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    layer, neuron, (compile, names) = make(), LIF() if fires else nn.Identity(), traced
+    plain, kept = copy.deepcopy(layer), []
+    x = (torch.rand(2, 3, 6, 7, 7) * 3).requires_grad_()
+    runs = (
+        lambda: per_frame(layer, neuron(x)),
+        lambda: compile(lambda x: per_frame(layer, neuron(x)))(x),
+        lambda: plain(neuron(x).flatten(0, 1)).unflatten(0, (2, 3)),
+    )
+    results = []
+    for run, weights in zip(runs, (layer, layer, plain), strict=True):
+        kept.append([])
+        with (
+            torch.autograd.graph.saved_tensors_hooks(lambda t: kept[-1].append(t) or t, lambda t: t),
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        ):
+            y = run()
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), [x, *weights.parameters()])])
+    for eager, compiled, expected in zip(*results, strict=True):
+        assert expected.any()
+        for found in (eager, compiled):
+            torch.testing.assert_close(found, expected, **({"rtol": 0.05, "atol": 0.05} if autocast else {}))
+    assert any("convolve_spikes" in name or "depthwise" in name for name in names)
+    # Spikes became bits.
+    floats = [t for t in kept[0] if t.is_floating_point() and t.shape[-3:] == (6, 7, 7) and ((t == 0) | (t == 1)).all()]
+    assert not floats
+
+
+@pytest.mark.parametrize(
+    "layer, size",
+    [
+        (depthwise(7), 7),
+        (depthwise(3), 0),
+        (depthwise(6), 0),
+        (depthwise(9), 0),
+        (depthwise(5, stride=2), 0),
+        (depthwise(5, dilation=2), 0),
+        (depthwise(5, padding=1), 0),
+        (depthwise(5, groups=3), 0),
+        (nn.Conv2d(6, 12, 5, padding=2, groups=6), 0),
+        (nn.Conv2d(6, 6, (5, 7), padding=(2, 3), groups=6), 0),
+    ],
+)
+def test_which_convolutions_have_a_gradient_of_the_kit_s(layer, size):
+    assert depthwise_size(layer.weight, layer.stride, layer.padding, layer.dilation, layer.groups) == size

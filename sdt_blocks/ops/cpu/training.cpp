@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "blocks.h"
+#include "depthwise.h"
 #include "levels.h"
 #include "pool.h"
 
@@ -288,6 +289,10 @@ int64_t max_pool(int64_t dtype, const Planes* planes, const void* x, void* out, 
 
 int64_t max_pool_backward(int64_t dtype, const Planes* planes, const void* grad, const uint8_t* places, void* grad_x) {
     FOR_DTYPE(dtype, (max_pool_backward<X, S>(*planes, (const X*)grad, places, (X*)grad_x)))
+}
+
+int64_t depthwise_weights(int64_t dtype, const Planes* planes, int64_t taps, const void* x, const void* grad, void* weights) {
+    FOR_DTYPE(dtype, depthwise_weights(*planes, taps, (const X*)x, (const X*)grad, (S*)weights))
 }
 
 // Sets `binary` to 1 if every value was 0 or 1, else to 0.

@@ -161,6 +161,10 @@ def max_pool_backward(grad: Tensor, places: Tensor, grad_x: Tensor) -> None:
     _run("max_pool_backward", grad, _planes(grad_x), grad, places, grad_x)
 
 
+def depthwise_weights(x: Tensor, grad: Tensor, weights: Tensor) -> None:
+    _run("depthwise_weights", x, _planes(x), weights.shape[-1], x, grad, weights)
+
+
 def pack_bits(x: Tensor) -> Tensor | None:
     bits = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
     return bits if _pack(Spikes(x, bits)) else None

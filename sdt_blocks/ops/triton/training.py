@@ -36,6 +36,7 @@ logging.getLogger(__name__).info(
 )
 BLOCK = 1024
 writes_bits = True
+depthwise_weights = None
 # A program that adds up other programs' results per channel handles FEW channels and reads RUNS runs at once.
 FEW = 8
 RUNS = 128
