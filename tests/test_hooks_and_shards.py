@@ -3,6 +3,7 @@
 import copy
 import os
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +112,16 @@ def test_synchronized_norms_with_nobody_to_wait_for_are_fused(alone, fused, trai
         warnings.simplefilter("error", UserWarning)
         assert_same(trained(synchronized, x), expected)
     assert len(fused) == 2 * before > 0
+
+
+def test_a_norm_shares_batches_with_its_own_group(monkeypatch):
+    groups = {size: SimpleNamespace(group_name=f"of {size}") for size in (1, 2)}
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: int(group.group_name[3:]))
+    norm = nn.SyncBatchNorm(4, process_group=groups[2])
+    assert steps.group_of(norm) == steps.norm_settings(norm).group == "of 2"
+    assert steps.group_of(nn.SyncBatchNorm(4, process_group=groups[1])) == steps.group_of(nn.BatchNorm2d(4)) == ""
+    assert steps.group_of(norm.eval()) == ""
 
 
 def test_a_sharded_block_is_fused(alone, fused):
