@@ -96,9 +96,10 @@ def test_no_circle_of_imports() -> None:
 @pytest.mark.parametrize(
     ("place", "below"),
     [
-        ("sdt_blocks.ops", ("sdt_blocks.ops", "sdt_blocks.surrogate", "sdt_blocks.files")),
+        ("sdt_blocks.ops", ("sdt_blocks.ops", "sdt_blocks.surrogate", "sdt_blocks.files", "sdt_blocks.checks")),
         ("sdt_blocks.files", ()),
-        ("sdt_blocks.surrogate", ()),
+        ("sdt_blocks.checks", ()),
+        ("sdt_blocks.surrogate", ("sdt_blocks.checks",)),
     ],
 )
 def test_ops_import_nothing_above_them(place: str, below: tuple[str, ...]) -> None:
