@@ -76,8 +76,27 @@ def test_a_norm_that_takes_no_part_keeps_its_statistics():
     torch.testing.assert_close(model.norm.running_mean, (3 * x).mean(0))
 
 
-def test_neurons_that_keep_their_state_start_anew():
-    net = nn.Sequential(nn.Linear(4, 4), snntorch.Leaky(beta=0.9, init_hidden=True), nn.BatchNorm1d(4))
+class Node(nn.Module):
+    """A node in the manner of SpikingJelly: it integrates until `reset`."""
+
+    step_mode = "s"
+
+    def __init__(self):
+        super().__init__()
+        self.reset()
+
+    def reset(self):
+        self.v = 0.0
+
+    def forward(self, x):
+        self.v = self.v + x
+        return (self.v >= 1).to(x)
+
+
+@pytest.mark.parametrize("make", [lambda: snntorch.Leaky(beta=0.9, init_hidden=True), Node])
+def test_neurons_that_keep_their_state_start_anew(make):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), make(), nn.BatchNorm1d(4))
     found = []
     # Of one size: snnTorch itself starts anew where that changes.
     x = torch.rand(5, 4, generator=torch.Generator().manual_seed(0)) * 4

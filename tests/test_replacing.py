@@ -18,7 +18,7 @@ from sdt_blocks import (
     over_time,
     replace_neurons,
 )
-from sdt_blocks.neuron import find_neurons
+from sdt_blocks.neuron import InSteps, find_neurons
 
 
 class Stepwise(nn.Module):
@@ -155,6 +155,21 @@ def test_neurons_that_the_network_could_not_call_are_refused(frames):
     assert network.lif1 is before
 
 
+def test_what_is_learned_keeps_its_precision():
+    model = nn.Sequential(ParametricLIF()).double()
+    nn.init.constant_(model[0].w, 0.1)
+    assert replace_neurons(model, {"name": "plif", "surrogate": "atan"})[0].w.item() == 0.1
+
+
+def test_a_given_membrane_of_another_shape_is_refused():
+    neuron = InSteps(LIF())
+    with pytest.raises(ValueError, match=r"the membrane must have the shape \[2, 3\] of x, got \[4, 3\]"):
+        neuron(torch.ones(2, 3), torch.full((4, 3), 0.9))
+    hidden = InSteps(LIF(), init_hidden=True)
+    hidden(torch.ones(4, 3))
+    assert torch.equal(hidden(torch.full((2, 3), 1.5)), torch.zeros(2, 3))  # snnTorch's own starts anew
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="no known neuron"):
         replace_neurons(nn.Sequential(nn.ReLU()), LIF)
@@ -165,10 +180,11 @@ def test_bad_arguments():
             replace_neurons(nn.Sequential(LIF()), kind)
     with pytest.raises(TypeError, match="Module, got type"):
         replace_neurons(LIF, LIF)
-    model = SpikingMLP(8)
-    model.neuron2.register_forward_hook(print)
-    with pytest.raises(ValueError, match="neuron2 has hooks"):
-        replace_neurons(model, LIF)
+    for part in ("neuron2", "neuron2.neuron"):
+        model = SpikingMLP(8, neuron=partial(snntorch.Leaky, beta=0.5))
+        model.get_submodule(part).register_forward_hook(print)
+        with pytest.raises(ValueError, match="neuron2 has hooks"):
+            replace_neurons(model, LIF)
     channels = nn.Sequential(over_time(snntorch.Leaky(beta=0.5, threshold=torch.tensor([0.5, 1.0]))))
     with pytest.raises(ValueError, match="0 has a threshold for each of 2 channels"):
         replace_neurons(channels, LIF)

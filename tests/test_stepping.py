@@ -114,6 +114,15 @@ def test_a_sequential_with_a_neuron_in_it(x):
     assert torch.equal(block.neuron1(x), steps_of(Node(), x))
 
 
+@pytest.mark.parametrize("inner", [LIF, partial(Node, step_mode="m"), lambda: nn.Sequential(LIF())])
+@pytest.mark.parametrize("other", [Node, partial(snntorch.Leaky, beta=0.9)])
+def test_a_sequential_of_single_steps_and_sequences_is_refused(inner, other):
+    """Single steps would reach the one, whose first axis is time, with the batch there."""
+    for layers in ((inner(), other()), (other(), inner())):
+        with pytest.raises(TypeError, match=r"in which \w+ takes a sequence, not single steps: put over_time"):
+            over_time(nn.Sequential(*layers))
+
+
 def test_gradients_and_copies(x):
     block = SpikingMLP(8, neuron=partial(snntorch.Leaky, beta=0.9, learn_beta=True)).train()
     nn.init.constant_(block.fc1.norm.bias, 0.4)

@@ -319,6 +319,18 @@ def test_the_answer_of_the_last_frames(firing_model):
     assert len(stream._logits) == 3 and len(logits[0].unique()) > 2
 
 
+def test_the_state_of_a_shorter_window_is_refused(firing_model):
+    model, frames = firing_model(depth=1), torch.rand(2, 6, 3, 16, 16)
+    short, long = Stream(model, window=2), Stream(model, window=4)
+    short.push(frames[:, :5])
+    for stream in (long, Stream(model)):
+        with pytest.raises(ValueError, match=r"logits of the last 2 frames, and the answer here is the mean of [45]"):
+            stream.load_state_dict(short.state_dict())
+    long.push(frames[:, :5])
+    short.load_state_dict(long.state_dict())
+    assert torch.equal(short.push(frames[:, 5]), Stream(model, window=2).push(frames)) and short.seen[0] == 6
+
+
 @pytest.mark.parametrize("length", [15, 16, 17, 40, 64])
 def test_long_sequences_are_summed_as_a_model_does(length, on_a_grid):
     """Whatever order the mean over so many steps is summed in."""
@@ -355,6 +367,7 @@ def test_raw_events(firing_model, on_a_grid):
     answers = [stream.push(events[start : start + 20]) for start in range(20, 100, 20)]
     assert torch.equal(answers[0], model(frames[:, :1])) and torch.equal(answers[-1], model(frames))
     assert torch.equal(answers[1], answers[2]) != torch.equal(answers[1], answers[0]) and len(frames[0]) == 3
+    assert stream.another().to_frames is None  # where the last ten events wait
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

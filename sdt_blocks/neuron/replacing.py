@@ -68,10 +68,8 @@ def replace_neurons(
     if "" in found:
         raise ValueError(f"the model is itself a neuron, {type(model).__name__}: make the other neuron instead")
     widths = _widths(model, found, neuron, inputs) if wants_channels(neuron) else {}
-    made = {old: _successor(name, old, neuron, widths.get(name)) for name, old in found.items()}
     where = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))
-    for old, new in made.items():
-        new.to(where.device, where.dtype).train(old.training)
+    made = {old: _successor(name, old, neuron, widths.get(name), where) for name, old in found.items()}
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
             if child in made:
@@ -79,10 +77,10 @@ def replace_neurons(
     return model
 
 
-def _successor(name: str, old: nn.Module, neuron: NeuronLike, channels: int | None) -> nn.Module:
-    """The neuron that replaces the old one."""
+def _successor(name: str, old: nn.Module, neuron: NeuronLike, channels: int | None, where: Tensor) -> nn.Module:
+    """The neuron that replaces the old one, on the device and in the dtype of `where`."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(old, kind) for kind in hooks):
+    if any(getattr(part, kind) for part in old.modules() for kind in hooks):
         raise ValueError(f"{name} has hooks, which would be lost; remove them first, and hook the new neuron")
     parameters = inspect.signature(neuron).parameters if callable(neuron) else {}
     informed = "old" in parameters
@@ -96,6 +94,7 @@ def _successor(name: str, old: nn.Module, neuron: NeuronLike, channels: int | No
     new = make_neuron(make, channels=channels or 0, threshold=_threshold(name, old, informed))
     if stepwise:
         new = _in_steps(name, old, new)
+    new.to(where.device, where.dtype).train(old.training)
     if not informed:
         _keep_learned(name, old, new)
     return new
@@ -195,9 +194,9 @@ class InSteps(snntorch.Leaky):
     """A `LIF` that is called like snnTorch's `Leaky`, once a time step: `spikes, membrane = neuron(x, membrane)`.
 
     With `init_hidden` it keeps the membrane itself, until `reset_mem` or `snntorch.utils.reset`, and returns the spikes
-    alone unless `output` is set.
+    alone unless `output` is set. A membrane that is kept starts anew with a batch of another shape, as in snnTorch.
 
-    Shapes: x, spikes and membrane `[B, ...]`.
+    Shapes: x, spikes and membrane `[B, ...]`. Raises `ValueError` for a membrane of another shape.
 
     >>> InSteps(LIF(tau=2.0))(torch.ones(1, 3))
     (tensor([[0., 0., 0.]]), tensor([[0.5000, 0.5000, 0.5000]]))
@@ -219,8 +218,9 @@ class InSteps(snntorch.Leaky):
     def forward(self, input_: Tensor, mem: Tensor | None = None) -> Any:  # type: ignore[override]
         if self.init_hidden and mem is not None:
             raise TypeError("the membrane is kept inside (init_hidden=True) and cannot be given")
-        before: Tensor = self.mem if mem is None else mem
-        spikes, mem = self.neuron.step(input_, before if before.shape == input_.shape else None)
+        if mem is None and self.mem.shape == input_.shape:
+            mem = self.mem
+        spikes, mem = self.neuron.step(input_, mem)
         if not self.init_hidden:
             return spikes, mem
         self.mem = mem

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import snntorch
@@ -27,7 +27,8 @@ def over_time(neuron: nn.Module) -> nn.Module:
 
     Shapes: `[T, ...] -> [T, ...]`.
 
-    Raises `TypeError` if the argument is not a module, or has a memory that cannot be cleared.
+    Raises `TypeError` if the argument is not a module, has a memory that cannot be cleared, or is a Sequential with a
+    neuron that takes a whole sequence by itself.
 
     >>> import snntorch
     >>> over_time(snntorch.Leaky(beta=0.9))(torch.full((4, 2, 8), 0.5)).mean((1, 2))
@@ -54,6 +55,13 @@ class OverTime(nn.Module, Streamed):
 
     def __init__(self, neuron: nn.Module) -> None:
         super().__init__()
+        whole = takes_sequence(neuron)
+        for layer in _layers(neuron):
+            if isinstance(layer, Streamed) or (getattr(layer, "step_mode", None) == "m" and not whole):
+                raise TypeError(
+                    f"over_time was given a Sequential in which {type(layer).__name__} takes a sequence, not single "
+                    "steps: put over_time(...) around each of the other neurons instead"
+                )
         self.neuron = neuron
         _clear(neuron)
 
@@ -200,10 +208,10 @@ def fires(module: nn.Module) -> bool:
 
 
 def clear_hidden(model: nn.Module) -> None:
-    """Clears the state of snnTorch's neurons that keep it between calls of the model (`init_hidden`)."""
+    """Clears the state that neurons keep between calls of the model: snnTorch's with `init_hidden`, SpikingJelly's."""
     for module in model.modules():
-        if getattr(module, "init_hidden", False) and hasattr(module, "reset_mem"):
-            module.reset_mem()  # type: ignore[operator]
+        if getattr(module, "init_hidden", False) or hasattr(module, "step_mode"):
+            _forget(module)
 
 
 def takes_sequence(neuron: nn.Module) -> bool:
@@ -253,6 +261,17 @@ def spikes_of(output: Any, owner: str = "a neuron") -> Tensor:
 
 def _clear(neuron: nn.Module) -> None:
     for module in neuron.modules():
-        forget = forget_of(module)
-        if forget is not None:
-            forget()
+        _forget(module)
+
+
+def _forget(neuron: nn.Module) -> None:
+    forget = forget_of(neuron)
+    if forget is not None:
+        forget()
+
+
+def _layers(neuron: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a Sequential, and of those in it."""
+    for layer in neuron if isinstance(neuron, nn.Sequential) else ():
+        yield layer
+        yield from _layers(layer)

@@ -191,10 +191,10 @@ class Stream:
             raise RuntimeError("another thread is in this stream; give each thread a Stream of its own")
 
     def another(self) -> Stream:
-        """A new stream of the same model."""
+        """A new stream of the same model, without `to_frames`, in which events of this stream may wait."""
         stream = copy.copy(self)
         stream._states, stream._thread, stream._logits = {}, {}, deque(maxlen=self.window)
-        stream._seen = _none_seen(0)
+        stream._seen, stream.to_frames = _none_seen(0), None
         return stream
 
     # ---- the answer so far
@@ -332,7 +332,8 @@ class Stream:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a state that `state_dict` returned, on the model's device.
 
-        Raises `ValueError` for that of another model or form, in another precision, or with other neurons.
+        Raises `ValueError` for that of another model or form, in another precision, with other neurons, or of a shorter
+        window.
         """
         why = self._unlike(state)
         if why:
@@ -374,6 +375,10 @@ class Stream:
                     return f"{name or 'the neuron'} was saved with {key} {was}, and has {now} here"
         if state["dtype"] != ours["dtype"]:
             return f"it is in {state['dtype']}, the model in {ours['dtype']}"
+        frames = max(state["seen"].tolist(), default=0)
+        wanted, held = min(frames, self.window or frames), len(state["logits"])
+        if held < wanted:
+            return f"it holds the logits of the last {held} frames, and the answer here is the mean of {wanted}"
         return ""
 
     def _dtype(self) -> str:
