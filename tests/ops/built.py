@@ -14,7 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu_offline
 import offline
 import torch
+import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from sdt_blocks.ops.spec import (
     Affine,
@@ -154,6 +157,12 @@ def options(dtype):
     Layer((1, 2, 24, 7, 9), dtype, channels_last=True).pool(keep=False)
 
 
+def pooling(dtype):
+    """Both orders of memory."""
+    for channels_last in (False, True):
+        Layer((1, 2, 8, 8, 8), dtype, channels_last).pool()
+
+
 def long(dtype):
     """Sequences with time constants learned a channel: what takes the most registers."""
     for steps in (8, 11, 16):
@@ -225,6 +234,22 @@ def facts(launch, capability):
     }
 
 
+def build_unspecialized(launches, capability):
+    """Builds each kernel of the launches by Triton 3.2, and yields its name."""
+    from triton.runtime.jit import mangle_type
+
+    distinct = {}
+    for launch in launches:
+        given = {parameter: launch.arguments[parameter.name] for parameter in launch.kernel.params}
+        constants = {parameter.name: value for parameter, value in given.items() if parameter.is_constexpr}
+        signature = {p.name: mangle_type(value) for p, value in given.items() if not p.is_constexpr}
+        distinct[launch.name, str(signature), str(constants), str(launch.options)] = launch, signature, constants
+    for launch, signature, constants in distinct.values():
+        source = ASTSource(launch.kernel, signature, constants)
+        triton.compile(source, target=GPUTarget("cuda", capability, offline.WARP), options=launch.options)
+        yield launch.name
+
+
 def recorded(case, *arguments, **settings):
     with FakeTensorMode(), offline.recorded() as launches:
         case(*arguments, **settings)
@@ -239,6 +264,9 @@ def main():
     if cases == "launches":
         for channels_last in (False, True):
             print(json.dumps(gpu_offline.launches_of_block(dtype, channels_last)), flush=True)
+        return
+    if cases == "unspecialized":
+        print("\n".join(map(json.dumps, build_unspecialized(recorded(pooling, dtype), capability))))
         return
     if cases == "keys":
         for settings in ({}, {"batch": 33}, {"alpha": 2.5}, {"tau": 0.25}, {"size": 160}):

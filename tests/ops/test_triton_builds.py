@@ -1,5 +1,6 @@
 """The Triton kernels build for a GPU that need not be there, and what they are built to is fit for its bandwidth."""
 
+import importlib
 import json
 import os
 import re
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton.backends.nvidia", reason="Triton with its NVIDIA backend builds them")
+import triton
+
 ELEMENTWISE = {"forward", "backward", "combine", "max_pool", "max_pool_backward", "pack", "unpack"}
 ELEMENTWISE |= {"levels_kernel", "levels_gradient_kernel", "norm_levels_kernel", "norm_levels_gradient_kernel"}
 WIDEST = 16
@@ -59,6 +62,21 @@ def assert_rounded_as_the_equations(facts):
 
 def test_kernels_are_fit_for_the_bandwidth(built):
     assert_fit(built(90, "bfloat16", "usual"))
+
+
+@pytest.mark.skipif(not triton.__version__.startswith("3.2."), reason="Triton 3.2, that of torch 2.6, is not installed")
+def test_the_oldest_triton_builds_the_pooling(built):
+    assert set(built(90, "bfloat16", "unspecialized")) == {"max_pool", "max_pool_backward"}
+
+
+def test_no_function_of_a_kernel_calls_itself():
+    """Triton 3.2, that of torch 2.6, could not build it."""
+    for name in ("attention", "bits", "bytes", "dense", "levels", "lif", "norm", "pool", "tiles"):
+        module = importlib.import_module(f"sdt_blocks.ops.triton.{name}")
+        functions = {key: value.fn for key, value in vars(module).items() if hasattr(value, "fn")}
+        assert functions
+        for called, function in functions.items():
+            assert called not in function.__code__.co_names, called
 
 
 def test_nothing_builds_anew_for_other_sizes_and_constants(built):

@@ -130,11 +130,15 @@ def _three(x, at, inside, group, column, width, channels, INNERMOST: tl.constexp
 @triton.jit
 def _to_the_right(first, x, A: tl.constexpr, V: tl.constexpr):
     """x `[A, V]` moved right by one column, with `first` `[A, 1]` in front; within a thread this costs nothing."""
+    tl.static_assert(V <= 4)
     if V == 1:
         return first
     else:
         even, odd = tl.split(tl.reshape(x, [A, V // 2, 2]))
-        return tl.reshape(tl.join(_to_the_right(first, odd, A, V // 2), even), [A, V])
+        if V == 4:
+            second, _last = tl.split(tl.reshape(odd, [A, 1, 2]))
+            first = tl.reshape(tl.join(first, second), [A, 2])
+        return tl.reshape(tl.join(first, even), [A, V])
 
 
 @triton.jit
@@ -195,12 +199,13 @@ def _of_row(
     V,
     U,
     STATE,
-    WHOLE,
+    HALF: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """The maximum and its column for one row of windows, or one key for both; the row is UP above the strip's last."""
     left, middle, right = _three(x, at, inside, group, column, width, channels, INNERMOST, A, V, U, WHOLE)
     begins = column if INNERMOST else group
-    if x.dtype.element_ty.primitive_bitwidth == 16:
+    if HALF:
         # Outside the edges lies -inf with the smallest code, so that a value inside wins over it.
         last = _last_code(UP, INNERMOST, V)
         of_left = tl.where(begins > 0, last + 2 if INNERMOST else 3 * UP + 2 * V, 0)
@@ -233,11 +238,12 @@ def _of_window(
     row,
     UP: tl.constexpr,
     DTYPE: tl.constexpr,
+    HALF: tl.constexpr,
     INNERMOST: tl.constexpr,
     V: tl.constexpr,
 ):
     """Maxima of windows, their places and which are nonzero, from three rows each; the first is UP above the last."""
-    if DTYPE.primitive_bitwidth == 16:
+    if HALF:
         best, code, fired = _of_key(tl.maximum(tl.maximum(above, middle), below), DTYPE)
         return best, _last_code(UP, INNERMOST, V) + 2 - code, fired
     else:
@@ -309,6 +315,7 @@ def max_pool(
     KEEP: tl.constexpr,
     PACK: tl.constexpr,
     STATE: tl.constexpr,
+    HALF: tl.constexpr,
     INNERMOST: tl.constexpr,
     STRIP: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -340,6 +347,7 @@ def max_pool(
         V,
         U,
         STATE,
+        HALF,
         WHOLE,
     )
     fired = tl.zeros(above.shape, tl.int32)
@@ -361,6 +369,7 @@ def max_pool(
             V,
             U,
             STATE,
+            HALF,
             WHOLE,
         )
         below, of_below = _of_row(
@@ -378,6 +387,7 @@ def max_pool(
             V,
             U,
             STATE,
+            HALF,
             WHOLE,
         )
         best, place, is_one = _of_window(
@@ -390,6 +400,7 @@ def max_pool(
             row,
             2 * (STRIP - step),
             x.dtype.element_ty,
+            HALF,
             INNERMOST,
             V,
         )

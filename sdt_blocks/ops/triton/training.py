@@ -367,6 +367,7 @@ def max_pool(x: Tensor, out: Tensor, places: Tensor | None, bits: Tensor | None 
             KEEP=places is not None,
             PACK=bits is not None,
             STATE=STATES[state_dtype(x)],
+            HALF=x.element_size() == 2,
         )
 
 
