@@ -23,7 +23,7 @@ from sdt_blocks.analysis import attention_maps, audit, energy, firing_rates
 from sdt_blocks.blocks import QKAttention, QKMixer, SpikeLevelMLP, SpikeShortcut, SpikingSelfAttention
 from sdt_blocks.models import qkformer, spikformer
 from sdt_blocks.neuron import find_neurons
-from sdt_blocks.steps import find_mixers
+from sdt_blocks.steps import find_mixers, project
 
 NAMES = ("spikformer_imagenet_64", "spikformer_cifar_32", "qkformer_imagenet_64", "qkformer_cifar_32")
 PUBLISHED = {
@@ -152,6 +152,23 @@ def test_an_image_is_answered_for_itself_unless_asked_otherwise(name, named_gold
 
 
 # ---- parts
+
+
+@torch.no_grad()
+def test_the_stems_of_events_pool_where_the_authors_do():
+    """Layers 1, 2 and 3 of the first stem pool before they fire, and layer 1 of the second; no golden file has them."""
+    model, images = alive(QKFormer, depths=(0, 0), dim=32, form="events", in_channels=2)
+    (first, second), frames = model.double().embeddings, images.double().expand(3, *images.shape)
+
+    def fired(stem, number, x, pools=True):
+        x = project(stem.layers[number], x)
+        return stem.neurons[number](F.max_pool2d(x.flatten(0, 1), 3, 2, 1).unflatten(0, x.shape[:2]) if pools else x)
+
+    shared = fired(first, 1, fired(first, 0, frames, pools=False))
+    expected = fired(first, 3, fired(first, 2, shared)) + first.residual_neuron(project(first.residual, shared))
+    assert torch.equal(first(frames), expected) and 0.1 < expected.mean() < 1.9
+    after = fired(second, 1, fired(second, 0, expected, pools=False))
+    assert torch.equal(second(expected), after + second.residual_neuron(project(second.residual, expected)))
 
 
 @pytest.mark.parametrize("over", ["channels", "tokens"])
