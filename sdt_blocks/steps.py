@@ -315,13 +315,17 @@ def normalize_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, time_steps
 
 def normalize(norm: nn.Module, x: Tensor, time_steps: int | None = None) -> Tensor:
     """`norm` of the frames of x `[T, B, C, H, W]`; with `time_steps`, x `[1, B, C, H, W]` is shown at every step."""
-    if group_of(norm) and is_plain(norm, nn.SyncBatchNorm) and fused(x, even_traced=True):
+    if time_steps == len(x):
+        time_steps = None
+    once = time_steps is not None and _treats_alike(norm, nn.BatchNorm2d, nn.SyncBatchNorm)
+    # A graph refuses to change the running variance again, which a norm has kept for its gradient.
+    changed_twice = once and norm.training and torch.compiler.is_compiling()
+    ours = changed_twice or (group_of(norm) and is_plain(norm, nn.SyncBatchNorm))
+    if ours and fused(x, even_traced=True):
         return batch_norm(x, norm_settings(norm), time_steps=time_steps)
-    if time_steps is None or time_steps == len(x):
-        return per_frame(norm, x)
-    if _treats_alike(norm, nn.BatchNorm2d, nn.SyncBatchNorm):
+    if time_steps is not None and once and not changed_twice:
         return repeat_frame(norm, x, time_steps)
-    return per_frame(norm, x.expand(time_steps, *x.shape[1:]))
+    return per_frame(norm, x if time_steps is None else x.expand(time_steps, *x.shape[1:]))
 
 
 def fused_attention(
@@ -357,8 +361,7 @@ def repeat_frame(norm: Any, x: Tensor, time_steps: int) -> Tensor:
             momentum = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked
             new = norm.running_var - (1 - momentum) * before
             # `.data`: autograd checks the buffer's version, although the backward of a training pass never reads it.
-            running = norm.running_var if torch.compiler.is_compiling() else norm.running_var.data
-            running.sub_(new * (1 - (n - 1) / n * total / (total - 1)))
+            norm.running_var.data.sub_(new * (1 - (n - 1) / n * total / (total - 1)))
     return shown(y, time_steps)
 
 

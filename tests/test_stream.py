@@ -486,7 +486,7 @@ def test_a_state_goes_to_the_device_of_the_model(firing_model, neuron):
     stream.push(torch.rand(2, 3, 16, 16))
     saved = stream.state_dict()
     with FakeTensorMode(allow_non_fake_inputs=True):  # a GPU that no machine needs to have
-        for part in ("neurons", "logits", "seen"):
+        for part in ("neurons", "logits"):
             saved[part] = tree_map(lambda tensor: torch.empty_like(tensor, device="cuda"), saved[part])
     stream.load_state_dict(saved)
     state = stream.state_dict()

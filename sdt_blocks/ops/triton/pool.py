@@ -329,8 +329,7 @@ def max_pool(
         strips, per_plane, columns, channels, INNERMOST, STRIP, A, B, V, INDEX
     )
     across, down = channels * V, width * channels * U
-    at = (plane * height + 2 * first) * down + group * (2 * across)
-    at += k if INNERMOST else 0
+    at = (plane * height + 2 * first) * down + group * (2 * across) + (k if INNERMOST else 0)
     to = ((plane * rows + first) * columns + group) * across + k
     above, of_above = _of_row(
         x,
@@ -415,8 +414,7 @@ def max_pool(
                 )
                 fired = tl.zeros(above.shape, tl.int32)
         above, of_above = below, of_below
-        at += 2 * down
-        to += columns * across
+        at, to = at + 2 * down, to + columns * across
 
 
 @triton.jit
