@@ -413,7 +413,7 @@ def test_what_does_not_fit_is_named():
         ESpikeFormerLarge(dims=(15, 16, 16))
     with pytest.raises(ValueError, match="distillation needs classes"):
         ESpikeFormerLarge(dims=(16, 16, 16), num_classes=0, distillation=True)
-    with pytest.raises(ValueError, match="levels must be positive and finite, got 0"):
+    with pytest.raises(ValueError, match="levels must be at least 1 and at most 1024, got 0"):
         ESpikeFormer(dims=(16, 16, 16, 16), levels=0)
 
 

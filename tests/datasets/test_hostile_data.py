@@ -150,7 +150,10 @@ def test_what_is_passed_over_is_counted_at_the_start(tmp_path, caplog):
     train, test = build_event_datasets("event_folder", root, time_steps=2, sensor_size=(16, 16), **OFF)
     assert (len(train), len(test)) == (6, 6)
     assert all(frames.sum() == 200 for frames, _ in train)
-    (line,) = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    messages = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    (other,) = [message for message in messages if "evaluated on" in message]
+    assert f"{root}: evaluated on test; val is passed over" == other
+    (line,) = [message for message in messages if message != other]
     for found in ("8 files: 2 .npy", f"2 .mat ({root}/train/a/x.mat", "1 .h5", "1 .txt", "1 link", "1 no regular file"):
         assert found in line
 
