@@ -20,7 +20,7 @@ from .neuron import LIF, IntegerNeuron, remembers, spikes_of
 from .ops import Norm, attend, batch_norm_levels, batch_norm_lif, max_pool
 from .ops.batch_norm import batch_norm
 from .ops.bits import SpikesAsBits, are_spikes, as_spikes, bits_of
-from .ops.convolution import convolve_spikes, depthwise_convolution, depthwise_size, has_depthwise_kernel
+from .ops.convolution import convolve_spikes, depthwise_convolution, has_own_gradient
 from .ops.dispatch import fall_back, fused
 from .ops.processes import gathered
 from .surrogate import Scheduled, Surrogate, transformed
@@ -266,16 +266,15 @@ def _through(module: Any, frames: Tensor, *, bits: bool = False) -> Tensor:
         for layer in module:
             frames, bits = _through(layer, frames, bits=bits), False
         return frames
-    plain = is_plain(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    geometry = (module.stride, module.padding, module.dilation, module.groups) if plain else ()
-    depthwise = plain and not bits and depthwise_size(module.weight, *geometry) and has_depthwise_kernel(frames)
-    if not (depthwise or (plain and bits)):
-        result: Tensor = module(frames)
-        return result
-    dtype = _autocast_dtype(module, frames) or frames.dtype
-    bias = None if module.bias is None else module.bias.to(dtype)
-    arguments = frames.to(dtype), module.weight.to(dtype), bias
-    return depthwise_convolution(*arguments) if depthwise else convolve_spikes(*arguments, *geometry)
+    if is_plain(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        geometry = (module.stride, module.padding, module.dilation, module.groups)
+        if bits or has_own_gradient(frames, module.weight, *geometry):
+            dtype = _autocast_dtype(module, frames) or frames.dtype
+            bias = None if module.bias is None else module.bias.to(dtype)
+            given = frames.to(dtype), module.weight.to(dtype), bias
+            return convolve_spikes(*given, *geometry) if bits else depthwise_convolution(*given)
+    result: Tensor = module(frames)
+    return result
 
 
 def _autocast_dtype(module: nn.Module, x: Tensor) -> torch.dtype | None:
@@ -315,17 +314,16 @@ def normalize_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, time_steps
 
 def normalize(norm: nn.Module, x: Tensor, time_steps: int | None = None) -> Tensor:
     """`norm` of the frames of x `[T, B, C, H, W]`; with `time_steps`, x `[1, B, C, H, W]` is shown at every step."""
-    if time_steps == len(x):
-        time_steps = None
-    once = time_steps is not None and _treats_alike(norm, nn.BatchNorm2d, nn.SyncBatchNorm)
+    steps = time_steps or len(x)
+    once = steps != len(x) and _treats_alike(norm, nn.BatchNorm2d, nn.SyncBatchNorm)
     # A graph refuses to change the running variance again, which a norm has kept for its gradient.
     changed_twice = once and norm.training and torch.compiler.is_compiling()
     ours = changed_twice or (group_of(norm) and is_plain(norm, nn.SyncBatchNorm))
     if ours and fused(x, even_traced=True):
-        return batch_norm(x, norm_settings(norm), time_steps=time_steps)
-    if time_steps is not None and once and not changed_twice:
-        return repeat_frame(norm, x, time_steps)
-    return per_frame(norm, x if time_steps is None else x.expand(time_steps, *x.shape[1:]))
+        return batch_norm(x, norm_settings(norm), time_steps=steps)
+    if once and not changed_twice:
+        return repeat_frame(norm, x, steps)
+    return per_frame(norm, x if steps == len(x) else x.expand(steps, *x.shape[1:]))
 
 
 def fused_attention(

@@ -480,6 +480,13 @@ def test_the_model_has_the_call():
     assert isinstance(SpikeDrivenTransformer(depth=0, dim=8, num_heads=1).stream(), Stream)
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor that is on another device until it comes to the CPU."""
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
 @pytest.mark.parametrize("neuron", ["lif", partial(snntorch.Synaptic, alpha=0.5, beta=0.8)])
 def test_a_state_goes_to_the_device_of_the_model(firing_model, neuron):
     stream = firing_model(neuron=neuron, depth=1).stream()
@@ -488,7 +495,9 @@ def test_a_state_goes_to_the_device_of_the_model(firing_model, neuron):
     with FakeTensorMode(allow_non_fake_inputs=True):  # a GPU that no machine needs to have
         for part in ("neurons", "logits"):
             saved[part] = tree_map(lambda tensor: torch.empty_like(tensor, device="cuda"), saved[part])
+    saved["seen"] = saved["seen"].as_subclass(Elsewhere)  # its values are looked at
     stream.load_state_dict(saved)
     state = stream.state_dict()
     held = [*state["logits"], *(tensors.values() for tensors in state["neurons"].values()), [state["seen"]]]
     assert {tensor.device.type for tensors in held for tensor in tensors} == {"cpu"} and len(held) > 3
+    assert type(state["seen"]) is torch.Tensor

@@ -32,7 +32,7 @@ def check_shape(name: str, shape: Sequence[int], dimensions: int | None = None) 
         raise TypeError(f"{expected}, got {shape!r}")
     for size in shape:
         check_whole(f"each size in {name}={tuple(shape)!r}", size)
-    if any(size < 1 for size in shape) or len(shape) != (len(shape) if dimensions is None else dimensions):
+    if any(size < 1 for size in shape) or dimensions not in (None, len(shape)):
         raise ValueError(f"{expected}, got {tuple(shape)!r}")
 
 

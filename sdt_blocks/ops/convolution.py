@@ -124,17 +124,23 @@ convolve_op.register_autograd(_gradients, keep=_keep)
 # ---- depthwise convolutions
 
 
-def depthwise_size(weight: Tensor, stride: Sequence[int], padding: Any, dilation: Sequence[int], groups: int) -> int:
-    """The size K of a depthwise convolution whose weights have a gradient of the kit's, 0 for any other."""
-    channels, per_group, size, width = weight.shape
-    square = size == width and size in DEPTHWISE and tuple(padding) == (size // 2, size // 2)
-    plain = tuple(stride) == tuple(dilation) == (1, 1) and channels == groups and per_group == 1
-    return size if square and plain else 0
+def has_own_gradient(x: Tensor, weight: Tensor, *geometry: Any) -> bool:
+    """Whether the weight of a convolution of x `[N, C, H, W]` gets its gradient from a kernel of the kit's.
+
+    The geometry is stride, padding, dilation and groups.
+    """
+    if not torch.is_grad_enabled() or x.device.type != "cpu":
+        return False
+    return _is_depthwise(weight, *geometry) and fused(x, even_traced=True)
 
 
-def has_depthwise_kernel(x: Tensor) -> bool:
-    """Whether a kernel can compute the gradient of the weights of a depthwise convolution of x `[N, C, H, W]`."""
-    return torch.is_grad_enabled() and x.device.type == "cpu" and fused(x, even_traced=True)
+def _is_depthwise(
+    weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> bool:
+    """Whether a convolution is depthwise, of one of the sizes `DEPTHWISE`, and keeps the size of its frames."""
+    channels, per_group, height, width = weight.shape
+    sized = height == width and height in DEPTHWISE and tuple(padding) == (height // 2, height // 2)
+    return sized and channels == groups and per_group == 1 and tuple(stride) == tuple(dilation) == (1, 1)
 
 
 @registered("sdt_blocks::depthwise")
@@ -188,7 +194,7 @@ def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, biases: int, geometry: tuple[Any, ...], wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of a convolution's input, weight and bias, empty if not wanted, by the fastest kernels."""
-    fill = kernels(x).depthwise_weights if wanted[1] and depthwise_size(weight, *geometry) else None
+    fill = kernels(x).depthwise_weights if wanted[1] and _is_depthwise(weight, *geometry) else None
     if fill is None:
         return _library_backward(grad, x, weight, biases, geometry, wanted)
     of_x, _, of_bias = _library_backward(grad, x, weight, biases, geometry, (wanted[0], False, wanted[2]))

@@ -11,7 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from sdt_blocks import LIF, SpikeDrivenSelfAttention, SpikeDrivenTransformer, SpikingMLP
 from sdt_blocks.ops.bits import as_spikes
-from sdt_blocks.ops.convolution import convolve_op, convolve_spikes, depthwise_convolution, depthwise_size
+from sdt_blocks.ops.convolution import convolve_op, convolve_spikes, depthwise_convolution, has_own_gradient
 from sdt_blocks.steps import per_frame, project
 
 
@@ -277,19 +277,26 @@ def test_depthwise_layers_have_the_kit_s_gradient(monkeypatch, traced, make, aut
 
 
 @pytest.mark.parametrize(
-    "layer, size",
+    "layer, own",
     [
-        (depthwise(7), 7),
-        (depthwise(3), 0),
-        (depthwise(6), 0),
-        (depthwise(9), 0),
-        (depthwise(5, stride=2), 0),
-        (depthwise(5, dilation=2), 0),
-        (depthwise(5, padding=1), 0),
-        (depthwise(5, groups=3), 0),
-        (nn.Conv2d(6, 12, 5, padding=2, groups=6), 0),
-        (nn.Conv2d(6, 6, (5, 7), padding=(2, 3), groups=6), 0),
+        (depthwise(7), True),
+        (depthwise(5, bias=False), True),
+        (depthwise(3), False),
+        (depthwise(6), False),
+        (depthwise(9), False),
+        (depthwise(5, stride=2), False),
+        (depthwise(5, dilation=2), False),
+        (depthwise(5, padding=1), False),
+        (depthwise(5, groups=3), False),
+        (nn.Conv2d(6, 12, 5, padding=2, groups=6), False),
+        (nn.Conv2d(6, 6, (5, 7), padding=(2, 3), groups=6), False),
     ],
 )
-def test_which_convolutions_have_a_gradient_of_the_kit_s(layer, size):
-    assert depthwise_size(layer.weight, layer.stride, layer.padding, layer.dilation, layer.groups) == size
+def test_which_convolutions_have_a_gradient_of_the_kit_s(monkeypatch, layer, own):
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
+    given = layer.weight, layer.stride, layer.padding, layer.dilation, layer.groups
+    assert has_own_gradient(torch.rand(2, 6, 9, 9), *given) == own
+    with torch.no_grad():
+        assert not has_own_gradient(torch.rand(2, 6, 9, 9), *given)
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "reference")
+    assert not has_own_gradient(torch.rand(2, 6, 9, 9), *given)
