@@ -33,7 +33,7 @@ def convolve_spikes(
 
     Layers that take the same frames share their bits.
     """
-    channels_last = frames.is_contiguous(memory_format=torch.channels_last) and not frames.is_contiguous()
+    channels_last = _is_channels_last(frames)
     bits = pack_op(frames.detach(), channels_last)
     result: Tensor = convolve_op(
         frames, bits, weight, bias, list(stride), list(padding), list(dilation), groups, channels_last
@@ -197,7 +197,10 @@ def _backward(
     fill = kernels(x).depthwise_weights if wanted[1] and _is_depthwise(weight, *geometry) else None
     if fill is None:
         return _library_backward(grad, x, weight, biases, geometry, wanted)
-    of_x, _, of_bias = _library_backward(grad, x, weight, biases, geometry, (wanted[0], False, wanted[2]))
+    *_, of_bias = _library_backward(grad, x, weight, biases, geometry, (False, False, wanted[2]))
+    # Once more a convolution, by the turned weight: the library's own gradient takes up to twice as long.
+    turned = depthwise_convolution.compute(grad, weight.flip(2, 3), None) if wanted[0] else grad.new_empty(0)
+    of_x = _in_order_of(x, turned)
     of_weight = torch.empty(weight.shape, dtype=state_dtype(x), device=x.device)
     x, grad = (frames.contiguous(memory_format=torch.channels_last) for frames in (x, grad))
     fill(x, grad, of_weight)
@@ -211,7 +214,16 @@ def _library_backward(
     settings = (list(stride), list(padding), list(dilation), False, [0, 0], groups)
     found = torch.ops.aten.convolution_backward(grad, x, weight, [biases], *settings, list(wanted))
     of_x, of_weight, of_bias = (grad.new_empty(0) if of is None else of for of in found)
-    return of_x, of_weight, of_bias
+    return _in_order_of(x, of_x), of_weight, of_bias
+
+
+def _in_order_of(x: Tensor, of_x: Tensor) -> Tensor:
+    """The gradient of x, empty or not, in the memory order of x."""
+    return of_x.contiguous(memory_format=_order(_is_channels_last(x))) if of_x.ndim == x.ndim else of_x
+
+
+def _is_channels_last(frames: Tensor) -> bool:
+    return frames.is_contiguous(memory_format=torch.channels_last) and not frames.is_contiguous()
 
 
 def _order(channels_last: bool) -> torch.memory_format:

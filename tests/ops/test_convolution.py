@@ -208,6 +208,7 @@ def test_gradients_of_a_depthwise_convolution(monkeypatch, shape, size, dtype, m
     found = torch.autograd.grad(depthwise_convolution(*given), given, grad)
     wide = [tensor.double() for tensor in given]
     expected = torch.autograd.grad(torch.conv2d(*wide, 1, size // 2, 1, shape[1]), wide, grad.double())
+    assert found[0].is_contiguous(memory_format=memory_format)
     for ours, exact in zip(found, expected, strict=True):
         assert ours.dtype == dtype and (ours - exact).abs().max() <= BOUNDS[dtype] * exact.abs().max()
 
@@ -232,8 +233,9 @@ def test_depthwise_gradients_do_not_depend_on_threads(monkeypatch):
 
 def test_opcheck_of_a_depthwise_convolution(monkeypatch):
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", "compiled")
-    given, _ = depthwise_arguments((2, 4, 5, 5), 5, torch.float32)
-    assert set(torch.library.opcheck(depthwise_convolution.op, tuple(given)).values()) == {"SUCCESS"}
+    for memory_format in FORMATS:
+        given, _ = depthwise_arguments((2, 4, 5, 5), 5, torch.float32, memory_format)
+        assert set(torch.library.opcheck(depthwise_convolution.op, tuple(given)).values()) == {"SUCCESS"}
     double, _ = depthwise_arguments((2, 2, 3, 3), 5, torch.float64)
     assert torch.autograd.gradgradcheck(depthwise_convolution, double)
 
