@@ -877,8 +877,9 @@ def test_hooks_are_still_called_and_said() -> None:
     model, x = lively("time first")
     seen: list[float] = []
     model.blocks[0].branch.fc1.conv.register_forward_hook(lambda module, args, out: seen.append(out.mean().item()))
-    with pytest.warns(UserWarning, match=r"blocks.0.branch.fc1 \(it has hooks, or a call of its own\)"):
+    with pytest.warns(UserWarning, match=r"blocks.0.branch.fc1 \(it has hooks, or a call of its own\)") as told:
         fast = optimize_for_inference(model)
+    assert len(told) == 1
     with torch.no_grad():
         torch.testing.assert_close(fast(x), model(x), atol=1e-5, rtol=1e-5)
     assert len(seen) == 2
@@ -944,6 +945,25 @@ def test_units_in_groups_and_of_other_widths_beside_each_other() -> None:
         for sparse in (False, True):
             fast = optimize_for_inference(attention, compile=False, sparse=sparse)
             torch.testing.assert_close(fast(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@torch.no_grad()
+def test_a_unit_that_cannot_be_folded_is_named(sparse: bool) -> None:
+    """A parametrization computes the weights anew in every call; the units around it are folded without a word."""
+    mlp, x = SpikingMLP(16), torch.randn(2, 3, 16, 4, 5)
+    calibrate_norms(mlp, [x])
+    nn.utils.parametrizations.weight_norm(mlp.fc2.conv)
+    with pytest.warns(UserWarning, match="kept as it is, since its convolution is parametrized .*: fc2$") as told:
+        fast = optimize_for_inference(mlp, sparse=sparse)
+    assert len(told) == 1
+    expected = mlp.eval()(x)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(fast(x), expected, atol=1e-5, rtol=1e-5)
+    nn.utils.parametrize.remove_parametrizations(mlp.fc2.conv, "weight")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimize_for_inference(mlp, sparse=sparse)
 
 
 class Transposed(MaskMixer):

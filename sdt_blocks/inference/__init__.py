@@ -19,7 +19,7 @@ from .forms import EventProduct
 from .graphs import Graphed
 from .integers import FLOAT32, INT8, INT24, IntegerProduct
 from .nir import export_to_nir, simulate_nir
-from .plan import Plan
+from .plan import Form, Plan
 from .product import PATHS, Product
 from .trace import plan
 
@@ -105,20 +105,22 @@ def optimize_for_inference(
         _check_graph(model, sparse, exact)
     weights = INT8 if dtype == torch.int8 else INT24 if exact else FLOAT32
     make = partial(_events, model, weights, exact)
+    form: Form
     if sparse is True:
-        return make()
-    if dtype == torch.int8 and not exact and _on_triton(model):
+        form = make()
+    elif dtype == torch.int8 and not exact and _on_triton(model):
         with torch.no_grad():
-            dense: nn.Module = Bytes(plan(model))
+            form = Bytes(plan(model))
     elif weights != FLOAT32:
         # The event-driven form, with its sums computed densely.
-        dense = make(events=False)
+        form = make(events=False)
     else:
         with torch.no_grad():
-            dense = Dense(plan(model), dtype, compile, paths)
+            form = Dense(plan(model), dtype, compile, paths)
+    form.tell_unfolded()
     if cuda_graph:
-        return Graphed(dense)
-    return choose(make, dense, () if calibrate is None else calibrate) if sparse else dense
+        return Graphed(form)
+    return choose(make, form, () if calibrate is None else calibrate) if sparse == "auto" else form
 
 
 def _on_triton(model: nn.Module) -> bool:

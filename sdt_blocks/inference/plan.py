@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -156,6 +157,21 @@ class Form(nn.Module):
     def compute(self, values: dict[Node, Any]) -> Any:
         """The output for the values of the inputs."""
         raise NotImplementedError
+
+    def tell_unfolded(self) -> None:
+        """One warning that names the units which are computed as they are because their layers are no one convolution.
+
+        Those with hooks have been named when the network was traced.
+        """
+        forms: dict[Node, Any] = self.forms  # type: ignore[assignment]
+        rest = [node for node in self.plan.nodes if node.op in (PROJECT, MIX) and forms.get(node) is None]
+        names = [node.name for node in rest if any(map(_is_unknown_unit, leaves(node.target)))]
+        if names:
+            warnings.warn(
+                f"kept as it is, since its convolution is parametrized or its layers are no plain ones: "
+                f"{', '.join(names)}",
+                stacklevel=3,
+            )
 
     def foreign(self) -> set[Node]:
         """The nodes that are computed by code not known to the kit, which may write into its inputs."""
@@ -317,6 +333,12 @@ def convolution(unit: Any) -> tuple[nn.Conv2d, nn.BatchNorm2d | None] | None:
     if conv is None or not plain_norm or not steps.is_plain(conv, nn.Conv2d):
         return None
     return (conv, norm) if conv.padding_mode == "zeros" and not isinstance(conv.padding, str) else None
+
+
+def _is_unknown_unit(leaf: nn.Module) -> bool:
+    """Whether a leaf is a unit that has no hooks, and still has to run as it is."""
+    watched = any(map(steps.has_hooks, leaf.modules()))
+    return isinstance(leaf, steps.Unit) and not watched and convolution(leaf) is None
 
 
 def chain(unit: Any) -> list[nn.Conv2d] | None:
