@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import sdt_blocks
 import sdt_blocks.analysis
+from sdt_blocks.ops.dispatch import forced
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 """Whether Triton's kernels run on CPU tensors, and on no others."""
@@ -40,6 +41,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         paths = getattr(item, "callspec", None)
         if not INTERPRETED and paths and "triton" in paths.params.values() and "cuda" not in item.keywords:
             item.add_marker(pytest.mark.skip(reason="CPU tensors, and Triton is not interpreted here"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _a_launch_is_prepared_once():
+    """Triton's interpreter prepares a module for each call of a function in it, a third of its time; once will do."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        yield
+        return
+    prepared: set[int] = set()
+
+    def launch(executor, *args, original=interpreter.GridExecutor.__call__, **kwargs):
+        prepared.clear()
+        return original(executor, *args, **kwargs)
+
+    def prepare(function, original=interpreter._patch_lang):
+        module = id(function.__globals__)
+        if module not in prepared:
+            prepared.add(module)
+            return original(function)
+        return None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.GridExecutor, "__call__", launch)
+        patch.setattr(interpreter, "_patch_lang", prepare)
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -261,9 +289,9 @@ def _small(name: str) -> Small:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.bias, 0.5, 0.5)
-    sdt_blocks.calibrate_norms(model, images)
     model.eval()
-    with torch.no_grad():
+    with forced("reference"), torch.no_grad():  # whichever backend the first test of it asks for
+        sdt_blocks.calibrate_norms(model, images)
         assert sdt_blocks.analysis.firing_rates(model, images).mean > 0.01 and model(images).std(0).min() > 1e-4
     return Small(name, options, model, images)
 

@@ -27,24 +27,19 @@ def launched(monkeypatch):
     return names
 
 
-LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("spikformer_4_384", "qkformer_4_384")]
-
-
-@pytest.mark.parametrize("name", ["sdt_2_256", "sdt_v2_15m", "sdt_v3_5m", "sdt_v3_83m", *LONG])
 @torch.no_grad()
-def test_every_family(make_small, launched, monkeypatch, name):
+def test_every_family(small, launched, monkeypatch):
     """In float64 no membrane is within rounding of its threshold, so that the answers are the model's."""
-    small = make_small(name)
     model, images = small.model.to(DEVICE).double(), small.images[:1].to(DEVICE).double()
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", "reference")
     expected = model(images)
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", "triton")
     found = optimize_for_inference(model, torch.float64, paths="convolution")(images)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    if name == "sdt_2_256":
+    if small.name == "sdt_2_256":
         assert {"fire", "fire_and_pool", "attend"} == set(launched)
     else:
-        assert ("fire_levels" if "v3" in name else "fire") in launched
+        assert ("fire_levels" if "v3" in small.name else "fire") in launched
 
 
 @pytest.mark.parametrize("name", ["sdt_2_256", "sdt_v2_15m"])
