@@ -30,11 +30,15 @@ from common.options import changed_options
 from common.schema import option
 from common.trained import class_names, default_folder, load, match_classes, other_settings, read_trained
 
+from sdt_blocks.files import written_together
+
 if TYPE_CHECKING:
     from common.evaluation import Evaluation
 
 PUBLISHED_CROP = {288: 0.9}
 """Evaluation sizes with their own share of the resized image: 288 of 320."""
+
+FIGURES = "evaluation.json"
 
 MATCHES = ("name", "position")
 
@@ -140,7 +144,7 @@ def describe_classes(result: Evaluation, names: Sequence[str]) -> list[str]:
 
 
 def write(result: Evaluation, names: Sequence[str], folder: Path, unreadable: int, settings: Mapping[str, Any]) -> None:
-    """Write evaluation.json, classes.csv, confusion.csv and confusion.png. Raises `RunError`.
+    """Write classes.csv, confusion.csv, confusion.png and evaluation.json, all of them or none. Raises `RunError`.
 
     `settings` are those that differ from the run's own.
     """
@@ -160,21 +164,23 @@ def write(result: Evaluation, names: Sequence[str], folder: Path, unreadable: in
         "input_size": list(result.input_size),
         "settings": dict(settings),
     }
+    table: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
     try:
-        (folder / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        with (folder / "classes.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            table = csv.writer(file)
-            table.writerow(["class", "samples", "recognised", "accuracy"])
-            for name, row, correct, share in zip(names, confusion, confusion.diagonal(), accuracy, strict=True):
-                table.writerow([name, row.sum(), correct, "" if math.isnan(share) else share])
-        with (folder / "confusion.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            table = csv.writer(file)
-            table.writerow(["true \\ predicted", *names])
-            table.writerows([name, *row] for name, row in zip(names, confusion.tolist(), strict=True))
-        draw_confusion(confusion, words_of(names), folder / "confusion.png")
+        with written_together(folder, last=FIGURES) as drafts:
+            with (drafts / "classes.csv").open("w", **table) as file:
+                rows = zip(names, confusion, confusion.diagonal(), accuracy, strict=True)
+                csv.writer(file).writerow(["class", "samples", "recognised", "accuracy"])
+                csv.writer(file).writerows(
+                    [name, row.sum(), correct, "" if math.isnan(share) else share] for name, row, correct, share in rows
+                )
+            with (drafts / "confusion.csv").open("w", **table) as file:
+                csv.writer(file).writerow(["true \\ predicted", *names])
+                csv.writer(file).writerows([name, *row] for name, row in zip(names, confusion.tolist(), strict=True))
+            draw_confusion(confusion, words_of(names), drafts / "confusion.png")
+            (drafts / FIGURES).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise RunError(f"{folder} cannot be written ({error})") from error
-    print(f"classes.csv, confusion.csv, confusion.png and evaluation.json are in {folder}")
+    print(f"classes.csv, confusion.csv, confusion.png and {FIGURES} are in {folder}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,27 @@ def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a text file in UTF-8, as `write_atomically` does."""
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+@contextmanager
+def written_together(folder: Path, *, last: str) -> Iterator[Path]:
+    """A new folder for files that belong together; after the block they replace those of their names in `folder`.
+
+    If the block raises, `folder` stays as it was. One of the files, `last`, is taken away before the others are
+    replaced and comes after them: where it is, none of them is of another time. `folder` is made if it is missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{last}.") as name:
+        drafts = Path(name)
+        yield drafts
+        files = sorted((path for path in drafts.rglob("*") if path.is_file()), key=lambda path: path == drafts / last)
+        for path in files:
+            sync(path)
+        (folder / last).unlink(missing_ok=True)
+        for path in files:
+            place = folder / path.relative_to(drafts)
+            place.parent.mkdir(exist_ok=True)
+            os.replace(path, place)
 
 
 def sync(path: Path) -> None:

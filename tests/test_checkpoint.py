@@ -28,7 +28,7 @@ from sdt_blocks import (
     load_released_checkpoint,
     save_model,
 )
-from sdt_blocks.files import write_atomically, write_text
+from sdt_blocks.files import write_atomically, write_text, written_together
 from sdt_blocks.models import Option, keeps_options, register, registry
 from sdt_blocks.models.family import count_blocks, read_mlp_ratio
 from sdt_blocks.models.sdt import FAMILY
@@ -381,6 +381,39 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_atomically(path, write)
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_files_that_belong_together_are_never_mixed(tmp_path, monkeypatch):
+    def write(text):
+        with written_together(tmp_path / "new", last="sum") as drafts:
+            (drafts / "sum").write_text(text)
+            (drafts / "more").mkdir()
+            for name in ("a", "more/b"):
+                (drafts / name).write_text(text)
+                if text == "full":
+                    raise OSError(28, "No space left on device")
+
+    write("one")
+    files = {name: tmp_path / "new" / name for name in ("a", "more/b", "sum")}
+    with pytest.raises(OSError, match="No space left"):
+        write("full")
+    assert [path.read_text() for path in files.values()] == ["one"] * 3
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"a", "more", "sum"}
+    moved, replace = [], os.replace
+
+    def stop_at_the_second(source, place):
+        moved.append(place)
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        replace(source, place)
+
+    monkeypatch.setattr(os, "replace", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        write("two")
+    assert sorted(path.read_text() for path in files.values() if path.exists()) == ["one", "two"]
+    assert not files["sum"].exists()
+    write("three")
+    assert [path.read_text() for path in files.values()] == ["three"] * 3 and moved[-1] == files["sum"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from sdt_blocks.analysis.tables import write
+from sdt_blocks.files import written_together
 
 from .config import RunError
 
@@ -13,9 +14,10 @@ from .config import RunError
 def write_results(texts: Mapping[str, str], stem: Path, draw: Callable[[Path], None] | None = None) -> None:
     """Print a table and write its texts, and what `draw` draws, as `stem` with their endings. Raises `RunError`."""
     try:
-        write(texts, stem)
-        if draw is not None:
-            draw(stem.with_name(f"{stem.name}.png"))
+        with written_together(stem.parent, last=f"{stem.name}.md") as drafts:
+            write(texts, drafts / stem.name)
+            if draw is not None:
+                draw(drafts / f"{stem.name}.png")
     except OSError as error:
         raise RunError(f"output_dir={stem.parent} cannot be written ({error})") from error
     print(texts["md"])

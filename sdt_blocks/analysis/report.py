@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..evaluation import Batches, each_of, input_of
+from ..files import written_together
 from ..inference.folded import folded
 from ..neuron import find_neurons
 from . import plots, tables
@@ -112,8 +113,10 @@ def analyze_model(
         if is_first_process():
             names = options.class_names or getattr(getattr(model, "card", None), "class_names", None) or ()
             title = title or type(model).__name__
-            asked = _Asked(Path(output_dir), title, layer, images, form, list(names), axis, options.confidence)
-            _write(model, input_of(first), rates, report, outcome, measured, asked)
+            with written_together(Path(output_dir), last="energy.json") as folder:
+                asked = _Asked(folder, title, layer, images, form, list(names), axis, options.confidence)
+                _write(model, input_of(first), rates, report, outcome, measured, asked)
+            print(f"all in {Path(output_dir) / 'index.html'}")
     return rates, report
 
 
@@ -134,7 +137,7 @@ def _write(
 ) -> None:
     """The folder of an analysis."""
     folder, axis = asked.folder, asked.axis
-    (folder / "overlays").mkdir(parents=True, exist_ok=True)
+    (folder / "overlays").mkdir()
     one = first.narrow(axis, 0, 1)
     found = audit(model, first.narrow(axis, 0, min(2, first.shape[axis])), as_trained=True)
     found.silence, found.form = rates.silence, asked.form  # from all samples, not from two
@@ -161,7 +164,6 @@ def _write(
         extras=Extras(sum(parameter.numel() for parameter in model.parameters()), outcome, measured, asked.confidence),
     )
     print_summary(rates, report, found, outcome, measured, asked.confidence)
-    print(f"all in {folder / 'index.html'}")
 
 
 def _write_tables(report: EnergyReport, outcome: Outcome, measured: Measured | None, asked: _Asked) -> None:

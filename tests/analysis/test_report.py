@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sdt_blocks import LIF, SpikeDrivenSelfAttention
-from sdt_blocks.analysis import analyze_model, audit, energy, firing_rates
+from sdt_blocks.analysis import analyze_model, audit, energy, firing_rates, report
 
 ODD = [
     "a$b_{$^",
@@ -45,13 +45,13 @@ def test_names_come_out_as_they_are(name, tmp_path, capsys):
     torch.manual_seed(0)
     folder = tmp_path / "[v2] $1"
     model = Named(name).eval()
-    rates, report = analyze_model(model, [(torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))], folder, layer=name)
-    assert rates[name].mean > 0 and report[f"{name} head"].energy_mj > 0
+    rates, found = analyze_model(model, [(torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))], folder, layer=name)
+    assert rates[name].mean > 0 and found[f"{name} head"].energy_mj > 0
     assert {path.name for path in folder.iterdir()} >= {"energy.png", "rates.png", "raster.png", "rate_histogram.png"}
     assert str(folder / "index.html") in capsys.readouterr().out
     page = re.sub("<wbr>", "", (folder / "index.html").read_text(encoding="utf-8"))
     assert name in unescape(page) and "<b>&amp;" not in page
-    for table in (report, rates, audit(model, torch.rand(1, 3, 8, 8))):
+    for table in (found, rates, audit(model, torch.rand(1, 3, 8, 8))):
         assert name.split("\n")[0] in re.sub(r"[\s│]", "", str(table)) or "\n" in name or " " in name or len(name) > 99
     with open(folder / "rates.csv", newline="", encoding="utf-8") as file:
         cells = [row[0] for row in csv.reader(file)]
@@ -103,6 +103,18 @@ def test_a_batch_as_large_as_the_time_steps_stays_a_batch(small, tmp_path):
 def test_one_pixel(small, shape, tmp_path):
     analyze_model(small(), [torch.rand(shape)], tmp_path)
     assert (tmp_path / "overlays" / "image_1.png").stat().st_size > 0
+
+
+def test_an_analysis_that_is_stopped_leaves_the_one_before(small, tmp_path, monkeypatch):
+    def files():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    analyze_model(small(), torch.rand(3, 3, 16, 16), tmp_path)
+    before = files()
+    monkeypatch.setattr(report, "draw_neurons", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        analyze_model(small(), torch.rand(2, 3, 16, 16), tmp_path)
+    assert files() == before and tmp_path / "energy.json" in before
 
 
 def test_errors_at_the_door(small, tmp_path):

@@ -259,6 +259,25 @@ def test_the_recipe_writes_classes_and_confusion_for_data_in_another_order(evalu
     assert (figures["samples"], figures["unreadable"]) == (14, 1)
 
 
+def test_an_evaluation_that_is_stopped_leaves_the_one_before(evaluate_here, firing_model, tmp_path, monkeypatch):
+    from common import pictures
+
+    def evaluation(samples):
+        evaluate_here("checkpoint=saved", "config=digits", f"data.test_samples={samples}", "output_dir=found")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    save_model(firing_model(in_channels=1, num_classes=10), tmp_path / "saved")
+    evaluation(20)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "found").iterdir()}
+    assert set(before) == {"evaluation.json", "classes.csv", "confusion.csv", "confusion.png"}
+    monkeypatch.setattr(pictures, "draw_confusion", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation(30)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "found").iterdir()} == before
+
+
 def test_other_settings_than_the_runs_have_a_folder_of_their_own(evaluate_here, train, tmp_path):
     small = ("model.dim=16", "model.depth=1", "threads=1", "tracker=none", "train.batch_size=32", "output_dir=run")
     train(*small, "data.train_samples=64", "data.test_samples=40", "train.ema_decay=0.5", "train.max_steps=2")
