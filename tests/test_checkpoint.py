@@ -62,6 +62,35 @@ def test_bare_state_dict(golden, tmp_path, prefix):
     torch.testing.assert_close(logits, golden.tensors["logits_eval"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "said", "assumed"),
+    [
+        ("sdt_lif_static_64", {}, {"time_steps": 4, "pooling": "1111", "event_pooling": False}),
+        ("sdt_lif_static_64", {"time_steps": 3, "pooling_stat": "1111"}, {"event_pooling": False}),
+        ("sdt_lif_static_64", {"time_steps": 3, "pooling_stat": "1111", "dvs_mode": 0}, {}),
+        ("sdtv2_grads_T2_64", {}, {"time_steps": 4}),
+        ("sdtv2_grads_T2_64", {"time_steps": 2}, {}),
+        ("sdtv3_base_64", {"time_steps": 1}, {"levels": 4}),
+        ("sdtv3_large_kd_64", {}, {"levels": 4}),
+        ("spikformer_imagenet_64", {}, {"num_heads": 8, "time_steps": 4}),
+        ("qkformer_imagenet_64", {"time_steps": 4}, {"num_heads": 1}),
+        ("qkformer_cifar_32", {}, {"time_steps": 4}),
+    ],
+)
+def test_what_nobody_says_is_named_once(named_golden, tmp_path, recwarn, name, said, assumed):
+    path = tmp_path / "x.pth"
+    torch.save({"model": named_golden(name).group("state"), "args": said}, path)
+    model = load_released_checkpoint(path)
+    assert assumed.items() <= model.config.items()
+    taken = ", ".join(f"{key}={value!r}" for key, value in assumed.items())
+    found = [str(warning.message) for warning in recwarn]
+    assert len(found) == bool(assumed)
+    assert all(f"x.pth: assumed {taken}, which neither" in one and "recipes: model." in one for one in found)
+    recwarn.clear()
+    load_released_checkpoint(path, **assumed)
+    assert not recwarn.list
+
+
 def test_ema_on_request(static_golden, tmp_path):
     state = static_golden.group("state")
     averaged = {f"module.{key}": value / 2 if key == "head.weight" else value for key, value in state.items()}
@@ -365,9 +394,9 @@ def test_training_arguments_say_what_no_shape_tells_and_none_says_nothing(static
     nothing = dict.fromkeys(("num_heads", "time_steps", "pooling_stat", "TET", "dvs_mode"))
     given = {"num_heads": 4, "time_steps": 6, "pooling_stat": "0101", "TET": True, "dvs_mode": 1}
     known = {"num_heads": 4, "time_steps": 6, "pooling": "0101", "per_step": True, "event_pooling": True}
-    of_shapes = FAMILY.keys.read_options(state, {})
-    assert FAMILY.keys.read_options(state, nothing) == of_shapes and not known.keys() & of_shapes.keys()
-    assert FAMILY.keys.read_options(state, given) == {**of_shapes, **known}
+    of_shapes, untold = FAMILY.keys.options(state, {})
+    assert FAMILY.keys.options(state, nothing) == (of_shapes, untold) and not known.keys() & of_shapes.keys()
+    assert FAMILY.keys.options(state, given) == ({**of_shapes, **known}, [])
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):

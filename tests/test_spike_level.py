@@ -332,7 +332,7 @@ def test_what_released_shapes_do_not_tell_is_that_of_the_variant():
     model = Spikformer(**spikformer.VARIANTS["spikformer_2_256_dvs"], neuron="plif")
     assert {(mixer.scale, mixer.num_heads) for mixer in find_mixers(model).values()} == {(0.25, 16)}
     published = model.config
-    found = spikformer.read_options(of(shapes | {"head.weight": (10, 256)}), {"time_steps": 16})
+    found = spikformer.FAMILY.keys.options(of(shapes | {"head.weight": (10, 256)}), {"time_steps": 16})[0]
     assert found.items() <= published.items() and {"scale", "num_heads", "time_steps", "pooling"} <= found.keys()
     shapes = {
         "patch_embed.proj_conv.weight": (48, 3, 3, 3),
@@ -342,7 +342,7 @@ def test_what_released_shapes_do_not_tell_is_that_of_the_variant():
         "head.weight": (10, 384),
     }
     published = Spikformer(**spikformer.VARIANTS["spikformer_4_384"]).config
-    found = spikformer.read_options(of(shapes), {})
+    found = spikformer.FAMILY.keys.options(of(shapes), {})[0]
     assert found.items() <= published.items() and {"num_heads", "pooling", "qkv_bias"} <= found.keys()
     shapes = {
         "patch_embed1.proj_conv.weight": (32, 2, 3, 3),
@@ -353,7 +353,7 @@ def test_what_released_shapes_do_not_tell_is_that_of_the_variant():
         "head.weight": (10, 256),
     }
     published = QKFormer(**qkformer.VARIANTS["qkformer_2_256_dvs"], neuron="plif").config
-    found = qkformer.read_options(of(shapes), {"time_steps": 16, "num_heads": 8})
+    found = qkformer.FAMILY.keys.options(of(shapes), {"time_steps": 16, "num_heads": 8})[0]
     assert {**found, "depths": tuple(found["depths"])}.items() <= published.items()
     assert {"form", "num_heads", "time_steps", "mlp_ratio"} <= found.keys()
 

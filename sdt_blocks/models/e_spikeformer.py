@@ -363,6 +363,9 @@ LARGE_KEYS: Keys = [
 ]
 """Released prefixes of the large family, and the names here."""
 
+_SCALE = "block3.0.layer_scale1"
+"""A factor that only the models for events have."""
+
 NEVER_CALLED = r"block3\.\d+\.rep_conv\..*"
 """Released keys of layers that no model could run, since their norms have another width (see `weed`)."""
 
@@ -375,7 +378,7 @@ def weed(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in state_dict.items() if not re.fullmatch(NEVER_CALLED, key)}
 
 
-def _options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any], last: int) -> dict[str, Any]:
+def _options(state_dict: Mapping[str, Tensor], last: int) -> dict[str, Any]:
     dims = [shape_of(state_dict, f"downsample{name}.encode_conv.weight")[0] for name in _DOWNSAMPLINGS[1 : last + 1]]
     attention = [count_blocks(state_dict, f"block{stage}.") for stage in range(CONVOLUTION_STAGES, last + 1)]
     options: dict[str, Any] = {
@@ -386,24 +389,35 @@ def _options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any], last: in
     }
     if attention[0]:
         options["mlp_ratio"] = read_mlp_ratio(state_dict, "block3.0.mlp.fc1_conv.weight", dims[2])
-    if args.get("time_steps") is not None:
-        options["time_steps"] = args["time_steps"]
     return options
 
 
-def read_base_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a released model of the base family from its state_dict and training arguments."""
-    return {**_options(state_dict, args, 4), "layer_scale": "block3.0.layer_scale1" in state_dict}
+def read_base_options(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Options of a released model of the base family from its state_dict."""
+    return {**_options(state_dict, 4), "layer_scale": _SCALE in state_dict}
 
 
-def read_large_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a released model of the large family from its state_dict and training arguments."""
+def unread_base(state_dict: Mapping[str, Tensor]) -> Sequence[str]:
+    """Options that change the answers and that no weight tells; models for events, with factors, divide levels too."""
+    return ("levels", "level_norm") if _SCALE in state_dict else ("levels",)
+
+
+def read_large_options(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Options of a released model of the large family from its state_dict."""
     return {
-        **_options(state_dict, args, 3),
+        **_options(state_dict, 3),
         "rep_conv": "block3.0.rep_conv.conv1.0.weight" in weed(state_dict),
         "distillation": "head_kd.weight" in state_dict,
     }
 
+
+def unread_large(state_dict: Mapping[str, Tensor]) -> Sequence[str]:
+    """Options that change the answers and that no weight tells."""
+    return ("levels",)
+
+
+ARGUMENTS = {"time_steps": "time_steps"}
+"""Options that the training arguments tell, and their names there."""
 
 CARD = imagenet_card(
     crop_pct=224 / 232,
@@ -413,11 +427,16 @@ CARD = imagenet_card(
 """How the released ImageNet models were evaluated."""
 
 FAMILY = register(
-    ESpikeFormer, BASE, keys=ReleasedKeys(BASE_KEYS, read_base_options, "E-SpikeFormer, base family"), card=CARD
+    ESpikeFormer,
+    BASE,
+    keys=ReleasedKeys(BASE_KEYS, read_base_options, unread_base, ARGUMENTS, "E-SpikeFormer, base family"),
+    card=CARD,
 )
 LARGE_FAMILY = register(
     ESpikeFormerLarge,
     LARGE,
-    keys=ReleasedKeys(LARGE_KEYS, read_large_options, "E-SpikeFormer, large family", weed=weed),
+    keys=ReleasedKeys(
+        LARGE_KEYS, read_large_options, unread_large, ARGUMENTS, "E-SpikeFormer, large family", weed=weed
+    ),
     card=CARD,
 )

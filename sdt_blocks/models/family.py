@@ -21,14 +21,28 @@ class ReleasedKeys:
 
     renames: Sequence[tuple[str, str | Callable[[Any], str]]]
     """Prefixes of the released state_dict (patterns) and their replacements here (as in `re.sub`)."""
-    read_options: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Any]]
-    """Options of the class from a released state_dict and the training arguments; raises `ValueError` if unknown."""
+    read_options: Callable[[Mapping[str, Tensor]], dict[str, Any]]
+    """Options of the class from a released state_dict; raises `ValueError` if they cannot be read."""
+    unread: Callable[[Mapping[str, Tensor]], Sequence[str]]
+    """Options that change the answers and that no weight of a released state_dict tells."""
+    arguments: Mapping[str, str]
+    """Options that the training arguments of a released file tell, and their names there."""
     title: str
     """The name of the family in messages."""
     unused: str = ""
     """A pattern of whole keys that are released but never used in the forward pass."""
     weed: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
     """Removes from a released state_dict what cannot be recognized by a pattern of keys."""
+
+    def options(self, state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Options of the class, as the weights and then the training arguments tell, and those of `unread` left open.
+
+        Raises `ValueError`.
+        """
+        told = {ours: args[theirs] for ours, theirs in self.arguments.items() if args.get(theirs) is not None}
+        read, unread = self.read_options(state_dict), self.unread(state_dict)
+        read |= {name: value for name, value in told.items() if name in unread or name not in read}
+        return read, [name for name in unread if name not in told]
 
     def renamed(self, key: str) -> str | None:
         """The name here of a released key: "" if nothing uses it, `None` if it does not belong to the family."""

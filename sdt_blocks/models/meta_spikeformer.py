@@ -178,8 +178,8 @@ KEYS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
 """Released prefixes, and the names here."""
 
 
-def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a released model from its state_dict and training arguments."""
+def read_options(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Options of a released model from its state_dict."""
     dims = [shape_of(state_dict, f"downsample{name}.encode_conv.weight")[0] for name in _DOWNSAMPLINGS[1:]]
     attention = [count_blocks(state_dict, f"block{stage}.") for stage in (3, 4)]
     options: dict[str, Any] = {
@@ -191,14 +191,20 @@ def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> d
     }
     if attention[0]:
         options["mlp_ratio"] = read_mlp_ratio(state_dict, "block3.0.mlp.fc1_conv.weight", dims[2])
-    if args.get("time_steps") is not None:
-        options["time_steps"] = args["time_steps"]
     return options
+
+
+def unread(state_dict: Mapping[str, Tensor]) -> Sequence[str]:
+    """Options that change the answers and that no weight tells."""
+    return ("time_steps",)
 
 
 CARD = imagenet_card(crop_pct=0.875)
 """How the released ImageNet models were evaluated."""
 
 FAMILY = register(
-    MetaSpikeFormer, VARIANTS, keys=ReleasedKeys(KEYS, read_options, "Spike-Driven Transformer V2"), card=CARD
+    MetaSpikeFormer,
+    VARIANTS,
+    keys=ReleasedKeys(KEYS, read_options, unread, {"time_steps": "time_steps"}, "Spike-Driven Transformer V2"),
+    card=CARD,
 )

@@ -262,10 +262,18 @@ KEYS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
 """Released prefixes, and the names here."""
 
 
-def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a released model from its state_dict and training arguments."""
+ARGUMENTS = {"num_heads": "num_heads", "time_steps": "time_steps"}
+"""Options that the training arguments tell, and their names there."""
+
+
+def _form(state_dict: Mapping[str, Tensor]) -> str:
     events = not any(key.startswith("patch_embed3.") for key in state_dict)
-    form = "events" if events else "cifar" if "stage3.0.ssa.q_conv.weight" in state_dict else "imagenet"
+    return "events" if events else "cifar" if "stage3.0.ssa.q_conv.weight" in state_dict else "imagenet"
+
+
+def read_options(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Options of a released model from its state_dict; heads are those of the published one."""
+    form = _form(state_dict)
     last = len(FORMS[form])
     depths = [count_blocks(state_dict, f"stage{stage}.") for stage in range(1, last + 1)]
     dim = shape_of(state_dict, f"patch_embed{last}.proj4_conv.weight")[0]
@@ -281,12 +289,15 @@ def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> d
     if depths[-1]:
         layer = "mlp1" if f"stage{last}.0.mlp.mlp1_conv.weight" in state_dict else "fc1"
         options["mlp_ratio"] = read_mlp_ratio(state_dict, f"stage{last}.0.mlp.{layer}_conv.weight", dim)
-    if args.get("time_steps") is not None:
-        options["time_steps"] = args["time_steps"]
-    # The heads of the event and CIFAR models are fixed in the released code, whatever the argument says.
-    if form == "imagenet" and args.get("num_heads") is not None:
-        options["num_heads"] = args["num_heads"]
     return options
+
+
+def unread(state_dict: Mapping[str, Tensor]) -> Sequence[str]:
+    """Options that change the answers and that no weight tells.
+
+    The heads of the event and CIFAR models are fixed in the released code, whatever the argument says.
+    """
+    return ("num_heads", "time_steps") if _form(state_dict) == "imagenet" else ("time_steps",)
 
 
 CARD = imagenet_card(
@@ -297,4 +308,4 @@ CARD = imagenet_card(
 )
 """How the released ImageNet models were trained and evaluated."""
 
-FAMILY = register(QKFormer, VARIANTS, keys=ReleasedKeys(KEYS, read_options, "QKFormer"), card=CARD)
+FAMILY = register(QKFormer, VARIANTS, keys=ReleasedKeys(KEYS, read_options, unread, ARGUMENTS, "QKFormer"), card=CARD)

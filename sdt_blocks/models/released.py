@@ -6,6 +6,7 @@ import argparse
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -111,12 +112,17 @@ def _over_planes(name: str, value: Tensor) -> Tensor:
     return value[(...,) + (None,) * (4 - value.ndim)] if flat else value
 
 
-def _read_options(family: Family, released: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
+def _read_options(
+    family: Family, released: Mapping[str, Tensor], args: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
     assert family.keys is not None
     try:
-        return family.keys.read_options(released, args)
+        options, untold = family.keys.options(released, args)
     except ValueError as error:
         raise ValueError(f"read as {family.keys.title}: {error}") from None
+    # Training arguments have flags as numbers too.
+    flags = {name: bool(value) for name, value in options.items() if family.options[name].kind is bool}
+    return options | flags, untold
 
 
 def load_released_checkpoint(
@@ -125,15 +131,33 @@ def load_released_checkpoint(
     """The model in a released `.pth.tar`, or in a state_dict of torch or safetensors, in eval mode.
 
     The family, the architecture and a second head are read from the weights and the file's training arguments;
-    `overrides` (options of the model's class, such as `time_steps=4` or `event_pooling=True`) take precedence. The
-    weights may be under "state_dict", "model" or "model_state_dict"; `ema=True` uses their moving average. Prefixes of
-    distributed training, torch.compile and Lightning are removed. `new_head=True` leaves the head newly initialized,
+    `overrides` (options of the model's class, such as `time_steps=4` or `event_pooling=True`) take precedence. One
+    warning names the options that change the answers and that none of these tells, with the values that are taken.
+
+    The weights may be under "state_dict", "model" or "model_state_dict"; `ema=True` uses their moving average. Prefixes
+    of distributed training, torch.compile and Lightning are removed. `new_head=True` leaves the head newly initialized,
     for `num_classes` of other data; `num_classes=0` removes it. The `model.card` of a model with ImageNet's 1000
     classes has their names and the preparation of images.
 
     Only tensors and one `argparse.Namespace` are unpickled. Raises `FileNotFoundError`; `ValueError` naming the file
     and the cause if it is damaged, needs another class, or does not match the architecture.
     """
+    model, assumed = read_released(path, ema=ema, new_head=new_head, **overrides)
+    if assumed:
+        taken = ", ".join(f"{name}={model.config[name]!r}" for name in assumed)
+        warnings.warn(
+            f"{path}: assumed {taken}, which neither the weights nor training arguments in the file tell; with other "
+            f"values than in training the answers are wrong: give them to load_released_checkpoint, even if they are "
+            f"these (in the recipes: model.{assumed[0]}=...)",
+            stacklevel=2,
+        )
+    return model
+
+
+def read_released(
+    path: str | os.PathLike[str], *, ema: bool = False, new_head: bool = False, **overrides: Any
+) -> tuple[Any, list[str]]:
+    """What `load_released_checkpoint` returns, and the options that it warns about: those whose values are assumed."""
     path = Path(path)
     content = _load_weights_only(path)
     try:
@@ -142,13 +166,13 @@ def load_released_checkpoint(
         family = _family(released)
         converted = _converted(released, family)
         check_names(overrides, family.model)
-        options = _read_options(family, released, args)
+        options, untold = _read_options(family, released, args)
         names = family.card.class_names if family.card else None
         card = family.card if names is not None and options["num_classes"] == len(names) else None
         model = build_filled(family.model, options, overrides, converted, new_head=new_head, card=card)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
-    return model.eval()
+    return model.eval(), [name for name in untold if name not in overrides]
 
 
 def _find_weights(content: Any, *, averaged: bool) -> tuple[Mapping[Any, Any], Mapping[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -196,8 +196,21 @@ KEYS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
 UNUSED = r"block\.\d+\.attn\.(talking_heads\.weight|attn_lif\.w)|patch_embed\.rpe_lif\.w"
 
 
-def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a released model from its state_dict and training arguments."""
+ARGUMENTS = {
+    "num_heads": "num_heads",
+    "time_steps": "time_steps",
+    "pooling": "pooling_stat",
+    "event_pooling": "dvs_mode",
+    "per_step": "TET",
+}
+"""Options that the training arguments tell, and their names there."""
+
+_HEADS = "block.0.attn.talking_heads.weight"
+"""A weight that nothing uses, with as many rows as there are heads."""
+
+
+def read_options(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Options of a released model from its state_dict."""
     depth = count_blocks(state_dict, "block.")
     dim = shape_of(state_dict, "patch_embed.proj_conv3.weight")[0]
     options: dict[str, Any] = {
@@ -209,16 +222,14 @@ def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> d
     }
     if depth:
         options["mlp_ratio"] = read_mlp_ratio(state_dict, "block.0.mlp.fc1_conv.weight", dim)
-    said = {"num_heads": "num_heads", "time_steps": "time_steps", "pooling": "pooling_stat", "per_step": "TET"}
-    for ours, theirs in said.items():
-        if args.get(theirs) is not None:
-            options[ours] = args[theirs]
-    heads = state_dict.get("block.0.attn.talking_heads.weight")
-    if heads is not None:
-        options["num_heads"] = heads.shape[0]
-    if args.get("dvs_mode") is not None:
-        options["event_pooling"] = bool(args["dvs_mode"])
+    if _HEADS in state_dict:
+        options["num_heads"] = state_dict[_HEADS].shape[0]
     return options
+
+
+def unread(state_dict: Mapping[str, Tensor]) -> Sequence[str]:
+    """Options that change the answers and that no weight tells."""
+    return ("time_steps", "pooling", "event_pooling", *(() if _HEADS in state_dict else ("num_heads",)))
 
 
 CARD = imagenet_card(crop_pct=0.95)
@@ -227,6 +238,6 @@ CARD = imagenet_card(crop_pct=0.95)
 FAMILY = register(
     SpikeDrivenTransformer,
     VARIANTS,
-    keys=ReleasedKeys(KEYS, read_options, "Spike-Driven Transformer V1", UNUSED),
+    keys=ReleasedKeys(KEYS, read_options, unread, ARGUMENTS, "Spike-Driven Transformer V1", UNUSED),
     card=CARD,
 )

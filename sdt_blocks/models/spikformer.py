@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -200,8 +200,12 @@ KEYS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
 UNUSED = r"block\.\d+\.(norm[12]\.(weight|bias)|attn\.res_lif\.w)|norm\.(weight|bias)|pos_embed"
 
 
-def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a released model from its state_dict and training arguments."""
+ARGUMENTS = {"num_heads": "num_heads", "time_steps": "time_steps"}
+"""Options that the training arguments tell, and their names there."""
+
+
+def read_options(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Options of a released model from its state_dict; poolings, heads and the scale are those of the published one."""
     depth = count_blocks(state_dict, "block.")
     dim = shape_of(state_dict, "patch_embed.proj_conv3.weight")[0]
     cifar, events = "block.0.attn.q_linear.weight" in state_dict, "pos_embed" in state_dict
@@ -219,13 +223,17 @@ def read_options(state_dict: Mapping[str, Tensor], args: Mapping[str, Any]) -> d
     if depth:
         layer = "linear" if "block.0.mlp.fc1_linear.weight" in state_dict else "conv"
         options["mlp_ratio"] = read_mlp_ratio(state_dict, f"block.0.mlp.fc1_{layer}.weight", dim)
-    for ours, theirs in {"num_heads": "num_heads", "time_steps": "time_steps"}.items():
-        if args.get(theirs) is not None:
-            options[ours] = args[theirs]
     return options
+
+
+def unread(state_dict: Mapping[str, Tensor]) -> Sequence[str]:
+    """Options that change the answers and that no weight tells; the released code fixes poolings and scale."""
+    return ("num_heads", "time_steps")
 
 
 CARD = imagenet_card(crop_pct=1.0)
 """How the published ImageNet models were trained and evaluated."""
 
-FAMILY = register(Spikformer, VARIANTS, keys=ReleasedKeys(KEYS, read_options, "Spikformer", UNUSED), card=CARD)
+FAMILY = register(
+    Spikformer, VARIANTS, keys=ReleasedKeys(KEYS, read_options, unread, ARGUMENTS, "Spikformer", UNUSED), card=CARD
+)
