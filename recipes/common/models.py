@@ -11,9 +11,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from sdt_blocks import create_model, load_model, load_released_checkpoint
+from sdt_blocks import create_model, load_model
 from sdt_blocks.analysis.tables import counted
 from sdt_blocks.models.registry import model_options
+from sdt_blocks.models.released import read_released
 
 from .config import Config, ConfigError, changed, model_keywords
 from .trained import class_names
@@ -60,12 +61,12 @@ def load_initial_weights(model: Any, source: str, names: Sequence[str]) -> str:
 
     The head stays as initialized if its shape or its classes' names differ, as in fine-tuning for other classes. A
     second head is loaded if both models have one, and is new if the weights have none. Options without weights of their
-    own (time steps, neuron, pooling, ...) may differ; the sentence names them.
+    own (time steps, neuron, pooling, ...) and the preparation of images may differ; the sentence names what does.
     Raises `ConfigError` if anything else does not fit.
     """
     path = Path(source)
     try:
-        pretrained = load_model(path) if path.is_dir() else load_released_checkpoint(path)
+        pretrained, assumed = (load_model(path), []) if path.is_dir() else read_released(path)
     except (ValueError, OSError) as error:
         raise ConfigError(f"train.init_checkpoint: {error}") from error
     expected, given = model.state_dict(), pretrained.state_dict()
@@ -91,10 +92,18 @@ def load_initial_weights(model: Any, source: str, names: Sequence[str]) -> str:
     note = ", new head for the data's classes" if new_head else ""
     if any(second) and SECOND_HEAD in fresh:
         note += ", new second head" if second[0] else ", second head left out"
-    there, here = ({key: _as_read(value) for key, value in one.config.items()} for one in (pretrained, model))
-    if other := [key for key in here if there.get(key) != here[key] and key not in _OF_HEADS_AND_TRAINING]:
-        note += "; trained with " + ", ".join(f"{key}={there.get(key)} (here {here[key]})" for key in other)
+    there, here = ({key: _as_read(value) for key, value in _settings(one).items()} for one in (pretrained, model))
+    if other := [key for key in here if key in there and key not in assumed and there[key] != here[key]]:
+        note += "; trained with " + ", ".join(f"{key}={there[key]} (here {here[key]})" for key in other)
+    if assumed:
+        note += "; the file does not tell " + ", ".join(assumed)
     return f"weights from {source}{note}"
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    """What changes the answers of a trained model besides its weights: its options, and how its images are prepared."""
+    options = {key: value for key, value in model.config.items() if key not in _OF_HEADS_AND_TRAINING}
+    return options | ({} if model.card is None else model.card.preparation)
 
 
 def _as_read(value: Any) -> Any:

@@ -180,6 +180,9 @@ def test_fine_tuning_replaces_the_head_only_where_the_classes_differ(set_up, tra
     assert "weights from first)" in capsys.readouterr().out
     set_up(*PLAIN, "train.init_checkpoint=first", "output_dir=other", "model.num_heads=2", "neuron.tau=3")
     assert "weights from first; trained with num_heads=8 (here 2), neuron=lif (here {" in capsys.readouterr().out
+    set_up(*PLAIN, "train.init_checkpoint=first", "output_dir=light", "data.mean=[0.25]", "data.interpolation=bicubic")
+    out = capsys.readouterr().out
+    assert "; trained with mean=[0.3] (here [0.25]), interpolation=bilinear (here bicubic))" in out
 
 
 def test_linear_probing_moves_the_head_and_nothing_else(set_up, train):
