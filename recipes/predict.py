@@ -26,7 +26,7 @@ from common.command_line import command
 from common.config import Config, ConfigError, RunError, load_config
 from common.options import split_options
 from common.schema import option
-from common.trained import class_names, load, with_run_config
+from common.trained import class_names, load, probabilities, with_run_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,7 +168,6 @@ def load_for(options: Options, rest: Sequence[str], config: Config) -> tuple[Any
 def predict(model: Any, dataset: Any, config: Config, device: Any) -> dict[int, Tensor]:
     """The probabilities `[K]` of the samples that could be read, by index. Warns if no neuron fired.
 
-    They sum to 1 except for a model trained with binary cross entropy (train.loss=bce), which judges each class alone.
     Raises `RunError`.
     """
     import torch
@@ -188,7 +187,7 @@ def predict(model: Any, dataset: Any, config: Config, device: Any) -> dict[int, 
             with firing.watched(rated=0):
                 logits = model(inputs.to(device)).float().cpu()
             logits = logits.mean(0) if logits.ndim == 3 else logits
-            answers = logits.sigmoid() if config.train.loss == "bce" else logits.softmax(-1)
+            answers = probabilities(logits, config)
             found |= {row: one for row, one, known in zip(rows, answers, targets >= 0, strict=True) if known}
     if (told := silence(model, firing.fired)).startswith(DEAD):
         warn(told)

@@ -23,7 +23,7 @@ from typing import Any
 from common.command_line import command
 from common.config import ConfigError, RunError, load_config
 from common.schema import option
-from common.trained import class_names, load, read_trained
+from common.trained import class_names, load, probabilities, read_trained
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -138,7 +138,7 @@ def pieces(events: Any, milliseconds: float) -> Iterator[tuple[float, Any]]:
         start = stop
 
 
-def play(stream: Any, events: Any, names: Sequence[str], options: Options) -> Iterator[Played]:
+def play(stream: Any, events: Any, names: Sequence[str], options: Options, config: Any) -> Iterator[Played]:
     """Yield the playback after each piece that finished a frame."""
     played, begun = Played(), time.perf_counter()
     for end, part in pieces(events, options.chunk_ms):
@@ -151,7 +151,7 @@ def play(stream: Any, events: Any, names: Sequence[str], options: Options) -> It
             continue
         played.frames, played.seconds = played.frames + frames, time.perf_counter() - begun
         played.latencies.extend([taken / frames] * frames)
-        played.probabilities = answer[0].softmax(-1).tolist()
+        played.probabilities = probabilities(answer[0], config).tolist()
         played.labels.append(names[int(answer[0].argmax())])
         yield played
 
@@ -223,7 +223,8 @@ def main(arguments: list[str], console: Console | None = None) -> None:
         title = (
             f"{checkpoint}, {options.form}: {counted(len(events), 'event')} of {options.recording or RECORDING.name}"
         )
-        played = show(play(stream, events, names, options), names, title, console or Console(), live=options.live)
+        playing = play(stream, events, names, options, config)
+        played = show(playing, names, title, console or Console(), live=options.live)
     except ValueError as error:
         raise RunError(str(error)) from error
     if played is None:

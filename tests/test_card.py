@@ -1,5 +1,6 @@
 """What a model says of its data is saved with it, refused where it cannot be true, and prepares images."""
 
+import dataclasses
 import json
 import pickle
 import subprocess
@@ -148,6 +149,15 @@ def test_a_transform_is_not_made_up(card, words):
         transform_of(model)
     with pytest.raises(ValueError, match="Linear does not say"):
         transform_of(nn.Linear(2, 2))
+
+
+def test_the_card_says_how_logits_become_probabilities(tmp_path):
+    model = example_model()
+    model.card = dataclasses.replace(model.card, activation="sigmoid")
+    save_model(model, tmp_path)
+    assert load_model(tmp_path).card == model.card
+    with pytest.raises(ValueError, match="activation must be one of softmax, sigmoid, got 'tanh'"):
+        DataCard(activation="tanh")
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ def test_a_repository_is_downloaded_by_its_two_files(tmp_path, monkeypatch):
 
 
 def test_what_is_sent_is_what_is_saved(tmp_path, monkeypatch):
-    sent = {}
+    sent, there = {}, set()
 
     class Api:
         def __init__(self, token=None):
@@ -79,6 +79,9 @@ def test_what_is_sent_is_what_is_saved(tmp_path, monkeypatch):
         def create_repo(self, **options):
             sent["repository"] = options
             return SimpleNamespace(repo_id=f"me/{options['repo_id']}")
+
+        def file_exists(self, repo_id, filename, *, revision=None):
+            return (repo_id, filename, revision) in there
 
         def upload_folder(self, *, folder_path, **options):
             sent["files"] = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
@@ -103,6 +106,13 @@ def test_what_is_sent_is_what_is_saved(tmp_path, monkeypatch):
     model.save_pretrained(".", push_to_hub=True)
     assert sent["upload"]["repo_id"] == "me/mine"
     assert b'from_pretrained("me/mine")' in sent["files"]["README.md"]
+    there.add(("me/sdt", "README.md", "v1"))
+    with pytest.warns(UserWarning, match=r"README.md of me/sdt is kept, and does not say these metrics: new_card=True"):
+        model.push_to_hub("sdt", metrics={"accuracy": 0.9}, revision="v1")
+    assert sent["files"].keys() == {"config.json", "model.safetensors"} and sent["upload"]["revision"] == "v1"
+    for options in ({"revision": "v1", "new_card": True}, {}):
+        model.push_to_hub("sdt", metrics={"accuracy": 0.9}, **options)
+        assert "README.md" in sent["files"] and "new_card" not in sent["upload"]
     sent.clear()
     with pytest.raises(TypeError, match="metrics must be numbers by name"):
         model.push_to_hub("sdt", metrics={"accuracy": True})

@@ -17,6 +17,8 @@ from .config import AS_ASKED, Config, ConfigError, changed, flatten, load_config
 from .options import split_options
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sdt_blocks import DataCard
 
 T = TypeVar("T")
@@ -69,8 +71,8 @@ def read_trained(kind: type[T], arguments: Sequence[str]) -> tuple[T, Path, list
 def load(checkpoint: Path, config: Config, arguments: Sequence[str], *, averaged: bool) -> tuple[Any, Config]:
     """The model in eval mode, overridden by the arguments, and the configuration with its channels.
 
-    If the model says how its images were prepared, the configuration is set accordingly, except for what the arguments
-    set. Raises `ConfigError`, also for weights that are NaN.
+    If the model says how its images were prepared, or that each class is judged by itself, the configuration is set
+    accordingly, except for what the arguments set. Raises `ConfigError`, also for weights that are NaN.
     """
     from sdt_blocks import load_model, load_released_checkpoint
     from sdt_blocks.analysis.probe import check_weights
@@ -95,6 +97,9 @@ def load(checkpoint: Path, config: Config, arguments: Sequence[str], *, averaged
         hint = f"; the run's other models are in {' and '.join(others)}" if others else ""
         raise ConfigError(f"checkpoint={checkpoint}: {error}{hint}") from error
     config = changed(config, {"model.in_channels": model.in_channels})
+    said = {argument.partition("=")[0] for argument in arguments}
+    if model.card is not None and model.card.activation == "sigmoid" and "train.loss" not in said:
+        config = changed(config, {"train.loss": "bce"})
     if model.card is not None and model.card.preparation:
         config = _prepared_alike(config, model.card, arguments)
     return model, config
@@ -121,9 +126,9 @@ def card_of(config: Config, names: Sequence[str] | None, input_size: Sequence[in
 
     from .schema import EVENT_DATA_SETS
 
-    data = config.data
+    data, activation = config.data, "sigmoid" if config.train.loss == "bce" else None
     if data.name in EVENT_DATA_SETS:
-        return DataCard(names, input_size)
+        return DataCard(names, input_size, activation=activation)
     return DataCard(
         names,
         input_size,
@@ -131,7 +136,13 @@ def card_of(config: Config, names: Sequence[str] | None, input_size: Sequence[in
         std=data.std,
         interpolation=evaluation_interpolation(data.interpolation),
         crop_pct=data.crop_pct,
+        activation=activation,
     )
+
+
+def probabilities(logits: Tensor, config: Config) -> Tensor:
+    """Of logits `[..., K]`. They sum to 1 except after binary cross entropy, which judges each class by itself."""
+    return logits.sigmoid() if config.train.loss == "bce" else logits.softmax(-1)
 
 
 def asked_options(config: Config, arguments: Sequence[str]) -> dict[str, Any]:

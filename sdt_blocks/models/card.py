@@ -18,6 +18,7 @@ IMAGENET = "imagenet-1k"
 _IMAGENET_CLASSES = 1000
 _IDENTIFIER = re.compile(r"n\d{8}")
 _PREPARATION = ("mean", "std", "interpolation", "crop_pct")
+_ACTIVATIONS = ("softmax", "sigmoid")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class DataCard:
     interpolation: str | None = None
     crop_pct: Annotated[float | None, Option(above=0, most=1)] = None
     """The shorter side is resized to `input_size / crop_pct`, then the center is cropped."""
+    activation: str | None = None
+    """From logits to probabilities: "softmax", or "sigmoid" where training judged each class by itself."""
     note: str | None = None
     """Anything else that a user of the weights has to know, in a sentence."""
 
@@ -76,6 +79,8 @@ class DataCard:
             object.__setattr__(self, name, check_option(name, getattr(self, name), keyword))
         if self.input_size is not None and len(self.input_size) != 2:
             raise ValueError(f"input_size must be height and width, got {list(self.input_size)}")
+        if self.activation not in (None, *_ACTIVATIONS):
+            raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {self.activation!r}")
         missing = [name for name in _PREPARATION if getattr(self, name) is None]
         if missing and len(missing) < len(_PREPARATION):
             raise ValueError(f"{', '.join(_PREPARATION)} say together how images are prepared; {missing[0]} is missing")

@@ -68,19 +68,26 @@ class HubModel:
         commit_message: str = "Push model using sdt_blocks",
         private: bool | None = None,
         token: str | None = None,
+        new_card: bool = False,
         **upload_options: Any,
     ) -> str:
         """Uploads what `save_pretrained` writes to the Hub, and returns the address of the commit.
 
-        `upload_options` are those of `huggingface_hub.HfApi.upload_folder`, such as `revision`, `create_pr`, or
-        `ignore_patterns="README.md"`, which keeps the model card that is there.
+        A README.md that the repository has is kept, with a warning if there are metrics; `new_card=True` replaces it.
+        `upload_options` are those of `huggingface_hub.HfApi.upload_folder`, such as `revision` or `create_pr`.
         """
         api, numbers = _hub().HfApi(token=token), _read_metrics(metrics)
         with tempfile.TemporaryDirectory() as folder:
             # Before the repository is made: a model that cannot be saved leaves none behind.
             save_model(self, folder)  # type: ignore[arg-type]
             repo_id = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
-            (Path(folder) / MODEL_CARD).write_text(_model_card(self, numbers, dataset, repo_id), encoding="utf-8")
+            if new_card or not api.file_exists(repo_id, MODEL_CARD, revision=upload_options.get("revision")):
+                (Path(folder) / MODEL_CARD).write_text(_model_card(self, numbers, dataset, repo_id), encoding="utf-8")
+            elif numbers:
+                warnings.warn(
+                    f"the {MODEL_CARD} of {repo_id} is kept, and does not say these metrics: new_card=True replaces it",
+                    stacklevel=2,
+                )
             sent = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message=commit_message, **upload_options
             )
@@ -196,10 +203,12 @@ def _inputs(model: Any, card: DataCard) -> list[str]:
 
 
 def _classes(card: DataCard) -> list[str]:
-    names = card.written().get("class_names")
-    if names is None:
-        return []
+    names, lines = card.written().get("class_names"), []
     if isinstance(names, str):
-        return ["## Classes", f"Those of {names}."]
-    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ["## Classes", ", ".join(f"`{name}`" for name in names[:_SHOWN]) + more]
+        lines.append(f"Those of {names}.")
+    elif names is not None:
+        more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        lines.append(", ".join(f"`{name}`" for name in names[:_SHOWN]) + more + ".")
+    if card.activation is not None:
+        lines.append(f"Probabilities are the {card.activation} of the logits.")
+    return ["## Classes", " ".join(lines)] if lines else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,31 @@ def test_probabilities_are_the_models_in_json_alone(predict, digits):
     firsts = [int(one["predictions"][0]["label"]) for one in found]
     assert sum(np.array(firsts) == labels) >= len(digits) - 1 and len(set(firsts)) > 2
     assert "no neuron" not in err
+
+
+@pytest.mark.parametrize(
+    ("with_run", "in_card", "arguments", "sums_to_one"),
+    [
+        (False, True, (), False),
+        (False, True, ("train.loss=ce",), True),
+        (False, False, ("config=digits",), True),
+        (True, False, (), False),  # of a run before cards said so
+    ],
+)
+def test_classes_that_are_judged_each_by_itself(predict, digits, tmp_path, with_run, in_card, arguments, sums_to_one):
+    config, model = load_config(["train.loss=bce"], default="digits"), example_model()
+    run_folder(tmp_path / "run", model, config, model.card.class_names)
+    assert model.card.activation == "sigmoid"
+    if not in_card:
+        model.card = replace(model.card, activation=None)
+        save_model(model, tmp_path / "run" / "best")
+    if not with_run:
+        (tmp_path / "run" / "config.yaml").unlink()
+    out, _ = predict("checkpoint=run", "--json", "top=10", *arguments, digits[0])
+    found = {one["index"]: one["probability"] for one in json.loads(out)[0]["predictions"]}
+    logits = expected(1)[0].log()  # but for a constant
+    ratio = logits - torch.tensor([found[index] for index in range(10)]).double().log()
+    assert (abs(sum(found.values()) - 1) < 1e-5) == sums_to_one == bool(ratio.std() < 1e-3)
 
 
 def test_a_folder_gives_a_line_a_file_and_says_what_it_passed_over(predict, digits):

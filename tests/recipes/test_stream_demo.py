@@ -9,6 +9,7 @@ from rich.console import Console
 
 from sdt_blocks import DataCard, save_model
 from sdt_datasets.events import FramesOfEvents
+from sdt_datasets.recordings import read_events
 
 NAMES = ["up", "down", "[left]"]
 
@@ -35,8 +36,6 @@ ARGUMENTS = ["checkpoint=mine", "recording=mine.npz", "speed=0", "events.sensor_
 def test_lines_where_there_is_no_terminal(saved, capsys, form):
     import stream_demo as recipe
 
-    from sdt_datasets.recordings import read_events
-
     model, _ = saved
     recipe.main([*ARGUMENTS, "frame_events=60", "chunk_ms=20", f"form={form}"])
     out = capsys.readouterr().out
@@ -44,6 +43,19 @@ def test_lines_where_there_is_no_terminal(saved, capsys, form):
     label = NAMES[int(model(frames).argmax())]
     assert len(frames[0]) == 6 and "6 frames, " in out and out.rstrip().endswith(f"at the end: {label}")
     assert 1 < out.count("frames a second") <= 6 and " ms  " in out
+
+
+def test_a_class_that_is_judged_by_itself_has_its_own_probability(saved, capsys):
+    import stream_demo as recipe
+
+    model, _ = saved
+    model.card = DataCard(NAMES, [12, 16], activation="sigmoid")
+    save_model(model, "mine")
+    recipe.main([*ARGUMENTS, "frame_events=400", "chunk_ms=1000", "form=plain"])
+    frames = torch.from_numpy(FramesOfEvents(sensor_size=(16, 12, 2), events=400)(read_events("mine.npz")))[None]
+    logits = model(frames)[0]
+    shares = [f"({logits.sigmoid().max():.0%})", f"({logits.softmax(0).max():.0%})"]
+    assert shares[0] != shares[1] and capsys.readouterr().out.splitlines()[0].endswith(shares[0])
 
 
 def test_the_live_view(saved):
