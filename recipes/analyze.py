@@ -84,16 +84,16 @@ def main(arguments: list[str]) -> None:
     folder = Path(options.output_dir or default_folder(checkpoint, "analysis", settings))
     join_processes()
     from common.analyzed import note_analyzed
-    from common.loading import ReadableBatches, build_datasets, closing, evaluation_loader
+    from common.loading import ReadableBatches, closing, evaluation_loader
     from common.progress import warn
-    from common.set_up import at_the_door, build_accelerator
+    from common.set_up import build_accelerator, open_data
 
     model, config = load(checkpoint, config, rest, averaged=False)
     neurons = find_neurons(model)
     if options.layer is not None and options.layer not in neurons:
         raise ConfigError(f"layer={options.layer}: no such neuron layer; the model has {', '.join(neurons)}")
     accelerator, config = build_accelerator(config)
-    _, test_set = at_the_door(build_datasets, config, evaluation_only=True)
+    _, test_set = open_data(config, accelerator, evaluation_only=True)
     test_set.keep_first(options.samples)
     loader = evaluation_loader(test_set, config, accelerator, batch_size=options.batch_size)
     names = class_names(checkpoint, model)

@@ -158,9 +158,9 @@ def paper_rows() -> tuple[list[dict[str, Any]], list[str]]:
 def measured_rows(checkpoints: Sequence[Path], arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
     """A row for each trained model: accuracy and energy over the evaluation set. Raises `ConfigError`."""
     from common.evaluation import evaluate
-    from common.loading import ReadableBatches, build_datasets, closing, evaluation_loader
+    from common.loading import ReadableBatches, closing, evaluation_loader
     from common.progress import warn
-    from common.set_up import at_the_door, build_accelerator
+    from common.set_up import at_the_door, build_accelerator, open_data
 
     from sdt_blocks.analysis import energy
 
@@ -168,7 +168,7 @@ def measured_rows(checkpoints: Sequence[Path], arguments: Sequence[str]) -> Iter
         settings = with_run_config(checkpoint, arguments)
         model, config = load(checkpoint, load_config(settings, default="imagenet_8_384"), settings, averaged=False)
         accelerator, config = build_accelerator(config)
-        _, test_set = at_the_door(build_datasets, config, evaluation_only=True)
+        _, test_set = open_data(config, accelerator, evaluation_only=True)
         matched = match_classes(test_set, class_names(checkpoint, model), model, checkpoint=checkpoint, by="name")
         if "does not name" in matched:
             warn(matched)

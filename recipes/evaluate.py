@@ -69,13 +69,13 @@ def main(arguments: list[str]) -> None:
     join_processes()
     import torch
     from common.evaluation import evaluate
-    from common.loading import build_datasets, closing, evaluation_loader
+    from common.loading import closing, evaluation_loader
     from common.progress import warn
-    from common.set_up import at_the_door, build_accelerator
+    from common.set_up import at_the_door, build_accelerator, open_data
 
     model, config = load(checkpoint, config, rest, averaged=options.ema)
     accelerator, config = build_accelerator(config)
-    _, test_set = at_the_door(build_datasets, config, evaluation_only=True)
+    _, test_set = open_data(config, accelerator, evaluation_only=True)
     names = class_names(checkpoint, model)
     matched = match_classes(test_set, names, model, checkpoint=checkpoint, by=options.match)
     if names is None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -159,15 +159,28 @@ def start_tracker(config: Config, derived: Derived, accelerator: Accelerator) ->
         ) from error
 
 
-def open_data(config: Config, accelerator: Accelerator) -> tuple[Any, Any]:
-    """The training and the evaluation set. Raises `ConfigError`."""
+def open_data(config: Config, accelerator: Accelerator, *, evaluation_only: bool = False) -> tuple[Any, Any]:
+    """The training and the evaluation set, as `build_datasets` gives them. Raises `ConfigError`.
+
+    If they are downloaded, the first process does so, then one of each machine that does not find the files, since its
+    folder is its own.
+    """
+
+    def read() -> tuple[Any, Any]:
+        return at_the_door(build_datasets, config, evaluation_only=evaluation_only)
+
     if config.data.download and accelerator.num_processes > 1:
-
-        def fetch() -> None:
-            at_the_door(build_datasets, config)
-
-        agreed(accelerator, fetch)  # the first process downloads, the others find the files
-    return at_the_door(build_datasets, config)
+        first, of_machine = accelerator.is_main_process, accelerator.is_local_main_process
+        for fetches in (first, of_machine and not first):
+            trouble = None
+            try:
+                if fetches:
+                    read()
+            except ConfigError as error:
+                trouble = str(error)
+            if told := [one for one in gather_object([trouble]) if one is not None]:
+                raise ConfigError(told[0])
+    return read()
 
 
 def build_accelerator(config: Config) -> tuple[Accelerator, Config]:

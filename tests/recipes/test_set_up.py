@@ -39,6 +39,29 @@ def test_the_optimizer_and_its_schedule(set_up):
     assert rates == pytest.approx([1e-3, 4.5e-3, 8e-3, 5e-3, 2e-3, 2e-3])
 
 
+@pytest.mark.parametrize(
+    ("process", "of_machine", "steps"),
+    [
+        (0, True, ["read", "meet", "meet", "read"]),
+        (1, False, ["meet", "meet", "read"]),
+        (2, True, ["meet", "read", "meet", "read"]),
+    ],
+)
+def test_one_process_of_each_machine_downloads_before_the_others_read(monkeypatch, process, of_machine, steps):
+    """Where machines have one folder, that of the second finds what the first has downloaded."""
+    found, told = [], []
+    accelerator = SimpleNamespace(num_processes=4, is_main_process=process == 0, is_local_main_process=of_machine)
+    config = load_config(["data.download=true"], default="cifar10_2_512")
+    monkeypatch.setattr(module, "build_datasets", lambda *_, **__: found.append("read"))
+    monkeypatch.setattr(module, "gather_object", lambda mine: found.append("meet") or mine + told)
+    module.open_data(config, accelerator)
+    assert found == steps
+    told.append("cannot fetch it into /data/there")
+    with pytest.raises(ConfigError, match="cannot fetch it into /data/there"):
+        module.open_data(config, accelerator)
+    assert found[len(steps) :] == (["read", "meet"] if process == 0 else ["meet"])
+
+
 def test_the_mixer():
     arguments = ["data.mixup=0.3", "data.cutmix=0.6", "data.mixup_prob=0.4", "data.mixup_switch_prob=0.2"]
     arguments += ["data.mixup_off_epoch=9", "train.label_smoothing=0.25", "seed=7"]
