@@ -108,7 +108,9 @@ class FramesOfEvents:
         check_events(events, ("t", "x", "y", "p"))
         times = events["t"]
         if not _is_sorted(times) or (self._now is not None and len(times) and int(times[0]) < self._now):
-            raise ValueError("events must come in order of time; sort them, and call rest() before another recording")
+            raise ValueError(
+                "events must come in order of time; sort them, and call rest() or reset() before another recording"
+            )
         whole = events if self._waiting is None else np.concatenate([self._waiting, events])
         start = int(whole["t"][0]) if self._start is None and len(whole) else self._start
         edges = self._edges(whole, start)
@@ -120,10 +122,15 @@ class FramesOfEvents:
 
     def rest(self) -> np.ndarray:
         """The incomplete frame `[1, 2, H, W]`, or `[0, 2, H, W]` if no event waits; the next call starts a new one."""
-        waiting, self._waiting, self._start, self._now = self._waiting, None, None, None
+        waiting = self._waiting
+        self.reset()
         if waiting is None or len(waiting) == 0:
             return self._shaped([])
         return self._shaped([_counted(waiting, self.sensor_size, 0, len(waiting))])
+
+    def reset(self) -> None:
+        """Leaves out the events that wait; the next call starts a new frame, of another recording if need be."""
+        self._waiting, self._start, self._now = None, None, None
 
     def _edges(self, events: np.ndarray, start: int | None) -> list[int]:
         """Where the frames begin that the events complete, and where the rest begins."""

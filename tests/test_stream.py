@@ -368,6 +368,12 @@ def test_raw_events(firing_model, on_a_grid):
     assert torch.equal(answers[0], model(frames[:, :1])) and torch.equal(answers[-1], model(frames))
     assert torch.equal(answers[1], answers[2]) != torch.equal(answers[1], answers[0]) and len(frames[0]) == 3
     assert stream.another().to_frames is None  # where the last ten events wait
+    for samples in (None, [0]):
+        stream.reset(samples)  # another recording, whose times start anew
+        assert stream.push(events[:20]) is None and torch.equal(stream.push(events[20:30]), answers[0])
+    stream.reset([])
+    with pytest.raises(ValueError, match="in order of time"):
+        stream.push(events[:20])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -17,9 +17,10 @@ def calibrate_norms(model: nn.Module, batches: Batches) -> None:
     """Sets the running statistics of every norm to the means over the batches, so that an untrained model fires.
 
     A new norm has mean 0 and variance 1, with which no membrane reaches its threshold in eval mode. Existing statistics
-    are replaced, except those of norms that take no part. Weights, the modes of all modules and the state of the random
-    generators stay the same; nothing is trained. `batches` is one tensor (one batch), or an iterable of tensors or of
-    tuples that start with one, such as a data loader.
+    are replaced, except those of norms that take no part. Weights, the modes of all modules and the state of PyTorch's
+    random generators stay the same; those of Python and NumPy go on with what the data loading draws from them. Nothing
+    is trained. `batches` is one tensor (one batch), or an iterable of tensors or of tuples that start with one, such as
+    a data loader.
 
     Raises `ValueError` if no norm keeps statistics, or an instance norm does, if there is no batch, or if a batch is
     empty, too small for a variance or leads to statistics that are not finite, and `TypeError` for another kind of

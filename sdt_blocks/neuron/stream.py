@@ -217,7 +217,7 @@ class Stream:
         if self.to_frames is not None and not isinstance(frames, Tensor):
             frames = torch.as_tensor(self.to_frames(frames)).unsqueeze(0)
             if frames.shape[1] == 0:
-                return self.answer() if self._logits else None
+                return self.answer() if bool(self._seen.any()) else None
         if not isinstance(frames, Tensor) or frames.ndim not in (4, 5) or 0 in frames.shape:
             got = list(frames.shape) if isinstance(frames, Tensor) else f"{type(frames).__name__}; see to_frames="
             raise ValueError(f"expected a frame [B, C, H, W] of each stream, or frames [B, T, C, H, W], got {got}")
@@ -267,14 +267,20 @@ class Stream:
     def reset(self, samples: Samples | None = None) -> None:
         """Starts new sequences: for all streams, with any batch size from then on, or only for those at `samples`.
 
+        If all are, `to_frames.reset()` is called too if there is such a method: events that wait for the rest of their
+        frame are left out.
+
         Raises `IndexError` for a sample that is not in the batch.
         """
-        if samples is None:
+        at = None if samples is None else self._places(samples)
+        forget = getattr(self.to_frames, "reset", None)
+        if forget is not None and (at is None or 0 < len(self._seen) == len(at.unique())):
+            forget()
+        if at is None:
             self._states.clear()
             self._logits.clear()
             self._seen = _none_seen(0)
             return
-        at = self._places(samples)
 
         def rest(tensor: Tensor, value: float) -> Tensor:
             return tensor.index_fill(0, at.to(tensor.device), value)
@@ -318,7 +324,10 @@ class Stream:
         return at.long().cpu()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the streams as tensors and plain values, for `torch.save` and `load_state_dict`."""
+        """The state of the streams as tensors and plain values, for `torch.save` and `load_state_dict`.
+
+        It is without what waits in `to_frames` for the rest of a frame.
+        """
         neurons = {self._names[neuron]: dict(neuron.tensors_of(state)) for neuron, state in self._states.items()}
         return {
             "model": type(self.model).__name__,

@@ -109,6 +109,9 @@ def test_frames_as_events_come_refuse():
     with pytest.raises(ValueError, match="in order of time"):
         to_frames(events[:5])
     assert to_frames.rest().sum() == 1
+    to_frames(events[5:])
+    to_frames.reset()
+    assert len(to_frames(events[:3])) == 0 and to_frames.rest().sum() == 3
     events["t"][-1] += 10 * (MOST_EMPTY + 100)
     with pytest.raises(ValueError, match="look for a time that jumps"):
         FramesOfEvents(**size, duration=10)(events)
