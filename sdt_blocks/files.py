@@ -43,14 +43,16 @@ def written_together(folder: Path, *, last: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{last}.") as name:
         drafts = Path(name)
         yield drafts
-        files = sorted((path for path in drafts.rglob("*") if path.is_file()), key=lambda path: path == drafts / last)
-        for path in files:
+        written = sorted(drafts.rglob("*"), key=lambda path: path == drafts / last)
+        for path in written:
             sync(path)
         (folder / last).unlink(missing_ok=True)
-        for path in files:
+        for path in written:  # a folder comes before what is in it
             place = folder / path.relative_to(drafts)
-            place.parent.mkdir(exist_ok=True)
-            os.replace(path, place)
+            if path.is_dir():
+                place.mkdir(exist_ok=True)
+            else:
+                os.replace(path, place)
 
 
 def sync(path: Path) -> None:
