@@ -86,11 +86,10 @@ def test_chunks_of_a_block_on_triton(monkeypatch):
     block = SpikeDrivenSelfAttention(8, num_heads=2, neuron="plif").to(device).eval()
     for unit in (block.q, block.k, block.v):
         nn.init.constant_(unit.norm.bias, 1.3)
-    with torch.no_grad():
-        for weight in (unit.conv.weight for unit in block.modules() if is_unit(unit)):
-            weight.mul_(64).round_().div_(
-                64
-            )  # sums are exact, so that a library that adds in another order is no matter
+    with torch.no_grad():  # sums are exact, so that a library that adds in another order is no matter
+        for unit in (module for module in block.modules() if is_unit(module)):
+            for parameter in unit.conv.parameters():
+                parameter.mul_(64).round_().div_(64)
     x = torch.rand(4, 1, 8, 3, 3, device=device) * 3
     with torch.no_grad():
         whole = block(x)
