@@ -1,4 +1,4 @@
-"""Golden vectors, NaN in memory that a kernel forgot to write, and a worker's share of the cores."""
+"""Golden vectors, kernels held to their own memory and to write all of it, and a worker's share of the cores."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
 
 import copy
 import functools
+import importlib.util
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -360,3 +361,47 @@ def _uninitialized_memory_is_nan():
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _kernels_stay_within_their_tensors() -> Iterator[None]:
+    """Triton's interpreter refuses to read or write outside the tensors that a kernel is given, as a GPU may."""
+    if not INTERPRETED or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    memory = interpreter._interpreter
+    spans: list[tuple[int, int]] = []
+
+    def span(x: Tensor) -> tuple[int, int]:
+        """The addresses of the first element and behind the last."""
+        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+    def arguments(executor, *given, original=interpreter.GridExecutor._init_args_hst):
+        args, kwargs = original(executor, *given)
+        spans[:] = [span(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.numel()]
+        return args, kwargs
+
+    def check(pointers: np.ndarray, mask: np.ndarray, size: int) -> None:
+        at = pointers[np.broadcast_to(mask, pointers.shape).astype(bool)]
+        if at.size:
+            first, last = int(at.min()), int(at.max()) + size
+            assert any(begin <= first and last <= end for begin, end in spans), (
+                f"{first} to {last} is outside of every tensor of the kernel: {spans}"
+            )
+
+    def load(pointers, mask, other, dtype, original=memory.load):
+        check(pointers, mask, dtype.itemsize)
+        return original(pointers, mask, other, dtype)
+
+    def store(pointers, value, mask, original=memory.store):
+        check(pointers, mask, value.itemsize)
+        return original(pointers, value, mask)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.GridExecutor, "_init_args_hst", arguments)
+        patch.setattr(memory, "load", load)
+        patch.setattr(memory, "store", store)
+        yield
