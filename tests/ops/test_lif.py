@@ -76,7 +76,9 @@ def test_what_is_not_finite_shows_in_the_gradient(backend, device, value, reset,
     ("dtype", "rtol"),
     [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)],
 )
-@pytest.mark.parametrize("shape", [(1, 1), (1, 3, 5), (2, 1025), (3, 1, 1, 1, 1), (7, 2, 33, 3, 2), (64, 2, 3)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 3, 5), (2, 1025), (3, 1, 1, 1, 1), (7, 2, 33, 3, 2), (64, 2, 3), (11, 2, 3)]
+)
 def test_dtypes_and_sizes(backend, device, shape, dtype, rtol):
     torch.manual_seed(1)
     x = torch.randn(shape, device=device).mul(2).to(dtype)
