@@ -310,10 +310,30 @@ def small(request: pytest.FixtureRequest) -> Small:
 
 
 @pytest.fixture
-def same_on_every_path(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module, Tensor, Tensor], None]:
+def large_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton's programs do the work of 64, so that a whole network takes its interpreter seconds, not minutes."""
+    if not INTERPRETED or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    names = ("tiles", "attention", "dense", "levels", "pool", "training")
+    modules = [importlib.import_module(f"sdt_blocks.ops.triton.{name}") for name in names]
+    caches = [cached for module in modules for cached in vars(module).values() if hasattr(cached, "cache_clear")]
+    for module in modules:
+        monkeypatch.setattr(module, "THREADS", 64 * module.THREADS)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.fixture
+def same_on_every_path(
+    monkeypatch: pytest.MonkeyPatch, large_programs: None
+) -> Callable[[nn.Module, Tensor, Tensor], None]:
     """Takes a training step of a model by each backend, and holds it to the reference: logits, gradients, statistics.
 
-    Small models show Triton's kernels in its interpreter too, which takes most of a minute for whole ones.
+    Models show Triton's kernels in its interpreter too.
     """
 
     def check(model: nn.Module, x: Tensor, target: Tensor) -> None:

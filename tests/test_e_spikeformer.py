@@ -100,8 +100,8 @@ def test_every_neuron_has_the_level(released):
     assert sum(levels.max() == 4 for levels in expected.values()) > len(expected) / 2
 
 
-@pytest.mark.parametrize("path", ["reference", "compiled", pytest.param("triton", marks=pytest.mark.slow)])
-def test_training_step(released, path, monkeypatch):
+@pytest.mark.parametrize("path", ["reference", "compiled", "triton"])
+def test_training_step(released, path, monkeypatch, large_programs):
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", path)
     model = released.model().train()
     logits = model(released.tensors["input"])

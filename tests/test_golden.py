@@ -66,10 +66,10 @@ def test_every_layer_spikes_alike(golden):
 
 
 @pytest.mark.parametrize("path", ["reference", "compiled", "triton", "observed"])
-def test_training_step(golden, path, monkeypatch):
+def test_training_step(golden, path, monkeypatch, large_programs):
     """Every path is held to the released figures; with hooks the layers run one by one, without them fused."""
-    if path == "triton" and golden.name not in ("sdt_lif_static_64", "sdt_plif_static_32"):
-        pytest.skip("ten seconds each in Triton's interpreter")
+    if path == "triton" and golden.name == "sdt_lif_dvs_64":
+        pytest.skip("one of the first layer's 327680 spikes flips by the statistics' rounding, and others follow it")
     model = golden.model().train()
     if path == "observed":
         for module in model.modules():

@@ -79,8 +79,8 @@ def test_logits(v2_golden):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("path", ["reference", "compiled", pytest.param("triton", marks=pytest.mark.slow)])
-def test_every_neuron_spikes_alike(v2_golden, path, monkeypatch):
+@pytest.mark.parametrize("path", ["reference", "compiled", "triton"])
+def test_every_neuron_spikes_alike(v2_golden, path, monkeypatch, large_programs):
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", path)
     model, seen = v2_golden.model(), {}
     for theirs, ours in neuron_names().items():
@@ -96,8 +96,8 @@ def test_every_neuron_spikes_alike(v2_golden, path, monkeypatch):
         assert torch.equal(seen[name].reshape(spikes.shape), spikes.float()), name
 
 
-@pytest.mark.parametrize("path", ["reference", "compiled", pytest.param("triton", marks=pytest.mark.slow), "observed"])
-def test_training_step(v2_golden, path, monkeypatch):
+@pytest.mark.parametrize("path", ["reference", "compiled", "triton", "observed"])
+def test_training_step(v2_golden, path, monkeypatch, large_programs):
     """Every path is held to the released figures; with hooks the layers run one by one, without them fused."""
     model = v2_golden.model().train()
     if path == "observed":

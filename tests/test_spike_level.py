@@ -85,8 +85,8 @@ def small(request):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("path", ["reference", "compiled", pytest.param("triton", marks=pytest.mark.slow)])
-def test_every_neuron_spikes_alike(released, path, monkeypatch):
+@pytest.mark.parametrize("path", ["reference", "compiled", "triton"])
+def test_every_neuron_spikes_alike(released, path, monkeypatch, large_programs):
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", path)
     golden, options = released
     model, seen = golden.model(**options), {}
@@ -105,8 +105,8 @@ def test_every_neuron_spikes_alike(released, path, monkeypatch):
         assert torch.equal(seen[name].reshape(spikes.shape), spikes.float()), name
 
 
-@pytest.mark.parametrize("path", ["reference", "compiled", pytest.param("triton", marks=pytest.mark.slow)])
-def test_training_step(released, path, monkeypatch):
+@pytest.mark.parametrize("path", ["reference", "compiled", "triton"])
+def test_training_step(released, path, monkeypatch, large_programs):
     monkeypatch.setenv("SDT_BLOCKS_BACKEND", path)
     golden, options = released
     model = golden.model(**options).train()
