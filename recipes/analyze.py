@@ -21,6 +21,7 @@ from common.command_line import command
 from common.config import ConfigError, RunError, check_meant, load_config
 from common.cpu_processes import join_processes
 from common.options import changed_options
+from common.results import make_folder
 from common.schema import option
 from common.trained import class_names, default_folder, load, match_classes, other_settings, read_trained
 from torch import nn
@@ -106,6 +107,8 @@ def main(arguments: list[str]) -> None:
         warn(matched)
     batches = ReadableBatches(loader, labeled=labeled)
     model.to(accelerator.device)
+    if accelerator.is_main_process:
+        make_folder(folder)
     title = f"{checkpoint} on {config.data.name}"
     asked: dict[str, Any] = {"layer": options.layer, "images": options.images, "as_trained": options.as_trained}
     more = ReportOptions(
@@ -122,7 +125,9 @@ def main(arguments: list[str]) -> None:
                 note_analyzed(folder, find_saved(checkpoint) / WEIGHTS)
             if options.neurobench and accelerator.is_main_process:
                 run_neurobench(model, batches, folder)
-    except (ValueError, OSError, ImportError) as error:
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written ({error})") from error
+    except (ValueError, ImportError) as error:
         raise RunError(str(error)) from error
     accelerator.end_training()
 

@@ -23,7 +23,7 @@ from typing import Any
 from common.command_line import command
 from common.config import ConfigError, RunError, check_meant, load_config
 from common.cpu_processes import join_processes
-from common.results import write_results
+from common.results import make_folder, write_results
 from common.schema import option
 from common.trained import class_names, default_folder, load, match_classes, other_settings, read_trained
 
@@ -162,6 +162,7 @@ def main(arguments: list[str]) -> None:
     if "does not name" in matched:
         warn(matched)
     fitting, judged = at_the_door(split, test_set, options)
+    make_folder(folder)
     try:
         rows = rows_of(model, fitting, judged, allowed, options)
     except (ValueError, TypeError) as error:

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.command_line import command
-from common.config import RunError, cannot_write, check_meant, load_config
+from common.config import RunError, check_meant, load_config
 from common.cpu_processes import join_processes
 from common.options import changed_options
+from common.results import make_folder
 from common.schema import option
 from common.trained import class_names, default_folder, load, match_classes, other_settings, read_trained
 
@@ -97,14 +98,6 @@ def main(arguments: list[str]) -> None:
         print("\n".join(describe_classes(result, test_set.classes)))
         write(result, test_set.classes, folder, unreadable, settings)
     accelerator.end_training()
-
-
-def make_folder(folder: Path) -> None:
-    """Make the folder ready for writing. Raises `ConfigError`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
 
 
 def describe(result: Evaluation, kind: str) -> str:

@@ -12,6 +12,7 @@ end.
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,9 @@ def write_pt2(model: Any, x: Any, path: Path, *, any_batch: bool) -> Callable[[A
     shapes = ({0: torch.export.Dim("batch")},) if any_batch else None
     with torch.no_grad():  # with gradients, parts that the model computes without them become graphs that are not saved
         program = torch.export.export(model, (x,), dynamic_shapes=shapes)
-    torch.export.save(program, str(path))
+    content = io.BytesIO()  # PyTorch's own writing of the file aborts the process where the disk is full
+    torch.export.save(program, content)
+    path.write_bytes(content.getbuffer())
     return torch.export.load(str(path)).module()  # type: ignore[no-any-return]
 
 

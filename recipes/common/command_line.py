@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -168,10 +169,16 @@ def short_errors(interrupted: str = "stopped") -> Iterator[None]:
             print(interrupted, file=sys.stderr, flush=True)
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of the output has closed it, as `| head` does; Python would write the rest again at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of the output has closed it, as `| head` does.
+        give_up_output()
         print("stopped: the output was closed; the same command continues", file=sys.stderr, flush=True)
         sys.exit(128 + getattr(signal, "SIGPIPE", 13))  # which Windows does not name
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        give_up_output()
+        print(f"error: the output cannot be written ({error})", file=sys.stderr, flush=True)
+        sys.exit(1)
     except (ConfigError, RunError) as error:
         # All processes refuse a configuration in the same way; one of them reports it. A run may fail on any.
         if isinstance(error, RunError) or first:
@@ -186,6 +193,11 @@ def short_errors(interrupted: str = "stopped") -> Iterator[None]:
         sys.exit(1)
     finally:
         log.removeHandler(tell)
+
+
+def give_up_output() -> None:
+    """Let nothing more go to the standard output, where Python would write the rest again at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

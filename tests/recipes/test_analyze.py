@@ -180,6 +180,7 @@ def test_a_released_file_with_other_steps(launcher, released_file, photographs):
         (["checkpoint=run", "confidence=95"], ["confidence", "below 1", "got 95"]),
         (["checkpoint=run", "layer=head"], ["layer=head", "head_neuron"]),
         (["checkpoint=run", "sample=3"], ["sample"]),
+        (["checkpoint=run", "output_dir=run/config.yaml"], ["output_dir=run/config.yaml", "no files can be written"]),
     ],
 )
 def test_refusals(run_folder, monkeypatch, arguments, words):

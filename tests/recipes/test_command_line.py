@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 from common.config import load_config
@@ -209,6 +210,15 @@ def test_a_reader_that_has_gone_is_no_traceback(tmp_path, name, argument):
         said = process.stderr.read()
     assert process.returncode == 128 + signal.SIGPIPE
     assert said.splitlines() == ["stopped: the output was closed; the same command continues"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
+def test_an_output_without_room_is_an_error_of_one_line(tmp_path):
+    recipe = [sys.executable, str(RECIPES / "evaluate.py"), "--help"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(recipe, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["error: the output cannot be written ([Errno 28] No space left on device)"]
 
 
 def test_several_seeds_give_mean_and_deviation(launcher, tmp_path):

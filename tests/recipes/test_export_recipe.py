@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +32,14 @@ def test_a_program_of_torch_export(export, tmp_path):
     assert "digits.pt2 takes ['any', 1, 16, 16]" in said and "same class" in said
     program = torch.export.load(tmp_path / "digits.pt2").module()
     torch.testing.assert_close(program(example_images()[0]), expected(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
+def test_a_full_disk_is_an_error_and_ends_no_process():
+    import export as recipe
+
+    with pytest.raises(OSError, match="No space left"):
+        recipe.write_pt2(example_model(), example_images()[0], Path("/dev/full"), any_batch=False)
 
 
 @pytest.mark.slow
