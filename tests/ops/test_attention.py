@@ -13,9 +13,11 @@ from sdt_blocks.ops import NeuronSpec, Norm, attend, attend_reference
 from sdt_blocks.ops import attention as attention_op
 from sdt_blocks.ops.bits import are_spikes
 from sdt_blocks.ops.dispatch import kernels
+from sdt_blocks.ops.spec import arrange
 from sdt_blocks.surrogate import atan, triangular
 
 SHAPES = [(4, 2, 70, 5, 7), (3, 3, 130, 4, 4), (2, 2, 5, 14, 14), (1, 2, 1, 3, 3), (4, 2, 8, 1, 1), (2, 1, 3, 1, 131)]
+SHAPES += [(11, 2, 3, 3, 3), (65, 1, 4, 1, 2)]
 TAKEN = {
     torch.float32: 1e-4,
     torch.float64: 1e-11,
@@ -220,6 +222,22 @@ def test_more_tokens_than_a_program_holds(backend, device, monkeypatch):
     monkeypatch.setattr(attention_op, "MOST_TOKENS", 15)
     assert worst(run(attend, x, norms, neurons, leaves), expected) <= TAKEN[torch.float64]
     assert not called
+
+
+@pytest.mark.cuda
+def test_more_sums_than_a_program_adds_up(monkeypatch):
+    """Several programs then add up some each, and more programs their sums in turn."""
+    training, tiles = (pytest.importorskip(f"sdt_blocks.ops.triton.{name}") for name in ("training", "tiles"))
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "triton")
+    for module, name, value in ((training, "RUNS", 1), (training, "MOST_RUNS", 2), (tiles, "THREADS", 2)):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(tiles, "_tile", tiles._tile.__wrapped__)  # which remembers the tiles of other numbers
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, norms, neurons, leaves = make((2, 3, 2, 4, 4), torch.float64, device, learned=True)
+    x = [part + i for i, part in enumerate(x)]
+    assert tiles.tile(x[0], arrange(x[0], 2, per_channel=True)[1], times=4).runs > 2
+    expected = run(attend_reference, x, norms, neurons, leaves)
+    assert worst(run(attend, x, norms, neurons, leaves), expected) <= TAKEN[torch.float64]
 
 
 def test_opcheck(backend, device):

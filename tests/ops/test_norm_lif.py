@@ -1,7 +1,9 @@
 """Norm and neuron as one op against `nn.BatchNorm2d` and the reference neuron, module by module."""
 
 import copy
+import os
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -70,6 +72,22 @@ def test_modules(backend, device, norm_options, training, time_steps, channels):
         torch.testing.assert_close(norm.get_buffer(name), b, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("frames", [1, 11])
+def test_a_sequence_goes_on(backend, device, frames):
+    """From a membrane, to one that has a gradient, over steps that no segment of the backward pass divides."""
+    shape = (2, 3, 2, 3)
+    leaves = [torch.randn(frames, *shape), torch.rand(3) + 0.5, torch.rand(3), torch.randn(shape)]
+    x, weight, bias, membrane = leaves = [leaf.to(device).double().requires_grad_() for leaf in leaves]
+    options = {"time_steps": 11 if frames == 1 else None, "return_membrane": True}
+    results, weights = [], [torch.randn(size).to(x) for size in ((11, *shape), shape)]
+    for op in (batch_norm_lif, batch_norm_lif_reference):
+        out = op(x, Norm(weight=weight, bias=bias, training=True), NeuronSpec(0.5), membrane, **options)
+        results.append([*out, *torch.autograd.grad(out, leaves, weights)])
+    for found, expected in zip(*results, strict=True):
+        assert expected.any()
+        torch.testing.assert_close(found, expected)
+
+
 def test_half_precision_is_rounded_once(backend, device):
     """The norm's output stays float32 inside the op: spikes are those of the float32 norm of the same input."""
     torch.manual_seed(0)
@@ -113,6 +131,24 @@ def test_more_positions_than_programs_beside_each_other(monkeypatch, most):
     pairs += [(ours.grad, theirs.grad) for ours, theirs in zip(norm.parameters(), other.parameters(), strict=True)]
     for ours, theirs in pairs:
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(os.environ["TRITON_INTERPRET"] != "1", reason="memory that nothing touches is free on a CPU alone")
+@pytest.mark.parametrize("op", [batch_norm_lif, batch_norm_levels])
+@pytest.mark.parametrize("far", ["steps", "images"])
+def test_more_elements_than_32_bits_count(monkeypatch, op, far):
+    """Between the frames of a view, or between the images of a frame."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("SDT_BLOCKS_BACKEND", "triton")
+    shape, spec = (3, 3, 8, 3, 3), LevelSpec() if op is batch_norm_levels else NeuronSpec(threshold=0.5)
+    strides = (2**30, 72, 9, 3, 1) if far == "steps" else (72, 2**30, 9, 3, 1)
+    memory = [torch.from_numpy(np.zeros(2**31 + 1024, np.float16)) for _ in range(2)]
+    x, weight = (wide.as_strided(shape, strides).copy_(torch.randn(shape)) for wide in memory)
+    leaves = [x.detach().requires_grad_(), x.clone(memory_format=torch.contiguous_format).requires_grad_()]
+    found, expected = (op(leaf, Norm(training=True), spec) for leaf in leaves)
+    assert torch.equal(found, expected) and found.any()
+    gradients = [torch.autograd.grad(*given, weight) for given in zip((found, expected), leaves, strict=True)]
+    torch.testing.assert_close(*(gradient.contiguous() for (gradient,) in gradients))
 
 
 @pytest.mark.parametrize("hooked", ["norm", "neuron", "subclass", "forward"])
