@@ -7,6 +7,7 @@ test_triton_builds.py.
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -264,6 +265,11 @@ def main():
     if cases == "launches":
         for channels_last in (False, True):
             print(json.dumps(gpu_offline.launches_of_block(dtype, channels_last)), flush=True)
+        return
+    if cases == "of a model":
+        of_model = gpu_offline.record_folded("sdt_2_256", dtype), gpu_offline.record_bytes("sdt_2_256")
+        for launches, products in of_model:
+            print(json.dumps([Counter(launch.name for launch in launches), len(products)]))
         return
     if cases == "unspecialized":
         print("\n".join(map(json.dumps, build_unspecialized(recorded(pooling, dtype), capability))))

@@ -126,6 +126,13 @@ def test_launches_of_a_training_block(built):
             assert not {"rsqrt", "lerp_", "div", "sub"} & (set(forward) | set(backward)), found
 
 
+def test_launches_of_a_model_s_evaluation(built):
+    """What `benchmarks/run.py gpu-offline` predicts: with 8 bits all products but the image's are launches of ours."""
+    (folded, products), (of_bytes, of_images) = built(90, "bfloat16", "of a model")
+    assert folded["attend_kernel"] == of_bytes["attend_kernel"] == 2 and "spike_layer_kernel" not in folded
+    assert products == of_bytes["spike_layer_kernel"] + of_images and of_images == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 100, 120])
