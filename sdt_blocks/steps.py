@@ -23,7 +23,7 @@ from .ops.bits import SpikesAsBits, are_spikes, as_spikes, bits_of
 from .ops.convolution import convolve_spikes, depthwise_convolution, has_own_gradient
 from .ops.dispatch import fall_back, fused
 from .ops.processes import gathered
-from .surrogate import Scheduled, Surrogate, transformed
+from .surrogate import Scheduled, Surrogate, constant_in_graphs, transformed
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -458,7 +458,7 @@ def has_hooks(module: nn.Module) -> bool:
     return any(hooks) or "forward" in module.__dict__ or _has_call(type(module))
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _has_call(kind: type) -> bool:
     """Whether a class has its own `__call__`; that of an fx.GraphModule only calls its forward."""
     return kind.__call__ is not nn.Module.__call__ and not issubclass(kind, fx.GraphModule)
@@ -477,7 +477,7 @@ def tells(leaf: Any, name: str) -> bool:
     return hasattr(leaf, name) and (name in getattr(leaf, "__dict__", {}) or _tells_of_its_forward(type(leaf), name))
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _tells_of_its_forward(kind: type, name: str) -> bool:
     """Whether an attribute comes from the class that defines the forward, or from one derived from it."""
     lineage = kind.__mro__

@@ -10,13 +10,15 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from .checks import check_known, check_positive
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 KINDS = ("sigmoid", "atan", "fast_sigmoid", "triangular", "straight_through")
 
@@ -94,6 +96,16 @@ def transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """Marks a function whose result `torch.compile` may take as a constant.
+
+    The same as `torch.compiler.assume_constant_result`, which imports the compiler: that takes several times as long as
+    this package.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class _Spike(torch.autograd.Function):

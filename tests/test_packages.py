@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from setuptools import Distribution
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,6 +91,17 @@ def test_the_version_stands_once():
     if listed.returncode == 0:
         assert listed.stdout.split() == ["sdt_blocks/__init__.py"]
     assert f"## v{sdt_blocks.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_importing_the_package_leaves_the_compiler_out():
+    """`torch._dynamo` takes several times as long to import as the rest; what the kit marks for it is marked alike."""
+    code = "import torch, snntorch, sys; before = set(sys.modules); import sdt_blocks; print(set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "'sdt_blocks.steps'" in done.stdout and "'torch._dynamo'" not in done.stdout
+    from sdt_blocks.surrogate import constant_in_graphs
+
+    ours, theirs = (mark(lambda: None) for mark in (constant_in_graphs, torch.compiler.assume_constant_result))
+    assert vars(ours) == vars(theirs) != {}
 
 
 @pytest.mark.slow

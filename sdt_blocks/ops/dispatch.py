@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..surrogate import transformed
+from ..surrogate import constant_in_graphs, transformed
 from .kernels import Kernels, LevelKernels
 
 BACKENDS = ("reference", "compiled", "triton")
@@ -93,7 +93,7 @@ def exporting() -> bool:
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def fall_back(reason: str) -> None:
     """One visible warning for each reason why the reference runs."""
     if reason not in _warned:
@@ -104,7 +104,7 @@ def fall_back(reason: str) -> None:
 _warned: set[str] = set()
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _backend(device: str, dtype: torch.dtype) -> str:
     forced = os.environ.get("SDT_BLOCKS_BACKEND") or None
     if forced is not None and forced not in BACKENDS:
