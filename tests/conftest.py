@@ -384,8 +384,12 @@ def _uninitialized_memory_is_nan():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _kernels_stay_within_their_tensors() -> Iterator[None]:
-    """Triton's interpreter refuses to read or write outside the tensors that a kernel is given, as a GPU may."""
+def _kernels_keep_to_their_memory() -> Iterator[None]:
+    """Triton's interpreter refuses what a GPU may not survive, or not twice alike.
+
+    That is to read or write outside the tensors that a kernel is given, and to read or write, in one program of a
+    launch, what another one writes: on a GPU these run in any order.
+    """
     if not INTERPRETED or importlib.util.find_spec("triton") is None:
         yield
         return
@@ -393,6 +397,7 @@ def _kernels_stay_within_their_tensors() -> Iterator[None]:
 
     memory = interpreter._interpreter
     spans: list[tuple[int, int]] = []
+    touched: list[tuple[tuple[int, ...], bool, np.ndarray]] = []
 
     def span(x: Tensor) -> tuple[int, int]:
         """The addresses of the first element and behind the last."""
@@ -402,26 +407,42 @@ def _kernels_stay_within_their_tensors() -> Iterator[None]:
     def arguments(executor, *given, original=interpreter.GridExecutor._init_args_hst):
         args, kwargs = original(executor, *given)
         spans[:] = [span(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.numel()]
+        touched.clear()
         return args, kwargs
 
-    def check(pointers: np.ndarray, mask: np.ndarray, size: int) -> None:
+    def finish(executor, *given, original=interpreter.GridExecutor._restore_args_dev):
+        programs = {program: number for number, program in enumerate(dict.fromkeys(program for program, *_ in touched))}
+        written = [at for _, writes, at in touched if writes]
+        if len(programs) > 1 and written:
+            at = np.concatenate([at for *_, at in touched])
+            of = np.concatenate([np.full(at.size, programs[program]) for program, _, at in touched])
+            shared = np.isin(at, np.concatenate(written))
+            at, of = at[shared], of[shared]
+            order = np.lexsort((of, at))
+            at, of = at[order], of[order]
+            assert not ((at[1:] == at[:-1]) & (of[1:] != of[:-1])).any(), "two programs share what one of them writes"
+        return original(executor, *given)
+
+    def check(pointers: np.ndarray, mask: np.ndarray, size: int, writes: bool) -> None:
         at = pointers[np.broadcast_to(mask, pointers.shape).astype(bool)]
         if at.size:
             first, last = int(at.min()), int(at.max()) + size
             assert any(begin <= first and last <= end for begin, end in spans), (
                 f"{first} to {last} is outside of every tensor of the kernel: {spans}"
             )
+            touched.append((interpreter.interpreter_builder.grid_idx, writes, at))
 
     def load(pointers, mask, other, dtype, original=memory.load):
-        check(pointers, mask, dtype.itemsize)
+        check(pointers, mask, dtype.itemsize, writes=False)
         return original(pointers, mask, other, dtype)
 
     def store(pointers, value, mask, original=memory.store):
-        check(pointers, mask, value.itemsize)
+        check(pointers, mask, value.itemsize, writes=True)
         return original(pointers, value, mask)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.GridExecutor, "_init_args_hst", arguments)
+        patch.setattr(interpreter.GridExecutor, "_restore_args_dev", finish)
         patch.setattr(memory, "load", load)
         patch.setattr(memory, "store", store)
         yield

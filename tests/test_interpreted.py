@@ -1,4 +1,4 @@
-"""Triton's interpreter as the tests run it: no kernel leaves the memory of its tensors without being found out."""
+"""Triton's interpreter as the tests run it: what a kernel does that a GPU may not survive is found out."""
 
 import os
 
@@ -45,3 +45,21 @@ def test_one_element_too_far(kernel, dtype):
     for begin, end in ((-1, 11), (0, 12)):
         with pytest.raises(InterpreterError, match="outside of every tensor"):
             kernel[(1,)](x, result, begin, end)
+
+
+@triton.jit
+def add_up(x, result):
+    tl.store(result, tl.load(result) + tl.load(x + tl.program_id(0)))
+
+
+@triton.jit
+def hand_on(x, result):
+    tl.store(x + tl.program_id(0) + 1, tl.load(x + tl.program_id(0)))
+
+
+@pytest.mark.parametrize("kernel", [add_up, hand_on])
+def test_a_program_that_depends_on_another(kernel):
+    x, result = torch.ones(16), torch.zeros(1)
+    kernel[(1,)](x, result)
+    with pytest.raises(AssertionError, match="two programs share"):
+        kernel[(2, 2)](x, result)
