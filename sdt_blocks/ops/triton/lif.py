@@ -432,8 +432,7 @@ def backward(
             t = (t0 + T).to(tl.int64)
             there_is = mask & (t < STEPS) if STEPS % SEGMENT != 0 else mask
             if GRAD:
-                coming = _of_spikes(got, code, values, n, MASK, STATE)
-                of_s += tl.where(there_is, coming, 0.0) if STEPS % SEGMENT != 0 else coming
+                of_s += _of_spikes(got, code, values, n, MASK, STATE)
                 if T > 0:
                     # Loaded before the store below; after it, the load would wait for the store.
                     there_was = mask & (t - 1 < STEPS) if STEPS % SEGMENT != 0 else mask
