@@ -361,7 +361,7 @@ def open_folder(folder: Path, resume: str, *, needed: int) -> Path | None:
         raise cannot_write(folder, error) from error
     if free < needed:
         raise ConfigError(
-            f"output_dir={folder}: the checkpoints need about {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free; "
+            f"output_dir={folder}: the checkpoints need about {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free; "
             f"make room, choose another output_dir or lower train.keep_checkpoints"
         )
     if resume != "none":
