@@ -65,9 +65,10 @@ def test_bare_state_dict(golden, tmp_path, prefix):
 @pytest.mark.parametrize(
     ("name", "said", "assumed"),
     [
-        ("sdt_lif_static_64", {}, {"time_steps": 4, "pooling": "1111", "event_pooling": False}),
-        ("sdt_lif_static_64", {"time_steps": 3, "pooling_stat": "1111"}, {"event_pooling": False}),
-        ("sdt_lif_static_64", {"time_steps": 3, "pooling_stat": "1111", "dvs_mode": 0}, {}),
+        ("sdt_lif_static_64", {}, {"time_steps": 4, "pooling": "1111"}),
+        ("sdt_lif_static_64", {"time_steps": 3, "pooling_stat": "1111"}, {}),
+        ("sdt_lif_dvs_64", {"time_steps": 3, "pooling_stat": "1111"}, {"event_pooling": False}),
+        ("sdt_lif_dvs_64", {"time_steps": 3, "pooling_stat": "1111", "dvs_mode": 1}, {}),
         ("sdtv2_grads_T2_64", {}, {"time_steps": 4}),
         ("sdtv2_grads_T2_64", {"time_steps": 2}, {}),
         ("sdtv3_base_64", {"time_steps": 1}, {"levels": 4}),

@@ -228,8 +228,10 @@ def read_options(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def unread(state_dict: Mapping[str, Tensor]) -> Sequence[str]:
-    """Options that change the answers and that no weight tells."""
-    return ("time_steps", "pooling", "event_pooling", *(() if _HEADS in state_dict else ("num_heads",)))
+    """Options that change the answers and that no weight tells; only models of events pool them."""
+    events = shape_of(state_dict, "patch_embed.proj_conv.weight")[1] == 2
+    of_events, heads = ("event_pooling",) if events else (), () if _HEADS in state_dict else ("num_heads",)
+    return ("time_steps", "pooling", *of_events, *heads)
 
 
 CARD = imagenet_card(crop_pct=0.95)
