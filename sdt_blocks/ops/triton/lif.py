@@ -435,10 +435,8 @@ def backward(
                 of_s += _of_spikes(got, code, values, n, MASK, STATE)
                 if T > 0:
                     # Loaded before the store below; after it, the load would wait for the store.
-                    there_was = mask & (t - 1 < STEPS) if STEPS % SEGMENT != 0 else mask
-                    got, code, values = _arriving(
-                        given, masked, coded, n, t - 1, step_of, mask_step, frame, there_was, MASK
-                    )
+                    real = mask & (t <= STEPS) if STEPS % SEGMENT != 0 else mask
+                    got, code, values = _arriving(given, masked, coded, n, t - 1, step_of, mask_step, frame, real, MASK)
             h = _pick(T + 1, h0, h1, h2, h3, h4, h5, h6, h7, h8)
             previous = _pick(T, h0, h1, h2, h3, h4, h5, h6, h7, h8)
             fired = s0 if T == 0 else fires(previous, threshold, STRICT)
