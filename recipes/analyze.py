@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from common.command_line import command
-from common.config import ConfigError, RunError, check_meant, load_config
+from common.config import ConfigError, RunError, check_meant, load_config, make_folder
 from common.cpu_processes import join_processes
 from common.options import changed_options
-from common.results import make_folder
 from common.schema import option
 from common.trained import class_names, default_folder, load, match_classes, other_settings, read_trained
 from torch import nn
@@ -125,10 +124,8 @@ def main(arguments: list[str]) -> None:
                 note_analyzed(folder, find_saved(checkpoint) / WEIGHTS)
             if options.neurobench and accelerator.is_main_process:
                 run_neurobench(model, batches, folder)
-    except OSError as error:
-        raise RunError(f"{folder} cannot be written ({error})") from error
-    except (ValueError, ImportError) as error:
-        raise RunError(str(error)) from error
+    except (ValueError, OSError, ImportError) as error:
+        raise RunError(f"{folder}: {error}" if isinstance(error, OSError) else str(error)) from error
     accelerator.end_training()
 
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from common.command_line import command
-from common.config import ConfigError, RunError, check_meant, load_config
+from common.config import ConfigError, RunError, check_meant, load_config, make_folder
 from common.cpu_processes import join_processes
-from common.results import make_folder, write_results
+from common.results import write_results
 from common.schema import option
 from common.trained import class_names, default_folder, load, match_classes, other_settings, read_trained
 

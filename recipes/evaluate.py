@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.command_line import command
-from common.config import RunError, check_meant, load_config
+from common.config import RunError, check_meant, load_config, make_folder
 from common.cpu_processes import join_processes
 from common.options import changed_options
-from common.results import make_folder
 from common.schema import option
 from common.trained import class_names, default_folder, load, match_classes, other_settings, read_trained
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import tempfile
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -49,6 +50,16 @@ def cannot_write(folder: Path, error: Exception) -> ConfigError:
         f"output_dir={folder}: no files can be written there ({error}); make room or allow it, or choose another "
         f"output_dir"
     )
+
+
+def make_folder(folder: Path) -> None:
+    """Make an output folder, before what it will hold is computed. Raises `ConfigError` if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        raise cannot_write(folder, error) from error
 
 
 def load_config(arguments: Sequence[str], *, default: str) -> Config:

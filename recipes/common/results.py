@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from sdt_blocks.analysis.tables import write
 from sdt_blocks.files import written_together
 
-from .config import RunError, cannot_write
-
-
-def make_folder(folder: Path) -> None:
-    """Make the folder of a result, before the result is computed. Raises `ConfigError` if it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except (OSError, ValueError) as error:
-        raise cannot_write(folder, error) from error
+from .config import RunError
 
 
 def write_results(texts: Mapping[str, str], stem: Path, draw: Callable[[Path], None] | None = None) -> None:

@@ -37,7 +37,7 @@ from sdt_blocks import DataCard, load_model, save_model
 from sdt_blocks.files import sync
 from sdt_blocks.models.saved import CONFIG, WEIGHTS
 
-from .config import ConfigError, RunError, cannot_write
+from .config import ConfigError, RunError, make_folder
 from .progress import CURVES, DAMAGED, METRICS, warn
 
 CHECKPOINTS, MANIFEST, TRAINING, SUMMARY = "checkpoints", "manifest.json", "training.pt", "summary.json"
@@ -352,13 +352,8 @@ def open_folder(folder: Path, resume: str, *, needed: int) -> Path | None:
     `ConfigError` if nothing can be written, if the disk has less than `needed` bytes, or if a finished run would be
     overwritten without being asked to.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        free = shutil.disk_usage(folder).free
-    except (OSError, ValueError) as error:
-        raise cannot_write(folder, error) from error
+    make_folder(folder)
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise ConfigError(
             f"output_dir={folder}: the checkpoints need about {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free; "
