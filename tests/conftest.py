@@ -30,7 +30,7 @@ import sdt_blocks
 import sdt_blocks.analysis
 from sdt_blocks.ops.dispatch import forced
 
-INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
+INTERPRETED = os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton") is not None
 """Whether Triton's kernels run on CPU tensors, and on no others."""
 # Where there is a GPU, convolutions are held to the same bounds as on a CPU.
 torch.backends.cudnn.allow_tf32 = False
@@ -47,11 +47,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _a_launch_is_prepared_once():
     """Triton's interpreter prepares a module for each call of a function in it, a third of its time; once will do."""
-    try:
-        from triton.runtime import interpreter
-    except ImportError:
+    if not INTERPRETED:
         yield
         return
+    from triton.runtime import interpreter
+
     prepared: set[int] = set()
 
     def launch(executor, *args, original=interpreter.GridExecutor.__call__, **kwargs):
@@ -312,7 +312,7 @@ def small(request: pytest.FixtureRequest) -> Small:
 @pytest.fixture
 def large_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Triton's programs do the work of 64, so that a whole network takes its interpreter seconds, not minutes."""
-    if not INTERPRETED or importlib.util.find_spec("triton") is None:
+    if not INTERPRETED:
         yield
         return
     names = ("tiles", "attention", "dense", "levels", "pool", "training")
@@ -390,7 +390,7 @@ def _kernels_keep_to_their_memory() -> Iterator[None]:
     That is to read or write outside the tensors that a kernel is given, and to read or write, in one program of a
     launch, what another one writes: on a GPU these run in any order.
     """
-    if not INTERPRETED or importlib.util.find_spec("triton") is None:
+    if not INTERPRETED:
         yield
         return
     from triton.runtime import interpreter

@@ -336,9 +336,9 @@ def convolution(unit: Any) -> tuple[nn.Conv2d, nn.BatchNorm2d | None] | None:
 
 
 def _is_unknown_unit(leaf: nn.Module) -> bool:
-    """Whether a leaf is a unit that has no hooks, and still has to run as it is."""
-    watched = any(map(steps.has_hooks, leaf.modules()))
-    return isinstance(leaf, steps.Unit) and not watched and convolution(leaf) is None
+    """Whether a leaf is a unit without hooks that has to run as it is."""
+    hooked = any(map(steps.has_hooks, leaf.modules()))
+    return isinstance(leaf, steps.Unit) and not hooked and convolution(leaf) is None
 
 
 def chain(unit: Any) -> list[nn.Conv2d] | None:
