@@ -900,6 +900,15 @@ def test_a_batch_in_parts_is_answered_alike(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(fast(x), whole, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "images"), [(torch.float32, 1), (torch.bfloat16, 2), (torch.float64, 1)])
+def test_parts_of_a_batch_are_as_large_in_every_precision(dtype, images, monkeypatch) -> None:
+    model, _ = lively("v1")
+    fast, frames = optimize_for_inference(model, dtype, compile=False), torch.rand(4, 2, 3, 32, 32)
+    channels = next(layer.out_channels for layer in model.modules() if isinstance(layer, nn.Conv2d))
+    monkeypatch.setattr(dense, "_PASS_BYTES", 4 * len(frames) * channels * 32 * 32)
+    assert [part.stop - part.start for part in fast._parts([frames])] == [images] * (2 // images)
+
+
 def test_copies_hold_no_second_set_of_weights() -> None:
     model, x = lively("v1")
     fast = optimize_for_inference(model, compile=False)

@@ -319,7 +319,7 @@ class Dense(Form):
             return [slice(None)]  # a neuron's state is that of the whole batch
         if x is None or 0 in x.shape or x.device.type != "cpu" or not products:
             return [slice(None)]
-        image_bytes = 4 * len(x) * x.shape[-2:].numel() * len(products[0].bias)
+        image_bytes = self.dtype.itemsize * len(x) * x.shape[-2:].numel() * len(products[0].bias)
         images = x.shape[1]
         passes = math.ceil(images / max(1, _PASS_BYTES // image_bytes))
         size = math.ceil(images / passes)
