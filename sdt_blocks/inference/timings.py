@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 
 from ..files import write_text
-from ..ops.cpu.build import cache_folder, processor
+from ..ops.cpu import build
 
 Costs = dict[str, float]
 """Seconds, or numbers that they are computed from, by name."""
 
 _RUNS = 5
 _MEASURED = ("product.py", "choice.py")
-"""The files of this folder whose code is timed: when they change, costs are measured again."""
+"""The files of this folder whose code is timed: when they or the kernels change, costs are measured again."""
 
 
 class Timings:
@@ -61,8 +61,9 @@ def timings() -> Timings:
 @functools.cache
 def _of_threads(threads: int) -> Timings:
     code = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in _MEASURED]
-    machine = hashlib.sha256("\n".join([processor(), torch.__version__, *code]).encode()).hexdigest()[:16]
-    return Timings(cache_folder(written=False) / f"timings-{machine}-{threads}-threads.json")
+    kernels = build.identity(Path(build.__file__).with_name("packed.cpp"))
+    machine = hashlib.sha256("\n".join([kernels, torch.__version__, *code]).encode()).hexdigest()[:16]
+    return Timings(build.cache_folder(written=False) / f"timings-{machine}-{threads}-threads.json")
 
 
 def best_seconds(compute: Callable[[], object], runs: int = _RUNS, warmup: int = 1) -> float:

@@ -55,8 +55,7 @@ def library(source: Path = SOURCE) -> ctypes.CDLL:
 
     Raises `BuildError` if there is no compiler or it fails, and on Windows.
     """
-    texts = [file.read_text(encoding="utf-8") for file in (source, *sorted(source.parent.glob("*.h")))]
-    stem = f"{source.stem}-{_hash(*texts, *_flags(), *THREADING, processor())}"
+    stem = identity(source)
     file = _built_before(stem)
     if file is None:
         compiler = _compiler()
@@ -72,6 +71,12 @@ def library(source: Path = SOURCE) -> ctypes.CDLL:
             f"{file} cannot be loaded ({error}); delete it to have it built again, or if libraries may not be loaded "
             "from there, name another folder in SDT_BLOCKS_CACHE"
         ) from None
+
+
+def identity(source: Path) -> str:
+    """A name made from all that the kernels of a C++ file depend on, except the compiler."""
+    texts = [file.read_text(encoding="utf-8") for file in (source, *sorted(source.parent.glob("*.h")))]
+    return f"{source.stem}-{_hash(*texts, *_flags(), *THREADING, processor())}"
 
 
 def _built_before(stem: str) -> Path | None:

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "packed_epilogue.h"
+#include "packed_tiles.h"
 
 namespace {
 
@@ -128,8 +129,6 @@ struct Reals : Values<float> {
     }
 };
 
-typedef uint32_t Unsigned __attribute__((vector_size(sizeof(Whole))));
-inline Whole shifted(Whole sums) { return Whole(Unsigned(sums) << 8); }
 inline Vector shifted(Vector sums) { return sums; }
 
 // Gathers the inputs of one output pixel, tap after tap.
@@ -173,6 +172,23 @@ void multiply(const typename In::Value* const* rows, const typename In::Weight* 
         for (int v = 0; v < VECTORS; v++) std::memcpy(sums[r] + v * WIDTH, &sum[r][v], sizeof sum[r][v]);
 }
 
+// The sums [n, LANES] of n rows, `stride` values apart, for one tile of weights.
+template <int PIECES, class In>
+void multiply_by_vectors(const typename In::Value* values, int64_t stride, int64_t n, const typename In::Weight* weights,
+                         int64_t length, typename In::Sum* sums) {
+    for (int64_t r = 0; r < n; r += GROUP) {
+        const typename In::Value* row[GROUP];
+        typename In::Sum* to[GROUP];
+        for (int64_t i = 0; i < GROUP; i++) {
+            // The last row is repeated to fill a group.
+            const int64_t at = std::min(r + i, n - 1);
+            row[i] = values + at * stride;
+            to[i] = sums + at * LANES;
+        }
+        multiply<PIECES, In>(row, weights, length, to);
+    }
+}
+
 // `weights` are [tiles, pieces, inputs / TOGETHER, LANES, TOGETHER], where the inputs of a tap are padded with zeros.
 template <int PIECES, class In>
 void dense_product(const In& in, const Windows& w, const typename In::Weight* weights, const Epilogue& e, int64_t threads) {
@@ -181,7 +197,10 @@ void dense_product(const In& in, const Windows& w, const typename In::Weight* we
     const int64_t pixels = in.images() * w.height * w.width, steps = in.steps(), shown = in.shown();
     const int64_t length = w.taps() * in.tap() / In::TOGETHER;
     const int64_t stride = (length * In::TOGETHER + 63) / 64 * 64 + SLACK / int64_t(sizeof(Value));
-    const int64_t rows = std::clamp<int64_t>(GATHERED_BYTES / (stride * int64_t(sizeof(Value))), 1, GATHERED_ROWS);
+    constexpr bool BYTES = std::is_same_v<Value, uint8_t>;
+    const int64_t depth = BYTES ? tile_depth(length) : 0, whole = depth ? TILED_ROWS : 1;
+    const int64_t fitting = GATHERED_BYTES / (stride * int64_t(sizeof(Value)));
+    const int64_t rows = std::clamp<int64_t>(ceil_divide(fitting, whole) * whole, 1, GATHERED_ROWS / whole * whole);
     int64_t blocks = ceil_divide(pixels, std::max<int64_t>(1, rows / shown));
     blocks = std::min(pixels, ceil_divide(blocks, threads) * threads);
     const int64_t share = ceil_divide(pixels, blocks);
@@ -192,23 +211,18 @@ void dense_product(const In& in, const Windows& w, const typename In::Weight* we
         static thread_local Buffer<Sum> summed;
         const int64_t first = block * share, count = std::min(share, pixels - first), n = shown * count;
         if (count <= 0) continue;
-        Value* values = gathered.reserve(n * stride);
-        Sum* sums = summed.reserve(n * LANES);
+        // The rows behind the last one, up to whole tiles, hold anything, and so do their sums.
+        const int64_t multiplied = ceil_divide(n, whole) * whole;
+        Value* values = gathered.reserve(multiplied * stride);
+        Sum* sums = summed.reserve(multiplied * LANES);
         for (int64_t t = 0; t < shown; t++)
             for (int64_t q = 0; q < count; q++) gather(in, w, t, first + q, values + (t * count + q) * stride);
+        const Tiles tiles(depth);
         for (int64_t tile = 0; tile < e.tiles(); tile++) {
             const typename In::Weight* of_tile = weights + tile * PIECES * length * LANES * In::TOGETHER;
-            for (int64_t r = 0; r < n; r += GROUP) {
-                const Value* row[GROUP];
-                Sum* to[GROUP];
-                for (int64_t i = 0; i < GROUP; i++) {
-                    // The last row is repeated to fill a group.
-                    const int64_t at = std::min(r + i, n - 1);
-                    row[i] = values + at * stride;
-                    to[i] = sums + at * LANES;
-                }
-                multiply<PIECES, In>(row, of_tile, length, to);
-            }
+            if (!depth) multiply_by_vectors<PIECES, In>(values, stride, n, of_tile, length, sums);
+            if constexpr (BYTES)
+                if (depth) multiply_by_tiles<PIECES>(values, stride, multiplied, of_tile, length, depth, sums);
             finish<Sum>(e, tile, steps, first, count, {sums, LANES, shown == 1 ? 0 : count * LANES}, streams);
         }
         if (streams) finish_streams();
