@@ -270,16 +270,14 @@ class Events(Form):
         return _packed(frames, form)
 
     def _fire(self, node: Node, x: Any) -> Any:
-        membrane = _membrane(x)
-        if self.kinds[node] == LEVELS:
-            real = plain(x)
-            if real.ndim != 5 or 0 in real.shape:
-                return node.target(real)
-            return PackedSpikes.pack_levels(node.target.unfold(real) > 0, node.target.norm)
-        if membrane is None or isinstance(x, PackedSpikes):
-            return node.target(plain(x))
+        neuron, levels = node.target, self.kinds[node] == LEVELS
+        membrane = _membrane(plain(x) if levels and isinstance(x, PackedSpikes) else x)
+        if membrane is None:
+            return neuron(plain(x))
         real = membrane.real
-        epilogue, stands = epilogue_of(None, node.target, channels=real.shape[-1]), _stands(node.target)
+        if levels:
+            return PackedSpikes.of_levels(neuron.level(real), neuron.levels, neuron.norm)
+        epilogue, stands = epilogue_of(None, neuron, channels=real.shape[-1]), _stands(neuron)
         standing = None if stands is None else stands(real.shape[1:])
         return spike_neuron(real, epilogue, len(real), standing=standing)[1]
 
@@ -407,8 +405,7 @@ def _packed(frames: Tensor, product: SpikeProduct) -> PackedSpikes:
     x = frames.movedim(-1, 2)
     if product.planes == 1:
         return PackedSpikes.pack(x)
-    below = torch.arange(product.planes, dtype=x.dtype, device=x.device).view(-1, *[1] * x.ndim)
-    packed = PackedSpikes.pack_levels(x > below, 1.0)
+    packed = PackedSpikes.of_levels(frames, product.planes)
     if not torch.equal(packed.unpack(), x):
         raise ValueError(
             f"sums of spikes must be whole numbers from 0 to {product.planes}; something between the neurons and the "

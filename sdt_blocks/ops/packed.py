@@ -69,6 +69,22 @@ class PackedSpikes:
         words = _words(_bits(steps).permute(1, 2, 4, 5, 0, 3)).flatten(-2)
         return PackedSpikes(words, steps.shape[3], len(steps), norm)
 
+    @staticmethod
+    def of_levels(levels: Tensor, planes: int, norm: float = 1.0) -> PackedSpikes:
+        """Pack levels in float32, `[T, B, H, W, C]`, from 0 to `planes`; plane i holds which of them are above i.
+
+        >>> PackedSpikes.of_levels(torch.full((1, 1, 2, 2, 3), 3.0), planes=4, norm=4).unpack().unique()
+        tensor([0.7500])
+        """
+        if levels.ndim != 5 or 0 in levels.shape or levels.dtype != torch.float32:
+            raise ValueError(
+                f"levels must be float32 [T, B, H, W, C] with no empty axis, got {levels.dtype} {list(levels.shape)}"
+            )
+        *places, channels = levels.shape
+        words = levels.new_empty(*places, planes * -(-channels // WORD), dtype=torch.int64)
+        call("spike_pack", levels.contiguous(), words, words[..., 0].numel(), planes, channels)
+        return PackedSpikes(words, channels, planes, norm)
+
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values `[T, B, C, H, W]` in float32, or zeros and ones (one plane, norm 1) in uint8.
 
@@ -84,10 +100,9 @@ class PackedSpikes:
                 "convert the result with .to()"
             )
         words = self.words.contiguous()
-        frames = words.new_empty(*words.shape[:-1], self.planes, self.channels, dtype=dtype)
-        call(kernels[dtype], words, frames, words[..., 0].numel() * self.planes, self.channels)
-        values = frames.squeeze(-2) if self.planes == 1 else frames.sum(-2)
-        return (values if self.norm == 1 else values / self.norm).movedim(-1, 2)
+        levels = words.new_empty(*words.shape[:-1], self.channels, dtype=dtype)
+        call(kernels[dtype], words, levels, words[..., 0].numel(), self.planes, self.channels)
+        return (levels if self.norm == 1 else levels / self.norm).movedim(-1, 2)
 
     def unpack_reference(self) -> Tensor:
         """The same in PyTorch."""

@@ -269,6 +269,17 @@ def test_packing_keeps_every_spike(shape, density, seed):
     assert packed.count() == spikes.sum() and packed.rate() == pytest.approx(spikes.mean().item())
 
 
+@pytest.mark.parametrize("channels,planes", [(1, 1), (64, 4), (70, 3), (130, 128)])
+def test_levels_are_packed_and_unpacked(channels, planes, instructions):
+    level = torch.randint(0, planes + 1, (2, 3, channels, 4, 5), generator=torch.Generator().manual_seed(0)).float()
+    steps = level > torch.arange(planes).view(-1, *[1] * 5)
+    packed, expected = PackedSpikes.of_levels(level.movedim(2, -1), planes, 2.0), PackedSpikes.pack_levels(steps, 2.0)
+    assert torch.equal(packed.words, expected.words) and packed.of(0) == expected.of(0)
+    assert torch.equal(packed.unpack(), level / 2) and level.unique().numel() == planes + 1
+    silent = PackedSpikes.of_levels(torch.full((1, 1, 1, 1, 70), torch.nan), planes)
+    assert silent.count() == 0
+
+
 def test_padding_to_words():
     padded = pad_to_words(torch.ones(65, 2))
     assert padded.shape == (128, 2) and padded.sum() == 130
@@ -282,6 +293,8 @@ def test_padding_to_words():
         (lambda: PackedSpikes.pack(torch.ones(1, 1, 1)), r"\[T, B, C, H, W\]"),
         (lambda: PackedSpikes.pack_levels(torch.full((2, *[1] * 5), 0.5), 1.0), "must be 0 or 1"),
         (lambda: PackedSpikes.pack_levels(torch.full((2, *[1] * 5), torch.nan), 1.0), "must be 0 or 1"),
+        (lambda: PackedSpikes.of_levels(torch.ones(1, 1, 1), 4), r"\[T, B, H, W, C\]"),
+        (lambda: PackedSpikes.of_levels(torch.ones(*[1] * 5).double(), 4), "float32.*got torch.float64"),
         (lambda: PackedSpikes.pack(torch.ones(*[1] * 5)).unpack(torch.bfloat16), "or torch.uint8, got torch.bfloat16"),
         (lambda: _levels(2, 1.0).unpack(torch.uint8), "2 plane.* unpack to torch.float32, got torch.uint8"),
         (lambda: _levels(1, 2.0).unpack(torch.uint8), "norm 2 unpack to torch.float32, got torch.uint8"),

@@ -9,20 +9,27 @@
 
 namespace {
 
+// The sums over planes, row by row, without the padding of the words.
 template <class T>
-void expand(const uint64_t* words, T* out, int64_t rows, int64_t channels, int64_t threads) {
-    const int64_t stride = ceil_divide(channels, 64);
+void expand(const uint64_t* words, T* out, int64_t rows, int64_t planes, int64_t channels, int64_t threads) {
+    const int64_t plane = ceil_divide(channels, 64);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < rows; row++)
-        for (int64_t word = 0; word < stride; word++) {
-            const uint64_t bits = words[row * stride + word];
-            T* to = out + row * channels + word * 64;
-            const int64_t count = std::min<int64_t>(64, channels - word * 64);
-            if (count == 64)
-                for (int64_t c = 0; c < 64; c++) to[c] = T(bits >> c & 1);
-            else
-                for (int64_t c = 0; c < count; c++) to[c] = T(bits >> c & 1);
+        for (int64_t word = 0; word < plane; word++) {
+            const uint64_t* of = words + row * planes * plane + word;
+            T sums[64] = {};
+            for (int64_t p = 0; p < planes; p++)
+                for (int64_t c = 0; c < 64; c++) sums[c] += T(of[p * plane] >> c & 1);
+            std::copy_n(sums, std::min<int64_t>(64, channels - word * 64), out + row * channels + word * 64);
         }
+}
+
+// Bit c is whether value c of 64 is at least the limit.
+inline uint64_t at_least_each(const float* values, float limit) {
+    uint64_t word = 0;
+    for (int v = 0; v < 64 / WIDTH; v++)
+        word |= uint64_t(bits(at_least(load(values + v * WIDTH), broadcast(limit)))) << (v * WIDTH);
+    return word;
 }
 
 }  // namespace
@@ -164,13 +171,29 @@ void spike_attention(const uint64_t* qkv, uint64_t* out, int64_t steps, int64_t 
     }
 }
 
-// Writes spikes as zeros and ones, row by row, without the padding of the words.
-void spike_expand_float(const uint64_t* words, float* out, int64_t rows, int64_t channels, int64_t threads) {
-    expand(words, out, rows, channels, threads);
+// Plane i of a row [planes, words] holds which of its whole numbers [channels] are above i.
+void spike_pack(const float* x, uint64_t* words, int64_t rows, int64_t planes, int64_t channels, int64_t threads) {
+    const int64_t plane = ceil_divide(channels, 64);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t word = 0; word < plane; word++) {
+            float padded[64] = {};
+            const float* values = x + row * channels + word * 64;
+            const int64_t count = channels - word * 64;
+            if (count < 64) {
+                std::copy_n(values, count, padded);
+                values = padded;
+            }
+            for (int64_t p = 0; p < planes; p++) words[(row * planes + p) * plane + word] = at_least_each(values, float(p) + 0.5f);
+        }
 }
 
-void spike_expand_byte(const uint64_t* words, uint8_t* out, int64_t rows, int64_t channels, int64_t threads) {
-    expand(words, out, rows, channels, threads);
+void spike_expand_float(const uint64_t* words, float* out, int64_t rows, int64_t planes, int64_t channels, int64_t threads) {
+    expand(words, out, rows, planes, channels, threads);
+}
+
+void spike_expand_byte(const uint64_t* words, uint8_t* out, int64_t rows, int64_t planes, int64_t channels, int64_t threads) {
+    expand(words, out, rows, planes, channels, threads);
 }
 
 int64_t spike_count(const uint64_t* words, int64_t count, int64_t threads) {
