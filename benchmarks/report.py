@@ -11,10 +11,11 @@ import curves
 from harness import RESULTS, read_rows
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+AMX = "<!-- benchmarks, amx: begin -->", "<!-- benchmarks, amx: end -->"
 PREDICTED = "<!-- gpu-offline: begin -->", "<!-- gpu-offline: end -->"
 ROOT = Path(__file__).parents[1]
-SHOWN = ("neuron", "inference", "training", "v2", "v2_training")
-"""The suites of the tables in the docs; results/ has all of them."""
+SHOWN = ("neuron", "inference", "training", "v2", "v2_training", "families")
+"""The suites of the tables in the docs; results/ has all of them, and results/amx some of a second machine."""
 HEADLINES = (
     ("training", "training step", "", "default", "sdt_blocks", "SpikingJelly, eager"),
     ("training", "training step, peak memory", "", "default", "sdt_blocks", "SpikingJelly, eager"),
@@ -235,11 +236,14 @@ def main() -> int:
     rows = load()
     if not rows:
         parser.error(f"no results in {RESULTS}; run benchmarks/run.py first")
-    for path in plot(rows):
+    of_amx = load(RESULTS / "amx")
+    for path in [*plot(rows), *plot(of_amx, RESULTS / "amx")]:
         print(path)
     try:
         rewrite(ROOT / "README.md", headlines(rows))
-        rewrite(ROOT / "docs/performance.md", tables([row for row in rows if row["suite"] in SHOWN]))
+        for found, markers in ((rows, (BEGIN, END)), (of_amx, AMX)):
+            shown = tables([row for row in found if row["suite"] in SHOWN])
+            rewrite(ROOT / "docs/performance.md", shown, markers)
         offline = [read_rows(RESULTS / "gpu_offline" / name) for name in ("sm_90.csv", "launches.csv")]
         rewrite(ROOT / "docs/performance.md", f"{predicted(offline[0])}\n\n{launched(offline[1])}", PREDICTED)
     except (KeyError, OSError, ValueError) as error:
