@@ -909,6 +909,32 @@ def test_parts_of_a_batch_are_as_large_in_every_precision(dtype, images, monkeyp
     assert [part.stop - part.start for part in fast._parts([frames])] == [images] * (2 // images)
 
 
+@pytest.mark.parametrize("layer", [nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2)], ids=["max", "mean"])
+@pytest.mark.parametrize("frames", [1, 4])
+def test_a_still_image_is_pooled_once(layer, frames) -> None:
+    """Before its first neuron; other frames are all pooled."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unit, self.layer, self.neuron = ConvNorm(3, 8, 3), layer, LIF(tau=1.5, threshold=0.2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return fire(self.neuron, pool(self.layer, project(self.unit, present(x, 4, 3))))
+
+    torch.manual_seed(0)
+    network = Pooled().eval()
+    x = torch.rand(2, 3, 9, 8) if frames == 1 else torch.rand(2, 4, 3, 9, 8)
+    expected, fast, seen = network(x), optimize_for_inference(network, compile=False), []
+    assert 0 < expected.mean() < 1
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((dense.kernels, "pool"), (nn.AvgPool2d, "forward")):
+            of = getattr(owner, name)
+            patch.setattr(owner, name, lambda *given, of=of: (seen.append(given[-1].numel()), of(*given))[1])
+        assert torch.equal(fast(x), expected)
+    assert seen == [frames * 2 * 8 * 9 * 8]
+
+
 def test_copies_hold_no_second_set_of_weights() -> None:
     model, x = lively("v1")
     fast = optimize_for_inference(model, compile=False)

@@ -392,20 +392,19 @@ class Dense(Form):
         frames = self._frames(x)
         if frames is None or len(frames.shape) != 5 or node in self.watched_nodes:
             return steps.pool(layer, self._plain(x))
-        if not steps.halves(layer):
-            real = frames.real(self.real_dtype)
-            pooled = layer(real.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            return Membrane(pooled.unflatten(0, real.shape[:2]))
+        halves = steps.halves(layer)
+        if isinstance(frames, Membrane) or not halves:
+            real = frames.real() if isinstance(frames, Membrane) else frames.real(self.real_dtype)
+            frame = steps.shown_frame(real)  # frames that are all the same are pooled once
+            pooled = (kernels.pool if halves else partial(_by_layer, layer))(frame).to(self.real_dtype)
+            return Membrane(pooled.expand(len(real), *pooled.shape[1:]))
         steps_, batch, height, width, channels = frames.shape
         shape = torch.Size((steps_, batch, (height + 1) // 2, (width + 1) // 2, channels))
-        if isinstance(frames, Spiking):
-            source = frames.source
-            if source is not None and frames.made is None and len(source[0].terms) == 1:
-                (u,), (neuron, compiled) = source[0].terms, source[1:]
-                fired = lambda dtype: kernels.fire_and_pool(u, neuron, dtype, compiled=compiled)  # noqa: E731
-                return Spiking(shape, fired)
-            return Spiking(shape, self._pooled(node, frames))
-        return Membrane(kernels.pool(frames.real()).to(self.real_dtype))
+        source = frames.source
+        if source is not None and frames.made is None and len(source[0].terms) == 1:
+            (u,), (neuron, compiled) = source[0].terms, source[1:]
+            return Spiking(shape, lambda dtype: kernels.fire_and_pool(u, neuron, dtype, compiled=compiled))
+        return Spiking(shape, self._pooled(node, frames))
 
     def _pooled(self, node: Node, frames: Spiking) -> Callable[[torch.dtype], Tensor]:
         """The 3x3 maximum of stride 2 of spikes, as a function of the dtype asked for."""
@@ -471,6 +470,12 @@ class Dense(Form):
             return None
         frames = steps.shown_frame(x).movedim(2, -1).contiguous().to(self.real_dtype)
         return Membrane(frames.expand(len(x), *frames.shape[1:]))
+
+
+def _by_layer(layer: nn.Module, frames: Tensor) -> Tensor:
+    """`layer(frame)` for every frame of `[T, B, H, W, C]`."""
+    made: Tensor = layer(frames.flatten(0, 1).permute(0, 3, 1, 2))
+    return made.permute(0, 2, 3, 1).unflatten(0, frames.shape[:2])
 
 
 def _fuses(mixing: Mixing) -> bool:

@@ -27,6 +27,7 @@ from .cpu.build import BuildError
 from .dispatch import by_triton, of_triton
 from .levels import levels
 from .lif import lif, lif_reference
+from .pool import max_pool
 from .spec import SIGMOID, LevelSpec, NeuronSpec, state_dtype
 
 
@@ -133,8 +134,7 @@ def as_it_is(device: torch.device | str) -> Neuron:
 
 def pool(x: Tensor) -> Tensor:
     """3x3 max pooling of stride 2, `[T, B, H, W, C] -> [T, B, ceil(H / 2), ceil(W / 2), C]`."""
-    pooled = F.max_pool2d(x.flatten(0, 1).permute(0, 3, 1, 2), 3, stride=2, padding=1)
-    return pooled.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+    return max_pool(x.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
 
 
 def _by_triton(x: Tensor, *neurons: Neuron) -> bool:
