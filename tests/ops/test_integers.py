@@ -57,6 +57,20 @@ def test_sums_are_those_of_64_bit_integers_by_events_and_densely(instructions):
                 assert torch.equal(found, expected), (shape, density, pieces, product.__name__)
 
 
+def test_products_of_the_library_in_turn_with_ours_keep_their_bits():
+    """Both may set up the same matrix units of a processor, each in its own way."""
+    weight, packed = draw_weight(64, 64, 3, 3, pieces=1), PackedSpikes.pack(draw(2, 2, 64, 9, 8, density=0.3))
+    x, rows = torch.randn(40, 256).bfloat16(), torch.randn(72, 256).bfloat16()
+    ours, theirs = (
+        lambda: spike_product_dense(packed, weight, Epilogue(64), membrane=True)[0],
+        lambda: F.linear(x, rows),
+    )
+    expected = theirs(), ours()
+    assert all(result.std() > 1 for result in expected)
+    for _ in range(3):
+        assert torch.equal(theirs(), expected[0]) and torch.equal(ours(), expected[1])
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_no_partial_sum_overflows(instructions, sign):
     into = 60_001
