@@ -16,11 +16,17 @@ void expand(const uint64_t* words, T* out, int64_t rows, int64_t planes, int64_t
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < rows; row++)
         for (int64_t word = 0; word < plane; word++) {
-            const uint64_t* of = words + row * planes * plane + word;
-            T sums[64] = {};
-            for (int64_t p = 0; p < planes; p++)
-                for (int64_t c = 0; c < 64; c++) sums[c] += T(of[p * plane] >> c & 1);
-            std::copy_n(sums, std::min<int64_t>(64, channels - word * 64), out + row * channels + word * 64);
+            const int64_t count = std::min<int64_t>(64, channels - word * 64);
+            T* to = out + row * channels + word * 64;
+            for (int64_t p = 0; p < planes; p++) {
+                const uint64_t bits = words[(row * planes + p) * plane + word];
+                const auto add = [&](int64_t n, bool first) {
+                    for (int64_t c = 0; c < n; c++) to[c] = T(bits >> c & 1) + (first ? T(0) : to[c]);
+                };
+                if (count < 64) add(count, p == 0);
+                else if (p == 0) add(64, true);
+                else add(64, false);
+            }
         }
 }
 
