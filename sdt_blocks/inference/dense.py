@@ -394,10 +394,8 @@ class Dense(Form):
             return steps.pool(layer, self._plain(x))
         halves = steps.halves(layer)
         if isinstance(frames, Membrane) or not halves:
-            real = frames.real() if isinstance(frames, Membrane) else frames.real(self.real_dtype)
-            frame = steps.shown_frame(real)  # frames that are all the same are pooled once
-            pooled = (kernels.pool if halves else partial(_by_layer, layer))(frame).to(self.real_dtype)
-            return Membrane(pooled.expand(len(real), *pooled.shape[1:]))
+            real = frames.real(None if halves else self.real_dtype)
+            return Membrane(steps.pool(layer, real.movedim(-1, 2)).movedim(2, -1))
         steps_, batch, height, width, channels = frames.shape
         shape = torch.Size((steps_, batch, (height + 1) // 2, (width + 1) // 2, channels))
         source = frames.source
@@ -470,12 +468,6 @@ class Dense(Form):
             return None
         frames = steps.shown_frame(x).movedim(2, -1).contiguous().to(self.real_dtype)
         return Membrane(frames.expand(len(x), *frames.shape[1:]))
-
-
-def _by_layer(layer: nn.Module, frames: Tensor) -> Tensor:
-    """`layer(frame)` for every frame of `[T, B, H, W, C]`."""
-    made: Tensor = layer(frames.flatten(0, 1).permute(0, 3, 1, 2))
-    return made.permute(0, 2, 3, 1).unflatten(0, frames.shape[:2])
 
 
 def _fuses(mixing: Mixing) -> bool:
