@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import Bench, ParityError
-from torch import Tensor, nn
+from harness import Bench, ParityError, same_bits
+from peers import calibrated_model
 
-from sdt_blocks import calibrate_norms, create_model, optimize_for_inference
+from sdt_blocks import optimize_for_inference
 from sdt_blocks.analysis import firing_rates
 
 ALLOCATORS = ["reused"]
@@ -38,11 +38,8 @@ def run(bench: Bench) -> None:
     side, batch = bench.pick(cpu=(224, 8), cuda=(224, 8), trial=(32, 2))
     for name in bench.pick(cpu=NAMES, cuda=NAMES, trial=SMALL):
         torch.manual_seed(0)
-        model, images = create_model(name).eval(), torch.rand(batch, 3, side, side)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.normal_(module.bias, 0.1, 0.3)
-        calibrate_norms(model, images[:2])
+        images = torch.rand(batch, 3, side, side)
+        model = calibrated_model(name, images[:2], bias=0.1)
         rates = firing_rates(model, images[:2])
         if rates.silence:
             raise ParityError(f"{name}: {rates.silence}")
@@ -52,10 +49,3 @@ def run(bench: Bench) -> None:
         parity = {form: partial(same_bits, forms[form], forms[of], images) for form, of in SAME_BITS.items()}
         contestants = {title: partial(form, images) for title, form in {TRAINED: model, **forms}.items()}
         bench.race("evaluation, every form", setting, contestants, baseline=TRAINED, parity=parity, rounds=7)
-
-
-def same_bits(form: Any, other: Any, images: Tensor) -> str:
-    """Parity of two forms that sum whole numbers. Raises `ParityError` if they differ in a bit."""
-    if not torch.equal(form(images), other(images)):
-        raise ParityError("events and dense products of whole numbers differ")
-    return "the same bits as densely"

@@ -340,6 +340,13 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def same_bits(by_events: Callable[..., Any], densely: Callable[..., Any], images: torch.Tensor) -> str:
+    """Parity of two forms that sum whole numbers. Raises `ParityError` if their answers differ in a bit."""
+    if not torch.equal(by_events(images), densely(images)):
+        raise ParityError("events and dense products of whole numbers differ")
+    return "the same bits as densely"
+
+
 def same_spikes(found: torch.Tensor, expected: torch.Tensor, most: float = 1e-6) -> str:
     """Parity of spike tensors: a share of at most `most` may differ, for ties at the threshold."""
     if found.shape != expected.shape:

@@ -16,7 +16,8 @@ from typing import Any
 
 import snntorch
 import torch
-from harness import Bench, ParityError
+from harness import Bench, ParityError, same_bits
+from peers import calibrated_model
 from torch import Tensor, nn
 
 from sdt_blocks import (
@@ -142,11 +143,8 @@ def run(bench: Bench) -> None:
 def race_counts(bench: Bench, name: str) -> None:
     """Time a network whose shortcuts sum spikes, with weights in float32 and in 8 bits."""
     torch.manual_seed(0)
-    network, images = create_model(name).eval(), torch.rand(BATCH, 3, SIDE, SIDE)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.bias, -0.3, 0.3)
-    calibrate_norms(network, images)
+    images = torch.rand(BATCH, 3, SIDE, SIDE)
+    network = calibrated_model(name, images, bias=-0.3)
     setting = f"{name}, {STEPS} steps, {BATCH} x {SIDE} x {SIDE}"
     forms = {
         DENSE: optimize_for_inference(network),
@@ -158,13 +156,8 @@ def race_counts(bench: Bench, name: str) -> None:
     bench.record("spikes, mean over the inputs of products", setting, EVENTS, spikes, unit="share")
     bench.record("counts, mean over the inputs of products", setting, EVENTS, counts, unit="")
 
-    def same_bits() -> str:
-        if not torch.equal(forms[f"{EVENTS}, 8 bits"](images), forms[f"{DENSE}, 8 bits"](images)):
-            raise ParityError("events and dense products of whole numbers differ")
-        return "equal to dense, 8 bits"
-
     contestants = {form: partial(network, images) for form, network in forms.items()}
-    parity = {f"{EVENTS}, 8 bits": same_bits}
+    parity = {f"{EVENTS}, 8 bits": partial(same_bits, forms[f"{EVENTS}, 8 bits"], forms[f"{DENSE}, 8 bits"], images)}
     bench.race("evaluation, sums of spikes", setting, contestants, baseline=DENSE, parity=parity, rounds=9)
 
 

@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdt_blocks import LIF, ConvolutionBlock, MetaSpikeFormer, SpikeDrivenTransformer, create_model
+from sdt_blocks import (
+    LIF,
+    ConvolutionBlock,
+    MetaSpikeFormer,
+    SpikeDrivenTransformer,
+    calibrate_norms,
+    create_model,
+)
 from sdt_blocks.blocks import RepConv
 
 
@@ -28,6 +35,17 @@ def firing_model(name: str, images: Tensor, **options: Any) -> Any:
             nn.init.normal_(module.bias, 0.0, 0.2)
     model.train()(images)
     return model.eval()
+
+
+@torch.no_grad()
+def calibrated_model(name: str, images: Tensor, *, bias: float) -> Any:
+    """A published variant with its initial weights in eval mode, norms fitted to `images` around this mean offset."""
+    model = create_model(name).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias, bias, 0.3)
+    calibrate_norms(model, images)
+    return model
 
 
 class ConvolutionFloor:
