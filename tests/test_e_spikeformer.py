@@ -22,12 +22,14 @@ from sdt_blocks import (
 from sdt_blocks.analysis import audit
 from sdt_blocks.blocks import LinearSpikeMixer
 from sdt_blocks.blocks.integer import LinearChain
-from sdt_blocks.inference import Dense, choice
+from sdt_blocks.inference import Dense, choice, events
 from sdt_blocks.inference.choice import ProductCosts
 from sdt_blocks.inference.dense import Mixed
+from sdt_blocks.inference.plan import FIRE
 from sdt_blocks.models import e_spikeformer
 from sdt_blocks.neuron import IntegerNeuron, integer
 from sdt_blocks.ops import dense
+from sdt_blocks.ops.packed import PackedSpikes
 from sdt_blocks.steps import Unit
 
 NAMES = ("sdtv3_base_64", "sdtv3_large_kd_64")
@@ -180,15 +182,29 @@ def test_levels_run_by_events_or_densely(released, way, monkeypatch):
     model(x)
     for hook in hooks:
         hook.remove()
-    fired = integer.levels
+    fired, attended = integer.levels, events._fired
 
     def noted(x, spec):
         values = fired(x, spec)
         seen.append(values * spec.norm)
         return values
 
+    def noted_of_attention(product, neuron, x):
+        values = attended(product, neuron, x)
+        seen.append(values * neuron.norm)
+        return values
+
+    class Noted(dict):
+        def __setitem__(self, node, value):
+            super().__setitem__(node, value)
+            if node.op == FIRE and isinstance(value, PackedSpikes):
+                seen.append(value.unpack() * value.norm)
+
     monkeypatch.setattr(integer, "levels", noted)
     monkeypatch.setattr(dense, "levels", noted)
+    monkeypatch.setattr(events, "_fired", noted_of_attention)
+    computed = events.Events._computed
+    monkeypatch.setattr(events.Events, "_computed", lambda self, values: computed(self, Noted(values)))
     torch.testing.assert_close(fast(x), released.tensors["logits_eval"], atol=1e-5, rtol=0)
     assert len(seen) == len(expected) == len(neurons)
     # The channels of frames are the third axis or the last one.

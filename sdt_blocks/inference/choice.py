@@ -44,7 +44,8 @@ class ProductCosts(NamedTuple):
     def of(places: Places, product: SpikeProduct) -> ProductCosts:
         """The costs of a product on frames of this shape, measured once per machine and shape."""
         out, into, kernel, _ = product.weight.weight.shape
-        what = "membranes" if product.epilogue.neuron is None else "spikes"
+        fired = product.epilogue.planes
+        what = "membranes" if product.epilogue.neuron is None else "spikes" if fired == 1 else f"{fired} levels"
         what = what if product.kind == FLOAT32 else f"{product.kind} {what}"
         shape = f"{'x'.join(map(str, places))} {into}x{product.planes}->{out} {kernel}x{kernel}"
         costs = timings().of(

@@ -155,6 +155,8 @@ class Events(Form):
         after, users = self.epilogues[node], self.plan.users()
         if after.fire is None or after.residual is not None or after.keep or len(users[after.fire]) != 1:
             return None
+        if self.kinds[after.fire] != SPIKES:
+            return None
         (taker,) = users[after.fire]
         return taker if _halves(taker) else None
 
@@ -275,8 +277,6 @@ class Events(Form):
         if membrane is None:
             return neuron(plain(x))
         real = membrane.real
-        if levels:
-            return PackedSpikes.of_levels(neuron.level(real), neuron.levels, neuron.norm)
         epilogue, stands = epilogue_of(None, neuron, channels=real.shape[-1]), _stands(neuron)
         standing = None if stands is None else stands(real.shape[1:])
         return spike_neuron(real, epilogue, len(real), standing=standing)[1]
@@ -416,9 +416,7 @@ def _packed(frames: Tensor, product: SpikeProduct) -> PackedSpikes:
 
 def _fired(product: Any, neuron: Any, x: PackedSpikes | Tensor) -> Tensor:
     """The spikes `[T, B, C, H, W]` of a neuron on a product."""
-    if product.epilogue.neuron is not None:
-        return plain(product(x, stands=_stands(neuron))[1])
-    fired: Tensor = neuron(plain(Membrane(product(x, membrane=True)[0])))
+    fired: Tensor = plain(product(x, stands=_stands(neuron))[1])
     return fired
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import steps
+from ..neuron import IntegerNeuron
 from ..ops.integers import FEW_INPUTS, real_product_is_fast
 from ..ops.packed import Epilogue, EventWeight, PackedSpikes, Result, pad_to_words, real_pool, spike_neuron
-from ..ops.spec import in_evaluation
+from ..ops.spec import LevelSpec, NeuronSpec, in_evaluation
 from . import passes
 from .integers import (
     FLOAT32,
@@ -86,7 +87,7 @@ class Forms:
     ) -> SpikeProduct:
         """Convolutions of spikes as one, each padded to whole words if `words` asks for it, and a neuron on all."""
         conv, pad = known[0][0], pad_to_words if words else lambda x: x
-        spec, of_neuron = (None, None) if neuron is None else in_evaluation(neuron.spec, conv.out_channels)
+        spec, of_neuron = _constants(neuron, conv.out_channels)
         leak = of_neuron if leak is None else leak
         make: Any = EventProduct
         if self.weights == FLOAT32:
@@ -116,7 +117,7 @@ class Forms:
         if any(one.groups > 1 and one.weight.shape[:2] != (one.in_channels, 1) for one in convs):
             return None
         weight, bias = fold(convs[-1], norm)
-        spec, leak = (None, None) if neuron is None else in_evaluation(neuron.spec, channels)
+        spec, leak = _constants(neuron, channels)
         parts = [*((one.weight.detach(), Geometry.of(one)) for one in convs[:-1]), (weight, Geometry.of(convs[-1]))]
         return OrderedSums(parts, Epilogue(channels, shift=bias, neuron=spec, inv_tau=leak))
 
@@ -146,14 +147,14 @@ class Forms:
             return None
         parts = []
         for unit, neuron in zip(mixing.units, mixing.neurons, strict=True):
-            one, last = convolution(unit), neuron if is_neuron(neuron) else None
+            one = convolution(unit)
             if one is None:
                 return None
             part: Any
             if planes is not None:
-                part = self._product([one], last, **planes) if _by_events(one[0]) else None
+                part = self._product([one], neuron, **planes) if _by_events(one[0]) else None
             else:
-                part = self._on_reals(unit, one, last)
+                part = self._on_reals(unit, one, neuron)
             if part is None:
                 return None
             parts.append(part)
@@ -215,8 +216,7 @@ class EventProduct(SpikeProduct):
                 standing=None if standing is None else standing[some],
             )
             words += [] if fired is None else [fired.words]
-        packed = PackedSpikes(words[0] if len(words) == 1 else torch.cat(words, dim=1), channels) if words else None
-        return (kept if isinstance(kept, Tensor) else None), packed
+        return (kept if isinstance(kept, Tensor) else None), _joined(self.epilogue, words)
 
 
 class DenseSums(Finished):
@@ -250,8 +250,12 @@ class DenseSums(Finished):
         if len(parts) == 1:
             return parts[0]
         kept = None if parts[0][0] is None else torch.cat([part[0] for part in parts], dim=1)
-        words = None if parts[0][1] is None else torch.cat([part[1].words for part in parts], dim=1)
-        return kept, None if words is None else PackedSpikes(words, self.epilogue.channels)
+        return kept, _joined(self.epilogue, [fired.words for _, fired in parts if fired is not None])
+
+
+def _joined(epilogue: Epilogue, words: Sequence[Tensor]) -> PackedSpikes | None:
+    """What a neuron fired for parts of the images, for all of them; `None` without parts."""
+    return epilogue.packed(words[0] if len(words) == 1 else torch.cat([*words], dim=1)) if words else None
 
 
 def pooled_membrane(form: Any, x: Any) -> Tensor:
@@ -293,8 +297,15 @@ def _by_events(conv: nn.Conv2d) -> bool:
 
 def epilogue_of(norm: nn.BatchNorm2d | None, neuron: Any, *, bias: Tensor | None = None, channels: int) -> Epilogue:
     scale, shift = (None, None) if norm is None else _affine(norm)
-    spec, leak = (None, None) if neuron is None else in_evaluation(neuron.spec, channels)
+    spec, leak = _constants(neuron, channels)
     return Epilogue(channels, bias=bias, scale=scale, shift=shift, neuron=spec, inv_tau=leak)
+
+
+def _constants(neuron: Any, channels: int) -> tuple[NeuronSpec | LevelSpec | None, Tensor | None]:
+    """A neuron's constants for an epilogue, and its `1 / tau`; an integer neuron has none."""
+    if neuron is None or isinstance(neuron, IntegerNeuron):
+        return (None if neuron is None else neuron.spec), None
+    return in_evaluation(neuron.spec, channels)
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

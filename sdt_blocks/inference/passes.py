@@ -122,7 +122,7 @@ def epilogues(plan: Plan) -> dict[Node, Epilogue]:
             if earlier and at_once(node, followers[0]):
                 total, residual = followers[0], before
         takers = _values(users[total])
-        fires = [taker for taker in takers if taker.op == FIRE and is_neuron(taker.target)]
+        fires = [taker for taker in takers if taker.op == FIRE and is_kits_neuron(taker.target)]
         fire = fires[0] if len(fires) == 1 and at_once(node, fires[0]) else None
         found[node] = Epilogue(total, residual, fire, keep=fire is None or len(takers) > 1)
     return found

@@ -6,6 +6,7 @@ kept.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,6 +89,26 @@ def levels(x: Tensor, neuron: LevelSpec) -> Tensor:
         return levels_reference(x, neuron)
     result: Tensor = levels_op(x, neuron.encode(), torch.is_grad_enabled() and x.requires_grad)[0]
     return result
+
+
+@functools.lru_cache(maxsize=256)
+@torch.no_grad()
+def level_limits(neuron: LevelSpec) -> Tensor:
+    """The smallest float32 of each level, `[levels]`: the level of a number is how many of these it reaches.
+
+    Found by bisection of the equations, so that they decide about every number.
+
+    >>> level_limits(LevelSpec(levels=4))
+    tensor([0.5000, 1.5000, 2.5000, 3.5000])
+    """
+    level, found = torch.arange(1, neuron.levels + 1, device="cpu"), neuron._replace(norm=1.0)
+    # Floats from zero on are in the order of their bits.
+    below, reached = (torch.full((neuron.levels,), end).view(torch.int32) for end in (0.0, torch.inf))
+    while (reached - below).max() > 1:
+        middle = below + (reached - below) // 2
+        reaches = levels_reference(middle.view(torch.float32), found) >= level
+        below, reached = torch.where(reaches, below, middle), torch.where(reaches, middle, reached)
+    return reached.view(torch.float32)
 
 
 @registered("sdt_blocks::levels")

@@ -7,7 +7,7 @@ A product with spikes is a sum of weight rows, so a silent input costs nothing. 
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int64, c_void_p
+from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cpu import bindings, build
+from .levels import level_limits, levels_reference
 from .lif import lif_reference
-from .spec import NeuronSpec, constant
+from .spec import LevelSpec, NeuronSpec, constant
 
 WORD = 64
 """Spikes per word."""
@@ -101,8 +102,8 @@ class PackedSpikes:
             )
         words = self.words.contiguous()
         levels = words.new_empty(*words.shape[:-1], self.channels, dtype=dtype)
-        call(kernels[dtype], words, levels, words[..., 0].numel(), self.planes, self.channels)
-        return (levels if self.norm == 1 else levels / self.norm).movedim(-1, 2)
+        call(kernels[dtype], words, levels, words[..., 0].numel(), self.planes, self.channels, c_float(self.norm))
+        return levels.movedim(-1, 2)
 
     def unpack_reference(self) -> Tensor:
         """The same in PyTorch."""
@@ -176,8 +177,9 @@ class EventWeight:
 class Epilogue:
     """What follows the sums of a product: `u = residual + (sum + bias) * scale + shift`, and a neuron on u.
 
-    `bias`, `scale` and `shift` are `[channels]`; `inv_tau`, a number or `[channels]`, replaces that of `neuron`.
-    Without a neuron there are no spikes. `(sum + bias) * scale + shift` is rounded as in PyTorch's batch normalization.
+    `bias`, `scale` and `shift` are `[channels]`; `inv_tau`, a number or `[channels]`, replaces that of `neuron`, unless
+    it is an integer neuron, whose levels are packed. Without a neuron there are no spikes.
+    `(sum + bias) * scale + shift` is rounded as in PyTorch's batch normalization.
     """
 
     def __init__(
@@ -187,22 +189,33 @@ class Epilogue:
         bias: Tensor | None = None,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
-        neuron: NeuronSpec | None = None,
+        neuron: NeuronSpec | LevelSpec | None = None,
         inv_tau: Tensor | None = None,
     ) -> None:
         self.channels, self.neuron = channels, neuron
-        of_neuron = 0.0 if neuron is None else neuron.inv_tau
+        of_neuron = neuron.inv_tau if isinstance(neuron, NeuronSpec) else 0.0
         constants = ((bias, 0.0), (scale, 1.0), (shift, 0.0), (inv_tau, of_neuron))
         rows = [constant(default if given is None else given) for given, default in constants]
         self.constants = torch.stack([row.expand(channels) for row in rows])
         self.bias, self.scale, self.shift, self.inv_tau = self.constants
         self.tiles = tiled(self.constants)
+        self.limits = level_limits(neuron) if isinstance(neuron, LevelSpec) else None
 
     @staticmethod
-    def of(constants: Tensor, neuron: NeuronSpec | None) -> Epilogue:
+    def of(constants: Tensor, neuron: NeuronSpec | LevelSpec | None) -> Epilogue:
         """The epilogue with these `constants`, the four rows `[4, channels]` in the order of the options."""
         bias, scale, shift, inv_tau = constants
         return Epilogue(constants.shape[1], bias=bias, scale=scale, shift=shift, inv_tau=inv_tau, neuron=neuron)
+
+    @property
+    def planes(self) -> int:
+        """How many planes of spikes there are, if there is a neuron."""
+        return self.neuron.levels if isinstance(self.neuron, LevelSpec) else 1
+
+    def packed(self, words: Tensor) -> PackedSpikes:
+        """The words of the neuron's spikes or levels as such."""
+        norm = self.neuron.norm if isinstance(self.neuron, LevelSpec) else 1.0
+        return PackedSpikes(words, self.channels, self.planes, norm)
 
     def reference(
         self, sums: Tensor, residual: Tensor | None, steps: int, membrane: bool, standing: Tensor | None
@@ -213,7 +226,11 @@ class Epilogue:
         if residual is not None:
             u = residual + u
         spikes = None
-        if self.neuron is not None:
+        if isinstance(self.neuron, LevelSpec):
+            level = levels_reference(u.movedim(-1, 2), self.neuron._replace(norm=1.0))
+            above = torch.stack([level > plane for plane in range(self.planes)])
+            spikes = PackedSpikes.pack_levels(above, self.neuron.norm)
+        elif self.neuron is not None:
             before = None if standing is None else standing.movedim(-1, 1)
             fired, last = lif_reference(u.movedim(-1, 2), self.neuron._replace(inv_tau=self.inv_tau), before)
             if standing is not None:
@@ -428,6 +445,8 @@ class _Epilogue(ctypes.Structure):
         ("spikes_step", c_int64),
         ("neuron", bindings.Neuron),
         ("standing", c_void_p),
+        ("limits", c_void_p),
+        ("planes", c_int64),
     ]
 
 
@@ -457,21 +476,23 @@ def outputs_of(
             check_real(name, real, shape, real if real.is_contiguous() else real[0])
     if standing is not None:
         check_real("standing", standing, shape[1:], standing)
-    neuron = epilogue.neuron
-    words = None
+    neuron, limits = epilogue.neuron, epilogue.limits
+    words, plane = None, -(-epilogue.channels // WORD)
     if neuron is not None:
-        words = new(*places, -(-epilogue.channels // WORD), dtype=torch.int64)
-        if epilogue.tiles.shape[0] * epilogue.tiles.shape[2] < words.shape[-1] * WORD:
+        words = new(*places, epilogue.planes * plane, dtype=torch.int64)
+        if epilogue.tiles.shape[0] * epilogue.tiles.shape[2] < plane * WORD:
             words.zero_()
-    arguments = _Epilogue(bindings.address(epilogue.tiles), epilogue.channels)
+    arguments = _Epilogue(bindings.address(epilogue.tiles), epilogue.channels, planes=epilogue.planes)
     for name, tensor in (("residual", residual), ("membrane", kept), ("spikes", words)):
         if tensor is not None:
             setattr(arguments, name, bindings.address(tensor))
             setattr(arguments, f"{name}_step", tensor.stride(0))
-    if neuron is not None:
+    if isinstance(neuron, NeuronSpec):
         arguments.neuron = bindings.neurons(neuron)[0]
         arguments.standing = None if standing is None else bindings.address(standing)
-    return kept, None if words is None else PackedSpikes(words, epilogue.channels), arguments
+    if limits is not None:
+        arguments.limits = bindings.address(limits)
+    return kept, None if words is None else epilogue.packed(words), arguments
 
 
 def check_real(name: str, real: Tensor, shape: tuple[int, ...], without_gaps: Tensor) -> None:

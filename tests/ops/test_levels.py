@@ -18,7 +18,7 @@ from sdt_blocks.ops import (
     levels,
     levels_reference,
 )
-from sdt_blocks.ops.levels import levels_op, norm_levels_op
+from sdt_blocks.ops.levels import level_limits, levels_op, norm_levels_op
 from sdt_blocks.steps import normalize_and_fire
 
 NEURONS = {
@@ -38,6 +38,25 @@ def inputs(shape, neuron, dtype=torch.float32):
     special = torch.tensor([0.5, 1.5, 2.5, 3.5, *ends, *NOT_FINITE]) * neuron.threshold
     x.flatten()[: len(special)] = special[: x.numel()]
     return x.to(dtype)
+
+
+@given(
+    st.builds(
+        LevelSpec,
+        st.integers(1, 12),
+        st.just(1.0),
+        st.sampled_from(["even", "up"]),
+        st.floats(0.0009765625, 1000, width=32),
+    ),
+    st.lists(st.floats(width=32, allow_nan=False), min_size=1),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_level_is_the_number_of_limits_that_are_reached(neuron, numbers):
+    limits = level_limits(neuron)
+    around = [torch.nextafter(limits, torch.full_like(limits, to)) for to in (-torch.inf, torch.inf)]
+    x = torch.cat([torch.tensor(numbers), limits, *around])
+    reached = (x.unsqueeze(1) >= limits).sum(1).float()
+    assert torch.equal(levels_reference(x, neuron), reached) and reached.max() == neuron.levels
 
 
 def run(function, x, neuron, weight):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdt_blocks.ops.integers import IntegerWeight, spike_product_dense
+from sdt_blocks.ops.integers import IntegerWeight, RealWeight, pooled_product, real_product, spike_product_dense
+from sdt_blocks.ops.levels import levels_reference
 from sdt_blocks.ops.packed import (
     Epilogue,
     EventWeight,
@@ -29,10 +31,10 @@ from sdt_blocks.ops.packed import (
     spike_product,
     spike_product_reference,
 )
-from sdt_blocks.ops.spec import NeuronSpec
+from sdt_blocks.ops.spec import LevelSpec, NeuronSpec
 
 
-def draw_layer(out: int, into: int, kernel: int, neuron: NeuronSpec | None) -> tuple[Tensor, Epilogue]:
+def draw_layer(out: int, into: int, kernel: int, neuron: NeuronSpec | LevelSpec | None) -> tuple[Tensor, Epilogue]:
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(out, into, kernel, kernel, generator=generator) / (into * kernel**2) ** 0.5 * 3
     bias, scale, shift, inv_tau = torch.rand(4, out, generator=generator)
@@ -278,6 +280,40 @@ def test_levels_are_packed_and_unpacked(channels, planes, instructions):
     assert torch.equal(packed.unpack(), level / 2) and level.unique().numel() == planes + 1
     silent = PackedSpikes.of_levels(torch.full((1, 1, 1, 1, 70), torch.nan), planes)
     assert silent.count() == 0
+
+
+@pytest.mark.parametrize("rounding", ["even", "up"])
+@pytest.mark.parametrize("channels", [3, 24, 64, 70, 130])
+def test_an_integer_neuron_behind_the_sums(channels, rounding, instructions):
+    neuron = LevelSpec(levels=5, norm=3.0, rounding=rounding, threshold=0.7)
+    weight, epilogue = draw_layer(channels, 48, 3, neuron)
+    spikes = PackedSpikes.pack(draw(2, 3, 48, 6, 7, density=0.2))
+    residual = torch.randn(2, 3, 6, 7, channels, generator=torch.Generator().manual_seed(0)) * 2
+    whole = IntegerWeight((weight * 20).char())
+    calls = {
+        "product": partial(spike_product, spikes, EventWeight(weight), epilogue),
+        "whole numbers": partial(spike_product_dense, spikes, whole, epilogue),
+        "neuron": partial(spike_neuron, residual * 2, epilogue, 2),
+        "one frame": partial(spike_neuron, residual[:1] * 2, epilogue, 2),
+    }
+    for name, call in calls.items():
+        for shortcut in (None, residual):
+            membrane, fired = call(residual=shortcut, membrane=True)
+            level = levels_reference(membrane, neuron._replace(norm=1.0)).movedim(-1, 2)
+            assert torch.equal(fired.unpack(), level / 3) and level.unique().numel() == 6, name
+            assert (fired.channels, fired.planes, fired.norm) == (channels, 5, 3.0)
+            alone = call(residual=shortcut)[1]
+            assert torch.equal(alone.words, fired.words), name
+    expected = spike_neuron_reference(residual * 2, epilogue, 2, residual=residual)[1]
+    assert torch.equal(calls["neuron"](residual=residual)[1].words, expected.words)
+
+
+def test_an_integer_neuron_in_front_of_a_pooling():
+    x = torch.randn(2, 3, 9, 8, 3, generator=torch.Generator().manual_seed(0))
+    weight, epilogue = draw_layer(70, 3, 3, LevelSpec())
+    pooled = pooled_product(x, RealWeight(weight), epilogue, 2)
+    assert torch.equal(pooled.words, spike_pool(real_product(x, RealWeight(weight), epilogue, 2)[1]).words)
+    assert pooled.planes == 4 and pooled.unpack().unique().numel() == 5
 
 
 def test_padding_to_words():

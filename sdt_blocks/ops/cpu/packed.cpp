@@ -9,9 +9,9 @@
 
 namespace {
 
-// The sums over planes, row by row, without the padding of the words.
+// The sums over planes divided by `norm`, row by row, without the padding of the words.
 template <class T>
-void expand(const uint64_t* words, T* out, int64_t rows, int64_t planes, int64_t channels, int64_t threads) {
+void expand(const uint64_t* words, T* out, int64_t rows, int64_t planes, int64_t channels, T norm, int64_t threads) {
     const int64_t plane = ceil_divide(channels, 64);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < rows; row++)
@@ -27,6 +27,8 @@ void expand(const uint64_t* words, T* out, int64_t rows, int64_t planes, int64_t
                 else if (p == 0) add(64, true);
                 else add(64, false);
             }
+            if (norm != 1)
+                for (int64_t c = 0; c < count; c++) to[c] /= norm;
         }
 }
 
@@ -194,12 +196,14 @@ void spike_pack(const float* x, uint64_t* words, int64_t rows, int64_t planes, i
         }
 }
 
-void spike_expand_float(const uint64_t* words, float* out, int64_t rows, int64_t planes, int64_t channels, int64_t threads) {
-    expand(words, out, rows, planes, channels, threads);
+void spike_expand_float(const uint64_t* words, float* out, int64_t rows, int64_t planes, int64_t channels, float norm,
+                        int64_t threads) {
+    expand(words, out, rows, planes, channels, norm, threads);
 }
 
-void spike_expand_byte(const uint64_t* words, uint8_t* out, int64_t rows, int64_t planes, int64_t channels, int64_t threads) {
-    expand(words, out, rows, planes, channels, threads);
+void spike_expand_byte(const uint64_t* words, uint8_t* out, int64_t rows, int64_t planes, int64_t channels, float norm,
+                       int64_t threads) {
+    expand(words, out, rows, planes, channels, uint8_t(norm), threads);
 }
 
 int64_t spike_count(const uint64_t* words, int64_t count, int64_t threads) {

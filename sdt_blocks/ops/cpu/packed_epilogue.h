@@ -132,7 +132,10 @@ struct Epilogue {
     int64_t spikes_step;  // from one time step to the next, in elements, like the other steps
     Neuron neuron;
     float* standing;  // [pixels, channels]: membranes before the first step, replaced by those after the last; may be null
-    int64_t stride() const { return (channels + 63) / 64; }
+    const float* limits;  // of an integer neuron, else null: plane i of its spikes is where u is at least limit i
+    int64_t planes;       // of the spikes; one without limits
+    int64_t plane() const { return (channels + 63) / 64; }
+    int64_t stride() const { return planes * plane(); }
     int64_t tiles() const { return (channels + LANES - 1) / LANES; }
     // Whether a membrane of this many rows should bypass the caches, and is aligned for that.
     bool streams(int64_t rows) const {
@@ -159,6 +162,8 @@ struct VectorDynamics {
 
 using Mask = std::conditional_t<LANES == 32, uint32_t, uint16_t>;
 
+constexpr int LEVELS = ANY + 1;  // in place of a reset: an integer neuron, which has no state
+
 // Real values by pixel and time step, at these distances in elements; null if there are none.
 template <class T>
 struct Strided {
@@ -183,9 +188,9 @@ struct Constants {
 
 // The epilogue of PIXELS pixels in one tile; several together, since each step of a neuron waits for the one before.
 template <int PIXELS, int RESET, bool STREAM, int COUNT, class Sum>
-inline void finish_pixels(const VectorDynamics& c, const Constants<COUNT>& of, int64_t steps, Strided<const Sum> sums,
-                          Strided<const float> residual, Strided<float> membrane, Strided<char> spikes,
-                          Strided<float> standing) {
+inline void finish_pixels(const Epilogue& e, const VectorDynamics& c, const Constants<COUNT>& of, int64_t steps,
+                          Strided<const Sum> sums, Strided<const float> residual, Strided<float> membrane,
+                          Strided<char> spikes, Strided<float> standing) {
     Vector h[PIXELS][COUNT] = {};
     Fired fired[PIXELS][COUNT] = {};
     for (int q = 0; standing.data && q < PIXELS; q++)
@@ -197,6 +202,7 @@ inline void finish_pixels(const VectorDynamics& c, const Constants<COUNT>& of, i
 #pragma GCC unroll 4
         for (int q = 0; q < PIXELS; q++) {
             Mask mask = 0;
+            Vector u[COUNT];
 #pragma GCC unroll 4
             for (int v = 0; v < COUNT; v++) {
                 Vector x = multiply_add(load(sums.data + q * sums.pixel + v * WIDTH) + of.bias[v], of.scale[v], of.shift[v]);
@@ -205,11 +211,24 @@ inline void finish_pixels(const VectorDynamics& c, const Constants<COUNT>& of, i
                     stream(membrane.data + q * membrane.pixel + v * WIDTH, x);
                 else if (membrane.data)
                     store(membrane.data + q * membrane.pixel + v * WIDTH, x);
+                if constexpr (RESET == LEVELS) {
+                    u[v] = x;
+                    continue;
+                }
                 h[q][v] = step<RESET>(c, x, h[q][v], fired[q][v], of.inv_tau[v]);
                 fired[q][v] = c.fires(h[q][v]);
                 mask |= Mask(bits(fired[q][v])) << (v * WIDTH);
             }
-            if (spikes.data) std::memcpy(spikes.data + q * spikes.pixel, &mask, sizeof mask);
+            if (!spikes.data) continue;
+            char* to = spikes.data + q * spikes.pixel;
+            if constexpr (RESET == LEVELS)
+                for (int64_t plane = 0; plane < e.planes; plane++, to += 8 * e.plane()) {
+                    mask = 0;
+                    for (int v = 0; v < COUNT; v++) mask |= Mask(bits(at_least(u[v], broadcast(e.limits[plane])))) << (v * WIDTH);
+                    std::memcpy(to, &mask, sizeof mask);
+                }
+            else
+                std::memcpy(to, &mask, sizeof mask);
         }
         sums.data += sums.step;
         if (residual.data) residual.data += residual.step;
@@ -232,7 +251,7 @@ void finish_tile(const Epilogue& e, int64_t tile, int64_t steps, int64_t count, 
     const VectorDynamics c{Dynamics<float>(e.neuron)};
     const Constants<COUNT> of(e.constants + tile * 4 * LANES);
     const auto pixels = [&](auto finish, int64_t q) {
-        finish(c, of, steps, pixels_on(sums, q), pixels_on(residual, q), pixels_on(membrane, q), pixels_on(spikes, q),
+        finish(e, c, of, steps, pixels_on(sums, q), pixels_on(residual, q), pixels_on(membrane, q), pixels_on(spikes, q),
                pixels_on(standing, q));
     };
     int64_t q = 0;
@@ -244,6 +263,7 @@ template <bool STREAM, int COUNT, class Sum>
 auto finish_tile_of(int64_t reset) {
     return reset == ZERO       ? finish_tile<ZERO, STREAM, COUNT, Sum>
            : reset == SUBTRACT ? finish_tile<SUBTRACT, STREAM, COUNT, Sum>
+           : reset == LEVELS   ? finish_tile<LEVELS, STREAM, COUNT, Sum>
                                : finish_tile<NONE, STREAM, COUNT, Sum>;
 }
 
@@ -262,7 +282,7 @@ void finish(const Epilogue& e, int64_t tile, int64_t steps, int64_t first, int64
             bool streams) {
     static thread_local Buffer<float> copies;
     const int64_t at = first * e.channels + tile * LANES, lanes = std::min(int64_t(LANES), e.channels - tile * LANES);
-    const int64_t reset = e.neuron.reset;
+    const int64_t reset = e.limits ? LEVELS : e.neuron.reset;
     const auto finish_tile = streams             ? finish_tile_of<true, VECTORS, Sum>(reset)
                              : lanes > LANES / 2 ? finish_tile_of<false, VECTORS, Sum>(reset)
                                                  : finish_tile_of<false, VECTORS / 2, Sum>(reset);
@@ -278,7 +298,9 @@ void finish(const Epilogue& e, int64_t tile, int64_t steps, int64_t first, int64
     // The last tile may be narrower than LANES: then its real values go through copies.
     const Strided<float> wide{copies.reserve(count * (steps + 1) * LANES), LANES, count * LANES};
     const Strided<float> stands{standing.data ? wide.data + steps * wide.step : nullptr, LANES, 0};
-    if (stands.data) std::fill_n(stands.data, count * LANES, 0.f);  // the unused lanes of a narrow tile must not fire
+    // The unused lanes of a narrow tile must not fire. With 1 / tau = 0 a neuron stays at rest; levels need zeros.
+    if (residual.data && e.limits) std::fill_n(wide.data, count * steps * LANES, 0.f);
+    if (stands.data) std::fill_n(stands.data, count * LANES, 0.f);
     copy_lanes(wide, residual, lanes, steps, count);
     copy_lanes(stands, standing, lanes, 1, count);
     finish_tile(e, tile, steps, count, sums, {residual.data ? wide.data : nullptr, wide.pixel, wide.step}, wide, spikes, stands);
