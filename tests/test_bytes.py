@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sdt_blocks import LIF, Stream, optimize_for_inference, steps
+from sdt_blocks import LIF, ParametricLIF, Stream, optimize_for_inference, steps
 from sdt_blocks.inference import ByteProduct, Bytes, Events, IntegerProduct
 from sdt_blocks.neuron import IntegerNeuron
 from sdt_blocks.ops.packed import PackedSpikes
@@ -107,6 +107,20 @@ def unpacked(packed: PackedSpikes, channels: int) -> Tensor:
     return torch.cat([part[..., :channels] for part in found.chunk(3, -1)], -1) if channels else found
 
 
+@torch.no_grad()
+def test_integer_neurons_fire_with_the_sums_in_front_of_them(make_small, on_gpu) -> None:
+    """Those of an attention too: levels go on as bytes, and only the last product gives its membrane to the head."""
+    small, fired = make_small("sdt_v3_5m"), []
+    fast = on_gpu(in_bytes, small.model)
+    for part in fast.modules():
+        if isinstance(part, ByteProduct):
+            part.register_forward_hook(lambda _, __, given: fired.append(given[1]))
+    on_gpu(fast, small.images[:1].to(DEVICE))
+    *levels, last = fired
+    assert last is None and len(levels) > 10
+    assert all(one.dtype == torch.int8 and one.min() == 0 for one in levels) and max(one.max() for one in levels) > 1
+
+
 class Layers(nn.Module):
     """Layers of one's own: unlike neurons, an uneven kernel with a stride, groups."""
 
@@ -115,8 +129,9 @@ class Layers(nn.Module):
         self.first, self.a = nn.Conv2d(2, 12, 3, padding=1), LIF(threshold=0.2)
         self.second, self.b = (
             nn.Conv2d(12, 20, (3, 2), stride=(2, 1), bias=False),
-            LIF(tau=3.0, reset="subtract", threshold=0.1),
+            ParametricLIF(init_tau=3.0, channels=20, reset="subtract", threshold=0.1),
         )
+        nn.init.uniform_(self.b.w, -1.0, 1.0)
         self.grouped, self.c = nn.Conv2d(20, 20, 1, groups=4), LIF(threshold=0.1, strict=True)
         self.last = nn.Conv2d(20, 6, 1)
 

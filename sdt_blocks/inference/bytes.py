@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..neuron import IntegerNeuron
 from ..ops import dense as kernels
 from ..ops.bytes import LARGEST, Result, spike_layer
 from ..ops.integers import MOST_PLANES, quantize
-from ..ops.spec import ByteLayer
-from .dense import Dense, Firing, Membrane, Spiking, side_by_side
+from ..ops.spec import ByteLayer, LevelSpec, check_time_constants
+from .dense import Dense, Firing, LevelFiring, Membrane, Spiking, side_by_side
 from .forms import whole
 from .passes import COUNTS, LEVELS, REAL, SPIKES, epilogues, kinds, most_counted
 from .plan import PROJECT, Node, Plan
@@ -101,9 +102,8 @@ class Bytes(Dense):
         return ByteProduct(joined.weight, joined.bias, joined.geometry, **options), joined.channels
 
     def _bytes(self, node: Node, product: ByteProduct, x: Any) -> Tensor:
-        if isinstance(x, Spiking) and self.kinds[node.inputs()[0]] != LEVELS:
-            return x.real(torch.int8)
-        return product.bytes_of(self._frames_of(node, x).real())
+        frames = self._frames_of(node, x)
+        return frames.real(torch.int8) if isinstance(frames, Spiking) else product.bytes_of(frames.real())
 
     def _project(self, node: Node, given: list[Any], values: dict[Node, Any]) -> Any:
         product = self.forms[node]
@@ -118,16 +118,11 @@ class Bytes(Dense):
             if residual is None or residual.shape != (*x.shape[:2], *size, len(product.integers)):
                 # The shortcut is added, and the neuron fires, as nodes of their own.
                 return Membrane(_kept(product(x, membrane=self.real_dtype)))
-        firing = None if after.fire is None else self.forms[after.fire]
-        fires = isinstance(firing, Firing) and firing.carrier is None
-        kept, spikes = product(
-            x,
-            residual=residual,
-            membrane=self.real_dtype if after.keep or not fires else None,
-            neuron=firing.neuron(x.shape) if isinstance(firing, Firing) and fires else None,
-        )
+        neuron = None if after.fire is None else _as_one([self.forms[after.fire]], [len(product.integers)])
+        membrane = self.real_dtype if after.keep or neuron is None else None
+        kept, spikes = product(x, residual=residual, membrane=membrane, neuron=neuron)
         if spikes is not None and after.fire is not None:
-            values[after.fire] = _spiking(spikes)
+            values[after.fire] = _spiking(spikes, neuron.norm if isinstance(neuron, LevelSpec) else 1.0)
         total = None if kept is None else Membrane(kept)
         if after.total is not node:
             values[after.total] = total
@@ -142,12 +137,15 @@ class Bytes(Dense):
         if neuron is None:
             return self._mixed_of(node, _kept(form.product(x, membrane=self.real_dtype)), fires)
         _, spikes = form.product(x, neuron=neuron)
-        return self._mixed_of(node, spikes, [self.as_it_is] * count + fires[count:])
+        as_they_are = fires[:count] if isinstance(neuron, LevelSpec) else [self.as_it_is] * count
+        return self._mixed_of(node, spikes, as_they_are + fires[count:])
 
     def _fired(self, neuron: Any, membrane: Tensor) -> Tensor:
-        if neuron is self.as_it_is:
-            return membrane.movedim(-1, 2).to(self.real_dtype, memory_format=torch.contiguous_format)
-        return super()._fired(neuron, membrane)
+        if membrane.dtype != torch.int8:
+            return super()._fired(neuron, membrane)
+        # It has fired.
+        real = membrane.movedim(-1, 2).to(self.real_dtype, memory_format=torch.contiguous_format)
+        return real / neuron.norm if isinstance(neuron, IntegerNeuron) else real
 
     def _add(self, node: Node, given: list[Any], values: dict[Node, Any]) -> Any:
         held = self.kinds[node] == COUNTS and self.counted[node] <= LARGEST
@@ -176,18 +174,26 @@ def _check(plan: Plan) -> torch.device:
     return held[0].device
 
 
-def _as_one(fires: list[Any], channels: list[int]) -> kernels.Neuron | None:
-    """The neurons of joined products as those of one layer; `None` if their constants differ, or in a stream."""
+def _as_one(fires: list[Any], channels: list[int]) -> kernels.Neuron | LevelSpec | None:
+    """The neurons on joined products as those of one layer.
+
+    `None` if their constants differ, in a stream, and if a byte does not hold their levels.
+    """
+    if all(isinstance(one, LevelFiring | IntegerNeuron) for one in fires):
+        specs = {one.spec for one in fires}
+        return specs.pop() if len(specs) == 1 and fires[0].spec.levels <= LARGEST else None
     if not all(isinstance(one, Firing) and one.carrier is None for one in fires):
         return None
     if len({one.constants for one in fires}) > 1:
         return None
+    for one, count in zip(fires, channels, strict=True):
+        check_time_constants(one.inv_tau, (count,))
     inv_taus = [one.inv_tau.expand(count) for one, count in zip(fires, channels, strict=True)]
-    return kernels.Neuron(torch.cat(inv_taus), *fires[0].constants)
+    return kernels.Neuron(fires[0].inv_tau if len(fires) == 1 else torch.cat(inv_taus), *fires[0].constants)
 
 
-def _spiking(spikes: Tensor) -> Spiking:
-    found = Spiking(spikes.shape, spikes.to)
+def _spiking(spikes: Tensor, norm: float = 1.0) -> Spiking:
+    found = Spiking(spikes.shape, spikes.to, norm=norm)
     found.made = spikes
     return found
 

@@ -141,17 +141,24 @@ class Membrane:
 
 
 class Spiking:
-    """Spikes `[T, B, H, W, C]` that are computed when a layer first needs them, in the dtype that it asks for."""
+    """Spikes `[T, B, H, W, C]` that are computed when a layer first needs them, in the dtype that it asks for.
 
-    def __init__(self, shape: torch.Size, fired: Callable[[torch.dtype], Tensor], source: Any = None) -> None:
-        self.shape, self.fired, self.source = shape, fired, source
+    Levels of integer neurons are divided by their `norm`, except in int8.
+    """
+
+    def __init__(
+        self, shape: torch.Size, fired: Callable[[torch.dtype], Tensor], source: Any = None, norm: float = 1.0
+    ) -> None:
+        self.shape, self.fired, self.source, self.norm = shape, fired, source, norm
         self.made: Tensor | None = None
 
-    def real(self, dtype: torch.dtype | None = None) -> Tensor:
+    def real(self, dtype: torch.dtype) -> Tensor:
         if self.made is None:
-            self.made = self.fired(dtype or torch.float32)
+            self.made = self.fired(dtype)
             self.source = None
-        return self.made if dtype is None else self.made.to(dtype)
+        if self.norm != 1 and torch.int8 in (dtype, self.made.dtype) and dtype != self.made.dtype:
+            return (self.made * self.norm).round().to(dtype) if dtype == torch.int8 else self.made.to(dtype) / self.norm
+        return self.made.to(dtype)
 
 
 Frames = Membrane | Spiking
@@ -384,8 +391,9 @@ class Dense(Form):
             membrane.terms = (total,)
             return spikes
 
-        source = (membrane, neuron, firing.compiled) if isinstance(firing, Firing) else None
-        return Spiking(membrane.shape, fired, source)
+        if isinstance(firing, LevelFiring):
+            return Spiking(membrane.shape, fired, norm=firing.spec.norm)
+        return Spiking(membrane.shape, fired, (membrane, neuron, firing.compiled))
 
     def _pool(self, node: Node, given: list[Any], values: dict[Node, Any]) -> Any:
         layer, x = node.target, given[0]
@@ -394,7 +402,7 @@ class Dense(Form):
             return steps.pool(layer, self._plain(x))
         halves = steps.halves(layer)
         if isinstance(frames, Membrane) or not halves:
-            real = frames.real(None if halves else self.real_dtype)
+            real = frames.real() if isinstance(frames, Membrane) and halves else frames.real(self.real_dtype)
             return Membrane(steps.pool(layer, real.movedim(-1, 2)).movedim(2, -1))
         steps_, batch, height, width, channels = frames.shape
         shape = torch.Size((steps_, batch, (height + 1) // 2, (width + 1) // 2, channels))

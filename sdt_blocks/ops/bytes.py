@@ -14,12 +14,14 @@ from torch import Tensor
 from .dense import Neuron, spec_of
 from .dispatch import by_triton, of_triton
 from .integers import Windows
+from .levels import levels
 from .lif import lif
-from .spec import ByteLayer
+from .spec import ByteLayer, LevelSpec
 
 LARGEST = 127
 """The largest count or level that fits a byte."""
 Result = tuple[Tensor | None, Tensor | None]
+Firing = Neuron | LevelSpec
 
 
 def spike_layer(
@@ -28,12 +30,13 @@ def spike_layer(
     *,
     residual: Tensor | None = None,
     membrane: torch.dtype | None = None,
-    neuron: Neuron | None = None,
+    neuron: Firing | None = None,
 ) -> Result:
     """`(u, spikes of u)` with `u = residual + sum * scale + shift`, each `None` if it is not asked for.
 
     `sum` is the convolution of spikes, counts or levels x, int8 `[T, B, H, W, in]`. u `[T, B, H', W', out]` is computed
-    in float32, as is `residual`, and returned in the dtype `membrane`. Spikes are int8. Neurons start at rest.
+    in float32, as is `residual`, and returned in the dtype `membrane`. Spikes are int8, and of integer neurons levels,
+    whatever their norm. Neurons start at rest.
 
     If Triton's kernels run, the sums are computed by tensor cores, otherwise in float64.
 
@@ -48,12 +51,12 @@ def spike_layer(
     if not by_triton(layer.scale):
         return _equations(x, layer, residual, membrane, neuron)
     held = None if residual is None else residual.contiguous()
-    told = None if neuron is None else spec_of(neuron)._replace(inv_tau=neuron.inv_tau)
+    told = spec_of(neuron)._replace(inv_tau=neuron.inv_tau) if isinstance(neuron, Neuron) else neuron
     found: Result = of_triton("bytes").spike_layer(x.contiguous(), layer, size, held, membrane, told)
     return found
 
 
-def check(x: Tensor, layer: ByteLayer, residual: Tensor | None, neuron: Neuron | None) -> tuple[int, int]:
+def check(x: Tensor, layer: ByteLayer, residual: Tensor | None, neuron: Firing | None) -> tuple[int, int]:
     """Height and width of the result; raises `ValueError` for arguments that do not fit."""
     weight, scale, shift, windows = layer
     if x.dtype != torch.int8 or weight.dtype != torch.int8 or x.ndim != 5 or weight.ndim != 4 or 0 in x.shape:
@@ -66,7 +69,9 @@ def check(x: Tensor, layer: ByteLayer, residual: Tensor | None, neuron: Neuron |
             f"a weight {list(weight.shape)} needs {weight.shape[-1]} inputs and {len(weight)} scales and shifts, got "
             f"{x.shape[-1]}, {list(scale.shape)} and {list(shift.shape)}"
         )
-    if neuron is not None and (neuron.before is not None or neuron.after is not None):
+    if isinstance(neuron, LevelSpec) and neuron.levels > LARGEST:
+        raise ValueError(f"a byte holds levels up to {LARGEST}, the neurons have {neuron.levels}")
+    if isinstance(neuron, Neuron) and (neuron.before is not None or neuron.after is not None):
         raise ValueError("neurons of a layer of bytes start at rest; keep the membrane, and fire on it by `dense.fire`")
     size = Windows(*windows).size(x.shape[2:4], weight.movedim(-1, 1))
     if residual is not None and residual.shape != (*x.shape[:2], *size, len(weight)):
@@ -77,7 +82,11 @@ def check(x: Tensor, layer: ByteLayer, residual: Tensor | None, neuron: Neuron |
 
 
 def _equations(
-    x: Tensor, layer: ByteLayer, residual: Tensor | None, membrane: torch.dtype | None, neuron: Neuron | None
+    x: Tensor,
+    layer: ByteLayer,
+    residual: Tensor | None,
+    membrane: torch.dtype | None,
+    neuron: Firing | None,
 ) -> Result:
     images, weight = x.flatten(0, 1).permute(0, 3, 1, 2).double(), layer.weight.permute(0, 3, 1, 2).double()
     stride, padding, dilation = map(tuple, layer.windows)
@@ -85,7 +94,10 @@ def _equations(
     u = torch.addcmul(layer.shift.double(), sums, layer.scale.double()).float().unflatten(0, x.shape[:2])
     u = u if residual is None else residual.float() + u
     spikes = None
-    if neuron is not None:
+    if isinstance(neuron, LevelSpec):
+        # NaN has no level: silent, as in the kernels.
+        spikes = levels(u, neuron._replace(norm=1.0)).nan_to_num(0.0).to(torch.int8)
+    elif neuron is not None:
         fired = lif(u.flatten(1, 3), spec_of(neuron)._replace(inv_tau=neuron.inv_tau))
         assert isinstance(fired, Tensor)
         spikes = fired.view(u.shape).to(torch.int8)

@@ -76,7 +76,11 @@ def fire(
 def fire_levels(
     x: Tensor, neuron: LevelSpec, dtype: torch.dtype, *, shortcut: Tensor | None = None, compiled: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Like `fire`, for integer neurons: `(u, l / norm of u)`; their own kernel runs even without `compiled`."""
+    """Like `fire`, for integer neurons: `(u, l / norm of u)`, in int8 `(u, l)`.
+
+    Their own kernel runs even without `compiled`.
+    """
+    neuron = neuron._replace(norm=1.0) if dtype == torch.int8 else neuron
     if compiled and by_triton(x):
         total, values = of_triton("levels").fire_levels(x.contiguous(), neuron, dtype, shortcut)
         return x if shortcut is None else total, values

@@ -202,7 +202,8 @@ def in_bytes(dtype, batch=32):
         residual = torch.empty(4, batch, side, side, out)
         neuron = PLAIN._replace(inv_tau=torch.empty(()))
         for shortcut, membrane in ((None, None), (residual, torch.float32)):
-            of_bytes.spike_layer(x, layer, (side, side), shortcut, membrane, neuron)
+            for fires in (neuron, LevelSpec()):
+                of_bytes.spike_layer(x, layer, (side, side), shortcut, membrane, fires)
     of_bytes.spike_layer(x, layer, (side, side), None, torch.float32, None)
 
 

@@ -13,8 +13,9 @@ from sdt_blocks.ops import dense
 from sdt_blocks.ops.bytes import spike_layer
 from sdt_blocks.ops.dense import Neuron
 from sdt_blocks.ops.integers import Windows
+from sdt_blocks.ops.levels import levels_reference
 from sdt_blocks.ops.lif import lif_reference
-from sdt_blocks.ops.spec import ByteLayer, NeuronSpec
+from sdt_blocks.ops.spec import ByteLayer, LevelSpec, NeuronSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -103,6 +104,25 @@ def test_layer(backend: str, case: str, shortcut: bool) -> None:
     check(whole(*shape), weights(out, *kernel, shape[-1]), windows, neuron(**options), shortcut)
 
 
+@pytest.mark.parametrize("shortcut", [False, True])
+@pytest.mark.parametrize("spec", [LevelSpec(), LevelSpec(5, 3.0, "up", 0.7), LevelSpec(127, 1.0, "even", 0.01)])
+def test_levels(backend: str, spec: LevelSpec, shortcut: bool) -> None:
+    x, weight = whole(2, 2, 5, 7, 48, most=4), weights(72, 1, 1, 48)
+    scale, shift = powers(72), shifts(72)
+    u = sums_of(x, weight, PLAIN) * scale + shift
+    residual = torch.randint(-64, 64, u.shape, device=DEVICE) / 64 if shortcut else None
+    if residual is not None:
+        residual[0, 0, 0, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+        u = residual + u
+    expected = levels_reference(u, spec._replace(norm=1.0)).nan_to_num(0.0)
+    for membrane in (None, torch.float32):
+        layer = ByteLayer(weight, scale, shift)
+        kept, levels = spike_layer(x, layer, residual=residual, membrane=membrane, neuron=spec)
+        assert levels.dtype == torch.int8 and torch.equal(levels.float(), expected)
+        assert (kept is None) == (membrane is None) and (kept is None or torch.equal(kept.nan_to_num(), u.nan_to_num()))
+    assert expected.unique().numel() > 4 and expected.max() == spec.levels
+
+
 def neuron(channels: int | None = None, threshold: float = 1.0, reset: str = "zero", strict: bool = False) -> Neuron:
     # Eighths keep the membranes exact for a few steps: a fused rounding and two are then the same.
     inv_tau = torch.tensor(0.5) if channels is None else torch.randint(2, 7, (channels,)) / 8
@@ -157,4 +177,6 @@ def test_what_is_refused() -> None:
         spike_layer(x, layer, residual=torch.zeros(1, 1, 2, 2, 4, device=DEVICE))
     with pytest.raises(ValueError, match="start at rest"):
         spike_layer(x, layer, neuron=neuron()._replace(before=ones))
+    with pytest.raises(ValueError, match="a byte holds levels up to 127, the neurons have 128"):
+        spike_layer(x, layer, neuron=LevelSpec(levels=128))
     assert torch.iinfo(torch.int8).max == ops.LARGEST

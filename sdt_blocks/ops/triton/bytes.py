@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.cuda import device_of
 
-from ..spec import RESETS, ByteLayer, NeuronSpec
+from ..spec import RESETS, ByteLayer, LevelSpec, NeuronSpec
+from .levels import divided, level, numbers_of
 from .lif import charge, fires
 from .tiles import ROUNDED, cdiv, grid_of, index, second_axis
 
@@ -34,7 +35,7 @@ def spike_layer(
     size: tuple[int, int],
     residual: Tensor | None,
     membrane: torch.dtype | None,
-    neuron: NeuronSpec | None,
+    neuron: NeuronSpec | LevelSpec | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """As in `ops.bytes`, for contiguous tensors; `size` is the height and width of the result."""
     steps, images, height, width, channels = x.shape
@@ -51,8 +52,10 @@ def spike_layer(
     b = max(16, min(COLUMNS // 2 if more else COLUMNS, triton.next_power_of_2(out)))
     while b > 32 and cdiv(out, b) * cdiv(positions, a) < FEW_PROGRAMS:
         b //= 2
-    stand_in, told = layer.scale, neuron or NeuronSpec(inv_tau=layer.scale)
+    stand_in, of_levels = layer.scale, isinstance(neuron, LevelSpec)
+    told = neuron if isinstance(neuron, NeuronSpec) else NeuronSpec(inv_tau=stand_in)
     assert isinstance(told.inv_tau, Tensor)
+    numbers = numbers_of(stand_in, neuron if isinstance(neuron, LevelSpec) else LevelSpec())
     stride, padding, dilation = layer.windows
     with device_of(x):
         spike_layer_kernel[grid_of(cdiv(out, b), cdiv(positions, a))](
@@ -73,7 +76,8 @@ def spike_layer(
             rounds=steps // at_once,
             channels=channels,
             out=out,
-            threshold_number=float(told.threshold),
+            limit_number=numbers["limit_number"],
+            threshold_number=numbers["threshold_number"] if of_levels else float(told.threshold),
             KERNEL_Y=kernel[0],
             KERNEL_X=kernel[1],
             STRIDE_Y=stride[0],
@@ -84,7 +88,9 @@ def spike_layer(
             DILATION_X=dilation[1],
             STEPS=steps,
             AT_ONCE=at_once,
-            AFTER=(residual is not None) + 2 * (kept is not None) + 4 * (spikes is not None),
+            AFTER=(residual is not None) + 2 * (kept is not None) + 4 * (spikes is not None) + 8 * of_levels,
+            UP=numbers["UP"],
+            EXACT=numbers["EXACT"],
             RESET=RESETS.index(told.reset),
             STRICT=told.strict,
             OF_CHANNEL=told.inv_tau.ndim > 0,
@@ -121,7 +127,10 @@ def _finished(
     mask,
     k,
     threshold,
+    limit,
     AFTER: tl.constexpr,
+    UP: tl.constexpr,
+    EXACT: tl.constexpr,
     RESET: tl.constexpr,
     STRICT: tl.constexpr,
 ):
@@ -132,14 +141,18 @@ def _finished(
         v = tl.load(residual + first + at, mask=mask, other=0.0).to(tl.float32) + v
     if AFTER & 2:
         tl.store(membrane + first + at, v.to(membrane.dtype.element_ty), mask=mask)
-    if AFTER & 4:
+    if AFTER & 8:
+        whole = level(divided(v, threshold, EXACT), limit, UP, tl.float32, tl.float32)
+        # NaN has no level: silent, as on a CPU.
+        tl.store(spikes + first + at, tl.where(whole > 0, whole, 0.0).to(tl.int8), mask=mask)
+    elif AFTER & 4:
         h, _u = charge(h, s, v, k, threshold, RESET)
         s = fires(h, threshold, STRICT)
         tl.store(spikes + first + at, tl.where(s, 1, 0).to(tl.int8), mask=mask)
     return h, s
 
 
-@triton.jit(do_not_specialize=[*SIZES, "threshold_number"])
+@triton.jit(do_not_specialize=[*SIZES, "limit_number", "threshold_number"])
 def spike_layer_kernel(
     x,
     weight,
@@ -158,6 +171,7 @@ def spike_layer_kernel(
     rounds,
     channels,
     out,
+    limit_number,
     threshold_number,
     KERNEL_Y: tl.constexpr,
     KERNEL_X: tl.constexpr,
@@ -170,6 +184,8 @@ def spike_layer_kernel(
     STEPS: tl.constexpr,
     AT_ONCE: tl.constexpr,
     AFTER: tl.constexpr,
+    UP: tl.constexpr,
+    EXACT: tl.constexpr,
     RESET: tl.constexpr,
     STRICT: tl.constexpr,
     OF_CHANNEL: tl.constexpr,
@@ -227,21 +243,32 @@ def spike_layer_kernel(
                 s3 = tl.dot(tl.load(of_x + 3 * step, mask=some, other=0), w, s3, out_dtype=tl.int32)
         # Loaded only here, so that they take no registers in the loop above.
         k = tl.load(inv_tau + n, mask=within, other=0.0)[None, :] if OF_CHANNEL else tl.load(inv_tau)
-        level = tl.full([1, 1], threshold_number, tl.float32)
+        threshold = tl.full([1, 1], threshold_number, tl.float32)
+        limit = tl.full([1, 1], limit_number, tl.float32)
         a = tl.load(scale + n, mask=within, other=0.0)[None, :]
         b = tl.load(shift + n, mask=within, other=0.0)[None, :]
-        s = fires(h, level, STRICT) & (first > 0)
-        h, s = _finished(
-            s0, h, s, first, a, b, residual, membrane, spikes, at, frame, mask, k, level, AFTER, RESET, STRICT
-        )
-        if AT_ONCE > 1:
+        s = fires(h, threshold, STRICT) & (first > 0)
+        for i in tl.static_range(AT_ONCE):
+            sums = s0 if i == 0 else s1 if i == 1 else s2 if i == 2 else s3
             h, s = _finished(
-                s1, h, s, first + 1, a, b, residual, membrane, spikes, at, frame, mask, k, level, AFTER, RESET, STRICT
-            )
-        if AT_ONCE > 2:
-            h, s = _finished(
-                s2, h, s, first + 2, a, b, residual, membrane, spikes, at, frame, mask, k, level, AFTER, RESET, STRICT
-            )
-            h, s = _finished(
-                s3, h, s, first + 3, a, b, residual, membrane, spikes, at, frame, mask, k, level, AFTER, RESET, STRICT
+                sums,
+                h,
+                s,
+                first + i,
+                a,
+                b,
+                residual,
+                membrane,
+                spikes,
+                at,
+                frame,
+                mask,
+                k,
+                threshold,
+                limit,
+                AFTER,
+                UP,
+                EXACT,
+                RESET,
+                STRICT,
             )

@@ -70,7 +70,7 @@ def _launch(
     dtype: Any = None,
 ) -> None:
     """Each equation's result is rounded to `dtype`, by default that of the state."""
-    told = _neuron(x, neuron)
+    told = numbers_of(x, neuron)
     with device_of(x):
         levels_kernel[_programs(x)](
             x,
@@ -90,7 +90,7 @@ def _launch(
 def levels_backward(grad: Tensor, inside: Tensor, neuron: LevelSpec, grad_x: Tensor) -> None:
     with device_of(grad):
         levels_gradient_kernel[_programs(grad)](
-            grad, inside, grad_x, grad.numel(), **_neuron(grad, neuron), **_lanes(grad)
+            grad, inside, grad_x, grad.numel(), **numbers_of(grad, neuron), **_lanes(grad)
         )
 
 
@@ -127,11 +127,11 @@ def _lanes(x: Tensor) -> dict[str, int]:
 
 
 def _cut(x: Tensor, cut: Tile, layout: Layout, neuron: LevelSpec, norm: Affine) -> dict[str, Any]:
-    told = {**cut.arguments, **_neuron(x, neuron)}
+    told = {**cut.arguments, **numbers_of(x, neuron)}
     return {**told, **unrolled(x, layout), "AFFINE": norm_kind(norm)}
 
 
-def _neuron(x: Tensor, neuron: LevelSpec) -> dict[str, Any]:
+def numbers_of(x: Tensor, neuron: LevelSpec) -> dict[str, Any]:
     """A kernel's arguments that describe the neuron.
 
     If both divisors are powers of two, kernels multiply by their inverses: the same bits, at a tenth of the
@@ -155,7 +155,7 @@ def _has_inverse(number: float) -> bool:
 
 
 @triton.jit
-def _divided(v, by, EXACT: tl.constexpr):
+def divided(v, by, EXACT: tl.constexpr):
     """A quotient, rounded as PyTorch rounds it on a CPU; if EXACT, `by` is the divisor's inverse."""
     if EXACT:
         return v * by
@@ -168,7 +168,7 @@ def _divided(v, by, EXACT: tl.constexpr):
 @triton.jit
 def _nearest(v, STATE: tl.constexpr):
     """v >= 0 rounded to the nearest whole number, halves to even. From `big` on every number is whole."""
-    big = tl.full([1, 1, 1], 8388608.0 if STATE == tl.float32 else 4503599627370496.0, STATE)  # noqa: SIM300
+    big: tl.constexpr = 8388608.0 if STATE == tl.float32 else 4503599627370496.0  # noqa: SIM300
     return tl.where(v < big, (v + big) - big, v)
 
 
@@ -181,18 +181,17 @@ def _inside(v, limit, UP: tl.constexpr):
 
 
 @triton.jit
-def _value(v, limit, norm, UP: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr):
-    """The level of v divided by the norm; each equation's result is rounded to DTYPE. NaN stays NaN."""
+def level(v, limit, UP: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr):
+    """The level of v = x / threshold; each equation's result is rounded to DTYPE. NaN stays NaN."""
     clamped = tl.where(v < 0, 0.0, tl.where(v > limit, limit, v))
-    whole = tl.floor((clamped + 0.5).to(DTYPE).to(STATE)) if UP else _nearest(clamped, STATE)
-    return _divided(whole, norm, EXACT)
+    return tl.floor((clamped + 0.5).to(DTYPE).to(STATE)) if UP else _nearest(clamped, STATE)
 
 
 @triton.jit
 def _gradient(grad, passes, norm, threshold, EXACT: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr):
     """Masked by a product, so that a gradient that is not finite still shows."""
-    grad = _divided(grad, norm, EXACT).to(DTYPE).to(STATE) * tl.where(passes, 1.0, 0.0)
-    return _divided(grad, threshold, EXACT)
+    grad = divided(grad, norm, EXACT).to(DTYPE).to(STATE) * tl.where(passes, 1.0, 0.0)
+    return divided(grad, threshold, EXACT)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -227,8 +226,8 @@ def levels_kernel(
         if SHORTCUT:
             v = tl.load(shortcut + i, mask=i < size, other=0.0).to(STATE) + v
             tl.store(total + i, v.to(total.dtype.element_ty), mask=i < size)
-        v = _divided(v, threshold, EXACT).to(DTYPE).to(STATE)
-        value = _value(v, limit, norm, UP, EXACT, DTYPE, STATE)
+        v = divided(v, threshold, EXACT).to(DTYPE).to(STATE)
+        value = divided(level(v, limit, UP, DTYPE, STATE), norm, EXACT)
         tl.store(values + i, value.to(values.dtype.element_ty), mask=i < size)
         if KEEP:
             packed |= tl.sum(_inside(v, limit, UP).to(tl.int32) << (lane + part * LANES), axis=2)
@@ -306,7 +305,7 @@ def norm_levels_kernel(
     for t in tl.range(STEPS, loop_unroll_factor=UNROLL):
         frame = tl.cast(t, tl.int64)
         v = tl.load(x + frame * x_step * V, mask=mask, other=0.0).to(STATE) * a + b
-        value = _value(_divided(v, threshold, EXACT), limit, norm, UP, EXACT, STATE, STATE)
+        value = divided(level(divided(v, threshold, EXACT), limit, UP, STATE, STATE), norm, EXACT)
         tl.store(values + frame * size * V, value.to(values.dtype.element_ty), mask=mask)
 
 
@@ -359,7 +358,7 @@ def norm_levels_gradient_kernel(
         frame = tl.cast(t, tl.int64)
         raw = tl.load(x + frame * x_step * V, mask=mask, other=0.0).to(STATE)
         of = tl.load(grad + frame * grad_step * V + i, mask=mask, other=0.0).to(STATE)
-        passes = _inside(_divided(raw * a + b, threshold, EXACT), limit, UP)
+        passes = _inside(divided(raw * a + b, threshold, EXACT), limit, UP)
         of = _gradient(of, passes, norm, threshold, EXACT, STATE, STATE)
         of_shift += of
         of_scale += of * (raw - middle)
