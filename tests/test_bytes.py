@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from sdt_blocks import LIF, ParametricLIF, Stream, optimize_for_inference, steps
 from sdt_blocks.inference import ByteProduct, Bytes, Events, IntegerProduct
 from sdt_blocks.neuron import IntegerNeuron
-from sdt_blocks.ops.packed import PackedSpikes
 
 pytestmark = pytest.mark.cuda
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,10 +67,11 @@ def integers_of(model: nn.Module) -> Tensor:
         if isinstance(module, ByteProduct):
             found.append(module.integers.permute(0, 3, 1, 2).flatten().cpu())
         elif isinstance(module, IntegerProduct):
-            rows, channels = module.integers, module.channels
-            if channels:
-                rows = torch.cat([part[:channels] for part in rows.chunk(3)])
-            found.append(rows.flatten())
+            rows, parts = module.integers, module.parts
+            if parts:
+                found += [part[:count].flatten() for part, count in zip(rows.chunk(len(parts)), parts, strict=True)]
+            else:
+                found.append(rows.flatten())
     return torch.cat(found)
 
 
@@ -83,7 +83,7 @@ def test_spikes_layer_by_layer(firing_model, on_gpu, monkeypatch: pytest.MonkeyP
     by_cpu, by_gpu = [], []
     cpu = optimize_for_inference(copy.deepcopy(model), torch.int8)
     for _, product in cpu.products():
-        product.register_forward_hook(lambda part, _, given: by_cpu.append((part.channels, given[1])))
+        product.register_forward_hook(lambda part, _, given: by_cpu.append((part.parts, given[1])))
     fast = on_gpu(in_bytes, model)
     for part in fast.modules():
         if isinstance(part, ByteProduct):
@@ -92,19 +92,13 @@ def test_spikes_layer_by_layer(firing_model, on_gpu, monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-6)
     assert len(by_gpu) == len(by_cpu) > 6
     fired = 0
-    for (channels, packed), spikes in zip(by_cpu, by_gpu, strict=True):
+    for (parts, packed), spikes in zip(by_cpu, by_gpu, strict=True):
         assert (packed is None) == (spikes is None)
         if packed is not None:
-            wanted = unpacked(packed, channels)
+            wanted = torch.cat([part.unpack().movedim(2, -1) for part in packed.split(parts or [packed.channels])], -1)
             assert torch.equal(spikes.cpu().float(), wanted) and wanted.any()
             fired += 1
     assert fired > 4
-
-
-def unpacked(packed: PackedSpikes, channels: int) -> Tensor:
-    """`[T, B, H, W, C]`; q, k and v without what fills their words up."""
-    found = packed.unpack().movedim(2, -1)
-    return torch.cat([part[..., :channels] for part in found.chunk(3, -1)], -1) if channels else found
 
 
 @torch.no_grad()

@@ -191,7 +191,7 @@ def test_levels_run_by_events_or_densely(released, way, monkeypatch):
 
     def noted_of_attention(product, neuron, x):
         values = attended(product, neuron, x)
-        seen.append(values * neuron.norm)
+        seen.append(values.unpack() * neuron.norm)
         return values
 
     class Noted(dict):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from sdt_blocks import LIF, create_model, example_model, optimize_for_inference
 from sdt_blocks.analysis import firing_rates
-from sdt_blocks.inference import Events, IntegerProduct, choice
+from sdt_blocks.blocks import LinearSpikeMixer, MaskMixer, QKMixer
+from sdt_blocks.inference import Events, IntegerProduct, choice, events, forms
 from sdt_blocks.inference.forms import DenseSums
 from sdt_blocks.inference.integers import OrderedSums, ordered_mean
 from sdt_blocks.inference.timings import Timings
@@ -67,6 +68,33 @@ def test_events_and_dense_products_give_the_same_bits(named_golden, name):
     assert any(product.has_events and product.break_even == 1 for _, product in by_events.products())
     found = first(densely(x))
     assert torch.equal(found, first(by_events(x))) and found.std() > 0
+
+
+@pytest.mark.parametrize("name", [*GOLDEN[:1], *GOLDEN[2:4], *GOLDEN[5:]])
+@torch.no_grad()
+def test_mixers_take_packed_spikes(named_golden, name, monkeypatch):
+    """Their own forward, on unpacked spikes, is not called, and would give the same bits."""
+    golden = named_golden(name)
+    fast, x = optimize_for_inference(golden.model(), torch.int8), golden.tensors["input"]
+    with monkeypatch.context() as unpacked:
+        unpacked.setattr(events, "_packs", lambda mixer, parts: False)
+        expected = first(fast(x))
+    for mixer in (MaskMixer, LinearSpikeMixer, QKMixer):
+        monkeypatch.setattr(mixer, "forward", lambda self, *spikes: pytest.fail("unpacked"))
+    assert torch.equal(first(fast(x)), expected) and expected.std() > 0
+
+
+@torch.no_grad()
+def test_a_still_image_is_pooled_once(named_golden, monkeypatch):
+    golden, pooled = named_golden("qkformer_imagenet_64"), []
+    fast, images = optimize_for_inference(golden.model(), torch.int8), golden.tensors["input"]
+    pool = forms.real_pool
+    monkeypatch.setattr(forms, "real_pool", lambda x, **into: pooled.append(len(x)) or pool(x, **into))
+    found = fast(images)
+    assert images.ndim == 4 and pooled[0] == 1 and found.std() > 0
+    steps = images.unsqueeze(1).expand(-1, golden.model().time_steps, -1, -1, -1).clone()
+    pooled.clear()
+    assert torch.equal(fast(steps), found) and pooled[0] == steps.shape[1] > 1
 
 
 @pytest.mark.parametrize("sparse", [False, True])

@@ -7,6 +7,10 @@ firing rates in the same form, and `seen`, the names of submodules that its prod
 `exact = True` says that its sums are whole numbers below 2^24, so that their order does not matter, and `apart = True`
 that the samples of a batch do not influence each other, so that a large batch may be split.
 
+Optional forms of the forward are `fused` (training), `dense` and `packed` (evaluation). `packed` takes q, k and v as
+`PackedSpikes`, also of integer neurons if `packs_levels = True`, and returns such spikes, or real values
+`[T, B, H, W, C]`.
+
 All of this describes the forward of the class that states it: a subclass with its own forward must state it again.
 """
 
@@ -25,7 +29,8 @@ from ..checks import check_flag, check_positive
 from ..neuron import LIF, NeuronLike, make_neuron
 from ..ops import dense
 from ..ops.bits import SpikesAsBits, are_spikes, as_spikes, bits_of
-from ..ops.packed import PackedSpikes, pad_to_words, spike_attention
+from ..ops.packed import WORD, PackedSpikes
+from ..ops.packed_attention import spike_attention, spike_linear_attention, spike_token_attention
 from ..ops.spec import channels_last, in_evaluation, state_dtype
 from ..steps import fire, fires_spikes, fused_attention, is_plain
 from .sizes import check_heads
@@ -103,17 +108,12 @@ class MaskMixer(nn.Module):
         heads = self.num_heads if self.event_pooling else None
         return dense.attend(qkv, neurons, dtype, heads=heads, compiled=compiled)
 
-    def packed(self, qkv: PackedSpikes, channels: int) -> PackedSpikes:
-        """The event-driven form, from q, k and v one after another, of `channels` each, padded to whole words."""
+    def packed(self, q: PackedSpikes, k: PackedSpikes, v: PackedSpikes) -> PackedSpikes:
+        """The event-driven form."""
         if self.event_pooling:
             # The pooling mixes channels, which have to be unpacked for it.
-            q, k, v = (part[:, :, :channels] for part in qkv.unpack().chunk(3, dim=2))
-            return PackedSpikes.pack(self(q, k, v))
-        spec, leak = in_evaluation(self.neuron.spec, channels)
-        leak, carrier, standing = pad_to_words(leak), self.neuron.carrier, None
-        if carrier is not None:
-            standing = carrier.membrane_in_place(self.neuron, (qkv.words.shape[1], len(leak)))
-        return PackedSpikes(spike_attention(qkv, spec, leak, standing).words, channels)
+            return PackedSpikes.pack(self(*(part.unpack() for part in (q, k, v))))
+        return spike_attention(q, k, v, *in_evaluation(self.neuron.spec, q.channels), _of_tokens(self.neuron, q))
 
     def _pooled(self, spikes: Tensor) -> Tensor:
         return max_pool_plane(spikes) if self.event_pooling else spikes
@@ -147,7 +147,7 @@ class LinearSpikeMixer(nn.Module):
     """
 
     emits = "counts"
-    exact = apart = True
+    exact = apart = packs_levels = True
 
     def __init__(self, dim: int, *, num_heads: int = 8, scale: float = 0.125) -> None:
         super().__init__()
@@ -177,6 +177,10 @@ class LinearSpikeMixer(nn.Module):
             return as_spikes(heads.contiguous(), x)
         heads = channels.unflatten(2, (self.num_heads, -1))
         return as_spikes(heads.contiguous(), x, bits=bits_of(x) if x.is_contiguous() else None)
+
+    def packed(self, q: PackedSpikes, k: PackedSpikes, v: PackedSpikes) -> Tensor:
+        """The event-driven form, `[T, B, H, W, C]`."""
+        return spike_linear_attention(q, k, v, self.num_heads, self.scale)
 
     def additions(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Those of k^T v, one for each pair of a spike of k and one of v in a token and head, and those of q (k^T v).
@@ -229,12 +233,30 @@ class QKMixer(nn.Module):
             a = as_spikes(a.repeat_interleave(k.shape[2] // self.num_heads, dim=2), a)
         return as_spikes(k * a.to(k.dtype), k, a)
 
+    def packed(self, q: PackedSpikes, k: PackedSpikes) -> PackedSpikes:
+        """The event-driven form."""
+        if self.over == "tokens":
+            return spike_attention(k, q, q, *in_evaluation(self.neuron.spec, q.channels), _of_tokens(self.neuron, q))
+        standing = _standing(self.neuron, (*q.words.shape[1:4], self.num_heads))
+        return spike_token_attention(q, k, self.num_heads, *in_evaluation(self.neuron.spec, self.num_heads), standing)
+
     def additions(self, q: Tensor, k: Tensor) -> Tensor:
         """One for every spike of q. The mask adds nothing."""
         return q
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, over={self.over!r}"
+
+
+def _standing(neuron: Any, shape: Sequence[int]) -> Tensor | None:
+    """In a stream, the neuron's membrane of this shape, for a kernel that overwrites it."""
+    found: Tensor | None = None if neuron.carrier is None else neuron.carrier.membrane_in_place(neuron, shape)
+    return found
+
+
+def _of_tokens(neuron: Any, spikes: PackedSpikes) -> Tensor | None:
+    """`_standing` of a neuron with a membrane for each image and channel, these filled up to whole words."""
+    return _standing(neuron, (spikes.words.shape[1], spikes.words.shape[-1] * WORD))
 
 
 class PlanePool(nn.Module):

@@ -14,14 +14,14 @@ from .. import steps
 from ..neuron import IntegerNeuron, Streamed
 from ..ops.integers import MOST_PLANES
 from ..ops.packed import (
+    WORD,
     PackedSpikes,
     kernels_problem,
-    real_pool,
     spike_neuron,
     spike_pool,
 )
 from . import passes
-from .forms import DenseSums, Forms, epilogue_of, pooled_membrane
+from .forms import DenseSums, Forms, epilogue_of, pool_frames, pooled_membrane
 from .integers import (
     FLOAT32,
     INT8,
@@ -48,6 +48,7 @@ from .plan import (
     computed,
     evaluated,
     filled,
+    is_neuron,
     leaves,
     no_frames,
 )
@@ -283,21 +284,21 @@ class Events(Form):
 
     def _mix(self, node: Node, x: Any) -> Any:
         mixing, form = node.target, self.forms.get(node)
-        if isinstance(form, SpikeProduct) and isinstance(x, PackedSpikes):
-            standing = _side_by_side(mixing.neurons, form.result_shape(x)[1:])
-            _, qkv = form(x, stands=None if standing is None else lambda _: standing)
-            if standing is not None:
-                for neuron, stands in zip(mixing.neurons, standing.chunk(len(mixing.neurons), -1), strict=True):
-                    neuron.carrier.keep_state(neuron, stands)
-            return mixing.mixer.packed(qkv, form.channels)
-        source = x if isinstance(x, PackedSpikes) or form is None else _frames(x)
-        if form is not None and source is not None:
-            if isinstance(source, Tensor) and isinstance(form[0], SpikeProduct):
-                source = _packed(source, form[0])
-            fired = [_fired(*both, source) for both in zip(form, mixing.neurons, strict=True)]
-            return self._repacked(node, mixing.mixer(*fired))
-        mixed = steps.project_and_mix(mixing.units, mixing.neurons, mixing.mixer, plain(x))
-        return self._repacked(node, mixed)
+        source = x if isinstance(x, PackedSpikes) else _frames(x)
+        if form is None or source is None:
+            mixed = steps.project_and_mix(mixing.units, mixing.neurons, mixing.mixer, plain(x))
+            return self._repacked(node, mixed)
+        product = form if isinstance(form, SpikeProduct) else form[0]
+        if isinstance(source, Tensor) and isinstance(product, SpikeProduct):
+            source = _packed(source, product)
+        if isinstance(form, SpikeProduct):
+            parts = _fired_together(form, mixing.neurons, source)
+        else:
+            parts = [_fired(*both, source) for both in zip(form, mixing.neurons, strict=True)]
+        if not _packs(mixing.mixer, parts):
+            return self._repacked(node, mixing.mixer(*map(plain, parts)))
+        mixed = mixing.mixer.packed(*parts)
+        return Membrane(mixed, owned=True) if isinstance(mixed, Tensor) else mixed
 
     def _repacked(self, node: Node, x: Any) -> Any:
         """The output of a node's leaf, packed if it is spikes."""
@@ -311,7 +312,10 @@ class Events(Form):
         if isinstance(x, PackedSpikes):
             return spike_pool(x)
         membrane = _membrane(x)
-        return steps.pool(node.target, x) if membrane is None else Membrane(real_pool(membrane.real), owned=True)
+        if membrane is None:
+            return steps.pool(node.target, x)
+        real = pool_frames(membrane.real)
+        return Membrane(real, owned=len(steps.shown_frame(real)) == len(real))
 
 
 class Membrane:
@@ -380,7 +384,7 @@ def _membrane(x: Any) -> Membrane | None:
     if isinstance(x, Membrane):
         return x
     frames = _frames(x)
-    return None if frames is None else Membrane(frames.contiguous())
+    return None if frames is None else Membrane(frames)
 
 
 def _frames(x: Any, any_order: bool = False) -> Tensor | None:
@@ -414,20 +418,37 @@ def _packed(frames: Tensor, product: SpikeProduct) -> PackedSpikes:
     return packed
 
 
-def _fired(product: Any, neuron: Any, x: PackedSpikes | Tensor) -> Tensor:
-    """The spikes `[T, B, C, H, W]` of a neuron on a product."""
-    fired: Tensor = plain(product(x, stands=_stands(neuron))[1])
+def _fired(product: Any, neuron: Any, x: PackedSpikes | Tensor) -> PackedSpikes:
+    """The spikes of a neuron on a product."""
+    fired: PackedSpikes = product(x, stands=_stands(neuron))[1]
     return fired
+
+
+def _fired_together(product: SpikeProduct, neurons: Sequence[Any], x: Any) -> list[PackedSpikes]:
+    """The spikes of several layers that are one product, each layer's by itself."""
+    *places, _ = product.result_shape(x)[1:]
+    widths = [-(-count // WORD) * WORD for count in product.parts]
+    stands = [(one, width) for one, width in zip(map(_stands, neurons), widths, strict=True) if one is not None]
+    standing = torch.cat([one((*places, width)) for one, width in stands], dim=-1) if stands else None
+    _, fired = product(x, stands=None if standing is None else lambda _: standing)
+    if standing is not None:
+        for neuron, own in zip(neurons, standing.split(widths, -1), strict=True):
+            neuron.carrier.keep_state(neuron, own)
+    parts: list[PackedSpikes] = fired.split(product.parts)
+    return parts
+
+
+def _packs(mixer: Any, parts: Sequence[PackedSpikes]) -> bool:
+    """Whether a mixer can take these packed spikes or levels: it says so, knows its neuron, and nothing has a hook."""
+    if not steps.tells(mixer, "packed") or any(map(steps.has_hooks, mixer.modules())):
+        return False
+    spikes = all(part.planes == part.norm == 1 for part in parts)
+    neuron = getattr(mixer, "neuron", None)
+    known = neuron is None or is_neuron(neuron)
+    return known and (spikes or (steps.tells(mixer, "packs_levels") and mixer.packs_levels))
 
 
 def _stands(neuron: Any) -> Stands | None:
     """In a stream, the function that gives kernels the neuron's membrane; else `None`, and it starts at rest."""
     carrier = getattr(neuron, "carrier", None)
     return None if carrier is None else partial(carrier.membrane_in_place, neuron)
-
-
-def _side_by_side(neurons: Sequence[Any], shape: torch.Size) -> Tensor | None:
-    """In a stream, the membranes `[B, H, W, C]` of neurons that share one product, its channels in equal parts."""
-    each = (*shape[:-1], shape[-1] // len(neurons))
-    stands = [stands(each) for stands in map(_stands, neurons) if stands is not None]
-    return torch.cat(stands, dim=-1) if stands else None

@@ -70,8 +70,7 @@ class Forms:
             return node.target
         if node.op == MIX and self.kinds[node.inputs()[0]] in PACKED:
             planes = self._planes(node)
-            packed = None if planes else self._packed_mixing(node.target)
-            return self._apart(node.target, planes) if packed is None else packed
+            return self._side_by_side(node.target, planes) or self._apart(node.target, planes)
         if node.op == MIX and self.exact:
             return self._apart(node.target, None)
         if node.op == CALL and self.exact and steps.is_plain(node.target, nn.Linear):
@@ -101,7 +100,7 @@ class Forms:
         joined = {name: torch.cat([pad(part) for part in parts]) for name, parts in rows.items()}
         weight = torch.cat([pad(part) for part in weights])
         epilogue = Epilogue(len(weight), neuron=spec, inv_tau=leak, **joined)
-        return make(weight, epilogue, conv.out_channels if words else 0, **planes)
+        return make(weight, epilogue, [one.out_channels for one, _ in known] if words else (), **planes)
 
     def _on_reals(self, unit: Any, known: Known, neuron: Any) -> nn.Module | None:
         """A convolution of real values: by PyTorch, or summed in a fixed order if that is asked for or faster."""
@@ -121,25 +120,26 @@ class Forms:
         parts = [*((one.weight.detach(), Geometry.of(one)) for one in convs[:-1]), (weight, Geometry.of(convs[-1]))]
         return OrderedSums(parts, Epilogue(channels, shift=bias, neuron=spec, inv_tau=leak))
 
-    def _packed_mixing(self, mixing: Mixing) -> SpikeProduct | None:
-        """q, k and v as one product, each padded to whole words, as the mixer's packed form takes them."""
-        if not steps.tells(mixing.mixer, "packed"):
-            return None
+    def _side_by_side(self, mixing: Mixing, planes: dict[str, Any]) -> SpikeProduct | None:
+        """q, k and v as one product with equal neurons, each filled up to whole words.
+
+        Their inputs are spikes, or levels or counts with the options `planes`.
+        """
         found = [convolution(unit) for unit in mixing.units]
         known = [one for one in found if one is not None and _by_events(one[0])]
-        neurons = (*mixing.neurons, getattr(mixing.mixer, "neuron", None))
-        if len(known) != len(mixing.units) or steps.has_hooks(mixing.mixer) or not all(map(is_neuron, neurons)):
+        if len(known) != len(found) or not all(map(is_neuron, mixing.neurons)):
             return None
-        specs, leaks = zip(*(in_evaluation(one.spec, known[0][0].out_channels) for one in mixing.neurons), strict=True)
+        constants = zip(mixing.neurons, known, strict=True)
+        specs, leaks = zip(*(in_evaluation(one.spec, conv.out_channels) for one, (conv, _) in constants), strict=True)
         if len({(spec.threshold, spec.reset, spec.strict) for spec in specs}) > 1:
             return None
-        if len({conv.weight.shape for conv, _ in known}) > 1:
+        if len({conv.weight.shape[1:] for conv, _ in known}) > 1:
             return None
         leak = torch.cat([pad_to_words(one) for one in leaks])
-        return self._product(known, mixing.neurons[0], leak=leak, words=True)
+        return self._product(known, mixing.neurons[0], leak=leak, words=True, **planes)
 
     def _apart(self, mixing: Mixing, planes: dict[str, Any] | None) -> nn.ModuleList | None:
-        """q, k and v each as a product with its neuron, for a mixer without a packed form.
+        """q, k and v each as a product with its neuron.
 
         Their inputs are spikes or levels, with the options `planes`, or real values if that is None.
         """
@@ -175,9 +175,9 @@ class EventProduct(SpikeProduct):
     """
 
     def __init__(
-        self, weight: Tensor, epilogue: Epilogue, channels: int = 0, *, planes: int = 1, norm: float = 1.0
+        self, weight: Tensor, epilogue: Epilogue, parts: Sequence[int] = (), *, planes: int = 1, norm: float = 1.0
     ) -> None:
-        super().__init__(epilogue, channels, planes)
+        super().__init__(epilogue, parts, planes)
         weight, self.norm = weight.detach().float(), norm
         self.convolution = Product(weight, weight.new_zeros(len(weight)), spikes=planes == norm == 1)
 
@@ -259,17 +259,23 @@ def _joined(epilogue: Epilogue, words: Sequence[Tensor]) -> PackedSpikes | None:
 
 
 def pooled_membrane(form: Any, x: Any) -> Tensor:
-    """A product's membrane after the 3x3 maximum of stride 2, a few frames at a time."""
+    """A product's membrane after the 3x3 maximum of stride 2, a few frames at a time; of a still frame only once."""
     if not isinstance(form, SpikeProduct):
-        return real_pool(form(x, membrane=True)[0])
-    words = x.words.contiguous()
-    frames = x.of(words.flatten(0, 1).unsqueeze(0))
-    size = _chunk(words[0, 0, ..., 0].numel(), form.epilogue.channels)
-    parts = [
-        real_pool(form(frames.images(first, first + size), membrane=True)[0])
-        for first in range(0, frames.words.shape[1], size)
-    ]
-    return torch.cat(parts, dim=1).view(*words.shape[:2], *parts[0].shape[2:])
+        frames, time_steps = shown(x)
+        return pool_frames(form(frames, membrane=True)[0]).expand(time_steps, -1, -1, -1, -1)
+    frames = x.of(x.words.flatten(0, 1).unsqueeze(0))
+    _, count, height, width, channels = form.result_shape(frames)
+    made = form.constants.new_empty(1, count, (height + 1) // 2, (width + 1) // 2, channels)
+    size = _chunk(height * width, channels)
+    for first in range(0, count, size):
+        some = slice(first, first + size)
+        real_pool(form(frames.of(frames.words[:, some]), membrane=True)[0], out=made[:, some])
+    return made.view(*x.words.shape[:2], *made.shape[2:])
+
+
+def pool_frames(real: Tensor) -> Tensor:
+    """Real values `[T, B, H, W, C]` after the 3x3 maximum of stride 2, of a frame shown at every step only once."""
+    return real_pool(steps.shown_frame(real)).expand(len(real), -1, -1, -1, -1)
 
 
 def whole(node: Node, kinds: dict[Node, str]) -> bool:

@@ -75,16 +75,17 @@ class SpikeProduct(Finished):
 
     `forward(spikes, residual, membrane)` is `spike_product`; in a stream, `stands` gives its `standing` for a shape.
     `break_even` is the share of active inputs above which the sums are dense: with 1 they never are, with 0 always.
-    They also always are if the product cannot be computed by events (`has_events`).
+    They also always are if the product cannot be computed by events (`has_events`). `parts` are the channels of several
+    layers that it computes as one, each filled up to whole words; empty for a single one.
     """
 
     kind = FLOAT32
     weight: Any
     has_events = True
 
-    def __init__(self, epilogue: Epilogue, channels: int, planes: int) -> None:
+    def __init__(self, epilogue: Epilogue, parts: Sequence[int], planes: int) -> None:
         super().__init__(epilogue)
-        self.channels, self.planes, self.break_even = channels, planes, 1.0
+        self.parts, self.planes, self.break_even = tuple(parts), planes, 1.0
 
     def forward(self, spikes: PackedSpikes, *, stands: Stands | None = None, **options: Any) -> Result:
         if stands is not None:
@@ -124,7 +125,7 @@ class IntegerProduct(SpikeProduct):
         self,
         weight: Tensor,
         epilogue: Epilogue,
-        channels: int = 0,
+        parts: Sequence[int] = (),
         *,
         planes: int = 1,
         norm: float = 1.0,
@@ -134,7 +135,7 @@ class IntegerProduct(SpikeProduct):
         integers, scale = quantize(weight, pieces, planes)
         constants = epilogue.constants.clone()
         constants[1] = (scale.double() / norm).float()
-        super().__init__(Epilogue.of(constants, epilogue.neuron), channels, planes)
+        super().__init__(Epilogue.of(constants, epilogue.neuron), parts, planes)
         self.register_buffer("integers", integers)
         self.integers: Tensor
         self.windows = windows or Windows.same(weight)

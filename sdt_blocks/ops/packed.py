@@ -7,6 +7,7 @@ A product with spikes is a sum of weight rows, so a silent input costs nothing. 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,6 +115,22 @@ class PackedSpikes:
     def images(self, first: int, last: int) -> PackedSpikes:
         """The spikes of the images `first` to `last - 1`, as a view."""
         return self.of(self.words[:, first:last])
+
+    def split(self, channels: Sequence[int]) -> list[PackedSpikes]:
+        """Spikes of several layers one after another, each filled up to whole words, as views.
+
+        >>> packed = PackedSpikes.pack(torch.ones(1, 1, 128, 2, 2))
+        >>> [part.unpack().shape[2] for part in packed.split([64, 3])]
+        [64, 3]
+        """
+        words = [-(-count // WORD) for count in channels]
+        if self.planes != 1 or sum(words) != self.words.shape[-1]:
+            raise ValueError(
+                f"parts of {list(channels)} channels take {sum(words)} words of one plane, got "
+                f"{self.words.shape[-1]} of {self.planes}"
+            )
+        parts = zip(self.words.split(words, -1), channels, strict=True)
+        return [PackedSpikes(part, count) for part, count in parts]
 
     def of(self, words: Tensor) -> PackedSpikes:
         """Spikes with other frames in the same arrangement."""
@@ -353,55 +370,14 @@ def spike_pool_reference(spikes: PackedSpikes) -> PackedSpikes:
     return PackedSpikes.pack(F.max_pool2d(frames.flatten(0, 1), 3, 2, 1).unflatten(0, frames.shape[:2]))
 
 
-def real_pool(x: Tensor) -> Tensor:
-    """3x3 max pooling, stride 2, padding 1, of x `[T, B, H, W, C]` in float32."""
-    return _pool("real_pool", x.float().contiguous())
+def real_pool(x: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """3x3 max pooling, stride 2, padding 1, of x `[T, B, H, W, C]` in float32, into `out` if that is given."""
+    return _pool("real_pool", x.float().contiguous(), out)
 
 
 def real_pool_reference(x: Tensor) -> Tensor:
-    """`real_pool` in PyTorch."""
+    """`real_pool` in PyTorch, into a new tensor."""
     return F.max_pool2d(x.flatten(0, 1).movedim(-1, 1), 3, 2, 1).movedim(1, -1).unflatten(0, x.shape[:2])
-
-
-def spike_attention(
-    qkv: PackedSpikes, neuron: NeuronSpec, inv_tau: Tensor | None = None, standing: Tensor | None = None
-) -> PackedSpikes:
-    """Spike-driven self-attention: `q AND neuron(number of tokens with k AND v)`.
-
-    qkv has `3 * channels` channels, those of q, k and v in this order, with channels a multiple of 64 (`pad_to_words`
-    makes weights for that); inv_tau is a number or `[channels]`; `standing` `[B, channels]` is as in `spike_product`.
-    The result has `channels` channels.
-    """
-    channels = _attention_channels(qkv)
-    words = qkv.words.contiguous()
-    if standing is not None:
-        check_real("standing", standing, (words.shape[1], channels), standing)
-    steps, images, height, width, _ = words.shape
-    out = words.new_empty(steps, images, height, width, channels // WORD)
-    leak = constant(neuron.inv_tau if inv_tau is None else inv_tau).expand(channels)
-    call(
-        "spike_attention",
-        words,
-        out,
-        steps,
-        images,
-        height * width,
-        channels // WORD,
-        leak.contiguous(),
-        bindings.Neuron.of(neuron),
-        standing,
-    )
-    return PackedSpikes(out, channels)
-
-
-def spike_attention_reference(qkv: PackedSpikes, neuron: NeuronSpec, inv_tau: Tensor | None = None) -> PackedSpikes:
-    """`spike_attention` on unpacked spikes."""
-    _attention_channels(qkv)
-    q, k, v = qkv.unpack_reference().chunk(3, dim=2)
-    counts = (k * v).sum((-2, -1), keepdim=True)
-    leak = neuron.inv_tau if inv_tau is None else inv_tau
-    a, _ = lif_reference(counts, neuron._replace(inv_tau=leak))
-    return PackedSpikes.pack(q * a)
 
 
 def pad_to_words(x: Tensor) -> Tensor:
@@ -521,9 +497,12 @@ def _frames(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x[0].is_contiguous() else x.contiguous()
 
 
-def _pool(kernel: str, x: Tensor) -> Tensor:
+def _pool(kernel: str, x: Tensor, out: Tensor | None = None) -> Tensor:
     steps, images, height, width, channels = x.shape
-    pooled = x.new_empty(steps, images, (height + 1) // 2, (width + 1) // 2, channels)
+    shape = (steps, images, (height + 1) // 2, (width + 1) // 2, channels)
+    if out is not None and (out.shape != shape or out.dtype != x.dtype or not out.is_contiguous()):
+        raise ValueError(f"out must be contiguous {x.dtype} {list(shape)}, got {out.dtype} {list(out.shape)}")
+    pooled = x.new_empty(shape) if out is None else out
     call(kernel, x, pooled, steps * images, height, width, channels)
     return pooled
 
@@ -549,12 +528,6 @@ def _check_neuron(x: Tensor, epilogue: Epilogue, steps: int) -> None:
         raise ValueError(
             f"expected float32 [{steps} or 1, B, H, W, {epilogue.channels}], got {x.dtype} {list(x.shape)}"
         )
-
-
-def _attention_channels(qkv: PackedSpikes) -> int:
-    if qkv.channels % (3 * WORD):
-        raise ValueError(f"q, k and v must each have a multiple of {WORD} channels, got {qkv.channels} / 3")
-    return qkv.channels // 3
 
 
 def _library() -> ctypes.CDLL:

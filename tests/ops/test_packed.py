@@ -22,8 +22,6 @@ from sdt_blocks.ops.packed import (
     pad_to_words,
     real_pool,
     real_pool_reference,
-    spike_attention,
-    spike_attention_reference,
     spike_neuron,
     spike_neuron_reference,
     spike_pool,
@@ -214,17 +212,6 @@ def test_a_cut_sequence_goes_on_from_where_the_neurons_stood(reset, channels, in
             assert torch.equal(standing, left)
 
 
-def test_a_cut_attention_goes_on_from_where_its_neurons_stood():
-    qkv = PackedSpikes.pack(draw(5, 2, 3 * 128, 4, 4, density=0.3))
-    neuron, leak = NeuronSpec(threshold=0.9, reset="subtract"), torch.linspace(0.1, 0.9, 128)
-    whole, standing = spike_attention(qkv, neuron, leak), torch.zeros(2, 128)
-    parts = [
-        spike_attention(qkv.of(qkv.words[at]), neuron, leak, standing) for at in (slice(0, 1), slice(1, 4), slice(4, 5))
-    ]
-    assert torch.equal(torch.cat([part.words for part in parts]), whole.words) and 0.05 < whole.rate() < 0.95
-    assert not torch.equal(spike_attention(qkv.of(qkv.words[4:]), neuron, leak).words, whole.words[4:])
-
-
 @pytest.mark.parametrize("frames", [1, 4])
 @pytest.mark.parametrize("channels", [1, 32, 48, 96])
 def test_neuron_on_real_input(frames, channels):
@@ -241,20 +228,12 @@ def test_pooling(size):
     spikes = PackedSpikes.pack(draw(3, 2, 70, *size, density=0.1))
     assert torch.equal(spike_pool(spikes).words, spike_pool_reference(spikes).words)
     x = torch.randn(3, 2, *size, 37)
-    assert torch.equal(real_pool(x), real_pool_reference(x))
-
-
-@pytest.mark.parametrize("steps,size", [(1, (1, 1)), (4, (14, 14)), (3, (5, 60))])
-@pytest.mark.parametrize("density", [0.0, 0.05, 0.4, 1.0])
-@pytest.mark.parametrize(
-    "neuron", [NeuronSpec(threshold=0.5), NeuronSpec(threshold=7.0, reset="subtract", strict=True)]
-)
-def test_attention(steps, size, density, neuron):
-    qkv = PackedSpikes.pack(draw(steps, 2, 3 * 128, *size, density=density))
-    leak = torch.rand(128, generator=torch.Generator().manual_seed(3)) * 0.8 + 0.1
-    assert torch.equal(spike_attention(qkv, neuron).words, spike_attention_reference(qkv, neuron).words)
-    found, expected = spike_attention(qkv, neuron, leak), spike_attention_reference(qkv, neuron, leak)
-    assert torch.equal(found.words, expected.words)
+    out = torch.empty(3, 4, *real_pool(x).shape[2:])
+    assert torch.equal(real_pool(x), real_pool_reference(x)) and torch.equal(
+        real_pool(x[0:1], out=out[0:1, :2]), real_pool(x)[:1]
+    )
+    with pytest.raises(ValueError, match=r"out must be contiguous torch.float32 \[3, 2, "):
+        real_pool(x, out=out[:, :2])
 
 
 @settings(max_examples=30, deadline=None)
@@ -340,7 +319,8 @@ def test_padding_to_words():
         (lambda: _product(residual=torch.ones(1, 1, 2, 2, 3)), "residual"),
         (lambda: _product(standing=torch.ones(1, 2, 2, 3)), "standing"),
         (lambda: spike_neuron(torch.ones(2, 1, 1, 1, 4), Epilogue(4), 3), "3 or 1"),
-        (lambda: spike_attention(PackedSpikes.pack(torch.ones(1, 1, 96, 1, 1)), NeuronSpec()), "multiple of 64"),
+        (lambda: PackedSpikes.pack(torch.ones(1, 1, 96, 1, 1)).split([64, 65]), r"\[64, 65\] channels take 3 words"),
+        (lambda: _levels(2, 1.0).split([2]), "1 words of one plane, got 2 of 2"),
     ],
 )
 def test_bad_input_is_named(call, message):

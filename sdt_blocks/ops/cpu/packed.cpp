@@ -2,6 +2,7 @@
 //
 // Levels 0..D take D such planes per pixel, one after the other; the level is the number of planes whose bit is set.
 
+#include "packed_attention.h"
 #include "packed_dense.h"
 #include "packed_events.h"
 #include "packed_pool.h"
@@ -140,43 +141,19 @@ int64_t real_product_is_fast() {
 #endif
 }
 
-// q & neuron(sum over tokens of k & v), for rows [steps, images, tokens] of q, k and v, `words` words each. `standing` is as in
-// `Epilogue`, [images, 64 * words] or null.
-void spike_attention(const uint64_t* qkv, uint64_t* out, int64_t steps, int64_t images, int64_t tokens, int64_t words,
-                     const float* inv_tau, const Neuron* neuron, float* standing, int64_t threads) {
-    const Dynamics<float> dynamics(*neuron);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t column = 0; column < images * words; column++) {
-        const int64_t image = column / words, word = column % words;
-        float h[64] = {};
-        if (standing) std::copy_n(standing + column * 64, 64, h);
-        for (int64_t t = 0; t < steps; t++) {
-            const int64_t row = (t * images + image) * tokens;
-            // Counters of 64 channels in bit planes: plane i holds bit i of every count.
-            uint64_t planes[40] = {};
-            int used = 0;
-            for (int64_t token = 0; token < tokens; token++) {
-                const uint64_t* at = qkv + (row + token) * 3 * words + word;
-                uint64_t carry = at[words] & at[2 * words];
-                for (int i = 0; carry; i++) {
-                    const uint64_t both = planes[i] & carry;
-                    planes[i] ^= carry;
-                    carry = both;
-                    used = std::max(used, i + 1);
-                }
-            }
-            uint64_t fired = 0;
-            for (int c = 0; c < 64; c++) {
-                int64_t count = 0;
-                for (int i = 0; i < used; i++) count |= int64_t(planes[i] >> c & 1) << i;
-                h[c] = step(dynamics, float(count), h[c], dynamics.fires(h[c]), inv_tau[word * 64 + c]);
-                fired |= uint64_t(dynamics.fires(h[c])) << c;
-            }
-            for (int64_t token = 0; token < tokens; token++)
-                out[(row + token) * words + word] = qkv[(row + token) * 3 * words + word] & fired;
-        }
-        if (standing) std::copy_n(h, 64, standing + column * 64);
-    }
+void spike_attention(const Rows* passed, const Rows* a, const Rows* b, uint64_t* out, int64_t steps, int64_t images,
+                     int64_t tokens, const float* inv_tau, const Neuron* neuron, float* standing, int64_t threads) {
+    mask_over_tokens(*passed, *a, *b, out, steps, images, tokens, inv_tau, *neuron, standing, threads);
+}
+
+void spike_token_attention(const Rows* q, const Rows* k, uint64_t* out, int64_t steps, int64_t tokens, int64_t heads,
+                           const float* inv_tau, const Neuron* neuron, float* standing, int64_t threads) {
+    mask_over_heads(*q, *k, out, steps, tokens, heads, inv_tau, *neuron, standing, threads);
+}
+
+void spike_linear_attention(const Rows* q, const Rows* k, const Rows* v, float* out, int64_t frames, int64_t tokens,
+                            int64_t heads, float scale, int64_t threads) {
+    linear_attention(*q, *k, *v, out, frames, tokens, heads, scale, threads);
 }
 
 // Plane i of a row [planes, words] holds which of its whole numbers [channels] are above i.
