@@ -114,7 +114,7 @@ class Bytes(Dense):
         if after.residual is not None:
             before = self._frames(values.get(after.residual))
             residual = None if before is None else before.real(self.real_dtype)
-            size = product.windows.size(x.shape[2:4], product.integers.movedim(-1, 1))
+            size = product.windows.size(x.shape[2:4], product.integers.shape[1:3])
             if residual is None or residual.shape != (*x.shape[:2], *size, len(product.integers)):
                 # The shortcut is added, and the neuron fires, as nodes of their own.
                 return Membrane(_kept(product(x, membrane=self.real_dtype)))

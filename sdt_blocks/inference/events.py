@@ -21,7 +21,7 @@ from ..ops.packed import (
     spike_pool,
 )
 from . import passes
-from .forms import DenseSums, Forms, epilogue_of, pool_frames, pooled_membrane
+from .forms import Forms, epilogue_of, pool_frames, pooled_membrane
 from .integers import (
     FLOAT32,
     INT8,
@@ -230,11 +230,7 @@ class Events(Form):
         into: bool | Tensor = after.keep
         if after.residual is not None:
             before = _membrane(values[after.residual])
-            if (
-                before is None
-                or isinstance(form, DenseSums | OrderedSums)
-                or before.real.shape != form.result_shape(source)
-            ):
+            if before is None or before.real.shape != form.result_shape(source):
                 # The shortcut is added, and the neuron fires, as nodes of their own.
                 return Membrane(form(source, membrane=True)[0], owned=True)
             residual = before.real

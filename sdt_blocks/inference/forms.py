@@ -26,6 +26,7 @@ from .integers import (
     SpikeProduct,
     Stands,
     events_know,
+    places_of,
     shown,
 )
 from .passes import COUNTS, LEVELS, SPIKES
@@ -64,7 +65,6 @@ class Forms:
             neuron = None if fire is None else fire.target
             if self.kinds[node.inputs()[0]] in PACKED and self._on_spikes(node.target, known[0]):
                 return self._product([known], neuron, **self._planes(node))
-            neuron = neuron if self.epilogues[node].residual is None else None
             return self._on_reals(node.target, known, neuron)
         if node.op == FIRE and (is_neuron(node.target) or self.kinds[node] == LEVELS):
             return node.target
@@ -111,7 +111,7 @@ class Forms:
             if own and real_product_is_fast():
                 after = epilogue_of(norm, neuron, bias=conv.bias, channels=channels)
                 return OrderedSums([(conv.weight.detach(), Geometry.of(conv))], after)
-            return DenseSums(layers, epilogue_of(norm, neuron, channels=channels))
+            return DenseSums(layers, conv, epilogue_of(norm, neuron, channels=channels))
         convs = chain(unit) or [conv]
         if any(one.groups > 1 and one.weight.shape[:2] != (one.in_channels, 1) for one in convs):
             return None
@@ -220,11 +220,20 @@ class EventProduct(SpikeProduct):
 
 
 class DenseSums(Finished):
-    """A unit's layers on frames of real values, and what follows them, a few images at a time."""
+    """A unit's layers on frames of real values, and what follows them, a few images at a time.
 
-    def __init__(self, layers: nn.Module, epilogue: Epilogue) -> None:
+    `like` is a single convolution with the windows of all of them together.
+    """
+
+    def __init__(self, layers: nn.Module, like: nn.Conv2d, epilogue: Epilogue) -> None:
         super().__init__(epilogue)
         self.layers = copy.deepcopy(layers).to(memory_format=torch.channels_last)
+        self.windows, self.kernel = Geometry.of(like).windows, like.weight.shape[2:]
+
+    def result_shape(self, frames: Tensor | PackedSpikes) -> torch.Size:
+        """`[T, B, H, W, out]`."""
+        time_steps, images, *size = places_of(frames)
+        return torch.Size((time_steps, images, *self.windows.size(size, self.kernel), self.epilogue.channels))
 
     def forward(
         self,
@@ -235,22 +244,24 @@ class DenseSums(Finished):
         stands: Stands | None = None,
     ) -> Result:
         x, time_steps = shown(frames)
-        standing: Tensor | None = None
-        parts: list[Result] = []
+        shape, words = self.result_shape(frames), []
+        kept: Any = self.constants.new_empty(shape) if membrane is True else membrane
+        standing = None if stands is None else stands(shape[1:])
         size, images = _chunk(x[:, 0, ..., 0].numel(), self.epilogue.channels), x.shape[1]
         for first in range(0, images, size):
             some = slice(first, first + size)
             sums = self.layers(x[:, some].flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             sums = sums.unflatten(0, (len(x), -1)).contiguous()
-            before = None if residual is None else residual[:, some].contiguous()
-            if stands is not None and standing is None:
-                standing = stands((images, *sums.shape[2:]))
-            options = {"residual": before, "standing": None if standing is None else standing[some]}
-            parts.append(spike_neuron(sums, self.epilogue, time_steps, membrane=membrane is not False, **options))
-        if len(parts) == 1:
-            return parts[0]
-        kept = None if parts[0][0] is None else torch.cat([part[0] for part in parts], dim=1)
-        return kept, _joined(self.epilogue, [fired.words for _, fired in parts if fired is not None])
+            _, fired = spike_neuron(
+                sums,
+                self.epilogue,
+                time_steps,
+                residual=None if residual is None else residual[:, some],
+                membrane=kept[:, some] if isinstance(kept, Tensor) else False,
+                standing=None if standing is None else standing[some],
+            )
+            words += [] if fired is None else [fired.words]
+        return (kept if isinstance(kept, Tensor) else None), _joined(self.epilogue, words)
 
 
 def _joined(epilogue: Epilogue, words: Sequence[Tensor]) -> PackedSpikes | None:

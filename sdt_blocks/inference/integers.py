@@ -151,7 +151,7 @@ class IntegerProduct(SpikeProduct):
         return spike_product_dense(spikes, self.weight, self.epilogue, windows=self.windows, **options)
 
     def result_shape(self, spikes: PackedSpikes) -> torch.Size:
-        size = self.windows.size(spikes.words.shape[2:4], self.integers)
+        size = self.windows.size(spikes.words.shape[2:4], self.integers.shape[2:])
         return torch.Size((*spikes.words.shape[:2], *size, self.epilogue.channels))
 
 
@@ -173,21 +173,26 @@ class OrderedSums(Finished):
 
     def forward(self, frames: Tensor | PackedSpikes, *, stands: Stands | None = None, **options: Any) -> Result:
         x, time_steps = shown(frames)
+        if stands is not None:
+            options["standing"] = stands(self.result_shape(frames)[1:])
         for place, geometry in enumerate(self.geometries):
             last = place == len(self.geometries) - 1
             windows, weight = geometry.windows, getattr(self, f"weight{place}")
             if geometry.groups == 1:
                 made = self.made(f"weight{place}", lambda weight=weight: RealWeight(weight))
                 if last:
-                    if stands is not None:
-                        options["standing"] = stands((x.shape[1], *windows.size(x.shape[2:4], weight), len(weight)))
                     return real_product(x, made, self.epilogue, time_steps, windows=windows, **options)
                 x = real_product(x, made, Epilogue(len(weight)), len(x), windows=windows, membrane=True)[0]
             else:
                 x = depthwise_product(x.flatten(0, 1), weight, windows=windows).unflatten(0, x.shape[:2])
-        if stands is not None:
-            options["standing"] = stands(x.shape[1:])
         return spike_neuron(x, self.epilogue, time_steps, **options)
+
+    def result_shape(self, frames: Tensor | PackedSpikes) -> torch.Size:
+        """`[T, B, H, W, out]`."""
+        time_steps, images, *size = places_of(frames)
+        for place, geometry in enumerate(self.geometries):
+            size = [*geometry.windows.size(size, getattr(self, f"weight{place}").shape[2:])]
+        return torch.Size((time_steps, images, *size, self.epilogue.channels))
 
     def pooled(self, frames: Tensor | PackedSpikes) -> PackedSpikes:
         """The spikes after a 3x3 maximum of stride 2, from neurons that start at rest."""
@@ -230,6 +235,11 @@ def ordered_mean(x: Tensor, axes: Sequence[int]) -> Tensor:
             x = torch.cat([pairs, x.narrow(axis, 2 * half, 1)], axis) if x.shape[axis] % 2 else pairs
         x = x.squeeze(axis)
     return x / count
+
+
+def places_of(x: Tensor | PackedSpikes) -> Sequence[int]:
+    """`[T, B, H, W]` of frames `[T, B, H, W, C]`."""
+    return (x.words if isinstance(x, PackedSpikes) else x).shape[:4]
 
 
 def shown(x: Tensor | PackedSpikes) -> tuple[Tensor, int]:

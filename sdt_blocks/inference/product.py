@@ -119,7 +119,7 @@ class Integers(Convolution):
         parts = x.split(max(1, _SLICE_BYTES // (4 * out)))
         if len(parts) == 1:
             return self._sum(x)
-        size = self.product.geometry.windows.size(x.shape[2:], self.product.weight) if x.ndim == 4 else ()
+        size = self.product.geometry.windows.size(x.shape[2:], self.product.weight.shape[2:]) if x.ndim == 4 else ()
         shape = (len(x), len(self.zeros), *size)
         order = torch.channels_last if x.ndim == 4 else torch.contiguous_format
         total = torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=order)

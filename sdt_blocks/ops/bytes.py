@@ -73,7 +73,7 @@ def check(x: Tensor, layer: ByteLayer, residual: Tensor | None, neuron: Firing |
         raise ValueError(f"a byte holds levels up to {LARGEST}, the neurons have {neuron.levels}")
     if isinstance(neuron, Neuron) and (neuron.before is not None or neuron.after is not None):
         raise ValueError("neurons of a layer of bytes start at rest; keep the membrane, and fire on it by `dense.fire`")
-    size = Windows(*windows).size(x.shape[2:4], weight.movedim(-1, 1))
+    size = Windows(*windows).size(x.shape[2:4], weight.shape[1:3])
     if residual is not None and residual.shape != (*x.shape[:2], *size, len(weight)):
         raise ValueError(
             f"the shortcut must be {[*x.shape[:2], *size, len(weight)]} as the result is, got {list(residual.shape)}"

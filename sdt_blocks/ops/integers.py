@@ -131,11 +131,11 @@ class Windows(NamedTuple):
         """The windows that keep the size of a frame, for an odd kernel."""
         return Windows(padding=tuple(size // 2 for size in weight.shape[2:]))
 
-    def size(self, frame: Sequence[int], weight: Tensor) -> tuple[int, int]:
-        """Height and width of the result."""
+    def size(self, frame: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:
+        """Height and width of the result, from those of a frame and of the kernel."""
         height, width = (
             (n + 2 * around - gap * (k - 1) - 1) // step + 1
-            for n, k, step, around, gap in zip(frame, weight.shape[2:], *self, strict=True)
+            for n, k, step, around, gap in zip(frame, kernel, *self, strict=True)
         )
         return height, width
 
@@ -168,7 +168,7 @@ def spike_product_dense(
         raise ValueError(f"levels must be at most {MOST_PLANES}, got {spikes.planes}")
     windows = windows or Windows.same(weight.weight)
     steps, images, *frame = spikes.words.shape[:4]
-    size = windows.size(frame, weight.weight)
+    size = windows.size(frame, weight.weight.shape[2:])
     frames = frames_of(spikes)
     kept, fired, arguments = outputs_of(epilogue, (steps, images, *size), residual, membrane, standing)
     shape = windows.structure(weight.weight, size)
@@ -235,7 +235,7 @@ def byte_product(x: Tensor, weight: IntegerWeight, epilogue: Epilogue, *, window
             f"{epilogue.channels}"
         )
     windows, x = windows or Windows.same(weight.weight), x.contiguous()
-    size = windows.size(x.shape[1:3], weight.weight)
+    size = windows.size(x.shape[1:3], weight.weight.shape[2:])
     kept, _, arguments = outputs_of(epilogue, (1, len(x), *size), None, True, None)
     shape = windows.structure(weight.weight, size)
     call("byte_product", x, (ctypes.c_int64 * 4)(*x.shape), shape, weight.pieces, weight.digits, arguments)
@@ -251,7 +251,7 @@ def depthwise_product(x: Tensor, weight: Tensor, *, windows: Windows | None = No
             f"{list(weight.shape)}"
         )
     windows, x = windows or Windows.same(weight), x.contiguous()
-    size = windows.size(x.shape[1:3], weight)
+    size = windows.size(x.shape[1:3], weight.shape[2:])
     out = x.new_empty(len(x), *size, len(weight))
     taps = weight.detach().float().flatten(1).T.contiguous()
     call("depthwise_product", x, (ctypes.c_int64 * 4)(*x.shape), windows.structure(weight, size), taps, out)
@@ -282,7 +282,7 @@ def _size_of(x: Tensor, weight: RealWeight, epilogue: Epilogue, steps: int, wind
         raise ValueError(f"expected float32 [{steps} or 1, B, H, W, {into}], got {x.dtype} {list(x.shape)}")
     if epilogue.channels != out:
         raise ValueError(f"the weight gives {out} channels, but the epilogue has {epilogue.channels}")
-    return windows.size(x.shape[2:4], weight.weight)
+    return windows.size(x.shape[2:4], weight.weight.shape[2:])
 
 
 class _Windows(ctypes.Structure):

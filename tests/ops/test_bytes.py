@@ -47,7 +47,7 @@ def sums_of(x: Tensor, weight: Tensor, windows: Windows) -> Tensor:
     """In 64 bits, one window and one tap after the other."""
     (sy, sx), (py, px), (dy, dx) = windows
     _, height, width, _ = weight.shape
-    rows, columns = windows.size(x.shape[2:4], weight.movedim(-1, 1))
+    rows, columns = windows.size(x.shape[2:4], weight.shape[1:3])
     padded = torch.nn.functional.pad(x.cpu().long(), (0, 0, px, px, py, py))
     total = torch.zeros(*x.shape[:2], rows, columns, len(weight), dtype=torch.int64)
     for i in range(height):

@@ -128,51 +128,56 @@ inline void expand_levels(const uint64_t* word, int64_t plane, int64_t planes, f
     }
 }
 
-constexpr int SUMMED = 4;  // vectors of sums that are added up together
-
-// sums[0 .. width) = the sum over the listed channels of level * rows[channel]; the width is a multiple of SUMMED vectors.
-inline void add_active(const Active* active, int64_t count, const float* rows, int64_t width, float* sums) {
-    for (int64_t at = 0; at < width; at += SUMMED * WIDTH) {
-        Vector sum[SUMMED] = {};
-        for (int64_t i = 0; i < count; i++)
-            for (int v = 0; v < SUMMED; v++)
-                sum[v] = multiply_add(broadcast(active[i].level), load(rows + active[i].channel * width + at + v * WIDTH), sum[v]);
-        for (int v = 0; v < SUMMED; v++) store(sums + at + v * WIDTH, sum[v]);
-    }
+// Calls `use` for parts of a row of `width` values, a multiple of two vectors, with their place and their number of vectors.
+template <class F> void in_vectors(int64_t width, F use) {
+    int64_t at = 0;
+    for (; at + 4 * WIDTH <= width; at += 4 * WIDTH) use(at, std::integral_constant<int, 4>());
+    if (at < width) use(at, std::integral_constant<int, 2>());
 }
 
 // scale * q (k^T v) for each of the `frames` and heads, [frames, tokens, channels of v]. Sums are whole numbers in float32.
 void linear_attention(const Rows& q, const Rows& k, const Rows& v, float* out, int64_t frames, int64_t tokens, int64_t heads,
                       float scale, int64_t threads) {
     const int64_t size = q.channels / heads, values = v.channels / heads;
-    const int64_t width = ceil_divide(values, SUMMED * WIDTH) * SUMMED * WIDTH;
+    const int64_t width = ceil_divide(values, 2 * WIDTH) * 2 * WIDTH;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t task = 0; task < frames * heads; task++) {
         static thread_local Buffer<float> products, rows;
         static thread_local std::vector<Active> active;
         const int64_t head = task % heads, first = task / heads * tokens;
-        const int64_t begin = head * values / 64, end = ceil_divide((head + 1) * values, 64);
+        const int64_t from = head * values / 64, end = ceil_divide((head + 1) * values, 64);
         active.resize(size);
-        float *kv = products.reserve(size * width), *levels = rows.reserve((end - begin) * 64 + width);
+        float *kv = products.reserve(size * width), *levels = rows.reserve((end - from) * 64 + width);
         // Behind the head's own values are those of the next head, or of what was there before: nothing reads their sums.
         float* row = levels + head * values % 64;
         std::fill_n(kv, size * width, 0.f);
         for (int64_t at = first; at < first + tokens; at++) {
             const int64_t of_k = list_active(k, at, head * size, (head + 1) * size, active.data());
             if (!of_k) continue;
-            for (int64_t word = begin; word < end; word++)
-                expand_levels(v.row(at) + word, v.plane(), v.planes, levels + (word - begin) * 64);
-            for (int64_t i = 0; i < of_k; i++) {
-                float* to = kv + active[i].channel * width;
-                for (int64_t c = 0; c < width; c += WIDTH)
-                    store(to + c, multiply_add(broadcast(active[i].level), load(row + c), load(to + c)));
-            }
+            for (int64_t word = from; word < end; word++)
+                expand_levels(v.row(at) + word, v.plane(), v.planes, levels + (word - from) * 64);
+            in_vectors(width, [&](int64_t begin, auto vectors) {
+                Vector of_v[vectors];
+                for (int i = 0; i < vectors; i++) of_v[i] = load(row + begin + i * WIDTH);
+                for (int64_t n = 0; n < of_k; n++) {
+                    float* to = kv + active[n].channel * width + begin;
+                    for (int i = 0; i < vectors; i++, to += WIDTH)
+                        store(to, multiply_add(broadcast(active[n].level), of_v[i], load(to)));
+                }
+            });
         }
         for (int64_t at = first; at < first + tokens; at++) {
             const int64_t of_q = list_active(q, at, head * size, (head + 1) * size, active.data());
-            add_active(active.data(), of_q, kv, width, row);
-            float* to = out + at * v.channels + head * values;
-            for (int64_t c = 0; c < values; c++) to[c] = row[c] * scale;
+            in_vectors(width, [&](int64_t begin, auto vectors) {
+                Vector sum[vectors] = {};
+                for (int64_t n = 0; n < of_q; n++) {
+                    const float* from = kv + active[n].channel * width + begin;
+                    for (int i = 0; i < vectors; i++, from += WIDTH)
+                        sum[i] = multiply_add(broadcast(active[n].level), load(from), sum[i]);
+                }
+                for (int i = 0; i < vectors; i++) store(row + begin + i * WIDTH, sum[i] * broadcast(scale));
+            });
+            std::copy_n(row, values, out + at * v.channels + head * values);
         }
     }
 }
