@@ -271,12 +271,15 @@ class Known:
     def _compared(self, operands: list[str], parts: list[str]) -> dict[str, bool | None]:
         how = next((part for part in parts if part in COMPARE), None)
         join = next((part for part in parts if part in COMBINE), None)
-        a, b, other = self.value(operands[2]), self.value(operands[3]), self.predicate(operands[4])
-        if how is None or join is None or a is None or b is None or {"U64", "S64"} & set(parts):
+        wide = bool({"U64", "S64"} & set(parts))
+        a, b = self.value(operands[2], wide), self.value(operands[3], wide)
+        other = self.predicate(operands[4])
+        if how is None or join is None or a is None or b is None:
             return {}
-        a, b = a & WORD, b & WORD
-        if "U32" not in parts:
-            a, b = a - (a >> 31 << 32), b - (b >> 31 << 32)
+        bits = 64 if wide else 32
+        a, b = a & (1 << bits) - 1, b & (1 << bits) - 1
+        if not {"U32", "U64"} & set(parts):
+            a, b = a - (a >> bits - 1 << bits), b - (b >> bits - 1 << bits)
         found: bool | None = COMPARE[how](a, b)
         if "EX" in parts:
             # The high words, after the result of the low ones.

@@ -154,6 +154,21 @@ LEFT_BY_AN_EXIT = """
 """
 
 
+COUNTED_IN_64_BITS = """
+        /*0000*/                   UMOV.64 UR4, URZ ;
+        /*0010*/                   MOV.64 R14, RZ ;
+.L_x_0:
+        /*0020*/                   LDG.E R8, desc[UR6][R2.64] ;
+        /*0030*/                   UIADD3.64 UR4, UPT, UPT, UR4, 0x1, URZ ;
+        /*0040*/                   IADD.64 R14, R14, -0x1 ;
+        /*0050*/                   UISETP.NE.U64.AND UP0, UPT, UR4, 0xb, UPT ;
+        /*0060*/                   ISETP.GT.S64.AND P1, PT, RZ, R14, PT ;
+        /*0070*/                   PLOP3.LUT P0, PT, P1, PT, UP0, 0x80, 0x8 ;
+        /*0080*/              @!P0 EXIT ;
+        /*0090*/                   BRA `(.L_x_0) ;
+"""
+
+
 PREDICATES_IN_REGISTERS = """
         /*0000*/                   ULDC UR4, c[0x0][0x220] ;
         /*0010*/                   UISETP.GE.AND UP1, UPT, UR4, 0x3, UPT ;
@@ -237,6 +252,11 @@ def test_predicates_are_followed_into_registers_and_back(number: int) -> None:
 def test_an_exit_is_taken_where_its_condition_is_known_to_hold() -> None:
     counts = pytest.importorskip("machine").executed(LEFT_BY_AN_EXIT, trips=5)
     assert counts["LDG.E"] == 11 and counts["EXIT"] == 22
+
+
+def test_loops_are_counted_in_64_bits() -> None:
+    counts = pytest.importorskip("machine").executed(COUNTED_IN_64_BITS, trips=5)
+    assert counts["LDG.E"] == counts["EXIT"] == 11
 
 
 def test_the_table_replaces_what_stands_between_the_markers(tmp_path: Path) -> None:
