@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -195,28 +195,16 @@ class EventProduct(SpikeProduct):
         standing: Tensor | None = None,
     ) -> Result:
         """The sums from a dense convolution, in the way that is fastest on this machine, a few images at a time."""
-        steps_, images, height, width, _ = spikes.words.shape
-        channels = self.epilogue.channels
-        kept: Any = membrane
-        if membrane is True:
-            kept = self.constants.new_empty(steps_, images, height, width, channels)
-        words = []
-        size = _chunk(steps_ * height * width, channels)
-        for first in range(0, images, size):
-            some = slice(first, first + size)
+        _, _, height, width, _ = spikes.words.shape
+
+        def sums(some: slice) -> Tensor:
             part = spikes.of(spikes.words[:, some])
             shape = torch.Size((part.words.shape[:2].numel(), height, width, spikes.channels))
             frames = part.unpack(self.convolution.input_dtype(shape)).movedim(2, -1).flatten(0, 1)
-            _, fired = spike_neuron(
-                self.convolution(frames).unflatten(0, part.words.shape[:2]),
-                self.epilogue,
-                steps_,
-                residual=None if residual is None else residual[:, some],
-                membrane=kept[:, some] if isinstance(kept, Tensor) else False,
-                standing=None if standing is None else standing[some],
-            )
-            words += [] if fired is None else [fired.words]
-        return (kept if isinstance(kept, Tensor) else None), _joined(self.epilogue, words)
+            return self.convolution(frames).unflatten(0, part.words.shape[:2])
+
+        shape = self.result_shape(spikes)
+        return _in_parts(sums, self.epilogue, shape, len(spikes.words) * height * width, residual, membrane, standing)
 
 
 class DenseSums(Finished):
@@ -243,30 +231,45 @@ class DenseSums(Finished):
         membrane: bool | Tensor = False,
         stands: Stands | None = None,
     ) -> Result:
-        x, time_steps = shown(frames)
-        shape, words = self.result_shape(frames), []
-        kept: Any = self.constants.new_empty(shape) if membrane is True else membrane
+        x, _ = shown(frames)
+
+        def sums(some: slice) -> Tensor:
+            made: Tensor = self.layers(x[:, some].flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            return made.unflatten(0, (len(x), -1)).contiguous()
+
+        shape = self.result_shape(frames)
         standing = None if stands is None else stands(shape[1:])
-        size, images = _chunk(x[:, 0, ..., 0].numel(), self.epilogue.channels), x.shape[1]
-        for first in range(0, images, size):
-            some = slice(first, first + size)
-            sums = self.layers(x[:, some].flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            sums = sums.unflatten(0, (len(x), -1)).contiguous()
-            _, fired = spike_neuron(
-                sums,
-                self.epilogue,
-                time_steps,
-                residual=None if residual is None else residual[:, some],
-                membrane=kept[:, some] if isinstance(kept, Tensor) else False,
-                standing=None if standing is None else standing[some],
-            )
-            words += [] if fired is None else [fired.words]
-        return (kept if isinstance(kept, Tensor) else None), _joined(self.epilogue, words)
+        return _in_parts(sums, self.epilogue, shape, x[:, 0, ..., 0].numel(), residual, membrane, standing)
 
 
-def _joined(epilogue: Epilogue, words: Sequence[Tensor]) -> PackedSpikes | None:
-    """What a neuron fired for parts of the images, for all of them; `None` without parts."""
-    return epilogue.packed(words[0] if len(words) == 1 else torch.cat([*words], dim=1)) if words else None
+def _in_parts(
+    sums: Callable[[slice], Tensor],
+    epilogue: Epilogue,
+    shape: torch.Size,
+    pixels: int,
+    residual: Tensor | None,
+    membrane: bool | Tensor,
+    standing: Tensor | None,
+) -> Result:
+    """The epilogue of sums that are computed for a few images at a time, of `pixels` pixels each; see `spike_product`.
+
+    `shape` is that of the result, `[T, B, H, W, C]`; `sums` computes those of a slice of the images.
+    """
+    kept: Any = epilogue.constants.new_empty(shape) if membrane is True else membrane
+    words, size = [], _chunk(pixels, epilogue.channels)
+    for first in range(0, shape[1], size):
+        some = slice(first, first + size)
+        _, fired = spike_neuron(
+            sums(some),
+            epilogue,
+            shape[0],
+            residual=None if residual is None else residual[:, some],
+            membrane=kept[:, some] if isinstance(kept, Tensor) else False,
+            standing=None if standing is None else standing[some],
+        )
+        words += [] if fired is None else [fired.words]
+    joined = epilogue.packed(words[0] if len(words) == 1 else torch.cat(words, dim=1)) if words else None
+    return (kept if isinstance(kept, Tensor) else None), joined
 
 
 def pooled_membrane(form: Any, x: Any) -> Tensor:

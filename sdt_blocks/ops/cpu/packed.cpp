@@ -19,15 +19,7 @@ void expand(const uint64_t* words, T* out, int64_t rows, int64_t planes, int64_t
         for (int64_t word = 0; word < plane; word++) {
             const int64_t count = std::min<int64_t>(64, channels - word * 64);
             T* to = out + row * channels + word * 64;
-            for (int64_t p = 0; p < planes; p++) {
-                const uint64_t bits = words[(row * planes + p) * plane + word];
-                const auto add = [&](int64_t n, bool first) {
-                    for (int64_t c = 0; c < n; c++) to[c] = T(bits >> c & 1) + (first ? T(0) : to[c]);
-                };
-                if (count < 64) add(count, p == 0);
-                else if (p == 0) add(64, true);
-                else add(64, false);
-            }
+            expand_levels(words + row * planes * plane + word, plane, planes, count, to);
             if (norm != 1)
                 for (int64_t c = 0; c < count; c++) to[c] /= norm;
         }

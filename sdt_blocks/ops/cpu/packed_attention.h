@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "packed_epilogue.h"
+#include "packed_planes.h"
 
 namespace {
 
@@ -113,21 +113,6 @@ inline int64_t list_active(const Rows& of, int64_t row, int64_t first, int64_t l
     return to - start;
 }
 
-// The levels of the 64 channels of a word, whose planes are `plane` words apart.
-inline void expand_levels(const uint64_t* word, int64_t plane, int64_t planes, float* to) {
-    for (int64_t p = 0; p < planes; p++) {
-        const uint64_t bits = word[p * plane];
-#if defined(__AVX512F__)
-        for (int v = 0; v < 64 / WIDTH; v++) {
-            const Vector before = p ? load(to + v * WIDTH) : Vector{};
-            store(to + v * WIDTH, _mm512_mask_add_ps(before, __mmask16(bits >> v * WIDTH), before, broadcast(1)));
-        }
-#else
-        for (int c = 0; c < 64; c++) to[c] = float(bits >> c & 1) + (p ? to[c] : 0.f);
-#endif
-    }
-}
-
 // Calls `use` for parts of a row of `width` values, a multiple of two vectors, with their place and their number of vectors.
 template <class F> void in_vectors(int64_t width, F use) {
     int64_t at = 0;
@@ -155,7 +140,7 @@ void linear_attention(const Rows& q, const Rows& k, const Rows& v, float* out, i
             const int64_t of_k = list_active(k, at, head * size, (head + 1) * size, active.data());
             if (!of_k) continue;
             for (int64_t word = from; word < end; word++)
-                expand_levels(v.row(at) + word, v.plane(), v.planes, levels + (word - from) * 64);
+                expand_levels(v.row(at) + word, v.plane(), v.planes, 64, levels + (word - from) * 64);
             in_vectors(width, [&](int64_t begin, auto vectors) {
                 Vector of_v[vectors];
                 for (int i = 0; i < vectors; i++) of_v[i] = load(row + begin + i * WIDTH);
