@@ -198,7 +198,7 @@ class EventProduct(SpikeProduct):
         _, _, height, width, _ = spikes.words.shape
 
         def sums(some: slice) -> Tensor:
-            part = spikes.of(spikes.words[:, some])
+            part = spikes.images(some.start, some.stop)
             shape = torch.Size((part.words.shape[:2].numel(), height, width, spikes.channels))
             frames = part.unpack(self.convolution.input_dtype(shape)).movedim(2, -1).flatten(0, 1)
             return self.convolution(frames).unflatten(0, part.words.shape[:2])
@@ -282,8 +282,7 @@ def pooled_membrane(form: Any, x: Any) -> Tensor:
     made = form.constants.new_empty(1, count, (height + 1) // 2, (width + 1) // 2, channels)
     size = _chunk(height * width, channels)
     for first in range(0, count, size):
-        some = slice(first, first + size)
-        real_pool(form(frames.of(frames.words[:, some]), membrane=True)[0], out=made[:, some])
+        real_pool(form(frames.images(first, first + size), membrane=True)[0], out=made[:, first : first + size])
     return made.view(*x.words.shape[:2], *made.shape[2:])
 
 
